@@ -1,0 +1,1 @@
+"""Experiments: `base.py` declares every key, the others are deltas over it."""

@@ -1,0 +1,125 @@
+"""Every configuration key, once, with its default and its meaning.
+
+The defaults are the Keras CIFAR-10 ResNet example. The other files of this
+folder are deltas over this one; a key may be overridden on the command line
+after `--config`, for example `--config.model.depth=56`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The Keras recipe: ResNet-20 v1, batch 32, 200 epochs, Adam."""
+  config = ConfigDict()
+
+  # Seeds initialisation, epoch order and augmentation.
+  config.seed = 0
+  # Images per step, over all devices. A last, smaller batch is dropped.
+  config.batch_size = 32
+  # Passes over the training split; also scales the schedule.
+  config.num_epochs = 200
+  # Images per evaluation call; does not change any result.
+  config.eval_batch_size = 500
+  # What is subtracted from images / 255, measured on the training split:
+  # 'pixel_mean' (mean image), 'channel' (mean and standard deviation of each
+  # channel) or 'none'.
+  config.normalization = "pixel_mean"
+
+  config.dataset = ConfigDict()
+  # 'cifar10', 'cifar100' or 'digits'.
+  config.dataset.name = "cifar10"
+  # TFDS data directory. Empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+  config.dataset.data_dir = ""
+  # A local copy of the official binary archive, used instead of a download
+  # when data_dir holds no prepared copy.
+  config.dataset.archive = ""
+  # Where decoded images are cached. Empty: the user's cache directory.
+  config.dataset.cache_dir = ""
+  # Train on a fixed, class-balanced subset of this many images; 0 takes all.
+  config.dataset.train_examples = 0
+  # Hold out this many training images (stratified). With 0, as in the recipe,
+  # the best checkpoint is chosen on the test split.
+  config.dataset.validation_examples = 0
+  # Chooses the held-out images; apart from `seed` so that runs with other
+  # seeds are validated on the same images.
+  config.dataset.split_seed = 0
+
+  config.augment = ConfigDict()
+  # 'shift_flip' (continuous shift by up to 10 %), 'crop_flip' (pad 4, random
+  # crop) or 'none' (no augmentation at all).
+  config.augment.name = "shift_flip"
+  # Flip left-right with probability one half.
+  config.augment.flip = True
+
+  config.model = ConfigDict()
+  # 'resnet_v1' (depth 6n+2) or 'resnet_v2' (depth 9n+2).
+  config.model.name = "resnet_v1"
+  config.model.depth = 20
+  # Channels of the stem and of the first stage's 3x3 convolutions.
+  config.model.num_filters = 16
+  # Compute dtype, 'float32' or 'bfloat16'; parameters and statistics stay
+  # float32.
+  config.model.dtype = "float32"
+  # Where a block changes shape: 'keras' (1x1 convolution without batch norm)
+  # or 'A' (no parameters: strided identity, zero channels; resnet_v1 only).
+  config.model.shortcut = "keras"
+  # 'same' pads (0, 1) at stride 2, 'symmetric' pads (1, 1) as the paper's
+  # Caffe code does.
+  config.model.padding = "same"
+  config.model.conv_bias = True
+  # Share of the old running statistics that is kept at each step.
+  config.model.batch_norm_momentum = 0.99
+  config.model.batch_norm_epsilon = 1e-3
+
+  config.optimizer = ConfigDict()
+  # 'adam' or 'sgd'.
+  config.optimizer.name = "adam"
+  config.optimizer.learning_rate = 1e-3
+  # Adam's moments and epsilon (Keras's value, not Optax's).
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.epsilon = 1e-7
+  # SGD's heavy-ball momentum.
+  config.optimizer.momentum = 0.9
+  # The objective adds l2 * sum(w**2), without a half, so the gradient gains
+  # 2 * l2 * w before the optimizer sees it.
+  config.optimizer.l2 = 1e-4
+  # Which weights: 'conv_kernels' (the Keras example) or 'all' (He et al.).
+  config.optimizer.l2_weights = "conv_kernels"
+
+  config.schedule = ConfigDict()
+  # The rate is learning_rate * drop_factors[k] from the k-th drop on. Drop k
+  # comes at the first 0-based epoch after drop_percents[k] % of num_epochs:
+  # 81, 121, 161 and 181 of 200.
+  config.schedule.drop_percents = (40, 60, 80, 90)
+  config.schedule.drop_factors = (1e-1, 1e-2, 1e-3, 0.5e-3)
+  # True: drop at the epoch that the percentage names, not after it.
+  config.schedule.drop_inclusive = False
+  # He et al. 2015 §4.2: for depths from warmup_min_depth on, train at this
+  # rate until the training error falls under warmup_error. 0 turns it off.
+  config.schedule.warmup_learning_rate = 0.0
+  config.schedule.warmup_error = 0.8
+  config.schedule.warmup_min_depth = 110
+
+  config.plateau = ConfigDict()
+  # Also multiply the rate by `factor` when the monitored loss (with L2, as
+  # Keras reports it) stalls. Off: in the original example the schedule sets
+  # the rate again every epoch, so its ReduceLROnPlateau has no effect.
+  config.plateau.enabled = False
+  config.plateau.factor = 0.31622776601683794  # sqrt(0.1)
+  # Epochs without improvement before the rate is reduced.
+  config.plateau.patience = 5
+  # Epochs after a reduction in which none is counted.
+  config.plateau.cooldown = 0
+  # An improvement smaller than this is none.
+  config.plateau.min_delta = 1e-4
+  # The plateau never takes the rate below this.
+  config.plateau.min_lr = 0.5e-6
+
+  config.log = ConfigDict()
+  # Write TensorBoard event files to the workdir.
+  config.log.tensorboard = True
+  # Without a terminal: seconds between progress lines within an epoch.
+  config.log.interval_seconds = 30.0
+
+  return config.lock()

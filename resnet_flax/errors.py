@@ -1,0 +1,58 @@
+"""Errors that a user can act on: one line each, saying what would work."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+  """A mistake or a circumstance that the user can mend.
+
+  The message is one line that names the key or the path, the value found and
+  what would work. The command line prints it without a traceback and ends
+  with `exit_code`.
+  """
+
+  exit_code = 1
+
+
+class ConfigError(UserError, ValueError):
+  """A configuration value that cannot be used."""
+
+  exit_code = 2
+
+
+class DataError(UserError):
+  """A data set that is missing, corrupt or of the wrong form."""
+
+
+class WorkdirError(UserError):
+  """A workdir that cannot be written or belongs to another experiment."""
+
+
+class NonFiniteError(UserError, ArithmeticError):
+  """Training produced a NaN or an infinity."""
+
+
+class Interrupted(UserError):
+  """The user pressed Ctrl-C."""
+
+  exit_code = 130
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
+  """The error for a name that is not among the known ones.
+
+  Args:
+    what: what kind of name it is, for example `model.name`.
+    name: the name that was given.
+    known: the names that would work.
+
+  Returns:
+    A `ConfigError` listing the known names, with the nearest suggested.
+  """
+  known = sorted(known)
+  nearest = difflib.get_close_matches(name, known, n=1)
+  hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+  return ConfigError(
+    f"{what}={name!r} is not known.{hint} Known: {', '.join(known)}."
+  )

@@ -1,0 +1,42 @@
+"""Random draws as functions of (seed, purpose, step or epoch).
+
+Nothing random is carried from one step to the next, so a resumed run needs
+only the step to draw what the uninterrupted run would have drawn.
+"""
+
+import enum
+
+import jax
+import numpy as np
+
+
+class Purpose(enum.IntEnum):
+  """What a draw is for. Values are part of every result: never renumber."""
+
+  INITIALIZATION = 0
+  AUGMENTATION = 1
+  EPOCH_ORDER = 2
+  VALIDATION_SPLIT = 3
+  TRAIN_SUBSET = 4
+  TEST_SPLIT = 5
+
+
+def device_key(seed: int, purpose: Purpose) -> jax.Array:
+  """A typed JAX key, shape (), for draws made inside compiled code.
+
+  Args:
+    seed: the experiment's seed, 0 ≤ seed < 2**32.
+    purpose: what the key is for; fold the step in where it is used.
+  """
+  return jax.random.fold_in(jax.random.key(seed), purpose)
+
+
+def host_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
+  """A NumPy generator for draws made on the host.
+
+  Args:
+    seed: the experiment's seed, non-negative.
+    purpose: what the draws are for.
+    *numbers: anything else the draw depends on, such as the epoch.
+  """
+  return np.random.Generator(np.random.PCG64([seed, purpose, *numbers]))
