@@ -1,0 +1,119 @@
+"""Decoded images on disk, memory-mapped, so that a second start is fast.
+
+An entry is a folder of .npy files and `index.json`, which is written last and
+holds their digests. Entries are built beside their final name and renamed, so
+a half-written one is never found; one that fails its check is built anew.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import platformdirs
+
+from resnet_flax import errors
+from resnet_flax.datasets import record
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def cache_dir(configured: str) -> pathlib.Path:
+  """The folder for cached data: as configured, else the user's own."""
+  chosen = configured or platformdirs.user_cache_dir("resnet_flax")
+  return pathlib.Path(chosen).expanduser().resolve()
+
+
+def cached(
+  folder: pathlib.Path, key: str, build: Callable[[], record.Arrays]
+) -> record.Arrays:
+  """The arrays under `key`, memory-mapped; built and stored if need be.
+
+  Args:
+    folder: the cache folder.
+    key: names the entry: data set, version and fingerprint of the source.
+    build: makes the arrays.
+
+  Raises:
+    DataError: the folder cannot be written.
+  """
+  entry = folder / key
+  arrays = _open(entry)
+  if arrays is not None:
+    return arrays
+  built = build()
+  try:
+    _store(entry, built)
+  except OSError as error:
+    raise errors.DataError(
+      f"decoded images cannot be cached in {folder}: {error}. Set"
+      " --config.dataset.cache_dir to a directory with space."
+    ) from error
+  arrays = _open(entry)
+  if arrays is None:
+    raise errors.DataError(
+      f"{entry} was written but does not read back as written: the disk is"
+      " faulty. Set --config.dataset.cache_dir to another one."
+    )
+  return arrays
+
+
+def _open(entry: pathlib.Path) -> record.Arrays | None:
+  """The entry, if it is there and every byte of it is as it was written."""
+  try:
+    index = json.loads((entry / "index.json").read_text())
+    if index["format"] != _FORMAT:
+      return None
+    for name in _ARRAYS:
+      if _digest(entry / f"{name}.npy") != index["sha256"][name]:
+        _logger.warning("%s/%s.npy is damaged: decoding again", entry, name)
+        return None
+    arrays = {
+      name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+      for name in _ARRAYS
+    }
+    return record.Arrays(**arrays, class_names=tuple(index["class_names"]))
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    _logger.warning("%s is damaged (%s): decoding again", entry, error)
+    return None
+
+
+def _store(entry: pathlib.Path, arrays: record.Arrays) -> None:
+  entry.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(
+    tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent)
+  )
+  try:
+    for name in _ARRAYS:
+      np.save(temporary / f"{name}.npy", getattr(arrays, name))
+    index = {
+      "format": _FORMAT,
+      "class_names": arrays.class_names,
+      "sha256": {name: _digest(temporary / f"{name}.npy") for name in _ARRAYS},
+    }
+    (temporary / "index.json").write_text(json.dumps(index, indent=2))
+    if entry.exists():
+      shutil.rmtree(entry)
+    try:
+      os.replace(temporary, entry)
+    except OSError:
+      # Another process has stored the same entry meanwhile: use that one.
+      if not entry.exists():
+        raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

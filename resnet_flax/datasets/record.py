@@ -1,0 +1,104 @@
+"""What a data set is to the rest of the program."""
+
+import dataclasses
+
+import numpy as np
+
+from resnet_flax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Labelled images, in a fixed order.
+
+  Attributes:
+    images: uint8[M, H, W, C], may be memory-mapped.
+    labels: int32[M].
+    indices: int64[N], the images of this split, by position in `images`.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  indices: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels at the given positions of this split."""
+    rows = self.indices[positions]
+    return self.images[rows], self.labels[rows]
+
+  def subset(self, positions: np.ndarray) -> "Split":
+    """The split of the images at the given positions of this one."""
+    return dataclasses.replace(self, indices=self.indices[positions])
+
+
+def whole_split(images: np.ndarray, labels: np.ndarray) -> Split:
+  """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
+  return Split(images, labels, np.arange(len(labels)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A data set ready for training.
+
+  Attributes:
+    train: what is trained on.
+    validation: held-out part of the training images, or None.
+    test: the official test split.
+    class_names: name of each label.
+  """
+
+  train: Split
+  validation: Split | None
+  test: Split
+  class_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """A source, decoded: the official splits and the labels' names.
+
+  Attributes:
+    train_images, test_images: uint8[N, H, W, C].
+    train_labels, test_labels: int32[N].
+    class_names: name of each label.
+  """
+
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  test_images: np.ndarray
+  test_labels: np.ndarray
+  class_names: tuple[str, ...]
+
+
+def check(arrays: Arrays, name: str, image_shape: tuple[int, ...]) -> Arrays:
+  """Checks that arrays have the form that the program relies on.
+
+  Args:
+    arrays: what a source gave.
+    name: of the data set, for messages.
+    image_shape: (H, W, C) that every image must have.
+
+  Raises:
+    DataError: an empty split, a wrong shape or dtype, or a label out of range.
+  """
+  for split in ("train", "test"):
+    images = getattr(arrays, f"{split}_images")
+    labels = getattr(arrays, f"{split}_labels")
+    where = f"{name}: the {split} split"
+    if len(labels) == 0:
+      raise errors.DataError(f"{where} is empty.")
+    if images.shape != (len(labels), *image_shape) or images.dtype != np.uint8:
+      raise errors.DataError(
+        f"{where} has {len(labels)} labels and images of {images.dtype}"
+        f"{list(images.shape)}; needed: uint8{[len(labels), *image_shape]}."
+      )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= len(arrays.class_names):
+      raise errors.DataError(
+        f"{where} has labels from {low} to {high}; needed: 0 to"
+        f" {len(arrays.class_names) - 1}."
+      )
+  return arrays
