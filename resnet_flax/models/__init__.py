@@ -1,0 +1,5 @@
+"""Networks by name: the registry, its depth rules and `create_model`."""
+
+from resnet_flax.models.registry import MODELS, check_depth, create_model
+
+__all__ = ["MODELS", "check_depth", "create_model"]

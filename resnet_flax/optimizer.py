@@ -1,0 +1,111 @@
+"""The optimizer: coupled L2, then Adam or momentum, then the learning rate."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from resnet_flax import errors
+
+PyTree = Any
+
+NAMES = ("adam", "sgd")
+
+
+def _is_conv_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
+  return path[-1].key == "kernel" and leaf.ndim == 4
+
+
+def _conv_kernels(params: PyTree) -> PyTree:
+  return jax.tree_util.tree_map_with_path(_is_conv_kernel, params)
+
+
+def _all_weights(params: PyTree) -> PyTree:
+  return jax.tree.map(lambda _: True, params)
+
+
+L2_WEIGHTS = {"conv_kernels": _conv_kernels, "all": _all_weights}
+
+
+def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+  """Descends at the rate handed to `update`.
+
+  The rate also depends on the plateau and warm-up state and is logged; given
+  from outside, it is computed in one place only.
+  """
+
+  def update(updates, state, params=None, *, learning_rate, **_):
+    del params
+    return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """An Optax chain together with the L2 term that it adds to the gradient.
+
+  Attributes:
+    tx: the chain; `tx.update(grads, opt_state, params, learning_rate=...)`.
+      The gradients it takes are those of the cross-entropy alone.
+    l2: the objective's coefficient of sum(w**2).
+    l2_weights: key of `L2_WEIGHTS`.
+    links: what the chain's links are, for people.
+  """
+
+  tx: optax.GradientTransformationExtraArgs
+  l2: float
+  l2_weights: str
+  links: tuple[str, ...]
+
+  def penalty(self, params: PyTree) -> jax.Array:
+    """The L2 term of the objective, float32[]: l2 * sum(w**2)."""
+    mask = L2_WEIGHTS[self.l2_weights](params)
+    squares = jax.tree.map(
+      lambda w, masked: jnp.sum(jnp.square(w)) if masked else 0.0, params, mask
+    )
+    return jnp.asarray(self.l2 * optax.tree.sum(squares), jnp.float32)
+
+
+def create_optimizer(config: ConfigDict) -> Optimizer:
+  """Builds the chain that `config.optimizer` describes.
+
+  The L2 term enters before the moments (coupled, as Keras's kernel
+  regularizer and Caffe's weight decay do), not after them as in AdamW.
+
+  Args:
+    config: the `optimizer` part of the configuration.
+
+  Raises:
+    ConfigError: an unknown name.
+  """
+  if config.l2_weights not in L2_WEIGHTS:
+    raise errors.unknown_name(
+      "optimizer.l2_weights", config.l2_weights, L2_WEIGHTS
+    )
+  links: dict[str, optax.GradientTransformation] = {
+    f"add_decayed_weights({2 * config.l2:g}, mask={config.l2_weights})": (
+      optax.add_decayed_weights(
+        2 * config.l2, mask=L2_WEIGHTS[config.l2_weights]
+      )
+    )
+  }
+  if config.name == "adam":
+    b1, b2, eps = config.b1, config.b2, config.epsilon
+    links[f"scale_by_adam(b1={b1:g}, b2={b2:g}, eps={eps:g})"] = (
+      optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    )
+  elif config.name == "sgd":
+    links[f"trace(decay={config.momentum:g})"] = optax.trace(config.momentum)
+  else:
+    raise errors.unknown_name("optimizer.name", config.name, NAMES)
+  links["scale_by_learning_rate(schedule)"] = _scale_by_learning_rate()
+  return Optimizer(
+    tx=optax.with_extra_args_support(optax.chain(*links.values())),
+    l2=config.l2,
+    l2_weights=config.l2_weights,
+    links=tuple(links),
+  )

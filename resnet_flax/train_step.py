@@ -1,0 +1,273 @@
+"""The train state and the pure functions that advance and score it."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from resnet_flax import augment, optimizer, schedule
+
+PyTree = Any
+
+
+class Normalization(flax.struct.PyTreeNode):
+  """What is done to images / 255: subtract `mean`, divide by `std`.
+
+  Part of the train state, so that a checkpoint can score images by itself.
+  Both are float32 and broadcast against [H, W, C].
+  """
+
+  mean: jax.Array
+  std: jax.Array
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps uint8[B, H, W, C] to float32[B, H, W, C]."""
+    images = images.astype(jnp.float32) / 255
+    return (images - self.mean[None]) / self.std[None]
+
+
+class MetricSums(flax.struct.PyTreeNode):
+  """Sums over images, so that means are exact whatever the batch sizes.
+
+  Attributes:
+    loss: float32[], cross-entropy.
+    objective: float32[], cross-entropy plus the L2 term.
+    correct: int32[], images whose highest logit is their label.
+    count: int32[], images.
+  """
+
+  loss: jax.Array
+  objective: jax.Array
+  correct: jax.Array
+  count: jax.Array
+
+  @classmethod
+  def zeros(cls) -> "MetricSums":
+    """The sums over no image."""
+    return cls(
+      loss=jnp.zeros((), jnp.float32),
+      objective=jnp.zeros((), jnp.float32),
+      correct=jnp.zeros((), jnp.int32),
+      count=jnp.zeros((), jnp.int32),
+    )
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything that training carries from one step to the next.
+
+  Attributes:
+    step: int32[], steps done.
+    params: the network's parameters, float32.
+    batch_stats: running means and variances of batch normalisation, float32.
+    opt_state: state of the Optax chain.
+    rate_state: what the learning rate depends on besides the step.
+    epoch_sums: training metrics of the epoch so far.
+    normalization: applied to images before the network sees them.
+  """
+
+  step: jax.Array
+  params: PyTree
+  batch_stats: PyTree
+  opt_state: PyTree
+  rate_state: schedule.RateState
+  epoch_sums: MetricSums
+  normalization: Normalization
+
+
+class StepMetrics(flax.struct.PyTreeNode):
+  """What one training step reports.
+
+  Attributes:
+    sums: of the epoch so far, this step included.
+    learning_rate: float32[], used by this step.
+    finite: bool[], whether the objective and the new state are.
+  """
+
+  sums: MetricSums
+  learning_rate: jax.Array
+  finite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The fixed parts of an experiment, which the steps close over.
+
+  Attributes:
+    model: called as `model.apply(variables, images, train=...)`.
+    optimizer: the Optax chain and its L2 term.
+    learning_rate: the rate as a function of step and rate state.
+    augment: function of (key, normalised images).
+    image_shape: (H, W, C) of one image.
+  """
+
+  model: nn.Module
+  optimizer: optimizer.Optimizer
+  learning_rate: schedule.LearningRate
+  augment: augment.Augment
+  image_shape: tuple[int, int, int]
+
+
+def create_train_state(
+  experiment: Experiment, key: jax.Array, normalization: Normalization
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    experiment: the fixed parts.
+    key: key[], draws the initial parameters.
+    normalization: measured on the training split.
+  """
+  images = jnp.zeros((1, *experiment.image_shape), jnp.float32)
+  variables = experiment.model.init(key, images, train=False)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    batch_stats=variables["batch_stats"],
+    opt_state=experiment.optimizer.tx.init(variables["params"]),
+    rate_state=experiment.learning_rate.init(),
+    epoch_sums=MetricSums.zeros(),
+    normalization=normalization,
+  )
+
+
+def loss_fn(
+  model: nn.Module,
+  params: PyTree,
+  batch_stats: PyTree,
+  images: jax.Array,
+  labels: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+  """The mean cross-entropy of a batch, in training mode.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    batch_stats: running statistics before the batch.
+    images: float32[B, H, W, C], normalised and augmented.
+    labels: int32[B].
+
+  Returns:
+    float32[] loss, and (float32[B, classes] logits, new running statistics).
+  """
+  logits, updated = model.apply(
+    {"params": params, "batch_stats": batch_stats},
+    images,
+    train=True,
+    mutable=["batch_stats"],
+  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return jnp.mean(losses), (logits, updated["batch_stats"])
+
+
+def train_step(
+  experiment: Experiment,
+  state: TrainState,
+  images: jax.Array,
+  labels: jax.Array,
+  key: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+  """One step: normalise, augment, differentiate, update.
+
+  Args:
+    experiment: the fixed parts.
+    state: before the step.
+    images: uint8[B, H, W, C].
+    labels: int32[B].
+    key: key[], the same at every step; the step is folded in here.
+
+  Returns:
+    The new state and what to report.
+  """
+  # In the recipe's order: the shift fills edges with normalised pixels.
+  images = state.normalization(images)
+  images = experiment.augment(jax.random.fold_in(key, state.step), images)
+
+  grad_fn = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
+  (loss, (logits, batch_stats)), grads = grad_fn(
+    experiment.model, state.params, state.batch_stats, images, labels
+  )
+  rate = experiment.learning_rate(state.step, state.rate_state)
+  updates, opt_state = experiment.optimizer.tx.update(
+    grads, state.opt_state, state.params, learning_rate=rate
+  )
+  params = optax.apply_updates(state.params, updates)
+
+  objective = loss + experiment.optimizer.penalty(state.params)
+  count = labels.shape[0]
+  correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+  batch_sums = MetricSums(
+    loss=loss * count,
+    objective=objective * count,
+    correct=correct,
+    count=jnp.asarray(count, jnp.int32),
+  )
+  # The first step of an epoch starts the sums anew.
+  starts = state.step % experiment.learning_rate.steps_per_epoch == 0
+  sums = jax.tree.map(
+    lambda old, new: jnp.where(starts, new, old + new),
+    state.epoch_sums,
+    batch_sums,
+  )
+  new_state = state.replace(
+    step=state.step + 1,
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    rate_state=experiment.learning_rate.after_step(
+      state.rate_state, 1 - correct / count
+    ),
+    epoch_sums=sums,
+  )
+  finite = _all_finite((objective, params, batch_stats, opt_state))
+  return new_state, StepMetrics(sums, rate, finite)
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+  checks = [
+    jnp.all(jnp.isfinite(leaf))
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return jnp.all(jnp.stack(checks))
+
+
+def apply_eval(
+  model: nn.Module, state: TrainState, images: jax.Array
+) -> jax.Array:
+  """float32[B, classes] logits of uint8[B, H, W, C] images, inference mode."""
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  logits = model.apply(variables, state.normalization(images), train=False)
+  assert isinstance(logits, jax.Array)  # No collection is mutable here.
+  return logits
+
+
+def eval_step(
+  experiment: Experiment,
+  state: TrainState,
+  images: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array,
+) -> MetricSums:
+  """Sums over the images of a batch that `mask` lets count.
+
+  Args:
+    experiment: the fixed parts.
+    state: what is scored.
+    images: uint8[B, H, W, C].
+    labels: int32[B].
+    mask: bool[B], False for padding.
+  """
+  logits = apply_eval(experiment.model, state, images)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  loss = jnp.sum(jnp.where(mask, losses, 0.0))
+  count = jnp.sum(mask, dtype=jnp.int32)
+  return MetricSums(
+    loss=loss,
+    objective=loss + count * experiment.optimizer.penalty(state.params),
+    correct=jnp.sum((jnp.argmax(logits, -1) == labels) & mask, dtype=jnp.int32),
+    count=count,
+  )

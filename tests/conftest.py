@@ -1,0 +1,66 @@
+"""What all tests share: strict JAX, virtual devices, tiny configurations."""
+
+import os
+import pathlib
+
+# Before JAX and Keras are imported.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
+)
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+
+NUM_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def one_device():
+  """The first device alone: most tests need no more."""
+  return jax.devices()[:1]
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+  """An experiment that trains in seconds: 2 epochs of 4 steps on digits."""
+  config = base.get_config()
+  config.batch_size = 8
+  config.num_epochs = 2
+  config.eval_batch_size = 100
+  config.dataset.name = "digits"
+  config.dataset.cache_dir = str(tmp_path / "cache")
+  config.dataset.train_examples = 32
+  config.model.depth = 8
+  config.model.num_filters = 4
+  config.log.tensorboard = False
+  return config
+
+
+@pytest.fixture
+def random_images():
+  """A function of (count, shape) that makes fixed uint8 noise."""
+
+  def make(count, shape=(32, 32, 3)):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, *shape), np.uint8)
+
+  return make
+
+
+@pytest.fixture
+def cifar_data_dir():
+  """The user's TFDS directory, if it holds a prepared CIFAR-10."""
+  folder = os.environ.get("TFDS_DATA_DIR", "")
+  if not folder or not (pathlib.Path(folder) / "cifar10").is_dir():
+    pytest.skip("needs TFDS_DATA_DIR with a prepared cifar10")
+  return folder

@@ -1,0 +1,165 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base, he2015_depth20
+from resnet_flax import schedule
+
+KERAS = (40, 60, 80, 90)
+
+
+@pytest.mark.parametrize(
+  ("num_epochs", "expected"),
+  [(200, (81, 121, 161, 181)), (20, (9, 13, 17, 19)), (1, (1, 1, 1, 1))],
+)
+def test_keras_drops(num_epochs, expected):
+  assert schedule.drop_epochs(num_epochs, KERAS, False) == expected
+
+
+def test_paper_drops():
+  assert schedule.drop_epochs(164, (50, 75), True) == (82, 123)
+
+
+def keras_rate(epoch):
+  """The example's lr_schedule, as facts about 200 epochs."""
+  for after, factor in ((180, 0.5e-3), (160, 1e-3), (120, 1e-2), (80, 1e-1)):
+    if epoch > after:
+      return 1e-3 * factor
+  return 1e-3
+
+
+def test_rate_of_every_epoch():
+  rate = schedule.create_learning_rate(base.get_config(), steps_per_epoch=3)
+  state = rate.init()
+  for epoch in range(200):
+    for step in (3 * epoch, 3 * epoch + 2):
+      value = float(rate(jnp.asarray(step), state))
+      assert value == pytest.approx(keras_rate(epoch), rel=1e-6)
+
+
+def test_short_run_takes_the_later_of_two_drops_at_one_epoch():
+  config = base.get_config()
+  config.num_epochs = 3
+  rate = schedule.create_learning_rate(config, steps_per_epoch=1)
+  values = [float(rate(jnp.asarray(e), rate.init())) for e in range(3)]
+  np.testing.assert_allclose(values, [1e-3, 1e-3, 1e-5], rtol=1e-6)
+
+
+class KerasPlateau:
+  """ReduceLROnPlateau as Keras documents it, on a rate of its own."""
+
+  def __init__(self, rate, factor, patience, cooldown, min_delta, min_lr):
+    self.rate, self.factor, self.patience = rate, factor, patience
+    self.cooldown, self.min_delta, self.min_lr = cooldown, min_delta, min_lr
+    self.best, self.wait, self.cooling = np.inf, 0, 0
+
+  def on_epoch_end(self, loss):
+    if self.cooling > 0:
+      self.cooling -= 1
+      self.wait = 0
+    if loss < self.best - self.min_delta:
+      self.best, self.wait = loss, 0
+    elif self.cooling <= 0:
+      self.wait += 1
+      if self.wait >= self.patience:
+        self.rate = max(self.rate * self.factor, self.min_lr)
+        self.cooling, self.wait = self.cooldown, 0
+
+
+def plateau_config():
+  config = base.get_config()
+  config.schedule.drop_percents = ()
+  config.schedule.drop_factors = ()
+  config.plateau.enabled = True
+  config.plateau.min_lr = 5e-5
+  return config
+
+
+def test_plateau_is_keras_rule():
+  config = plateau_config()
+  plateau = config.plateau
+  theirs = KerasPlateau(
+    1e-3,
+    plateau.factor,
+    plateau.patience,
+    plateau.cooldown,
+    plateau.min_delta,
+    plateau.min_lr,
+  )
+  ours = schedule.create_learning_rate(config, steps_per_epoch=1)
+  state = ours.init()
+  rng = np.random.default_rng(0)
+  losses = np.concatenate([[2, 1.5, 1.2, 1.1], 1.1 + rng.normal(0, 0.05, 40)])
+  rates = set()
+  for epoch, loss in enumerate(losses):
+    rate = float(ours(jnp.asarray(epoch), state))
+    assert rate == pytest.approx(theirs.rate, rel=1e-5), epoch
+    rates.add(round(rate, 9))
+    state = ours.after_epoch(state, loss)
+    theirs.on_epoch_end(loss)
+  # It fell more than once, and stopped at the floor.
+  assert len(rates) >= 3
+  assert min(rates) == pytest.approx(5e-5, rel=1e-5)
+
+
+def test_plateau_multiplies_the_schedule():
+  config = plateau_config()
+  config.num_epochs = 20
+  config.schedule.drop_percents = (50,)
+  config.schedule.drop_factors = (0.1,)
+  rate = schedule.create_learning_rate(config, steps_per_epoch=1)
+  state = rate.init()
+  for loss in [1.0] * 6:
+    state = rate.after_epoch(state, loss)
+  assert float(rate(jnp.asarray(6), state)) == pytest.approx(10**-3.5)
+  # Multiplied it would be 3.2e-5, under the floor of 5e-5.
+  assert float(rate(jnp.asarray(15), state)) == pytest.approx(5e-5)
+
+
+def test_floor_does_not_raise_the_schedules_own_rate():
+  config = plateau_config()
+  config.plateau.min_lr = 1.0
+  rate = schedule.create_learning_rate(config, steps_per_epoch=1)
+  assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(1e-3)
+
+
+def test_warm_up_ends_for_good_when_the_error_has_fallen():
+  config = he2015_depth20.get_config()
+  config.model.depth = 110
+  rate = schedule.create_learning_rate(config, steps_per_epoch=10**6)
+  state = rate.init()
+
+  def value():
+    return float(rate(jnp.asarray(0), state))
+
+  for _ in range(100):
+    state = rate.after_step(state, jnp.asarray(0.9))
+    assert value() == pytest.approx(0.01)
+  steps = 0
+  while value() == pytest.approx(0.01):
+    state = rate.after_step(state, jnp.asarray(0.7))
+    steps += 1
+  # From 0.9 to under 0.8 towards 0.7, with about 50 steps of memory.
+  assert 30 < steps < 60
+  for _ in range(100):
+    state = rate.after_step(state, jnp.asarray(1.0))
+    assert value() == pytest.approx(0.1)
+
+
+def test_no_warm_up_below_its_depth():
+  config = he2015_depth20.get_config()
+  rate = schedule.create_learning_rate(config, steps_per_epoch=390)
+  assert rate.warmup is None
+  assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(0.1)
+
+
+def test_describe_names_every_rule():
+  config = plateau_config()
+  config.schedule.warmup_learning_rate = 1e-4
+  config.model.depth = 110
+  text = "\n".join(
+    schedule.create_learning_rate(config, steps_per_epoch=1).describe()
+  )
+  assert "epoch 0: 0.001" in text
+  assert "warm-up: 0.0001" in text
+  assert "plateau: x 0.3162" in text
