@@ -1,0 +1,109 @@
+"""Checkpoints of the latest and of the best epoch, over Orbax."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as policies
+
+from resnet_flax import errors, mesh as mesh_lib, train_step
+
+
+def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
+  # Of two equally good epochs the first is kept, as Keras does.
+  return metrics["accuracy"], -metrics["epoch"]
+
+
+class Checkpoints:
+  """The checkpoints of one workdir: the latest epoch's and the best one's.
+
+  A context manager; leaving it waits for what is still being written.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    """Opens, and creates if need be, `workdir`/checkpoints."""
+    self._folder = (workdir / "checkpoints").absolute()
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+          [
+            policies.LatestN(1),
+            policies.BestN(
+              get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False
+            ),
+          ]
+        ),
+        # Without it Orbax would not write the metrics to disk.
+        best_fn=lambda metrics: metrics["accuracy"],
+        # A half-written checkpoint of a killed run is of no use to anyone.
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._manager.close()
+
+  def save(
+    self, state: train_step.TrainState, *, epoch: int, accuracy: float
+  ) -> None:
+    """Starts to save the state at the end of an epoch; returns at once.
+
+    Args:
+      state: what to save; may be donated as soon as this returns.
+      epoch: 0-based, just finished.
+      accuracy: chooses the best epoch.
+    """
+    self._manager.save(
+      int(state.step),
+      args=ocp.args.StandardSave(state),
+      metrics={"accuracy": accuracy, "epoch": epoch},
+    )
+
+  def wait(self) -> None:
+    """Waits until everything that was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def latest_step(self) -> int | None:
+    """The step of the latest checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """The step of the checkpoint of the best epoch, or None."""
+    steps = self._manager.all_steps()
+    if not steps:
+      return None
+    return max(steps, key=lambda step: _rank(self._manager.metrics(step)))
+
+  def restore(
+    self, step: int, like: train_step.TrainState, mesh: Mesh
+  ) -> train_step.TrainState:
+    """Reads a checkpoint onto the devices of a mesh.
+
+    Args:
+      step: one of the steps there are.
+      like: the tree of shapes and dtypes, for example from `jax.eval_shape`.
+      mesh: gets a copy of the state on every device.
+
+    Raises:
+      WorkdirError: the checkpoint cannot be read or is of another network.
+    """
+    sharding = mesh_lib.replicated(mesh)
+    target = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+    )
+    try:
+      return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+    # Orbax and TensorStore raise many kinds, according to what is damaged.
+    except Exception as error:
+      reason = " ".join(str(error).split())[:300]
+      raise errors.WorkdirError(
+        f"checkpoint {self._folder / str(step)} cannot be read"
+        f" ({type(error).__name__}: {reason}). Nothing was changed; remove"
+        " that folder to go on from an earlier checkpoint."
+      ) from error

@@ -1,0 +1,25 @@
+"""From a configuration to the fixed parts of an experiment."""
+
+from ml_collections import ConfigDict
+
+from resnet_flax import augment, models, optimizer, schedule, train_step
+from resnet_flax.datasets import loading
+
+
+def build(config: ConfigDict) -> train_step.Experiment:
+  """Builds model, optimizer, schedule and augmentation; loads no data.
+
+  Args:
+    config: a configuration that `config_rules.check` has passed.
+  """
+  info = loading.DATASETS[config.dataset.name]
+  num_train = loading.num_train_examples(config.dataset)
+  # The last, smaller batch is dropped; every epoch drops other images.
+  steps_per_epoch = num_train // config.batch_size
+  return train_step.Experiment(
+    model=models.create_model(config.model, info.num_classes),
+    optimizer=optimizer.create_optimizer(config.optimizer),
+    learning_rate=schedule.create_learning_rate(config, steps_per_epoch),
+    augment=augment.create_augment(config.augment),
+    image_shape=info.image_shape,
+  )

@@ -1,0 +1,160 @@
+"""Trained networks from their workdirs: for notebooks and for scoring."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import (
+  checkpoint,
+  config_rules,
+  datasets,
+  errors,
+  evaluate,
+  experiment as experiment_lib,
+  mesh as mesh_lib,
+  normalization,
+  randomness,
+  train,
+  train_step,
+  workdir as workdir_lib,
+)
+
+CHECKPOINTS = ("best", "latest")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """A trained network.
+
+  Attributes:
+    model: the Flax module.
+    variables: {'params': ..., 'batch_stats': ...}, float32, for
+      `model.apply(variables, normalised_images, train=False)`.
+    predict: maps uint8[N, H, W, C] images to float32[N, classes]
+      probabilities; normalises as in training.
+    config: the configuration it was trained with.
+    step: the training step of the checkpoint.
+  """
+
+  model: nn.Module
+  variables: dict[str, Any]
+  predict: Callable[[np.ndarray], np.ndarray]
+  config: ConfigDict
+  step: int
+
+
+def load_model(
+  workdir: str | os.PathLike[str], which: str = "best"
+) -> LoadedModel:
+  """Loads a network that `resnet_flax.main` has trained.
+
+  Args:
+    workdir: the run's folder.
+    which: 'best' (the epoch with the best validation, or else test, accuracy)
+      or 'latest'.
+
+  Raises:
+    ConfigError: `which` is neither.
+    WorkdirError: there is no readable run or no checkpoint there.
+  """
+  config, experiment, state = _restore(pathlib.Path(workdir), which, None)
+  logits_fn = jax.jit(
+    functools.partial(train_step.apply_eval, experiment.model)
+  )
+
+  def predict(images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    expected = experiment.image_shape
+    if images.dtype != np.uint8 or images.shape[1:] != expected:
+      raise ValueError(
+        f"predict needs uint8 images of shape [N, {expected[0]},"
+        f" {expected[1]}, {expected[2]}]; got {images.dtype}"
+        f"{list(images.shape)}."
+      )
+    batch = config.eval_batch_size
+    parts = [
+      np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + batch])))
+      for i in range(0, len(images), batch)
+    ]
+    classes = datasets.DATASETS[config.dataset.name].num_classes
+    return np.concatenate([np.empty((0, classes), np.float32), *parts])
+
+  return LoadedModel(
+    model=experiment.model,
+    variables={"params": state.params, "batch_stats": state.batch_stats},
+    predict=predict,
+    config=config,
+    step=int(state.step),
+  )
+
+
+def evaluate_workdir(
+  workdir: pathlib.Path,
+  which: str = "best",
+  *,
+  devices: Sequence[jax.Device] | None = None,
+) -> dict[str, float]:
+  """Scores a checkpoint of a run on the test split of its data set.
+
+  Args:
+    workdir: the run's folder.
+    which: 'best' or 'latest'.
+    devices: what to compute on, by default all devices.
+
+  Returns:
+    `loss`, `accuracy` (a fraction) and the 0-based `epoch` of the checkpoint.
+
+  Raises:
+    ConfigError, WorkdirError: see `load_model`.
+    DataError: the data cannot be had.
+  """
+  config, experiment, state = _restore(workdir, which, devices)
+  dataset = datasets.load(config.dataset)
+  scores = evaluate.evaluate(
+    train.jit_eval_step(experiment),
+    state,
+    dataset.test,
+    config.eval_batch_size,
+    mesh_lib.create_mesh(devices),
+  )
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  return {
+    "loss": scores["loss"],
+    "accuracy": scores["accuracy"],
+    "epoch": int(state.step) // steps_per_epoch - 1,
+  }
+
+
+def _restore(
+  workdir: pathlib.Path, which: str, devices: Sequence[jax.Device] | None
+) -> tuple[ConfigDict, train_step.Experiment, train_step.TrainState]:
+  if which not in CHECKPOINTS:
+    raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
+  config = workdir_lib.load_config(workdir)
+  # The batch size of training does not matter here, nor do its devices.
+  config_rules.check(config, num_devices=1)
+  experiment = experiment_lib.build(config)
+  like = jax.eval_shape(
+    functools.partial(train_step.create_train_state, experiment),
+    randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
+    normalization.placeholder(config.normalization, experiment.image_shape),
+  )
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    step = (
+      checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+    )
+    if step is None:
+      raise errors.WorkdirError(
+        f"{workdir} has no checkpoint yet: none is saved before the end of the"
+        " first epoch."
+      )
+    state = checkpoints.restore(step, like, mesh_lib.create_mesh(devices))
+  return config, experiment, state

@@ -1,0 +1,98 @@
+"""The command line: flags and what is printed of them, nothing else.
+
+python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
+  [--mode=train|eval|summary] [--config.model.depth=56 ...]
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from resnet_flax import errors
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  "",
+  "Folder of the run. By default runs/NAME, where NAME is made of the config"
+  " file's name and the overrides.",
+)
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "train",
+  ["train", "eval", "summary"],
+  "train: train, or go on training. eval: score a checkpoint of --workdir on"
+  " the test split. summary: print the network, optimizer and schedule.",
+)
+_CHECKPOINT = flags.DEFINE_enum(
+  "checkpoint",
+  "best",
+  ["best", "latest"],
+  "Which checkpoint --mode=eval takes.",
+)
+
+
+def _train(config, workdir: pathlib.Path) -> None:
+  from resnet_flax import metrics, train
+
+  records = train.train_and_evaluate(config, workdir)
+  last, best = records[-1], metrics.best_record(records)
+  print(f"Test loss: {last['test_loss']:.4f}")
+  print(f"Test accuracy: {last['test_accuracy']:.4f}")
+  monitored = metrics.monitored(best)
+  text = f"Best epoch: {best['epoch']} (0-based), test accuracy"
+  text += f" {best['test_accuracy']:.4f}, "
+  if monitored == "val_accuracy":
+    text += f"chosen by validation accuracy {best['val_accuracy']:.4f}"
+  else:
+    text += "chosen on the test split"
+  print(text)
+
+
+def _evaluate(workdir: pathlib.Path) -> None:
+  from resnet_flax import inference
+
+  scores = inference.evaluate_workdir(workdir, _CHECKPOINT.value)
+  print(f"Checkpoint: {_CHECKPOINT.value}, epoch {scores['epoch']} (0-based)")
+  print(f"Test loss: {scores['loss']:.4f}")
+  print(f"Test accuracy: {scores['accuracy']:.4f}")
+
+
+def _run(argv: list[str]) -> None:
+  from resnet_flax import command_line
+
+  command_line.set_up()
+  if _MODE.value == "eval":
+    if not _WORKDIR.value:
+      raise errors.ConfigError(
+        "--mode=eval needs --workdir=DIR, a run's folder."
+      )
+    _evaluate(pathlib.Path(_WORKDIR.value))
+    return
+  config, default_workdir = command_line.config_and_workdir()
+  if _MODE.value == "summary":
+    from resnet_flax import summary
+
+    print(summary.summarize(config))
+    return
+  _train(config, pathlib.Path(_WORKDIR.value or default_workdir))
+
+
+def run() -> None:
+  """Runs the command line; mistakes and Ctrl-C end in one line."""
+  try:
+    from resnet_flax import command_line
+
+    app.run(_run, flags_parser=command_line.parse_flags)
+  except errors.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+  except KeyboardInterrupt:
+    print(
+      "error: interrupted before training; nothing to save.", file=sys.stderr
+    )
+    sys.exit(errors.Interrupted.exit_code)
+
+
+if __name__ == "__main__":
+  run()

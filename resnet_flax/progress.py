@@ -1,0 +1,128 @@
+"""What a person sees of a run: a bar on a terminal, lines elsewhere."""
+
+import datetime
+import logging
+import sys
+import time
+from typing import Any
+
+import tqdm
+
+from resnet_flax import metrics, train_step
+
+_logger = logging.getLogger(__name__)
+
+
+class Progress:
+  """Follows the epochs of a run.
+
+  Args:
+    num_epochs: of the whole run.
+    steps_per_epoch: of one epoch.
+    batch_size: images of a step.
+    interval_seconds: without a terminal, the time between lines.
+  """
+
+  def __init__(
+    self,
+    num_epochs: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    interval_seconds: float,
+  ):
+    self._num_epochs = num_epochs
+    self._steps_per_epoch = steps_per_epoch
+    self._batch_size = batch_size
+    self._interval = interval_seconds
+    self._bar: Any = None
+    self._epoch = 0
+    self._step = 0
+    self._evaluation_seconds = 0.0
+    self._seconds_per_step = 0.0
+    self._started = self._last_line = 0.0
+
+  def start_epoch(self, epoch: int) -> None:
+    """Begins the training of a 0-based epoch."""
+    self._epoch, self._step = epoch, 0
+    self._started = self._last_line = time.perf_counter()
+    self._bar = tqdm.tqdm(
+      total=self._steps_per_epoch,
+      desc=self._title(),
+      bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
+      dynamic_ncols=True,
+      leave=False,
+      # None: no bar where standard error is not a terminal.
+      disable=None,
+    )
+
+  def step(self, step_metrics: train_step.StepMetrics) -> None:
+    """Takes in the metrics of the next step, on the host."""
+    self._step += 1
+    now = time.perf_counter()
+    self._seconds_per_step = (now - self._started) / self._step
+    if self._bar.disable:
+      if now - self._last_line >= self._interval:
+        self._last_line = now
+        _logger.info(
+          "%s step %d/%d: %s",
+          self._title(),
+          self._step,
+          self._steps_per_epoch,
+          self._text(step_metrics.sums),
+        )
+    else:
+      self._bar.set_postfix_str(self._text(step_metrics.sums), refresh=False)
+      self._bar.update()
+
+  def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
+    """Ends an epoch with its record and the seconds its evaluation took."""
+    self._evaluation_seconds = evaluation
+    text = (
+      f"{self._title()}: loss {record['train_loss']:.4f}, accuracy"
+      f" {record['train_accuracy']:.4f}"
+    )
+    for split in ("val", "test"):
+      if f"{split}_loss" in record:
+        text += (
+          f"; {split} loss {record[f'{split}_loss']:.4f}, accuracy"
+          f" {record[f'{split}_accuracy']:.4f}"
+        )
+    text += f"; {record['images_per_second']:.0f} images/s"
+    if self._left():
+      text += f"; {self._left()} left"
+    _logger.info("%s", text)
+
+  def close(self) -> None:
+    """Removes the bar, if there is one."""
+    if self._bar is not None:
+      self._bar.close()
+
+  def _title(self) -> str:
+    return f"epoch {self._epoch + 1}/{self._num_epochs}"
+
+  def _text(self, sums: train_step.MetricSums) -> str:
+    return (
+      f"loss {sums.loss / sums.count:.4f}, accuracy"
+      f" {sums.correct / sums.count:.4f},"
+      f" {self._batch_size / self._seconds_per_step:.0f} images/s,"
+      f" {self._left()} left"
+    )
+
+  def _left(self) -> str:
+    """Time left for the whole run, evaluations included."""
+    epochs = self._num_epochs - self._epoch
+    steps = epochs * self._steps_per_epoch - self._step
+    seconds = steps * self._seconds_per_step
+    trained = self._step == self._steps_per_epoch
+    seconds += (epochs - trained) * self._evaluation_seconds
+    return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
+
+
+def log_to_stderr() -> None:
+  """Sends the package's messages, as plain lines, to standard error."""
+  handler = logging.StreamHandler(sys.stderr)
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  logger = logging.getLogger("resnet_flax")
+  logger.handlers = [handler]
+  logger.setLevel(logging.INFO)
+  logger.propagate = False

@@ -1,0 +1,128 @@
+"""The folder of one run: its configuration, its environment, its name."""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from resnet_flax import config_rules, environment, errors
+
+_logger = logging.getLogger(__name__)
+
+_MAX_NAME = 120
+
+
+def default_name(config_path: str, overrides: dict[str, Any]) -> str:
+  """A folder name that differs between configs and overrides.
+
+  Args:
+    config_path: path of the config file, for example configs/v1_depth20.py.
+    overrides: flat overrides, for example {'model.depth': 56}.
+
+  Returns:
+    For example 'v1_depth20' or 'v1_depth20,model.depth=56'.
+  """
+  parts = [pathlib.Path(config_path.partition(":")[0]).stem]
+  parts += [f"{key}={value}" for key, value in sorted(overrides.items())]
+  name = ",".join(parts)
+  readable = re.sub(r"[^\w.,=+-]", "_", name)
+  if readable == name and len(name) <= _MAX_NAME:
+    return name
+  # Characters were lost or the name is too long: a digest tells them apart.
+  digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+  return f"{readable[:_MAX_NAME]},{digest}"
+
+
+def load_config(workdir: pathlib.Path) -> ConfigDict:
+  """The configuration stored in a workdir, locked.
+
+  Raises:
+    WorkdirError: there is none, or it cannot be read.
+  """
+  path = workdir / "config.json"
+  try:
+    return ConfigDict(json.loads(path.read_text())).lock()
+  except FileNotFoundError:
+    raise errors.WorkdirError(
+      f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
+      " --workdir that was trained in."
+    ) from None
+  except (OSError, ValueError, TypeError, AttributeError) as error:
+    raise errors.WorkdirError(f"{path} cannot be read: {error}.") from error
+
+
+def check(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes the workdir and checks that this experiment may use it.
+
+  Raises:
+    WorkdirError: it cannot be written, or it holds a run whose configuration
+      differs in a key that changes the mathematics.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    raise errors.WorkdirError(
+      f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
+      " one with --workdir."
+    ) from error
+  if not (workdir / "config.json").exists():
+    return
+  stored = config_rules.flatten(load_config(workdir).to_dict())
+  # Through JSON, in which tuples are lists.
+  given = config_rules.flatten(json.loads(json.dumps(config.to_dict())))
+  differing = [
+    f"{key} ({stored.get(key)!r} there, {given.get(key)!r} here)"
+    for key in sorted(stored.keys() | given.keys())
+    if stored.get(key) != given.get(key) and key not in config_rules.FREE_KEYS
+  ]
+  if differing:
+    raise errors.WorkdirError(
+      f"workdir {workdir} holds a run of another configuration, which differs"
+      f" in {', '.join(differing)}. Pass another --workdir, or the same"
+      " configuration to go on with that run."
+    )
+
+
+def record_start(
+  workdir: pathlib.Path, config: ConfigDict, devices: list[jax.Device]
+) -> None:
+  """Writes config.json and environment.json; warns if the latter changed.
+
+  environment.json is that of the first start. Where the run goes on in
+  another one, the differences are added under 'resumed'.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    write_json(path, config.to_dict())
+  path = workdir / "environment.json"
+  now = environment.describe(devices)
+  if not path.exists():
+    write_json(path, now)
+    return
+  stored = json.loads(path.read_text())
+  resumed = stored.pop("resumed", [])
+  changes = environment.changes(stored, now)
+  if changes:
+    _logger.warning(
+      "warning: this run was started in another environment, so its numbers"
+      " may differ in the last bits: %s",
+      "; ".join(changes),
+    )
+    if not resumed or resumed[-1] != changes:
+      write_json(path, stored | {"resumed": [*resumed, changes]})
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file whole or not at all."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  os.replace(temporary, path)
