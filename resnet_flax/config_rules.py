@@ -76,6 +76,8 @@ def _sequence(rule: Rule) -> Rule:
 
 def _name(known: Any) -> Rule:
   def check(key: str, value: Any) -> None:
+    if not isinstance(value, str):
+      raise _wrong(key, value, "a name")
     if value not in known:
       raise errors.unknown_name(key, value, known)
 

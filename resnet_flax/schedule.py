@@ -62,7 +62,7 @@ class LearningRate:
   drops: tuple[tuple[int, float], ...]
   steps_per_epoch: int
   warmup: tuple[float, float] | None
-  plateau: dict[str, Any] | None
+  plateau: ConfigDict | None
 
   def init(self) -> RateState:
     """The state before the first step."""
@@ -82,7 +82,7 @@ class LearningRate:
     rate = jnp.asarray(rate, jnp.float32)
     if self.plateau:
       # The floor limits what the plateau does, not what the schedule does.
-      floor = jnp.minimum(rate, self.plateau["min_lr"])
+      floor = jnp.minimum(rate, self.plateau.min_lr)
       rate = jnp.maximum(rate * state.plateau.scale, floor)
     if self.warmup:
       rate = jnp.where(state.warmup_error > 0, self.warmup[0], rate)
@@ -114,21 +114,21 @@ class LearningRate:
       lines.append(f"warm-up: {rate:g} until the training error < {error:g}")
     if self.plateau:
       lines.append(
-        f"plateau: x {self.plateau['factor']:.4g} after"
-        f" {self.plateau['patience']} epochs without improvement, not below"
-        f" {self.plateau['min_lr']:g}"
+        f"plateau: x {self.plateau.factor:.4g} after"
+        f" {self.plateau.patience} epochs without improvement, not below"
+        f" {self.plateau.min_lr:g}"
       )
     return lines
 
 
-def _plateau(config: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+def _plateau(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
   # Keras's rule: an absolute improvement counts, a relative one does not.
   return optax.contrib.reduce_on_plateau(
-    factor=config["factor"],
-    patience=config["patience"],
-    cooldown=config["cooldown"],
+    factor=config.factor,
+    patience=config.patience,
+    cooldown=config.cooldown,
     rtol=0.0,
-    atol=config["min_delta"],
+    atol=config.min_delta,
   )
 
 
@@ -161,5 +161,5 @@ def create_learning_rate(
     drops=tuple(sorted(drops.items())),
     steps_per_epoch=steps_per_epoch,
     warmup=warmup,
-    plateau=dict(config.plateau) if config.plateau.enabled else None,
+    plateau=config.plateau if config.plateau.enabled else None,
   )

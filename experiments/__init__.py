@@ -1,0 +1,1 @@
+"""One question each: see the README of every folder."""

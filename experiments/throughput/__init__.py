@@ -1,0 +1,1 @@
+"""What the input pipeline and the start cost."""

@@ -1,0 +1,54 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from resnet_flax import errors
+from resnet_flax.datasets import record
+
+
+@pytest.fixture
+def arrays(random_images):
+  return record.Arrays(
+    train_images=random_images(6),
+    train_labels=np.arange(6, dtype=np.int32),
+    test_images=random_images(3),
+    test_labels=np.arange(3, dtype=np.int32),
+    class_names=tuple("abcdef"),
+  )
+
+
+def test_subset_of_a_subset(arrays):
+  split = record.whole_split(arrays.train_images, arrays.train_labels)
+  part = split.subset(np.array([1, 3, 5])).subset(np.array([2, 0]))
+  images, labels = part.take(np.array([0, 1]))
+  assert len(part) == 2
+  np.testing.assert_array_equal(labels, [5, 1])
+  np.testing.assert_array_equal(images, arrays.train_images[[5, 1]])
+
+
+def test_good_arrays_pass(arrays):
+  assert record.check(arrays, "some", (32, 32, 3)) is arrays
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {
+        "test_images": np.zeros((0, 32, 32, 3), np.uint8),
+        "test_labels": np.zeros(0, np.int32),
+      },
+      "the test split is empty",
+    ),
+    ({"train_images": np.zeros((6, 28, 28, 3), np.uint8)}, r"28, 28, 3\]; nee"),
+    ({"train_images": np.zeros((6, 32, 32, 1), np.uint8)}, "32, 32, 1"),
+    ({"train_images": np.zeros((6, 32, 32, 3), np.float32)}, "float32"),
+    ({"train_images": np.zeros((5, 32, 32, 3), np.uint8)}, "6 labels"),
+    ({"test_labels": np.array([0, 1, 6], np.int32)}, "labels from 0 to 6"),
+    ({"test_labels": np.array([0, 1, -1], np.int32)}, "labels from -1"),
+  ],
+)
+def test_bad_arrays_are_named(arrays, changes, message):
+  with pytest.raises(errors.DataError, match=message):
+    record.check(dataclasses.replace(arrays, **changes), "some", (32, 32, 3))

@@ -1,0 +1,131 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from configs import base
+from resnet_flax import (
+  datasets,
+  evaluate,
+  experiment as experiment_lib,
+  mesh as mesh_lib,
+  normalization,
+  train,
+  train_step,
+)
+from resnet_flax.datasets import record
+
+
+def split_of(count, size=2):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+  labels = rng.integers(0, 10, count).astype(np.int32)
+  return record.whole_split(images, labels)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 8))
+def test_every_image_is_in_exactly_one_batch(count, batch_size, num_devices):
+  split = split_of(count)
+  seen_images, seen_labels, sizes = [], [], set()
+  for images, labels, mask in evaluate.padded_batches(
+    split, batch_size, num_devices
+  ):
+    sizes.add(len(images))
+    assert len(images) == len(labels) == len(mask)
+    seen_images.append(images[mask])
+    seen_labels.append(labels[mask])
+  # One size, so that one program serves all.
+  (size,) = sizes
+  assert size % num_devices == 0
+  np.testing.assert_array_equal(np.concatenate(seen_images), split.images)
+  np.testing.assert_array_equal(np.concatenate(seen_labels), split.labels)
+
+
+@pytest.fixture(scope="module")
+def scored():
+  """A network, a split and its scores computed image by image."""
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4})
+  experiment = experiment_lib.build(config)
+  state = train_step.create_train_state(
+    experiment,
+    jax.random.key(0),
+    normalization.placeholder("pixel_mean", (32, 32, 3)),
+  )
+  split = split_of(21, 32)
+  logits = train_step.apply_eval(
+    experiment.model, state, jnp.asarray(split.images)
+  )
+  rows = np.arange(len(split))
+  losses = -np.asarray(jax.nn.log_softmax(logits))[rows, split.labels]
+  expected = {
+    "loss": losses.mean(),
+    "objective": losses.mean() + experiment.optimizer.penalty(state.params),
+    "accuracy": np.mean(np.argmax(logits, -1) == split.labels),
+  }
+  return experiment, state, split, expected
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [5, 8, 21, 100])
+def test_scores_do_not_depend_on_batches_or_devices(
+  scored, batch_size, num_devices
+):
+  experiment, state, split, expected = scored
+  mesh = mesh_lib.create_mesh(jax.devices()[:num_devices])
+  scores = evaluate.evaluate(
+    train.jit_eval_step(experiment),
+    jax.device_put(state, mesh_lib.replicated(mesh)),
+    split,
+    batch_size,
+    mesh,
+  )
+  assert scores.keys() == expected.keys()
+  for name, value in expected.items():
+    assert scores[name] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_a_lost_image_is_noticed(scored):
+  experiment, state, split, _ = scored
+  mesh = mesh_lib.create_mesh(jax.devices()[:1])
+  step = train.jit_eval_step(experiment)
+
+  def losing(state, images, labels, mask):
+    return step(state, images, labels, mask.at[0].set(False))
+
+  with pytest.raises(AssertionError, match="scored 20 of 21 images"):
+    evaluate.evaluate(losing, state, split, 100, mesh)
+
+
+def test_the_real_test_split_is_counted_whole(cifar_data_dir):
+  config = base.get_config()
+  config.dataset.data_dir = cifar_data_dir
+  split = datasets.load(config.dataset).test
+  batches = evaluate.padded_batches(split, 128, 8)
+  assert sum(mask.sum() for _, _, mask in batches) == 10_000
+
+
+def test_evaluation_compiles_once(scored):
+  experiment, state, split, _ = scored
+  mesh = mesh_lib.create_mesh(jax.devices()[:1])
+  traced = []
+
+  def counting(*arguments):
+    traced.append(1)
+    return train_step.eval_step(experiment, *arguments)
+
+  evaluate.evaluate(jax.jit(counting), state, split, 8, mesh)
+  assert len(traced) == 1
+
+
+def test_eval_step_is_the_pure_function(scored):
+  experiment, state, split, expected = scored
+  images, labels = split.take(np.arange(len(split)))
+  sums = functools.partial(train_step.eval_step, experiment)(
+    state, jnp.asarray(images), jnp.asarray(labels), jnp.ones(21, bool)
+  )
+  assert float(sums.loss) / 21 == pytest.approx(expected["loss"], rel=1e-5)

@@ -1,0 +1,196 @@
+"""The command line as users call it: one process for each command."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICK = [
+  "--config=configs/quickstart.py",
+  "--config.num_epochs=1",
+  "--config.dataset.train_examples=64",
+  "--config.model.num_filters=4",
+]
+
+
+def command(*arguments):
+  return [sys.executable, "-m", "resnet_flax.main", *map(str, arguments)]
+
+
+def run(*arguments, cwd=ROOT, **environment):
+  return subprocess.run(
+    command(*arguments),
+    cwd=cwd,
+    env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def test_train_again_and_eval(tmp_path):
+  first = run(*QUICK, f"--workdir={tmp_path}/run")
+  assert first.returncode == 0, first.stderr
+  lines = first.stdout.splitlines()
+  assert lines[0].startswith("Test loss: ")
+  assert lines[1].startswith("Test accuracy: 0.")
+  assert lines[2].startswith("Best epoch: 0 (0-based), test accuracy 0.")
+  assert lines[2].endswith("chosen on the test split")
+  assert "chosen on the test split, as in the recipe" in first.stderr
+  again = run(*QUICK, f"--workdir={tmp_path}/run")
+  assert again.stdout == first.stdout
+  assert "is finished: 1 epochs" in again.stderr
+  scored = run(
+    "--mode=eval", f"--workdir={tmp_path}/run", "--checkpoint=latest"
+  )
+  assert scored.stdout.splitlines()[1:] == lines[:2]
+
+
+def test_default_workdir_differs_between_overrides(tmp_path):
+  """Run in a copy of the configs, since it writes to runs/ of the folder."""
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  assert run(*QUICK, cwd=tmp_path).returncode == 0
+  more = [*QUICK, "--config.seed=1", "--config.eval_batch_size=50"]
+  assert run(*more, cwd=tmp_path).returncode == 0
+  name = "quickstart,dataset.train_examples=64,model.num_filters=4,num_epochs=1"
+  assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+    name,
+    f"{name},seed=1",
+  ]
+
+
+def test_summary():
+  result = run("--config=configs/v2_depth29.py", "--mode=summary")
+  assert "Total parameters: 849,002" in result.stdout
+  assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "no --config: pass a config file"),
+    (["--config=configs/v1_depth21.py"], "there is no such file"),
+    (
+      ["--config=configs/v1_depth20.py", "--config.model.dept=20"],
+      "Did you mean 'model.depth'",
+    ),
+    (
+      ["--config=configs/v1_depth20.py", "--config.model=1"],
+      "config key='model' is not known",
+    ),
+    (
+      ["--config=configs/v1_depth20.py", "--config.model.depth=21"],
+      "nearest: 20 and 26",
+    ),
+    (["--config=configs/v1_depth20.py", "--config.model.depth=deep"], "deep"),
+    (["--config=configs/v1_depth20.py", "--config.model.depth=20.5"], "20.5"),
+    (
+      ["--config=configs/v1_depth20.py", "--config.augment.flip=perhaps"],
+      "perhaps",
+    ),
+    (
+      ["--config=configs/v1_depth20.py", "--config.num_epochs=0"],
+      "num_epochs=0",
+    ),
+    (
+      ["--config.model.depth=20", "--config=configs/v1_depth20.py"],
+      "before a value for --config",
+    ),
+    (["--cnofig=configs/v1_depth20.py"], "Unknown command line flag"),
+    (["--mode=trian"], "trian"),
+    (["configs/v1_depth20.py"], "unexpected argument 'configs/v1_depth20.py'"),
+    (["--mode=eval"], "--mode=eval needs --workdir"),
+    (["--mode=eval", "--workdir=no/such/run"], "is not the workdir of a run"),
+    (
+      ["--config=configs/quickstart.py", "--workdir=/dev/null/run"],
+      "cannot be written",
+    ),
+    (
+      [
+        "--config=configs/v1_depth20.py",
+        "--config.dataset.archive=missing.tar.gz",
+        "--config.dataset.data_dir=/nonexistent",
+        "--workdir={tmp}",
+      ],
+      "missing.tar.gz",
+    ),
+  ],
+)
+def test_mistakes_end_in_one_line(arguments, message, tmp_path):
+  result = run(*[argument.format(tmp=tmp_path) for argument in arguments])
+  assert result.returncode in (1, 2)
+  assert result.stdout == ""
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith("error: ")
+  assert message in last
+  assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:", "SyntaxError"),
+    ("import no_such_module", "No module named 'no_such_module'. Run from"),
+    ("def get_config():\n  raise ValueError('my reason')", "my reason"),
+    ("def get_config():\n  return {'a': 1}", "returns dict"),
+    ("x = 1", "get_config"),
+  ],
+)
+def test_config_file_that_fails(text, message, tmp_path):
+  path = tmp_path / "broken config é.py"
+  path.write_text(text)
+  result = run(f"--config={path}", "--mode=summary")
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+
+
+def test_workdir_of_another_configuration(tmp_path):
+  assert run(*QUICK, f"--workdir={tmp_path}").returncode == 0
+  other = run(*QUICK, "--config.seed=3", f"--workdir={tmp_path}")
+  assert other.returncode == 1
+  assert "seed (0 there, 3 here)" in other.stderr
+
+
+def test_ctrl_c_says_where_the_run_stands(tmp_path):
+  arguments = [*QUICK, "--config.num_epochs=1000", f"--workdir={tmp_path}"]
+  process = subprocess.Popen(
+    command(*arguments),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  log = tmp_path / "metrics.jsonl"
+  deadline = time.monotonic() + 120
+  while not log.exists() and time.monotonic() < deadline:
+    time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 130
+  last = stderr.splitlines()[-1]
+  assert last.startswith("error: interrupted in epoch ")
+  assert "The same command goes on after them." in last
+  assert "Traceback" not in stderr
+
+
+def test_ctrl_c_before_training(tmp_path):
+  """While libraries are still being imported."""
+  process = subprocess.Popen(
+    command(*QUICK, f"--workdir={tmp_path}"),
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  time.sleep(0.6)
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode in (130, -signal.SIGINT)
+  if process.returncode == 130:
+    assert "Traceback" not in stderr

@@ -1,0 +1,96 @@
+import io
+import logging
+import sys
+import types
+
+import pytest
+
+from resnet_flax import progress
+
+RECORD = {
+  "train_loss": 1.25,
+  "train_accuracy": 0.5,
+  "test_loss": 1.5,
+  "test_accuracy": 0.25,
+  "images_per_second": 123.4,
+}
+
+
+def step_metrics(count):
+  sums = types.SimpleNamespace(loss=2.0 * count, correct=count / 4, count=count)
+  return types.SimpleNamespace(sums=sums)
+
+
+class Clock:
+  """A clock that tests move."""
+
+  def __init__(self, monkeypatch):
+    self.now = 1000.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  return Clock(monkeypatch)
+
+
+def test_plain_lines_without_a_terminal(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(2, 4, batch_size=8, interval_seconds=30)
+  shown.start_epoch(0)
+  for step in range(1, 5):
+    clock.now += 20
+    shown.step(step_metrics(8 * step))
+  shown.end_epoch(RECORD, evaluation=10)
+  lines = [record.message for record in caplog.records]
+  # After 40 s, the first time that 30 s have gone by, and after 80 s.
+  assert lines[0] == (
+    "epoch 1/2 step 2/4: loss 2.0000, accuracy 0.2500, 0 images/s, 0:02:00 left"
+  )
+  assert lines[1].startswith("epoch 1/2 step 4/4")
+  assert lines[2] == (
+    "epoch 1/2: loss 1.2500, accuracy 0.5000; test loss 1.5000, accuracy"
+    " 0.2500; 123 images/s; 0:01:30 left"
+  )
+  assert len(lines) == 3
+
+
+def test_last_line_has_no_time_left(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(1, 1, batch_size=8, interval_seconds=30)
+  shown.start_epoch(0)
+  clock.now += 1
+  shown.step(step_metrics(8))
+  shown.end_epoch({**RECORD, "val_loss": 1.0, "val_accuracy": 0.75}, 10)
+  assert "left" not in caplog.text
+  assert "val loss 1.0000, accuracy 0.7500; test loss" in caplog.text
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_bar_on_a_terminal(clock, monkeypatch, caplog):
+  caplog.set_level(logging.INFO)
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  shown = progress.Progress(2, 4, batch_size=8, interval_seconds=0)
+  shown.start_epoch(0)
+  for step in range(1, 5):
+    clock.now += 1
+    shown.step(step_metrics(8 * step))
+  shown.close()
+  assert "epoch 1/2" in terminal.getvalue()
+  assert caplog.records == []
+
+
+def test_log_to_stderr(capsys):
+  logger = logging.getLogger("resnet_flax")
+  saved = logger.handlers, logger.level, logger.propagate
+  try:
+    progress.log_to_stderr()
+    logging.getLogger("resnet_flax.train").info("compiling")
+    assert capsys.readouterr().err == "compiling\n"
+  finally:
+    logger.handlers, logger.level, logger.propagate = saved

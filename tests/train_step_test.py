@@ -1,0 +1,151 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from resnet_flax import experiment as experiment_lib, normalization, train_step
+
+
+def make_experiment(name="resnet_v1", depth=8):
+  config = base.get_config()
+  config.model.update({"name": name, "depth": depth, "num_filters": 4})
+  config.augment.name = "none"
+  config.batch_size = 4
+  return experiment_lib.build(config)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+  return make_experiment()
+
+
+def create_state(experiment):
+  return train_step.create_train_state(
+    experiment,
+    jax.random.key(0),
+    normalization.placeholder("pixel_mean", experiment.image_shape),
+  )
+
+
+def batch(count=4):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+  return jnp.asarray(images), jnp.asarray(np.arange(count) % 10, jnp.int32)
+
+
+def test_normalization():
+  mean = jnp.full((32, 32, 3), 0.25)
+  std = jnp.full((1, 1, 3), 0.5)
+  images = jnp.full((2, 32, 32, 3), 255, jnp.uint8)
+  result = train_step.Normalization(mean, std)(images)
+  assert result.dtype == jnp.float32
+  np.testing.assert_allclose(result, 1.5)
+
+
+def test_sums_of_the_epoch(experiment):
+  """They add up within an epoch and start anew with the next."""
+  state = create_state(experiment)
+  steps = experiment.learning_rate.steps_per_epoch
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  key = jax.random.key(0)
+  state, first = step(state, images, labels, key)
+  state, second = step(state, images, labels, key)
+  assert int(first.sums.count) == 4
+  assert int(second.sums.count) == 8
+  assert float(second.sums.loss) > float(first.sums.loss) > 0
+  state, _ = step(state.replace(step=jnp.asarray(steps)), images, labels, key)
+  assert int(state.epoch_sums.count) == 4
+  assert int(state.step) == steps + 1
+
+
+def test_objective_is_loss_plus_penalty(experiment):
+  state = create_state(experiment)
+  images, labels = batch()
+  _, step_metrics = train_step.train_step(
+    experiment, state, images, labels, jax.random.key(0)
+  )
+  penalty = experiment.optimizer.penalty(state.params)
+  np.testing.assert_allclose(
+    step_metrics.sums.objective,
+    step_metrics.sums.loss + 4 * penalty,
+    rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
+def test_non_finite_state_is_reported(experiment, part):
+  state = create_state(experiment)
+  poisoned = jax.tree.map(
+    lambda x: (
+      jnp.full_like(x, jnp.inf) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    ),
+    getattr(state, part),
+  )
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  _, good = step(state, images, labels, jax.random.key(0))
+  assert bool(good.finite)
+  _, bad = step(
+    state.replace(**{part: poisoned}), images, labels, jax.random.key(0)
+  )
+  assert not bool(bad.finite)
+
+
+def test_randomness_depends_on_the_step_alone():
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4})
+  config.batch_size = 4
+  experiment = experiment_lib.build(config)
+  state = create_state(experiment)
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, experiment))
+
+  def loss_at(number):
+    start = state.replace(step=jnp.asarray(number))
+    return float(step(start, images, labels, jax.random.key(0))[1].sums.loss)
+
+  assert loss_at(0) == loss_at(0)
+  assert loss_at(0) != loss_at(1562)
+
+
+def test_eval_step_counts_what_the_mask_lets_through(experiment):
+  state = create_state(experiment)
+  images, labels = batch(6)
+  mask = jnp.asarray([True, True, False, True, False, True])
+  score = functools.partial(train_step.eval_step, experiment, state)
+  masked = score(images, labels, mask)
+  kept = score(images[mask], labels[mask], jnp.ones(4, bool))
+  assert int(masked.count) == 4
+  assert int(masked.correct) == int(kept.correct)
+  np.testing.assert_allclose(masked.loss, kept.loss, rtol=1e-5)
+  np.testing.assert_allclose(masked.objective, kept.objective, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "depth"), [("resnet_v1", 8), ("resnet_v2", 11)]
+)
+def test_step_lowers_for_tpu_and_cuda(name, depth):
+  experiment = make_experiment(name, depth)
+  state = jax.eval_shape(lambda: create_state(experiment))
+  exported = jax.export.export(
+    jax.jit(
+      functools.partial(train_step.train_step, experiment), donate_argnums=0
+    ),
+    platforms=["tpu", "cuda"],
+  )(
+    state,
+    jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8),
+    jax.ShapeDtypeStruct((4,), jnp.int32),
+    jax.eval_shape(lambda: jax.random.key(0)),
+  )
+  assert exported.platforms == ("tpu", "cuda")
+  text = exported.mlir_module()
+  kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
+  # Forward and weight gradient of each, input gradient of all but the stem.
+  convolutions = len(re.findall(r"stablehlo\.convolution", text))
+  assert convolutions == 3 * kernels - 1

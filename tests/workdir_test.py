@@ -1,0 +1,126 @@
+import json
+import os
+
+import jax
+import pytest
+
+from configs import base
+from resnet_flax import errors, workdir as workdir_lib
+
+
+def start(folder, config):
+  workdir_lib.check(folder, config)
+  workdir_lib.record_start(folder, config, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+  ("path", "overrides", "expected"),
+  [
+    ("configs/v1_depth20.py", {}, "v1_depth20"),
+    ("v1_depth20.py", {"model.depth": 56}, "v1_depth20,model.depth=56"),
+    (
+      "a.py",
+      {"schedule.drop_inclusive": True, "batch_size": 8},
+      "a,batch_size=8,schedule.drop_inclusive=True",
+    ),
+  ],
+)
+def test_default_name(path, overrides, expected):
+  assert workdir_lib.default_name(path, overrides) == expected
+
+
+def test_default_names_differ_even_where_they_cannot_be_spelled_out():
+  cases = [
+    {"a": "x/y"},
+    {"a": "x y"},
+    {"a": "x_y"},
+    {"a": (1, 2)},
+    {"a": (1, 3)},
+  ]
+  cases += [{f"key{k}": "v" * 40 for k in range(9)} | {"z": z} for z in (1, 2)]
+  names = [workdir_lib.default_name("a.py", case) for case in cases]
+  assert len(set(names)) == len(cases)
+  assert all(len(name) < 200 and "/" not in name for name in names)
+
+
+def test_config_comes_back(tmp_path):
+  config = base.get_config()
+  start(tmp_path, config)
+  stored = workdir_lib.load_config(tmp_path)
+  assert stored.is_locked
+  assert stored.model.depth == 20
+  assert tuple(stored.schedule.drop_percents) == (40, 60, 80, 90)
+  # Tuples are lists in JSON; that is no difference.
+  start(tmp_path, config)
+
+
+def test_environment(tmp_path):
+  start(tmp_path, base.get_config())
+  environment = json.loads((tmp_path / "environment.json").read_text())
+  assert environment["libraries"]["jax"] == jax.__version__
+  assert environment["devices"] == ["cpu"]
+  assert environment["cpu_threads"] >= 1
+  for key in ("git_commit", "git_clean", "python", "cpu_model", "platform"):
+    assert key in environment
+  assert "resumed" not in environment
+
+
+def test_change_of_environment_is_warned_about_and_noted(tmp_path, caplog):
+  start(tmp_path, base.get_config())
+  path = tmp_path / "environment.json"
+  first = json.loads(path.read_text()) | {"cpu_threads": 99}
+  path.write_text(json.dumps(first))
+  for _ in range(2):
+    start(tmp_path, base.get_config())
+  assert "cpu_threads: 99 -> " in caplog.text
+  stored = json.loads(path.read_text())
+  assert stored["cpu_threads"] == 99
+  # Once, not at every start.
+  assert len(stored["resumed"]) == 1
+
+
+def test_another_configuration_is_refused(tmp_path):
+  start(tmp_path, base.get_config())
+  before = (tmp_path / "config.json").read_text()
+  other = base.get_config()
+  other.model.depth = 56
+  other.optimizer.learning_rate = 0.1
+  with pytest.raises(errors.WorkdirError) as caught:
+    workdir_lib.check(tmp_path, other)
+  assert "model.depth (20 there, 56 here)" in str(caught.value)
+  assert "optimizer.learning_rate (0.001 there, 0.1 here)" in str(caught.value)
+  assert (tmp_path / "config.json").read_text() == before
+
+
+def test_keys_outside_the_mathematics_may_differ(tmp_path):
+  start(tmp_path, base.get_config())
+  other = base.get_config()
+  other.eval_batch_size = 7
+  other.dataset.data_dir = "/elsewhere"
+  other.log.tensorboard = False
+  workdir_lib.check(tmp_path, other)
+
+
+def test_unwritable_workdir(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.WorkdirError, match="--workdir"):
+    workdir_lib.check(tmp_path / "file" / "run", base.get_config())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_workdir(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(errors.WorkdirError, match="Permission denied"):
+    workdir_lib.check(tmp_path, base.get_config())
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a', "nonsense"])
+def test_damaged_config_is_one_line(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(errors.WorkdirError, match=r"config\.json"):
+    workdir_lib.check(tmp_path, base.get_config())
+
+
+def test_not_a_workdir(tmp_path):
+  with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
+    workdir_lib.load_config(tmp_path)
