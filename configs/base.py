@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
   config.model = ConfigDict()
   # 'resnet_v1' (depth 6n+2) or 'resnet_v2' (depth 9n+2).
   config.model.name = "resnet_v1"
+  # Weighted layers, shortcuts not counted.
   config.model.depth = 20
   # Channels of the stem and of the first stage's 3x3 convolutions.
   config.model.num_filters = 16
@@ -66,18 +67,24 @@ def get_config() -> ConfigDict:
   # 'same' pads (0, 1) at stride 2, 'symmetric' pads (1, 1) as the paper's
   # Caffe code does.
   config.model.padding = "same"
+  # Whether convolutions have a bias. One that feeds a batch norm does
+  # nothing, but the Keras example has it.
   config.model.conv_bias = True
   # Share of the old running statistics that is kept at each step.
   config.model.batch_norm_momentum = 0.99
+  # Added to the variance (Keras's value, not Flax's).
   config.model.batch_norm_epsilon = 1e-3
 
   config.optimizer = ConfigDict()
   # 'adam' or 'sgd'.
   config.optimizer.name = "adam"
+  # The initial rate, which the schedule multiplies.
   config.optimizer.learning_rate = 1e-3
-  # Adam's moments and epsilon (Keras's value, not Optax's).
+  # Adam's share of the old first moment that is kept at each step.
   config.optimizer.b1 = 0.9
+  # The same for the second moment.
   config.optimizer.b2 = 0.999
+  # Added to the root of Adam's second moment (Keras's value, not Optax's).
   config.optimizer.epsilon = 1e-7
   # SGD's heavy-ball momentum.
   config.optimizer.momentum = 0.9
@@ -88,17 +95,19 @@ def get_config() -> ConfigDict:
   config.optimizer.l2_weights = "conv_kernels"
 
   config.schedule = ConfigDict()
-  # The rate is learning_rate * drop_factors[k] from the k-th drop on. Drop k
-  # comes at the first 0-based epoch after drop_percents[k] % of num_epochs:
-  # 81, 121, 161 and 181 of 200.
+  # Drop k comes at the first 0-based epoch after drop_percents[k] % of
+  # num_epochs: 81, 121, 161 and 181 of 200.
   config.schedule.drop_percents = (40, 60, 80, 90)
+  # The rate is learning_rate * drop_factors[k] from drop k on.
   config.schedule.drop_factors = (1e-1, 1e-2, 1e-3, 0.5e-3)
   # True: drop at the epoch that the percentage names, not after it.
   config.schedule.drop_inclusive = False
-  # He et al. 2015 §4.2: for depths from warmup_min_depth on, train at this
-  # rate until the training error falls under warmup_error. 0 turns it off.
+  # He et al. 2015 §4.2: train deep networks at this rate until the training
+  # error falls under warmup_error. 0 turns it off.
   config.schedule.warmup_learning_rate = 0.0
+  # The error, a fraction, of about the last 50 batches.
   config.schedule.warmup_error = 0.8
+  # Shallower networks do not warm up.
   config.schedule.warmup_min_depth = 110
 
   config.plateau = ConfigDict()
@@ -106,10 +115,12 @@ def get_config() -> ConfigDict:
   # Keras reports it) stalls. Off: in the original example the schedule sets
   # the rate again every epoch, so its ReduceLROnPlateau has no effect.
   config.plateau.enabled = False
-  config.plateau.factor = 0.31622776601683794  # sqrt(0.1)
+  # What the rate is multiplied by: the square root of 0.1.
+  config.plateau.factor = 0.31622776601683794
   # Epochs without improvement before the rate is reduced.
   config.plateau.patience = 5
-  # Epochs after a reduction in which none is counted.
+  # Epochs after a reduction in which none is counted (Keras counts the last
+  # of them).
   config.plateau.cooldown = 0
   # An improvement smaller than this is none.
   config.plateau.min_delta = 1e-4

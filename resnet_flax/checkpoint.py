@@ -22,8 +22,14 @@ class Checkpoints:
   A context manager; leaving it waits for what is still being written.
   """
 
-  def __init__(self, workdir: pathlib.Path):
-    """Opens, and creates if need be, `workdir`/checkpoints."""
+  def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
+    """Opens `workdir`/checkpoints.
+
+    Args:
+      workdir: the run's folder.
+      read_only: neither create nor clean up nor save anything, so that a run
+        can be read while it goes on.
+    """
     self._folder = (workdir / "checkpoints").absolute()
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -39,7 +45,9 @@ class Checkpoints:
         # Without it Orbax would not write the metrics to disk.
         best_fn=lambda metrics: metrics["accuracy"],
         # A half-written checkpoint of a killed run is of no use to anyone.
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
       ),
     )
 
@@ -75,10 +83,11 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step of the checkpoint of the best epoch, or None."""
-    steps = self._manager.all_steps()
-    if not steps:
-      return None
-    return max(steps, key=lambda step: _rank(self._manager.metrics(step)))
+    metrics = {
+      step: self._manager.metrics(step) for step in self._manager.all_steps()
+    }
+    ranked = {step: _rank(found) for step, found in metrics.items() if found}
+    return max(ranked, key=lambda step: ranked[step]) if ranked else None
 
   def restore(
     self, step: int, like: train_step.TrainState, mesh: Mesh

@@ -4,11 +4,19 @@ import hashlib
 import os
 import re
 
+import jax
 from absl import flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from resnet_flax import errors
+from resnet_flax import (
+  config_rules,
+  environment,
+  errors,
+  progress,
+  workdir,
+)
+from resnet_flax.datasets import cache
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -52,16 +60,18 @@ def parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
+def has_config() -> bool:
+  """Whether a --config was given."""
+  return _CONFIG.value is not None
+
+
 def config_and_workdir() -> tuple[ConfigDict, str]:
   """The configuration of the command line and its default workdir.
 
   Raises:
     ConfigError: no --config was given.
   """
-  # Imported late: parsing must not wait for JAX.
-  from resnet_flax import config_rules, workdir
-
-  if _CONFIG.value is None:
+  if not has_config():
     raise errors.ConfigError(
       "no --config: pass a config file, for example"
       " --config=configs/v1_depth20.py."
@@ -80,11 +90,6 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
 
 def set_up() -> None:
   """Sets up messages and the compilation cache, before JAX is first used."""
-  import jax
-
-  from resnet_flax import environment, progress
-  from resnet_flax.datasets import cache
-
   progress.log_to_stderr()
   # The libraries' own warnings are about their internals.
   absl_logging.set_verbosity(absl_logging.ERROR)
@@ -116,7 +121,7 @@ def _load(path: str) -> ConfigDict:
   except Exception as error:
     hint = ""
     if isinstance(error, ModuleNotFoundError):
-      hint = " Run from the repository's top folder."
+      hint = ". Run from the repository's top folder."
     raise errors.ConfigError(
       f"--config={path} fails: {type(error).__name__}: {_one_line(error)}{hint}"
     ) from error
@@ -129,8 +134,6 @@ def _load(path: str) -> ConfigDict:
 
 
 def _check_keys(argv: list[str], config: ConfigDict) -> None:
-  from resnet_flax import config_rules
-
   known = config_rules.flatten(config.to_dict())
   for argument in argv[1:]:
     if argument == "--":

@@ -1,5 +1,6 @@
 """Scores a split: every image exactly once, at any batch or device count."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,12 +41,18 @@ def padded_batches(
     yield images, labels, mask
 
 
+def jit_eval_step(experiment: train_step.Experiment) -> EvalStep:
+  """The jitted function of (state, images, labels, mask) that scores."""
+  return jax.jit(functools.partial(train_step.eval_step, experiment))
+
+
 def evaluate(
   eval_step: EvalStep,
   state: train_step.TrainState,
   split: datasets.Split,
   batch_size: int,
   mesh: Mesh,
+  on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """The mean loss, objective and accuracy over a split.
 
@@ -56,6 +63,7 @@ def evaluate(
     split: images and labels.
     batch_size: images of a call, at most.
     mesh: the devices.
+    on_batch: called after every call.
 
   Returns:
     `loss` (cross-entropy), `objective` (with the L2 term) and `accuracy` (a
@@ -69,6 +77,7 @@ def evaluate(
     if pending is not None:
       totals += _to_host(pending)
     pending = sums
+    on_batch()
   totals += _to_host(pending)
   loss, objective, correct, count = totals
   if count != len(split):

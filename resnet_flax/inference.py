@@ -22,7 +22,6 @@ from resnet_flax import (
   mesh as mesh_lib,
   normalization,
   randomness,
-  train,
   train_step,
   workdir as workdir_lib,
 )
@@ -100,6 +99,7 @@ def evaluate_workdir(
   workdir: pathlib.Path,
   which: str = "best",
   *,
+  config: ConfigDict | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, float]:
   """Scores a checkpoint of a run on the test split of its data set.
@@ -107,6 +107,8 @@ def evaluate_workdir(
   Args:
     workdir: the run's folder.
     which: 'best' or 'latest'.
+    config: replaces the stored configuration; only keys that do not change
+      the mathematics may differ, for example where the data is.
     devices: what to compute on, by default all devices.
 
   Returns:
@@ -116,10 +118,13 @@ def evaluate_workdir(
     ConfigError, WorkdirError: see `load_model`.
     DataError: the data cannot be had.
   """
-  config, experiment, state = _restore(workdir, which, devices)
+  if config is not None:
+    workdir_lib.check_same(workdir, config)
+  stored, experiment, state = _restore(workdir, which, devices)
+  config = config or stored
   dataset = datasets.load(config.dataset)
   scores = evaluate.evaluate(
-    train.jit_eval_step(experiment),
+    evaluate.jit_eval_step(experiment),
     state,
     dataset.test,
     config.eval_batch_size,
@@ -147,14 +152,17 @@ def _restore(
     randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
     normalization.placeholder(config.normalization, experiment.image_shape),
   )
-  with checkpoint.Checkpoints(workdir) as checkpoints:
+  missing = errors.WorkdirError(
+    f"{workdir} has no checkpoint yet: none is saved before the end of the"
+    " first epoch."
+  )
+  if not (workdir / "checkpoints").is_dir():
+    raise missing
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     step = (
       checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     )
     if step is None:
-      raise errors.WorkdirError(
-        f"{workdir} has no checkpoint yet: none is saved before the end of the"
-        " first epoch."
-      )
+      raise missing
     state = checkpoints.restore(step, like, mesh_lib.create_mesh(devices))
   return config, experiment, state

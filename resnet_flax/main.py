@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from resnet_flax import errors
 
@@ -22,7 +23,8 @@ _MODE = flags.DEFINE_enum(
   "train",
   ["train", "eval", "summary"],
   "train: train, or go on training. eval: score a checkpoint of --workdir on"
-  " the test split. summary: print the network, optimizer and schedule.",
+  " the test split; needs no --config. summary: print the network, optimizer"
+  " and schedule.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint",
@@ -32,7 +34,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 )
 
 
-def _train(config, workdir: pathlib.Path) -> None:
+def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
   from resnet_flax import metrics, train
 
   records = train.train_and_evaluate(config, workdir)
@@ -49,10 +51,10 @@ def _train(config, workdir: pathlib.Path) -> None:
   print(text)
 
 
-def _evaluate(workdir: pathlib.Path) -> None:
+def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
   from resnet_flax import inference
 
-  scores = inference.evaluate_workdir(workdir, _CHECKPOINT.value)
+  scores = inference.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
   print(f"Checkpoint: {_CHECKPOINT.value}, epoch {scores['epoch']} (0-based)")
   print(f"Test loss: {scores['loss']:.4f}")
   print(f"Test accuracy: {scores['accuracy']:.4f}")
@@ -67,7 +69,10 @@ def _run(argv: list[str]) -> None:
       raise errors.ConfigError(
         "--mode=eval needs --workdir=DIR, a run's folder."
       )
-    _evaluate(pathlib.Path(_WORKDIR.value))
+    config = None
+    if command_line.has_config():
+      config, _ = command_line.config_and_workdir()
+    _evaluate(config, pathlib.Path(_WORKDIR.value))
     return
   config, default_workdir = command_line.config_and_workdir()
   if _MODE.value == "summary":
@@ -88,9 +93,7 @@ def run() -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
   except KeyboardInterrupt:
-    print(
-      "error: interrupted before training; nothing to save.", file=sys.stderr
-    )
+    print("error: interrupted; nothing new was saved.", file=sys.stderr)
     sys.exit(errors.Interrupted.exit_code)
 
 

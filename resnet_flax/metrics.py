@@ -11,6 +11,10 @@ from resnet_flax import errors
 
 Record = dict[str, Any]
 
+# A record is written before its checkpoint, and that of the epoch before may
+# still be on its way to the disk.
+_MOST_AHEAD = 2
+
 
 class MetricsLog:
   """The file metrics.jsonl: one JSON object for each finished epoch."""
@@ -40,18 +44,20 @@ class MetricsLog:
       The records that are kept.
 
     Raises:
-      WorkdirError: there are fewer records than epochs.
+      WorkdirError: there are fewer records than epochs, or more of them than
+        a killed run can have written ahead of its checkpoint.
     """
     records = self.read()
-    if len(records) < num_epochs:
+    ahead = len(records) - num_epochs
+    if not 0 <= ahead <= _MOST_AHEAD:
       raise errors.WorkdirError(
-        f"{self._path} has {len(records)} epochs but the checkpoint has"
-        f" {num_epochs}: the file was changed. Restore it, or start again in"
-        " another --workdir."
+        f"{self._path} has {len(records)} epochs but the latest checkpoint has"
+        f" {num_epochs}: files are missing or were changed. Restore them, or"
+        " start again in another --workdir."
       )
     kept = records[:num_epochs]
     text = "".join(json.dumps(record) + "\n" for record in kept)
-    if not self._path.exists() or self._path.read_text() != text:
+    if self._path.exists() and self._path.read_text() != text:
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text(text)
       os.replace(temporary, self._path)

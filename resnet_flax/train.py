@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from resnet_flax import (
   errors,
   evaluate,
   experiment as experiment_lib,
+  interruption,
   mesh as mesh_lib,
   metrics,
   normalization,
@@ -68,7 +70,7 @@ def train_and_evaluate(
   experiment = experiment_lib.build(config)
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 
-  with _explain_write_errors(workdir), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
     log = metrics.MetricsLog(workdir)
     saved_step = checkpoints.latest_step() or 0
@@ -76,9 +78,15 @@ def train_and_evaluate(
     if len(records) == config.num_epochs:
       _logger.info("%s is finished: %d epochs.", workdir, len(records))
       return records
+    stack.enter_context(_explain_interruption(config, workdir, records))
 
     dataset = datasets.load(config.dataset)
-    workdir_lib.record_start(workdir, config, list(mesh.devices.flat))
+    with workdir_lib.explain_write_errors(workdir):
+      workdir_lib.record_start(
+        workdir, config, list(mesh.devices.flat), dataset.source
+      )
+      board = metrics.TensorBoard(workdir, saved_step, config.log.tensorboard)
+    stack.callback(board.close)
     state = initial_state(config, experiment, dataset.train, mesh)
     if saved_step:
       state = checkpoints.restore(saved_step, state, mesh)
@@ -88,8 +96,6 @@ def train_and_evaluate(
         "note: the best epoch is chosen on the test split, as in the recipe;"
         " set dataset.validation_examples to hold out a part of training"
       )
-    board = metrics.TensorBoard(workdir, saved_step, config.log.tensorboard)
-    stack.callback(board.close)
     progress = progress_lib.Progress(
       config.num_epochs,
       steps_per_epoch,
@@ -97,7 +103,6 @@ def train_and_evaluate(
       config.log.interval_seconds,
     )
     stack.callback(progress.close)
-
     key = jax.device_put(
       randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
       mesh_lib.replicated(mesh),
@@ -105,53 +110,56 @@ def train_and_evaluate(
     compiled_step = compile_train_step(
       experiment, state, config.batch_size, key, mesh
     )
-    eval_step = jit_eval_step(experiment)
-    try:
-      for epoch in range(len(records), config.num_epochs):
-        progress.start_epoch(epoch)
-        started = time.perf_counter()
-        batches = epoch_batches(
-          dataset.train, config.batch_size, config.seed, epoch, mesh
+    eval_step = evaluate.jit_eval_step(experiment)
+    splits = {"val": dataset.validation, "test": dataset.test}
+
+    # From here on a Ctrl-C waits for the end of a step, and what is being
+    # saved is finished before the loop is left.
+    watch = stack.enter_context(interruption.InterruptWatch())
+    stack.enter_context(workdir_lib.explain_write_errors(workdir))
+    stack.callback(checkpoints.wait)
+
+    def on_step(step_metrics: train_step.StepMetrics) -> None:
+      progress.step(step_metrics)
+      watch.check()
+
+    for epoch in range(len(records), config.num_epochs):
+      progress.start_epoch(epoch)
+      started = time.perf_counter()
+      batches = epoch_batches(
+        dataset.train, config.batch_size, config.seed, epoch, mesh
+      )
+      state, last = train_epoch(compiled_step, state, batches, key, on_step)
+      trained = time.perf_counter()
+      progress.close()
+      scores = {
+        name: evaluate.evaluate(
+          eval_step,
+          state,
+          split,
+          config.eval_batch_size,
+          mesh,
+          on_batch=watch.check,
         )
-        state, last = train_epoch(
-          compiled_step, state, batches, key, progress.step
-        )
-        trained = time.perf_counter()
-        progress.close()
-        scores = {}
-        for name, split in (
-          ("val", dataset.validation),
-          ("test", dataset.test),
-        ):
-          if split is not None:
-            scores[name] = evaluate.evaluate(
-              eval_step, state, split, config.eval_batch_size, mesh
-            )
-        record = _record(
-          epoch, int(state.step), last, trained - started, scores
-        )
-        monitored = scores.get("val", scores["test"])
-        state = state.replace(
-          rate_state=jax.device_put(
-            experiment.learning_rate.after_epoch(
-              state.rate_state, monitored["objective"]
-            ),
-            mesh_lib.replicated(mesh),
-          )
-        )
-        # The record first: a checkpoint without its record could not go on,
-        # a record without its checkpoint is cut off.
-        log.append(record)
-        checkpoints.save(state, epoch=epoch, accuracy=monitored["accuracy"])
-        records.append(record)
-        board.write(record)
-        progress.end_epoch(record, time.perf_counter() - trained)
-    except KeyboardInterrupt:
-      raise errors.Interrupted(
-        f"interrupted in epoch {len(records) + 1} of {config.num_epochs};"
-        f" {len(records)} epochs are saved in {workdir}. The same command goes"
-        " on after them."
-      ) from None
+        for name, split in splits.items()
+        if split is not None
+      }
+      record = _record(epoch, int(state.step), last, trained - started, scores)
+      monitored = scores.get("val", scores["test"])
+      rate_state = experiment.learning_rate.after_epoch(
+        state.rate_state, monitored["objective"]
+      )
+      state = state.replace(
+        rate_state=jax.device_put(rate_state, mesh_lib.replicated(mesh))
+      )
+      # The record first: a checkpoint without its record could not go on, a
+      # record without its checkpoint is cut off.
+      log.append(record)
+      checkpoints.save(state, epoch=epoch, accuracy=monitored["accuracy"])
+      records.append(record)
+      board.write(record)
+      progress.end_epoch(record, time.perf_counter() - trained)
+      watch.check()
   return records
 
 
@@ -206,11 +214,6 @@ def compile_train_step(
   compiled = jitted.lower(state, images, labels, key).compile()
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
   return compiled
-
-
-def jit_eval_step(experiment: train_step.Experiment) -> evaluate.EvalStep:
-  """The jitted function of (state, images, labels, mask) that scores."""
-  return jax.jit(functools.partial(train_step.eval_step, experiment))
 
 
 def epoch_batches(
@@ -296,6 +299,13 @@ def _record(
   scores: dict[str, dict[str, float]],
 ) -> metrics.Record:
   sums = last.sums
+  for name, score in scores.items():
+    if not math.isfinite(score["loss"]):
+      raise errors.NonFiniteError(
+        f"the {name} loss is {score['loss']} after step {step - 1} (0-based),"
+        f" at learning rate {last.learning_rate:g}. Nothing of this epoch was"
+        " saved. Lower optimizer.learning_rate or model.batch_norm_momentum."
+      )
   record = {
     "epoch": epoch,
     "step": step,
@@ -313,18 +323,14 @@ def _record(
 
 
 @contextlib.contextmanager
-def _explain_write_errors(workdir: pathlib.Path) -> Iterator[None]:
-  """A full disk or a lost workdir ends in one line, not in a traceback."""
+def _explain_interruption(
+  config: ConfigDict, workdir: pathlib.Path, records: list[metrics.Record]
+) -> Iterator[None]:
+  """Ctrl-C says where the run stands; `records` grows as epochs are saved."""
   try:
     yield
-  except errors.UserError:
-    raise
-  except Exception as error:
-    text = " ".join(str(error).split())
-    if not isinstance(error, OSError) and "No space left" not in text:
-      raise
-    raise errors.WorkdirError(
-      f"workdir {workdir} can no longer be written: {text[:300]}. The"
-      " checkpoints that it holds are good; the same command goes on from"
-      " them."
-    ) from error
+  except KeyboardInterrupt:
+    raise errors.Interrupted(
+      f"interrupted; {len(records)} of {config.num_epochs} epochs are saved in"
+      f" {workdir}. The same command goes on after them."
+    ) from None

@@ -1,5 +1,6 @@
 """The folder of one run: its configuration, its environment, its name."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -74,8 +76,18 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> None:
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  if not (workdir / "config.json").exists():
-    return
+  if (workdir / "config.json").exists():
+    check_same(workdir, config)
+
+
+def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Checks that a run's stored configuration is this one.
+
+  Keys that do not change the mathematics may differ.
+
+  Raises:
+    WorkdirError: there is no run, or it is another; lists the differing keys.
+  """
   stored = config_rules.flatten(load_config(workdir).to_dict())
   # Through JSON, in which tuples are lists.
   given = config_rules.flatten(json.loads(json.dumps(config.to_dict())))
@@ -93,23 +105,44 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def record_start(
-  workdir: pathlib.Path, config: ConfigDict, devices: list[jax.Device]
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  devices: list[jax.Device],
+  data: str,
 ) -> None:
   """Writes config.json and environment.json; warns if the latter changed.
 
   environment.json is that of the first start. Where the run goes on in
   another one, the differences are added under 'resumed'.
+
+  Args:
+    workdir: the run's folder.
+    config: every key of `configs/base.py`.
+    devices: those that the run uses.
+    data: `Dataset.source`.
+
+  Raises:
+    WorkdirError: the run was started on other pixels, or environment.json
+      cannot be read.
   """
-  path = workdir / "config.json"
-  if not path.exists():
-    write_json(path, config.to_dict())
   path = workdir / "environment.json"
-  now = environment.describe(devices)
+  now = environment.describe(devices) | {"data": data}
   if not path.exists():
     write_json(path, now)
+    write_json(workdir / "config.json", config.to_dict())
     return
-  stored = json.loads(path.read_text())
-  resumed = stored.pop("resumed", [])
+  try:
+    stored = json.loads(path.read_text())
+    resumed = stored.pop("resumed", [])
+  except (OSError, ValueError, AttributeError, TypeError) as error:
+    raise errors.WorkdirError(f"{path} cannot be read: {error}.") from error
+  if stored.get("data") != data:
+    raise errors.WorkdirError(
+      f"workdir {workdir} holds a run on other data: {stored.get('data')}"
+      f" there, {data} here. Pass the dataset.data_dir it was started with, or"
+      " another"
+      " --workdir."
+    )
   changes = environment.changes(stored, now)
   if changes:
     _logger.warning(
@@ -119,6 +152,25 @@ def record_start(
     )
     if not resumed or resumed[-1] != changes:
       write_json(path, stored | {"resumed": [*resumed, changes]})
+
+
+@contextlib.contextmanager
+def explain_write_errors(workdir: pathlib.Path) -> Iterator[None]:
+  """A full disk or a lost workdir ends in one line, not in a traceback."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as error:
+    text = " ".join(str(error).split())
+    # TensorStore reports a full disk in exceptions of its own.
+    if not isinstance(error, OSError) and "No space left" not in text:
+      raise
+    raise errors.WorkdirError(
+      f"workdir {workdir} can no longer be written: {text[:300]}. The"
+      " checkpoints that it holds are good; the same command goes on from"
+      " them."
+    ) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from resnet_flax import environment
 
 def git(folder, *arguments):
   identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+  identity += ["-c", "commit.gpgsign=false"]
   subprocess.run(
     ["git", "-C", str(folder), *identity, *arguments],
     check=True,

@@ -13,7 +13,6 @@ from resnet_flax import (
   experiment as experiment_lib,
   mesh as mesh_lib,
   normalization,
-  train,
   train_step,
 )
 from resnet_flax.datasets import record
@@ -78,7 +77,7 @@ def test_scores_do_not_depend_on_batches_or_devices(
   experiment, state, split, expected = scored
   mesh = mesh_lib.create_mesh(jax.devices()[:num_devices])
   scores = evaluate.evaluate(
-    train.jit_eval_step(experiment),
+    evaluate.jit_eval_step(experiment),
     jax.device_put(state, mesh_lib.replicated(mesh)),
     split,
     batch_size,
@@ -92,7 +91,7 @@ def test_scores_do_not_depend_on_batches_or_devices(
 def test_a_lost_image_is_noticed(scored):
   experiment, state, split, _ = scored
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
-  step = train.jit_eval_step(experiment)
+  step = evaluate.jit_eval_step(experiment)
 
   def losing(state, images, labels, mask):
     return step(state, images, labels, mask.at[0].set(False))

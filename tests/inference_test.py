@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import resnet_flax
 from resnet_flax import (
@@ -38,6 +39,30 @@ def test_evaluation_gives_what_training_logged(run, which):
     assert scores["epoch"] == record["epoch"]
     assert scores["accuracy"] == record["test_accuracy"]
     assert scores["loss"] == pytest.approx(record["test_loss"], rel=1e-5)
+
+
+def test_evaluation_leaves_the_workdir_alone(run):
+  """It may be of a run that is going on."""
+  _, workdir, _ = run
+  unfinished = workdir / "checkpoints" / "99.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  inference.evaluate_workdir(workdir, devices=jax.devices()[:1])
+  assert unfinished.exists()
+  unfinished.rmdir()
+
+
+def test_evaluation_may_look_for_the_data_elsewhere(run):
+  config, workdir, records = run
+  moved = ConfigDict(config.to_dict())
+  moved.eval_batch_size = 7
+  devices = jax.devices()[:1]
+  scores = inference.evaluate_workdir(
+    workdir, "latest", config=moved, devices=devices
+  )
+  assert scores["accuracy"] == records[-1]["test_accuracy"]
+  moved.seed = 5
+  with pytest.raises(errors.WorkdirError, match="seed"):
+    inference.evaluate_workdir(workdir, config=moved, devices=devices)
 
 
 def test_load_model_predicts(run):

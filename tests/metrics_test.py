@@ -48,6 +48,20 @@ def test_truncate_refuses_to_leave_a_gap(log):
   assert log.read() == [RECORD]
 
 
+def test_truncate_refuses_to_lose_a_run(log):
+  """As when the checkpoints were not copied along."""
+  for epoch in range(4):
+    log.append({**RECORD, "epoch": epoch})
+  with pytest.raises(errors.WorkdirError, match="has 4 epochs but"):
+    log.truncate(0)
+  assert len(log.read()) == 4
+
+
+def test_truncate_makes_no_file(log, tmp_path):
+  assert log.truncate(0) == []
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_not_a_number_is_never_written(log):
   with pytest.raises(ValueError, match="train_loss is nan"):
     log.append({**RECORD, "train_loss": float("nan")})

@@ -80,8 +80,12 @@ def test_bar_on_a_terminal(clock, monkeypatch, caplog):
   for step in range(1, 5):
     clock.now += 1
     shown.step(step_metrics(8 * step))
+  shown._bar.refresh()
   shown.close()
-  assert "epoch 1/2" in terminal.getvalue()
+  text = terminal.getvalue()
+  assert "epoch 1/2 100%|" in text
+  for field in ("loss 2.0000", "accuracy 0.2500", "8 images/s", "0:00:04 left"):
+    assert field in text
   assert caplog.records == []
 
 

@@ -126,24 +126,25 @@ def test_eval_step_counts_what_the_mask_lets_through(experiment):
   np.testing.assert_allclose(masked.objective, kept.objective, rtol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize(
   ("name", "depth"), [("resnet_v1", 8), ("resnet_v2", 11)]
 )
-def test_step_lowers_for_tpu_and_cuda(name, depth):
+def test_step_lowers_for_accelerators(name, depth, platform):
   experiment = make_experiment(name, depth)
   state = jax.eval_shape(lambda: create_state(experiment))
   exported = jax.export.export(
     jax.jit(
       functools.partial(train_step.train_step, experiment), donate_argnums=0
     ),
-    platforms=["tpu", "cuda"],
+    platforms=[platform],
   )(
     state,
     jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8),
     jax.ShapeDtypeStruct((4,), jnp.int32),
     jax.eval_shape(lambda: jax.random.key(0)),
   )
-  assert exported.platforms == ("tpu", "cuda")
+  assert exported.platforms == (platform,)
   text = exported.mlir_module()
   kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
   # Forward and weight gradient of each, input gradient of all but the stem.

@@ -12,6 +12,7 @@ from resnet_flax import (
   checkpoint,
   datasets,
   errors,
+  evaluate,
   experiment as experiment_lib,
   mesh as mesh_lib,
   metrics,
@@ -93,7 +94,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
   straight = run(tiny_config, tmp_path / "straight")
   with monkeypatch.context() as patch:
     interrupt_at(patch, step=6)
-    with pytest.raises(errors.Interrupted, match=r"epoch 2 of 3; 1 epochs are"):
+    with pytest.raises(errors.Interrupted, match=r"1 of 3 epochs are saved"):
       run(tiny_config, tmp_path / "broken")
   assert len(metrics.MetricsLog(tmp_path / "broken").read()) == 1
   continued = run(tiny_config, tmp_path / "broken")
@@ -130,15 +131,41 @@ def test_finished_run_is_not_trained_again(
   assert run(tiny_config, tmp_path / "run") == records
 
 
-def test_validation_chooses_the_best_epoch(tiny_config, tmp_path, one_device):
+def test_validation_chooses_the_best_epoch(
+  tiny_config, tmp_path, monkeypatch, one_device
+):
   tiny_config.dataset.validation_examples = 50
+  sizes = []
+
+  def opposite(eval_step, state, split, *arguments, **keywords):
+    """Validation gets worse with every epoch, test better."""
+    sizes.append(len(split))
+    sign = -1 if len(split) == 50 else 1
+    accuracy = 0.5 + sign * int(state.step) / 100
+    return {"loss": 1.0, "objective": 1.0, "accuracy": accuracy}
+
+  monkeypatch.setattr(evaluate, "evaluate", opposite)
   records = train.train_and_evaluate(
     tiny_config, tmp_path / "run", devices=one_device
   )
+  assert sizes == [50, 360] * 2
   assert {"val_loss", "val_accuracy"} < set(records[0])
-  best = max(records, key=lambda record: record["val_accuracy"])
+  assert metrics.best_record(records)["epoch"] == 0
   with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-    assert checkpoints.best_step() == best["step"]
+    assert checkpoints.best_step() == 4
+    assert checkpoints.latest_step() == 8
+
+
+def test_non_finite_evaluation_stops_and_is_never_saved(
+  tiny_config, tmp_path, monkeypatch, one_device
+):
+  scores = {"loss": float("nan"), "objective": float("nan"), "accuracy": 0.1}
+  monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: scores)
+  with pytest.raises(
+    errors.NonFiniteError, match="test loss is nan after step"
+  ):
+    train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
+  assert metrics.MetricsLog(tmp_path / "run").read() == []
 
 
 def test_non_finite_loss_stops_and_is_never_saved(

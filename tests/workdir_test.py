@@ -10,7 +10,7 @@ from resnet_flax import errors, workdir as workdir_lib
 
 def start(folder, config):
   workdir_lib.check(folder, config)
-  workdir_lib.record_start(folder, config, jax.devices()[:1])
+  workdir_lib.record_start(folder, config, jax.devices()[:1], "data-1")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,22 @@ def test_change_of_environment_is_warned_about_and_noted(tmp_path, caplog):
   assert stored["cpu_threads"] == 99
   # Once, not at every start.
   assert len(stored["resumed"]) == 1
+
+
+def test_other_pixels_are_refused(tmp_path):
+  start(tmp_path, base.get_config())
+  with pytest.raises(errors.WorkdirError, match="data-1 there, data-2 here"):
+    workdir_lib.record_start(
+      tmp_path, base.get_config(), jax.devices()[:1], "data-2"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{"])
+def test_damaged_environment_is_one_line(tmp_path, text):
+  start(tmp_path, base.get_config())
+  (tmp_path / "environment.json").write_text(text)
+  with pytest.raises(errors.WorkdirError, match=r"environment\.json"):
+    start(tmp_path, base.get_config())
 
 
 def test_another_configuration_is_refused(tmp_path):

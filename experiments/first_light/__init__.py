@@ -1,1 +1,1 @@
-"""The first real runs: does it learn, and how fast?"""
+"""The first real runs."""

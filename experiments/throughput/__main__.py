@@ -9,6 +9,7 @@ from the command to its first step with an empty and with a filled compilation
 cache. Nothing else should run meanwhile.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -66,18 +67,20 @@ def measure_input_pipeline(
     experiment, state, config.batch_size, key, mesh
   )
 
-  def real_batches(epoch):
-    batches = train.epoch_batches(
-      dataset.train, config.batch_size, config.seed, epoch, mesh
+  def real_batches(first_epoch):
+    batches = itertools.chain.from_iterable(
+      train.epoch_batches(
+        dataset.train, config.batch_size, config.seed, epoch, mesh
+      )
+      for epoch in itertools.count(first_epoch)
     )
-    for _, batch in zip(range(steps), batches, strict=False):
-      yield batch
+    return itertools.islice(batches, steps)
 
   resident = next(real_batches(0))
   jax.block_until_ready(resident)
   sources = {
     "real": real_batches,
-    "resident": lambda epoch: (resident for _ in range(steps)),
+    "resident": lambda _: itertools.repeat(resident, steps),
   }
   speeds: dict[str, list[float]] = {name: [] for name in sources}
   for round_number in range(rounds + 1):
@@ -175,7 +178,11 @@ def main(argv: list[str]) -> None:
   del argv
   command_line.set_up()
   config, _ = command_line.config_and_workdir()
-  arguments = [x for x in sys.argv[1:] if x.startswith("--config")]
+  arguments = [
+    argument
+    for argument in sys.argv[1:]
+    if not argument.startswith(("--rounds", "--steps", "--out"))
+  ]
   results = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),

@@ -102,14 +102,13 @@ def _store(entry: pathlib.Path, arrays: record.Arrays) -> None:
       "sha256": {name: _digest(temporary / f"{name}.npy") for name in _ARRAYS},
     }
     (temporary / "index.json").write_text(json.dumps(index, indent=2))
-    if entry.exists():
-      shutil.rmtree(entry)
-    try:
+    # Another process may have stored the same entry meanwhile and be reading
+    # it: only a damaged one is replaced.
+    if entry.exists() and _open(entry) is None:
+      os.replace(entry, temporary / "damaged")
+    if not entry.exists():
       os.replace(temporary, entry)
-    except OSError:
-      # Another process has stored the same entry meanwhile: use that one.
-      if not entry.exists():
-        raise
+      shutil.rmtree(entry / "damaged", ignore_errors=True)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 

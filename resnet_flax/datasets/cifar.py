@@ -113,9 +113,12 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   try:
     builder = _make_builder(name, contents, root)
     builder.download_and_prepare(file_format=_FILE_FORMAT)
-  except OSError as error:
+  # TFDS and ArrayRecord have kinds of their own for what a disk can do.
+  except Exception as error:
+    reason = " ".join(str(error).split())[:300]
     raise errors.DataError(
-      f"{name} cannot be prepared in {root}: {error}. Set"
+      f"{name} cannot be prepared in {root} ({type(error).__name__}:"
+      f" {reason}). Set"
       " --config.dataset.data_dir (or TFDS_DATA_DIR) to a directory that can"
       " be written."
     ) from error
@@ -174,12 +177,18 @@ def fingerprint(folder: pathlib.Path) -> str:
 
   Two copies of one version may hold different pixels, for example if one was
   encoded with losses.
+
+  Raises:
+    DataError: a file cannot be read.
   """
   digest = hashlib.sha256()
-  for path in sorted(folder.iterdir()):
-    with path.open("rb") as file:
-      digest.update(path.name.encode() + b"\0")
-      digest.update(hashlib.file_digest(file, "sha256").digest())
+  try:
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+      with path.open("rb") as file:
+        digest.update(path.name.encode() + b"\0")
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+  except OSError as error:
+    raise errors.DataError(f"{folder} cannot be read: {error}.") from error
   return digest.hexdigest()
 
 

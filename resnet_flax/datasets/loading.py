@@ -74,7 +74,8 @@ def load(config: ConfigDict) -> record.Dataset:
   """
   num_train = num_train_examples(config)
   info = DATASETS[config.name]
-  arrays = record.check(_read(config), config.name, info.image_shape)
+  arrays, source = _read(config)
+  record.check(arrays, config.name, info.image_shape)
   if len(arrays.class_names) != info.num_classes:
     raise errors.DataError(
       f"{config.name} has {len(arrays.class_names)} classes; needed:"
@@ -101,20 +102,20 @@ def load(config: ConfigDict) -> record.Dataset:
     validation=validation,
     test=record.whole_split(arrays.test_images, arrays.test_labels),
     class_names=arrays.class_names,
+    source=source,
   )
 
 
-def _read(config: ConfigDict) -> record.Arrays:
+def _read(config: ConfigDict) -> tuple[record.Arrays, str]:
   if config.name == "digits":
-    return digits.read()
+    return digits.read(), "digits"
   root = cifar.data_dir(config.data_dir)
   folder = cifar.find_prepared(config.name, root)
   if folder is None:
     folder = cifar.prepare(config.name, root, config.archive)
   key = f"{config.name}-{folder.name}-{cifar.fingerprint(folder)[:16]}"
-  return cache.cached(
-    cache.cache_dir(config.cache_dir), key, lambda: cifar.read(folder)
-  )
+  folder_of_cache = cache.cache_dir(config.cache_dir)
+  return cache.cached(folder_of_cache, key, lambda: cifar.read(folder)), key
 
 
 def _hold_out(

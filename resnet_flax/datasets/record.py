@@ -48,12 +48,15 @@ class Dataset:
     validation: held-out part of the training images, or None.
     test: the official test split.
     class_names: name of each label.
+    source: names the pixels exactly: data set, version, and fingerprint of
+      the copy that they come from.
   """
 
   train: Split
   validation: Split | None
   test: Split
   class_names: tuple[str, ...]
+  source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Arrays:
   class_names: tuple[str, ...]
 
 
-def check(arrays: Arrays, name: str, image_shape: tuple[int, ...]) -> Arrays:
+def check(arrays: Arrays, name: str, image_shape: tuple[int, ...]) -> None:
   """Checks that arrays have the form that the program relies on.
 
   Args:
@@ -101,4 +104,3 @@ def check(arrays: Arrays, name: str, image_shape: tuple[int, ...]) -> Arrays:
         f"{where} has labels from {low} to {high}; needed: 0 to"
         f" {len(arrays.class_names) - 1}."
       )
-  return arrays

@@ -1,10 +1,7 @@
 import dataclasses
-import functools
 import gc
-import http.server
 import socket
 import tarfile
-import threading
 import time
 import warnings
 
@@ -17,26 +14,17 @@ from tests.datasets import archives
 
 
 @pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(autouse=True)
 def _collect_sockets():
   """Pooch leaves a failed response to the garbage collector."""
   yield
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)
     gc.collect()
-
-
-@pytest.fixture
-def server(tmp_path):
-  """A folder that is served on this machine, and its address."""
-  folder = tmp_path / "served"
-  folder.mkdir()
-  handler = functools.partial(
-    http.server.SimpleHTTPRequestHandler, directory=str(folder)
-  )
-  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
-    httpd.shutdown()
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])

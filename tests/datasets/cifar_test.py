@@ -46,6 +46,19 @@ def test_from_archive_to_arrays(name, config, monkeypatch, tmp_path):
   np.testing.assert_array_equal(again.train.images, dataset.train.images)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_from_download_to_arrays(name, config, monkeypatch, server):
+  folder, url = server
+  file = f"{name}-binary.tar.gz"
+  _, labels = archives.install(
+    monkeypatch, name, folder / file, f"{url}/{file}"
+  )
+  config.name = name
+  dataset = loading.load(config)
+  assert sorted(dataset.train.labels) == sorted(labels["train"])
+  assert dataset.source.startswith(f"{name}-3.0.2-")
+
+
 def test_prepared_copy_is_plain_tfds(config, monkeypatch, tmp_path):
   """What is written is the stock data set: TFDS itself opens it by name."""
   import tensorflow_datasets as tfds

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from resnet_flax.datasets import splits
 
@@ -13,6 +13,7 @@ def sizes_and_total(draw):
   return sizes, draw(st.integers(0, int(sizes.sum())))
 
 
+@settings(deadline=None)
 @given(sizes_and_total())
 def test_equal_quotas(case):
   sizes, total = case
@@ -25,6 +26,7 @@ def test_equal_quotas(case):
   np.testing.assert_array_equal(quotas[short], sizes[short])
 
 
+@settings(deadline=None)
 @given(sizes_and_total())
 def test_proportional_quotas(case):
   sizes, total = case
