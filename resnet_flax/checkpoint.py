@@ -1,6 +1,7 @@
 """Checkpoints of the latest and of the best epoch, over Orbax."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -9,6 +10,10 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
 from resnet_flax import errors, mesh as mesh_lib, train_step
+
+# Orbax writes what it saves, then once more as it merges its files; asked
+# beforehand, since its threads meet a full disk in many noisy ways.
+_SPACE_FACTOR = 3
 
 
 def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
@@ -31,6 +36,11 @@ class Checkpoints:
         can be read while it goes on.
     """
     self._folder = (workdir / "checkpoints").absolute()
+    if not read_only and self._folder.exists():
+      # A killed run's half-written checkpoint is of no use to anyone. Orbax's
+      # own cleanup would outlive a run that fails at once, in a thread.
+      for unfinished in ocp.utils.tmp_checkpoints(self._folder):
+        shutil.rmtree(unfinished.get(), ignore_errors=True)
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -44,8 +54,6 @@ class Checkpoints:
         ),
         # Without it Orbax would not write the metrics to disk.
         best_fn=lambda metrics: metrics["accuracy"],
-        # A half-written checkpoint of a killed run is of no use to anyone.
-        cleanup_tmp_directories=not read_only,
         create=not read_only,
         read_only=read_only,
       ),
@@ -66,7 +74,18 @@ class Checkpoints:
       state: what to save; may be donated as soon as this returns.
       epoch: 0-based, just finished.
       accuracy: chooses the best epoch.
+
+    Raises:
+      WorkdirError: the disk has no room for it.
     """
+    needed = _SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if free < needed:
+      raise errors.WorkdirError(
+        f"no space left for a checkpoint in {self._folder}: it needs"
+        f" {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. The checkpoints"
+        " there are good; make room, and the same command goes on from them."
+      )
     self._manager.save(
       int(state.step),
       args=ocp.args.StandardSave(state),

@@ -91,8 +91,9 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
 def set_up() -> None:
   """Sets up messages and the compilation cache, before JAX is first used."""
   progress.log_to_stderr()
-  # The libraries' own warnings are about their internals.
-  absl_logging.set_verbosity(absl_logging.ERROR)
+  # The libraries' own messages are about their internals; what matters of
+  # them comes as an exception.
+  absl_logging.set_verbosity(absl_logging.FATAL)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     # Programs for a CPU depend on its model, and home directories are shared.
     cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]

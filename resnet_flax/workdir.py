@@ -164,7 +164,9 @@ def explain_write_errors(workdir: pathlib.Path) -> Iterator[None]:
   except Exception as error:
     text = " ".join(str(error).split())
     # TensorStore reports a full disk in exceptions of its own.
-    if not isinstance(error, OSError) and "No space left" not in text:
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+      text = "no space left on the disk"
+    elif not isinstance(error, OSError):
       raise
     raise errors.WorkdirError(
       f"workdir {workdir} can no longer be written: {text[:300]}. The"

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,27 @@ def test_best_outlives_a_restart(tmp_path, state):
   save_epochs(tmp_path, state, [0.2, 0.9, 0.3])
   save_epochs(tmp_path, state, [0.4, 0.9, 0.5], first=3)
   assert kept(tmp_path) == (50, 10)
+
+
+def test_half_written_checkpoints_are_removed_but_by_readers(tmp_path, state):
+  save_epochs(tmp_path, state, [0.5])
+  unfinished = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.latest_step() == 0
+  assert unfinished.exists()
+  assert kept(tmp_path) == (0, 0)
+  assert folders(tmp_path) == [0]
+
+
+def test_full_disk_is_noticed_beforehand(tmp_path, state, monkeypatch):
+  save_epochs(tmp_path, state, [0.5])
+  usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+  with pytest.raises(errors.WorkdirError, match=r"0\.0 MB are free"):
+    save_epochs(tmp_path, state, [0.6], first=1)
+  monkeypatch.undo()
+  assert kept(tmp_path) == (0, 0)
 
 
 def test_nothing_saved(tmp_path):

@@ -193,7 +193,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(
 
   with monkeypatch.context() as patch:
     patch.setattr(metrics.MetricsLog, "append", failing)
-    with pytest.raises(errors.WorkdirError, match="No space left on device"):
+    with pytest.raises(errors.WorkdirError, match="no space left on the disk"):
       run(tiny_config, tmp_path / "run")
   assert len(run(tiny_config, tmp_path / "run")) == 2
 

@@ -4,6 +4,7 @@ python -m experiments.first_light.plot
 """
 
 import json
+import math
 import pathlib
 import re
 
@@ -15,8 +16,8 @@ import matplotlib.pyplot as plt
 _FOLDER = pathlib.Path(__file__).parent
 # Readable in black and white: the styles differ, not only the colours.
 _STYLES = {
-  "v1_depth20": {"color": "#0072b2", "marker": "o"},
-  "v2_depth29": {"color": "#d55e00", "marker": "s"},
+  "v1_depth20": ({"color": "#0072b2", "marker": "o"}, "--"),
+  "v2_depth29": ({"color": "#d55e00", "marker": "s"}, ":"),
 }
 
 
@@ -29,11 +30,14 @@ def within_epochs(name: str) -> list[tuple[float, float, float]]:
   pattern = re.compile(
     r"epoch (\d+)/\d+ step (\d+)/(\d+): loss ([\d.]+), accuracy ([\d.]+)"
   )
-  points = []
+  points: list[tuple[float, float, float]] = []
   for line in (_FOLDER / f"{name}.log").read_text().splitlines():
     if match := pattern.match(line):
       epoch, step, steps = (int(match[k]) for k in (1, 2, 3))
       done = epoch - 1 + step / steps
+      if points and int(points[-1][0]) < int(done):
+        # The mean starts anew: no line from one epoch to the next.
+        points.append((done, math.nan, math.nan))
       points.append((done, float(match[4]), float(match[5])))
   return points
 
@@ -41,7 +45,7 @@ def within_epochs(name: str) -> list[tuple[float, float, float]]:
 def main() -> None:
   """Writes curves.png beside the logs."""
   figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-  for name, style in _STYLES.items():
+  for name, (style, running_line) in _STYLES.items():
     lines = (_FOLDER / f"{name}.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     epochs = [record["epoch"] + 1 for record in records]
@@ -53,8 +57,8 @@ def main() -> None:
       axis.plot(
         [point[0] for point in running],
         [point[column] for point in running],
-        linestyle="--",
-        linewidth=1,
+        linestyle=running_line,
+        linewidth=1.4,
         color=style["color"],
         label=f"{name}, training (mean of the epoch so far)",
       )
