@@ -10,19 +10,25 @@ class InterruptWatch:
 
   Libraries that run an event loop (Orbax saves in one) would otherwise meet
   the exception in the middle of their work. A second Ctrl-C is not held back.
-  Outside the main thread, where Python delivers no signals, it does nothing.
+  It does nothing outside the main thread, where Python delivers no signals,
+  and in a process that ignores Ctrl-C, such as a shell's background job.
   """
 
   def __init__(self) -> None:
     self._requested = False
+    self._previous = signal.getsignal(signal.SIGINT)
+    self._active = (
+      threading.current_thread() is threading.main_thread()
+      and self._previous is not signal.SIG_IGN
+    )
 
   def __enter__(self) -> "InterruptWatch":
-    if threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGINT, self._note)
+    if self._active:
+      signal.signal(signal.SIGINT, self._note)
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if threading.current_thread() is threading.main_thread():
+    if self._active:
       signal.signal(signal.SIGINT, self._previous)
 
   def _note(self, number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 # Before JAX and Keras are imported.
 os.environ["KERAS_BACKEND"] = "jax"
@@ -22,6 +23,14 @@ NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def ctrl_c():
+  """Ctrl-C works, here and in child processes, even in a background job."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

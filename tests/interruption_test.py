@@ -7,6 +7,9 @@ import pytest
 from resnet_flax import interruption
 
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
+
 def press_ctrl_c():
   os.kill(os.getpid(), signal.SIGINT)
 
@@ -26,6 +29,14 @@ def test_the_second_does_not_wait():
     press_ctrl_c()
     with pytest.raises(KeyboardInterrupt):
       press_ctrl_c()
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with interruption.InterruptWatch() as watch:
+    press_ctrl_c()
+    press_ctrl_c()
+    watch.check()
 
 
 def test_other_threads_have_no_signals():

@@ -158,6 +158,7 @@ def test_workdir_of_another_configuration(tmp_path):
   assert "seed (0 there, 3 here)" in other.stderr
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_says_where_the_run_stands(tmp_path):
   arguments = [*QUICK, "--config.num_epochs=1000", f"--workdir={tmp_path}"]
   process = subprocess.Popen(
@@ -181,6 +182,7 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path):
   assert "Traceback" not in stderr
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_training(tmp_path):
   """While the training step is being compiled, or just before."""
   process = subprocess.Popen(
