@@ -6,7 +6,6 @@ import pytest
 
 from resnet_flax import interruption
 
-
 pytestmark = pytest.mark.usefixtures("ctrl_c")
 
 
