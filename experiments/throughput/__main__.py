@@ -1,14 +1,16 @@
-"""Measures what the input pipeline and the start of a run cost.
+"""Measures the input pipeline, our convolution and the start of a run.
 
   python -m experiments.throughput --config=configs/v1_depth20.py
     [--rounds=5] [--steps=60] [--out=results.json] [--config.batch_size=128]
 
-Everything is measured in one run: training on the real data against the same
-compiled step on one resident batch, in turn, several rounds; then the time
-from the command to its first step with an empty and with a filled compilation
-cache. Nothing else should run meanwhile.
+Everything is measured in one run, in turn, several rounds: training on the real
+data against the same compiled step on one resident batch; that step against
+one whose convolutions are plain `nn.Conv`; then the time from the command to
+its first step with an empty and with a filled compilation cache. Nothing else
+should run meanwhile.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -20,6 +22,7 @@ import tempfile
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -40,31 +43,41 @@ _STEPS = flags.DEFINE_integer("steps", 60, "Training steps of a round.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
-def measure_input_pipeline(
+def plain_conv(
+  num_filters: int,
+  kernel_size: tuple[int, int],
+  strides: int,
+  *,
+  name: str,
+  **unused: Any,
+) -> nn.Module:
+  """The Keras recipe's convolution as stock Flax has it."""
+  del unused
+  return nn.Conv(num_filters, kernel_size, strides, name=name)
+
+
+def measure_steps(
   config: ConfigDict, rounds: int, steps: int
-) -> dict[str, Any]:
-  """Images/s of training on real data and on one resident batch, in turn.
+) -> dict[str, list[float]]:
+  """Images/s of training, in turn: our step on two sources, the plain one.
 
   Args:
-    config: the experiment.
+    config: the experiment; its convolutions must be the Keras recipe's.
     rounds: how often each is measured.
     steps: training steps of one measurement.
 
   Returns:
-    `real` and `resident`: images/s of each round; `cost`: for each round the
-    share of a step that the input pipeline adds.
+    Images/s of each round: `real` (our step, real data), `resident` (our step,
+    one batch that stays on the devices) and `plain` (the same with `nn.Conv`).
   """
   config_rules.check(config, num_devices=jax.device_count())
-  experiment = experiment_lib.build(config)
+  ours = experiment_lib.build(config)
+  plain = dataclasses.replace(ours, model=ours.model.clone(conv=plain_conv))
   mesh = mesh_lib.create_mesh()
   dataset = datasets.load(config.dataset)
-  state = train.initial_state(config, experiment, dataset.train, mesh)
   key = jax.device_put(
     randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
     mesh_lib.replicated(mesh),
-  )
-  compiled = train.compile_train_step(
-    experiment, state, config.batch_size, key, mesh
   )
 
   def real_batches(first_epoch):
@@ -77,26 +90,34 @@ def measure_input_pipeline(
     return itertools.islice(batches, steps)
 
   resident = next(real_batches(0))
-  jax.block_until_ready(resident)
+  states, compiled = {}, {}
+  for name, experiment in (("ours", ours), ("plain", plain)):
+    states[name] = train.initial_state(config, experiment, dataset.train, mesh)
+    compiled[name] = train.compile_train_step(
+      experiment, states[name], config.batch_size, key, mesh
+    )
   sources = {
-    "real": real_batches,
-    "resident": lambda _: itertools.repeat(resident, steps),
+    "real": ("ours", real_batches),
+    "resident": ("ours", lambda _: itertools.repeat(resident, steps)),
+    "plain": ("plain", lambda _: itertools.repeat(resident, steps)),
   }
   speeds: dict[str, list[float]] = {name: [] for name in sources}
   for round_number in range(rounds + 1):
-    # The order alternates, so that a drift of the machine favours neither.
-    names = sorted(sources, reverse=bool(round_number % 2))
-    for name in names:
+    # The order alternates, so that a drift of the machine favours none.
+    for name in sorted(sources, reverse=bool(round_number % 2)):
+      step, batches = sources[name]
       started = time.perf_counter()
-      state, _ = train.train_epoch(
-        compiled, state, sources[name](round_number), key, lambda _: None
+      states[step], _ = train.train_epoch(
+        compiled[step],
+        states[step],
+        batches(round_number),
+        key,
+        lambda _: None,
       )
       seconds = time.perf_counter() - started
       if round_number:  # The first one warms up.
         speeds[name].append(steps * config.batch_size / seconds)
-  pairs = zip(speeds["real"], speeds["resident"], strict=True)
-  cost = [resident / real - 1 for real, resident in pairs]
-  return {**speeds, "cost": cost}
+  return speeds
 
 
 def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
@@ -149,14 +170,28 @@ def _table(results: dict[str, Any]) -> str:
     numbers = (statistics.median(values), min(values), max(values))
     return f"| {name} | " + " | ".join(format(x, form) for x in numbers) + " |"
 
-  pipeline, start = results["input_pipeline"], results["start"]
+  steps, start = results["steps"], results["start"]
+
+  def ratios(above: str, below: str) -> list[float]:
+    return [a / b for a, b in zip(steps[above], steps[below], strict=True)]
+
   return "\n".join(
     [
       "| measurement | median | least | most |",
       "| --- | --- | --- | --- |",
-      row("training on real data, images/s", pipeline["real"], ".1f"),
-      row("one resident batch, images/s", pipeline["resident"], ".1f"),
-      row("cost of the input pipeline, pair by pair", pipeline["cost"], ".1%"),
+      row("training on real data, images/s", steps["real"], ".1f"),
+      row("one resident batch, images/s", steps["resident"], ".1f"),
+      row("the same with plain nn.Conv, images/s", steps["plain"], ".1f"),
+      row(
+        "cost of the input pipeline, pair by pair",
+        [ratio - 1 for ratio in ratios("resident", "real")],
+        ".1%",
+      ),
+      row(
+        "ours against plain nn.Conv, pair by pair",
+        ratios("resident", "plain"),
+        ".2f",
+      ),
       *(
         row(
           f"command to {what}, {cache} compilation cache, s",
@@ -186,9 +221,7 @@ def main(argv: list[str]) -> None:
   results = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),
-    "input_pipeline": measure_input_pipeline(
-      config, _ROUNDS.value, _STEPS.value
-    ),
+    "steps": measure_steps(config, _ROUNDS.value, _STEPS.value),
     "start": measure_start(arguments, _ROUNDS.value),
   }
   print(_table(results))

@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from resnet_flax.models import convolution
+
 he_normal = nn.initializers.he_normal()
 
 PADDINGS = ("same", "symmetric")
@@ -44,5 +46,6 @@ def conv(
     use_bias=use_bias,
     kernel_init=he_normal,
     dtype=dtype,
+    conv_general_dilated=convolution.conv_general_dilated,
     name=name,
   )
