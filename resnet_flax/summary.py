@@ -80,7 +80,8 @@ def summarize(config: ConfigDict) -> str:
   """
   config_rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
-  return "\n".join([_table(experiment), *_facts(config, experiment)])
+  table = _table(experiment).strip()
+  return "\n".join([table, *_facts(config, experiment)])
 
 
 def _table(experiment: train_step.Experiment) -> str:
