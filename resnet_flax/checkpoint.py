@@ -129,9 +129,8 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.StandardRestore(target))
     # Orbax and TensorStore raise many kinds, according to what is damaged.
     except Exception as error:
-      reason = " ".join(str(error).split())[:300]
       raise errors.WorkdirError(
         f"checkpoint {self._folder / str(step)} cannot be read"
-        f" ({type(error).__name__}: {reason}). Nothing was changed; remove"
+        f" ({errors.one_line(error)}). Nothing was changed; remove"
         " that folder to go on from an earlier checkpoint."
       ) from error

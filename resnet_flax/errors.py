@@ -39,6 +39,12 @@ class Interrupted(UserError):
   exit_code = 130
 
 
+def one_line(error: BaseException) -> str:
+  """Another library's error as part of a line: its kind and what it says."""
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:300]}"
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
   """The error for a name that is not among the known ones.
 

@@ -65,9 +65,8 @@ def fetch(spec: ArchiveSpec, folder: pathlib.Path) -> pathlib.Path:
       spec.url, f"sha256:{spec.sha256}", name, folder, downloader=downloader
     )
   except (requests.RequestException, OSError, ValueError) as error:
-    reason = " ".join(str(error).split())[:200]
     raise errors.DataError(
-      f"could not download {spec.url} ({type(error).__name__}: {reason})."
+      f"could not download {spec.url} ({errors.one_line(error)})."
       f" Ways out: fetch {name} elsewhere and pass"
       " --config.dataset.archive=FILE; or point --config.dataset.data_dir (or"
       " TFDS_DATA_DIR) to a directory with a prepared ArrayRecord copy; or try"

@@ -115,10 +115,8 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
     builder.download_and_prepare(file_format=_FILE_FORMAT)
   # TFDS and ArrayRecord have kinds of their own for what a disk can do.
   except Exception as error:
-    reason = " ".join(str(error).split())[:300]
     raise errors.DataError(
-      f"{name} cannot be prepared in {root} ({type(error).__name__}:"
-      f" {reason}). Set"
+      f"{name} cannot be prepared in {root} ({errors.one_line(error)}). Set"
       " --config.dataset.data_dir (or TFDS_DATA_DIR) to a directory that can"
       " be written."
     ) from error
@@ -221,9 +219,8 @@ def read(folder: pathlib.Path) -> record.Arrays:
     raise
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:
-    reason = " ".join(str(error).split())[:300]
     raise errors.DataError(
-      f"{folder} cannot be read ({type(error).__name__}: {reason}). Delete it"
+      f"{folder} cannot be read ({errors.one_line(error)}). Delete it"
       " to have it prepared again."
     ) from error
   return record.Arrays(**arrays, class_names=names)

@@ -4,18 +4,7 @@ import numpy as np
 import pytest
 
 from resnet_flax import errors
-from resnet_flax.datasets import cache, record
-
-
-@pytest.fixture
-def arrays(random_images):
-  return record.Arrays(
-    train_images=random_images(6),
-    train_labels=np.arange(6, dtype=np.int32),
-    test_images=random_images(3),
-    test_labels=np.arange(3, dtype=np.int32),
-    class_names=tuple("abcdef"),
-  )
+from resnet_flax.datasets import cache
 
 
 class Builder:

@@ -2,7 +2,22 @@ import functools
 import http.server
 import threading
 
+import numpy as np
 import pytest
+
+from resnet_flax.datasets import record
+
+
+@pytest.fixture
+def arrays(random_images):
+  """Six training images and three test images, all different."""
+  return record.Arrays(
+    train_images=random_images(6),
+    train_labels=np.arange(6, dtype=np.int32),
+    test_images=random_images(3),
+    test_labels=np.arange(3, dtype=np.int32),
+    class_names=tuple("abcdef"),
+  )
 
 
 @pytest.fixture

@@ -7,17 +7,6 @@ from resnet_flax import errors
 from resnet_flax.datasets import record
 
 
-@pytest.fixture
-def arrays(random_images):
-  return record.Arrays(
-    train_images=random_images(6),
-    train_labels=np.arange(6, dtype=np.int32),
-    test_images=random_images(3),
-    test_labels=np.arange(3, dtype=np.int32),
-    class_names=tuple("abcdef"),
-  )
-
-
 def test_subset_of_a_subset(arrays):
   split = record.whole_split(arrays.train_images, arrays.train_labels)
   part = split.subset(np.array([1, 3, 5])).subset(np.array([2, 0]))
