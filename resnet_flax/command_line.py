@@ -51,7 +51,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     AttributeError,
     KeyError,
   ) as error:
-    raise errors.ConfigError(_one_line(error)) from error
+    hint = ""
+    if "before a value for --config" in str(error):
+      hint = ". Put --config=FILE before its overrides."
+    raise errors.ConfigError(_one_line(error) + hint) from error
   if len(rest) > 1:
     raise errors.ConfigError(
       f"unexpected argument {rest[1]!r}: every argument is --flag=value. Try"
@@ -74,7 +77,7 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
   if not has_config():
     raise errors.ConfigError(
       "no --config: pass a config file, for example"
-      " --config=configs/v1_depth20.py."
+      " --config=configs/v1_depth20.py (--mode=eval needs only --workdir)."
     )
   flag = flags.FLAGS["config"]
   path = config_flags.get_config_filename(flag)
@@ -114,7 +117,8 @@ def _load(path: str) -> ConfigDict:
   file = path.partition(":")[0]
   if not os.path.isfile(file):
     raise errors.ConfigError(
-      f"--config={path}: there is no such file; see the folder configs/."
+      f"--config={path}: there is no such file; see the repository's"
+      " folder configs/."
     )
   try:
     config = ConfigFileFlagParser("config").parse(path)

@@ -153,8 +153,8 @@ def _restore(
     normalization.placeholder(config.normalization, experiment.image_shape),
   )
   missing = errors.WorkdirError(
-    f"{workdir} has no checkpoint yet: none is saved before the end of the"
-    " first epoch."
+    f"{workdir} has no checkpoint: none is saved before the end of the first"
+    " epoch."
   )
   if not (workdir / "checkpoints").is_dir():
     raise missing

@@ -4,8 +4,10 @@ python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
   [--mode=train|eval|summary] [--config.model.depth=56 ...]
 """
 
+import os
 import pathlib
 import sys
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -78,7 +80,7 @@ def _run(argv: list[str]) -> None:
   if _MODE.value == "summary":
     from resnet_flax import summary
 
-    print(summary.summarize(config))
+    print(summary.summarize(config), flush=True)
     return
   _train(config, pathlib.Path(_WORKDIR.value or default_workdir))
 
@@ -89,12 +91,27 @@ def run() -> None:
     from resnet_flax import command_line
 
     app.run(_run, flags_parser=command_line.parse_flags)
+  except errors.Interrupted as error:
+    _leave_at_once(f"error: {error}", error.exit_code)
   except errors.UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
   except KeyboardInterrupt:
-    print("error: interrupted; nothing new was saved.", file=sys.stderr)
-    sys.exit(errors.Interrupted.exit_code)
+    text = "error: interrupted; nothing new was saved."
+    _leave_at_once(text, errors.Interrupted.exit_code)
+  except BrokenPipeError:
+    # Whoever reads our output, such as `head`, has seen enough.
+    os._exit(0)
+
+
+def _leave_at_once(text: str, exit_code: int) -> NoReturn:
+  """Ends the process without waiting for the threads of libraries.
+
+  XLA goes on compiling in threads of its own, and crashes if the interpreter
+  is taken away from under it. What was to be saved has been saved.
+  """
+  print(text, file=sys.stderr, flush=True)
+  os._exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Progress:
     self._bar = tqdm.tqdm(
       total=self._steps_per_epoch,
       desc=self._title(),
-      bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
+      bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
       # None: no bar where standard error is not a terminal.

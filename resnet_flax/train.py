@@ -87,15 +87,15 @@ def train_and_evaluate(
       )
       board = metrics.TensorBoard(workdir, saved_step, config.log.tensorboard)
     stack.callback(board.close)
-    state = initial_state(config, experiment, dataset.train, mesh)
-    if saved_step:
-      state = checkpoints.restore(saved_step, state, mesh)
-      _logger.info("going on after epoch %d of %s", len(records), workdir)
     if dataset.validation is None:
       _logger.info(
         "note: the best epoch is chosen on the test split, as in the recipe;"
         " set dataset.validation_examples to hold out a part of training"
       )
+    state = initial_state(config, experiment, dataset.train, mesh)
+    if saved_step:
+      state = checkpoints.restore(saved_step, state, mesh)
+      _logger.info("going on after epoch %d of %s", len(records), workdir)
     progress = progress_lib.Progress(
       config.num_epochs,
       steps_per_epoch,

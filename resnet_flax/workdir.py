@@ -50,14 +50,20 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   """
   path = workdir / "config.json"
   try:
-    return ConfigDict(json.loads(path.read_text())).lock()
+    stored = json.loads(path.read_text())
+    if not isinstance(stored, dict):
+      raise ValueError("it holds no JSON object")
+    return ConfigDict(stored).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
       " --workdir that was trained in."
     ) from None
   except (OSError, ValueError, TypeError, AttributeError) as error:
-    raise errors.WorkdirError(f"{path} cannot be read: {error}.") from error
+    raise errors.WorkdirError(
+      f"{path} cannot be read: {error}. Restore it, or start again in another"
+      " --workdir."
+    ) from error
 
 
 def check(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -135,7 +141,10 @@ def record_start(
     stored = json.loads(path.read_text())
     resumed = stored.pop("resumed", [])
   except (OSError, ValueError, AttributeError, TypeError) as error:
-    raise errors.WorkdirError(f"{path} cannot be read: {error}.") from error
+    raise errors.WorkdirError(
+      f"{path} cannot be read: {error}. Delete it to go on with the run: it is"
+      " written anew."
+    ) from error
   if stored.get("data") != data:
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run on other data: {stored.get('data')}"

@@ -105,7 +105,7 @@ def test_unknown_checkpoint(run):
 
 def test_no_checkpoint_yet(run, tmp_path):
   (tmp_path / "config.json").write_text((run[1] / "config.json").read_text())
-  with pytest.raises(errors.WorkdirError, match="has no checkpoint yet"):
+  with pytest.raises(errors.WorkdirError, match="has no checkpoint: "):
     resnet_flax.load_model(tmp_path)
 
 

@@ -65,6 +65,20 @@ def test_default_workdir_differs_between_overrides(tmp_path):
   ]
 
 
+def test_output_may_be_cut_short():
+  process = subprocess.Popen(
+    command("--config=configs/v2_depth29.py", "--mode=summary"),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  process.stdout.close()
+  _, stderr = process.communicate(timeout=60)
+  assert stderr == ""
+  assert process.returncode == 0
+
+
 def test_summary():
   result = run("--config=configs/v2_depth29.py", "--mode=summary")
   assert "Total parameters: 849,002" in result.stdout
@@ -183,10 +197,11 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path):
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_before_training(tmp_path):
-  """While the training step is being compiled, or just before."""
+@pytest.mark.parametrize("moment", ["note:", "compiling"])
+def test_ctrl_c_before_training(tmp_path, moment):
+  """While XLA compiles, also in threads that outlive the exception."""
   process = subprocess.Popen(
-    command(*QUICK, f"--workdir={tmp_path}"),
+    command(*QUICK, "--config.model.depth=56", f"--workdir={tmp_path}"),
     cwd=ROOT,
     env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
     stderr=subprocess.PIPE,
@@ -195,7 +210,7 @@ def test_ctrl_c_before_training(tmp_path):
   lines = []
   for line in process.stderr:
     lines.append(line)
-    if line.startswith("compiling"):
+    if line.startswith(moment):
       process.send_signal(signal.SIGINT)
   process.wait(timeout=60)
   process.stderr.close()

@@ -61,6 +61,14 @@ def fetch(spec: ArchiveSpec, folder: pathlib.Path) -> pathlib.Path:
     progressbar=sys.stderr.isatty(), timeout=_TIMEOUT
   )
   try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.DataError(
+      f"the data directory {folder.parent} cannot be written:"
+      f" {error.strerror}. Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
+      " another one."
+    ) from error
+  try:
     path = pooch.retrieve(
       spec.url, f"sha256:{spec.sha256}", name, folder, downloader=downloader
     )
