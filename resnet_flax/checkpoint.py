@@ -56,6 +56,7 @@ class Checkpoints:
         best_fn=lambda metrics: metrics["accuracy"],
         create=not read_only,
         read_only=read_only,
+        save_interval_steps=0 if read_only else 1,
       ),
     )
 

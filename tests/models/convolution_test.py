@@ -68,7 +68,7 @@ def convolutions(draw):
   return x, kernel, (draw(stride), draw(stride)), padding
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(convolutions(), st.sampled_from([1, 1 << 12, 1 << 19]))
 def test_any_shape(case, cache_bytes):
   """Also with chunks of one image, and chunks that do not divide the batch."""
