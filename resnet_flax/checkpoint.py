@@ -132,6 +132,6 @@ class Checkpoints:
     except Exception as error:
       raise errors.WorkdirError(
         f"checkpoint {self._folder / str(step)} cannot be read"
-        f" ({errors.one_line(error)}). Nothing was changed; remove"
-        " that folder to go on from an earlier checkpoint."
+        f" ({errors.one_line(error)}). Nothing was changed. Restore that"
+        " folder, or start again in another --workdir."
       ) from error

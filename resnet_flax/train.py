@@ -61,7 +61,7 @@ def train_and_evaluate(
     WorkdirError: the workdir cannot be used, or no longer be written.
     DataError: the data cannot be had.
     NonFiniteError: the loss or the state became infinite or NaN.
-    Interrupted: Ctrl-C, once training has begun.
+    Interrupted: Ctrl-C, once the workdir is open.
   """
   mesh = mesh_lib.create_mesh(devices)
   config_rules.check(config, num_devices=mesh.size)
