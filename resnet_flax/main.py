@@ -12,7 +12,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from resnet_flax import errors
+from resnet_flax import errors, huge_pages
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -115,4 +115,5 @@ def _leave_at_once(text: str, exit_code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+  huge_pages.use_huge_pages()
   run()

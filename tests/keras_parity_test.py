@@ -5,7 +5,9 @@ paths of our parameters as their names, so that weights are copied by name.
 """
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,17 +184,31 @@ def batch(*seed):
   return jnp.asarray(images), jnp.asarray(rng.integers(0, 10, BATCH))
 
 
+class RecordingBatchNorm(nn.BatchNorm):
+  """Flax's own, which tells what it gives to the activation."""
+
+  act: Any = None
+  record: Any = None
+
+  def __call__(self, x, residual=None):
+    y = super().__call__(x)
+    y = y if residual is None else residual + y
+    self.record(y)
+    return self.act(y)
+
+
 def kink_distance_fn(model):
   """A function of (variables, images): the least |x| that meets a ReLU."""
 
   def distance(variables, images):
     distances = []
-
-    def recording_relu(x):
-      distances.append(jnp.min(jnp.abs(x)))
-      return jax.nn.relu(x)
-
-    recording = model.clone(act=recording_relu)
+    recording = model.clone(
+      norm=functools.partial(
+        RecordingBatchNorm,
+        record=lambda x: distances.append(jnp.min(jnp.abs(x))),
+        **model.norm.keywords,
+      )
+    )
     recording.apply(variables, images, train=True, mutable=["batch_stats"])
     return jnp.min(jnp.stack(distances))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_flax import errors
-from resnet_flax.models import layers, resnet
+from resnet_flax.models import batch_norm, layers, resnet
 
 DTYPES = ("float32", "bfloat16")
 
@@ -122,7 +122,7 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       dtype=dtype,
     ),
     norm=functools.partial(
-      nn.BatchNorm,
+      batch_norm.BatchNorm,
       momentum=config.batch_norm_momentum,
       epsilon=config.batch_norm_epsilon,
       dtype=dtype,

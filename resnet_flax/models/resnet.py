@@ -76,10 +76,9 @@ class BasicBlock(Block):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, H, W, C] to the block's output."""
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
-    y = self.act(self.norm(name="bn1")(y))
+    y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
-    y = self.norm(name="bn2")(y)
-    return self.act(self.project(x) + y)
+    return self.norm(act=self.act, name="bn2")(y, self.project(x))
 
 
 class PreActBottleneckBlock(Block):
@@ -95,11 +94,11 @@ class PreActBottleneckBlock(Block):
     """Maps float[B, H, W, C] to the block's output."""
     y = x
     if not self.first_in_network:
-      y = self.act(self.norm(name="bn1")(y))
+      y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.inner_filters, (1, 1), self.strides, name="conv1")(y)
-    y = self.act(self.norm(name="bn2")(y))
+    y = self.norm(act=self.act, name="bn2")(y)
     y = self.conv(self.inner_filters, (3, 3), 1, name="conv2")(y)
-    y = self.act(self.norm(name="bn3")(y))
+    y = self.norm(act=self.act, name="bn3")(y)
     y = self.conv(self.num_filters, (1, 1), 1, name="conv3")(y)
     return self.project(x) + y
 
@@ -145,7 +144,7 @@ class ResNet(nn.Module):
     """
     norm = functools.partial(self.norm, use_running_average=not train)
     x = self.conv(self.stem_filters, (3, 3), 1, name="stem_conv")(images)
-    x = self.act(norm(name="stem_bn")(x))
+    x = norm(act=self.act, name="stem_bn")(x)
     stages = zip(self.stage_sizes, self.stage_filters, strict=True)
     for stage, (num_blocks, (inner_filters, num_filters)) in enumerate(stages):
       for block in range(num_blocks):
@@ -161,6 +160,6 @@ class ResNet(nn.Module):
           name=f"stage{stage + 1}_block{block + 1}",
         )(x)
     if self.final_norm_act:
-      x = self.act(norm(name="final_bn")(x))
+      x = norm(act=self.act, name="final_bn")(x)
     x = jnp.mean(x, axis=(1, 2))
     return self.dense(self.num_classes, name="head")(x).astype(jnp.float32)

@@ -1,0 +1,207 @@
+import functools
+import operator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from resnet_flax import mesh as mesh_lib
+from resnet_flax.models import batch_norm
+
+SHAPE = (6, 5, 4, 3)
+OPTIONS = {"momentum": 0.9, "epsilon": 1e-3}
+
+
+class FlaxBatchNorm(nn.Module):
+  """What is to be equalled, out of Flax's own parts."""
+
+  use_running_average: bool
+  act: object = None
+  dtype: object = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, residual=None):
+    y = nn.BatchNorm(
+      self.use_running_average, dtype=self.dtype, name="bn", **OPTIONS
+    )(x)
+    y = y if residual is None else residual + y
+    return y if self.act is None else self.act(y)
+
+
+class OurBatchNorm(nn.Module):
+  use_running_average: bool
+  act: object = None
+  dtype: object = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, residual=None):
+    return batch_norm.BatchNorm(
+      self.use_running_average,
+      act=self.act,
+      dtype=self.dtype,
+      name="bn",
+      **OPTIONS,
+    )(x, residual)
+
+
+def arrays(dtype=np.float32):
+  rng = np.random.default_rng(0)
+  x = rng.normal(1.5, 2, SHAPE).astype(dtype)
+  residual, g = rng.normal(size=(2, *SHAPE)).astype(dtype)
+  params = {
+    "bn": {
+      "scale": rng.normal(1, 0.3, 3).astype(np.float32),
+      "bias": rng.normal(0, 0.3, 3).astype(np.float32),
+    }
+  }
+  stats = {
+    "bn": {
+      "mean": rng.normal(size=3).astype(np.float32),
+      "var": rng.uniform(0.5, 2, 3).astype(np.float32),
+    }
+  }
+  return x, residual, g, params, stats
+
+
+def outcome(module, x, residual, g, params, stats):
+  """Results, new statistics and all gradients of a training call."""
+
+  def call(params, x, residual):
+    return module.apply(
+      {"params": params, "batch_stats": stats},
+      x,
+      residual,
+      mutable=["batch_stats"],
+    )
+
+  y, vjp, updated = jax.vjp(call, params, x, residual, has_aux=True)
+  return y, updated, vjp(g)
+
+
+def assert_close(a, b, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      np.asarray(a, np.float64),
+      np.asarray(b, np.float64),
+      rtol=tolerance,
+      atol=tolerance,
+    ),
+    a,
+    b,
+  )
+
+
+@pytest.mark.parametrize("act", [None, nn.relu, nn.silu])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_equals_flax_in_training(act, with_residual):
+  x, residual, g, params, stats = arrays()
+  residual = residual if with_residual else None
+  ours, flaxs = (
+    outcome(cls(False, act), x, residual, g, params, stats)
+    for cls in (OurBatchNorm, FlaxBatchNorm)
+  )
+  assert_close(ours, flaxs)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_equals_flax_in_inference(with_residual):
+  x, residual, _, params, stats = arrays()
+  residual = residual if with_residual else None
+  variables = {"params": params, "batch_stats": stats}
+  ours, flaxs = (
+    cls(True, nn.relu).apply(variables, x, residual)
+    for cls in (OurBatchNorm, FlaxBatchNorm)
+  )
+  assert_close(ours, flaxs)
+
+
+def test_has_flax_variables_and_does_not_update_them_at_initialisation():
+  x, *_ = arrays()
+  ours, flaxs = (
+    cls(False).init(jax.random.key(0), x)
+    for cls in (OurBatchNorm, FlaxBatchNorm)
+  )
+  assert_close(ours, flaxs)
+  dtypes = jax.tree.map(lambda leaf: leaf.dtype, ours)
+  assert set(jax.tree.leaves(dtypes)) == {jnp.dtype("float32")}
+
+
+def test_bfloat16_equals_flax_and_keeps_float32_statistics():
+  x, residual, g, params, stats = arrays(jnp.bfloat16)
+  ours, flaxs = (
+    outcome(cls(False, nn.relu, jnp.bfloat16), x, residual, g, params, stats)
+    for cls in (OurBatchNorm, FlaxBatchNorm)
+  )
+  assert ours[0].dtype == jnp.bfloat16
+  assert ours[1]["batch_stats"]["bn"]["mean"].dtype == jnp.float32
+  assert_close(ours[:2], flaxs[:2])
+  assert_close(ours[2], flaxs[2], tolerance=2e-2)
+
+
+def test_second_derivatives_equal_flax():
+  x, residual, g, params, stats = arrays()
+  g = jnp.asarray(g)
+
+  def gradient_norm(module, x):
+    def loss(x):
+      y, _ = module.apply(
+        {"params": params, "batch_stats": stats},
+        x,
+        residual,
+        mutable=["batch_stats"],
+      )
+      return jnp.sum(y * g)
+
+    return jnp.sum(jax.grad(loss)(x) ** 2)
+
+  ours, flaxs = (
+    jax.grad(functools.partial(gradient_norm, cls(False, nn.silu)))(x)
+    for cls in (OurBatchNorm, FlaxBatchNorm)
+  )
+  assert_close(ours, flaxs, tolerance=1e-4)
+
+
+def test_statistics_have_derivatives():
+  x, _, _, params, stats = arrays()
+
+  def variance(module, x):
+    variables = {"params": params, "batch_stats": stats}
+    _, updated = module.apply(variables, x, mutable=["batch_stats"])
+    updated = updated["batch_stats"]["bn"]
+    return jnp.sum(updated["var"] + 3 * updated["mean"])
+
+  ours, flaxs = (
+    jax.grad(functools.partial(variance, cls(False)))(x)
+    for cls in (OurBatchNorm, FlaxBatchNorm)
+  )
+  assert_close(ours, flaxs)
+
+
+def test_vmap_equals_a_loop():
+  x, residual, g, params, stats = arrays()
+  call = functools.partial(outcome, OurBatchNorm(False, nn.relu))
+  stack = functools.partial(jax.tree.map, lambda a: np.stack([a, a * 0.5]))
+  stacked = stack((x, residual, g, params, stats))
+  together = jax.vmap(call)(*stacked)
+  for k in range(2):
+    pick = functools.partial(jax.tree.map, operator.itemgetter(k))
+    assert_close(pick(together), call(*pick(stacked)))
+
+
+def test_statistics_are_those_of_a_batch_sharded_over_devices():
+  x, residual, g, params, stats = arrays()
+  tile = functools.partial(np.tile, reps=(4, 1, 1, 1))
+  x, residual, g = tile(x), tile(residual), tile(g)
+  x[:3] += 1  # So that devices' own statistics would differ.
+  call = jax.jit(functools.partial(outcome, OurBatchNorm(False, nn.relu)))
+  expected = call(x, residual, g, params, stats)
+  mesh = mesh_lib.create_mesh()
+  assert mesh.size == 8
+  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+  sharded = jax.device_put((x, residual, g), sharding)
+  assert_close(call(*sharded, params, stats), expected)
+  text = call.lower(*sharded, params, stats).compile().as_text()
+  assert "all-gather" not in text
