@@ -1,8 +1,8 @@
 """Backs XLA's buffers with huge pages, where that is left to programs.
 
 A training step's temporary memory on a CPU is taken from and given back to the
-system at every step. In pages of 4 KiB that costs a third of the step: 75,000
-page faults at batch 128. In pages of 2 MiB it costs next to nothing.
+system at every step: 300 MB for ResNet-20 at batch 128, which are 75,000 page
+faults in pages of 4 KiB and a few hundred in pages of 2 MiB.
 """
 
 import os

@@ -5,9 +5,7 @@ paths of our parameters as their names, so that weights are copied by name.
 """
 
 import functools
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 
 from configs import base
 from resnet_flax import models, optimizer, train_step
+from tests.models.flax_batch_norm import FlaxBatchNorm
 
 keras = pytest.importorskip("keras", reason="needs the extra [parity]")
 
@@ -184,30 +183,21 @@ def batch(*seed):
   return jnp.asarray(images), jnp.asarray(rng.integers(0, 10, BATCH))
 
 
-class RecordingBatchNorm(nn.BatchNorm):
-  """Flax's own, which tells what it gives to the activation."""
-
-  act: Any = None
-  record: Any = None
-
-  def __call__(self, x, residual=None):
-    y = super().__call__(x)
-    y = y if residual is None else residual + y
-    self.record(y)
-    return self.act(y)
-
-
 def kink_distance_fn(model):
   """A function of (variables, images): the least |x| that meets a ReLU."""
 
   def distance(variables, images):
     distances = []
+
+    def recording_relu(x):
+      distances.append(jnp.min(jnp.abs(x)))
+      return jax.nn.relu(x)
+
+    # Ours calls the activation in a trace of its own, which the distances
+    # could not leave.
     recording = model.clone(
-      norm=functools.partial(
-        RecordingBatchNorm,
-        record=lambda x: distances.append(jnp.min(jnp.abs(x))),
-        **model.norm.keywords,
-      )
+      act=recording_relu,
+      norm=functools.partial(FlaxBatchNorm, **model.norm.keywords),
     )
     recording.apply(variables, images, train=True, mutable=["batch_stats"])
     return jnp.min(jnp.stack(distances))

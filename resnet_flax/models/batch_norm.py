@@ -54,7 +54,7 @@ def _batch_statistics(x: jax.Array) -> Statistics:
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = tuple(range(x.ndim - 1))
   mean = jnp.mean(x, axes)
-  # Flax's formula: both sums in one visit to the data.
+  # Flax's formula: neither sum needs the other.
   variance = jnp.mean(lax.square(x), axes) - lax.square(mean)
   return mean, jnp.maximum(variance, 0)
 

@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_flax.models.batch_norm import Activation
+
 ModuleDef = Callable[..., nn.Module]
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def subsample_and_pad(
@@ -114,7 +115,8 @@ class ResNet(nn.Module):
     num_classes: size of the head.
     block_cls: the kind of block.
     final_norm_act: BN-ReLU before the pool, which pre-activation needs.
-    conv, norm: partials; `norm` also takes `use_running_average`.
+    conv, norm: partials; `norm` also takes `use_running_average` and `act`, and
+      what it makes is called with x and, where there is one, the residual.
     act: the activation function.
     shortcut: 'keras' or 'A'.
   """

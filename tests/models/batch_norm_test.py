@@ -6,45 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from resnet_flax import mesh as mesh_lib
 from resnet_flax.models import batch_norm
+from tests.models.flax_batch_norm import FlaxBatchNorm
 
 SHAPE = (6, 5, 4, 3)
-OPTIONS = {"momentum": 0.9, "epsilon": 1e-3}
 
 
-class FlaxBatchNorm(nn.Module):
-  """What is to be equalled, out of Flax's own parts."""
-
-  use_running_average: bool
-  act: object = None
-  dtype: object = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, residual=None):
-    y = nn.BatchNorm(
-      self.use_running_average, dtype=self.dtype, name="bn", **OPTIONS
-    )(x)
-    y = y if residual is None else residual + y
-    return y if self.act is None else self.act(y)
-
-
-class OurBatchNorm(nn.Module):
-  use_running_average: bool
-  act: object = None
-  dtype: object = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, residual=None):
-    return batch_norm.BatchNorm(
-      self.use_running_average,
-      act=self.act,
-      dtype=self.dtype,
-      name="bn",
-      **OPTIONS,
-    )(x, residual)
+flax_batch_norm, our_batch_norm = (
+  functools.partial(cls, momentum=0.9, epsilon=1e-3)
+  for cls in (FlaxBatchNorm, batch_norm.BatchNorm)
+)
 
 
 def arrays(dtype=np.float32):
@@ -52,16 +25,12 @@ def arrays(dtype=np.float32):
   x = rng.normal(1.5, 2, SHAPE).astype(dtype)
   residual, g = rng.normal(size=(2, *SHAPE)).astype(dtype)
   params = {
-    "bn": {
-      "scale": rng.normal(1, 0.3, 3).astype(np.float32),
-      "bias": rng.normal(0, 0.3, 3).astype(np.float32),
-    }
+    "scale": rng.normal(1, 0.3, 3).astype(np.float32),
+    "bias": rng.normal(0, 0.3, 3).astype(np.float32),
   }
   stats = {
-    "bn": {
-      "mean": rng.normal(size=3).astype(np.float32),
-      "var": rng.uniform(0.5, 2, 3).astype(np.float32),
-    }
+    "mean": rng.normal(size=3).astype(np.float32),
+    "var": rng.uniform(0.5, 2, 3).astype(np.float32),
   }
   return x, residual, g, params, stats
 
@@ -100,8 +69,8 @@ def test_equals_flax_in_training(act, with_residual):
   x, residual, g, params, stats = arrays()
   residual = residual if with_residual else None
   ours, flaxs = (
-    outcome(cls(False, act), x, residual, g, params, stats)
-    for cls in (OurBatchNorm, FlaxBatchNorm)
+    outcome(cls(False, act=act), x, residual, g, params, stats)
+    for cls in (our_batch_norm, flax_batch_norm)
   )
   assert_close(ours, flaxs)
 
@@ -112,8 +81,8 @@ def test_equals_flax_in_inference(with_residual):
   residual = residual if with_residual else None
   variables = {"params": params, "batch_stats": stats}
   ours, flaxs = (
-    cls(True, nn.relu).apply(variables, x, residual)
-    for cls in (OurBatchNorm, FlaxBatchNorm)
+    cls(True, act=nn.relu).apply(variables, x, residual)
+    for cls in (our_batch_norm, flax_batch_norm)
   )
   assert_close(ours, flaxs)
 
@@ -122,7 +91,7 @@ def test_has_flax_variables_and_does_not_update_them_at_initialisation():
   x, *_ = arrays()
   ours, flaxs = (
     cls(False).init(jax.random.key(0), x)
-    for cls in (OurBatchNorm, FlaxBatchNorm)
+    for cls in (our_batch_norm, flax_batch_norm)
   )
   assert_close(ours, flaxs)
   dtypes = jax.tree.map(lambda leaf: leaf.dtype, ours)
@@ -132,11 +101,13 @@ def test_has_flax_variables_and_does_not_update_them_at_initialisation():
 def test_bfloat16_equals_flax_and_keeps_float32_statistics():
   x, residual, g, params, stats = arrays(jnp.bfloat16)
   ours, flaxs = (
-    outcome(cls(False, nn.relu, jnp.bfloat16), x, residual, g, params, stats)
-    for cls in (OurBatchNorm, FlaxBatchNorm)
+    outcome(
+      cls(False, act=nn.relu, dtype=jnp.bfloat16), x, residual, g, params, stats
+    )
+    for cls in (our_batch_norm, flax_batch_norm)
   )
   assert ours[0].dtype == jnp.bfloat16
-  assert ours[1]["batch_stats"]["bn"]["mean"].dtype == jnp.float32
+  assert ours[1]["batch_stats"]["mean"].dtype == jnp.float32
   assert_close(ours[:2], flaxs[:2])
   assert_close(ours[2], flaxs[2], tolerance=2e-2)
 
@@ -158,8 +129,8 @@ def test_second_derivatives_equal_flax():
     return jnp.sum(jax.grad(loss)(x) ** 2)
 
   ours, flaxs = (
-    jax.grad(functools.partial(gradient_norm, cls(False, nn.silu)))(x)
-    for cls in (OurBatchNorm, FlaxBatchNorm)
+    jax.grad(functools.partial(gradient_norm, cls(False, act=nn.silu)))(x)
+    for cls in (our_batch_norm, flax_batch_norm)
   )
   assert_close(ours, flaxs, tolerance=1e-4)
 
@@ -170,19 +141,19 @@ def test_statistics_have_derivatives():
   def variance(module, x):
     variables = {"params": params, "batch_stats": stats}
     _, updated = module.apply(variables, x, mutable=["batch_stats"])
-    updated = updated["batch_stats"]["bn"]
+    updated = updated["batch_stats"]
     return jnp.sum(updated["var"] + 3 * updated["mean"])
 
   ours, flaxs = (
     jax.grad(functools.partial(variance, cls(False)))(x)
-    for cls in (OurBatchNorm, FlaxBatchNorm)
+    for cls in (our_batch_norm, flax_batch_norm)
   )
   assert_close(ours, flaxs)
 
 
 def test_vmap_equals_a_loop():
   x, residual, g, params, stats = arrays()
-  call = functools.partial(outcome, OurBatchNorm(False, nn.relu))
+  call = functools.partial(outcome, our_batch_norm(False, act=nn.relu))
   stack = functools.partial(jax.tree.map, lambda a: np.stack([a, a * 0.5]))
   stacked = stack((x, residual, g, params, stats))
   together = jax.vmap(call)(*stacked)
@@ -196,12 +167,11 @@ def test_statistics_are_those_of_a_batch_sharded_over_devices():
   tile = functools.partial(np.tile, reps=(4, 1, 1, 1))
   x, residual, g = tile(x), tile(residual), tile(g)
   x[:3] += 1  # So that devices' own statistics would differ.
-  call = jax.jit(functools.partial(outcome, OurBatchNorm(False, nn.relu)))
+  call = jax.jit(functools.partial(outcome, our_batch_norm(False, act=nn.relu)))
   expected = call(x, residual, g, params, stats)
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-  sharded = jax.device_put((x, residual, g), sharding)
+  sharded = mesh_lib.shard_batch(mesh, x, residual, g)
   assert_close(call(*sharded, params, stats), expected)
   text = call.lower(*sharded, params, stats).compile().as_text()
   assert "all-gather" not in text

@@ -1,0 +1,17 @@
+"""What our batch norm is compared with, out of Flax's own parts."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+
+class FlaxBatchNorm(nn.BatchNorm):
+  """Flax's batch norm, then the residual sum and the activation."""
+
+  act: Callable[[jax.Array], jax.Array] | None = None
+
+  def __call__(self, x, residual=None):
+    y = super().__call__(x)
+    y = y if residual is None else residual + y
+    return y if self.act is None else self.act(y)
