@@ -1,16 +1,18 @@
-"""Convolution with a weight gradient that suits the platform it runs on.
+"""Convolution in the form that suits the platform it runs on.
 
-XLA's own weight gradient of a convolution is good on TPUs and GPUs and slow on
-CPUs, where it runs at a tenth of the speed of a matrix product. On CPUs it is
-computed here as products of matrices that stay in the cache; everywhere else,
-and for the other two of a convolution's three operations, XLA's own is used.
-The choice is made when a program is lowered for a platform.
+XLA's own convolution is good on TPUs and GPUs. On CPUs it is half as fast as
+oneDNN's, and its weight gradient runs at a tenth of the speed of a matrix
+product. So on CPUs all three operations of a convolution are forward
+convolutions of oneDNN, where jaxlib brings it (`onednn`); where it does not,
+the weight gradient is computed as products of matrices that stay in the cache.
+Everywhere else all three are XLA's. The choice is made when a program is
+lowered for a platform.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +20,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding, PartitionSpec
+
+from resnet_flax.models import onednn
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# Bytes that one chunk's operands may take. The cache model: a chunk is
-# written once, by the copies that make its operands, and read once, by the
-# product, and should not leave the cache in between. Half a MiB is what a core
-# has of second-level cache on the CPUs of the last ten years; products of
-# larger chunks gain nothing, since their inner dimension is already in the
-# thousands.
-_CACHE_BYTES = 1 << 19
+# The weight gradient is a sum over images, computed in chunks by this cache
+# model: a chunk's operands are copied into another order and then read once,
+# and should not leave the second-level cache in between. CPUs of the last ten
+# years have half a MiB to two of it for a core.
+#
+# Bytes of the copies of one chunk for a product of matrices, which one core
+# makes. Larger chunks gain nothing, since the inner dimension is already in
+# the thousands.
+_PRODUCT_BYTES = 1 << 19
+# Bytes of the operands of one chunk for oneDNN, whose threads share them.
+_CONVOLVED_BYTES = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +75,21 @@ class _Geometry:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
-  return geometry.apply(x, kernel)
+  return _per_platform(_CONV, geometry, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _input_gradient(
   g: jax.Array, kernel: jax.Array, geometry: _Geometry
 ) -> jax.Array:
-  shape = (g.shape[0], *geometry.input_hw, kernel.shape[2])
-  transpose = jax.linear_transpose(
-    lambda x: geometry.apply(x, kernel), jax.ShapeDtypeStruct(shape, g.dtype)
-  )
-  return transpose(g)[0]
+  return _per_platform(_INPUT_GRADIENT, geometry, g, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _weight_gradient(
   x: jax.Array, g: jax.Array, geometry: _Geometry
 ) -> jax.Array:
-  return lax.platform_dependent(
-    x,
-    g,
-    cpu=_cpu_weight_gradient(geometry),
-    default=functools.partial(_standard_weight_gradient, geometry),
-  )
+  return _per_platform(_WEIGHT_GRADIENT, geometry, x, g)
 
 
 def _keep(operation):
@@ -124,6 +124,22 @@ _input_gradient.defvjp(_keep(_input_gradient), _input_gradient_backward)
 _weight_gradient.defvjp(_keep(_weight_gradient), _weight_gradient_backward)
 
 
+def _standard_conv(
+  geometry: _Geometry, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  return geometry.apply(x, kernel)
+
+
+def _standard_input_gradient(
+  geometry: _Geometry, g: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  shape = (g.shape[0], *geometry.input_hw, kernel.shape[2])
+  transpose = jax.linear_transpose(
+    lambda x: geometry.apply(x, kernel), jax.ShapeDtypeStruct(shape, g.dtype)
+  )
+  return transpose(g)[0]
+
+
 def _standard_weight_gradient(
   geometry: _Geometry, x: jax.Array, g: jax.Array
 ) -> jax.Array:
@@ -135,58 +151,100 @@ def _standard_weight_gradient(
   return transpose(g)[0]
 
 
-@functools.cache
-def _cpu_weight_gradient(geometry: _Geometry):
-  """The weight gradient for CPUs as a function of (x, g).
+def _cpu_conv(
+  geometry: _Geometry, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  if not onednn.can_convolve(x.dtype):
+    return _standard_conv(geometry, x, kernel)
+  return onednn.convolve(x, kernel, geometry.strides, geometry.pads)
 
-  On a batch that is sharded over devices each one works on its own part: a
-  loop over chunks of the whole batch would make the partitioner gather it.
+
+def _cpu_input_gradient(
+  geometry: _Geometry, g: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  """Convolutions of g with the kernel, turned by 180 degrees.
+
+  Input rows that are a stride apart meet the same rows of the kernel, and so
+  do columns. Each such phase of the result is a convolution with its part of
+  the kernel, so that no product with an inserted zero is computed.
   """
-  local = functools.partial(_chunked_weight_gradient, geometry)
-  partitioned = custom_partitioning(local)
+  if not onednn.can_convolve(g.dtype):
+    return _standard_input_gradient(geometry, g, kernel)
+  (sh, sw), (height, width) = geometry.strides, geometry.input_hw
+  kernel = kernel.swapaxes(2, 3)
 
-  def partition(mesh, arg_shapes, result_shape):
-    del result_shape
-    spec = arg_shapes[0].sharding.spec
-    axis = spec[0] if len(spec) else None
-    batch = NamedSharding(mesh, PartitionSpec(axis))
-    whole = NamedSharding(mesh, PartitionSpec())
+  def phase(row: int, column: int) -> jax.Array:
+    (i, row_pads), (j, column_pads) = (
+      _phase(start, size, k, stride, before, out)
+      for start, size, k, stride, (before, _), out in zip(
+        (row, column),
+        geometry.input_hw,
+        geometry.kernel_hw,
+        geometry.strides,
+        geometry.pads,
+        g.shape[1:3],
+        strict=True,
+      )
+    )
+    part = jnp.flip(kernel[i::sh, j::sw], (0, 1))
+    if not part.size:
+      shape = -(-height // sh), -(-width // sw)
+      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), g.dtype)
+    return onednn.convolve(g, part, (1, 1), (row_pads, column_pads))
 
-    def lower(x, g):
-      part = local(x, g)
-      return part if axis is None else lax.psum(part, axis)
-
-    return mesh, lower, whole, (batch, batch)
-
-  partitioned.def_partition(
-    partition,
-    infer_sharding_from_operands=lambda mesh, args, result: NamedSharding(
-      mesh, PartitionSpec()
-    ),
-    sharding_rule="n h w c, n p q d -> k l c d",
-    reduction_factors=("n",),
-    need_replication_factors=("h", "w", "c", "p", "q", "d", "k", "l"),
-  )
-
-  @custom_vmap
-  def weight_gradient(x, g):
-    return partitioned(x, g)
-
-  @weight_gradient.def_vmap
-  def _(axis_size, in_batched, x, g):
-    del axis_size
-    axes = tuple(0 if batched else None for batched in in_batched)
-    return jax.vmap(local, in_axes=axes)(x, g), True
-
-  return weight_gradient
+  if (sh, sw) == (1, 1):
+    return phase(0, 0)
+  rows = [
+    jnp.stack([phase(row, column) for column in range(sw)], 3)
+    for row in range(sh)
+  ]
+  phases = jnp.stack(rows, 2)
+  n, p, _, q, _, c = phases.shape
+  return phases.reshape(n, p * sh, q * sw, c)[:, :height, :width]
 
 
+def _phase(
+  start: int, size: int, k: int, stride: int, before: int, out: int
+) -> tuple[int, tuple[int, int]]:
+  """In one dimension, what gives the input gradient at start::stride.
+
+  Args:
+    start: of the phase.
+    size: of the input.
+    k: size of the kernel.
+    stride: of the convolution.
+    before: its zeros before the input.
+    out: size of its output.
+
+  Returns:
+    The first element of the kernel that takes part, and the padding of the
+    convolution with these elements, which gives ceil(size / stride) elements.
+  """
+  first = (start + before) % stride
+  taps = -(-(k - first) // stride)
+  pad = taps - 1 - (start + before - first) // stride
+  return first, (pad, -(-size // stride) - out - pad + taps - 1)
+
+
+def _cpu_weight_gradient(
+  geometry: _Geometry, x: jax.Array, g: jax.Array
+) -> jax.Array:
+  # A function that XLA does not inline finds its operands in memory. Inlined,
+  # what computes x would be computed again in the order that a copy needs.
+  with set_xla_metadata(inlineable="false"):
+    return _chunked_weight_gradient(geometry, x, g)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _chunked_weight_gradient(
   geometry: _Geometry, x: jax.Array, g: jax.Array
 ) -> jax.Array:
   images = x.shape[0]
-  contribution = functools.partial(_chunk_contribution, geometry)
-  size = _chunk_size(geometry, x, g)
+  if onednn.can_convolve(x.dtype) and geometry.kernel_hw != (1, 1):
+    form, size = _convolved_contribution, _convolved_chunk_size(x, g)
+  else:
+    form, size = _product_contribution, _product_chunk_size(geometry, x, g)
+  contribution = functools.partial(form, geometry)
   if size >= images:
     return contribution(x, g).astype(x.dtype)
   chunks, rest = divmod(images, size)
@@ -209,8 +267,45 @@ def _chunked_weight_gradient(
   return total.astype(x.dtype)
 
 
-def _chunk_size(geometry: _Geometry, x: jax.Array, g: jax.Array) -> int:
-  """Images of a chunk, by the cache model; see `_CACHE_BYTES`."""
+def _convolved_chunk_size(x: jax.Array, g: jax.Array) -> int:
+  """Images of a chunk, by the cache model; see `_CONVOLVED_BYTES`."""
+  per_image = (math.prod(x.shape[1:]) + math.prod(g.shape[1:])) * 4
+  return max(1, _CONVOLVED_BYTES // per_image)
+
+
+def _convolved_contribution(
+  geometry: _Geometry, x: jax.Array, g: jax.Array
+) -> jax.Array:
+  """The weight gradient of some images as one forward convolution.
+
+  The sum over images becomes the one over input channels, the gradient the
+  kernel, and a step of the kernel to the right one of C elements, so that all
+  C channels of the input lie side by side in the width:
+
+    dW[i, j * C + c, d] = sum_npq X[p * SH + i, (q * SW + j) * C + c, n]
+                                  * G[p, q, n, d]
+  """
+  (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
+  (top, _), (left, _) = geometry.pads
+  n, h, w, c = x.shape
+  _, p, q, d = g.shape
+  # What is needed after the input; where strides skip it, the rest is cut off.
+  bottom = (p - 1) * sh + kh - h - top
+  right = (q - 1) * sw + kw - w - left
+  result = onednn.convolve(
+    x.reshape(n, h * w * c).T.reshape(1, h, w * c, n),
+    g.transpose(1, 2, 0, 3),
+    (1, 1),
+    ((top, bottom), (left * c, right * c)),
+    (sh, sw * c),
+  )
+  return result.reshape(kh, kw, c, d)
+
+
+def _product_chunk_size(
+  geometry: _Geometry, x: jax.Array, g: jax.Array
+) -> int:
+  """Images of a chunk, by the cache model; see `_PRODUCT_BYTES`."""
   (kh, kw), (_, p, q, d) = geometry.kernel_hw, g.shape
   c = x.shape[-1]
   if geometry.kernel_hw == (1, 1):
@@ -221,14 +316,14 @@ def _chunk_size(geometry: _Geometry, x: jax.Array, g: jax.Array) -> int:
   # The sum is read and written for every chunk: that must not be the larger
   # part of its traffic.
   sum_bytes = kh * kw * c * d * x.dtype.itemsize
-  return max(1, max(_CACHE_BYTES, sum_bytes) // per_image)
+  return max(1, max(_PRODUCT_BYTES, sum_bytes) // per_image)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _chunk_contribution(
+def _product_contribution(
   geometry: _Geometry, x: jax.Array, g: jax.Array
 ) -> jax.Array:
   """One matrix product over all positions of some images."""
@@ -276,6 +371,118 @@ def _pad(
   return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+  """One of the three, in the forms that the platforms take.
+
+  Attributes:
+    cpu: the function of (geometry, a, b) for CPUs.
+    standard: the same elsewhere.
+    sharding_rule: which dimensions of operands and result are the same.
+    whole: the factors of the rule that no device may have a part of.
+    sums_over_batch: the result is a sum over images, not one per image.
+  """
+
+  cpu: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
+  standard: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
+  sharding_rule: str
+  whole: tuple[str, ...]
+  sums_over_batch: bool = False
+
+
+_CONV = _Operation(
+  _cpu_conv,
+  _standard_conv,
+  "n h w c, k l c d -> n p q d",
+  ("h", "w", "c", "k", "l", "d", "p", "q"),
+)
+_INPUT_GRADIENT = _Operation(
+  _cpu_input_gradient,
+  _standard_input_gradient,
+  "n p q d, k l c d -> n h w c",
+  ("h", "w", "c", "k", "l", "d", "p", "q"),
+)
+_WEIGHT_GRADIENT = _Operation(
+  _cpu_weight_gradient,
+  _standard_weight_gradient,
+  "n h w c, n p q d -> k l c d",
+  ("h", "w", "c", "k", "l", "d", "p", "q"),
+  sums_over_batch=True,
+)
+
+
+def _per_platform(
+  operation: _Operation, geometry: _Geometry, a: jax.Array, b: jax.Array
+) -> jax.Array:
+  return lax.platform_dependent(
+    a,
+    b,
+    cpu=_partitioned(operation, geometry),
+    default=functools.partial(operation.standard, geometry),
+  )
+
+
+@functools.cache
+def _partitioned(operation: _Operation, geometry: _Geometry):
+  """The CPU form on a batch that may be sharded: each device its own part.
+
+  The partitioner knows neither oneDNN's convolution nor that a loop over
+  chunks of the batch could be split; it would gather the whole batch.
+  """
+  local = functools.partial(operation.cpu, geometry)
+  partitioned = custom_partitioning(local)
+  whole = PartitionSpec()
+
+  def result_spec(batch: PartitionSpec) -> PartitionSpec:
+    return whole if operation.sums_over_batch else batch
+
+  def partition(mesh, arg_shapes, result_shape):
+    del result_shape
+    spec = arg_shapes[0].sharding.spec
+    axis = spec[0] if len(spec) else None
+    batch = PartitionSpec(axis)
+    in_specs = batch, batch if operation.sums_over_batch else whole
+
+    def lower(a, b):
+      part = local(a, b)
+      if operation.sums_over_batch and axis is not None:
+        return lax.psum(part, axis)
+      return part
+
+    return (
+      mesh,
+      lower,
+      NamedSharding(mesh, result_spec(batch)),
+      tuple(NamedSharding(mesh, spec) for spec in in_specs),
+    )
+
+  def infer_sharding(mesh, arg_shapes, result_shape):
+    del result_shape
+    spec = arg_shapes[0].sharding.spec
+    batch = PartitionSpec(spec[0] if len(spec) else None)
+    return NamedSharding(mesh, result_spec(batch))
+
+  partitioned.def_partition(
+    partition,
+    infer_sharding_from_operands=infer_sharding,
+    sharding_rule=operation.sharding_rule,
+    reduction_factors=("n",) if operation.sums_over_batch else (),
+    need_replication_factors=operation.whole,
+  )
+
+  @custom_vmap
+  def call(a, b):
+    return partitioned(a, b)
+
+  @call.def_vmap
+  def _(axis_size, in_batched, a, b):
+    del axis_size
+    axes = tuple(0 if batched else None for batched in in_batched)
+    return jax.vmap(local, in_axes=axes)(a, b), True
+
+  return call
+
+
 def conv_general_dilated(
   lhs: jax.Array,
   rhs: jax.Array,
@@ -287,7 +494,7 @@ def conv_general_dilated(
   feature_group_count: int = 1,
   precision: Any = None,
 ) -> jax.Array:
-  """`jax.lax.conv_general_dilated`, with this module's weight gradient.
+  """`jax.lax.conv_general_dilated` in this module's forms.
 
   For `flax.linen.Conv(conv_general_dilated=...)`. Dilated and grouped
   convolutions, and others than two-dimensional NHWC ones, are passed on to

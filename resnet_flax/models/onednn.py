@@ -1,0 +1,110 @@
+"""oneDNN's convolution, which jaxlib brings and XLA does not use by itself.
+
+XLA on CPUs has an operation for it, `__onednn$convolution`, which its compiler
+puts in place of a convolution only in builds and with flags that the published
+jaxlib does not have; the operation itself is there. It belongs to no stable
+interface, so it is used only with the jaxlib versions named here, which the
+tests compare it with, and XLA's own convolution everywhere else. A program that
+contains it cannot be serialised: not exported for CPUs, and not kept in the
+persistent compilation cache.
+"""
+
+import json
+import math
+import platform
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxlib import version as jaxlib_version
+
+_TARGET = "__onednn$convolution"
+
+# jaxlib versions whose operation reads the configuration below. Another one
+# might end the process where it cannot.
+TESTED_VERSIONS = ("0.10.2",)
+
+_IS_THERE = (
+  jaxlib_version.__version__ in TESTED_VERSIONS
+  and sys.platform == "linux"
+  and platform.machine() == "x86_64"
+)
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def can_convolve(dtype: jnp.dtype) -> bool:
+  """Whether `convolve` works here, and for this dtype."""
+  return _IS_THERE and dtype == jnp.float32
+
+
+def convolve(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, ...],
+  pads: Pads,
+  dilation: tuple[int, ...] = (1, 1),
+) -> jax.Array:
+  """The convolution of NHWC images with an HWIO kernel, on a CPU.
+
+  It has no derivative and no partitioning rule of its own.
+
+  Args:
+    x: float32[N, H, W, C].
+    kernel: float32[KH, KW, C, D].
+    strides: down and to the right.
+    pads: zeros before and after, for rows and for columns; where negative, so
+      many are cut off instead.
+    dilation: distance of the kernel's elements, down and to the right.
+
+  Returns:
+    float32[N, H', W', D].
+  """
+  if min(pads[0] + pads[1]) < 0:
+    cut = [(min(before, 0), min(after, 0), 0) for before, after in pads]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
+    (top, bottom), (left, right) = pads
+    pads = (
+      (max(top, 0), max(bottom, 0)),
+      (max(left, 0), max(right, 0)),
+    )
+  kernel_hw = kernel.shape[:2]
+  out_hw = (
+    (size + before + after - (k - 1) * gap - 1) // stride + 1
+    for size, k, gap, stride, (before, after) in zip(
+      x.shape[1:3], kernel_hw, dilation, strides, pads, strict=True
+    )
+  )
+  shape = (x.shape[0], *out_hw, kernel.shape[3])
+  if not math.prod(shape):
+    return jnp.zeros(shape, x.dtype)
+  images = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
+  weights = {
+    "input_feature_dim": 2,
+    "output_feature_dim": 3,
+    "spatial_dims": [0, 1],
+    "shape": kernel_hw,
+  }
+  config = {
+    "dims": 4,
+    "input": {"dims": 4, "data": images},
+    "kernel": {"dims": 4, "filter": weights},
+    "output": {"dims": 4, "data": images},
+    "window": {
+      "size": kernel_hw,
+      "strides": strides,
+      "pad_left": [before for before, _ in pads],
+      "pad_right": [after for _, after in pads],
+      "window_dilations": dilation,
+    },
+    "feature_groups": 1,
+  }
+  call = jax.ffi.ffi_call(
+    _TARGET,
+    jax.ShapeDtypeStruct(shape, x.dtype),
+    custom_call_api_version=2,
+    legacy_backend_config=json.dumps({"onednn_conv_config": config}),
+    vmap_method="sequential",
+  )
+  return call(x, kernel)
