@@ -74,6 +74,16 @@ def get_config() -> ConfigDict:
   config.model.batch_norm_momentum = 0.99
   # Added to the variance (Keras's value, not Flax's).
   config.model.batch_norm_epsilon = 1e-3
+  # Keep only each block's input for the backward pass, which computes the rest
+  # again. Pays where activations do not fit into memory; costs about one more
+  # forward pass. On a CPU it saves memory only together with scan.
+  config.model.remat = False
+  # Run the blocks of a stage, all but its first, as one loop, so that a deeper
+  # network has no more convolutions to compile; what is done to each weight,
+  # as by the optimizer, still grows. Pays for deep networks on GPUs and TPUs
+  # where compilation dominates; the steps are slower on a CPU. Checkpoints are
+  # the same with and without.
+  config.model.scan = False
 
   config.optimizer = ConfigDict()
   # 'adam' or 'sgd'.

@@ -23,6 +23,8 @@ FREE_KEYS = (
   "dataset.data_dir",
   "dataset.archive",
   "dataset.cache_dir",
+  "model.remat",
+  "model.scan",
   "log.tensorboard",
   "log.interval_seconds",
 )
@@ -121,6 +123,8 @@ RULES: dict[str, Rule] = {
   "model.conv_bias": _boolean,
   "model.batch_norm_momentum": _number(0, 1),
   "model.batch_norm_epsilon": _POSITIVE,
+  "model.remat": _boolean,
+  "model.scan": _boolean,
   "optimizer.name": _name(optimizer.NAMES),
   "optimizer.learning_rate": _POSITIVE,
   "optimizer.b1": _number(0, 1),

@@ -64,7 +64,7 @@ def load_model(
     ConfigError: `which` is neither.
     WorkdirError: there is no readable run or no checkpoint there.
   """
-  config, experiment, state = _restore(pathlib.Path(workdir), which, None)
+  config, experiment, state = _restore(pathlib.Path(workdir), which)
   logits_fn = jax.jit(
     functools.partial(train_step.apply_eval, experiment.model)
   )
@@ -120,8 +120,7 @@ def evaluate_workdir(
   """
   if config is not None:
     workdir_lib.check_same(workdir, config)
-  stored, experiment, state = _restore(workdir, which, devices)
-  config = config or stored
+  config, experiment, state = _restore(workdir, which, config, devices)
   dataset = datasets.load(config.dataset)
   scores = evaluate.evaluate(
     evaluate.jit_eval_step(experiment),
@@ -139,11 +138,14 @@ def evaluate_workdir(
 
 
 def _restore(
-  workdir: pathlib.Path, which: str, devices: Sequence[jax.Device] | None
+  workdir: pathlib.Path,
+  which: str,
+  config: ConfigDict | None = None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> tuple[ConfigDict, train_step.Experiment, train_step.TrainState]:
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  config = workdir_lib.load_config(workdir)
+  config = config or workdir_lib.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   config_rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)

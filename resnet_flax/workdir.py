@@ -53,6 +53,9 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     stored = json.loads(path.read_text())
     if not isinstance(stored, dict):
       raise ValueError("it holds no JSON object")
+    if isinstance(stored.get("model"), dict):
+      # What runs did that are older than these keys.
+      stored["model"] = {"remat": False, "scan": False} | stored["model"]
     return ConfigDict(stored).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(

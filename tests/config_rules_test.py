@@ -42,6 +42,8 @@ def check(changes, num_devices=1):
     ({"model.padding": "SAME"}, "Did you mean 'same'|Known: same, symmetric"),
     ({"model.conv_bias": 1}, "true or false"),
     ({"model.batch_norm_momentum": 1.0}, "below 1"),
+    ({"model.remat": 0}, "true or false"),
+    ({"model.scan": "yes"}, "true or false"),
     ({"model.batch_norm_epsilon": 0.0}, "above 0"),
     ({"dataset.name": "cifar"}, "Did you mean"),
     ({"dataset.validation_examples": 50_000}, "leaves no training image"),

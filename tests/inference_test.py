@@ -55,6 +55,7 @@ def test_evaluation_may_look_for_the_data_elsewhere(run):
   config, workdir, records = run
   moved = ConfigDict(config.to_dict())
   moved.eval_batch_size = 7
+  moved.model.scan = True
   devices = jax.devices()[:1]
   scores = inference.evaluate_workdir(
     workdir, "latest", config=moved, devices=devices

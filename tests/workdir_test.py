@@ -54,6 +54,17 @@ def test_config_comes_back(tmp_path):
   start(tmp_path, config)
 
 
+def test_run_that_is_older_than_a_key_goes_on(tmp_path):
+  start(tmp_path, base.get_config())
+  path = tmp_path / "config.json"
+  stored = json.loads(path.read_text())
+  del stored["model"]["remat"], stored["model"]["scan"]
+  path.write_text(json.dumps(stored))
+  start(tmp_path, base.get_config())
+  old = workdir_lib.load_config(tmp_path)
+  assert old.model == base.get_config().model
+
+
 def test_environment(tmp_path):
   start(tmp_path, base.get_config())
   environment = json.loads((tmp_path / "environment.json").read_text())
@@ -114,6 +125,7 @@ def test_keys_outside_the_mathematics_may_differ(tmp_path):
   other.eval_batch_size = 7
   other.dataset.data_dir = "/elsewhere"
   other.log.tensorboard = False
+  other.model.remat = other.model.scan = True
   workdir_lib.check(tmp_path, other)
 
 

@@ -131,4 +131,6 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       nn.Dense, kernel_init=layers.he_normal, dtype=dtype
     ),
     shortcut=config.shortcut,
+    remat=config.remat,
+    scan=config.scan,
   )

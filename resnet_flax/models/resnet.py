@@ -7,11 +7,13 @@ is a different argument and not a different forward pass.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from resnet_flax.models.batch_norm import Activation
 
@@ -104,6 +106,51 @@ class PreActBottleneckBlock(Block):
     return self.project(x) + y
 
 
+def run_as_loop(
+  blocks: Sequence[Block], x: jax.Array, *, remat: bool
+) -> jax.Array:
+  """Applies blocks one after the other as the one body of a loop.
+
+  The blocks keep their variables under their own names: they are stacked for
+  the loop alone, and new running statistics are handed back to each.
+
+  Args:
+    blocks: bound blocks that differ in nothing but their names and variables
+      and change neither the shape nor the dtype of x.
+    x: float[B, H, W, C].
+    remat: keep only each block's input for the backward pass.
+
+  Returns:
+    Like x.
+  """
+  # In the loop's body there is no module to belong to.
+  detached = blocks[0].copy(parent=None)
+  training = blocks[0].is_mutable_collection("batch_stats")
+  mutable = ["batch_stats"] if training else []
+
+  def body(x, variables):
+    return detached.apply(variables, x, mutable=mutable)
+
+  if remat:
+    # XLA does not share results between the forward and the backward loop, so
+    # nothing need keep it from doing so.
+    body = jax.checkpoint(body, prevent_cse=False)
+  stacked = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves), *(block.variables for block in blocks)
+  )
+  x, updated = lax.scan(body, x, stacked)
+  for k, block in enumerate(blocks):
+    new = jax.tree.map(operator.itemgetter(k), updated)
+    for layer, statistics in new.get("batch_stats", {}).items():
+      block.put_variable("batch_stats", layer, statistics)
+  return x
+
+
+@nn.remat
+def _run_with_remat(block: Block, x: jax.Array) -> jax.Array:
+  return block(x)
+
+
 class ResNet(nn.Module):
   """Stem, stages of residual blocks, average pool, dense head.
 
@@ -119,6 +166,11 @@ class ResNet(nn.Module):
       what it makes is called with x and, where there is one, the residual.
     act: the activation function.
     shortcut: 'keras' or 'A'.
+    remat: keep only each block's input for the backward pass, which computes
+      the block again. On a CPU, XLA computes it again too early to need less
+      memory, except in a loop.
+    scan: run those blocks of a stage that are alike, all but its first, as
+      one loop. Variables are the same and have the same names.
   """
 
   stage_sizes: Sequence[int]
@@ -132,6 +184,8 @@ class ResNet(nn.Module):
   dense: ModuleDef
   act: Activation = nn.relu
   shortcut: str = "keras"
+  remat: bool = False
+  scan: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -147,10 +201,13 @@ class ResNet(nn.Module):
     norm = functools.partial(self.norm, use_running_average=not train)
     x = self.conv(self.stem_filters, (3, 3), 1, name="stem_conv")(images)
     x = norm(act=self.act, name="stem_bn")(x)
+    # Initialisation has no backward pass, and a loop cannot make variables.
+    remat = self.remat and not self.is_initializing()
+    scan = self.scan and not self.is_initializing()
     stages = zip(self.stage_sizes, self.stage_filters, strict=True)
     for stage, (num_blocks, (inner_filters, num_filters)) in enumerate(stages):
-      for block in range(num_blocks):
-        x = self.block_cls(
+      blocks = [
+        self.block_cls(
           inner_filters=inner_filters,
           num_filters=num_filters,
           strides=2 if stage > 0 and block == 0 else 1,
@@ -160,7 +217,15 @@ class ResNet(nn.Module):
           act=self.act,
           shortcut=self.shortcut,
           name=f"stage{stage + 1}_block{block + 1}",
-        )(x)
+        )
+        for block in range(num_blocks)
+      ]
+      # All but the first are alike; a loop of one would only be slower.
+      num_unrolled = 1 if scan and num_blocks > 2 else num_blocks
+      for block in blocks[:num_unrolled]:
+        x = _run_with_remat(block, x) if remat else block(x)
+      if blocks[num_unrolled:]:
+        x = run_as_loop(blocks[num_unrolled:], x, remat=remat)
     if self.final_norm_act:
       x = norm(act=self.act, name="final_bn")(x)
     x = jnp.mean(x, axis=(1, 2))

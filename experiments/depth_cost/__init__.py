@@ -1,0 +1,1 @@
+"""What depth costs in time to compile, memory and speed."""

@@ -1,0 +1,179 @@
+"""Measures what depth costs, plain, rematerialised and looped.
+
+  python -m experiments.depth_cost --out=FILE.json [--depths=20,56,110]
+    [--modes=plain,remat,scan,scan+remat] [--batch_size=32] [--steps=3]
+
+Each depth and mode is measured in a process of its own, on one resident batch,
+without a compilation cache. Nothing else should run meanwhile.
+"""
+
+import functools
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging as absl_logging
+
+from configs import base
+from resnet_flax import (
+  config_rules,
+  environment,
+  experiment as experiment_lib,
+  huge_pages,
+  normalization,
+  randomness,
+  train_step,
+  workdir,
+)
+
+MODES = {
+  "plain": {},
+  "remat": {"remat": True},
+  "scan": {"scan": True},
+  "scan+remat": {"scan": True, "remat": True},
+}
+
+_DEPTHS = flags.DEFINE_list("depths", ["20", "56", "110"], "Depths of v1.")
+_MODES = flags.DEFINE_list("modes", list(MODES), f"Some of {', '.join(MODES)}.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a step.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps that are timed.")
+_OUT = flags.DEFINE_string("out", "", "JSON file, written after each process.")
+_CHILD = flags.DEFINE_bool("child", False, "Measure here; print JSON.")
+flags.register_validator(
+  "modes", lambda modes: set(modes) <= set(MODES), "There is no such mode."
+)
+
+
+def measure(
+  depth: int, mode: str, batch_size: int, steps: int
+) -> dict[str, Any]:
+  """One depth in one mode, on the first device of this process.
+
+  Args:
+    depth: of ResNet v1 in the Keras recipe.
+    mode: a key of `MODES`.
+    batch_size: images of a step.
+    steps: how many are timed, after one that warms up.
+
+  Returns:
+    The arguments, `lower_seconds`, `compile_seconds`, `temporary_mb` (XLA's
+    plan), `peak_mb` (the process's resident memory), `step_seconds` (of each
+    step).
+  """
+  # A cache would answer for the compiler.
+  jax.config.update("jax_enable_compilation_cache", False)
+  config = base.get_config()
+  config.batch_size = batch_size
+  config.model.update({"depth": depth, **MODES[mode]})
+  config_rules.check(config, num_devices=1)
+  experiment = experiment_lib.build(config)
+  key = randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION)
+  state = jax.jit(functools.partial(train_step.create_train_state, experiment))(
+    randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
+    normalization.placeholder(config.normalization, experiment.image_shape),
+  )
+  rng = np.random.default_rng(0)
+  shape = (batch_size, *experiment.image_shape)
+  batch = jax.device_put(
+    (
+      rng.integers(0, 256, shape, np.uint8),
+      rng.integers(0, 10, batch_size, np.int32),
+    )
+  )
+  step = jax.jit(
+    functools.partial(train_step.train_step, experiment), donate_argnums=0
+  )
+  started = time.perf_counter()
+  lowered = step.lower(state, *batch, key)
+  lower_seconds = time.perf_counter() - started
+  started = time.perf_counter()
+  compiled = lowered.compile()
+  compile_seconds = time.perf_counter() - started
+  step_seconds = []
+  for _ in range(steps + 1):
+    started = time.perf_counter()
+    state, step_metrics = compiled(state, *batch, key)
+    jax.block_until_ready((state, step_metrics))
+    step_seconds.append(time.perf_counter() - started)
+  memory = compiled.memory_analysis()
+  assert memory is not None  # CPUs, GPUs and TPUs all have it.
+  return {
+    "depth": depth,
+    "mode": mode,
+    "batch_size": batch_size,
+    "lower_seconds": lower_seconds,
+    "compile_seconds": compile_seconds,
+    "temporary_mb": memory.temp_size_in_bytes / 1e6,
+    "peak_mb": _peak_bytes() / 1e6,
+    "step_seconds": step_seconds[1:],
+  }
+
+
+def _peak_bytes() -> int:
+  """The most resident memory that this process has had."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _measure_in_child(depth: int, mode: str) -> dict[str, Any]:
+  command = [
+    *(sys.executable, "-m", "experiments.depth_cost", "--child"),
+    *(f"--depths={depth}", f"--modes={mode}"),
+    *(f"--batch_size={_BATCH_SIZE.value}", f"--steps={_STEPS.value}"),
+  ]
+  child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+  return json.loads(child.stdout)
+
+
+def _row(result: dict[str, Any]) -> str:
+  cells = [
+    str(result["depth"]),
+    result["mode"],
+    f"{result['lower_seconds']:.1f}",
+    f"{result['compile_seconds']:.1f}",
+    f"{result['temporary_mb']:.0f}",
+    f"{result['peak_mb']:.0f}",
+    f"{statistics.median(result['step_seconds']):.3f}",
+  ]
+  return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str]) -> None:
+  """Prints a table as it is measured, and keeps the raw figures."""
+  del argv
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  if _CHILD.value:
+    (depth,), (mode,) = _DEPTHS.value, _MODES.value
+    result = measure(int(depth), mode, _BATCH_SIZE.value, _STEPS.value)
+    # The parent cannot say: it leaves the devices to its children.
+    result["environment"] = environment.describe(jax.devices())
+    print(json.dumps(result))
+    return
+  head = "depth,mode,trace and lower s,compile s,temporary MB,peak MB,s/step"
+  columns = head.split(",")
+  print("| " + " | ".join(columns) + " |")
+  print("|" + " --- |" * len(columns), flush=True)
+  environments, results = [], []
+  for depth in _DEPTHS.value:
+    for mode in _MODES.value:
+      result = _measure_in_child(int(depth), mode)
+      environments.append(result.pop("environment"))
+      results.append(result)
+      print(_row(result), flush=True)
+      if _OUT.value:
+        workdir.write_json(
+          pathlib.Path(_OUT.value),
+          {"environment": environments[0], "results": results},
+        )
+
+
+if __name__ == "__main__":
+  huge_pages.use_huge_pages()
+  app.run(main)
