@@ -19,6 +19,8 @@ IMAGE_SHAPE = (32, 32, 3)
 MATMUL_SIZE = 1024
 _MATMUL_SECONDS = 1.0
 _MIN_STEPS = 3
+# Of the time that is measured.
+_WARM_UP = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +138,18 @@ def _per_second(run: Callable[[int], Any], seconds: float) -> float:
   run(_MIN_STEPS)
   # The number of steps is fixed beforehand: waiting for each one's result, to
   # look at the clock, would slow down programs that work ahead.
-  started = time.perf_counter()
-  run(_MIN_STEPS)
-  estimate = (time.perf_counter() - started) / _MIN_STEPS
-  steps = max(_MIN_STEPS, math.ceil(seconds / estimate))
+  per_second = _MIN_STEPS / _seconds(run, _MIN_STEPS)
+  # Allocators go on settling for some time; this also betters the estimate.
+  steps = max(_MIN_STEPS, math.ceil(_WARM_UP * seconds * per_second))
+  per_second = steps / _seconds(run, steps)
+  steps = max(_MIN_STEPS, math.ceil(seconds * per_second))
+  return steps / _seconds(run, steps)
+
+
+def _seconds(run: Callable[[int], Any], steps: int) -> float:
   started = time.perf_counter()
   run(steps)
-  return steps / (time.perf_counter() - started)
+  return time.perf_counter() - started
 
 
 def _peak_megabytes() -> float:
