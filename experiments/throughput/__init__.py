@@ -1,1 +1,1 @@
-"""What the input pipeline and the start cost."""
+"""How fast networks train and predict on a CPU, and what surrounds that."""

@@ -1,233 +1,191 @@
-"""Measures the input pipeline, our convolution and the start of a run.
+"""Compares training and inference on a CPU with other frameworks.
 
-  python -m experiments.throughput --config=configs/v1_depth20.py
-    [--rounds=5] [--steps=60] [--out=results.json] [--config.batch_size=128]
+  python -m experiments.throughput --out=DIR [--rounds=3] [--depths=20,56]
+    [--batch_sizes=32,128] [--programs=ours,plain,keras,torch] [--seconds=6]
+    [--peers=.peers]
 
-Everything is measured in one run, in turn, several rounds: training on the real
-data against the same compiled step on one resident batch; that step against
-one whose convolutions are plain `nn.Conv`; then the time from the command to
-its first step with an empty and with a filled compilation cache. Nothing else
-should run meanwhile.
+Every measurement is a process of its own, in the environment of its framework
+(`python -m experiments.throughput.environments` makes those). The programs take
+turns, several rounds, in alternating order. DIR/results.json is written after
+each measurement; tables and figure come at the end, or from
+`python -m experiments.throughput.report --out=DIR`. Nothing else should run
+meanwhile.
 """
 
-import dataclasses
-import itertools
+import argparse
+import importlib.util
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from typing import Any
 
-import flax.linen as nn
-import jax
-from absl import app, flags
-from ml_collections import ConfigDict
+from experiments.throughput import environments, report
+from resnet_flax import errors
 
-from resnet_flax import (
-  command_line,
-  config_rules,
-  datasets,
-  environment,
-  experiment as experiment_lib,
-  mesh as mesh_lib,
-  randomness,
-  train,
-)
-
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
-_STEPS = flags.DEFINE_integer("steps", 60, "Training steps of a round.")
-_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+# Program: its worker, and the environment it needs besides ours.
+PROGRAMS = {
+  "ours": ("ours", None),
+  "plain": ("plain", None),
+  "keras": ("keras_tensorflow", "keras"),
+  "torch": ("pytorch", "torch"),
+}
 
 
-def plain_conv(
-  num_filters: int,
-  kernel_size: tuple[int, int],
-  strides: int,
-  *,
-  name: str,
-  **unused: Any,
-) -> nn.Module:
-  """The Keras recipe's convolution as stock Flax has it."""
-  del unused
-  return nn.Conv(num_filters, kernel_size, strides, name=name)
+def _ints(text: str) -> list[int]:
+  return [int(part) for part in text.split(",")]
 
 
-def measure_steps(
-  config: ConfigDict, rounds: int, steps: int
-) -> dict[str, list[float]]:
-  """Images/s of training, in turn: our step on two sources, the plain one.
+def _depths(text: str) -> list[int]:
+  depths = _ints(text)
+  if any(depth < 8 or (depth - 2) % 6 for depth in depths):
+    raise argparse.ArgumentTypeError("a ResNet v1 has a depth of 6n+2")
+  return depths
+
+
+def _programs(text: str) -> list[str]:
+  programs = text.split(",")
+  if unknown := set(programs) - set(PROGRAMS):
+    raise argparse.ArgumentTypeError(
+      f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(PROGRAMS)}"
+    )
+  return programs
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+  """The command line's settings."""
+  parser = argparse.ArgumentParser(
+    "python -m experiments.throughput",
+    description="Compares frameworks on a CPU.",
+  )
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--depths", type=_depths, default="20,56")
+  parser.add_argument("--batch_sizes", type=_ints, default="32,128")
+  parser.add_argument("--programs", type=_programs, default=",".join(PROGRAMS))
+  parser.add_argument("--seconds", type=float, default=6.0)
+  parser.add_argument(
+    "--peers", type=pathlib.Path, default=environments.DEFAULT
+  )
+  return parser.parse_args(arguments)
+
+
+def commands(programs: list[str], peers: pathlib.Path) -> dict[str, list[str]]:
+  """What starts each program's worker.
 
   Args:
-    config: the experiment; its convolutions must be the Keras recipe's.
-    rounds: how often each is measured.
-    steps: training steps of one measurement.
+    programs: keys of `PROGRAMS`.
+    peers: the folder of the other frameworks' environments.
 
-  Returns:
-    Images/s of each round: `real` (our step, real data), `resident` (our step,
-    one batch that stays on the devices) and `plain` (the same with `nn.Conv`).
+  Raises:
+    UserError: an environment is missing.
   """
-  config_rules.check(config, num_devices=jax.device_count())
-  ours = experiment_lib.build(config)
-  plain = dataclasses.replace(ours, model=ours.model.clone(conv=plain_conv))
-  mesh = mesh_lib.create_mesh()
-  dataset = datasets.load(config.dataset)
-  key = jax.device_put(
-    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
-  )
-
-  def real_batches(first_epoch):
-    batches = itertools.chain.from_iterable(
-      train.epoch_batches(
-        dataset.train, config.batch_size, config.seed, epoch, mesh
-      )
-      for epoch in itertools.count(first_epoch)
-    )
-    return itertools.islice(batches, steps)
-
-  resident = next(real_batches(0))
-  states, compiled = {}, {}
-  for name, experiment in (("ours", ours), ("plain", plain)):
-    states[name] = train.initial_state(config, experiment, dataset.train, mesh)
-    compiled[name] = train.compile_train_step(
-      experiment, states[name], config.batch_size, key, mesh
-    )
-  sources = {
-    "real": ("ours", real_batches),
-    "resident": ("ours", lambda _: itertools.repeat(resident, steps)),
-    "plain": ("plain", lambda _: itertools.repeat(resident, steps)),
-  }
-  speeds: dict[str, list[float]] = {name: [] for name in sources}
-  for round_number in range(rounds + 1):
-    # The order alternates, so that a drift of the machine favours none.
-    for name in sorted(sources, reverse=bool(round_number % 2)):
-      step, batches = sources[name]
-      started = time.perf_counter()
-      states[step], _ = train.train_epoch(
-        compiled[step],
-        states[step],
-        batches(round_number),
-        key,
-        lambda _: None,
-      )
-      seconds = time.perf_counter() - started
-      if round_number:  # The first one warms up.
-        speeds[name].append(steps * config.batch_size / seconds)
-  return speeds
+  started = {}
+  for program in programs:
+    worker, peer = PROGRAMS[program]
+    python = environments.python(peers, peer) if peer else sys.executable
+    module = f"experiments.throughput.workers.{worker}"
+    started[program] = [str(python), "-m", module]
+  return started
 
 
-def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
-  """Seconds from the command to compilation and to the first step.
+def _measure(command: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+  """What a worker reports.
 
   Args:
-    arguments: of `resnet_flax.main`.
-    rounds: starts with a filled cache; one start has an empty cache.
+    command: what starts it.
+    settings: its flags.
 
-  Returns:
-    For `cold` and `warm` a list of {'compiling': s, 'first_step': s}.
+  Raises:
+    UserError: the worker fails.
   """
-  with tempfile.TemporaryDirectory() as cache:
-    times = [_start(arguments, cache) for _ in range(rounds + 1)]
-  return {"cold": times[:1], "warm": times[1:]}
-
-
-def _start(arguments: list[str], cache: str) -> dict[str, float]:
-  with tempfile.TemporaryDirectory() as workdir:
-    started = time.perf_counter()
-    process = subprocess.Popen(
-      [
-        *(sys.executable, "-m", "resnet_flax.main", *arguments),
-        "--config.log.interval_seconds=0",
-        f"--workdir={workdir}",
-      ],
-      stderr=subprocess.PIPE,
-      text=True,
-      env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
-    )
-    assert process.stderr is not None
-    times, lines = {}, []
-    for line in process.stderr:
-      lines.append(line)
-      if line.startswith("compiling"):
-        times["compiling"] = time.perf_counter() - started
-      if " step 1/" in line:
-        times["first_step"] = time.perf_counter() - started
-        break
-    process.kill()
-    process.wait()
-    process.stderr.close()
-  if "first_step" not in times:
-    raise RuntimeError("the run did not start:\n" + "".join(lines))
-  return times
-
-
-def _table(results: dict[str, Any]) -> str:
-  def row(name: str, values: list[float], form: str) -> str:
-    numbers = (statistics.median(values), min(values), max(values))
-    return f"| {name} | " + " | ".join(format(x, form) for x in numbers) + " |"
-
-  steps, start = results["steps"], results["start"]
-
-  def ratios(above: str, below: str) -> list[float]:
-    return [a / b for a, b in zip(steps[above], steps[below], strict=True)]
-
-  return "\n".join(
-    [
-      "| measurement | median | least | most |",
-      "| --- | --- | --- | --- |",
-      row("training on real data, images/s", steps["real"], ".1f"),
-      row("one resident batch, images/s", steps["resident"], ".1f"),
-      row("the same with plain nn.Conv, images/s", steps["plain"], ".1f"),
-      row(
-        "cost of the input pipeline, pair by pair",
-        [ratio - 1 for ratio in ratios("resident", "real")],
-        ".1%",
-      ),
-      row(
-        "ours against plain nn.Conv, pair by pair",
-        ratios("resident", "plain"),
-        ".2f",
-      ),
-      *(
-        row(
-          f"command to {what}, {cache} compilation cache, s",
-          [times[key] for times in start[cache]],
-          ".2f",
-        )
-        for cache in ("cold", "warm")
-        for key, what in (
-          ("compiling", "compilation"),
-          ("first_step", "first step"),
-        )
-      ),
-    ]
+  process = subprocess.run(
+    [*command, *(f"--{name}={value}" for name, value in settings.items())],
+    cwd=environments.ROOT,
+    env={
+      **os.environ,
+      # All of them on the CPU, whatever else there is.
+      "CUDA_VISIBLE_DEVICES": "",
+      "JAX_PLATFORMS": "cpu",
+      "KERAS_BACKEND": "tensorflow",
+    },
+    capture_output=True,
+    text=True,
   )
+  lines = process.stdout.splitlines()
+  if process.returncode or not lines:
+    raise errors.UserError(
+      f"{' '.join(process.args)} fails with exit status {process.returncode};"
+      f" it says:\n{process.stderr[-3000:]}"
+    )
+  return json.loads(lines[-1])
 
 
-def main(argv: list[str]) -> None:
-  """Measures, prints a table and writes the raw figures."""
-  del argv
-  command_line.set_up()
-  config, _ = command_line.config_and_workdir()
-  arguments = [
-    argument
-    for argument in sys.argv[1:]
-    if not argument.startswith(("--rounds", "--steps", "--out"))
-  ]
+def _save(results: dict[str, Any], path: pathlib.Path) -> None:
+  # In two steps, so that there is a whole file at all times.
+  new = path.with_suffix(".new")
+  new.write_text(json.dumps(results, indent=2) + "\n")
+  new.replace(path)
+
+
+def benchmark(flags: argparse.Namespace) -> None:
+  """Measures all programs and saves after each measurement.
+
+  Args:
+    flags: from `parse`.
+
+  Raises:
+    UserError: something is missing or there are results already.
+  """
+  path = flags.out / "results.json"
+  if path.exists():
+    raise errors.UserError(
+      f"{path} holds results already: choose another --out."
+    )
+  if importlib.util.find_spec("matplotlib") is None:
+    raise errors.UserError(
+      "the figure needs matplotlib: pip install -e '.[figures]'"
+    )
+  workers = commands(flags.programs, flags.peers)
+  flags.out.mkdir(parents=True, exist_ok=True)
+  measurements: list[dict[str, Any]] = []
   results = {
-    "arguments": arguments,
-    "environment": environment.describe(jax.devices()),
-    "steps": measure_steps(config, _ROUNDS.value, _STEPS.value),
-    "start": measure_start(arguments, _ROUNDS.value),
+    "settings": {"rounds": flags.rounds, "seconds": flags.seconds},
+    "measurements": measurements,
   }
-  print(_table(results))
-  if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(json.dumps(results, indent=2) + "\n")
+  for round_number in range(flags.rounds):
+    # The order alternates, so that a drift of the machine favours none.
+    order = list(workers)[:: -1 if round_number % 2 else 1]
+    for depth in flags.depths:
+      for batch_size in flags.batch_sizes:
+        for program in order:
+          setting = {"depth": depth, "batch_size": batch_size}
+          measured = _measure(
+            workers[program], {**setting, "seconds": flags.seconds}
+          )
+          measurements.append(
+            {"round": round_number, "program": program, **setting, **measured}
+          )
+          _save(results, path)
+          print(
+            f"round {round_number + 1}/{flags.rounds}, ResNet-{depth}, batch"
+            f" {batch_size}, {program}:"
+            f" {measured['train_images_per_second']:.0f} images/s",
+            file=sys.stderr,
+            flush=True,
+          )
+
+
+def main() -> None:
+  """Measures, then reports."""
+  flags = parse(sys.argv[1:])
+  try:
+    benchmark(flags)
+  except errors.UserError as error:
+    raise SystemExit(f"error: {error}") from error
+  report.write(flags.out)
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse_flags)
+  main()

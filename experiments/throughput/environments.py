@@ -1,0 +1,92 @@
+"""Makes the virtual environments of the frameworks that are compared with.
+
+  python -m experiments.throughput.environments [--peers=.peers]
+
+Each has its own, because their requirements need not agree with ours.
+"""
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import venv
+
+from resnet_flax import errors
+
+_FOLDER = pathlib.Path(__file__).parent
+ROOT = _FOLDER.parent.parent
+DEFAULT = ROOT / ".peers"
+PEERS = ("keras", "torch")
+
+
+def python(peers: pathlib.Path, name: str) -> pathlib.Path:
+  """The interpreter of a peer's environment.
+
+  Args:
+    peers: the folder of the environments.
+    name: one of `PEERS`.
+
+  Raises:
+    UserError: there is no such environment.
+  """
+  path = _python(peers, name)
+  if not path.is_file():
+    raise errors.UserError(
+      f"{peers} has no environment for {name}. Make it with"
+      f" 'python -m experiments.throughput.environments --peers={peers}', or"
+      f" leave {name} out of --programs."
+    )
+  return path
+
+
+def _python(peers: pathlib.Path, name: str) -> pathlib.Path:
+  return peers.absolute() / name / "bin" / "python"
+
+
+def make(peers: pathlib.Path, name: str) -> None:
+  """Makes a peer's environment, unless there is one.
+
+  Args:
+    peers: the folder of the environments.
+    name: one of `PEERS`.
+
+  Raises:
+    UserError: its requirements cannot be installed.
+  """
+  if _python(peers, name).is_file():
+    print(f"{peers / name} is there already.")
+    return
+  requirements = _FOLDER / "requirements" / f"{name}.txt"
+  try:
+    venv.create(peers / name, with_pip=True)
+    subprocess.run(
+      [
+        *(_python(peers, name), "-m", "pip", "install"),
+        *("--requirement", requirements),
+      ],
+      check=True,
+    )
+  except BaseException as error:
+    # Half an environment would pass for a whole one.
+    shutil.rmtree(peers / name, ignore_errors=True)
+    if isinstance(error, subprocess.CalledProcessError):
+      raise errors.UserError(
+        f"{requirements} could not be installed: see above what pip says."
+      ) from error
+    raise
+
+
+def main() -> None:
+  """Makes all environments."""
+  parser = argparse.ArgumentParser(description="Makes the environments.")
+  parser.add_argument("--peers", type=pathlib.Path, default=DEFAULT)
+  peers = parser.parse_args().peers
+  for name in PEERS:
+    try:
+      make(peers, name)
+    except errors.UserError as error:
+      raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+  main()

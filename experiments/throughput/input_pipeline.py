@@ -1,0 +1,200 @@
+"""Measures the input pipeline and the start of a run.
+
+  python -m experiments.throughput.input_pipeline --config=configs/v1_depth20.py
+    [--rounds=5] [--steps=60] [--out=results.json] [--config.batch_size=128]
+
+Everything is measured in one run, in turn, several rounds: training on the real
+data against the same compiled step on one resident batch; then the time from
+the command to its first step with an empty and with a filled compilation cache.
+Nothing else should run meanwhile.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from resnet_flax import (
+  command_line,
+  config_rules,
+  datasets,
+  environment,
+  experiment as experiment_lib,
+  huge_pages,
+  mesh as mesh_lib,
+  randomness,
+  train,
+)
+
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
+_STEPS = flags.DEFINE_integer("steps", 60, "Training steps of a round.")
+_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+
+
+def measure_steps(
+  config: ConfigDict, rounds: int, steps: int
+) -> dict[str, list[float]]:
+  """Images/s of training, in turn: on real data and on one batch.
+
+  Args:
+    config: the experiment.
+    rounds: how often each is measured.
+    steps: training steps of one measurement.
+
+  Returns:
+    Images/s of each round: `real` (the data set) and `resident` (the same
+    compiled step, one batch that stays on the devices).
+  """
+  config_rules.check(config, num_devices=jax.device_count())
+  experiment = experiment_lib.build(config)
+  mesh = mesh_lib.create_mesh()
+  dataset = datasets.load(config.dataset)
+  key = jax.device_put(
+    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
+    mesh_lib.replicated(mesh),
+  )
+
+  def real_batches(first_epoch):
+    batches = itertools.chain.from_iterable(
+      train.epoch_batches(
+        dataset.train, config.batch_size, config.seed, epoch, mesh
+      )
+      for epoch in itertools.count(first_epoch)
+    )
+    return itertools.islice(batches, steps)
+
+  resident = next(real_batches(0))
+  state = train.initial_state(config, experiment, dataset.train, mesh)
+  step = train.compile_train_step(
+    experiment, state, config.batch_size, key, mesh
+  )
+  sources = {
+    "real": real_batches,
+    "resident": lambda _: itertools.repeat(resident, steps),
+  }
+  speeds: dict[str, list[float]] = {name: [] for name in sources}
+  for round_number in range(rounds + 1):
+    # The order alternates, so that a drift of the machine favours none.
+    for name in sorted(sources, reverse=bool(round_number % 2)):
+      started = time.perf_counter()
+      state, _ = train.train_epoch(
+        step, state, sources[name](round_number), key, lambda _: None
+      )
+      seconds = time.perf_counter() - started
+      if round_number:  # The first one warms up.
+        speeds[name].append(steps * config.batch_size / seconds)
+  return speeds
+
+
+def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
+  """Seconds from the command to compilation and to the first step.
+
+  Args:
+    arguments: of `resnet_flax.main`.
+    rounds: starts with a filled cache; one start has an empty cache.
+
+  Returns:
+    For `cold` and `warm` a list of {'compiling': s, 'first_step': s}.
+  """
+  with tempfile.TemporaryDirectory() as cache:
+    times = [_start(arguments, cache) for _ in range(rounds + 1)]
+  return {"cold": times[:1], "warm": times[1:]}
+
+
+def _start(arguments: list[str], cache: str) -> dict[str, float]:
+  with tempfile.TemporaryDirectory() as workdir:
+    started = time.perf_counter()
+    process = subprocess.Popen(
+      [
+        *(sys.executable, "-m", "resnet_flax.main", *arguments),
+        "--config.log.interval_seconds=0",
+        f"--workdir={workdir}",
+      ],
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
+    )
+    assert process.stderr is not None
+    times, lines = {}, []
+    for line in process.stderr:
+      lines.append(line)
+      if line.startswith("compiling"):
+        times["compiling"] = time.perf_counter() - started
+      if " step 1/" in line:
+        times["first_step"] = time.perf_counter() - started
+        break
+    process.kill()
+    process.wait()
+    process.stderr.close()
+  if "first_step" not in times:
+    raise RuntimeError("the run did not start:\n" + "".join(lines))
+  return times
+
+
+def _table(results: dict[str, Any]) -> str:
+  def row(name: str, values: list[float], form: str) -> str:
+    numbers = (statistics.median(values), min(values), max(values))
+    return f"| {name} | " + " | ".join(format(x, form) for x in numbers) + " |"
+
+  steps, start = results["steps"], results["start"]
+  costs = [
+    resident / real - 1
+    for resident, real in zip(steps["resident"], steps["real"], strict=True)
+  ]
+  return "\n".join(
+    [
+      "| measurement | median | least | most |",
+      "| --- | --- | --- | --- |",
+      row("training on real data, images/s", steps["real"], ".1f"),
+      row("one resident batch, images/s", steps["resident"], ".1f"),
+      row("cost of the input pipeline, pair by pair", costs, ".1%"),
+      *(
+        row(
+          f"command to {what}, {cache} compilation cache, s",
+          [times[key] for times in start[cache]],
+          ".2f",
+        )
+        for cache in ("cold", "warm")
+        for key, what in (
+          ("compiling", "compilation"),
+          ("first_step", "first step"),
+        )
+      ),
+    ]
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints a table and writes the raw figures."""
+  del argv
+  command_line.set_up()
+  config, _ = command_line.config_and_workdir()
+  arguments = [
+    argument
+    for argument in sys.argv[1:]
+    if not argument.startswith(("--rounds", "--steps", "--out"))
+  ]
+  results = {
+    "arguments": arguments,
+    "environment": environment.describe(jax.devices()),
+    "steps": measure_steps(config, _ROUNDS.value, _STEPS.value),
+    "start": measure_start(arguments, _ROUNDS.value),
+  }
+  print(_table(results))
+  if _OUT.value:
+    pathlib.Path(_OUT.value).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  huge_pages.use_huge_pages()
+  app.run(main, flags_parser=command_line.parse_flags)

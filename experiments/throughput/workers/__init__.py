@@ -1,0 +1,1 @@
+"""One program each: the same training and inference in another framework."""

@@ -1,0 +1,120 @@
+"""The network, training step and huge pages of resnet_flax."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import v1_depth20
+from experiments.throughput.workers import measure
+from resnet_flax import (
+  config_rules,
+  datasets,
+  environment,
+  experiment as experiment_lib,
+  huge_pages,
+  mesh as mesh_lib,
+  randomness,
+  train,
+  train_step,
+)
+
+
+def build_experiment(task: measure.Task):
+  """The configuration of the task, and the experiment it describes."""
+  config = v1_depth20.get_config()
+  config.model.depth = task.depth
+  config.batch_size = task.batch_size
+  # The programs compute on the same pixels / 255, as they are.
+  config.augment.name = "none"
+  config.normalization = "none"
+  config_rules.check(config, num_devices=jax.device_count())
+  return config, experiment_lib.build(config)
+
+
+class Program:
+  """Trains and predicts on one batch that stays on the device."""
+
+  def __init__(self, task: measure.Task):
+    self._task = task
+    pixels, labels = task.batch()
+    self._images = np.frombuffer(pixels, np.uint8).reshape(
+      -1, *measure.IMAGE_SHAPE
+    )
+    self._labels = np.frombuffer(labels, np.uint8).astype(np.int32)
+
+  def build(self):
+    """Builds as `train.train_and_evaluate` does."""
+    config, self._experiment = build_experiment(self._task)
+    mesh = mesh_lib.create_mesh()
+    split = datasets.Split(
+      self._images, self._labels, np.arange(len(self._labels))
+    )
+    self._batch = mesh_lib.shard_batch(mesh, self._images, self._labels)
+    self._key = jax.device_put(
+      randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
+      mesh_lib.replicated(mesh),
+    )
+    self._state = train.initial_state(config, self._experiment, split, mesh)
+    self._step = train.compile_train_step(
+      self._experiment, self._state, config.batch_size, self._key, mesh
+    )
+    return self._train
+
+  def _train(self, steps: int) -> float:
+    losses = []
+    self._state, _ = train.train_epoch(
+      self._step,
+      self._state,
+      itertools.repeat(self._batch, steps),
+      self._key,
+      lambda metrics: losses.append(metrics.sums),
+    )
+    # The sums run on over the steps of an epoch.
+    return float(losses[-1].loss) / int(losses[-1].count)
+
+  def build_inference(self):
+    """Builds as `inference.load_model` does."""
+    logits = jax.jit(
+      functools.partial(train_step.apply_eval, self._experiment.model)
+    )
+
+    def predict(steps: int) -> None:
+      for _ in range(steps):
+        result = logits(self._state, self._batch[0])
+      jax.block_until_ready(result)
+
+    return predict
+
+
+def matmul(steps: int) -> None:
+  """Multiplies two matrices so many times."""
+  size = measure.MATMUL_SIZE
+  a = jnp.ones((size, size), jnp.float32)
+  for _ in range(steps):
+    product = jnp.matmul(a, a)
+  jax.block_until_ready(product)
+
+
+def main() -> None:
+  """Measures what the command line asks for."""
+  # Compiling is part of what is measured.
+  jax.config.update("jax_enable_compilation_cache", False)
+  task = measure.task_from_arguments()
+  program = Program(task)
+  measure.report(
+    task,
+    build=program.build,
+    build_inference=program.build_inference,
+    matmul=matmul,
+    libraries=("jax", "jaxlib", "flax", "optax", "numpy"),
+    threads=measure.num_cpus(),
+    environment=environment.describe(jax.devices()),
+  )
+
+
+if __name__ == "__main__":
+  huge_pages.use_huge_pages()
+  main()

@@ -1,0 +1,162 @@
+"""The recipe's network and training step as stock Flax and Optax have them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.throughput.workers import measure
+
+_conv = functools.partial(nn.Conv, kernel_init=nn.initializers.he_normal())
+
+
+class Block(nn.Module):
+  """conv-BN-ReLU, conv-BN, add, ReLU."""
+
+  filters: int
+  strides: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    """Maps float[B, H, W, C] to the block's output."""
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.99,
+      epsilon=1e-3,
+    )
+    y = _conv(self.filters, (3, 3), self.strides)(x)
+    y = nn.relu(norm()(y))
+    y = _conv(self.filters, (3, 3))(y)
+    y = norm()(y)
+    if x.shape != y.shape:
+      x = _conv(self.filters, (1, 1), self.strides)(x)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """ResNet v1 with `blocks` blocks in each of three stages."""
+
+  blocks: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    """Maps float[B, 32, 32, 3] images to float[B, 10] logits."""
+    x = _conv(16, (3, 3))(x)
+    x = nn.BatchNorm(
+      use_running_average=not train, momentum=0.99, epsilon=1e-3
+    )(x)
+    x = nn.relu(x)
+    for stage in range(3):
+      for block in range(self.blocks):
+        strides = 2 if stage > 0 and block == 0 else 1
+        x = Block(16 * 2**stage, strides)(x, train)
+    x = jnp.mean(x, axis=(1, 2))
+    return nn.Dense(
+      measure.NUM_CLASSES, kernel_init=nn.initializers.he_normal()
+    )(x)
+
+
+def loss_fn(params, batch_stats, model, images, labels):
+  """Cross-entropy and L2 of the convolution kernels, in training mode."""
+  logits, updated = model.apply(
+    {"params": params, "batch_stats": batch_stats},
+    images,
+    train=True,
+    mutable=["batch_stats"],
+  )
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+  l2 = sum(jnp.sum(w**2) for w in jax.tree.leaves(params) if w.ndim == 4)
+  return loss + 1e-4 * l2, (loss, logits, updated["batch_stats"])
+
+
+class Program:
+  """Trains and predicts on one batch that stays on the device."""
+
+  def __init__(self, task: measure.Task):
+    pixels, labels = task.batch()
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, *measure.IMAGE_SHAPE)
+    self._images = jnp.asarray(images, jnp.float32) / 255
+    self._labels = jnp.asarray(np.frombuffer(labels, np.uint8), jnp.int32)
+    self._model = ResNet(task.blocks)
+
+  def build(self):
+    """Initialises the network and jits a training step."""
+    variables = jax.jit(functools.partial(self._model.init, train=False))(
+      jax.random.key(0), self._images
+    )
+    tx = optax.adam(1e-3, eps=1e-7)
+    self._state = (
+      variables["params"],
+      variables["batch_stats"],
+      tx.init(variables["params"]),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, images, labels):
+      params, batch_stats, opt_state = state
+      grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+        params, batch_stats, self._model, images, labels
+      )
+      updates, opt_state = tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+      return (params, batch_stats, opt_state), loss, accuracy
+
+    def train(steps: int) -> float:
+      for _ in range(steps):
+        self._state, loss, accuracy = train_step(
+          self._state, self._images, self._labels
+        )
+      jax.block_until_ready((self._state, loss, accuracy))
+      return float(loss)
+
+    return train
+
+  def build_inference(self):
+    """Jits the network with its running statistics."""
+    params, batch_stats, _ = self._state
+
+    @jax.jit
+    def logits(params, batch_stats, images):
+      variables = {"params": params, "batch_stats": batch_stats}
+      return self._model.apply(variables, images, train=False)
+
+    def predict(steps: int) -> None:
+      for _ in range(steps):
+        result = logits(params, batch_stats, self._images)
+      jax.block_until_ready(result)
+
+    return predict
+
+
+def matmul(steps: int) -> None:
+  """Multiplies two matrices so many times."""
+  size = measure.MATMUL_SIZE
+  a = jnp.ones((size, size), jnp.float32)
+  for _ in range(steps):
+    product = jnp.matmul(a, a)
+  jax.block_until_ready(product)
+
+
+def main() -> None:
+  """Measures what the command line asks for."""
+  # Compiling is part of what is measured.
+  jax.config.update("jax_enable_compilation_cache", False)
+  task = measure.task_from_arguments()
+  program = Program(task)
+  measure.report(
+    task,
+    build=program.build,
+    build_inference=program.build_inference,
+    matmul=matmul,
+    libraries=("jax", "jaxlib", "flax", "optax", "numpy"),
+    threads=measure.num_cpus(),
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,140 @@
+"""The recipe's network and training step in PyTorch, eager, channels last.
+
+One difference: a 3x3 convolution of stride 2 pads (1, 1), PyTorch's way, and
+not (0, 1) as TensorFlow's SAME does. The number of operations is the same.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from experiments.throughput.workers import measure
+
+
+def _conv(inputs: int, filters: int, kernel_size: int, strides: int):
+  conv = nn.Conv2d(
+    inputs, filters, kernel_size, strides, padding=kernel_size // 2
+  )
+  nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+  nn.init.zeros_(conv.bias)
+  return conv
+
+
+def _norm(filters: int):
+  # PyTorch's momentum is the share that is replaced.
+  return nn.BatchNorm2d(filters, eps=1e-3, momentum=0.01)
+
+
+class Block(nn.Module):
+  """conv-BN-ReLU, conv-BN, add, ReLU."""
+
+  def __init__(self, inputs: int, filters: int, strides: int):
+    super().__init__()
+    self.conv1 = _conv(inputs, filters, 3, strides)
+    self.bn1 = _norm(filters)
+    self.conv2 = _conv(filters, filters, 3, 1)
+    self.bn2 = _norm(filters)
+    self.shortcut = (
+      nn.Identity() if inputs == filters else _conv(inputs, filters, 1, strides)
+    )
+
+  def forward(self, x):
+    """Maps float[B, C, H, W] to the block's output."""
+    y = functional.relu(self.bn1(self.conv1(x)))
+    return functional.relu(self.shortcut(x) + self.bn2(self.conv2(y)))
+
+
+def create_model(blocks: int):
+  """ResNet v1 with `blocks` blocks in each of three stages."""
+  layers = [_conv(3, 16, 3, 1), _norm(16), nn.ReLU()]
+  inputs = 16
+  for stage in range(3):
+    filters = 16 * 2**stage
+    for block in range(blocks):
+      strides = 2 if stage > 0 and block == 0 else 1
+      layers.append(Block(inputs, filters, strides))
+      inputs = filters
+  head = nn.Linear(inputs, measure.NUM_CLASSES)
+  nn.init.kaiming_normal_(head.weight, nonlinearity="relu")
+  nn.init.zeros_(head.bias)
+  layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), head]
+  return nn.Sequential(*layers)
+
+
+class Program:
+  """Trains and predicts on one batch that stays in memory."""
+
+  def __init__(self, task: measure.Task):
+    self._blocks = task.blocks
+    pixels, labels = task.batch()
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, *measure.IMAGE_SHAPE)
+    nchw = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    self._images = torch.from_numpy(nchw).to(memory_format=torch.channels_last)
+    self._labels = torch.from_numpy(
+      np.frombuffer(labels, np.uint8).astype(np.int64)
+    )
+
+  def build(self):
+    """Builds the network and its optimizer; nothing is compiled."""
+    torch.manual_seed(0)
+    self._model = create_model(self._blocks).to(
+      memory_format=torch.channels_last
+    )
+    optimizer = torch.optim.Adam(self._model.parameters(), 1e-3, eps=1e-7)
+    kernels = [
+      module.weight
+      for module in self._model.modules()
+      if isinstance(module, nn.Conv2d)
+    ]
+
+    def train(steps: int) -> float:
+      self._model.train()
+      for _ in range(steps):
+        optimizer.zero_grad()
+        logits = self._model(self._images)
+        loss = functional.cross_entropy(logits, self._labels)
+        l2 = sum((kernel**2).sum() for kernel in kernels)
+        (loss + 1e-4 * l2).backward()
+        optimizer.step()
+        accuracy = (logits.argmax(1) == self._labels).float().mean()
+      accuracy.item()
+      return loss.item()
+
+    return train
+
+  def build_inference(self):
+    """The network in evaluation mode."""
+    self._model.eval()
+
+    def predict(steps: int) -> None:
+      with torch.inference_mode():
+        for _ in range(steps):
+          self._model(self._images)
+
+    return predict
+
+
+def matmul(steps: int) -> None:
+  """Multiplies two matrices so many times."""
+  a = torch.ones(measure.MATMUL_SIZE, measure.MATMUL_SIZE)
+  for _ in range(steps):
+    torch.matmul(a, a)
+
+
+def main() -> None:
+  """Measures what the command line asks for."""
+  task = measure.task_from_arguments()
+  program = Program(task)
+  measure.report(
+    task,
+    build=program.build,
+    build_inference=program.build_inference,
+    matmul=matmul,
+    libraries=("torch", "numpy"),
+    threads=torch.get_num_threads(),
+  )
+
+
+if __name__ == "__main__":
+  main()
