@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import warnings
 
 import jax
 from absl import flags, logging as absl_logging
@@ -97,6 +98,10 @@ def set_up() -> None:
   # The libraries' own messages are about their internals; what matters of
   # them comes as an exception.
   absl_logging.set_verbosity(absl_logging.FATAL)
+  # What uses oneDNN's convolution cannot be kept; see models/onednn.py.
+  warnings.filterwarnings(
+    "ignore", "Error writing persistent compilation cache entry.*MemoryError"
+  )
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     # Programs for a CPU depend on its model, and home directories are shared.
     cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]

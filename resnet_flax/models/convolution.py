@@ -12,6 +12,7 @@ lowered for a platform.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -302,9 +303,7 @@ def _convolved_contribution(
   return result.reshape(kh, kw, c, d)
 
 
-def _product_chunk_size(
-  geometry: _Geometry, x: jax.Array, g: jax.Array
-) -> int:
+def _product_chunk_size(geometry: _Geometry, x: jax.Array, g: jax.Array) -> int:
   """Images of a chunk, by the cache model; see `_PRODUCT_BYTES`."""
   (kh, kw), (_, p, q, d) = geometry.kernel_hw, g.shape
   c = x.shape[-1]
@@ -378,15 +377,14 @@ class _Operation:
   Attributes:
     cpu: the function of (geometry, a, b) for CPUs.
     standard: the same elsewhere.
-    sharding_rule: which dimensions of operands and result are the same.
-    whole: the factors of the rule that no device may have a part of.
+    sharding_rule: which dimensions of operands and result are the same; `n`,
+      the images, is the only one that devices may share out.
     sums_over_batch: the result is a sum over images, not one per image.
   """
 
   cpu: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
   standard: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
   sharding_rule: str
-  whole: tuple[str, ...]
   sums_over_batch: bool = False
 
 
@@ -394,19 +392,16 @@ _CONV = _Operation(
   _cpu_conv,
   _standard_conv,
   "n h w c, k l c d -> n p q d",
-  ("h", "w", "c", "k", "l", "d", "p", "q"),
 )
 _INPUT_GRADIENT = _Operation(
   _cpu_input_gradient,
   _standard_input_gradient,
   "n p q d, k l c d -> n h w c",
-  ("h", "w", "c", "k", "l", "d", "p", "q"),
 )
 _WEIGHT_GRADIENT = _Operation(
   _cpu_weight_gradient,
   _standard_weight_gradient,
   "n h w c, n p q d -> k l c d",
-  ("h", "w", "c", "k", "l", "d", "p", "q"),
   sums_over_batch=True,
 )
 
@@ -467,7 +462,7 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
     infer_sharding_from_operands=infer_sharding,
     sharding_rule=operation.sharding_rule,
     reduction_factors=("n",) if operation.sums_over_batch else (),
-    need_replication_factors=operation.whole,
+    need_replication_factors=_all_but_images(operation.sharding_rule),
   )
 
   @custom_vmap
@@ -481,6 +476,12 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
     return jax.vmap(local, in_axes=axes)(a, b), True
 
   return call
+
+
+def _all_but_images(sharding_rule: str) -> tuple[str, ...]:
+  """The other factors, in the order of the rule, as the partitioner wants."""
+  factors = dict.fromkeys(re.findall(r"[a-z]", sharding_rule))
+  return tuple(factor for factor in factors if factor != "n")
 
 
 def conv_general_dilated(

@@ -1,5 +1,6 @@
 """Against JAX's own convolution: values, derivatives, lowering, sharding."""
 
+import contextlib
 import functools
 import re
 
@@ -8,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from jax import lax
 
 from resnet_flax import mesh as mesh_lib
-from resnet_flax.models import convolution
+from resnet_flax.models import convolution, onednn
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -32,6 +33,12 @@ def ours(x, kernel, strides, padding):
 def normal(shape, dtype=np.float32, seed=0):
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def he_normal(shape, dtype=np.float32):
+  return normal(shape, dtype, seed=1) / np.sqrt(np.prod(shape[:3])).astype(
+    dtype
+  )
 
 
 def derivatives(conv, x, kernel, strides, padding):
@@ -64,22 +71,53 @@ def convolutions(draw):
   images = draw(st.integers(1, 9))
   channels, filters = (draw(st.integers(1, 20)) for _ in range(2))
   x = normal((images, height, width, channels))
-  kernel = normal((size, size, channels, filters), seed=1)
+  kernel = he_normal((size, size, channels, filters))
   return x, kernel, (draw(stride), draw(stride)), padding
 
 
-@settings(deadline=None, max_examples=15)
+@contextlib.contextmanager
+def patched(module, **values):
+  """Other values for a module's constants, which traced functions know."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in values.items():
+      patch.setattr(module, name, value)
+    forget_traced_functions()
+    yield
+  forget_traced_functions()
+
+
+def forget_traced_functions():
+  convolution._partitioned.cache_clear()
+  convolution._chunked_weight_gradient.clear_cache()
+
+
+@pytest.fixture(params=["onednn", "no_onednn"], autouse=True)
+def onednn_or_not(request):
+  """Every test with oneDNN's convolution, where it is, and without it."""
+  if request.param == "onednn":
+    if not onednn.can_convolve(jnp.dtype(np.float32)):
+      pytest.skip("this jaxlib is not known to bring oneDNN")
+    yield True
+  else:
+    with patched(onednn, _IS_THERE=False):
+      yield False
+
+
+@settings(
+  deadline=None,
+  max_examples=15,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(convolutions(), st.sampled_from([1, 1 << 12, 1 << 19]))
 def test_any_shape(case, cache_bytes):
   """Also with chunks of one image, and chunks that do not divide the batch."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(convolution, "_CACHE_BYTES", cache_bytes)
-    convolution._cpu_weight_gradient.cache_clear()
+  with patched(
+    convolution, _PRODUCT_BYTES=cache_bytes, _CONVOLVED_BYTES=cache_bytes
+  ):
     for a, b in zip(
       derivatives(ours, *case), derivatives(plain, *case), strict=True
     ):
       assert_close(a, b)
-  convolution._cpu_weight_gradient.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +132,7 @@ def test_any_shape(case, cache_bytes):
   ],
 )
 def test_shapes_of_real_networks(x, kernel, strides):
-  case = normal(x), normal(kernel, seed=1), strides, "SAME"
+  case = normal(x), he_normal(kernel), strides, "SAME"
   for a, b in zip(
     derivatives(ours, *case), derivatives(plain, *case), strict=True
   ):
@@ -201,9 +239,7 @@ def test_in_flax_it_is_nn_conv():
     own.init(jax.random.key(0), x),
     variables,
   )
-  np.testing.assert_array_equal(
-    own.apply(variables, x), stock.apply(variables, x)
-  )
+  assert_close(own.apply(variables, x), stock.apply(variables, x))
 
 
 def loss_gradients(conv):
@@ -228,19 +264,28 @@ def test_sharded_batch_is_not_gathered():
     assert_close(a, b)
 
 
-@pytest.mark.parametrize(
-  ("platform", "expected"),
-  [("tpu", (3, 0, 0)), ("cuda", (3, 0, 0)), ("cpu", (2, 1, 1))],
-)
-def test_each_platform_gets_its_own(platform, expected):
+def count(text, *names):
+  return tuple(len(re.findall(rf"stablehlo\.{n}\b", text)) for n in names)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_get_three_convolutions(platform):
   shapes = (
     jax.ShapeDtypeStruct((64, 32, 32, 16), jnp.float32),
     jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32),
   )
   export = jax.export.export(loss_gradients(ours), platforms=[platform])
   text = export(*shapes).mlir_module()
-  found = tuple(
-    len(re.findall(rf"stablehlo\.{name}\b", text))
-    for name in ("convolution", "while", "dot_general")
+  found = count(text, "convolution", "while", "dot_general", "custom_call")
+  assert found == (3, 0, 0, 0)
+
+
+def test_cpus_get_their_own(onednn_or_not):
+  shapes = (
+    jax.ShapeDtypeStruct((64, 32, 32, 16), jnp.float32),
+    jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32),
   )
-  assert found == expected
+  text = loss_gradients(ours).lower(*shapes).as_text()
+  found = count(text, "convolution", "while", "dot_general")
+  assert found == ((0, 1, 0) if onednn_or_not else (2, 1, 1))
+  assert text.count("@__onednn$convolution") == (3 if onednn_or_not else 0)
