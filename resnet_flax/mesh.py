@@ -33,3 +33,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(mesh: Mesh, *arrays: np.ndarray) -> Any:
   """Puts host arrays of one leading size, divisible by the devices, there."""
   return jax.device_put(arrays, batch_sharding(mesh))
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+  """What XLA is told when it compiles a training step for these devices."""
+  if mesh.devices.flat[0].platform != "cpu":
+    return {}
+  # oneDNN's convolutions use all threads: two at a time, as this scheduler
+  # arranges them, are slower than one after the other and need more memory.
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}

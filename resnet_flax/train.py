@@ -211,12 +211,8 @@ def compile_train_step(
     donate_argnums=0,
     out_shardings=mesh_lib.replicated(mesh),
   )
-  options: dict[str, bool | str] = {}
-  if mesh.devices.flat[0].platform == "cpu":
-    # oneDNN's convolutions use all threads; two at a time, as this scheduler
-    # arranges them, are slower than one after the other.
-    options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
-  compiled = jitted.lower(state, images, labels, key).compile(options)
+  lowered = jitted.lower(state, images, labels, key)
+  compiled = lowered.compile(mesh_lib.compiler_options(mesh))
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
   return compiled
 

@@ -27,6 +27,7 @@ from resnet_flax import (
   environment,
   experiment as experiment_lib,
   huge_pages,
+  mesh as mesh_lib,
   normalization,
   randomness,
   train_step,
@@ -94,7 +95,7 @@ def measure(
   lowered = step.lower(state, *batch, key)
   lower_seconds = time.perf_counter() - started
   started = time.perf_counter()
-  compiled = lowered.compile()
+  compiled = lowered.compile(mesh_lib.compiler_options(mesh_lib.create_mesh()))
   compile_seconds = time.perf_counter() - started
   step_seconds = []
   for _ in range(steps + 1):

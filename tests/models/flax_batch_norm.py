@@ -11,7 +11,7 @@ class FlaxBatchNorm(nn.BatchNorm):
 
   act: Callable[[jax.Array], jax.Array] | None = None
 
-  def __call__(self, x, residual=None):
+  def __call__(self, x, residual=None):  # type: ignore[override]
     y = super().__call__(x)
     y = y if residual is None else residual + y
     return y if self.act is None else self.act(y)

@@ -1,0 +1,34 @@
+"""The main command with Flax's own convolution and batch norm.
+
+  python -m experiments.cpu_training.plain_flax --config=configs/v1_depth20.py
+    --workdir=DIR [--config.num_epochs=8]
+
+Data, initialisation, order, augmentation, optimizer and loop are those of
+`resnet_flax.main`, so that two runs differ in those two layers alone.
+"""
+
+from unittest import mock
+
+from jax import lax
+
+from resnet_flax import huge_pages, main
+from resnet_flax.models import batch_norm, convolution
+
+# The counterpart that the tests compare with.
+from tests.models.flax_batch_norm import FlaxBatchNorm
+
+
+def run() -> None:
+  """Runs `resnet_flax.main` with the two layers replaced."""
+  with (
+    mock.patch.object(
+      convolution, "conv_general_dilated", lax.conv_general_dilated
+    ),
+    mock.patch.object(batch_norm, "BatchNorm", FlaxBatchNorm),
+  ):
+    main.run()
+
+
+if __name__ == "__main__":
+  huge_pages.use_huge_pages()
+  run()

@@ -1,0 +1,131 @@
+"""What a training step's time goes into, by `jax.profiler`.
+
+python -m experiments.throughput.profile_step [--batch_size=128] [--steps=6]
+"""
+
+import collections
+import pathlib
+import re
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from configs import v1_depth20
+from resnet_flax import (
+  datasets,
+  experiment as experiment_lib,
+  huge_pages,
+  mesh as mesh_lib,
+  randomness,
+  train,
+)
+
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images of a step.")
+_STEPS = flags.DEFINE_integer("steps", 6, "Steps that are profiled.")
+
+# What the operations of an XLA program are for, by the first that matches name,
+# shape and path; see `_describe`.
+_KINDS = (
+  (r"onednn.* f32\[1,\d+,\d+,\d+\]", "convolution: weight gradient"),
+  (r"onednn.*transpose\(", "convolution: input gradient"),
+  (r"onednn", "convolution: forward"),
+  (r"^jit__chunked|^call|^while|^closed_call", ""),  # What is in them counts.
+  (r"chunked_weight_gradient", "weight gradient: copies and sums of chunks"),
+  (r"ynn_fusion|reduce", "sums: statistics, gradients of scale and bias"),
+  (r"max", "batch norm, residual and ReLU, forward"),
+  (r"select", "ReLU and residual, backward"),
+  (r"/bn\d/|_bn/", "batch norm, backward, and bias of the convolution"),
+)
+
+
+def _describe(name: str, definitions: dict[str, str]) -> str:
+  """An operation's name, shape and path in the model, as one text."""
+  definition = definitions.get(name.split("__")[0], "")
+  path = re.search(r'op_name="([^"]*)"', definition)
+  shape = definition.partition("{")[0]
+  return f"{name} {shape} {path[1] if path else ''}"
+
+
+def _kind(description: str) -> str:
+  for pattern, kind in _KINDS:
+    if re.search(pattern, description):
+      return kind
+  return "everything else"
+
+
+def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
+  """Profiles the main command's training step on one resident batch.
+
+  Args:
+    batch_size: images of a step.
+    steps: how many are profiled, after some that warm up.
+
+  Returns:
+    Milliseconds of a step while profiled, and of what it consists of, summed
+    over threads. A convolution's are those of the thread that starts it.
+  """
+  config = v1_depth20.get_config()
+  config.batch_size = batch_size
+  experiment = experiment_lib.build(config)
+  mesh = mesh_lib.create_mesh()
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (batch_size, *experiment.image_shape), np.uint8)
+  labels = rng.integers(0, 10, batch_size, np.int32)
+  split = datasets.Split(images, labels, np.arange(batch_size))
+  batch = mesh_lib.shard_batch(mesh, images, labels)
+  key = jax.device_put(
+    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
+    mesh_lib.replicated(mesh),
+  )
+  state = train.initial_state(config, experiment, split, mesh)
+  compiled = train.compile_train_step(experiment, state, batch_size, key, mesh)
+  assert isinstance(compiled, jax.stages.Compiled)
+
+  def run(state, steps):
+    for _ in range(steps):
+      state, _ = compiled(state, *batch, key)
+    return jax.block_until_ready(state)
+
+  state = run(state, steps)
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      started = time.perf_counter()
+      state = run(state, steps)
+      step_ms = (time.perf_counter() - started) * 1e3 / steps
+    (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(trace))
+  definitions = dict(
+    re.findall(
+      r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$",
+      compiled.as_text() or "",
+      re.MULTILINE,
+    )
+  )
+  items: collections.Counter[str] = collections.Counter()
+  for plane in data.planes:
+    for line in plane.lines:
+      for event in line.events:
+        operation = dict(event.stats).get("hlo_op")
+        if operation is not None:
+          kind = _kind(_describe(str(operation), definitions))
+          items[kind] += event.duration_ns / 1e6 / steps
+  del items[""]
+  return step_ms, dict(items.most_common())
+
+
+def main(argv: list[str]) -> None:
+  """Prints a Markdown table, the largest item first."""
+  del argv
+  step_ms, items = profile(_BATCH_SIZE.value, _STEPS.value)
+  print(f"A profiled step takes {step_ms:.0f} ms.\n")
+  print("| item | ms |\n| --- | --- |")
+  for kind, milliseconds in items.items():
+    print(f"| {kind} | {milliseconds:.1f} |")
+
+
+if __name__ == "__main__":
+  huge_pages.use_huge_pages()
+  app.run(main)
