@@ -32,7 +32,7 @@ _KINDS = (
   (r"onednn.* f32\[1,\d+,\d+,\d+\]", "convolution: weight gradient"),
   (r"onednn.*transpose\(", "convolution: input gradient"),
   (r"onednn", "convolution: forward"),
-  (r"^jit__chunked|^call|^while|^closed_call", ""),  # What is in them counts.
+  (r"^jit_|^call|^while|^closed_call", ""),  # What is in them counts.
   (r"chunked_weight_gradient", "weight gradient: copies and sums of chunks"),
   (r"ynn_fusion|reduce", "sums: statistics, gradients of scale and bias"),
   (r"max", "batch norm, residual and ReLU, forward"),
