@@ -4,14 +4,15 @@
     --workdir=DIR [--config.num_epochs=8]
 
 Data, initialisation, order, augmentation, optimizer and loop are those of
-`resnet_flax.main`, so that two runs differ in those two layers alone.
+`resnet_flax.main`, so that two runs differ in those two layers, and in the
+compiler option that suits ours, alone.
 """
 
 from unittest import mock
 
 from jax import lax
 
-from resnet_flax import huge_pages, main
+from resnet_flax import huge_pages, main, mesh
 from resnet_flax.models import batch_norm, convolution
 
 # The counterpart that the tests compare with.
@@ -25,6 +26,7 @@ def run() -> None:
       convolution, "conv_general_dilated", lax.conv_general_dilated
     ),
     mock.patch.object(batch_norm, "BatchNorm", FlaxBatchNorm),
+    mock.patch.object(mesh, "compiler_options", lambda mesh: {}),
   ):
     main.run()
 

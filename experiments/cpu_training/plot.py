@@ -20,7 +20,7 @@ _STYLES = {
 
 
 def records(name: str) -> list[dict[str, float]]:
-  """The epochs of a run, from its metrics.
+  """One record an epoch, as the run's metrics.jsonl has them.
 
   Args:
     name: of the run.
@@ -38,7 +38,9 @@ def main() -> None:
     for axis, split in zip(axes, ("train", "test"), strict=True):
       accuracies = [record[f"{split}_accuracy"] for record in run]
       axis.plot(epochs, accuracies, label=name, **style)
-    print(f"{name}:")
+    print(f"{name}:\n")
+    print("| epoch | train loss | train acc. | test acc. | s | images/s |")
+    print("|" + " --- |" * 6)
     for record in run:
       print(
         f"| {record['epoch'] + 1} | {record['train_loss']:.4f}"
