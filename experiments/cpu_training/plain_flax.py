@@ -26,7 +26,7 @@ def run() -> None:
       convolution, "conv_general_dilated", lax.conv_general_dilated
     ),
     mock.patch.object(batch_norm, "BatchNorm", FlaxBatchNorm),
-    mock.patch.object(mesh, "compiler_options", lambda mesh: {}),
+    mock.patch.object(mesh, "compiler_options", return_value={}),
   ):
     main.run()
 

@@ -23,7 +23,13 @@ from resnet_flax import (
   train,
 )
 
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images of a step.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  # A batch of one would look like the operand of a weight gradient.
+  "batch_size",
+  128,
+  "Images of a step.",
+  lower_bound=2,
+)
 _STEPS = flags.DEFINE_integer("steps", 6, "Steps that are profiled.")
 
 # What the operations of an XLA program are for, by the first that matches name,

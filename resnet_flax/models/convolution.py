@@ -2,11 +2,12 @@
 
 XLA's own convolution is good on TPUs and GPUs. On CPUs it is half as fast as
 oneDNN's, and its weight gradient runs at a tenth of the speed of a matrix
-product. So on CPUs all three operations of a convolution are forward
-convolutions of oneDNN, where jaxlib brings it (`onednn`); where it does not,
-the weight gradient is computed as products of matrices that stay in the cache.
-Everywhere else all three are XLA's. The choice is made when a program is
-lowered for a platform.
+product. So on CPUs all three operations of a float32 convolution are
+forward convolutions of oneDNN, where jaxlib brings it (`onednn`); only the
+weight gradient of a 1x1 kernel is one product of matrices. Otherwise the weight
+gradient is computed there as products of matrices that stay in the cache, and
+the rest by XLA. Everywhere else all three are XLA's. The choice is made when a
+program is lowered for a platform.
 """
 
 import dataclasses
@@ -241,6 +242,9 @@ def _chunked_weight_gradient(
   geometry: _Geometry, x: jax.Array, g: jax.Array
 ) -> jax.Array:
   images = x.shape[0]
+  shape = (*geometry.kernel_hw, x.shape[-1], g.shape[-1])
+  if not (x.size and g.size):
+    return jnp.zeros(shape, x.dtype)
   if onednn.can_convolve(x.dtype) and geometry.kernel_hw != (1, 1):
     form, size = _convolved_contribution, _convolved_chunk_size(x, g)
   else:
@@ -254,7 +258,6 @@ def _chunked_weight_gradient(
     return total + contribution(*chunk), None
 
   whole = chunks * size
-  shape = (*geometry.kernel_hw, x.shape[-1], g.shape[-1])
   total, _ = lax.scan(
     add,
     jnp.zeros(shape, _accumulator(x.dtype)),
@@ -270,8 +273,8 @@ def _chunked_weight_gradient(
 
 def _convolved_chunk_size(x: jax.Array, g: jax.Array) -> int:
   """Images of a chunk, by the cache model; see `_CONVOLVED_BYTES`."""
-  per_image = (math.prod(x.shape[1:]) + math.prod(g.shape[1:])) * 4
-  return max(1, _CONVOLVED_BYTES // per_image)
+  per_image = math.prod(x.shape[1:]) + math.prod(g.shape[1:])
+  return max(1, _CONVOLVED_BYTES // (per_image * x.dtype.itemsize))
 
 
 def _convolved_contribution(
@@ -511,7 +514,7 @@ def conv_general_dilated(
     rhs_dilation: as for JAX.
     dimension_numbers: as for JAX.
     feature_group_count: as for JAX.
-    precision: as for JAX.
+    precision: as for JAX; oneDNN always computes in float32.
 
   Returns:
     float[N, H', W', D].
@@ -544,7 +547,7 @@ def conv_general_dilated(
   geometry = _Geometry(
     input_hw,
     kernel_hw,
-    tuple(window_strides),
+    tuple(int(stride) for stride in window_strides),
     ((int(top), int(bottom)), (int(left), int(right))),
     precision,
   )

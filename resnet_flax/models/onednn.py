@@ -62,22 +62,20 @@ def convolve(
     float32[N, H', W', D].
   """
   if min(pads[0] + pads[1]) < 0:
-    cut = [(min(before, 0), min(after, 0), 0) for before, after in pads]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *cut, (0, 0, 0)])
-    (top, bottom), (left, right) = pads
-    pads = (
-      (max(top, 0), max(bottom, 0)),
-      (max(left, 0), max(right, 0)),
-    )
+    # All of it at once: a cut alone may be of more than there is.
+    config = [(before, after, 0) for before, after in pads]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+    pads = ((0, 0), (0, 0))
   kernel_hw = kernel.shape[:2]
   out_hw = (
-    (size + before + after - (k - 1) * gap - 1) // stride + 1
+    max(0, (size + before + after - (k - 1) * gap - 1) // stride + 1)
     for size, k, gap, stride, (before, after) in zip(
       x.shape[1:3], kernel_hw, dilation, strides, pads, strict=True
     )
   )
   shape = (x.shape[0], *out_hw, kernel.shape[3])
-  if not math.prod(shape):
+  # An empty sum is zero; oneDNN is not asked about empty operands.
+  if not (math.prod(shape) and x.size and kernel.size):
     return jnp.zeros(shape, x.dtype)
   images = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
   weights = {
@@ -86,7 +84,7 @@ def convolve(
     "spatial_dims": [0, 1],
     "shape": kernel_hw,
   }
-  config = {
+  convolution = {
     "dims": 4,
     "input": {"dims": 4, "data": images},
     "kernel": {"dims": 4, "filter": weights},
@@ -104,7 +102,7 @@ def convolve(
     _TARGET,
     jax.ShapeDtypeStruct(shape, x.dtype),
     custom_call_api_version=2,
-    legacy_backend_config=json.dumps({"onednn_conv_config": config}),
+    legacy_backend_config=json.dumps({"onednn_conv_config": convolution}),
     vmap_method="sequential",
   )
   return call(x, kernel)

@@ -125,8 +125,9 @@ def run_as_loop(
   """
   # In the loop's body there is no module to belong to.
   detached = blocks[0].copy(parent=None)
-  training = blocks[0].is_mutable_collection("batch_stats")
-  mutable = ["batch_stats"] if training else []
+  mutable = [
+    name for name in ["batch_stats"] if blocks[0].is_mutable_collection(name)
+  ]
 
   def body(x, variables):
     return detached.apply(variables, x, mutable=mutable)
@@ -162,8 +163,9 @@ class ResNet(nn.Module):
     num_classes: size of the head.
     block_cls: the kind of block.
     final_norm_act: BN-ReLU before the pool, which pre-activation needs.
-    conv, norm: partials; `norm` also takes `use_running_average` and `act`, and
-      what it makes is called with x and, where there is one, the residual.
+    conv, norm, dense: partials; `norm` also takes `use_running_average` and
+      `act`, and what it makes is called with x and, where there is one, the
+      residual.
     act: the activation function.
     shortcut: 'keras' or 'A'.
     remat: keep only each block's input for the backward pass, which computes

@@ -80,7 +80,8 @@ def report(
   Args:
     task: what is measured.
     build: builds the network and what trains it; returns a function that takes
-      a number of training steps and returns the last one's loss.
+      a number of training steps and returns a loss, which must be finite: the
+      last step's or a mean, so not one to compare programs by.
     build_inference: called after training; returns a function that predicts
       the batch so many times.
     matmul: multiplies two float32 matrices of `MATMUL_SIZE` so many times.
