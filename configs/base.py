@@ -80,9 +80,10 @@ def get_config() -> ConfigDict:
   config.model.remat = False
   # Run the blocks of a stage, all but its first, as one loop, so that a deeper
   # network has no more convolutions to compile; what is done to each weight,
-  # as by the optimizer, still grows. Pays for deep networks on GPUs and TPUs
-  # where compilation dominates; the steps are slower on a CPU. Checkpoints are
-  # the same with and without.
+  # as by the optimizer, still grows. Pays for deep networks, where compilation
+  # or, together with remat, memory is what limits them. On a CPU steps take as
+  # long with oneDNN's convolutions; XLA's own are slow in a loop. Checkpoints
+  # are the same with and without.
   config.model.scan = False
 
   config.optimizer = ConfigDict()
