@@ -22,7 +22,7 @@ import sys
 from typing import Any
 
 from experiments.throughput import environments, report
-from resnet_flax import errors
+from resnet_flax import errors, workdir
 
 # Program: its worker, and the environment it needs besides ours.
 PROGRAMS = {
@@ -122,13 +122,6 @@ def _measure(command: list[str], settings: dict[str, Any]) -> dict[str, Any]:
   return json.loads(lines[-1])
 
 
-def _save(results: dict[str, Any], path: pathlib.Path) -> None:
-  # In two steps, so that there is a whole file at all times.
-  new = path.with_suffix(".new")
-  new.write_text(json.dumps(results, indent=2) + "\n")
-  new.replace(path)
-
-
 def benchmark(flags: argparse.Namespace) -> None:
   """Measures all programs and saves after each measurement.
 
@@ -167,7 +160,7 @@ def benchmark(flags: argparse.Namespace) -> None:
           measurements.append(
             {"round": round_number, "program": program, **setting, **measured}
           )
-          _save(results, path)
+          workdir.write_json(path, results)
           print(
             f"round {round_number + 1}/{flags.rounds}, ResNet-{depth}, batch"
             f" {batch_size}, {program}:"

@@ -11,7 +11,6 @@ else should run meanwhile.
 """
 
 import itertools
-import json
 import os
 import pathlib
 import statistics
@@ -35,6 +34,7 @@ from resnet_flax import (
   mesh as mesh_lib,
   randomness,
   train,
+  workdir,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
   }
   print(_table(results))
   if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(json.dumps(results, indent=2) + "\n")
+    workdir.write_json(pathlib.Path(_OUT.value), results)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ import tempfile
 import time
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from configs import v1_depth20
+from experiments.throughput.resident import noise, prepare
 from resnet_flax import (
-  datasets,
   experiment as experiment_lib,
   huge_pages,
   mesh as mesh_lib,
-  randomness,
-  train,
 )
 
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -76,23 +73,18 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
   config = v1_depth20.get_config()
   config.batch_size = batch_size
   experiment = experiment_lib.build(config)
-  mesh = mesh_lib.create_mesh()
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (batch_size, *experiment.image_shape), np.uint8)
-  labels = rng.integers(0, 10, batch_size, np.int32)
-  split = datasets.Split(images, labels, np.arange(batch_size))
-  batch = mesh_lib.shard_batch(mesh, images, labels)
-  key = jax.device_put(
-    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
+  resident = prepare(
+    config,
+    experiment,
+    *noise(batch_size, experiment.image_shape),
+    mesh_lib.create_mesh(),
   )
-  state = train.initial_state(config, experiment, split, mesh)
-  compiled = train.compile_train_step(experiment, state, batch_size, key, mesh)
+  compiled, state = resident.step, resident.state
   assert isinstance(compiled, jax.stages.Compiled)
 
   def run(state, steps):
     for _ in range(steps):
-      state, _ = compiled(state, *batch, key)
+      state, _ = compiled(state, *resident.batch, resident.key)
     return jax.block_until_ready(state)
 
   state = run(state, steps)

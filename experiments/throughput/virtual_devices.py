@@ -16,16 +16,14 @@ from unittest import mock
 
 import flax.linen as nn
 import jax
-import numpy as np
 from absl import app, flags
 
 from configs import v1_depth20
+from experiments.throughput.resident import noise, prepare
 from resnet_flax import (
-  datasets,
   experiment as experiment_lib,
   huge_pages,
   mesh as mesh_lib,
-  randomness,
   train,
 )
 
@@ -65,36 +63,26 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
     "plain": dataclasses.replace(ours, model=ours.model.clone(conv=plain_conv)),
   }
   mesh = mesh_lib.create_mesh()
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (batch_size, *ours.image_shape), np.uint8)
-  labels = rng.integers(0, 10, batch_size, np.int32)
-  split = datasets.Split(images, labels, np.arange(batch_size))
-  batch = mesh_lib.shard_batch(mesh, images, labels)
-  key = jax.device_put(
-    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
-  )
-  compiled, states = {}, {}
+  batch = noise(batch_size, ours.image_shape)
+  residents = {}
   for name, experiment in experiments.items():
-    states[name] = train.initial_state(config, experiment, split, mesh)
     # The compiler's options suit our convolution; JAX's has the default ones.
     options = {} if name == "plain" else mesh_lib.compiler_options(mesh)
     with mock.patch.object(
       mesh_lib, "compiler_options", lambda _, o=options: o
     ):
-      compiled[name] = train.compile_train_step(
-        experiment, states[name], batch_size, key, mesh
-      )
+      residents[name] = prepare(config, experiment, *batch, mesh)
   speeds: dict[str, list[float]] = {name: [] for name in experiments}
   for round_number in range(rounds + 1):
     # The order alternates, so that a drift of the machine favours none.
     for name in sorted(experiments, reverse=bool(round_number % 2)):
+      resident = residents[name]
       started = time.perf_counter()
-      states[name], _ = train.train_epoch(
-        compiled[name],
-        states[name],
-        itertools.repeat(batch, steps),
-        key,
+      resident.state, _ = train.train_epoch(
+        resident.step,
+        resident.state,
+        itertools.repeat(resident.batch, steps),
+        resident.key,
         _ignore,
       )
       if round_number:

@@ -431,14 +431,16 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
   partitioned = custom_partitioning(local)
   whole = PartitionSpec()
 
+  def batch_spec(arg_shapes) -> PartitionSpec:
+    spec = arg_shapes[0].sharding.spec
+    return PartitionSpec(spec[0] if len(spec) else None)
+
   def result_spec(batch: PartitionSpec) -> PartitionSpec:
     return whole if operation.sums_over_batch else batch
 
   def partition(mesh, arg_shapes, result_shape):
     del result_shape
-    spec = arg_shapes[0].sharding.spec
-    axis = spec[0] if len(spec) else None
-    batch = PartitionSpec(axis)
+    (axis,) = batch = batch_spec(arg_shapes)
     in_specs = batch, batch if operation.sums_over_batch else whole
 
     def lower(a, b):
@@ -456,9 +458,7 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
 
   def infer_sharding(mesh, arg_shapes, result_shape):
     del result_shape
-    spec = arg_shapes[0].sharding.spec
-    batch = PartitionSpec(spec[0] if len(spec) else None)
-    return NamedSharding(mesh, result_spec(batch))
+    return NamedSharding(mesh, result_spec(batch_spec(arg_shapes)))
 
   partitioned.def_partition(
     partition,

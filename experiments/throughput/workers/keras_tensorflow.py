@@ -92,12 +92,8 @@ def main() -> None:
   """Measures what the command line asks for."""
   if keras.backend.backend() != "tensorflow":
     raise RuntimeError("set KERAS_BACKEND=tensorflow")
-  task = measure.task_from_arguments()
-  program = Program(task)
-  measure.report(
-    task,
-    build=program.build,
-    build_inference=program.build_inference,
+  measure.run(
+    Program,
     matmul=matmul,
     libraries=("keras", "tensorflow-cpu", "numpy"),
     # 0 stands for one a CPU.

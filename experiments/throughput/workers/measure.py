@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 NUM_CLASSES = 10
 IMAGE_SHAPE = (32, 32, 3)
@@ -61,6 +61,33 @@ def task_from_arguments() -> Task:
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seconds", type=float, default=6.0)
   return Task(**vars(parser.parse_args()))
+
+
+class Program(Protocol):
+  """What a worker measures; see `report`."""
+
+  def build(self) -> Callable[[int], float]:
+    """Builds the network and what trains it."""
+
+  def build_inference(self) -> Callable[[int], Any]:
+    """Builds what predicts."""
+
+
+def run(program_cls: Callable[[Task], Program], **arguments: Any) -> None:
+  """Measures what the command line asks for.
+
+  Args:
+    program_cls: makes the program from its task.
+    **arguments: the others of `report`.
+  """
+  task = task_from_arguments()
+  program = program_cls(task)
+  report(
+    task,
+    build=program.build,
+    build_inference=program.build_inference,
+    **arguments,
+  )
 
 
 def report(

@@ -4,19 +4,17 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import v1_depth20
-from experiments.throughput.workers import measure
+from experiments.throughput.resident import prepare
+from experiments.throughput.workers import measure, plain
 from resnet_flax import (
   config_rules,
-  datasets,
   environment,
   experiment as experiment_lib,
   huge_pages,
   mesh as mesh_lib,
-  randomness,
   train,
   train_step,
 )
@@ -48,28 +46,23 @@ class Program:
   def build(self):
     """Builds as `train.train_and_evaluate` does."""
     config, self._experiment = build_experiment(self._task)
-    mesh = mesh_lib.create_mesh()
-    split = datasets.Split(
-      self._images, self._labels, np.arange(len(self._labels))
-    )
-    self._batch = mesh_lib.shard_batch(mesh, self._images, self._labels)
-    self._key = jax.device_put(
-      randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-      mesh_lib.replicated(mesh),
-    )
-    self._state = train.initial_state(config, self._experiment, split, mesh)
-    self._step = train.compile_train_step(
-      self._experiment, self._state, config.batch_size, self._key, mesh
+    self._resident = prepare(
+      config,
+      self._experiment,
+      self._images,
+      self._labels,
+      mesh_lib.create_mesh(),
     )
     return self._train
 
   def _train(self, steps: int) -> float:
     losses = []
-    self._state, _ = train.train_epoch(
-      self._step,
-      self._state,
-      itertools.repeat(self._batch, steps),
-      self._key,
+    resident = self._resident
+    resident.state, _ = train.train_epoch(
+      resident.step,
+      resident.state,
+      itertools.repeat(resident.batch, steps),
+      resident.key,
       lambda metrics: losses.append(metrics.sums),
     )
     # The sums run on over the steps of an epoch.
@@ -83,32 +76,19 @@ class Program:
 
     def predict(steps: int) -> None:
       for _ in range(steps):
-        result = logits(self._state, self._batch[0])
+        result = logits(self._resident.state, self._resident.batch[0])
       jax.block_until_ready(result)
 
     return predict
-
-
-def matmul(steps: int) -> None:
-  """Multiplies two matrices so many times."""
-  size = measure.MATMUL_SIZE
-  a = jnp.ones((size, size), jnp.float32)
-  for _ in range(steps):
-    product = jnp.matmul(a, a)
-  jax.block_until_ready(product)
 
 
 def main() -> None:
   """Measures what the command line asks for."""
   # Compiling is part of what is measured.
   jax.config.update("jax_enable_compilation_cache", False)
-  task = measure.task_from_arguments()
-  program = Program(task)
-  measure.report(
-    task,
-    build=program.build,
-    build_inference=program.build_inference,
-    matmul=matmul,
+  measure.run(
+    Program,
+    matmul=plain.matmul,
     libraries=("jax", "jaxlib", "flax", "optax", "numpy"),
     threads=measure.num_cpus(),
     environment=environment.describe(jax.devices()),

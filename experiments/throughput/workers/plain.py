@@ -146,12 +146,8 @@ def main() -> None:
   """Measures what the command line asks for."""
   # Compiling is part of what is measured.
   jax.config.update("jax_enable_compilation_cache", False)
-  task = measure.task_from_arguments()
-  program = Program(task)
-  measure.report(
-    task,
-    build=program.build,
-    build_inference=program.build_inference,
+  measure.run(
+    Program,
     matmul=matmul,
     libraries=("jax", "jaxlib", "flax", "optax", "numpy"),
     threads=measure.num_cpus(),

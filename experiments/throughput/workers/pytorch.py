@@ -124,12 +124,8 @@ def matmul(steps: int) -> None:
 
 def main() -> None:
   """Measures what the command line asks for."""
-  task = measure.task_from_arguments()
-  program = Program(task)
-  measure.report(
-    task,
-    build=program.build,
-    build_inference=program.build_inference,
+  measure.run(
+    Program,
     matmul=matmul,
     libraries=("torch", "numpy"),
     threads=torch.get_num_threads(),
