@@ -138,6 +138,17 @@ def get_config() -> ConfigDict:
   # The plateau never takes the rate below this.
   config.plateau.min_lr = 0.5e-6
 
+  config.checkpoint = ConfigDict()
+  # Also save after every step that this divides; 0 saves only by the clock and
+  # at the end of each epoch.
+  config.checkpoint.every_steps = 0
+  # Also save when the last checkpoint is older; 0 turns it off.
+  config.checkpoint.every_minutes = 10.0
+  # What chooses the best epoch: 'accuracy', 'loss' (cross-entropy) or
+  # 'objective' (with the L2 term), of the validation split if there is one,
+  # else of the test split.
+  config.checkpoint.monitor = "accuracy"
+
   config.log = ConfigDict()
   # Write TensorBoard event files to the workdir.
   config.log.tensorboard = True

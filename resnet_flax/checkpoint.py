@@ -1,7 +1,18 @@
-"""Checkpoints of the latest and of the best epoch, over Orbax."""
+"""Checkpoints over Orbax: when they are due, what they hold, which are kept.
 
+A checkpoint is a train state and a manifest, `manifest.json`: the forms of all
+arrays, a few numbers of the epoch in progress, and the SHA-256 of every file of
+the state. Orbax restores a flipped bit silently; here files are checked first.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
 import pathlib
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,31 +22,98 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from resnet_flax import errors, mesh as mesh_lib, train_step
 
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+# The name of Orbax's item: a folder.
+_STATE = "state"
+# The latest one, and one to fall back on.
+_LATEST = 2
 # Orbax writes what it saves, then once more as it merges its files; asked
 # beforehand, since its threads meet a full disk in many noisy ways.
 _SPACE_FACTOR = 3
 
+# Numbers that go with a state, such as the seconds an epoch has taken so far.
+Notes = dict[str, float]
 
-def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
-  # Of two equally good epochs the first is kept, as Keras does.
-  return metrics["accuracy"], -metrics["epoch"]
+
+class Timer:
+  """Says when the next checkpoint is due, besides the end of an epoch."""
+
+  def __init__(
+    self,
+    every_steps: int,
+    every_minutes: float,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Starts to count.
+
+    Args:
+      every_steps: due after every step that it divides; 0 turns it off.
+      every_minutes: due so long after the last one; 0 turns it off.
+      clock: seconds; one that is never set back.
+    """
+    self._every_steps = every_steps
+    self._seconds = every_minutes * 60
+    self._clock = clock
+    self.reset()
+
+  def due(self, step: int) -> bool:
+    """Whether to save after `step` steps."""
+    if self._every_steps and step % self._every_steps == 0:
+      return True
+    return bool(self._seconds) and self._clock() - self._last >= self._seconds
+
+  def reset(self) -> None:
+    """Takes note that a checkpoint was saved."""
+    self._last = self._clock()
+
+
+class _Kept(policies.PreservationPolicy):
+  """Which checkpoints outlive the next: the latest ones and the best."""
+
+  def __init__(self, best_step: Callable[[], int | None]):
+    self._best_step = best_step
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> Sequence[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {self._best_step(), *sorted(steps)[-_LATEST:]}
+    return [step in kept for step in steps]
+
+
+class _Damaged(errors.WorkdirError):
+  """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: the latest epoch's and the best one's.
+  """The checkpoints of one workdir: the latest two and the best epoch's.
 
   A context manager; leaving it waits for what is still being written.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    best_step: Callable[[], int | None] = lambda: None,
+    read_only: bool = False,
+  ):
     """Opens `workdir`/checkpoints.
 
     Args:
       workdir: the run's folder.
+      best_step: the step of the best epoch so far, which is kept.
       read_only: neither create nor clean up nor save anything, so that a run
         can be read while it goes on.
     """
     self._folder = (workdir / "checkpoints").absolute()
+    self._damaged = workdir / "damaged"
+    self._read_only = read_only
+    self._manifest: dict[str, Any] = {}
     if not read_only and self._folder.exists():
       # A killed run's half-written checkpoint is of no use to anyone. Orbax's
       # own cleanup would outlive a run that fails at once, in a thread.
@@ -44,20 +122,17 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(
-          [
-            policies.LatestN(1),
-            policies.BestN(
-              get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False
-            ),
-          ]
-        ),
-        # Without it Orbax would not write the metrics to disk.
-        best_fn=lambda metrics: metrics["accuracy"],
+        preservation_policy=_Kept(best_step),
         create=not read_only,
         read_only=read_only,
         save_interval_steps=0 if read_only else 1,
+        async_options=ocp.AsyncOptions(
+          # Before the checkpoint gets its final name: one with that name has
+          # its manifest.
+          post_finalization_callback=self._write_manifest
+        ),
       ),
+      item_names=(_STATE,),
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -65,16 +140,17 @@ class Checkpoints:
 
   def __exit__(self, *exception: object) -> None:
     self._manager.close()
+    if not self._read_only:
+      # A run that failed before its first checkpoint leaves nothing.
+      with contextlib.suppress(OSError):
+        self._folder.rmdir()
 
-  def save(
-    self, state: train_step.TrainState, *, epoch: int, accuracy: float
-  ) -> None:
-    """Starts to save the state at the end of an epoch; returns at once.
+  def save(self, state: train_step.TrainState, notes: Notes) -> None:
+    """Starts to save a state under its step; returns at once.
 
     Args:
       state: what to save; may be donated as soon as this returns.
-      epoch: 0-based, just finished.
-      accuracy: chooses the best epoch.
+      notes: finite numbers that `restore` gives back.
 
     Raises:
       WorkdirError: the disk has no room for it.
@@ -87,51 +163,197 @@ class Checkpoints:
         f" {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. The checkpoints"
         " there are good; make room, and the same command goes on from them."
       )
+    # The manifest is written by Orbax's thread, that of the last one too.
+    self.wait()
+    self._manifest = {
+      "format": _FORMAT,
+      "notes": notes,
+      "arrays": _forms(state),
+    }
     self._manager.save(
       int(state.step),
-      args=ocp.args.StandardSave(state),
-      metrics={"accuracy": accuracy, "epoch": epoch},
+      args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state)}),
     )
 
   def wait(self) -> None:
     """Waits until everything that was saved is on disk."""
     self._manager.wait_until_finished()
 
-  def latest_step(self) -> int | None:
-    """The step of the latest checkpoint, or None."""
-    return self._manager.latest_step()
-
-  def best_step(self) -> int | None:
-    """The step of the checkpoint of the best epoch, or None."""
-    metrics = {
-      step: self._manager.metrics(step) for step in self._manager.all_steps()
-    }
-    ranked = {step: _rank(found) for step, found in metrics.items() if found}
-    return max(ranked, key=lambda step: ranked[step]) if ranked else None
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints, ascending."""
+    return sorted(self._manager.all_steps())
 
   def restore(
     self, step: int, like: train_step.TrainState, mesh: Mesh
-  ) -> train_step.TrainState:
-    """Reads a checkpoint onto the devices of a mesh.
+  ) -> tuple[train_step.TrainState, Notes]:
+    """Reads a checkpoint onto the devices of a mesh, and checks it.
 
     Args:
-      step: one of the steps there are.
+      step: one of `steps()`.
       like: the tree of shapes and dtypes, for example from `jax.eval_shape`.
       mesh: gets a copy of the state on every device.
 
+    Returns:
+      The state and its notes, as they were saved.
+
     Raises:
-      WorkdirError: the checkpoint cannot be read or is of another network.
+      WorkdirError: the checkpoint is damaged, of another network or of an
+        older version.
     """
+    path = self._folder / str(step)
+    if (path / "default").is_dir():
+      raise errors.WorkdirError(
+        f"checkpoint {path} was saved by an older version of this program,"
+        " which this one cannot read. Go on with that version, or start again"
+        " in another --workdir."
+      )
+    manifest = _checked_manifest(path)
+    if manifest["format"] != _FORMAT:
+      raise errors.WorkdirError(
+        f"checkpoint {path} has format {manifest['format']}; this version of"
+        f" the program reads format {_FORMAT}. Use the version that saved it."
+      )
+    _check_same_arrays(path, manifest["arrays"], _forms(like))
     sharding = mesh_lib.replicated(mesh)
     target = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
     )
     try:
-      return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-    # Orbax and TensorStore raise many kinds, according to what is damaged.
+      state = self._manager.restore(
+        step,
+        args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)}),
+      )[_STATE]
+    # Orbax and TensorStore raise many kinds, according to what is wrong.
     except Exception as error:
+      raise _damaged(path, errors.one_line(error)) from error
+    return state, manifest["notes"]
+
+  def restore_latest(
+    self, like: train_step.TrainState, mesh: Mesh
+  ) -> tuple[train_step.TrainState, Notes] | None:
+    """Restores the newest checkpoint that is good, if there are any.
+
+    Newer ones that are damaged are moved to `workdir`/damaged, with a warning.
+
+    Args:
+      like: see `restore`.
+      mesh: see `restore`.
+
+    Returns:
+      The state and its notes, or None where there is no checkpoint.
+
+    Raises:
+      WorkdirError: there are checkpoints but none is good; nothing was moved.
+        Or one is of another network or version.
+    """
+    damaged: dict[int, _Damaged] = {}
+    for step in reversed(self.steps()):
+      try:
+        restored = self.restore(step, like, mesh)
+      except _Damaged as error:
+        damaged[step] = error
+        continue
+      for bad_step, reason in damaged.items():
+        _logger.warning("warning: %s", reason)
+        self._set_aside(bad_step)
+      if damaged:
+        _logger.warning(
+          "warning: going back to the checkpoint of step %d; what is damaged"
+          " is now in %s",
+          step,
+          self._damaged,
+        )
+        self._manager.reload()
+      return restored
+    if damaged:
       raise errors.WorkdirError(
-        f"checkpoint {self._folder / str(step)} cannot be read"
-        f" ({errors.one_line(error)}). Nothing was changed. Restore that"
-        " folder, or start again in another --workdir."
-      ) from error
+        f"no checkpoint in {self._folder} is good: "
+        + "; ".join(str(error) for error in damaged.values())
+        + ". Nothing was changed. Restore one of these folders, or start again"
+        " in another --workdir."
+      )
+    return None
+
+  def has_fallen_back(self, step: int) -> bool:
+    """Whether a checkpoint of a later step was damaged and set aside."""
+    if not self._damaged.is_dir():
+      return False
+    names = [path.name.partition("-")[0] for path in self._damaged.iterdir()]
+    return any(int(name) > step for name in names if name.isdecimal())
+
+  def _write_manifest(self) -> None:
+    # Under a temporary name until Orbax, whose thread this is, renames it.
+    (unfinished,) = ocp.utils.tmp_checkpoints(self._folder)
+    folder = pathlib.Path(unfinished.get())
+    files = {
+      str(path.relative_to(folder)): _digest(path)
+      for path in sorted((folder / _STATE).rglob("*"))
+      if path.is_file()
+    }
+    manifest = self._manifest | {"files": files}
+    manifest["sha256"] = _seal(manifest)
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+  def _set_aside(self, step: int) -> None:
+    self._damaged.mkdir(exist_ok=True)
+    target, count = self._damaged / str(step), 1
+    while target.exists():
+      target, count = self._damaged / f"{step}-{count}", count + 1
+    (self._folder / str(step)).rename(target)
+
+
+def _damaged(path: pathlib.Path, what: str) -> _Damaged:
+  return _Damaged(f"checkpoint {path} is damaged: {what}")
+
+
+def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
+  """The manifest of a checkpoint whose files are as they were saved."""
+  try:
+    manifest = json.loads((path / _MANIFEST).read_bytes())
+    if manifest.pop("sha256") != _seal(manifest):
+      raise _damaged(path, f"{_MANIFEST} is not as it was written")
+    for name, digest in manifest["files"].items():
+      if _digest(path / name) != digest:
+        raise _damaged(path, f"{name} is not as it was written")
+  except FileNotFoundError as error:
+    missing = pathlib.Path(error.filename).relative_to(path)
+    raise _damaged(path, f"{missing} is missing") from error
+  except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    raise _damaged(path, errors.one_line(error)) from error
+  return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+  """The digest of a manifest, which it carries itself."""
+  return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _forms(state: train_step.TrainState) -> dict[str, str]:
+  """For the path of every array its form, as in 'float32[16, 10]'."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(state)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{leaf.dtype}{list(leaf.shape)}"
+    )
+    for path, leaf in flat
+  }
+
+
+def _check_same_arrays(
+  path: pathlib.Path, saved: dict[str, str], like: dict[str, str]
+) -> None:
+  # In the order of the state, so that parameters come before what is derived.
+  for name in [*like, *saved]:
+    there = saved.get(name, "no such array")
+    here = like.get(name, "no such array")
+    if here != there:
+      raise errors.WorkdirError(
+        f"checkpoint {path} is of another network: {name} is {there} there,"
+        f" {here} here. Pass the configuration it was trained with, or another"
+        " --workdir."
+      )

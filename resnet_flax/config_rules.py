@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, errors, normalization, optimizer
+from resnet_flax import augment, errors, metrics, normalization, optimizer
 from resnet_flax.datasets import loading
 from resnet_flax.models import layers, registry
 
@@ -25,6 +25,8 @@ FREE_KEYS = (
   "dataset.cache_dir",
   "model.remat",
   "model.scan",
+  "checkpoint.every_steps",
+  "checkpoint.every_minutes",
   "log.tensorboard",
   "log.interval_seconds",
 )
@@ -145,6 +147,9 @@ RULES: dict[str, Rule] = {
   "plateau.cooldown": _integer(0),
   "plateau.min_delta": _POSITIVE,
   "plateau.min_lr": _NOT_NEGATIVE,
+  "checkpoint.every_steps": _integer(0),
+  "checkpoint.every_minutes": _NOT_NEGATIVE,
+  "checkpoint.monitor": _name(metrics.MONITORED),
   "log.tensorboard": _boolean,
   "log.interval_seconds": _NOT_NEGATIVE,
 }

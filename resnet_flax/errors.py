@@ -30,13 +30,29 @@ class WorkdirError(UserError):
 
 
 class NonFiniteError(UserError, ArithmeticError):
-  """Training produced a NaN or an infinity."""
+  """Training produced a NaN or an infinity.
+
+  Args:
+    message: what is not finite, and what would help.
+    step: the 0-based step after which it was found.
+  """
+
+  def __init__(self, message: str, step: int):
+    super().__init__(message)
+    self.step = step
 
 
 class Interrupted(UserError):
-  """The user pressed Ctrl-C."""
+  """A signal, such as that of Ctrl-C, stopped the program.
 
-  exit_code = 130
+  Args:
+    message: what was saved and how to go on.
+    signal_number: the signal's; gives the exit code that shells expect.
+  """
+
+  def __init__(self, message: str, signal_number: int):
+    super().__init__(message)
+    self.exit_code = 128 + signal_number
 
 
 def one_line(error: BaseException) -> str:

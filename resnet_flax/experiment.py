@@ -1,8 +1,19 @@
 """From a configuration to the fixed parts of an experiment."""
 
+import functools
+
+import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, models, optimizer, schedule, train_step
+from resnet_flax import (
+  augment,
+  models,
+  normalization,
+  optimizer,
+  randomness,
+  schedule,
+  train_step,
+)
 from resnet_flax.datasets import loading
 
 
@@ -22,4 +33,23 @@ def build(config: ConfigDict) -> train_step.Experiment:
     learning_rate=schedule.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment),
     image_shape=info.image_shape,
+  )
+
+
+def abstract_state(
+  config: ConfigDict, experiment: train_step.Experiment
+) -> train_step.TrainState:
+  """The shapes and dtypes of the train state; computes nothing.
+
+  Args:
+    config: what the experiment was built from.
+    experiment: the fixed parts.
+
+  Returns:
+    A `TrainState` of `jax.ShapeDtypeStruct`s.
+  """
+  return jax.eval_shape(
+    functools.partial(train_step.create_train_state, experiment),
+    randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
+    normalization.placeholder(config.normalization, experiment.image_shape),
   )

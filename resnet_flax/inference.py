@@ -20,8 +20,7 @@ from resnet_flax import (
   evaluate,
   experiment as experiment_lib,
   mesh as mesh_lib,
-  normalization,
-  randomness,
+  metrics,
   train_step,
   workdir as workdir_lib,
 )
@@ -57,8 +56,7 @@ def load_model(
 
   Args:
     workdir: the run's folder.
-    which: 'best' (the epoch with the best validation, or else test, accuracy)
-      or 'latest'.
+    which: 'best' (the epoch that is best by `checkpoint.monitor`) or 'latest'.
 
   Raises:
     ConfigError: `which` is neither.
@@ -112,7 +110,8 @@ def evaluate_workdir(
     devices: what to compute on, by default all devices.
 
   Returns:
-    `loss`, `accuracy` (a fraction) and the 0-based `epoch` of the checkpoint.
+    `loss`, `accuracy` (a fraction), the `step` of the checkpoint (steps done)
+    and its 0-based `epoch`, which may not be at its end.
 
   Raises:
     ConfigError, WorkdirError: see `load_model`.
@@ -129,11 +128,12 @@ def evaluate_workdir(
     config.eval_batch_size,
     mesh_lib.create_mesh(devices),
   )
-  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  step = int(state.step)
   return {
     "loss": scores["loss"],
     "accuracy": scores["accuracy"],
-    "epoch": int(state.step) // steps_per_epoch - 1,
+    "step": step,
+    "epoch": (step - 1) // experiment.learning_rate.steps_per_epoch,
   }
 
 
@@ -149,22 +149,35 @@ def _restore(
   # The batch size of training does not matter here, nor do its devices.
   config_rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
-  like = jax.eval_shape(
-    functools.partial(train_step.create_train_state, experiment),
-    randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
-    normalization.placeholder(config.normalization, experiment.image_shape),
-  )
   missing = errors.WorkdirError(
-    f"{workdir} has no checkpoint: none is saved before the end of the first"
-    " epoch."
+    f"{workdir} has no {which} checkpoint: the best one is there after the"
+    " first epoch, the latest one after checkpoint.every_minutes."
   )
   if not (workdir / "checkpoints").is_dir():
     raise missing
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    step = (
-      checkpoints.best_step() if which == "best" else checkpoints.latest_step()
-    )
+    step = _choose_step(workdir, which, config, checkpoints.steps())
     if step is None:
       raise missing
-    state = checkpoints.restore(step, like, mesh_lib.create_mesh(devices))
+    state, _ = checkpoints.restore(
+      step,
+      experiment_lib.abstract_state(config, experiment),
+      mesh_lib.create_mesh(devices),
+    )
   return config, experiment, state
+
+
+def _choose_step(
+  workdir: pathlib.Path, which: str, config: ConfigDict, steps: list[int]
+) -> int | None:
+  if which == "latest":
+    return max(steps, default=None)
+  # A record may be there before its checkpoint is.
+  records = [
+    record
+    for record in metrics.MetricsLog(workdir).read()
+    if record["step"] in steps
+  ]
+  if not records:
+    return None
+  return metrics.best_record(records, config.checkpoint.monitor)["step"]

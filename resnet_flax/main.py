@@ -6,6 +6,7 @@ python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
 
 import os
 import pathlib
+import signal
 import sys
 from typing import NoReturn
 
@@ -37,19 +38,23 @@ _CHECKPOINT = flags.DEFINE_enum(
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
-  from resnet_flax import metrics, train
+  from resnet_flax import interruption, metrics, train
 
-  records = train.train_and_evaluate(config, workdir)
-  last, best = records[-1], metrics.best_record(records)
+  records = train.train_and_evaluate(
+    config, workdir, signals=interruption.StopSignals(exits=True)
+  )
+  monitor = config.checkpoint.monitor
+  last, best = records[-1], metrics.best_record(records, monitor)
   print(f"Test loss: {last['test_loss']:.4f}")
   print(f"Test accuracy: {last['test_accuracy']:.4f}")
-  monitored = metrics.monitored(best)
   text = f"Best epoch: {best['epoch']} (0-based), test accuracy"
-  text += f" {best['test_accuracy']:.4f}, "
-  if monitored == "val_accuracy":
-    text += f"chosen by validation accuracy {best['val_accuracy']:.4f}"
+  text += f" {best['test_accuracy']:.4f}, chosen "
+  chosen_by = metrics.monitored(best, monitor)
+  if chosen_by == "test_accuracy":
+    text += "on the test split"
   else:
-    text += "chosen on the test split"
+    split = {"val": "validation", "test": "test"}[chosen_by.partition("_")[0]]
+    text += f"by {split} {monitor} {best[chosen_by]:.4f}"
   print(text)
 
 
@@ -57,7 +62,10 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
   from resnet_flax import inference
 
   scores = inference.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
-  print(f"Checkpoint: {_CHECKPOINT.value}, epoch {scores['epoch']} (0-based)")
+  print(
+    f"Checkpoint: {_CHECKPOINT.value}, step {scores['step']}, epoch"
+    f" {scores['epoch']} (0-based)"
+  )
   print(f"Test loss: {scores['loss']:.4f}")
   print(f"Test accuracy: {scores['accuracy']:.4f}")
 
@@ -97,8 +105,8 @@ def run() -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
   except KeyboardInterrupt:
-    text = "error: interrupted; nothing new was saved."
-    _leave_at_once(text, errors.Interrupted.exit_code)
+    text = "error: stopped by SIGINT; nothing new was saved."
+    _leave_at_once(text, 128 + signal.SIGINT)
   except BrokenPipeError:
     # Whoever reads our output, such as `head`, has seen enough.
     os._exit(0)

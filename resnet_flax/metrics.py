@@ -11,9 +11,12 @@ from resnet_flax import errors
 
 Record = dict[str, Any]
 
-# A record is written before its checkpoint, and that of the epoch before may
-# still be on its way to the disk.
-_MOST_AHEAD = 2
+# What can choose the best epoch, and whether more of it is better.
+MONITORED = {"accuracy": True, "loss": False, "objective": False}
+
+# An epoch's checkpoint may still be on its way to the disk when its record is
+# written, but not that of the epoch before.
+_MOST_AHEAD = 1
 
 
 class MetricsLog:
@@ -27,37 +30,47 @@ class MetricsLog:
     if not self._path.exists():
       return []
     records = []
-    for line in self._path.read_text().splitlines():
+    for line in self._path.read_bytes().splitlines(keepends=True):
       try:
+        if not line.endswith(b"\n"):
+          break  # A killed run was writing it.
         records.append(json.loads(line))
       except ValueError:
-        break  # A killed run was writing it.
+        break  # The disk lost its end.
     return records
 
-  def truncate(self, num_epochs: int) -> list[Record]:
-    """Keeps the records of the first epochs, as many as were saved.
+  def cut_back(
+    self, step: int, steps_per_epoch: int, *, fallen_back: bool
+  ) -> list[Record]:
+    """Drops the records of epochs that end after the restored step.
 
     Args:
-      num_epochs: epochs whose result is in the checkpoint.
+      step: of the restored checkpoint; 0 if there is none.
+      steps_per_epoch: steps of an epoch.
+      fallen_back: newer checkpoints were damaged, so many may be dropped.
 
     Returns:
-      The records that are kept.
+      The records that are kept. Where the last epoch was trained but not
+      evaluated yet, there is one less than epochs.
 
     Raises:
       WorkdirError: there are fewer records than epochs, or more of them than
         a killed run can have written ahead of its checkpoint.
     """
     records = self.read()
-    ahead = len(records) - num_epochs
-    if not 0 <= ahead <= _MOST_AHEAD:
+    epochs, within = divmod(step, steps_per_epoch)
+    least = epochs - (not within and epochs > 0)
+    if not least <= len(records) or (
+      len(records) > epochs + _MOST_AHEAD and not fallen_back
+    ):
       raise errors.WorkdirError(
         f"{self._path} has {len(records)} epochs but the latest checkpoint has"
-        f" {num_epochs}: files are missing or were changed. Restore them, or"
+        f" {epochs}: files are missing or were changed. Restore them, or"
         " start again in another --workdir."
       )
-    kept = records[:num_epochs]
+    kept = records[:epochs]
     text = "".join(json.dumps(record) + "\n" for record in kept)
-    if self._path.exists() and self._path.read_text() != text:
+    if self._path.exists() and self._path.read_bytes() != text.encode():
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text(text)
       os.replace(temporary, self._path)
@@ -74,18 +87,28 @@ class MetricsLog:
       os.fsync(file.fileno())
 
 
-def best_record(records: list[Record]) -> Record:
+def best_record(records: list[Record], monitor: str) -> Record:
   """The record of the best epoch; of equally good ones the first.
 
   Args:
     records: at least one.
+    monitor: one of `MONITORED`.
   """
-  return max(records, key=lambda record: record[monitored(record)])
+  sign = 1 if MONITORED[monitor] else -1
+  return max(
+    records, key=lambda record: sign * record[monitored(record, monitor)]
+  )
 
 
-def monitored(record: Mapping[str, Any]) -> str:
-  """The metric that chooses the best epoch: validation if there is one."""
-  return "val_accuracy" if "val_accuracy" in record else "test_accuracy"
+def monitored(record: Mapping[str, Any], monitor: str) -> str:
+  """The key that chooses the best epoch: validation's if there is one.
+
+  Args:
+    record: of any epoch of the run.
+    monitor: one of `MONITORED`.
+  """
+  validation = f"val_{monitor}"
+  return validation if validation in record else f"test_{monitor}"
 
 
 class TensorBoard:

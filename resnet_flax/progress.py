@@ -36,17 +36,18 @@ class Progress:
     self._interval = interval_seconds
     self._bar: Any = None
     self._epoch = 0
-    self._step = 0
+    self._step = self._first_step = 0
     self._evaluation_seconds = 0.0
     self._seconds_per_step = 0.0
     self._started = self._last_line = 0.0
 
-  def start_epoch(self, epoch: int) -> None:
-    """Begins the training of a 0-based epoch."""
-    self._epoch, self._step = epoch, 0
+  def start_epoch(self, epoch: int, step: int) -> None:
+    """Begins the training of a 0-based epoch after its first `step` steps."""
+    self._epoch, self._step, self._first_step = epoch, step, step
     self._started = self._last_line = time.perf_counter()
     self._bar = tqdm.tqdm(
       total=self._steps_per_epoch,
+      initial=step,
       desc=self._title(),
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
@@ -59,7 +60,8 @@ class Progress:
     """Takes in the metrics of the next step, on the host."""
     self._step += 1
     now = time.perf_counter()
-    self._seconds_per_step = (now - self._started) / self._step
+    steps = self._step - self._first_step
+    self._seconds_per_step = (now - self._started) / steps
     if self._bar.disable:
       if now - self._last_line >= self._interval:
         self._last_line = now

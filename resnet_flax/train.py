@@ -33,6 +33,9 @@ from resnet_flax import (
 
 _logger = logging.getLogger(__name__)
 
+# What a checkpoint's notes are before the first step of an epoch.
+_NEW_EPOCH: checkpoint.Notes = {"learning_rate": 0.0, "epoch_seconds": 0.0}
+
 CompiledStep = Callable[
   ..., tuple[train_step.TrainState, train_step.StepMetrics]
 ]
@@ -43,6 +46,7 @@ def train_and_evaluate(
   workdir: pathlib.Path,
   *,
   devices: Sequence[jax.Device] | None = None,
+  signals: interruption.StopSignals | None = None,
 ) -> list[metrics.Record]:
   """Trains as the configuration says; goes on with what the workdir holds.
 
@@ -50,52 +54,77 @@ def train_and_evaluate(
     config: every key of `configs/base.py`.
     workdir: gets config.json, environment.json, metrics.jsonl, checkpoints/
       and tensorboard/. If it holds an unfinished run of this configuration,
-      the run goes on from its latest epoch.
+      the run goes on after the latest step that was saved, to the same bits.
     devices: what to train on, by default all devices.
+    signals: how SIGINT and SIGTERM are met.
 
   Returns:
     The records of all epochs, as in metrics.jsonl.
 
   Raises:
     ConfigError: a value that cannot be used; before anything is compiled.
-    WorkdirError: the workdir cannot be used, or no longer be written.
+    WorkdirError: the workdir is in use, or cannot be read or written.
     DataError: the data cannot be had.
     NonFiniteError: the loss or the state became infinite or NaN.
-    Interrupted: Ctrl-C, once the workdir is open.
+    Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
   """
   mesh = mesh_lib.create_mesh(devices)
   config_rules.check(config, num_devices=mesh.size)
   workdir = pathlib.Path(workdir).absolute()
-  workdir_lib.check(workdir, config)
   experiment = experiment_lib.build(config)
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  monitor = config.checkpoint.monitor
+  records: list[metrics.Record] = []
+
+  def best_step() -> int | None:
+    return metrics.best_record(records, monitor)["step"] if records else None
 
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-    log = metrics.MetricsLog(workdir)
-    saved_step = checkpoints.latest_step() or 0
-    records = log.truncate(saved_step // steps_per_epoch)
+    with workdir_lib.explain_write_errors(workdir):
+      stack.enter_context(workdir_lib.use(workdir, config))
+      checkpoints = stack.enter_context(
+        checkpoint.Checkpoints(workdir, best_step=best_step)
+      )
+    signals = stack.enter_context(signals or interruption.StopSignals())
+    stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
+
+    with workdir_lib.explain_write_errors(workdir):
+      restored = checkpoints.restore_latest(
+        experiment_lib.abstract_state(config, experiment), mesh
+      )
+      step = int(restored[0].step) if restored else 0
+      log = metrics.MetricsLog(workdir)
+      records += log.cut_back(
+        step, steps_per_epoch, fallen_back=checkpoints.has_fallen_back(step)
+      )
     if len(records) == config.num_epochs:
       _logger.info("%s is finished: %d epochs.", workdir, len(records))
       return records
-    stack.enter_context(_explain_interruption(config, workdir, records))
 
     dataset = datasets.load(config.dataset)
     with workdir_lib.explain_write_errors(workdir):
       workdir_lib.record_start(
         workdir, config, list(mesh.devices.flat), dataset.source
       )
-      board = metrics.TensorBoard(workdir, saved_step, config.log.tensorboard)
+      board = metrics.TensorBoard(
+        workdir, len(records) * steps_per_epoch, config.log.tensorboard
+      )
     stack.callback(board.close)
     if dataset.validation is None:
       _logger.info(
         "note: the best epoch is chosen on the test split, as in the recipe;"
         " set dataset.validation_examples to hold out a part of training"
       )
-    state = initial_state(config, experiment, dataset.train, mesh)
-    if saved_step:
-      state = checkpoints.restore(saved_step, state, mesh)
-      _logger.info("going on after epoch %d of %s", len(records), workdir)
+    if restored:
+      state, notes = restored
+      _logger.info("going on after step %d of %s", step, workdir)
+      if step == len(records) * steps_per_epoch:
+        # An epoch's checkpoint is from before its evaluation.
+        state = _after_epoch(state, records[-1], experiment, mesh)
+        notes = _NEW_EPOCH
+    else:
+      state = initial_state(config, experiment, dataset.train, mesh)
+      notes = _NEW_EPOCH
     progress = progress_lib.Progress(
       config.num_epochs,
       steps_per_epoch,
@@ -113,25 +142,54 @@ def train_and_evaluate(
     eval_step = evaluate.jit_eval_step(experiment)
     splits = {"val": dataset.validation, "test": dataset.test}
 
-    # From here on a Ctrl-C waits for the end of a step, and what is being
+    # From here on a signal waits for the end of a step, and what is being
     # saved is finished before the loop is left.
-    watch = stack.enter_context(interruption.InterruptWatch())
+    stack.enter_context(signals.hold())
     stack.enter_context(workdir_lib.explain_write_errors(workdir))
     stack.callback(checkpoints.wait)
+    timer = checkpoint.Timer(
+      config.checkpoint.every_steps, config.checkpoint.every_minutes
+    )
 
-    def on_step(step_metrics: train_step.StepMetrics) -> None:
-      progress.step(step_metrics)
-      watch.check()
-
-    for epoch in range(len(records), config.num_epochs):
-      progress.start_epoch(epoch)
-      started = time.perf_counter()
+    while len(records) < config.num_epochs:
+      epoch = len(records)
+      first_step = epoch * steps_per_epoch
+      taken = int(state.step) - first_step
+      progress.start_epoch(epoch, taken)
       batches = epoch_batches(
-        dataset.train, config.batch_size, config.seed, epoch, mesh
+        dataset.train, config.batch_size, config.seed, epoch, mesh, first=taken
       )
-      state, last = train_epoch(compiled_step, state, batches, key, on_step)
-      trained = time.perf_counter()
+      started = time.perf_counter()
+      while taken < steps_per_epoch:
+        try:
+          state, last = train_steps(
+            compiled_step,
+            state,
+            batches,
+            key,
+            progress.step,
+            until=lambda step: signals.requested or timer.due(step),
+          )
+        except errors.NonFiniteError as error:
+          path = _describe_failure(
+            workdir, config, dataset.train, key, error.step, checkpoints
+          )
+          raise errors.NonFiniteError(
+            f"{error} What reproduces the step is in {path}.", error.step
+          ) from error
+        taken = int(state.step) - first_step
+        now = time.perf_counter()
+        notes = {
+          "learning_rate": float(last.learning_rate),
+          "epoch_seconds": notes["epoch_seconds"] + now - started,
+        }
+        started = now
+        checkpoints.save(state, notes)
+        timer.reset()
+        signals.check()
       progress.close()
+
+      started = time.perf_counter()
       scores = {
         name: evaluate.evaluate(
           eval_step,
@@ -139,27 +197,20 @@ def train_and_evaluate(
           split,
           config.eval_batch_size,
           mesh,
-          on_batch=watch.check,
+          on_batch=signals.check,
         )
         for name, split in splits.items()
         if split is not None
       }
-      record = _record(epoch, int(state.step), last, trained - started, scores)
-      monitored = scores.get("val", scores["test"])
-      rate_state = experiment.learning_rate.after_epoch(
-        state.rate_state, monitored["objective"]
-      )
-      state = state.replace(
-        rate_state=jax.device_put(rate_state, mesh_lib.replicated(mesh))
-      )
-      # The record first: a checkpoint without its record could not go on, a
-      # record without its checkpoint is cut off.
+      record = _record(epoch, state, notes, scores)
+      # After its checkpoint was started: a record without its checkpoint is
+      # cut off, a checkpoint without its record is evaluated again.
       log.append(record)
-      checkpoints.save(state, epoch=epoch, accuracy=monitored["accuracy"])
       records.append(record)
+      state = _after_epoch(state, record, experiment, mesh)
+      notes = _NEW_EPOCH
       board.write(record)
-      progress.end_epoch(record, time.perf_counter() - trained)
-      watch.check()
+      progress.end_epoch(record, time.perf_counter() - started)
   return records
 
 
@@ -217,12 +268,38 @@ def compile_train_step(
   return compiled
 
 
-def epoch_batches(
-  split: datasets.Split, batch_size: int, seed: int, epoch: int, mesh: Mesh
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-  """The batches of one epoch, in an order that (seed, epoch) decides.
+def epoch_order(
+  num_examples: int, batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+  """Which images each step of an epoch takes, as (seed, epoch) decide.
 
   A last, smaller batch is dropped.
+
+  Args:
+    num_examples: images of the training split.
+    batch_size: images of a batch, over all devices.
+    seed: the experiment's.
+    epoch: 0-based.
+
+  Returns:
+    int64[steps, B], positions in the split.
+  """
+  rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
+  steps = num_examples // batch_size
+  order = rng.permutation(num_examples)
+  return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def epoch_batches(
+  split: datasets.Split,
+  batch_size: int,
+  seed: int,
+  epoch: int,
+  mesh: Mesh,
+  *,
+  first: int = 0,
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """The batches of one epoch, in the order of `epoch_order`.
 
   Args:
     split: what is trained on.
@@ -230,23 +307,22 @@ def epoch_batches(
     seed: the experiment's.
     epoch: 0-based.
     mesh: the devices that share a batch.
+    first: the step of the epoch to begin with, 0-based.
 
   Yields:
     (uint8[B, H, W, C], int32[B]), sharded over the mesh.
   """
-  rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
-  order = rng.permutation(len(split))
-  for start in range(0, len(split) - batch_size + 1, batch_size):
-    batch = split.take(order[start : start + batch_size])
-    yield mesh_lib.shard_batch(mesh, *batch)
+  for positions in epoch_order(len(split), batch_size, seed, epoch)[first:]:
+    yield mesh_lib.shard_batch(mesh, *split.take(positions))
 
 
-def train_epoch(
+def train_steps(
   compiled_step: CompiledStep,
   state: train_step.TrainState,
   batches: Iterable[tuple[jax.Array, jax.Array]],
   key: jax.Array,
   on_step: Callable[[train_step.StepMetrics], Any],
+  until: Callable[[int], bool] = lambda step: False,
 ) -> tuple[train_step.TrainState, train_step.StepMetrics]:
   """Takes one step for each batch.
 
@@ -256,6 +332,7 @@ def train_epoch(
     batches: (images, labels) pairs, at least one.
     key: key[], the augmentation's.
     on_step: called with the metrics of every step, on the host.
+    until: called with the number of steps done so far; true ends the loop.
 
   Returns:
     The new state and the metrics of the last step, on the host.
@@ -264,16 +341,18 @@ def train_epoch(
     NonFiniteError: a step's objective or the state after it is not finite.
   """
   pending = None
-  steps_done = int(state.step)
+  step = int(state.step)
   for images, labels in batches:
     state, step_metrics = compiled_step(state, images, labels, key)
+    step += 1
     # Read one step late: the devices have the next step to work on meanwhile.
     if pending is not None:
-      on_step(_read(pending, steps_done))
-      steps_done += 1
+      on_step(_read(pending, step - 2))
     pending = step_metrics
+    if until(step):
+      break
   assert pending is not None  # `config_rules` leaves no empty epoch.
-  last = _read(pending, steps_done)
+  last = _read(pending, step - 1)
   on_step(last)
   return state, last
 
@@ -285,53 +364,111 @@ def _read(
   if not step_metrics.finite:
     raise errors.NonFiniteError(
       f"the loss or the state is not finite after step {step} (0-based), at"
-      f" learning rate {step_metrics.learning_rate:g}. Nothing of it was"
-      " saved. Lower optimizer.learning_rate, or warm up with"
-      " schedule.warmup_learning_rate."
+      f" learning rate {step_metrics.learning_rate:g}. Lower"
+      " optimizer.learning_rate, or warm up with"
+      " schedule.warmup_learning_rate.",
+      step,
     )
   return step_metrics
 
 
+def _describe_failure(
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  split: datasets.Split,
+  key: jax.Array,
+  step: int,
+  checkpoints: checkpoint.Checkpoints,
+) -> pathlib.Path:
+  """Writes what leads to a step that failed, from the checkpoint before it."""
+  checkpoints.wait()
+  order = functools.partial(
+    epoch_order, len(split), config.batch_size, config.seed
+  )
+  epoch, within = divmod(step, len(split) // config.batch_size)
+  path = workdir / "nonfinite_step.json"
+  workdir_lib.write_json(
+    path,
+    {
+      "step": step,
+      "epoch": epoch,
+      "step_in_epoch": within,
+      # Of the official training split, whatever part of it is used.
+      "batch_indexes": split.indices[order(epoch)[within]].tolist(),
+      "augmentation_key": jax.random.key_data(
+        jax.random.fold_in(key, step)
+      ).tolist(),
+      "latest_checkpoint_step": max(checkpoints.steps(), default=None),
+    },
+  )
+  return path
+
+
 def _record(
   epoch: int,
-  step: int,
-  last: train_step.StepMetrics,
-  seconds: float,
+  state: train_step.TrainState,
+  notes: checkpoint.Notes,
   scores: dict[str, dict[str, float]],
 ) -> metrics.Record:
-  sums = last.sums
+  sums = jax.device_get(state.epoch_sums)
+  step = int(state.step)
   for name, score in scores.items():
     if not math.isfinite(score["loss"]):
       raise errors.NonFiniteError(
         f"the {name} loss is {score['loss']} after step {step - 1} (0-based),"
-        f" at learning rate {last.learning_rate:g}. Nothing of this epoch was"
-        " saved. Lower optimizer.learning_rate or model.batch_norm_momentum."
+        f" at learning rate {notes['learning_rate']:g}. Lower"
+        " optimizer.learning_rate or model.batch_norm_momentum.",
+        step - 1,
       )
   record = {
     "epoch": epoch,
     "step": step,
-    "learning_rate": float(last.learning_rate),
+    "learning_rate": notes["learning_rate"],
     "train_loss": float(sums.loss / sums.count),
     "train_objective": float(sums.objective / sums.count),
     "train_accuracy": float(sums.correct / sums.count),
   }
   for name, score in scores.items():
-    record[f"{name}_loss"] = float(score["loss"])
-    record[f"{name}_accuracy"] = float(score["accuracy"])
-  record["epoch_seconds"] = seconds
-  record["images_per_second"] = int(sums.count) / seconds
+    for metric in ("loss", "objective", "accuracy"):
+      record[f"{name}_{metric}"] = float(score[metric])
+  record["epoch_seconds"] = notes["epoch_seconds"]
+  record["images_per_second"] = int(sums.count) / notes["epoch_seconds"]
   return record
+
+
+def _after_epoch(
+  state: train_step.TrainState,
+  record: metrics.Record,
+  experiment: train_step.Experiment,
+  mesh: Mesh,
+) -> train_step.TrainState:
+  """The state with which the epoch after `record`'s begins."""
+  objective = record[metrics.monitored(record, "objective")]
+  rate_state = experiment.learning_rate.after_epoch(state.rate_state, objective)
+  return state.replace(
+    rate_state=jax.device_put(rate_state, mesh_lib.replicated(mesh))
+  )
 
 
 @contextlib.contextmanager
 def _explain_interruption(
-  config: ConfigDict, workdir: pathlib.Path, records: list[metrics.Record]
+  workdir: pathlib.Path,
+  checkpoints: checkpoint.Checkpoints,
+  signals: interruption.StopSignals,
 ) -> Iterator[None]:
-  """Ctrl-C says where the run stands; `records` grows as epochs are saved."""
+  """A signal to stop ends in a line that says where the run stands."""
+  signals.say_on_exit(
+    lambda: (
+      f"stopped at once; what was saved in {workdir} is good, and the same"
+      " command goes on from it."
+    )
+  )
   try:
     yield
-  except KeyboardInterrupt:
+  except interruption.Stopped as stopped:
+    step = max(checkpoints.steps(), default=0)
     raise errors.Interrupted(
-      f"interrupted; {len(records)} of {config.num_epochs} epochs are saved in"
-      f" {workdir}. The same command goes on after them."
+      f"stopped by {stopped}; saved up to step {step} in {workdir}. The same"
+      " command goes on from there.",
+      stopped.number,
     ) from None

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import config_rules, environment, errors
+from resnet_flax import config_rules, environment, errors, lock
 
 _logger = logging.getLogger(__name__)
 
@@ -53,9 +53,6 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     stored = json.loads(path.read_text())
     if not isinstance(stored, dict):
       raise ValueError("it holds no JSON object")
-    if isinstance(stored.get("model"), dict):
-      # What runs did that are older than these keys.
-      stored["model"] = {"remat": False, "scan": False} | stored["model"]
     return ConfigDict(stored).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
@@ -67,6 +64,26 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
       f"{path} cannot be read: {error}. Restore it, or start again in another"
       " --workdir."
     ) from error
+
+
+@contextlib.contextmanager
+def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
+  """Makes the workdir, checks that this run may use it, and locks it.
+
+  A folder that was made here is removed again if nothing was put into it.
+
+  Raises:
+    WorkdirError: see `check`; or another process uses it.
+  """
+  made = not workdir.exists()
+  check(workdir, config)
+  try:
+    with lock.exclusive(workdir):
+      yield
+  finally:
+    if made:
+      with contextlib.suppress(OSError):
+        workdir.rmdir()
 
 
 def check(workdir: pathlib.Path, config: ConfigDict) -> None:

@@ -15,10 +15,12 @@ from resnet_flax import (
   train_step,
 )
 
+NOTES = {"learning_rate": 0.1, "epoch_seconds": 2.5}
 
-def make_state(depth=8, step=0):
+
+def make_state(depth=8, step=0, num_filters=4):
   config = base.get_config()
-  config.model.update({"depth": depth, "num_filters": 4})
+  config.model.update({"depth": depth, "num_filters": num_filters})
   experiment = experiment_lib.build(config)
   state = train_step.create_train_state(
     experiment,
@@ -33,91 +35,257 @@ def state():
   return make_state()
 
 
-def save_epochs(workdir, state, accuracies, first=0):
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    for epoch, accuracy in enumerate(accuracies, first):
-      checkpoints.save(
-        state.replace(step=jnp.asarray(10 * epoch)),
-        epoch=epoch,
-        accuracy=accuracy,
-      )
+@pytest.fixture
+def mesh(one_device):
+  return mesh_lib.create_mesh(one_device)
 
 
-def kept(workdir):
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    return checkpoints.latest_step(), checkpoints.best_step()
+def at(state, step):
+  """The state, made to differ between steps."""
+  return state.replace(
+    step=jnp.asarray(step),
+    params=jax.tree.map(lambda x: x + step, state.params),
+  )
+
+
+def save(workdir, state, *steps, best=None):
+  with checkpoint.Checkpoints(workdir, best_step=lambda: best) as checkpoints:
+    for step in steps:
+      checkpoints.save(at(state, step), NOTES)
 
 
 def folders(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+def restore_latest(workdir, like, mesh):
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    return checkpoints.restore_latest(jax.eval_shape(lambda: like), mesh)
+
+
+def files(folder):
+  return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+  return {path.relative_to(folder): path.read_bytes() for path in files(folder)}
+
+
+def flip(path):
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  path.write_bytes(raw)
+
+
+def test_timer():
+  now = [0.0]
+  timer = checkpoint.Timer(3, 2.0, clock=lambda: now[0])
+  assert [step for step in range(1, 10) if timer.due(step)] == [3, 6, 9]
+  now[0] = 119.0
+  assert not timer.due(1)
+  now[0] = 121.0
+  assert timer.due(1)
+  timer.reset()
+  assert not timer.due(1)
+  never = checkpoint.Timer(0, 0.0, clock=lambda: now[0])
+  now[0] = 1e9
+  assert not any(never.due(step) for step in range(100))
+
+
 @pytest.mark.parametrize(
-  ("accuracies", "best"),
+  ("steps", "best", "kept"),
   [
-    ([0.1], 0),
-    ([0.1, 0.2, 0.3], 20),
-    ([0.3, 0.2, 0.1], 0),
-    ([0.1, 0.5, 0.2, 0.5, 0.3], 10),  # Of two equally good ones the first.
-    ([0.0, 0.0, 0.0], 0),
+    ([4], None, [4]),
+    ([1, 2, 3, 4], None, [3, 4]),
+    ([1, 2, 3, 4], 1, [1, 3, 4]),
+    ([1, 2, 3, 4], 4, [3, 4]),
   ],
 )
-def test_latest_and_best_are_kept(tmp_path, state, accuracies, best):
-  save_epochs(tmp_path, state, accuracies)
-  latest = 10 * (len(accuracies) - 1)
-  assert kept(tmp_path) == (latest, best)
-  assert folders(tmp_path) == sorted({latest, best})
+def test_the_latest_two_and_the_best_are_kept(
+  tmp_path, state, steps, best, kept
+):
+  save(tmp_path, state, *steps, best=best)
+  assert folders(tmp_path) == kept
 
 
-def test_best_outlives_a_restart(tmp_path, state):
-  save_epochs(tmp_path, state, [0.2, 0.9, 0.3])
-  save_epochs(tmp_path, state, [0.4, 0.9, 0.5], first=3)
-  assert kept(tmp_path) == (50, 10)
+def test_the_best_outlives_a_restart(tmp_path, state):
+  save(tmp_path, state, 10, 20, best=10)
+  save(tmp_path, state, 30, 40, 50, best=10)
+  assert folders(tmp_path) == [10, 40, 50]
 
 
 def test_half_written_checkpoints_are_removed_but_by_readers(tmp_path, state):
-  save_epochs(tmp_path, state, [0.5])
+  save(tmp_path, state, 0)
   unfinished = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"
   unfinished.mkdir()
   with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.latest_step() == 0
+    assert checkpoints.steps() == [0]
   assert unfinished.exists()
-  assert kept(tmp_path) == (0, 0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [0]
   assert folders(tmp_path) == [0]
 
 
 def test_full_disk_is_noticed_beforehand(tmp_path, state, monkeypatch):
-  save_epochs(tmp_path, state, [0.5])
+  save(tmp_path, state, 0)
   usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
   with pytest.raises(errors.WorkdirError, match=r"0\.0 MB are free"):
-    save_epochs(tmp_path, state, [0.6], first=1)
+    save(tmp_path, state, 10)
   monkeypatch.undo()
-  assert kept(tmp_path) == (0, 0)
+  assert folders(tmp_path) == [0]
 
 
-def test_nothing_saved(tmp_path):
-  assert kept(tmp_path) == (None, None)
+def test_nothing_saved_leaves_nothing(tmp_path, state, mesh):
+  assert restore_latest(tmp_path, state, mesh) is None
+  assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
-def test_restore(tmp_path, state, num_devices):
-  save_epochs(tmp_path, state, [0.5])
-  mesh = mesh_lib.create_mesh(jax.devices()[:num_devices])
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    restored = checkpoints.restore(0, jax.eval_shape(lambda: state), mesh)
-  jax.tree.map(np.testing.assert_array_equal, restored, state)
-  assert restored.params["head"]["kernel"].sharding == mesh_lib.replicated(mesh)
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 8), (8, 1)])
+def test_restore_on_another_number_of_devices(
+  tmp_path, state, saved_on, restored_on
+):
+  here, there = (
+    mesh_lib.create_mesh(jax.devices()[:count])
+    for count in (saved_on, restored_on)
+  )
+  save(tmp_path, jax.device_put(state, mesh_lib.replicated(here)), 7)
+  restored, notes = restore_latest(tmp_path, state, there)
+  jax.tree.map(np.testing.assert_array_equal, restored, at(state, 7))
+  assert notes == NOTES
+  kernel = restored.params["head"]["kernel"]
+  assert kernel.sharding == mesh_lib.replicated(there)
 
 
-def test_another_network_is_one_line(tmp_path, state):
-  save_epochs(tmp_path, state, [0.5])
-  mesh = mesh_lib.create_mesh(jax.devices()[:1])
-  other = jax.eval_shape(lambda: make_state(depth=14))
-  with (
-    checkpoint.Checkpoints(tmp_path) as checkpoints,
-    pytest.raises(errors.WorkdirError, match="cannot be read") as caught,
-  ):
-    checkpoints.restore(0, other, mesh)
+@pytest.mark.parametrize(
+  ("other", "message"),
+  [
+    (
+      {"depth": 14},
+      r"params/stage1_block2/\S+ is no such array there, float32\[4\] here",
+    ),
+    (
+      {"num_filters": 6},
+      r"params/head/kernel is float32\[16, 10\] there, float32\[24, 10\] here",
+    ),
+  ],
+)
+def test_another_network_names_the_first_difference(
+  tmp_path, state, mesh, other, message
+):
+  save(tmp_path, state, 0)
+  with pytest.raises(errors.WorkdirError, match="another network") as caught:
+    restore_latest(tmp_path, make_state(**other), mesh)
+  assert caught.match(message)
   assert "\n" not in str(caught.value)
   assert folders(tmp_path) == [0]
+
+
+def test_older_format_is_named(tmp_path, state, mesh):
+  save(tmp_path, state, 0)
+  (tmp_path / "checkpoints/0/state").rename(tmp_path / "checkpoints/0/default")
+  with pytest.raises(errors.WorkdirError, match="an older version"):
+    restore_latest(tmp_path, state, mesh)
+  assert folders(tmp_path) == [0]
+
+
+def test_newer_format_is_named(tmp_path, state, mesh, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "_FORMAT", 2)
+    save(tmp_path, state, 0)
+  with pytest.raises(errors.WorkdirError, match=r"format 2.*reads format 1"):
+    restore_latest(tmp_path, state, mesh)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory, state):
+  workdir = tmp_path_factory.mktemp("run")
+  save(workdir, state, 1, 2)
+  return workdir
+
+
+def damage_each_file(workdir, folder):
+  """Every file of a checkpoint, flipped, cut short, emptied, removed."""
+  count = len(files(workdir / folder))
+  return [
+    (index, how)
+    for index in range(count)
+    for how in ("flip", "halve", "empty", "remove")
+  ]
+
+
+def test_damage_is_never_restored(two_checkpoints, state, mesh, tmp_path):
+  """Whatever happens to one file: the same state, or the one before it."""
+  like = jax.eval_shape(lambda: state)
+  outcomes = []
+  for index, how in damage_each_file(two_checkpoints, "checkpoints/2"):
+    workdir = tmp_path / f"{index}-{how}"
+    shutil.copytree(two_checkpoints, workdir)
+    path = files(workdir / "checkpoints/2")[index]
+    if how == "flip":
+      flip(path)
+    elif how == "halve":
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "empty":
+      path.write_bytes(b"")
+    else:
+      path.unlink()
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+      restored, notes = checkpoints.restore_latest(like, mesh)
+    step = int(restored.step)
+    jax.tree.map(np.testing.assert_array_equal, restored, at(state, step))
+    assert notes == NOTES
+    if step == 1:
+      assert contents(workdir / "checkpoints/1") == contents(
+        two_checkpoints / "checkpoints/1"
+      )
+      # What is damaged is not lost either.
+      name = path.relative_to(workdir / "checkpoints")
+      assert (workdir / "damaged/2").is_dir()
+      assert (workdir / "damaged" / name).exists() == (how != "remove")
+    outcomes.append(step)
+  assert {1, 2} == set(outcomes)
+
+
+def largest(folder):
+  return max(files(folder), key=lambda path: path.stat().st_size)
+
+
+def test_falling_back_says_so_and_goes_on(
+  two_checkpoints, state, mesh, tmp_path, caplog
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(two_checkpoints, workdir)
+  flip(largest(workdir / "checkpoints/2/state"))
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    restored, _ = checkpoints.restore_latest(
+      jax.eval_shape(lambda: state), mesh
+    )
+    assert int(restored.step) == 1
+    assert checkpoints.has_fallen_back(1)
+    assert not checkpoints.has_fallen_back(2)
+    assert checkpoints.steps() == [1]
+    # The step that was damaged can be saved again.
+    checkpoints.save(at(state, 2), NOTES)
+  assert "checkpoints/2 is damaged" in caplog.text
+  assert "going back to the checkpoint of step 1" in caplog.text
+  restored, _ = restore_latest(workdir, state, mesh)
+  assert int(restored.step) == 2
+  # Damaged twice: both are kept.
+  flip(largest(workdir / "checkpoints/2/state"))
+  restore_latest(workdir, state, mesh)
+  assert {path.name for path in (workdir / "damaged").iterdir()} == {"2", "2-1"}
+
+
+def test_no_good_checkpoint_is_refused_and_nothing_deleted(
+  two_checkpoints, state, mesh, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(two_checkpoints, workdir)
+  for step in (1, 2):
+    flip(largest(workdir / f"checkpoints/{step}/state"))
+  before = contents(workdir)
+  with pytest.raises(errors.WorkdirError, match="is good") as caught:
+    restore_latest(workdir, state, mesh)
+  assert "\n" not in str(caught.value)
+  assert contents(workdir) == before

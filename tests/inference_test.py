@@ -33,7 +33,9 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("which", ["best", "latest"])
 def test_evaluation_gives_what_training_logged(run, which):
   _, workdir, records = run
-  record = metrics.best_record(records) if which == "best" else records[-1]
+  record = (
+    metrics.best_record(records, "accuracy") if which == "best" else records[-1]
+  )
   for devices in (jax.devices()[:1], jax.devices()):
     scores = inference.evaluate_workdir(workdir, which, devices=devices)
     assert scores["epoch"] == record["epoch"]
@@ -75,7 +77,7 @@ def test_load_model_predicts(run):
   assert probabilities.dtype == np.float32
   np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
   accuracy = np.mean(probabilities.argmax(-1) == labels)
-  best = metrics.best_record(records)
+  best = metrics.best_record(records, "accuracy")
   assert accuracy == pytest.approx(best["test_accuracy"])
   assert loaded.step == best["step"]
   assert loaded.predict(images[:0]).shape == (0, 10)
@@ -106,7 +108,7 @@ def test_unknown_checkpoint(run):
 
 def test_no_checkpoint_yet(run, tmp_path):
   (tmp_path / "config.json").write_text((run[1] / "config.json").read_text())
-  with pytest.raises(errors.WorkdirError, match="has no checkpoint: "):
+  with pytest.raises(errors.WorkdirError, match="has no best checkpoint: "):
     resnet_flax.load_model(tmp_path)
 
 

@@ -49,7 +49,10 @@ def test_train_again_and_eval(tmp_path):
   scored = run(
     "--mode=eval", f"--workdir={tmp_path}/run", "--checkpoint=latest"
   )
-  assert scored.stdout.splitlines()[1:] == lines[:2]
+  assert scored.stdout.splitlines() == [
+    "Checkpoint: latest, step 2, epoch 0 (0-based)",
+    *lines[:2],
+  ]
 
 
 def test_default_workdir_differs_between_overrides(tmp_path):
@@ -173,7 +176,10 @@ def test_workdir_of_another_configuration(tmp_path):
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_says_where_the_run_stands(tmp_path):
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_signal_says_where_the_run_stands(tmp_path, number, code):
   arguments = [*QUICK, "--config.num_epochs=1000", f"--workdir={tmp_path}"]
   process = subprocess.Popen(
     command(*arguments),
@@ -186,13 +192,12 @@ def test_ctrl_c_says_where_the_run_stands(tmp_path):
   deadline = time.monotonic() + 120
   while not log.exists() and time.monotonic() < deadline:
     time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
+  process.send_signal(number)
   _, stderr = process.communicate(timeout=60)
-  assert process.returncode == 130
+  assert process.returncode == code
   last = stderr.splitlines()[-1]
-  assert last.startswith("error: interrupted; ")
-  assert "of 1000 epochs are saved" in last
-  assert "The same command goes on after them." in last
+  assert last.startswith(f"error: stopped by {number.name}; saved up to step ")
+  assert "The same command goes on from there." in last
   assert "Traceback" not in stderr
 
 
@@ -215,5 +220,5 @@ def test_ctrl_c_before_training(tmp_path, moment):
   process.wait(timeout=60)
   process.stderr.close()
   assert process.returncode == 130
-  assert lines[-1].startswith("error: interrupted; 0 of 1 epochs are saved")
+  assert lines[-1].startswith("error: stopped ")
   assert not [line for line in lines if "Traceback" in line]

@@ -22,43 +22,65 @@ def test_append_and_read(log):
   assert [record["epoch"] for record in log.read()] == [0, 1]
 
 
-def test_torn_line_is_left_out(log, tmp_path):
+@pytest.mark.parametrize("torn", ['{"epoch": 1, "ste', "{}", "\xff\n"])
+def test_torn_line_is_left_out(log, tmp_path, torn):
   log.append(RECORD)
-  with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"epoch": 1, "ste')
+  with (tmp_path / "metrics.jsonl").open("a", encoding="latin-1") as file:
+    file.write(torn)
   assert log.read() == [RECORD]
   # The next record does not run into the torn one.
-  log.truncate(1)
+  log.cut_back(4, 4, fallen_back=False)
   log.append({**RECORD, "epoch": 1})
   assert len(log.read()) == 2
 
 
-def test_truncate(log):
-  for epoch in range(3):
+@pytest.mark.parametrize(
+  ("epochs", "step", "kept"),
+  [
+    (0, 0, 0),
+    (0, 3, 0),  # In the first epoch.
+    (0, 4, 0),  # Trained, not evaluated.
+    (1, 4, 1),
+    (1, 0, 0),  # The record was ahead of its checkpoint.
+    (1, 3, 0),
+    (2, 4, 1),
+    (2, 9, 2),
+    (1, 8, 1),
+  ],
+)
+def test_cut_back(log, epochs, step, kept):
+  for epoch in range(epochs):
     log.append({**RECORD, "epoch": epoch})
-  assert [record["epoch"] for record in log.truncate(2)] == [0, 1]
-  assert len(log.read()) == 2
-  assert log.truncate(0) == log.read() == []
+  assert len(log.cut_back(step, 4, fallen_back=False)) == kept
+  assert [record["epoch"] for record in log.read()] == list(range(kept))
 
 
-def test_truncate_refuses_to_leave_a_gap(log):
-  log.append(RECORD)
-  with pytest.raises(errors.WorkdirError, match="has 1 epochs but"):
-    log.truncate(2)
-  assert log.read() == [RECORD]
+@pytest.mark.parametrize(
+  ("epochs", "step"),
+  [
+    (0, 5),
+    (0, 8),
+    (1, 9),  # A gap.
+    (4, 0),  # As when the checkpoints were not copied along.
+    (3, 7),
+  ],
+)
+def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
+  for epoch in range(epochs):
+    log.append({**RECORD, "epoch": epoch})
+  with pytest.raises(errors.WorkdirError, match=f"has {epochs} epochs but"):
+    log.cut_back(step, 4, fallen_back=False)
+  assert len(log.read()) == epochs
 
 
-def test_truncate_refuses_to_lose_a_run(log):
-  """As when the checkpoints were not copied along."""
+def test_cut_back_as_far_as_the_checkpoints_went(log):
   for epoch in range(4):
     log.append({**RECORD, "epoch": epoch})
-  with pytest.raises(errors.WorkdirError, match="has 4 epochs but"):
-    log.truncate(0)
-  assert len(log.read()) == 4
+  assert len(log.cut_back(4, 4, fallen_back=True)) == 1
 
 
-def test_truncate_makes_no_file(log, tmp_path):
-  assert log.truncate(0) == []
+def test_cut_back_makes_no_file(log, tmp_path):
+  assert log.cut_back(0, 4, fallen_back=False) == []
   assert list(tmp_path.iterdir()) == []
 
 
@@ -68,13 +90,18 @@ def test_not_a_number_is_never_written(log):
   assert log.read() == []
 
 
-def test_best_record():
-  records = [{"epoch": k, "test_accuracy": a} for k, a in enumerate([1, 3, 3])]
+@pytest.mark.parametrize(
+  ("monitor", "best"), [("accuracy", 1), ("loss", 0), ("objective", 0)]
+)
+def test_best_record(monitor, best):
+  key = f"test_{monitor}"
+  records = [{"epoch": k, key: value} for k, value in enumerate([1, 3, 3, 1])]
   # Of two equally good ones the first.
-  assert metrics.best_record(records)["epoch"] == 1
-  for record, value in zip(records, [9, 1, 1], strict=True):
-    record["val_accuracy"] = value
-  assert metrics.best_record(records)["epoch"] == 0
+  assert metrics.best_record(records, monitor)["epoch"] == best
+  for record, value in zip(records, [2, 1, 3, 1], strict=True):
+    record[f"val_{monitor}"] = value
+  expected = 2 if monitor == "accuracy" else 1
+  assert metrics.best_record(records, monitor)["epoch"] == expected
 
 
 def events(folder):

@@ -37,7 +37,7 @@ def clock(monkeypatch):
 def test_plain_lines_without_a_terminal(clock, caplog):
   caplog.set_level(logging.INFO)
   shown = progress.Progress(2, 4, batch_size=8, interval_seconds=30)
-  shown.start_epoch(0)
+  shown.start_epoch(0, 0)
   for step in range(1, 5):
     clock.now += 20
     shown.step(step_metrics(8 * step))
@@ -58,12 +58,25 @@ def test_plain_lines_without_a_terminal(clock, caplog):
 def test_last_line_has_no_time_left(clock, caplog):
   caplog.set_level(logging.INFO)
   shown = progress.Progress(1, 1, batch_size=8, interval_seconds=30)
-  shown.start_epoch(0)
+  shown.start_epoch(0, 0)
   clock.now += 1
   shown.step(step_metrics(8))
   shown.end_epoch({**RECORD, "val_loss": 1.0, "val_accuracy": 0.75}, 10)
   assert "left" not in caplog.text
   assert "val loss 1.0000, accuracy 0.7500; test loss" in caplog.text
+
+
+def test_going_on_within_an_epoch(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(1, 100, batch_size=8, interval_seconds=0)
+  shown.start_epoch(0, 98)
+  clock.now += 1
+  shown.step(step_metrics(8))
+  # The speed is that of the steps taken here.
+  assert caplog.messages == [
+    "epoch 1/1 step 99/100: loss 2.0000, accuracy 0.2500, 8 images/s,"
+    " 0:00:01 left"
+  ]
 
 
 class Terminal(io.StringIO):
@@ -76,7 +89,7 @@ def test_bar_on_a_terminal(clock, monkeypatch, caplog):
   terminal = Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)
   shown = progress.Progress(2, 4, batch_size=8, interval_seconds=0)
-  shown.start_epoch(0)
+  shown.start_epoch(0, 0)
   for step in range(1, 5):
     clock.now += 1
     shown.step(step_metrics(8 * step))

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import jax
 import pytest
@@ -54,15 +55,24 @@ def test_config_comes_back(tmp_path):
   start(tmp_path, config)
 
 
-def test_run_that_is_older_than_a_key_goes_on(tmp_path):
-  start(tmp_path, base.get_config())
-  path = tmp_path / "config.json"
-  stored = json.loads(path.read_text())
-  del stored["model"]["remat"], stored["model"]["scan"]
-  path.write_text(json.dumps(stored))
-  start(tmp_path, base.get_config())
-  old = workdir_lib.load_config(tmp_path)
-  assert old.model == base.get_config().model
+def test_a_workdir_that_was_not_used_is_removed(tmp_path):
+  folder = tmp_path / "run"
+  with workdir_lib.use(folder, base.get_config()):
+    assert (folder / "lock").exists()
+  assert not folder.exists()
+  with workdir_lib.use(folder, base.get_config()):
+    start(folder, base.get_config())
+  assert (folder / "config.json").exists()
+  # One that was there before stays.
+  (tmp_path / "mine").mkdir()
+  with workdir_lib.use(tmp_path / "mine", base.get_config()):
+    pass
+  assert (tmp_path / "mine").exists()
+
+
+def test_removing_the_workdir_meanwhile_is_no_error(tmp_path):
+  with workdir_lib.use(tmp_path / "run", base.get_config()):
+    shutil.rmtree(tmp_path / "run")
 
 
 def test_environment(tmp_path):
@@ -126,6 +136,8 @@ def test_keys_outside_the_mathematics_may_differ(tmp_path):
   other.dataset.data_dir = "/elsewhere"
   other.log.tensorboard = False
   other.model.remat = other.model.scan = True
+  other.checkpoint.every_steps = 7
+  other.checkpoint.every_minutes = 0.5
   workdir_lib.check(tmp_path, other)
 
 

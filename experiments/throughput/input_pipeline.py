@@ -88,7 +88,7 @@ def measure_steps(
     # The order alternates, so that a drift of the machine favours none.
     for name in sorted(sources, reverse=bool(round_number % 2)):
       started = time.perf_counter()
-      state, _ = train.train_epoch(
+      state, _ = train.train_steps(
         step, state, sources[name](round_number), key, lambda _: None
       )
       seconds = time.perf_counter() - started

@@ -78,7 +78,7 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
     for name in sorted(experiments, reverse=bool(round_number % 2)):
       resident = residents[name]
       started = time.perf_counter()
-      resident.state, _ = train.train_epoch(
+      resident.state, _ = train.train_steps(
         resident.step,
         resident.state,
         itertools.repeat(resident.batch, steps),

@@ -58,7 +58,7 @@ class Program:
   def _train(self, steps: int) -> float:
     losses = []
     resident = self._resident
-    resident.state, _ = train.train_epoch(
+    resident.state, _ = train.train_steps(
       resident.step,
       resident.state,
       itertools.repeat(resident.batch, steps),
