@@ -1,0 +1,1 @@
+"""Whether a run survives what can happen to it, to the same bits."""

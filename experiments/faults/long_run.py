@@ -1,0 +1,159 @@
+"""A long run that is killed every few minutes, and its undisturbed twin.
+
+  python -m experiments.faults.long_run --config=configs/v1_depth20.py
+    --folder=runs/long_run --minutes=45 --mean_minutes=3
+
+Both train at the same time, each on a core of its own. The disturbed one is
+sent SIGTERM or SIGKILL at random times and started again with the same command,
+until it is finished. The folder keeps both workdirs, what both wrote, and
+`results.json`: signals, exit codes, and resident memory over time.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments.faults import harness
+from resnet_flax import command_line, workdir as workdir_lib
+
+_FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Gets everything.")
+_MINUTES = flags.DEFINE_float(
+  "minutes", 45.0, "No more signals after so long; 0 sends none."
+)
+_MEAN = flags.DEFINE_float("mean_minutes", 3.0, "Mean time between signals.")
+_SEED = flags.DEFINE_integer("seed", 0, "Draws the signals and their times.")
+_MEMORY_SECONDS = 5.0
+
+
+class Twin:
+  """One of the two runs: started again until it has finished.
+
+  Args:
+    name: of its workdir and its log in the folder.
+    folder: gets them.
+    core: the CPU that it has to itself.
+    arguments: of `resnet_flax.main`.
+  """
+
+  def __init__(
+    self, name: str, folder: pathlib.Path, core: int, arguments: list[str]
+  ):
+    self.workdir = folder / name
+    self._log = folder / f"{name}.log"
+    self._core = core
+    self._arguments = arguments
+    self.starts: list[dict[str, Any]] = []
+    # (seconds since the first start, number of the start, MB).
+    self.memory: list[tuple[float, int, float]] = []
+    self._began = time.monotonic()
+
+  def run(self, rng: np.random.Generator | None) -> None:
+    """Runs to the end; `rng` draws when it is disturbed, and how."""
+    while True:
+      began = time.monotonic()
+      wait, number = float("inf"), 0
+      if rng is not None and began - self._began < _MINUTES.value * 60:
+        # Not so soon that nothing was done since the last one.
+        wait = 20 + rng.exponential(max(_MEAN.value * 60 - 20, 1.0))
+        number = int(rng.choice([signal.SIGTERM, signal.SIGKILL]))
+      code, stopping = self._run_once(wait, number)
+      self.starts.append(
+        {
+          "seconds": time.monotonic() - began,
+          "signal": signal.Signals(number).name if stopping else None,
+          "seconds_to_stop": stopping,
+          "exit_code": code,
+        }
+      )
+      if stopping is None:
+        if code:
+          raise RuntimeError(f"{self.workdir} ended with code {code}")
+        return
+
+  def _run_once(self, wait: float, number: int) -> tuple[int, float | None]:
+    began = time.monotonic()
+    sent: float | None = None
+    with self._log.open("a") as log:
+      process = subprocess.Popen(
+        [
+          *(sys.executable, "-m", "resnet_flax.main", *self._arguments),
+          f"--workdir={self.workdir}",
+        ],
+        stdout=log,
+        stderr=log,
+        preexec_fn=lambda: os.sched_setaffinity(0, {self._core}),
+      )
+      measured = began
+      while process.poll() is None:
+        time.sleep(0.05)
+        now = time.monotonic()
+        if sent is None and now - began >= wait:
+          process.send_signal(number)
+          sent = now
+        if now - measured >= _MEMORY_SECONDS:
+          measured = now
+          self._measure(process.pid)
+    stopping = None if sent is None else time.monotonic() - sent
+    return process.returncode, stopping
+
+  def _measure(self, pid: int) -> None:
+    try:
+      pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+      return  # It has just ended.
+    seconds = time.monotonic() - self._began
+    megabytes = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    self.memory.append((round(seconds, 1), len(self.starts), megabytes))
+
+
+def main(argv: list[str]) -> None:
+  """Runs both twins and compares them."""
+  del argv
+  command_line.set_up()
+  folder = pathlib.Path(_FOLDER.value)
+  folder.mkdir(parents=True)
+  arguments = [
+    argument for argument in sys.argv[1:] if argument.startswith("--config")
+  ]
+  cores = sorted(os.sched_getaffinity(0))[:2]
+  twins = [
+    Twin(name, folder, core, arguments)
+    for name, core in zip(("disturbed", "undisturbed"), cores, strict=True)
+  ]
+  rngs = [np.random.default_rng(_SEED.value), None]
+  threads = [
+    threading.Thread(target=twin.run, args=(rng,))
+    for twin, rng in zip(twins, rngs, strict=True)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  found = [harness.results(twin.workdir) for twin in twins]
+  different = harness.num_different_bytes(*found)
+  workdir_lib.write_json(
+    folder / "results.json",
+    {
+      "arguments": arguments,
+      "different_bytes": different,
+      "compared_bytes": sum(value.nbytes for value in found[0].values()),
+      **{
+        twin.workdir.name: {"starts": twin.starts, "memory": twin.memory}
+        for twin in twins
+      },
+    },
+  )
+  signals = [start["signal"] for start in twins[0].starts if start["signal"]]
+  print(f"{len(signals)} signals; {different} bytes of the results differ.")
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=command_line.parse_flags)
