@@ -14,6 +14,10 @@ class UserError(Exception):
 
   exit_code = 1
 
+  def __init__(self, message: str):
+    # A path may hold line breaks and a terminal's control characters.
+    super().__init__(_printable(message))
+
 
 class ConfigError(UserError, ValueError):
   """A configuration value that cannot be used."""
@@ -37,6 +41,12 @@ class Interrupted(UserError):
   """The user pressed Ctrl-C."""
 
   exit_code = 130
+
+
+def _printable(text: str) -> str:
+  if text.isprintable():
+    return text
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException) -> str:

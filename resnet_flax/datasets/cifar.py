@@ -30,6 +30,7 @@ ARCHIVES = {
     images_per_file={"train": 10_000, "test": 10_000},
     labels=("label",),
     label_names={"label": "batches.meta.txt"},
+    num_names={"label": 10},
   ),
   "cifar100": archive.ArchiveSpec(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -42,6 +43,7 @@ ARCHIVES = {
       "coarse_label": "coarse_label_names.txt",
       "label": "fine_label_names.txt",
     },
+    num_names={"coarse_label": 20, "label": 100},
   ),
 }
 
