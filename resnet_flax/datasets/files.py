@@ -1,12 +1,12 @@
 """Opening files that somebody else has put there."""
 
 import errno
+import io
 import pathlib
 import stat
-from typing import BinaryIO
 
 
-def open_regular(path: pathlib.Path) -> BinaryIO:
+def open_regular(path: pathlib.Path) -> io.BufferedReader:
   """Opens a file for reading, but no pipe, which may keep one waiting.
 
   Raises:
