@@ -221,7 +221,8 @@ def _read_members(
   wanted = spec.member_sizes()
   texts = {f"{spec.folder}/{name}" for name in spec.label_names.values()}
   found: dict[str, bytes] = {}
-  stream = _Inflated(file, spec.max_bytes())
+  # For a stream tarfile needs no more than `read`; its type says otherwise.
+  stream: Any = _Inflated(file, spec.max_bytes())
   with tarfile.open(
     fileobj=stream, mode="r|", bufsize=_CHUNK, tarinfo=_Member
   ) as tar:

@@ -278,8 +278,11 @@ def _check_features(folder: pathlib.Path) -> None:
   """Checks that features.json names no code but that of the features known.
 
   Raises:
-    OSError, ValueError, RecursionError: it is no such file.
+    OSError, ValueError, RecursionError: it is no such file, or the labels'
+      names are missing.
   """
+  # Without it TFDS would take numbers for names.
+  files.read_text(folder / "label.labels.txt")
   features = json.loads(files.read_text(folder / "features.json"))
   for name in _class_names(features):
     if name not in _FEATURES:
