@@ -67,6 +67,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     A `ConfigError` listing the known names, with the nearest suggested.
   """
   known = sorted(known)
+  # Comparing takes the square of the length.
+  name = name if len(name) <= 100 else f"{name[:100]}..."
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
   return ConfigError(
