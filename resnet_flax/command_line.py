@@ -85,7 +85,9 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
     for key, value in current.items()
     if value != original.get(key) and key not in config_rules.FREE_KEYS
   }
-  return _CONFIG.value, f"runs/{workdir.default_name(path, overrides)}"
+  # A path may have bytes that are no text.
+  name = path.encode(errors="backslashreplace").decode()
+  return _CONFIG.value, f"runs/{workdir.default_name(name, overrides)}"
 
 
 def set_up() -> None:
@@ -155,4 +157,6 @@ def _check_keys(argv: list[str], config: ConfigDict) -> None:
 def _one_line(error: BaseException) -> str:
   """The last line of a message: the others are a library's traceback."""
   lines = [line for line in str(error).splitlines() if line.strip()]
-  return lines[-1].strip()[:300] if lines else type(error).__name__
+  line = lines[-1].strip() if lines else type(error).__name__
+  # What is wrong comes at the end, after the value, however long.
+  return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"
