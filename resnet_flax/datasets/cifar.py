@@ -82,7 +82,14 @@ def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
     DataError: there is one, but damaged or in a format that needs TensorFlow.
   """
   formats = {}
-  for path in root.glob(f"{name}/*/dataset_info.json"):
+  try:
+    paths = list(root.glob(f"{name}/*/dataset_info.json"))
+  except OSError as error:
+    raise errors.DataError(
+      f"the data directory {root} cannot be read: {files.describe(error)}. Set"
+      " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
+    ) from error
+  for path in paths:
     try:
       version = tuple(map(int, path.parent.name.split(".")))
     except ValueError:
@@ -265,7 +272,9 @@ def read(
         labels[index] = operator.index(example["label"])
       arrays[f"{split}_images"] = images
       arrays[f"{split}_labels"] = labels
-    names = tuple(builder.info.features["label"].names)
+    names = _label_names(folder)
+    if names != tuple(builder.info.features["label"].names):
+      raise ValueError(f"label.labels.txt has {len(names)} names")
     decoded = record.Arrays(**arrays, class_names=names)
     record.check(decoded, folder.parent.name, _IMAGE_SHAPE)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
@@ -278,15 +287,18 @@ def _check_features(folder: pathlib.Path) -> None:
   """Checks that features.json names no code but that of the features known.
 
   Raises:
-    OSError, ValueError, RecursionError: it is no such file, or the labels'
-      names are missing.
+    OSError, ValueError, RecursionError: it is no such file.
   """
-  # Without it TFDS would take numbers for names.
-  files.read_text(folder / "label.labels.txt")
   features = json.loads(files.read_text(folder / "features.json"))
   for name in _class_names(features):
     if name not in _FEATURES:
       raise ValueError(f"features.json names {name!r:.100}")
+
+
+def _label_names(folder: pathlib.Path) -> tuple[str, ...]:
+  """The labels' names, in order; for want of them TFDS takes numbers."""
+  lines = files.read_text(folder / "label.labels.txt").split("\n")
+  return tuple(line.strip() for line in lines if line.strip())
 
 
 def _class_names(node: Any) -> Iterator[Any]:
