@@ -236,9 +236,10 @@ def _read_members(
       if not member.isfile() or (
         member.size != limit if exact else member.size > limit
       ):
+        kind = "" if member.isfile() else "is no plain file, "
         raise errors.DataError(
-          f"{path}: {member.name} has {member.size} bytes; needed: a file of"
-          f" {'' if exact else 'at most '}{limit}."
+          f"{path}: {member.name} {kind}has {member.size} bytes; needed: a file"
+          f" of {'' if exact else 'at most '}{limit}."
         )
       if member.name in found:
         raise errors.DataError(f"{path} has {member.name} twice.")
