@@ -22,7 +22,7 @@ from resnet_flax.datasets import files
 # Seconds without an answer or without a byte before a download is given up.
 _TIMEOUT = 15.0
 _IMAGE_BYTES = 3 * 32 * 32
-# Of a text file with names; the longest official one has 1 kB.
+# Of a text file with names, which are a hundred short words at most.
 _TEXT_BYTES = 1 << 16
 # Headers, padding and what else may be in an archive, such as a readme.
 _SPARE_BYTES = 1 << 24
@@ -75,7 +75,8 @@ def fetch(spec: ArchiveSpec, folder: pathlib.Path) -> pathlib.Path:
   Shows progress on a terminal. A failed or wrong download leaves no file.
 
   Raises:
-    DataError: no network, a slow server, a wrong digest, no space.
+    DataError: no network, a slow server, one that sends too much, a wrong
+      digest, no space.
   """
   import pooch
   import requests
@@ -96,6 +97,9 @@ def fetch(spec: ArchiveSpec, folder: pathlib.Path) -> pathlib.Path:
       f" {error.strerror}. Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
       " another one."
     ) from error
+  if (folder / name).exists() and not (folder / name).is_file():
+    # Pooch would wait for what a pipe holds.
+    raise errors.DataError(f"{folder / name} is no file. Delete it.")
   try:
     path = pooch.retrieve(
       spec.url, f"sha256:{spec.sha256}", name, folder, downloader=download

@@ -255,6 +255,10 @@ def read(
     builder = tfds.builder_from_directory(folder)
     arrays: dict[str, np.ndarray] = {}
     for split, count in num_examples.items():
+      for path in builder.info.splits[split].filepaths:
+        # `fingerprint` has seen the files of this folder, and no others.
+        if pathlib.Path(path).parent != folder:
+          raise ValueError(f"dataset_info.json leads to {path}")
       source = builder.as_data_source(
         split, decoders={"image": tfds.decode.SkipDecoding()}
       )

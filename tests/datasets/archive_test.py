@@ -415,6 +415,15 @@ def test_fetch_from_a_server_without_end(small, tmp_path):
   assert list(target.iterdir()) == []
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_fetch_to_what_is_no_file(small, tmp_path, make):
+  spec, _, _, _ = small
+  (tmp_path / "data").mkdir()
+  make(tmp_path / "data" / spec.url.rsplit("/", 1)[-1])
+  with pytest.raises(errors.DataError, match="is no file"):
+    archive.fetch(spec, tmp_path / "data")
+
+
 def test_fetch_names_the_ways_out(small, server, tmp_path):
   spec, _, _, _ = small
   _, url = server

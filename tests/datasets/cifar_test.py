@@ -336,6 +336,19 @@ def test_another_number_of_examples_announced(copy, count):
 
 
 @pytest.mark.parametrize(
+  "template",
+  ["/dev/zero", "../{DATASET}-{SPLIT}.{FILEFORMAT}", "x/{SPLIT}", "{SPLIT}"],
+)
+def test_files_of_other_folders_are_not_read(copy, template):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text())
+  for split in info["splits"]:
+    split["filepathTemplate"] = template
+  path.write_text(json.dumps(info))
+  refusal(copy)
+
+
+@pytest.mark.parametrize(
   ("text", "message"),
   [
     ("[]", "no JSON object"),
