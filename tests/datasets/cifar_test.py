@@ -54,6 +54,32 @@ def test_from_archive_to_arrays(name, config, monkeypatch, tmp_path):
   np.testing.assert_array_equal(again.train.images, dataset.train.images)
 
 
+@pytest.mark.parametrize("name", ["a b é 日本", "we[i]rd {SPLIT} *%s:", "a\nb"])
+def test_folders_of_any_name(config, monkeypatch, tmp_path, name):
+  folder = tmp_path / name
+  folder.mkdir()
+  archives.install(monkeypatch, "cifar10", folder / "archive.tar.gz")
+  config.archive = str(folder / "archive.tar.gz")
+  config.data_dir = str(folder / "tfds")
+  config.cache_dir = str(folder / "cache")
+  first = loading.load(config)
+  monkeypatch.setattr(cifar, "prepare", None)
+  np.testing.assert_array_equal(
+    loading.load(config).test.labels, first.test.labels
+  )
+
+
+def test_folder_whose_name_is_no_text(config, monkeypatch, tmp_path):
+  archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
+  config.archive = str(tmp_path / "archive.tar.gz")
+  config.data_dir = str(tmp_path / os.fsdecode(b"\xff"))
+  with pytest.raises(errors.DataError, match="cannot be prepared") as caught:
+    loading.load(config)
+  assert str(caught.value).isprintable()
+  root = pathlib.Path(config.data_dir)
+  assert cifar.find_prepared("cifar10", root) is None
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_from_download_to_arrays(name, config, monkeypatch, server):
   folder, url = server
