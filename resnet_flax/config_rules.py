@@ -32,9 +32,8 @@ FREE_KEYS = (
 
 
 _LARGEST_INTEGER = 2**31 - 1
-# Two of them multiplied are still a finite float32; the least is not taken for
-# zero.
-_LARGEST_NUMBER = 1e18
+# Twice the largest is still a finite float32; the least is not taken for zero.
+_LARGEST_NUMBER = 1e38
 _LEAST_POSITIVE = 1e-37
 # He et al. go to 1202 layers. What is larger than these would take hours, or
 # all memory, before it fails.
@@ -263,4 +262,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise errors.ConfigError(
       f"schedule.drop_percents={percents} must ascend and have as many values"
       f" as schedule.drop_factors={factors}."
+    )
+  largest = config.optimizer.learning_rate * max(factors, default=1)
+  if largest >= _LARGEST_NUMBER:
+    raise errors.ConfigError(
+      f"optimizer.learning_rate={config.optimizer.learning_rate} times"
+      f" {max(factors)} of schedule.drop_factors is a rate of {largest:g};"
+      f" needed: one below {_LARGEST_NUMBER:g}."
     )
