@@ -45,13 +45,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     _check_keys(argv, _load(path))
   try:
     rest = flags.FLAGS(argv)
-  except (
-    flags.Error,
-    TypeError,
-    ValueError,
-    AttributeError,
-    KeyError,
-  ) as error:
+  # The parsers of values raise what Python's own parser does.
+  except Exception as error:
     hint = ""
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
@@ -82,14 +77,17 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
     )
   flag = flags.FLAGS["config"]
   path = config_flags.get_config_filename(flag)
-  original = config_rules.flatten(_load(path).to_dict())
-  current = config_rules.flatten(_CONFIG.value.to_dict())
+  config_rules.check_values(_CONFIG.value)
+  original = config_rules.to_flat(_load(path))
+  current = config_rules.to_flat(_CONFIG.value)
   overrides = {
     key: value
     for key, value in current.items()
-    if value != original[key] and key not in config_rules.FREE_KEYS
+    if value != original.get(key) and key not in config_rules.FREE_KEYS
   }
-  return _CONFIG.value, f"runs/{workdir.default_name(path, overrides)}"
+  # A path may have bytes that are no text.
+  name = path.encode(errors="backslashreplace").decode()
+  return _CONFIG.value, f"runs/{workdir.default_name(name, overrides)}"
 
 
 def set_up() -> None:
@@ -113,7 +111,7 @@ def _config_path(argv: list[str]) -> str | None:
   for position, argument in enumerate(argv):
     if argument in ("--config", "-config"):
       return argv[position + 1] if position + 1 < len(argv) else None
-    if match := re.match(r"--?config=(.*)", argument):
+    if match := re.match(r"--?config=(.*)", argument, re.DOTALL):
       return match[1]
   return None
 
@@ -127,8 +125,11 @@ def _load(path: str) -> ConfigDict:
     )
   try:
     config = ConfigFileFlagParser("config").parse(path)
-  # Whatever a config file raises is the user's to see, in one line.
-  except Exception as error:
+  except KeyboardInterrupt:
+    raise
+  # Whatever a config file raises, also to leave the program, is the user's to
+  # see, in one line.
+  except BaseException as error:
     hint = ""
     if isinstance(error, ModuleNotFoundError):
       hint = ". Run from the repository's top folder."
@@ -144,7 +145,7 @@ def _load(path: str) -> ConfigDict:
 
 
 def _check_keys(argv: list[str], config: ConfigDict) -> None:
-  known = config_rules.flatten(config.to_dict())
+  known = config_rules.to_flat(config)
   for argument in argv[1:]:
     if argument == "--":
       return
@@ -156,4 +157,6 @@ def _check_keys(argv: list[str], config: ConfigDict) -> None:
 def _one_line(error: BaseException) -> str:
   """The last line of a message: the others are a library's traceback."""
   lines = [line for line in str(error).splitlines() if line.strip()]
-  return lines[-1].strip() if lines else type(error).__name__
+  line = lines[-1].strip() if lines else type(error).__name__
+  # What is wrong comes at the end, after the value, however long.
+  return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"

@@ -5,10 +5,11 @@ package can work with, whoever made the configuration. A test holds the two
 lists of keys together.
 """
 
-import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import augment, errors, metrics, normalization, optimizer
@@ -32,36 +33,57 @@ FREE_KEYS = (
 )
 
 
+_LARGEST_INTEGER = 2**31 - 1
+# Twice the largest is still a finite float32; the least is not taken for zero.
+_LARGEST_NUMBER = 1e38
+_LEAST_POSITIVE = 1e-37
+# He et al. go to 1202 layers. What is larger than these would take hours, or
+# all memory, before it fails.
+_LARGEST_DEPTH = 2000
+_LARGEST_WIDTH = 1024
+_LARGEST_EVAL_BATCH = 2**16
+_LONGEST_SEQUENCE = 100
+_LONGEST_PATH = 4096
+
+
 def _wrong(key: str, value: Any, needed: str) -> errors.ConfigError:
   return errors.ConfigError(
-    f"{key}={value!r} cannot be used; needed: {needed}."
+    f"{key}={_shown(value)} cannot be used; needed: {needed}."
   )
 
 
-def _integer(low: int, high: int | None = None) -> Rule:
-  needed = f"an integer from {low} " + ("up" if high is None else f"to {high}")
+def _shown(value: Any) -> str:
+  try:
+    text = repr(value)
+  # Integers of thousands of digits have none, nor has what a config file made.
+  except Exception:
+    return f"({type(value).__name__})"
+  return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _integer(low: int, high: int = _LARGEST_INTEGER) -> Rule:
+  """An integer, by default one that int32 holds."""
+  needed = f"an integer from {low} to {high}"
 
   def check(key: str, value: Any) -> None:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):
+    if not is_integer or not low <= value <= high:
       raise _wrong(key, value, needed)
 
   return check
 
 
-def _number(low: float, high: float, *, above: bool = False) -> Rule:
-  """A finite number in [low, high), or in (low, high) with `above`."""
-  needed = f"a number {'above' if above else 'from'} {low:g}" + (
-    f" and below {high:g}" if math.isfinite(high) else ""
-  )
+def _number(low: float, high: float = _LARGEST_NUMBER) -> Rule:
+  """A number in [low, high), also when it is rounded to float32."""
+  needed = f"a number from {low:g} and below {high:g}"
 
   def check(key: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
       not is_number
+      # The first comparison also ends what float32 cannot hold, and NaN.
       or not low <= value < high
-      or not math.isfinite(value)
-      or (above and value == low)
+      or not np.float32(low) <= np.float32(value) < np.float32(high)
     ):
       raise _wrong(key, value, needed)
 
@@ -69,9 +91,11 @@ def _number(low: float, high: float, *, above: bool = False) -> Rule:
 
 
 def _sequence(rule: Rule) -> Rule:
+  needed = f"a tuple of at most {_LONGEST_SEQUENCE}, on the command line 1,2,3"
+
   def check(key: str, value: Any) -> None:
-    if not isinstance(value, tuple | list):
-      raise _wrong(key, value, "a tuple, on the command line as 1,2,3")
+    if not isinstance(value, tuple | list) or len(value) > _LONGEST_SEQUENCE:
+      raise _wrong(key, value, needed)
     for element in value:
       rule(key, element)
 
@@ -93,32 +117,37 @@ def _boolean(key: str, value: Any) -> None:
     raise _wrong(key, value, "true or false")
 
 
-def _text(key: str, value: Any) -> None:
-  if not isinstance(value, str) or "\0" in value:
-    raise _wrong(key, value, "a text")
+def _path(key: str, value: Any) -> None:
+  try:
+    usable = len(os.fsencode(value)) <= _LONGEST_PATH and "\0" not in value
+  # No text, or one with half a character in it.
+  except (TypeError, ValueError):
+    usable = False
+  if not isinstance(value, str) or not usable:
+    raise _wrong(key, value, "a path")
 
 
-_POSITIVE = _number(0, math.inf, above=True)
-_NOT_NEGATIVE = _number(0, math.inf)
+_POSITIVE = _number(_LEAST_POSITIVE)
+_NOT_NEGATIVE = _number(0)
 
 RULES: dict[str, Rule] = {
   "seed": _integer(0, 2**32 - 1),
   "batch_size": _integer(1),
   "num_epochs": _integer(1),
-  "eval_batch_size": _integer(1),
+  "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
   "normalization": _name(normalization.NAMES),
   "dataset.name": _name(loading.DATASETS),
-  "dataset.data_dir": _text,
-  "dataset.archive": _text,
-  "dataset.cache_dir": _text,
+  "dataset.data_dir": _path,
+  "dataset.archive": _path,
+  "dataset.cache_dir": _path,
   "dataset.train_examples": _integer(0),
   "dataset.validation_examples": _integer(0),
-  "dataset.split_seed": _integer(0),
+  "dataset.split_seed": _integer(0, 2**32 - 1),
   "augment.name": _name(augment.NAMES),
   "augment.flip": _boolean,
   "model.name": _name(registry.MODELS),
-  "model.depth": _integer(1),
-  "model.num_filters": _integer(1),
+  "model.depth": _integer(1, _LARGEST_DEPTH),
+  "model.num_filters": _integer(1, _LARGEST_WIDTH),
   "model.dtype": _name(registry.DTYPES),
   "model.shortcut": _name(registry.SHORTCUTS),
   "model.padding": _name(layers.PADDINGS),
@@ -139,10 +168,10 @@ RULES: dict[str, Rule] = {
   "schedule.drop_factors": _sequence(_POSITIVE),
   "schedule.drop_inclusive": _boolean,
   "schedule.warmup_learning_rate": _NOT_NEGATIVE,
-  "schedule.warmup_error": _number(0, 1, above=True),
+  "schedule.warmup_error": _number(_LEAST_POSITIVE, 1),
   "schedule.warmup_min_depth": _integer(0),
   "plateau.enabled": _boolean,
-  "plateau.factor": _number(0, 1, above=True),
+  "plateau.factor": _number(_LEAST_POSITIVE, 1),
   "plateau.patience": _integer(1),
   "plateau.cooldown": _integer(0),
   "plateau.min_delta": _POSITIVE,
@@ -166,17 +195,28 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def check(config: ConfigDict, num_devices: int) -> None:
-  """Checks a configuration as a whole.
+def to_flat(config: ConfigDict) -> dict[str, Any]:
+  """A configuration as {'model.depth': 20, ...}.
 
-  Args:
-    config: every key of `configs/base.py`.
-    num_devices: devices that share a batch.
+  Raises:
+    ConfigError: it has values that cannot be had, or keys that are no text.
+  """
+  try:
+    return flatten(config.to_dict())
+  # Placeholders and references are computed here, as a config file says.
+  except Exception as error:
+    raise errors.ConfigError(
+      f"the configuration cannot be read: {errors.one_line(error)}."
+    ) from error
+
+
+def check_values(config: ConfigDict) -> None:
+  """Checks each key and value by itself.
 
   Raises:
     ConfigError: the first thing that is wrong, and what would work.
   """
-  flat = flatten(config.to_dict())
+  flat = to_flat(config)
   for key in sorted(flat.keys() - RULES.keys()):
     raise errors.unknown_name("config key", key, RULES)
   missing = sorted(RULES.keys() - flat.keys())
@@ -187,6 +227,19 @@ def check(config: ConfigDict, num_devices: int) -> None:
     )
   for key, rule in RULES.items():
     rule(key, flat[key])
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Checks a configuration as a whole.
+
+  Args:
+    config: every key of `configs/base.py`.
+    num_devices: devices that share a batch.
+
+  Raises:
+    ConfigError: the first thing that is wrong, and what would work.
+  """
+  check_values(config)
 
   # Constraints between keys.
   registry.create_model(config.model, num_classes=1)
@@ -202,10 +255,23 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"batch_size={config.batch_size} cannot be divided over {num_devices}"
       f" devices; for example {nearest} or {nearest + num_devices} can."
     )
+  steps = num_train // config.batch_size
+  if config.num_epochs * steps > _LARGEST_INTEGER:
+    raise errors.ConfigError(
+      f"num_epochs={config.num_epochs} of {steps} steps are more steps than can"
+      f" be counted; at most {_LARGEST_INTEGER // steps} are not."
+    )
   percents = tuple(config.schedule.drop_percents)
   factors = tuple(config.schedule.drop_factors)
   if len(percents) != len(factors) or percents != tuple(sorted(percents)):
     raise errors.ConfigError(
       f"schedule.drop_percents={percents} must ascend and have as many values"
       f" as schedule.drop_factors={factors}."
+    )
+  largest = config.optimizer.learning_rate * max(factors, default=1)
+  if largest >= _LARGEST_NUMBER:
+    raise errors.ConfigError(
+      f"optimizer.learning_rate={config.optimizer.learning_rate} times"
+      f" {max(factors)} of schedule.drop_factors is a rate of {largest:g};"
+      f" needed: one below {_LARGEST_NUMBER:g}."
     )

@@ -14,6 +14,10 @@ class UserError(Exception):
 
   exit_code = 1
 
+  def __init__(self, message: str):
+    # A path may hold line breaks and a terminal's control characters.
+    super().__init__(_printable(message))
+
 
 class ConfigError(UserError, ValueError):
   """A configuration value that cannot be used."""
@@ -55,6 +59,12 @@ class Interrupted(UserError):
     self.exit_code = 128 + signal_number
 
 
+def _printable(text: str) -> str:
+  if text.isprintable():
+    return text
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def one_line(error: BaseException) -> str:
   """Another library's error as part of a line: its kind and what it says."""
   text = " ".join(str(error).split())
@@ -73,6 +83,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     A `ConfigError` listing the known names, with the nearest suggested.
   """
   known = sorted(known)
+  # Comparing takes the square of the length.
+  name = name if len(name) <= 100 else f"{name[:100]}..."
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
   return ConfigError(

@@ -18,18 +18,18 @@ import numpy as np
 import platformdirs
 
 from resnet_flax import errors
-from resnet_flax.datasets import record
+from resnet_flax.datasets import files, record
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: as configured, else the user's own."""
   chosen = configured or platformdirs.user_cache_dir("resnet_flax")
-  return pathlib.Path(chosen).expanduser().resolve()
+  return files.resolve(chosen)
 
 
 def cached(
@@ -69,22 +69,25 @@ def cached(
 def _open(entry: pathlib.Path) -> record.Arrays | None:
   """The entry, if it is there and every byte of it is as it was written."""
   try:
-    index = json.loads((entry / "index.json").read_text())
+    index = json.loads(files.read_text(entry / "index.json"))
     if index["format"] != _FORMAT:
       return None
-    for name in _ARRAYS:
-      if _digest(entry / f"{name}.npy") != index["sha256"][name]:
-        _logger.warning("%s/%s.npy is damaged: decoding again", entry, name)
-        return None
+    names = index["class_names"]
+    if index["sha256"] != _digests(entry, names):
+      raise ValueError("it is not what was written")
     arrays = {
-      name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+      # Unlike `np.load`, this opens nothing but .npy files; none of objects.
+      name: np.lib.format.open_memmap(entry / f"{name}.npy", mode="r")
       for name in _ARRAYS
     }
-    return record.Arrays(**arrays, class_names=tuple(index["class_names"]))
+    return record.Arrays(**arrays, class_names=tuple(names))
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    _logger.warning("%s is damaged (%s): decoding again", entry, error)
+  # Whatever else is wrong with it, it is built again.
+  except Exception as error:
+    _logger.warning(
+      "%s is damaged (%s): decoding again", entry, errors.one_line(error)
+    )
     return None
 
 
@@ -96,23 +99,37 @@ def _store(entry: pathlib.Path, arrays: record.Arrays) -> None:
   try:
     for name in _ARRAYS:
       np.save(temporary / f"{name}.npy", getattr(arrays, name))
+    names = list(arrays.class_names)
     index = {
       "format": _FORMAT,
-      "class_names": arrays.class_names,
-      "sha256": {name: _digest(temporary / f"{name}.npy") for name in _ARRAYS},
+      "class_names": names,
+      "sha256": _digests(temporary, names),
     }
     (temporary / "index.json").write_text(json.dumps(index, indent=2))
     # Another process may have stored the same entry meanwhile and be reading
     # it: only a damaged one is replaced.
-    if entry.exists() and _open(entry) is None:
+    if os.path.lexists(entry) and _open(entry) is None:
       os.replace(entry, temporary / "damaged")
-    if not entry.exists():
+    if not os.path.lexists(entry):
       os.replace(temporary, entry)
-      shutil.rmtree(entry / "damaged", ignore_errors=True)
+      _remove(entry / "damaged")
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _digest(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _remove(path: pathlib.Path) -> None:
+  """Removes whatever is there, if anything."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
+  """Of each array's file, and of the names."""
+  text = json.dumps(class_names).encode()
+  digests = {"class_names": hashlib.sha256(text).hexdigest()}
+  for name in _ARRAYS:
+    with files.open_regular(entry / f"{name}.npy") as file:
+      digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+  return digests

@@ -1,21 +1,38 @@
 """CIFAR-10 and CIFAR-100 through TFDS, as ArrayRecord, without TensorFlow."""
 
 import hashlib
+import io
 import json
 import logging
+import operator
 import os
 import pathlib
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from resnet_flax import errors
-from resnet_flax.datasets import archive, record
+from resnet_flax.datasets import archive, files, record
 
 _logger = logging.getLogger(__name__)
 
 _FILE_FORMAT = "array_record"
+_IMAGE_SHAPE = (32, 32, 3)
+# What the encoded images may be. PIL knows many more, of which some start
+# other programs.
+_ENCODINGS = ("PNG", "JPEG")
+# TFDS imports what features.json names, whatever it is.
+_FEATURES = tuple(
+  f"tensorflow_datasets.core.features.{name}"
+  for name in (
+    "features_dict.FeaturesDict",
+    "image_feature.Image",
+    "class_label_feature.ClassLabel",
+    "text_feature.Text",
+  )
+)
 
 # URLs and digests are those that TFDS records for its own downloads.
 ARCHIVES = {
@@ -30,6 +47,7 @@ ARCHIVES = {
     images_per_file={"train": 10_000, "test": 10_000},
     labels=("label",),
     label_names={"label": "batches.meta.txt"},
+    num_names={"label": 10},
   ),
   "cifar100": archive.ArchiveSpec(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -42,6 +60,7 @@ ARCHIVES = {
       "coarse_label": "coarse_label_names.txt",
       "label": "fine_label_names.txt",
     },
+    num_names={"coarse_label": 20, "label": 100},
   ),
 }
 
@@ -49,7 +68,7 @@ ARCHIVES = {
 def data_dir(configured: str) -> pathlib.Path:
   """The TFDS data directory: as configured, else TFDS's own default."""
   chosen = configured or os.environ.get("TFDS_DATA_DIR", "")
-  return pathlib.Path(chosen or "~/tensorflow_datasets").expanduser().resolve()
+  return files.resolve(chosen or "~/tensorflow_datasets")
 
 
 def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
@@ -60,29 +79,53 @@ def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
     root: the TFDS data directory.
 
   Raises:
-    DataError: there is one, but only in a format that needs TensorFlow.
+    DataError: there is one, but damaged or in a format that needs TensorFlow.
   """
   formats = {}
-  for path in root.glob(f"{name}/*/dataset_info.json"):
+  try:
+    paths = list(root.glob(f"{name}/*/dataset_info.json"))
+  except OSError as error:
+    raise errors.DataError(
+      f"the data directory {root} cannot be read: {files.describe(error)}. Set"
+      " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
+    ) from error
+  for path in paths:
     try:
-      info = json.loads(path.read_text())
       version = tuple(map(int, path.parent.name.split(".")))
-    except (OSError, ValueError):
+    except ValueError:
       continue  # Not a version that TFDS has finished writing.
-    # Files written before TFDS had a choice do not name their format.
-    formats[version] = info.get("fileFormat", "tfrecord"), path.parent
-  for _, (file_format, folder) in sorted(formats.items(), reverse=True):
+    try:
+      info = json.loads(files.read_text(path))
+      if not isinstance(info, dict):
+        raise ValueError("it holds no JSON object")
+      # Files written before TFDS had a choice do not name their format.
+      file_format = info.get("fileFormat", "tfrecord")
+      if not isinstance(file_format, str):
+        raise ValueError("its fileFormat is no text")
+      formats[version] = file_format, path.parent, ""
+    # Brackets in brackets are a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
+      formats[version] = "", path.parent, errors.one_line(error)
+  for _, (file_format, folder, _) in sorted(formats.items(), reverse=True):
     if file_format == _FILE_FORMAT:
       return folder
-  if formats:
-    _, (file_format, folder) = max(formats.items())
-    raise errors.DataError(
-      f"{folder} is prepared as {file_format}, which needs TensorFlow to read;"
-      f" needed: {_FILE_FORMAT}. Set --config.dataset.data_dir (or"
-      " TFDS_DATA_DIR) to another, also empty, directory to have a copy"
-      " prepared there."
-    )
-  return None
+  if not formats:
+    return None
+  _, (file_format, folder, damage) = max(formats.items())
+  if damage:
+    raise _damaged(folder, f"dataset_info.json: {damage}")
+  raise errors.DataError(
+    f"{folder} is prepared as {file_format[:50]}, which needs TensorFlow to"
+    f" read; needed: {_FILE_FORMAT}. Set --config.dataset.data_dir (or"
+    " TFDS_DATA_DIR) to another, also empty, directory to have a copy"
+    " prepared there."
+  )
+
+
+def _damaged(folder: pathlib.Path, problem: str) -> errors.DataError:
+  return errors.DataError(
+    f"{folder} cannot be read ({problem}). Delete it to have it prepared again."
+  )
 
 
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
@@ -103,7 +146,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """
   spec = ARCHIVES[name]
   if local_archive:
-    path = pathlib.Path(local_archive).expanduser()
+    path = files.resolve(local_archive)
     archive.verify(spec, path)
   else:
     _logger.info("no prepared %s in %s: downloading %s", name, root, spec.url)
@@ -181,46 +224,110 @@ def fingerprint(folder: pathlib.Path) -> str:
   """
   digest = hashlib.sha256()
   try:
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-      with path.open("rb") as file:
-        digest.update(path.name.encode() + b"\0")
+    for path in sorted(folder.iterdir()):
+      if path.is_dir():
+        continue
+      with files.open_regular(path) as file:
+        digest.update(path.name.encode(errors="surrogateescape") + b"\0")
         digest.update(hashlib.file_digest(file, "sha256").digest())
   except OSError as error:
-    raise errors.DataError(f"{folder} cannot be read: {error}.") from error
+    raise _damaged(folder, errors.one_line(error)) from error
   return digest.hexdigest()
 
 
-def read(folder: pathlib.Path) -> record.Arrays:
+def read(
+  folder: pathlib.Path, num_examples: Mapping[str, int]
+) -> record.Arrays:
   """Decodes a prepared folder.
 
+  Args:
+    folder: of one version.
+    num_examples: how many each of the splits 'train' and 'test' must have.
+
   Raises:
-    DataError: TFDS or the image decoder cannot read it.
+    DataError: TFDS or the image decoder cannot read it, or it holds something
+      else than labelled images of the right number, kind and size.
   """
   import tensorflow_datasets as tfds
 
   try:
+    _check_features(folder)
     builder = tfds.builder_from_directory(folder)
-    arrays = {}
-    for split in ("train", "test"):
-      source = builder.as_data_source(split)
-      _logger.info("decoding %d %s images", len(source), split)
-      # One example at a time: the decoded list would be twice the memory.
-      images = np.empty(
-        (len(source), *builder.info.features["image"].shape), np.uint8
+    arrays: dict[str, np.ndarray] = {}
+    for split, count in num_examples.items():
+      for path in builder.info.splits[split].filepaths:
+        # `fingerprint` has seen the files of this folder, and no others.
+        if pathlib.Path(path).parent != folder:
+          raise ValueError(f"dataset_info.json leads to {path}")
+      source = builder.as_data_source(
+        split, decoders={"image": tfds.decode.SkipDecoding()}
       )
-      labels = np.empty(len(source), np.int32)
-      for index in range(len(source)):
+      if len(source) != count:
+        raise ValueError(
+          f"it has {len(source)} {split} images; needed: {count}"
+        )
+      _logger.info("decoding %d %s images", count, split)
+      # One example at a time: the decoded list would be twice the memory.
+      images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
+      labels = np.empty(count, np.int32)
+      for index in range(count):
         example = source[index]
-        images[index], labels[index] = example["image"], example["label"]
+        images[index] = _decode(example["image"])
+        labels[index] = operator.index(example["label"])
       arrays[f"{split}_images"] = images
       arrays[f"{split}_labels"] = labels
-    names = tuple(builder.info.features["label"].names)
-  except errors.UserError:
-    raise
+    names = _label_names(folder)
+    if names != tuple(builder.info.features["label"].names):
+      raise ValueError(f"label.labels.txt has {len(names)} names")
+    decoded = record.Arrays(**arrays, class_names=names)
+    record.check(decoded, folder.parent.name, _IMAGE_SHAPE)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:
-    raise errors.DataError(
-      f"{folder} cannot be read ({errors.one_line(error)}). Delete it"
-      " to have it prepared again."
-    ) from error
-  return record.Arrays(**arrays, class_names=names)
+    raise _damaged(folder, errors.one_line(error)) from error
+  return decoded
+
+
+def _check_features(folder: pathlib.Path) -> None:
+  """Checks that features.json names no code but that of the features known.
+
+  Raises:
+    OSError, ValueError, RecursionError: it is no such file.
+  """
+  features = json.loads(files.read_text(folder / "features.json"))
+  for name in _class_names(features):
+    if name not in _FEATURES:
+      raise ValueError(f"features.json names {name!r:.100}")
+
+
+def _label_names(folder: pathlib.Path) -> tuple[str, ...]:
+  """The labels' names, in order; for want of them TFDS takes numbers."""
+  lines = files.read_text(folder / "label.labels.txt").split("\n")
+  return tuple(line.strip() for line in lines if line.strip())
+
+
+def _class_names(node: Any) -> Iterator[Any]:
+  children = node if isinstance(node, list) else []
+  if isinstance(node, dict):
+    # The second is how older versions of TFDS wrote it.
+    yield from (node[key] for key in ("pythonClassName", "type") if key in node)
+    children = list(node.values())
+  for child in children:
+    yield from _class_names(child)
+
+
+def _decode(encoded: bytes) -> np.ndarray:
+  """One image, uint8[32, 32, 3].
+
+  Raises:
+    ValueError: it has another mode or size; found before it is decoded.
+    OSError, SyntaxError: it is no image, or a damaged one.
+  """
+  from PIL import Image
+
+  with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
+    if image.mode != "RGB" or image.size != _IMAGE_SHAPE[:2]:
+      raise ValueError(
+        f"an image has mode {image.mode} and size {image.size}; needed: RGB and"
+        f" {_IMAGE_SHAPE[:2]}"
+      )
+    return np.asarray(image)

@@ -17,17 +17,19 @@ class DatasetInfo:
     num_classes: number of labels.
     image_shape: (H, W, C) of every image.
     num_train: images of the official training split.
+    num_test: images of the official test split.
   """
 
   num_classes: int
   image_shape: tuple[int, int, int]
   num_train: int
+  num_test: int
 
 
 DATASETS = {
-  "cifar10": DatasetInfo(10, (32, 32, 3), 50_000),
-  "cifar100": DatasetInfo(100, (32, 32, 3), 50_000),
-  "digits": DatasetInfo(10, (32, 32, 3), 1_437),
+  "cifar10": DatasetInfo(10, (32, 32, 3), 50_000, 10_000),
+  "cifar100": DatasetInfo(100, (32, 32, 3), 50_000, 10_000),
+  "digits": DatasetInfo(10, (32, 32, 3), 1_437, 360),
 }
 
 
@@ -75,16 +77,17 @@ def load(config: ConfigDict) -> record.Dataset:
   num_train = num_train_examples(config)
   info = DATASETS[config.name]
   arrays, source = _read(config)
-  record.check(arrays, config.name, info.image_shape)
+  record.check(arrays, source, info.image_shape)
   if len(arrays.class_names) != info.num_classes:
     raise errors.DataError(
-      f"{config.name} has {len(arrays.class_names)} classes; needed:"
+      f"{source} has {len(arrays.class_names)} classes; needed:"
       f" {info.num_classes}."
     )
-  if len(arrays.train_labels) != info.num_train:
+  counts = len(arrays.train_labels), len(arrays.test_labels)
+  if counts != (info.num_train, info.num_test):
     raise errors.DataError(
-      f"{config.name} has {len(arrays.train_labels)} training images; needed:"
-      f" {info.num_train}."
+      f"{source} has {counts[0]} training and {counts[1]} test images; needed:"
+      f" {info.num_train} and {info.num_test}."
     )
   train = record.whole_split(arrays.train_images, arrays.train_labels)
   validation = None
@@ -113,9 +116,14 @@ def _read(config: ConfigDict) -> tuple[record.Arrays, str]:
   folder = cifar.find_prepared(config.name, root)
   if folder is None:
     folder = cifar.prepare(config.name, root, config.archive)
+  info = DATASETS[config.name]
+  counts = {"train": info.num_train, "test": info.num_test}
   key = f"{config.name}-{folder.name}-{cifar.fingerprint(folder)[:16]}"
   folder_of_cache = cache.cache_dir(config.cache_dir)
-  return cache.cached(folder_of_cache, key, lambda: cifar.read(folder)), key
+  arrays = cache.cached(
+    folder_of_cache, key, lambda: cifar.read(folder, counts)
+  )
+  return arrays, key
 
 
 def _hold_out(

@@ -91,6 +91,11 @@ def check(arrays: Arrays, name: str, image_shape: tuple[int, ...]) -> None:
     images = getattr(arrays, f"{split}_images")
     labels = getattr(arrays, f"{split}_labels")
     where = f"{name}: the {split} split"
+    if labels.ndim != 1 or labels.dtype != np.int32:
+      raise errors.DataError(
+        f"{where} has labels of {labels.dtype}{list(labels.shape)}; needed:"
+        " int32[N]."
+      )
     if len(labels) == 0:
       raise errors.DataError(f"{where} is empty.")
     if images.shape != (len(labels), *image_shape) or images.dtype != np.uint8:

@@ -77,6 +77,8 @@ def install(monkeypatch, name, path, url=None):
   monkeypatch.setitem(
     loading.DATASETS,
     name,
-    dataclasses.replace(info, num_train=len(labels["train"])),
+    dataclasses.replace(
+      info, num_train=len(labels["train"]), num_test=len(labels["test"])
+    ),
   )
   return images, labels

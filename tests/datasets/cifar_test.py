@@ -1,15 +1,23 @@
+import io
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import base
 from resnet_flax import errors
-from resnet_flax.datasets import cache, cifar, loading
+from resnet_flax.datasets import archive, cache, cifar, loading, record
 from tests.datasets import archives
 
 
@@ -44,6 +52,32 @@ def test_from_archive_to_arrays(name, config, monkeypatch, tmp_path):
   monkeypatch.setattr(cifar, "read", None)
   again = loading.load(config)
   np.testing.assert_array_equal(again.train.images, dataset.train.images)
+
+
+@pytest.mark.parametrize("name", ["a b é 日本", "we[i]rd {SPLIT} *%s:", "a\nb"])
+def test_folders_of_any_name(config, monkeypatch, tmp_path, name):
+  folder = tmp_path / name
+  folder.mkdir()
+  archives.install(monkeypatch, "cifar10", folder / "archive.tar.gz")
+  config.archive = str(folder / "archive.tar.gz")
+  config.data_dir = str(folder / "tfds")
+  config.cache_dir = str(folder / "cache")
+  first = loading.load(config)
+  monkeypatch.setattr(cifar, "prepare", None)
+  np.testing.assert_array_equal(
+    loading.load(config).test.labels, first.test.labels
+  )
+
+
+def test_folder_whose_name_is_no_text(config, monkeypatch, tmp_path):
+  archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
+  config.archive = str(tmp_path / "archive.tar.gz")
+  config.data_dir = str(tmp_path / os.fsdecode(b"\xff"))
+  with pytest.raises(errors.DataError, match="cannot be prepared") as caught:
+    loading.load(config)
+  assert str(caught.value).isprintable()
+  root = pathlib.Path(config.data_dir)
+  assert cifar.find_prepared("cifar10", root) is None
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -146,6 +180,308 @@ def test_unwritable_data_dir(config, monkeypatch, tmp_path):
   blocked.write_text("")
   with pytest.raises(errors.DataError, match="cannot be prepared"):
     cifar.prepare("cifar10", blocked / "tfds", str(path))
+
+
+def test_wrong_archive_is_not_prepared(config, monkeypatch, tmp_path):
+  path = tmp_path / "archive.tar.gz"
+  archives.install(monkeypatch, "cifar10", path)
+  path.write_bytes(path.read_bytes() + b"x")
+  config.archive = str(path)
+  with pytest.raises(errors.DataError, match="is not the official archive"):
+    loading.load(config)
+  assert not pathlib.Path(config.data_dir).exists()
+  assert not pathlib.Path(config.cache_dir).exists()
+
+
+def test_label_without_a_name_is_not_prepared(config, monkeypatch, tmp_path):
+  """Though its digest is right, as if the official archive were damaged."""
+  path = tmp_path / "archive.tar.gz"
+  archives.install(monkeypatch, "cifar10", path)
+  spec = cifar.ARCHIVES["cifar10"]
+  members, _, _ = archives.contents(spec, 10)
+  first = f"{spec.folder}/data_batch_1.bin"
+  members[first] = b"\x0a" + members[first][1:]
+  archives.write(path, members)
+  monkeypatch.setattr(archive, "verify", lambda *_: None)
+  with pytest.raises(errors.DataError, match="has a label of 10"):
+    cifar.prepare("cifar10", pathlib.Path(config.data_dir), str(path))
+  assert not pathlib.Path(config.data_dir).exists()
+
+
+@pytest.mark.parametrize("path", ["~no_such_user/data", "x" * 300])
+def test_paths_that_lead_nowhere(config, path):
+  config.archive = path
+  with pytest.raises(errors.DataError, match="cannot be read"):
+    loading.load(config)
+
+
+def test_data_dir_that_leads_nowhere(config):
+  config.data_dir = "x" * 300
+  with pytest.raises(errors.DataError, match="File name too long"):
+    loading.load(config)
+
+
+COUNTS = {
+  "train": 5 * archives.IMAGES_PER_FILE,
+  "test": archives.IMAGES_PER_FILE,
+}
+TEST_FILE = "cifar10-test.array_record-00000-of-00001"
+
+
+@pytest.fixture(scope="module")
+def intact_copy(tmp_path_factory):
+  """A small prepared CIFAR-10; not to be changed."""
+  folder = tmp_path_factory.mktemp("intact")
+  with pytest.MonkeyPatch.context() as patch:
+    archives.install(patch, "cifar10", folder / "archive.tar.gz")
+    return cifar.prepare("cifar10", folder, str(folder / "archive.tar.gz"))
+
+
+@pytest.fixture
+def copy(intact_copy, tmp_path):
+  """One that may be changed."""
+  folder = tmp_path / "data é\n" / "cifar10" / intact_copy.name
+  shutil.copytree(intact_copy, folder)
+  return folder
+
+
+def read_copy(folder):
+  """All that is done with a copy, as `loading` does it."""
+  found = cifar.find_prepared("cifar10", folder.parent.parent)
+  assert found == folder
+  cifar.fingerprint(found)
+  return cifar.read(found, COUNTS)
+
+
+def refusal(folder):
+  """The one line that a copy is refused with."""
+  with pytest.raises(errors.DataError, match="Delete it") as caught:
+    read_copy(folder)
+  message = str(caught.value)
+  assert "\n" not in message
+  assert "cifar10/3.0.2" in message
+  assert len(message) < 1000
+  return message
+
+
+def png(mode="RGB", size=(32, 32), encoding="PNG"):
+  buffer = io.BytesIO()
+  Image.new(mode, size).save(buffer, encoding)
+  return buffer.getvalue()
+
+
+def write_test_split(folder, image=None, label=3, count=COUNTS["test"]):
+  """Replaces the test split by examples of what is given."""
+  example = tf_example_pb2.Example()
+  feature = example.features.feature
+  feature["id"].bytes_list.value.append(b"test_00000")
+  feature["image"].bytes_list.value.append(png() if image is None else image)
+  if label is not None:
+    labels = label if isinstance(label, list) else [label]
+    feature["label"].int64_list.value.extend(labels)
+  path = folder / TEST_FILE
+  path.unlink()
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  for _ in range(count):
+    writer.write(example.SerializeToString())
+  writer.close()
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "JPEG"])
+def test_other_images_are_read(copy, encoding):
+  write_test_split(copy, png(encoding=encoding))
+  arrays = cifar.read(copy, COUNTS)
+  assert arrays.test_images.shape == (4, 32, 32, 3)
+  assert not arrays.test_images.any()
+
+
+# Its header announces 100,000 x 100,000 pixels.
+BOMB = bytearray(png(size=(1, 1)))
+BOMB[16:24] = (100_000).to_bytes(4, "big") * 2
+
+
+@pytest.mark.parametrize(
+  ("image", "message"),
+  [
+    (b"", "cannot identify image"),
+    (b"no image", "cannot identify image"),
+    (png()[:-30], "OSError"),
+    (png("L"), "has mode L"),
+    (png("P"), "has mode P"),
+    (png("1"), "has mode 1"),
+    (png("RGBA"), "has mode RGBA"),
+    (png("LA"), "has mode LA"),
+    (png("I;16"), "has mode I;16"),
+    (png("CMYK", encoding="JPEG"), "has mode CMYK"),
+    # Each of these would be broadcast to the right shape.
+    (png(size=(1, 1)), r"size (1, 1); needed: RGB and (32, 32)"),
+    (png(size=(32, 1)), "size (32, 1)"),
+    (png(size=(32, 33)), "size (32, 33)"),
+    (png(size=(5000, 5000)), "size (5000, 5000)"),
+    (bytes(BOMB), "Error"),
+    # Others that PIL knows; the first would start Ghostscript.
+    (png(encoding="EPS"), "cannot identify image"),
+    (png(encoding="BMP"), "cannot identify image"),
+    (png(encoding="GIF", mode="P"), "cannot identify image"),
+  ],
+)
+def test_images_that_are_none_or_of_another_kind(copy, image, message):
+  write_test_split(copy, image)
+  assert message in refusal(copy)
+
+
+@pytest.mark.parametrize(
+  ("label", "message"),
+  [
+    (10, "labels from 10 to 10; needed: 0 to 9"),
+    (-1, "labels from -1 to -1"),
+    (2**32 + 3, "OverflowError"),
+    (None, "label"),
+    ([1, 2], "label"),
+  ],
+)
+def test_labels_that_are_none_or_out_of_range(copy, label, message):
+  write_test_split(copy, label=label)
+  assert message in refusal(copy)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_fewer_examples_than_announced(copy, count):
+  write_test_split(copy, count=count)
+  refusal(copy)
+
+
+@pytest.mark.parametrize("count", [3, 10**12, 2**63])
+def test_another_number_of_examples_announced(copy, count):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text())
+  for split in info["splits"]:
+    split["shardLengths"] = [str(count)]
+  path.write_text(json.dumps(info))
+  refusal(copy)
+
+
+@pytest.mark.parametrize(
+  "template",
+  ["/dev/zero", "../{DATASET}-{SPLIT}.{FILEFORMAT}", "x/{SPLIT}", "{SPLIT}"],
+)
+def test_files_of_other_folders_are_not_read(copy, template):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text())
+  for split in info["splits"]:
+    split["filepathTemplate"] = template
+  path.write_text(json.dumps(info))
+  refusal(copy)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("[]", "no JSON object"),
+    ("null", "no JSON object"),
+    ("", "JSONDecodeError"),
+    ("{", "JSONDecodeError"),
+    ("[" * 100_000, "RecursionError"),
+    ('{"fileFormat": []}', "no text"),
+    ('{"fileFormat": "array_record"}', "Delete it"),
+    ('{"a": "' + "x" * (1 << 20), "more than 1048576 bytes"),
+  ],
+)
+def test_damaged_dataset_info(copy, text, message):
+  (copy / "dataset_info.json").write_text(text)
+  assert message in refusal(copy)
+
+
+def test_a_damaged_version_beside_a_good_one(copy):
+  other = copy.parent / "3.0.3"
+  other.mkdir()
+  (other / "dataset_info.json").write_text("{")
+  assert cifar.find_prepared("cifar10", copy.parent.parent) == copy
+
+
+@pytest.mark.parametrize(
+  "features",
+  [
+    {"pythonClassName": "antigravity.Feature"},
+    {"type": "antigravity.Feature", "content": {}},
+    {"pythonClassName": ["tensorflow_datasets"]},
+    {"pythonClassName": "tensorflow_datasets.testing.Feature"},
+    {},
+    [],
+    None,
+  ],
+)
+def test_features_name_no_other_code(copy, features):
+  """TFDS would import it."""
+  path = copy / "features.json"
+  if isinstance(features, dict) and features:
+    whole = json.loads(path.read_text())
+    whole["featuresDict"]["features"]["extra"] = features
+    features = whole
+  path.write_text(json.dumps(features))
+  refusal(copy)
+  assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("changed", ["image", "label"])
+def test_features_that_do_not_match(copy, changed):
+  path = copy / "features.json"
+  whole = json.loads(path.read_text())
+  del whole["featuresDict"]["features"][changed]
+  path.write_text(json.dumps(whole))
+  refusal(copy)
+
+
+@pytest.mark.parametrize("text", ["", "a\nb\n", "\0", None])
+def test_names_that_do_not_match(copy, text):
+  path = copy / "label.labels.txt"
+  path.unlink()
+  if text is not None:
+    path.write_text(text)
+  refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["features.json", TEST_FILE])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_files_that_are_none(copy, name, make):
+  (copy / name).unlink()
+  make(copy / name)
+  refusal(copy)
+
+
+def test_dataset_info_that_is_a_pipe(copy):
+  (copy / "dataset_info.json").unlink()
+  os.mkfifo(copy / "dataset_info.json")
+  assert "not a regular file" in refusal(copy)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+  data=st.data(),
+  edits=st.lists(
+    st.tuples(st.integers(0, 100_000), st.binary(min_size=1, max_size=8)),
+    max_size=3,
+  ),
+  cut=st.none() | st.integers(0, 100_000),
+)
+def test_any_damage_is_one_line_or_harmless(intact_copy, data, edits, cut):
+  names = sorted(path.name for path in intact_copy.iterdir())
+  name = data.draw(st.sampled_from(names))
+  with tempfile.TemporaryDirectory() as root:
+    folder = pathlib.Path(root) / "cifar10" / intact_copy.name
+    shutil.copytree(intact_copy, folder)
+    raw = bytearray((folder / name).read_bytes())
+    for position, value in edits:
+      position %= len(raw)
+      raw[position : position + len(value)] = value
+    (folder / name).write_bytes(raw[:cut])
+    try:
+      arrays = read_copy(folder)
+    except errors.DataError:
+      refusal(folder)
+    else:
+      record.check(arrays, "copy", (32, 32, 3))
+      assert len(arrays.train_labels) == COUNTS["train"]
 
 
 def test_tensorflow_is_never_imported(tmp_path):

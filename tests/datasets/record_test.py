@@ -36,6 +36,9 @@ def test_good_arrays_pass(arrays):
     ({"train_images": np.zeros((5, 32, 32, 3), np.uint8)}, "6 labels"),
     ({"test_labels": np.array([0, 1, 6], np.int32)}, "labels from 0 to 6"),
     ({"test_labels": np.array([0, 1, -1], np.int32)}, "labels from -1"),
+    ({"test_labels": np.array([0, 1, np.nan])}, r"float64\[3\]; needed: int32"),
+    ({"test_labels": np.zeros((3, 1), np.int32)}, r"int32\[3, 1\]; needed"),
+    ({"test_labels": np.zeros((), np.int32)}, r"int32\[\]; needed"),
   ],
 )
 def test_bad_arrays_are_named(arrays, changes, message):

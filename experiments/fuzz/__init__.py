@@ -1,0 +1,1 @@
+"""Hostile archives, made by the thousand and given to the archive reader."""
