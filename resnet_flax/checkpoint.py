@@ -11,8 +11,9 @@ import json
 import logging
 import pathlib
 import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -136,10 +137,18 @@ class Checkpoints:
     )
 
   def __enter__(self) -> "Checkpoints":
+    self._stack = contextlib.ExitStack()
+    self._stack.enter_context(_quiet_threads())
     return self
 
   def __exit__(self, *exception: object) -> None:
-    self._manager.close()
+    with self._stack:
+      try:
+        self._manager.close()
+      except Exception:
+        # What is being reported already is also what closing finds.
+        if exception == (None, None, None):
+          raise
     if not self._read_only:
       # A run that failed before its first checkpoint leaves nothing.
       with contextlib.suppress(OSError):
@@ -154,6 +163,7 @@ class Checkpoints:
 
     Raises:
       WorkdirError: the disk has no room for it.
+      OSError: this one or the one before could not be written.
     """
     needed = _SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
@@ -170,14 +180,20 @@ class Checkpoints:
       "notes": notes,
       "arrays": _forms(state),
     }
-    self._manager.save(
-      int(state.step),
-      args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state)}),
-    )
+    with _only_os_errors():
+      self._manager.save(
+        int(state.step),
+        args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state)}),
+      )
 
   def wait(self) -> None:
-    """Waits until everything that was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until everything that was saved is on disk.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with _only_os_errors():
+      self._manager.wait_until_finished()
 
   def steps(self) -> list[int]:
     """The steps of all checkpoints, ascending."""
@@ -283,8 +299,10 @@ class Checkpoints:
 
   def _write_manifest(self) -> None:
     # Under a temporary name until Orbax, whose thread this is, renames it.
-    (unfinished,) = ocp.utils.tmp_checkpoints(self._folder)
-    folder = pathlib.Path(unfinished.get())
+    unfinished = ocp.utils.tmp_checkpoints(self._folder)
+    if len(unfinished) != 1:
+      raise FileNotFoundError(f"{self._folder} was changed by someone else")
+    folder = pathlib.Path(unfinished[0].get())
     files = {
       str(path.relative_to(folder)): _digest(path)
       for path in sorted((folder / _STATE).rglob("*"))
@@ -300,6 +318,37 @@ class Checkpoints:
     while target.exists():
       target, count = self._damaged / f"{step}-{count}", count + 1
     (self._folder / str(step)).rename(target)
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+  """Keeps saves that fail from printing tracebacks of their own.
+
+  Orbax leaves its event loop at the first error, which it raises; TensorStore's
+  threads then report the others to a loop that is closed.
+  """
+  previous = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      previous(unraisable)
+
+  sys.unraisablehook = hook
+  try:
+    yield
+  finally:
+    sys.unraisablehook = previous
+
+
+@contextlib.contextmanager
+def _only_os_errors() -> Iterator[None]:
+  """Orbax and TensorStore have many kinds for what a disk can do."""
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:
+    raise OSError(str(error)) from error
 
 
 def _damaged(path: pathlib.Path, what: str) -> _Damaged:

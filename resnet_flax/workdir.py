@@ -1,6 +1,7 @@
 """The folder of one run: its configuration, its environment, its name."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -188,15 +189,11 @@ def explain_write_errors(workdir: pathlib.Path) -> Iterator[None]:
   """A full disk or a lost workdir ends in one line, not in a traceback."""
   try:
     yield
-  except errors.UserError:
-    raise
-  except Exception as error:
+  except OSError as error:
     text = " ".join(str(error).split())
-    # TensorStore reports a full disk in exceptions of its own.
-    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+    # TensorStore has words of its own for a full disk.
+    if error.errno == errno.ENOSPC or "RESOURCE_EXHAUSTED" in text:
       text = "no space left on the disk"
-    elif not isinstance(error, OSError):
-      raise
     raise errors.WorkdirError(
       f"workdir {workdir} can no longer be written: {text[:300]}. The"
       " checkpoints that it holds are good; the same command goes on from"

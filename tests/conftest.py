@@ -1,8 +1,10 @@
 """What all tests share: strict JAX, virtual devices, tiny configurations."""
 
+import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 
 # Before JAX and Keras are imported.
 os.environ["KERAS_BACKEND"] = "jax"
@@ -64,6 +66,38 @@ def random_images():
     return rng.integers(0, 256, (count, *shape), np.uint8)
 
   return make
+
+
+class SmallDisk:
+  """A file system of 4 MB that can be filled up."""
+
+  def __init__(self, folder):
+    self.folder = folder
+
+  def fill(self):
+    """Leaves no byte."""
+    with (self.folder / "filler").open("wb", buffering=0) as file:
+      with contextlib.suppress(OSError):
+        while True:
+          file.write(bytes(4096))
+
+  def free(self):
+    """Takes it back."""
+    (self.folder / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A `SmallDisk`."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+  try:
+    subprocess.run(mount, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip("needs the right to mount a tmpfs")
+  yield SmallDisk(folder)
+  subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

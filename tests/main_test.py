@@ -175,6 +175,41 @@ def test_workdir_of_another_configuration(tmp_path):
   assert "seed (0 there, 3 here)" in other.stderr
 
 
+LYING_DISK = """
+from resnet_flax import checkpoint, main
+checkpoint._SPACE_FACTOR = 0  # As when others fill the disk meanwhile.
+main.run()
+"""
+
+
+@pytest.mark.parametrize(
+  "program", [["-m", "resnet_flax.main"], ["-c", LYING_DISK]]
+)
+def test_full_disk_is_one_line(small_disk, program):
+  process = subprocess.Popen(
+    [
+      *(sys.executable, *program, *QUICK, "--config.num_epochs=1000"),
+      f"--workdir={small_disk.folder}/run",
+    ],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline and not list(
+    small_disk.folder.glob("run/checkpoints/[0-9]*/manifest.json")
+  ):
+    time.sleep(0.01)
+  small_disk.fill()
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 1
+  lines = stderr.splitlines()
+  assert lines[-1].startswith("error: ")
+  assert "no space left" in lines[-1]
+  assert "Traceback" not in stderr
+  assert "Warning" not in stderr
+
+
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
   ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -354,6 +355,120 @@ def test_a_second_run_in_the_same_workdir_is_refused(
     run(devices=one_device)
   assert len(seen) == 8
   assert len(metrics.MetricsLog(tmp_path).read()) == 2
+
+
+# When a save fails; that users see nothing of it, main_test.py tests.
+orbax_leaves_coroutines = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture
+def frozen():
+  """A function that makes a folder read-only, for root too."""
+  folders = []
+
+  def freeze(folder):
+    if os.geteuid():
+      subprocess.run(["chmod", "-R", "a-w", str(folder)], check=True)
+    else:
+      command = ["chattr", "-R", "+i", str(folder)]
+      if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs a file system with chattr")
+    folders.append(folder)
+
+  def thaw():
+    for folder in folders:
+      command = (
+        ["chmod", "-R", "u+w"] if os.geteuid() else ["chattr", "-R", "-i"]
+      )
+      subprocess.run([*command, str(folder)], check=True)
+    folders.clear()
+
+  freeze.thaw = thaw
+  yield freeze
+  thaw()
+
+
+def at_step(monkeypatch, step, action):
+  """Does something after the given step of this process has been read."""
+  calls = itertools.count(1)
+  original = train._read
+
+  def read(*arguments):
+    if next(calls) == step:
+      action()
+    return original(*arguments)
+
+  monkeypatch.setattr(train, "_read", read)
+
+
+@orbax_leaves_coroutines
+@pytest.mark.parametrize("noticed", ["beforehand", "while saving"])
+def test_full_disk(
+  long_config,
+  straight,
+  small_disk,
+  monkeypatch,
+  one_device,
+  noticed,
+):
+  workdir = small_disk.folder / "run"
+  run = functools.partial(train.train_and_evaluate, devices=one_device)
+  with monkeypatch.context() as patch:
+    if noticed == "while saving":
+      patch.setattr(checkpoint, "_SPACE_FACTOR", 0)
+    at_step(patch, 7, lambda: small_disk.fill())
+    with pytest.raises(errors.WorkdirError, match="no space left") as caught:
+      run(long_config, workdir)
+  assert "\n" not in str(caught.value)
+  small_disk.free()
+  # That of step 6 may have been on its way.
+  assert saved_steps(workdir)[-1] in (4, 6)
+  run(long_config, workdir)
+  assert_same_run(long_config, workdir, straight, one_device)
+
+
+@orbax_leaves_coroutines
+def test_workdir_becomes_read_only(
+  long_config, straight, tmp_path, monkeypatch, one_device, frozen
+):
+  workdir = tmp_path / "run"
+  run = functools.partial(train.train_and_evaluate, devices=one_device)
+  message = "(?i)permission.denied|not permitted"
+  with monkeypatch.context() as patch:
+    at_step(patch, 8, lambda: frozen(workdir))
+    with pytest.raises(errors.WorkdirError, match=message) as caught:
+      run(long_config, workdir)
+  assert "\n" not in str(caught.value)
+  with pytest.raises(errors.WorkdirError, match=message):
+    run(long_config, workdir)
+  frozen.thaw()
+  assert saved_steps(workdir)[-1] in (4, 6)
+  run(long_config, workdir)
+  assert_same_run(long_config, workdir, straight, one_device)
+
+
+def remove(folder):
+  """Also while somebody writes there."""
+  while folder.exists():
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@orbax_leaves_coroutines
+@pytest.mark.parametrize("step", [5, 6, 8, 12])
+def test_workdir_is_removed(
+  long_config, straight, tmp_path, monkeypatch, one_device, step
+):
+  workdir = tmp_path / "run"
+  run = functools.partial(train.train_and_evaluate, devices=one_device)
+  with monkeypatch.context() as patch:
+    at_step(patch, step, lambda: remove(workdir))
+    with pytest.raises(errors.WorkdirError, match="no longer be") as caught:
+      run(long_config, workdir)
+  assert "\n" not in str(caught.value)
+  run(long_config, workdir)
+  assert_same_run(long_config, workdir, straight, one_device)
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(
