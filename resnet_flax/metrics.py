@@ -112,7 +112,7 @@ def monitored(record: Mapping[str, Any], monitor: str) -> str:
 
 
 class TensorBoard:
-  """TensorBoard event files, written without TensorFlow.
+  """TensorBoard event files, written without TensorFlow; a context manager.
 
   Args:
     workdir: gets the folder `tensorboard`.
@@ -142,7 +142,15 @@ class TensorBoard:
         self._writer.add_scalar(tag, value, record["step"])
     self._writer.flush()
 
-  def close(self) -> None:
-    """Closes the event file."""
-    if self._writer is not None:
+  def __enter__(self) -> "TensorBoard":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self._writer is None:
+      return
+    try:
       self._writer.close()
+    except OSError:
+      # A disk that is full is being reported already.
+      if exception == (None, None, None):
+        raise

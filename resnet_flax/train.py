@@ -106,10 +106,6 @@ def train_and_evaluate(
       workdir_lib.record_start(
         workdir, config, list(mesh.devices.flat), dataset.source
       )
-      board = metrics.TensorBoard(
-        workdir, len(records) * steps_per_epoch, config.log.tensorboard
-      )
-    stack.callback(board.close)
     if dataset.validation is None:
       _logger.info(
         "note: the best epoch is chosen on the test split, as in the recipe;"
@@ -146,6 +142,11 @@ def train_and_evaluate(
     # saved is finished before the loop is left.
     stack.enter_context(signals.hold())
     stack.enter_context(workdir_lib.explain_write_errors(workdir))
+    board = stack.enter_context(
+      metrics.TensorBoard(
+        workdir, len(records) * steps_per_epoch, config.log.tensorboard
+      )
+    )
     stack.callback(checkpoints.wait)
     timer = checkpoint.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes

@@ -76,10 +76,10 @@ class SmallDisk:
 
   def fill(self):
     """Leaves no byte."""
-    with (self.folder / "filler").open("wb", buffering=0) as file:
-      with contextlib.suppress(OSError):
-        while True:
-          file.write(bytes(4096))
+    file = (self.folder / "filler").open("wb", buffering=0)
+    with file, contextlib.suppress(OSError):
+      while True:
+        file.write(bytes(4096))
 
   def free(self):
     """Takes it back."""

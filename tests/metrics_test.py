@@ -121,9 +121,8 @@ def events(folder):
 
 
 def test_tensorboard(tmp_path):
-  board = metrics.TensorBoard(tmp_path, 0, enabled=True)
-  board.write(RECORD)
-  board.close()
+  with metrics.TensorBoard(tmp_path, 0, enabled=True) as board:
+    board.write(RECORD)
   assert sorted(events(tmp_path / "tensorboard")) == [
     (4, "run/epoch", 0.0),
     (4, "test/accuracy", 0.5),
@@ -132,9 +131,8 @@ def test_tensorboard(tmp_path):
 
 
 def test_tensorboard_off(tmp_path):
-  board = metrics.TensorBoard(tmp_path, 0, enabled=False)
-  board.write(RECORD)
-  board.close()
+  with metrics.TensorBoard(tmp_path, 0, enabled=False) as board:
+    board.write(RECORD)
   assert list(tmp_path.iterdir()) == []
 
 
