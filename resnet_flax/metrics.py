@@ -1,6 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl and TensorBoard."""
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -8,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from resnet_flax import errors
+
+_logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -143,6 +146,13 @@ class TensorBoard:
     self._writer.flush()
 
   def close(self) -> None:
-    """Closes the event file."""
-    if self._writer is not None:
+    """Closes the event file; on a full disk, without its last events."""
+    if self._writer is None:
+      return
+    try:
       self._writer.close()
+    except OSError as error:
+      # No reason to fail, and not to hide the one that the run stops for.
+      _logger.warning(
+        "warning: the last TensorBoard events are lost: %s", error.strerror
+      )

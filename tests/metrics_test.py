@@ -1,3 +1,4 @@
+import errno
 import json
 import pathlib
 
@@ -142,3 +143,14 @@ def test_records_are_lines_of_json(log, tmp_path):
   log.append(RECORD)
   (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert json.loads(line) == RECORD
+
+
+def test_full_disk_at_the_end_loses_events_only(tmp_path, monkeypatch, caplog):
+  board = metrics.TensorBoard(tmp_path, 0, enabled=True)
+
+  def flush():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(board._writer, "close", flush)
+  board.close()
+  assert "events are lost: No space left" in caplog.text
