@@ -182,6 +182,8 @@ def inject(name: str, job: injections.Job, seed: int) -> tuple[Row, list[Any]]:
     fault(case)
   except injections.Skipped as skipped:
     return Row(title, 0, f"skipped: {skipped}", None, "", True), []
+  if case.problems:
+    print("".join(case.messages), file=sys.stderr, flush=True)
   row = Row(
     title,
     case.injected,

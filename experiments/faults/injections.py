@@ -123,6 +123,7 @@ class Case:
     attempts: all starts of the command, as JSON.
     problems: what was not as expected.
     notes: what is worth telling.
+    messages: what all starts wrote to standard error.
     different_bytes: of all recovered runs' results; None before there is one.
   """
 
@@ -134,6 +135,7 @@ class Case:
     self.attempts: list[dict[str, Any]] = []
     self.problems: list[str] = []
     self.notes: list[str] = []
+    self.messages: list[str] = []
     self.different_bytes: int | None = None
     self._done: list[str] = []
 
@@ -161,6 +163,7 @@ class Case:
     """Waits for the end of a process and records it."""
     ended = process.end()
     self.attempts.append(attempt(ended))
+    self.messages += ended.lines
     return ended
 
   def start_until(
