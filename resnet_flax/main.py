@@ -99,11 +99,8 @@ def run() -> None:
     from resnet_flax import command_line
 
     app.run(_run, flags_parser=command_line.parse_flags)
-  except errors.Interrupted as error:
-    _leave_at_once(f"error: {error}", error.exit_code)
   except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
+    _leave_at_once(f"error: {error}", error.exit_code)
   except KeyboardInterrupt:
     text = "error: stopped by SIGINT; nothing new was saved."
     _leave_at_once(text, 128 + signal.SIGINT)
@@ -116,7 +113,8 @@ def _leave_at_once(text: str, exit_code: int) -> NoReturn:
   """Ends the process without waiting for the threads of libraries.
 
   XLA goes on compiling in threads of its own, and crashes if the interpreter
-  is taken away from under it. What was to be saved has been saved.
+  is taken away from under it; Orbax's wait for minutes for a save that has
+  failed. What was to be saved has been saved.
   """
   print(text, file=sys.stderr, flush=True)
   os._exit(exit_code)

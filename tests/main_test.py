@@ -257,3 +257,25 @@ def test_ctrl_c_before_training(tmp_path, moment):
   assert process.returncode == 130
   assert lines[-1].startswith("error: stopped ")
   assert not [line for line in lines if "Traceback" in line]
+
+
+def test_an_error_does_not_wait_for_threads_of_libraries():
+  """As of Orbax, when a workdir has become read-only."""
+  code = """
+import threading
+from resnet_flax import errors, main
+def fail(*args, **kwargs):
+  threading.Thread(target=threading.Event().wait).start()
+  raise errors.WorkdirError("it is read-only")
+main.app.run = fail
+main.run()
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert result.returncode == 1
+  assert result.stderr == "error: it is read-only\n"

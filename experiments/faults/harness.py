@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,8 @@ from resnet_flax import (
 
 # They differ from run to run, even of the same bits.
 _TIMING = ("epoch_seconds", "images_per_second")
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_POLL_SECONDS = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,57 +37,166 @@ class Ended:
     code: exit code; negative if a signal killed it.
     lines: what it wrote to standard error.
     seconds: from its start, or from the signal if it was sent one.
-    saving: whether a half-written checkpoint was left.
+    signal: the signal's name; None if it ended before or was sent none.
+    phase: what it was doing when it was sent a signal; see `Process.phase`.
+    sent_after: seconds from the start to the signal.
   """
 
   code: int
   lines: list[str]
   seconds: float
-  saving: bool
+  signal: str | None = None
+  phase: str | None = None
+  sent_after: float | None = None
 
   @property
+  def error(self) -> str:
+    """The line that says why it stopped; empty if it ended otherwise.
+
+    So it does with exit code 0, after a traceback, or without a line of the
+    form 'error: ...' at the end.
+    """
+    last = self.lines[-1].strip() if self.lines else ""
+    traced = any(line.startswith("Traceback") for line in self.lines)
+    wanted = self.code > 0 and last.startswith("error: ") and not traced
+    return last if wanted else ""
+
+
+class Process:
+  """The main command on a workdir, running.
+
+  Args:
+    arguments: of the command.
+    workdir: of the run.
+    **environment: variables that are set for it.
+  """
+
+  def __init__(
+    self, arguments: list[str], workdir: pathlib.Path, **environment: str
+  ):
+    self._workdir = workdir
+    self._steps_per_epoch = 0
+    # A file, not a pipe: it can be read while the process goes on.
+    self._messages, name = tempfile.mkstemp()
+    os.unlink(name)
+    self._process = subprocess.Popen(
+      [
+        *(sys.executable, "-m", "resnet_flax.main", *arguments),
+        f"--workdir={workdir}",
+      ],
+      stdout=subprocess.DEVNULL,
+      stderr=self._messages,
+      env={**os.environ, **environment},
+    )
+    self.started = time.monotonic()
+    self._sent: tuple[str, str, float] | None = None
+
+  @property
+  def pid(self) -> int:
+    """The number of the process."""
+    return self._process.pid
+
+  @property
+  def age(self) -> float:
+    """Seconds since it was started."""
+    return time.monotonic() - self.started
+
+  def is_older(self, seconds: float) -> bool:
+    """Whether it was started so long ago."""
+    return self.age >= seconds
+
+  def messages(self) -> str:
+    """What it has written to standard error so far."""
+    # The position of the file is shared with the process: leave it alone.
+    content = os.pread(self._messages, os.fstat(self._messages).st_size, 0)
+    return content.decode(errors="replace")
+
+  def wait_until(self, condition: Callable[[], bool]) -> bool:
+    """Polls until the condition holds; false if the process ends before."""
+    while self._process.poll() is None:
+      if condition():
+        return True
+      time.sleep(_POLL_SECONDS)
+    return False
+
+  def is_compiled(self) -> bool:
+    """Whether the training step is compiled."""
+    return "compiled in" in self.messages()
+
+  def has_saved(self, step: int = 1) -> bool:
+    """Whether there is a whole checkpoint of this step or a later one."""
+    return max(_whole(self._workdir), default=0) >= step
+
+  def is_saving(self) -> bool:
+    """Whether a checkpoint is half written."""
+    return any((self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"))
+
   def phase(self) -> str:
-    """What the process was doing, as far as its messages tell."""
-    if self.saving:
-      return "saving"
-    text = "".join(self.lines)
-    if "compiled in" in text:
-      return "training or evaluating"
-    if "compiling" in text:
-      return "compiling"
-    return "starting"
+    """What it is doing, as its messages and its workdir tell.
 
+    Returns:
+      'starting': Python and its libraries. 'preparing': the workdir is locked;
+      a checkpoint is restored, data are loaded. 'compiling': the training
+      step. Then 'training' or 'evaluating', and '+ saving' where a checkpoint
+      is half written.
+    """
+    if not self.is_compiled():
+      if "compiling the" in self.messages():
+        return "compiling"
+      return "preparing" if self._has_lock() else "starting"
+    doing = "evaluating" if self._is_evaluating() else "training"
+    return f"{doing} + saving" if self.is_saving() else doing
 
-def start(
-  arguments: list[str], workdir: pathlib.Path, **environment: str
-) -> subprocess.Popen:
-  """Starts the main command on a workdir; returns at once."""
-  return subprocess.Popen(
-    [
-      *(sys.executable, "-m", "resnet_flax.main", *arguments),
-      f"--workdir={workdir}",
-    ],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-    env={**os.environ, **environment},
-  )
+  def send(self, number: int) -> None:
+    """Sends a signal; of several, the first counts as the one that was sent."""
+    now, phase = time.monotonic(), self.phase()
+    if self._process.poll() is not None:
+      return
+    self._process.send_signal(number)
+    if self._sent is None:
+      self._sent = (signal.Signals(number).name, phase, now)
+
+  def end(self) -> Ended:
+    """Waits for its end."""
+    code = self._process.wait()
+    now = time.monotonic()
+    lines = self.messages().splitlines(keepends=True)
+    os.close(self._messages)
+    if self._sent is None:
+      return Ended(code, lines, now - self.started)
+    name, phase, sent = self._sent
+    return Ended(code, lines, now - sent, name, phase, sent - self.started)
+
+  def _has_lock(self) -> bool:
+    try:
+      owner = json.loads((self._workdir / "lock").read_text())
+    except (OSError, ValueError):
+      return False  # There is none, or it is being written.
+    return owner["pid"] == self.pid
+
+  def _is_evaluating(self) -> bool:
+    if not self._steps_per_epoch:
+      config = workdir_lib.load_config(self._workdir)
+      rate = experiment_lib.build(config).learning_rate
+      self._steps_per_epoch = rate.steps_per_epoch
+    epochs, within = divmod(_newest(self._workdir), self._steps_per_epoch)
+    records = metrics.MetricsLog(self._workdir).read()
+    # Training of an epoch ends with a checkpoint, evaluation with a record.
+    return not within and len(records) < epochs
 
 
 def run(
   arguments: list[str], workdir: pathlib.Path, **environment: str
 ) -> Ended:
   """Runs the main command to its end."""
-  started = time.monotonic()
-  process = start(arguments, workdir, **environment)
-  return _end(process, workdir, started)
+  return Process(arguments, workdir, **environment).end()
 
 
 def run_and_signal(
   arguments: list[str],
   workdir: pathlib.Path,
   number: int,
-  after: float | Callable[[], bool],
+  condition: Callable[[Process], bool],
 ) -> Ended:
   """Runs the main command and sends it a signal, unless it ends before.
 
@@ -91,29 +204,12 @@ def run_and_signal(
     arguments: of the command.
     workdir: of the run.
     number: the signal's.
-    after: seconds from the start, or a condition that is polled.
+    condition: of the process, polled; the signal is sent when it holds.
   """
-  process = start(arguments, workdir)
-  started = time.monotonic()
-  while process.poll() is None:
-    now = time.monotonic()
-    if after() if callable(after) else now - started >= after:
-      process.send_signal(number)
-      started = now
-      break
-    time.sleep(0.005)
-  return _end(process, workdir, started)
-
-
-def _end(
-  process: subprocess.Popen, workdir: pathlib.Path, started: float
-) -> Ended:
-  _, text = process.communicate()
-  seconds = time.monotonic() - started
-  saving = any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-  return Ended(
-    process.returncode, text.splitlines(keepends=True), seconds, saving
-  )
+  process = Process(arguments, workdir)
+  if process.wait_until(lambda: condition(process)):
+    process.send(number)
+  return process.end()
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
@@ -124,22 +220,27 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
     of the best checkpoint, by path.
   """
   config = workdir_lib.load_config(workdir)
-  experiment = experiment_lib.build(config)
-  like = experiment_lib.abstract_state(config, experiment)
   records = metrics.MetricsLog(workdir).read()
   best = metrics.best_record(records, config.checkpoint.monitor)["step"]
   untimed = [
     {key: value for key, value in record.items() if key not in _TIMING}
     for record in records
   ]
-  found: dict[str, Any] = {"records": np.bytes_(json.dumps(untimed))}
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    for name, step in (("latest", checkpoints.steps()[-1]), ("best", best)):
-      state, _ = checkpoints.restore(step, like, mesh_lib.create_mesh())
-      for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        found[f"{name}/{key}"] = np.asarray(leaf)
-  return found
+  return {
+    "records": np.bytes_(json.dumps(untimed)),
+    **_arrays(workdir, "latest", _whole(workdir)[-1]),
+    **_arrays(workdir, "best", best),
+  }
+
+
+def latest_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of the latest checkpoint of an unfinished run, by path."""
+  return _arrays(workdir, "latest", _whole(workdir)[-1])
+
+
+def latest(workdir: pathlib.Path) -> pathlib.Path:
+  """The folder of the latest whole checkpoint."""
+  return workdir / "checkpoints" / str(_whole(workdir)[-1])
 
 
 def num_different_bytes(one: dict[str, Any], other: dict[str, Any]) -> int:
@@ -152,3 +253,31 @@ def num_different_bytes(one: dict[str, Any], other: dict[str, Any]) -> int:
     count += abs(len(a) - len(b))
     count += sum(x != y for x, y in zip(a, b, strict=False)) if a != b else 0
   return count
+
+
+def _arrays(
+  workdir: pathlib.Path, name: str, step: int
+) -> dict[str, np.ndarray]:
+  config = workdir_lib.load_config(workdir)
+  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    state, _ = checkpoints.restore(step, like, mesh_lib.create_mesh())
+  return {
+    f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": (
+      np.asarray(leaf)
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def _whole(workdir: pathlib.Path) -> list[int]:
+  """The steps of the whole checkpoints, ascending."""
+  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _newest(workdir: pathlib.Path) -> int:
+  """The newest step that was saved or is being saved; 0 if there is none."""
+  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  steps = [name.partition(_UNFINISHED)[0] for name in names]
+  return max((int(step) for step in steps if step.isdecimal()), default=0)

@@ -1,0 +1,593 @@
+"""The named faults: how each is injected and what must come of it."""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.faults import harness
+from resnet_flax import errors
+
+# ResNet-8 on digits, 3 epochs of 20 steps, a checkpoint every 3 steps.
+DIGITS = (
+  "--config=configs/quickstart.py",
+  "--config.num_epochs=3",
+  "--config.dataset.train_examples=640",
+  "--config.eval_batch_size=40",
+  "--config.model.num_filters=8",
+  "--config.checkpoint.every_steps=3",
+)
+# Digits are not cached, CIFAR-10 is: one epoch of 10 steps.
+CIFAR10 = (
+  *DIGITS,
+  "--config.dataset.name=cifar10",
+  "--config.num_epochs=1",
+  "--config.dataset.train_examples=320",
+  "--config.eval_batch_size=500",
+)
+_EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+# A signal must have ended a run after so long, a second one at once.
+_SECONDS_TO_STOP = 10.0
+_AT_ONCE = 2.0
+_NUM_FLIPPED = 3
+_DISK = "16m"
+
+
+class Skipped(Exception):
+  """The machine cannot inject a fault; says what it lacks."""
+
+
+class Job:
+  """A command, what it gives undisturbed, and a half-done run of it.
+
+  Args:
+    folder: gets its workdirs and its data cache.
+    arguments: of the main command.
+    half_done: the step of the checkpoint after which a run is half done.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, arguments: tuple[str, ...], half_done: int
+  ):
+    folder.mkdir()
+    self._folder = folder
+    self._half_done = half_done
+    self._num_workdirs = 0
+    self.cache = folder / "cache"
+    self.arguments = [*arguments, f"--config.dataset.cache_dir={self.cache}"]
+
+  def new_workdir(self) -> pathlib.Path:
+    """A folder that does not exist yet."""
+    self._num_workdirs += 1
+    return self._folder / f"run{self._num_workdirs}"
+
+  @functools.cached_property
+  def reference(self) -> "Reference":
+    """The undisturbed run."""
+    workdir = self.new_workdir()
+    process = harness.Process(self.arguments, workdir)
+    process.wait_until(process.is_compiled)
+    compiled = process.age
+    ended = process.end()
+    if ended.code:
+      raise RuntimeError("".join(ended.lines))
+    return Reference(compiled, ended.seconds, harness.results(workdir))
+
+  @functools.cached_property
+  def _template(self) -> tuple[pathlib.Path, int]:
+    workdir = self.new_workdir()
+    process = harness.Process(self.arguments, workdir)
+    process.wait_until(lambda: process.has_saved(self._half_done))
+    process.send(signal.SIGKILL)
+    process.end()
+    return workdir, process.pid
+
+  def half_done(self, workdir: pathlib.Path) -> int:
+    """Makes a workdir that a killed run left.
+
+    Returns:
+      The number of the killed process, whose lock is still there.
+    """
+    template, pid = self._template
+    shutil.copytree(template, workdir)
+    return pid
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """An undisturbed run: when it was compiled, how long it took, its results."""
+
+  seconds_to_compiled: float
+  seconds: float
+  results: dict[str, Any]
+
+
+class Case:
+  """One fault on trial: what was done, what came of it, what was wrong.
+
+  Attributes:
+    workdir: of the run on trial; does not exist at first.
+    rng: draws what the fault leaves open.
+    injected: how many times the fault was injected.
+    attempts: all starts of the command, as JSON.
+    problems: what was not as expected.
+    notes: what is worth telling.
+    messages: what all starts wrote to standard error.
+    different_bytes: of all recovered runs' results; None before there is one.
+  """
+
+  def __init__(self, job: Job, rng: np.random.Generator):
+    self.job = job
+    self.workdir = job.new_workdir()
+    self.rng = rng
+    self.injected = 1
+    self.attempts: list[dict[str, Any]] = []
+    self.problems: list[str] = []
+    self.notes: list[str] = []
+    self.messages: list[str] = []
+    self.different_bytes: int | None = None
+    self._done: list[str] = []
+
+  @property
+  def outcome(self) -> str:
+    """What was checked, in words."""
+    # Each once, in the order of events.
+    return ", ".join(dict.fromkeys(self._done))
+
+  def expect(self, holds: bool, problem: str) -> None:
+    """Takes note of a problem, unless what is expected holds."""
+    if not holds:
+      self.problems.append(problem)
+
+  def half_done(self) -> int:
+    """Goes on from a half-done run; returns the killed process's number."""
+    return self.job.half_done(self.workdir)
+
+  def start(self, *extra: str, **environment: str) -> harness.Process:
+    """Starts the command."""
+    arguments = [*self.job.arguments, *extra]
+    return harness.Process(arguments, self.workdir, **environment)
+
+  def end(self, process: harness.Process) -> harness.Ended:
+    """Waits for the end of a process and records it."""
+    ended = process.end()
+    self.attempts.append(attempt(ended))
+    self.messages += ended.lines
+    return ended
+
+  def start_until(
+    self, condition: Callable[[harness.Process], bool], **environment: str
+  ) -> harness.Process:
+    """Starts the command and waits for a condition of the process."""
+    process = self.start(**environment)
+    held = process.wait_until(lambda: condition(process))
+    self.expect(held, "a run ended before the fault")
+    return process
+
+  def stop_when(
+    self,
+    condition: Callable[[harness.Process], bool],
+    number: int,
+    **environment: str,
+  ) -> harness.Ended:
+    """Starts the command and ends it by a signal when the condition holds."""
+    process = self.start_until(condition, **environment)
+    process.send(number)
+    return self.end(process)
+
+  def refuses(self, *words: str, error: str | None = None) -> None:
+    """Runs the command, which must stop with one line that has these words.
+
+    Args:
+      *words: parts of the line.
+      error: the line, if it is not to be had by running the command.
+    """
+    if error is None:
+      error = self.end(self.start()).error
+    self._done.append("stops with one line")
+    self.expect(bool(error), "no error in one line")
+    for word in words:
+      self.expect(word in error, f"the error does not say {word!r}")
+
+  def refuses_unchanged(self, *words: str) -> None:
+    """Also sees that no file of the workdir is changed."""
+    before = _contents(self.workdir)
+    self.refuses(*words)
+    self._done.append("changes nothing")
+    self.expect(_contents(self.workdir) == before, "files were changed")
+
+  def recovers(
+    self, *says: str, identical: bool = True, **environment: str
+  ) -> None:
+    """Runs the command, which must finish and give the reference's results.
+
+    Args:
+      *says: must be in what it says.
+      identical: with no differing byte.
+      **environment: variables that are set for it.
+    """
+    self._done.append("recovers" if identical else "finishes")
+    ended = self.end(self.start(**environment))
+    text = "".join(ended.lines)
+    for words in says:
+      self.expect(words in text, f"the run does not say {words!r}")
+    self.compare(ended, identical=identical)
+
+  def compare(self, ended: harness.Ended, *, identical: bool = True) -> None:
+    """Compares the finished run with the reference."""
+    self.expect(ended.code == 0, f"the run ended with code {ended.code}")
+    if ended.code:
+      return
+    found = harness.results(self.workdir)
+    count = harness.num_different_bytes(self.job.reference.results, found)
+    self.different_bytes = (self.different_bytes or 0) + count
+    self.expect(not identical or count == 0, "results differ")
+
+  def latest_is_good(self) -> None:
+    """Sees that the latest checkpoint can be restored, and is finite."""
+    try:
+      arrays = harness.latest_arrays(self.workdir)
+    except errors.WorkdirError as error:
+      self.problems.append(str(error))
+      return
+    for name, array in arrays.items():
+      numbers = np.issubdtype(array.dtype, np.floating)
+      good = not numbers or bool(np.isfinite(array).all())
+      self.expect(good, f"{name} of the latest checkpoint is not finite")
+
+
+def attempt(ended: harness.Ended) -> dict[str, Any]:
+  """How a process ended, as JSON."""
+  return {
+    "signal": ended.signal,
+    "phase": ended.phase,
+    "signal_after_seconds": ended.sent_after,
+    "seconds_to_stop" if ended.signal else "seconds": ended.seconds,
+    "exit_code": ended.code,
+    "error": ended.error,
+  }
+
+
+def truncated_checkpoint(case: Case) -> None:
+  """The largest file of the latest checkpoint loses its second half."""
+  case.half_done()
+  path = max(_files(harness.latest(case.workdir)), key=_size)
+  os.truncate(path, _size(path) // 2)
+  case.recovers("is damaged", "going back to the checkpoint of step")
+
+
+def flipped_checkpoint(case: Case) -> None:
+  """One byte of the latest checkpoint changes, in one file after the other."""
+  case.injected = 0
+  template = case.job.new_workdir()
+  case.job.half_done(template)
+  folder = harness.latest(template)
+  files = [path.relative_to(template) for path in _files(folder)]
+  state = [path for path in files if "state" in path.parts]
+  order = case.rng.permutation(len(state))[:_NUM_FLIPPED]
+  for path in [
+    *(state[position] for position in order),
+    *(path for path in files if "state" not in path.parts),
+  ]:
+    case.workdir = case.job.new_workdir()
+    case.half_done()
+    _flip(case.workdir / path, case.rng)
+    case.injected += 1
+    case.recovers()
+
+
+def missing_manifest(case: Case) -> None:
+  """The latest checkpoint loses its manifest."""
+  case.half_done()
+  (harness.latest(case.workdir) / "manifest.json").unlink()
+  case.recovers("manifest.json is missing", "going back to the checkpoint")
+
+
+def all_checkpoints_damaged(case: Case) -> None:
+  """One byte of every checkpoint changes; later they are put back."""
+  case.half_done()
+  (case.workdir / "lock").unlink()
+  originals = {}
+  for folder in (case.workdir / "checkpoints").iterdir():
+    path = max(_files(folder), key=_size)
+    originals[path] = path.read_bytes()
+    _flip(path, case.rng)
+  case.refuses_unchanged("no checkpoint in", "is good")
+  for path, content in originals.items():
+    path.write_bytes(content)
+  case.recovers()
+
+
+def full_disk(case: Case) -> None:
+  """The disk fills up between two checkpoints; later there is room."""
+  _fill_disk(case, lambda process: process.has_saved())
+
+
+def full_disk_while_saving(case: Case) -> None:
+  """The disk fills up while a checkpoint is written; later there is room."""
+  _fill_disk(case, lambda process: process.has_saved() and process.is_saving())
+
+
+def _fill_disk(
+  case: Case, condition: Callable[[harness.Process], bool]
+) -> None:
+  with _small_disk(case.job.new_workdir()) as disk:
+    case.workdir = disk / "run"
+    process = case.start_until(condition)
+    filler = disk / "filler"
+    _fill(filler)
+    case.refuses("no space left", error=case.end(process).error)
+    case.latest_is_good()
+    filler.unlink()
+    case.recovers("going on after step")
+
+
+def read_only_workdir(case: Case) -> None:
+  """The workdir becomes read-only under the run; later it is not."""
+  with _small_disk(case.job.new_workdir()) as disk:
+    case.workdir = disk / "run"
+    process = case.start_until(lambda process: process.has_saved())
+    # Over itself: remounting is refused while the run has files open.
+    _run("mount", "--bind", str(case.workdir), str(case.workdir))
+    try:
+      while not _is_read_only(case.workdir):
+        # Refused where the run has just opened a file through the new mount.
+        _run("mount", "-o", "remount,bind,ro", str(case.workdir), check=False)
+      ended = case.end(process)
+    finally:
+      _run("umount", "--lazy", str(case.workdir))
+    case.refuses("can no longer be written", error=ended.error)
+    case.latest_is_good()
+    case.recovers("going on after step")
+
+
+def removed_workdir(case: Case) -> None:
+  """The workdir is removed under the run."""
+  process = case.start_until(lambda process: process.has_saved())
+  while case.workdir.exists():
+    # Again, where the run has written meanwhile.
+    shutil.rmtree(case.workdir, ignore_errors=True)
+  case.refuses("can no longer be written", error=case.end(process).error)
+  case.recovers()
+
+
+def second_process(case: Case) -> None:
+  """The same command is started again while it runs."""
+  process = case.start_until(lambda process: process.has_saved())
+  case.refuses("is in use by", str(process.pid), socket.gethostname())
+  case.compare(case.end(process))
+  case.notes.append("the first one finishes")
+
+
+def stale_lock(case: Case) -> None:
+  """A killed process has left its lock."""
+  pid = case.half_done()
+  case.recovers(f"taking over the lock of process {pid}")
+
+
+def one_device_then_eight(case: Case) -> None:
+  """A run on one device goes on on eight."""
+  case.half_done()
+  case.recovers("going on after step", identical=False, **_EIGHT_DEVICES)
+  case.notes.append("sums are rounded in another order")
+
+
+def eight_devices_then_one(case: Case) -> None:
+  """A run on eight devices goes on on one."""
+  case.stop_when(
+    lambda process: process.has_saved(20), signal.SIGKILL, **_EIGHT_DEVICES
+  )
+  case.recovers("going on after step", identical=False)
+  case.notes.append("sums are rounded in another order")
+
+
+def another_models_checkpoints(case: Case) -> None:
+  """The checkpoints are replaced by those of a narrower network."""
+  other = case.job.new_workdir()
+  ended = harness.run_and_signal(
+    [*case.job.arguments, "--config.model.num_filters=4"],
+    other,
+    signal.SIGKILL,
+    lambda process: process.has_saved(),
+  )
+  case.attempts.append(attempt(ended))
+  case.half_done()
+  (case.workdir / "lock").unlink()
+  ours, theirs = case.workdir / "checkpoints", other / "checkpoints"
+  kept = case.job.new_workdir()
+  ours.rename(kept)
+  for unfinished in theirs.glob("*-tmp*"):
+    shutil.rmtree(unfinished)
+  shutil.copytree(theirs, ours)
+  case.refuses_unchanged(
+    "is of another network: params/", "float32[4] there, float32[8] here"
+  )
+  shutil.rmtree(ours)
+  kept.rename(ours)
+  case.recovers()
+
+
+def older_format(case: Case) -> None:
+  """The checkpoints look like those of an older version."""
+  case.half_done()
+  (case.workdir / "lock").unlink()
+  folders = list((case.workdir / "checkpoints").iterdir())
+  for folder in folders:
+    (folder / "state").rename(folder / "default")
+  case.refuses_unchanged("saved by an older version")
+  for folder in folders:
+    (folder / "default").rename(folder / "state")
+  case.recovers()
+
+
+def truncated_data(case: Case) -> None:
+  """A file of the data cache loses its second half while nothing runs."""
+  case.half_done()
+  (path,) = case.job.cache.glob("*/train_images.npy")
+  os.truncate(path, _size(path) // 2)
+  case.recovers("damaged", "decoding again", "going on after step")
+
+
+def altered_data(case: Case) -> None:
+  """One byte of the data cache changes while nothing runs."""
+  case.half_done()
+  (path,) = case.job.cache.glob("*/train_images.npy")
+  _flip(path, case.rng)
+  case.recovers("damaged", "decoding again", "going on after step")
+
+
+def not_a_number(case: Case) -> None:
+  """The learning rate is absurd; nothing is to be recovered from that."""
+  process = case.start(
+    "--config.optimizer.name=sgd",
+    "--config.optimizer.learning_rate=1e30",
+    "--config.checkpoint.every_steps=1",
+  )
+  case.refuses("is not finite after step", error=case.end(process).error)
+  described = (case.workdir / "nonfinite_step.json").exists()
+  case.expect(described, "there is no nonfinite_step.json")
+  case.latest_is_good()
+
+
+def sigterm(case: Case) -> None:
+  """SIGTERM in each phase, one start after the other on one workdir."""
+  _signal_each_phase(case, signal.SIGTERM)
+
+
+def sigint(case: Case) -> None:
+  """SIGINT in each phase, one start after the other on one workdir."""
+  _signal_each_phase(case, signal.SIGINT)
+
+
+def _signal_each_phase(case: Case, number: int) -> None:
+  case.injected = 0
+  for phase in ("preparing", "compiling", "training", "evaluating"):
+    ended = case.stop_when(_is_in(phase), number)
+    case.injected += 1
+    case.refuses(error=ended.error)
+    code = 128 + number
+    case.expect(ended.code == code, f"code {ended.code}, not {code}: {phase}")
+    late = ended.seconds > _SECONDS_TO_STOP
+    case.expect(not late, f"{ended.seconds:.1f} s to stop: {phase}")
+    case.notes.append(f"{phase} {ended.seconds:.1f} s")
+  case.recovers()
+
+
+def _is_in(phase: str) -> Callable[[harness.Process], bool]:
+  return lambda process: process.phase().startswith(phase)
+
+
+def two_signals(case: Case) -> None:
+  """A second SIGTERM comes while the first waits for the evaluation."""
+  process = case.start_until(_is_in("evaluating"))
+  process.send(signal.SIGTERM)
+  time.sleep(0.05)
+  process.send(signal.SIGTERM)
+  ended = case.end(process)
+  case.refuses(error=ended.error)
+  case.expect(ended.code == 128 + signal.SIGTERM, f"code {ended.code}")
+  case.expect(ended.seconds < _AT_ONCE, "it did not end at once")
+  case.notes.append(f"{ended.seconds:.1f} s")
+  case.recovers()
+
+
+# By name. A docstring's first line is what the table calls the fault.
+FAULTS: dict[str, Callable[[Case], None]] = {
+  fault.__name__: fault
+  for fault in (
+    truncated_checkpoint,
+    flipped_checkpoint,
+    missing_manifest,
+    all_checkpoints_damaged,
+    full_disk,
+    full_disk_while_saving,
+    read_only_workdir,
+    removed_workdir,
+    second_process,
+    stale_lock,
+    one_device_then_eight,
+    eight_devices_then_one,
+    another_models_checkpoints,
+    older_format,
+    truncated_data,
+    altered_data,
+    not_a_number,
+    sigterm,
+    sigint,
+    two_signals,
+  )
+}
+ON_CIFAR10 = (truncated_data.__name__, altered_data.__name__)
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files in a folder that are not empty, in a fixed order."""
+  files = sorted(path for path in folder.rglob("*") if path.is_file())
+  return [path for path in files if _size(path)]
+
+
+def _size(path: pathlib.Path) -> int:
+  return path.stat().st_size
+
+
+def _contents(folder: pathlib.Path) -> dict[str, bytes]:
+  """Everything in a folder, by relative path."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+    for path in folder.rglob("*")
+  }
+
+
+def _flip(path: pathlib.Path, rng: np.random.Generator) -> None:
+  """Changes one byte to any other."""
+  with path.open("r+b") as file:
+    file.seek(int(rng.integers(_size(path))))
+    (byte,) = file.read(1)
+    file.seek(-1, os.SEEK_CUR)
+    file.write(bytes([byte ^ int(rng.integers(1, 256))]))
+
+
+def _fill(path: pathlib.Path) -> None:
+  """Makes a file that takes all the room there is."""
+  with path.open("wb", buffering=0) as file:
+    try:
+      while True:
+        file.write(bytes(4096))
+    except OSError as error:
+      if error.errno != errno.ENOSPC:
+        raise
+
+
+@contextlib.contextmanager
+def _small_disk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A disk of a few megabytes, as a folder."""
+  if os.geteuid():
+    raise Skipped("needs root")
+  folder.mkdir()
+  try:
+    _run("mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(folder))
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise Skipped("needs the right to mount") from error
+  try:
+    yield folder
+  finally:
+    _run("umount", "--lazy", str(folder))
+
+
+def _is_read_only(folder: pathlib.Path) -> bool:
+  return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def _run(*command: str, check: bool = True) -> None:
+  subprocess.run(command, check=check, capture_output=True)
