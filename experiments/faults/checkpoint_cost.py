@@ -1,0 +1,122 @@
+"""Measures what a checkpoint costs training, and its share at the defaults.
+
+  python -m experiments.faults.checkpoint_cost --config=configs/v1_depth20.py
+    [--rounds=10] [--steps=40] [--out=FILE.json]
+
+In turn, on the real data: so many steps without a checkpoint, and as many after
+starting to save one, until it is on disk. Nothing else should run meanwhile.
+"""
+
+import itertools
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from resnet_flax import (
+  checkpoint,
+  command_line,
+  config_rules,
+  datasets,
+  environment,
+  experiment as experiment_lib,
+  huge_pages,
+  mesh as mesh_lib,
+  randomness,
+  train,
+  workdir,
+)
+
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after one to warm up.")
+_STEPS = flags.DEFINE_integer("steps", 40, "Training steps of a measurement.")
+_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+
+
+def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
+  """Seconds of so many steps, without and with a checkpoint, in turn.
+
+  Args:
+    config: the experiment.
+    rounds: measurements of each.
+    steps: training steps of one measurement.
+
+  Returns:
+    `without` and `with`: seconds of each round; `steps_per_epoch`.
+  """
+  config_rules.check(config, num_devices=jax.device_count())
+  experiment = experiment_lib.build(config)
+  mesh = mesh_lib.create_mesh()
+  dataset = datasets.load(config.dataset)
+  key = jax.device_put(
+    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
+    mesh_lib.replicated(mesh),
+  )
+  state = train.initial_state(config, experiment, dataset.train, mesh)
+  step = train.compile_train_step(
+    experiment, state, config.batch_size, key, mesh
+  )
+  batches = itertools.chain.from_iterable(
+    train.epoch_batches(
+      dataset.train, config.batch_size, config.seed, epoch, mesh
+    )
+    for epoch in itertools.count()
+  )
+  seconds: dict[str, list[float]] = {"without": [], "with": []}
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    checkpoint.Checkpoints(pathlib.Path(folder)) as checkpoints,
+  ):
+    for round_number in range(rounds + 1):
+      # The order alternates, so that a drift of the machine favours none.
+      for name in sorted(seconds, reverse=bool(round_number % 2)):
+        started = time.perf_counter()
+        if name == "with":
+          checkpoints.save(state, {"epoch_seconds": 0.0})
+        state, _ = train.train_steps(
+          step, state, itertools.islice(batches, steps), key, lambda _: None
+        )
+        checkpoints.wait()
+        if round_number:  # The first one warms up.
+          seconds[name].append(time.perf_counter() - started)
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  return {**seconds, "steps": steps, "steps_per_epoch": steps_per_epoch}
+
+
+def _summary(config: ConfigDict, results: dict[str, Any]) -> str:
+  pairs = zip(results["with"], results["without"], strict=True)
+  extra = sorted(a - b for a, b in pairs)
+  step = statistics.median(results["without"]) / results["steps"]
+  epoch = step * results["steps_per_epoch"]
+  interval = config.checkpoint.every_minutes * 60
+  each_epoch = 1 + (int(epoch / interval) if interval else 0)
+  cost = statistics.median(extra)
+  return (
+    f"a checkpoint costs {cost:.3f} s ({extra[0]:.3f} to {extra[-1]:.3f}); at"
+    f" {each_epoch} in an epoch of {epoch:.0f} s that is"
+    f" {each_epoch * cost / epoch:.2%} ({each_epoch * extra[0] / epoch:.2%} to"
+    f" {each_epoch * extra[-1] / epoch:.2%})"
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints a line and writes the raw figures."""
+  del argv
+  command_line.set_up()
+  config, _ = command_line.config_and_workdir()
+  results = {
+    "environment": environment.describe(jax.devices()),
+    **measure(config, _ROUNDS.value, _STEPS.value),
+  }
+  print(_summary(config, results))
+  if _OUT.value:
+    workdir.write_json(pathlib.Path(_OUT.value), results)
+
+
+if __name__ == "__main__":
+  huge_pages.use_huge_pages()
+  app.run(main, flags_parser=command_line.parse_flags)
