@@ -145,7 +145,7 @@ def train_and_evaluate(
     # From here on a signal waits for the end of a step, and what is being
     # saved is finished before the loop is left.
     stack.enter_context(signals.hold())
-    stack.enter_context(workdir_lib.explain_write_errors(workdir))
+    stack.enter_context(workdir_lib.explain_write_errors(workdir, running=True))
     stack.callback(checkpoints.wait)
     timer = checkpoint.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
@@ -184,6 +184,7 @@ def train_and_evaluate(
           "epoch_seconds": notes["epoch_seconds"] + now - started,
         }
         started = now
+        workdir_lib.check_not_removed(workdir)
         checkpoints.save(state, notes)
         timer.reset()
         signals.check()
@@ -203,6 +204,7 @@ def train_and_evaluate(
         if split is not None
       }
       record = _record(epoch, state, notes, scores)
+      workdir_lib.check_not_removed(workdir)
       # After its checkpoint was started: a record without its checkpoint is
       # cut off, a checkpoint without its record is evaluated again.
       log.append(record)
