@@ -141,7 +141,7 @@ def train_and_evaluate(
     # From here on a signal waits for the end of a step, and what is being
     # saved is finished before the loop is left.
     stack.enter_context(signals.hold())
-    stack.enter_context(workdir_lib.explain_write_errors(workdir))
+    stack.enter_context(workdir_lib.explain_write_errors(workdir, running=True))
     board = stack.enter_context(
       metrics.TensorBoard(
         workdir, len(records) * steps_per_epoch, config.log.tensorboard
@@ -185,6 +185,7 @@ def train_and_evaluate(
           "epoch_seconds": notes["epoch_seconds"] + now - started,
         }
         started = now
+        workdir_lib.check_not_removed(workdir)
         checkpoints.save(state, notes)
         timer.reset()
         signals.check()
@@ -204,6 +205,7 @@ def train_and_evaluate(
         if split is not None
       }
       record = _record(epoch, state, notes, scores)
+      workdir_lib.check_not_removed(workdir)
       # After its checkpoint was started: a record without its checkpoint is
       # cut off, a checkpoint without its record is evaluated again.
       log.append(record)

@@ -185,8 +185,16 @@ def record_start(
 
 
 @contextlib.contextmanager
-def explain_write_errors(workdir: pathlib.Path) -> Iterator[None]:
-  """A full disk or a lost workdir ends in one line, not in a traceback."""
+def explain_write_errors(
+  workdir: pathlib.Path, *, running: bool = False
+) -> Iterator[None]:
+  """A full disk or a lost workdir ends in one line, not in a traceback.
+
+  Args:
+    workdir: the run's folder.
+    running: `record_start` was called: if its files are gone now, whatever
+      fails does so for that.
+  """
   try:
     yield
   except OSError as error:
@@ -194,11 +202,36 @@ def explain_write_errors(workdir: pathlib.Path) -> Iterator[None]:
     # TensorStore has words of its own for a full disk.
     if error.errno == errno.ENOSPC or "RESOURCE_EXHAUSTED" in text:
       text = "no space left on the disk"
+    elif running and _is_removed(workdir):
+      raise _removed(workdir) from error
     raise errors.WorkdirError(
       f"workdir {workdir} can no longer be written: {text[:300]}. The"
       " checkpoints that it holds are good; the same command goes on from"
       " them."
     ) from error
+
+
+def check_not_removed(workdir: pathlib.Path) -> None:
+  """Checks that the folder of a run that goes on is still there.
+
+  Orbax would make another in its place, without the files that go with it.
+
+  Raises:
+    WorkdirError: it is not, or not with what the run has put there.
+  """
+  if _is_removed(workdir):
+    raise _removed(workdir)
+
+
+def _is_removed(workdir: pathlib.Path) -> bool:
+  return not (workdir / "config.json").exists()
+
+
+def _removed(workdir: pathlib.Path) -> errors.WorkdirError:
+  return errors.WorkdirError(
+    f"workdir {workdir} was removed or emptied while the run went on. The same"
+    " command goes on from what is left there, or starts anew."
+  )
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -464,7 +464,9 @@ def test_workdir_is_removed(
   run = functools.partial(train.train_and_evaluate, devices=one_device)
   with monkeypatch.context() as patch:
     at_step(patch, step, lambda: remove(workdir))
-    with pytest.raises(errors.WorkdirError, match="no longer be") as caught:
+    with pytest.raises(
+      errors.WorkdirError, match="removed or emptied"
+    ) as caught:
       run(long_config, workdir)
   assert "\n" not in str(caught.value)
   run(long_config, workdir)
@@ -589,6 +591,27 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(
     with pytest.raises(errors.WorkdirError, match="no space left on the disk"):
       run(tiny_config, tmp_path / "run")
   assert len(run(tiny_config, tmp_path / "run")) == 2
+
+
+def test_removed_workdir_is_not_made_anew(
+  tiny_config, tmp_path, monkeypatch, one_device
+):
+  """As Orbax would with its next checkpoint."""
+  workdir = tmp_path / "run"
+  run = functools.partial(train.train_and_evaluate, devices=one_device)
+  append = metrics.MetricsLog.append
+
+  def remove(self, record):
+    append(self, record)
+    shutil.rmtree(workdir)
+    (workdir / "checkpoints").mkdir(parents=True)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.MetricsLog, "append", remove)
+    with pytest.raises(errors.WorkdirError, match="was removed or emptied"):
+      run(tiny_config, workdir)
+  assert not (workdir / "metrics.jsonl").exists()
+  assert len(run(tiny_config, workdir)) == 2
 
 
 def test_other_errors_are_not_disguised(

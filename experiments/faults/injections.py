@@ -87,6 +87,8 @@ class Job:
   @functools.cached_property
   def _template(self) -> tuple[pathlib.Path, int]:
     workdir = self.new_workdir()
+    # Here, so that no disturbed run is the first to fill the data cache.
+    assert self.reference
     process = harness.Process(self.arguments, workdir)
     process.wait_until(lambda: process.has_saved(self._half_done))
     process.send(signal.SIGKILL)
@@ -229,7 +231,11 @@ class Case:
     self.expect(ended.code == 0, f"the run ended with code {ended.code}")
     if ended.code:
       return
-    found = harness.results(self.workdir)
+    try:
+      found = harness.results(self.workdir)
+    except errors.WorkdirError as error:
+      self.problems.append(str(error))
+      return
     count = harness.num_different_bytes(self.job.reference.results, found)
     self.different_bytes = (self.different_bytes or 0) + count
     self.expect(not identical or count == 0, "results differ")
@@ -358,7 +364,7 @@ def removed_workdir(case: Case) -> None:
   while case.workdir.exists():
     # Again, where the run has written meanwhile.
     shutil.rmtree(case.workdir, ignore_errors=True)
-  case.refuses("can no longer be written", error=case.end(process).error)
+  case.refuses("was removed or emptied", error=case.end(process).error)
   case.recovers()
 
 
