@@ -64,6 +64,13 @@ def check(changes, num_devices=1):
     ({"schedule.drop_percents": 40}, "a tuple"),
     ({"schedule.drop_percents": (0, 1, 2, 3)}, "from 1 to 100"),
     ({"plateau.factor": 1.0}, "below 1"),
+    ({"checkpoint.monitor": "acuracy"}, "Did you mean 'accuracy'"),
+    ({"checkpoint.monitor": "f1"}, "Known: accuracy, loss, objective"),
+    ({"checkpoint.every_steps": -1}, "checkpoint.every_steps=-1"),
+    (
+      {"checkpoint.every_minutes": float("nan")},
+      "checkpoint.every_minutes=nan",
+    ),
     ({"modle.depth": 20}, "Did you mean 'model.depth'"),
     ({"seed": 10**5000}, r"seed=\(int\) cannot be used"),
     ({"seed": np.int64(0)}, "seed="),

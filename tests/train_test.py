@@ -518,6 +518,22 @@ def test_validation_chooses_the_best_epoch(
   assert saved_steps(tmp_path / "run") == [4, 8]
 
 
+def test_the_monitored_metric_chooses_the_best_epoch(
+  tiny_config, tmp_path, monkeypatch, one_device
+):
+  tiny_config.num_epochs = 4
+  tiny_config.checkpoint.monitor = "loss"
+
+  def scripted(eval_step, state, *arguments, **keywords):
+    """The loss is best after the first epoch, the accuracy after the last."""
+    step = int(state.step)
+    return {"loss": step / 10, "objective": 1.0, "accuracy": step / 100}
+
+  monkeypatch.setattr(evaluate, "evaluate", scripted)
+  train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
+  assert saved_steps(tmp_path / "run") == [4, 12, 16]
+
+
 def test_non_finite_evaluation_stops_and_is_never_saved(
   tiny_config, tmp_path, monkeypatch, one_device
 ):
