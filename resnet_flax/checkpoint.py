@@ -139,7 +139,12 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    self._manager.close()
+    try:
+      self._manager.close()
+    except Exception:
+      # A save that has failed fails here again; the run stops for it already.
+      if exception[0] is None:
+        raise
     if not self._read_only:
       # A run that failed before its first checkpoint leaves nothing.
       with contextlib.suppress(OSError):

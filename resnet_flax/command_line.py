@@ -3,6 +3,9 @@
 import hashlib
 import os
 import re
+import sys
+import threading
+import types
 import warnings
 
 import jax
@@ -102,11 +105,24 @@ def set_up() -> None:
   warnings.filterwarnings(
     "ignore", "Error writing persistent compilation cache entry.*MemoryError"
   )
+  # On a full disk each of TensorStore's threads prints a traceback, of Orbax's
+  # loop that is closed by then; why the save failed comes as an exception.
+  sys.excepthook = _of_main_thread
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     # Programs for a CPU depend on its model, and home directories are shared.
     cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]
     folder = cache.cache_dir("") / f"compiled-{cpu}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _of_main_thread(
+  kind: type[BaseException],
+  error: BaseException,
+  traceback: types.TracebackType | None,
+) -> None:
+  """Python's own threads have a hook of theirs: they are still heard."""
+  if threading.current_thread() is threading.main_thread():
+    sys.__excepthook__(kind, error, traceback)
 
 
 def _config_path(argv: list[str]) -> str | None:
