@@ -327,17 +327,23 @@ def _quiet_threads() -> Iterator[None]:
   Orbax leaves its event loop at the first error, which it raises; TensorStore's
   threads then report the others to a loop that is closed.
   """
-  previous = sys.unraisablehook
+  unraisable, uncaught = sys.unraisablehook, sys.excepthook
+  # Some of the threads use one hook, some the other.
+  noise = "Event loop is closed"
 
-  def hook(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-      previous(unraisable)
+  def on_unraisable(report: Any) -> None:
+    if str(report.exc_value) != noise:
+      unraisable(report)
 
-  sys.unraisablehook = hook
+  def on_uncaught(kind: Any, error: BaseException, traceback: Any) -> None:
+    if str(error) != noise:
+      uncaught(kind, error, traceback)
+
+  sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
   try:
     yield
   finally:
-    sys.unraisablehook = previous
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
 @contextlib.contextmanager

@@ -136,6 +136,27 @@ def test_full_disk_is_noticed_beforehand(tmp_path, state, monkeypatch):
   assert folders(tmp_path) == [0]
 
 
+def close_after_a_failed_save(tmp_path, monkeypatch, error):
+  def fail():
+    raise ValueError("RESOURCE_EXHAUSTED")
+
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, "close", fail)
+    if error is not None:
+      raise error
+
+
+def test_closing_hides_no_other_error(tmp_path, monkeypatch):
+  error = errors.WorkdirError("no space left")
+  with pytest.raises(errors.WorkdirError, match="no space left"):
+    close_after_a_failed_save(tmp_path, monkeypatch, error)
+
+
+def test_failing_to_close_is_an_error(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"):
+    close_after_a_failed_save(tmp_path, monkeypatch, None)
+
+
 def test_nothing_saved_leaves_nothing(tmp_path, state, mesh):
   assert restore_latest(tmp_path, state, mesh) is None
   assert list(tmp_path.iterdir()) == []
