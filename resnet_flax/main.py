@@ -101,9 +101,10 @@ def run() -> None:
     app.run(_run, flags_parser=command_line.parse_flags)
   except errors.UserError as error:
     _leave_at_once(f"error: {error}", error.exit_code)
-  except KeyboardInterrupt:
-    text = "error: stopped by SIGINT; nothing new was saved."
-    _leave_at_once(text, 128 + signal.SIGINT)
+  except KeyboardInterrupt as error:
+    number = signal.Signals(getattr(error, "number", signal.SIGINT))
+    text = f"error: stopped by {number.name}; nothing new was saved."
+    _leave_at_once(text, 128 + number)
   except BrokenPipeError:
     # Whoever reads our output, such as `head`, has seen enough.
     os._exit(0)

@@ -80,12 +80,12 @@ def train_and_evaluate(
     return metrics.best_record(records, monitor)["step"] if records else None
 
   with contextlib.ExitStack() as stack:
+    signals = stack.enter_context(signals or interruption.StopSignals())
     with workdir_lib.explain_write_errors(workdir):
       stack.enter_context(workdir_lib.use(workdir, config))
       checkpoints = stack.enter_context(
         checkpoint.Checkpoints(workdir, best_step=best_step)
       )
-    signals = stack.enter_context(signals or interruption.StopSignals())
     stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
 
     with workdir_lib.explain_write_errors(workdir):
