@@ -8,12 +8,10 @@ ends it when one takes too long. What is no `DataError` of one line, and no
 valid arrays either, is a finding: its file is kept, and --only reads it again.
 """
 
-import collections
 import pathlib
 import platform
 import sys
 import tempfile
-from typing import Any
 
 from absl import app, flags
 
@@ -25,31 +23,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all inputs.")
 _OUT = flags.DEFINE_string("out", "", "JSON file with the raw counts.")
 _FINDINGS = flags.DEFINE_string("findings", "", "Folder for findings.")
 _ONLY = flags.DEFINE_integer("only", None, "Read this input alone, here.")
-
-
-def table(results: dict[str, Any]) -> str:
-  """Counts by kind of mutation, in Markdown, and what stands out."""
-  columns = ("refused", "same", "other", "finding")
-  lines = [
-    f"| mutation | inputs | {' | '.join(columns)} |",
-    "|" + " --- |" * (len(columns) + 2),
-  ]
-  total = collections.Counter[str]()
-  for kind, counts in [*results["outcomes"].items(), ("all", total)]:
-    cells = [f"{counts.get(column, 0):,}" for column in columns]
-    lines.append(f"| {kind} | {sum(counts.values()):,} | {' | '.join(cells)} |")
-    if counts is not total:
-      total.update(counts)
-  slowest = results["slowest"]
-  lines += [
-    "",
-    f"{results['inputs']:,} inputs in {results['seconds']:.0f} s;"
-    f" {len(results['reasons'])} different refusals; slowest"
-    f" {slowest['seconds']:.3f} s (input {slowest.get('index')},"
-    f" {slowest.get('kind')}); peak memory {results['peak_mb']:.0f} MB above"
-    f" idle; findings: {len(results['findings'])}.",
-  ]
-  return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
@@ -64,7 +37,7 @@ def main(argv: list[str]) -> None:
     return
   findings = pathlib.Path(_FINDINGS.value) if _FINDINGS.value else None
   results = reading.fuzz(_SEED.value, 60 * _MINUTES.value, findings)
-  print(table(results), flush=True)
+  print(reading.table(results), flush=True)
   if _OUT.value:
     described = {
       "seed": _SEED.value,

@@ -221,3 +221,28 @@ def fuzz(
     "peak_mb": peak / 1e6,
     "findings": found,
   }
+
+
+def table(results: dict[str, Any]) -> str:
+  """Counts by kind of mutation, in Markdown, and what stands out."""
+  columns = ("refused", "same", "other", "finding")
+  lines = [
+    f"| mutation | inputs | {' | '.join(columns)} |",
+    "|" + " --- |" * (len(columns) + 2),
+  ]
+  total = collections.Counter[str]()
+  for kind, counts in [*results["outcomes"].items(), ("all", total)]:
+    cells = [f"{counts.get(column, 0):,}" for column in columns]
+    lines.append(f"| {kind} | {sum(counts.values()):,} | {' | '.join(cells)} |")
+    if counts is not total:
+      total.update(counts)
+  slowest = results["slowest"]
+  lines += [
+    "",
+    f"{results['inputs']:,} inputs in {results['seconds']:.0f} s;"
+    f" {len(results['reasons'])} different refusals; slowest"
+    f" {slowest['seconds']:.3f} s (input {slowest.get('index')},"
+    f" {slowest.get('kind')}); peak memory {results['peak_mb']:.0f} MB above"
+    f" idle; findings: {len(results['findings'])}.",
+  ]
+  return "\n".join(lines)

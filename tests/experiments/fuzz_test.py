@@ -4,7 +4,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from experiments.fuzz import __main__ as program, mutations, reading
+from experiments.fuzz import mutations, reading
 from resnet_flax import errors
 from resnet_flax.datasets import archive
 
@@ -22,7 +22,7 @@ def test_nothing_is_found(tmp_path):
   assert {kind: sum(each.values()) for kind, each in counts.items()} == (
     dict.fromkeys(mutations.KINDS, 4)
   )
-  text = program.table(results)
+  text = reading.table(results)
   assert "| all | 60 |" in text
   assert "findings: 0." in text
 
@@ -128,4 +128,4 @@ def test_a_finding_is_kept_and_reported(monkeypatch, tmp_path, capsys):
   found = {"index": 1, "kind": kind, "reason": "a reason"}
   assert results["findings"][1] == found
   assert f"finding: input 1 ({kind}): a reason" in capsys.readouterr().out
-  assert "peak memory 2 MB" in program.table(results)
+  assert "peak memory 2 MB" in reading.table(results)
