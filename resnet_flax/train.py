@@ -89,9 +89,11 @@ def train_and_evaluate(
     stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
 
     with workdir_lib.explain_write_errors(workdir):
-      restored = checkpoints.restore_latest(
-        experiment_lib.abstract_state(config, experiment), mesh
-      )
+      restored = None
+      # Tracing a deep network takes long: not for a run that is new.
+      if checkpoints.steps():
+        like = experiment_lib.abstract_state(config, experiment)
+        restored = checkpoints.restore_latest(like, mesh)
       step = int(restored[0].step) if restored else 0
       log = metrics.MetricsLog(workdir)
       records += log.cut_back(
@@ -112,14 +114,14 @@ def train_and_evaluate(
         " set dataset.validation_examples to hold out a part of training"
       )
     if restored:
-      state, notes = restored
       _logger.info("going on after step %d of %s", step, workdir)
-      if step == len(records) * steps_per_epoch:
-        # An epoch's checkpoint is from before its evaluation.
-        state = _after_epoch(state, records[-1], experiment, mesh)
-        notes = _NEW_EPOCH
-    else:
-      state = initial_state(config, experiment, dataset.train, mesh)
+    state, notes = restored or (
+      initial_state(config, experiment, dataset.train, mesh),
+      _NEW_EPOCH,
+    )
+    if records and step == len(records) * steps_per_epoch:
+      # An epoch's checkpoint is from before its evaluation.
+      state = _after_epoch(state, records[-1], experiment, mesh)
       notes = _NEW_EPOCH
     progress = progress_lib.Progress(
       config.num_epochs,
@@ -128,10 +130,7 @@ def train_and_evaluate(
       config.log.interval_seconds,
     )
     stack.callback(progress.close)
-    key = jax.device_put(
-      randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-      mesh_lib.replicated(mesh),
-    )
+    key = augmentation_key(config.seed, mesh)
     compiled_step = compile_train_step(
       experiment, state, config.batch_size, key, mesh
     )
@@ -230,6 +229,14 @@ def initial_state(
   )
   key = randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION)
   return create(key, normalization.measure(config.normalization, train))
+
+
+def augmentation_key(seed: int, mesh: Mesh) -> jax.Array:
+  """The key[] that every training step takes, on all devices of the mesh."""
+  return jax.device_put(
+    randomness.device_key(seed, randomness.Purpose.AUGMENTATION),
+    mesh_lib.replicated(mesh),
+  )
 
 
 def compile_train_step(
