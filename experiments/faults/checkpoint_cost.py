@@ -18,16 +18,14 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from experiments.throughput.in_turn import in_turn
+from experiments.throughput.resident import prepare_on_data
 from resnet_flax import (
   checkpoint,
   command_line,
-  config_rules,
-  datasets,
   environment,
   experiment as experiment_lib,
   huge_pages,
-  mesh as mesh_lib,
-  randomness,
   train,
   workdir,
 )
@@ -48,42 +46,28 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
   Returns:
     `without` and `with`: seconds of each round; `steps_per_epoch`.
   """
-  config_rules.check(config, num_devices=jax.device_count())
-  experiment = experiment_lib.build(config)
-  mesh = mesh_lib.create_mesh()
-  dataset = datasets.load(config.dataset)
-  key = jax.device_put(
-    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
-  )
-  state = train.initial_state(config, experiment, dataset.train, mesh)
-  step = train.compile_train_step(
-    experiment, state, config.batch_size, key, mesh
-  )
-  batches = itertools.chain.from_iterable(
-    train.epoch_batches(
-      dataset.train, config.batch_size, config.seed, epoch, mesh
-    )
-    for epoch in itertools.count()
-  )
+  prepared, batches_from = prepare_on_data(config)
+  batches = batches_from(0)
   seconds: dict[str, list[float]] = {"without": [], "with": []}
   with (
     tempfile.TemporaryDirectory() as folder,
     checkpoint.Checkpoints(pathlib.Path(folder)) as checkpoints,
   ):
-    for round_number in range(rounds + 1):
-      # The order alternates, so that a drift of the machine favours none.
-      for name in sorted(seconds, reverse=bool(round_number % 2)):
-        started = time.perf_counter()
-        if name == "with":
-          checkpoints.save(state, {"epoch_seconds": 0.0})
-        state, _ = train.train_steps(
-          step, state, itertools.islice(batches, steps), key, lambda _: None
-        )
-        checkpoints.wait()
-        if round_number:  # The first one warms up.
-          seconds[name].append(time.perf_counter() - started)
-  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+    for round_number, name in in_turn(seconds, rounds):
+      started = time.perf_counter()
+      if name == "with":
+        checkpoints.save(prepared.state, {"epoch_seconds": 0.0})
+      prepared.state, _ = train.train_steps(
+        prepared.step,
+        prepared.state,
+        itertools.islice(batches, steps),
+        prepared.key,
+        lambda _: None,
+      )
+      checkpoints.wait()
+      if round_number:
+        seconds[name].append(time.perf_counter() - started)
+  steps_per_epoch = experiment_lib.build(config).learning_rate.steps_per_epoch
   return {**seconds, "steps": steps, "steps_per_epoch": steps_per_epoch}
 
 

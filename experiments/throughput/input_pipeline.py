@@ -24,15 +24,12 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from experiments.throughput.in_turn import in_turn
+from experiments.throughput.resident import prepare_on_data
 from resnet_flax import (
   command_line,
-  config_rules,
-  datasets,
   environment,
-  experiment as experiment_lib,
   huge_pages,
-  mesh as mesh_lib,
-  randomness,
   train,
   workdir,
 )
@@ -56,44 +53,24 @@ def measure_steps(
     Images/s of each round: `real` (the data set) and `resident` (the same
     compiled step, one batch that stays on the devices).
   """
-  config_rules.check(config, num_devices=jax.device_count())
-  experiment = experiment_lib.build(config)
-  mesh = mesh_lib.create_mesh()
-  dataset = datasets.load(config.dataset)
-  key = jax.device_put(
-    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
-  )
-
-  def real_batches(first_epoch):
-    batches = itertools.chain.from_iterable(
-      train.epoch_batches(
-        dataset.train, config.batch_size, config.seed, epoch, mesh
-      )
-      for epoch in itertools.count(first_epoch)
-    )
-    return itertools.islice(batches, steps)
-
-  resident = next(real_batches(0))
-  state = train.initial_state(config, experiment, dataset.train, mesh)
-  step = train.compile_train_step(
-    experiment, state, config.batch_size, key, mesh
-  )
+  resident, batches_from = prepare_on_data(config)
   sources = {
-    "real": real_batches,
-    "resident": lambda _: itertools.repeat(resident, steps),
+    "real": lambda epoch: itertools.islice(batches_from(epoch), steps),
+    "resident": lambda _: itertools.repeat(resident.batch, steps),
   }
   speeds: dict[str, list[float]] = {name: [] for name in sources}
-  for round_number in range(rounds + 1):
-    # The order alternates, so that a drift of the machine favours none.
-    for name in sorted(sources, reverse=bool(round_number % 2)):
-      started = time.perf_counter()
-      state, _ = train.train_steps(
-        step, state, sources[name](round_number), key, lambda _: None
-      )
-      seconds = time.perf_counter() - started
-      if round_number:  # The first one warms up.
-        speeds[name].append(steps * config.batch_size / seconds)
+  for round_number, name in in_turn(sources, rounds):
+    started = time.perf_counter()
+    resident.state, _ = train.train_steps(
+      resident.step,
+      resident.state,
+      sources[name](round_number),
+      resident.key,
+      lambda _: None,
+    )
+    seconds = time.perf_counter() - started
+    if round_number:
+      speeds[name].append(steps * config.batch_size / seconds)
   return speeds
 
 

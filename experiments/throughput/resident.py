@@ -1,6 +1,9 @@
-"""Our training step, compiled as by the main command, and one noise batch."""
+"""Our training step, compiled as by the main command, and a resident batch."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,8 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import (
+  config_rules,
+  datasets,
+  experiment as experiment_lib,
   mesh as mesh_lib,
-  randomness,
   train,
   train_step,
 )
@@ -49,7 +54,7 @@ def prepare(
   labels: np.ndarray,
   mesh: Mesh,
 ) -> Resident:
-  """Initialises and compiles as `train.train_and_evaluate` does.
+  """A step on one batch that is all there is to train on.
 
   Args:
     config: the experiment's.
@@ -58,11 +63,50 @@ def prepare(
     labels: int32[B].
     mesh: the devices.
   """
-  key = jax.device_put(
-    randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
-  )
   split = record.whole_split(images, labels)
+  batch = mesh_lib.shard_batch(mesh, images, labels)
+  return _prepare(config, experiment, split, batch, mesh)
+
+
+def prepare_on_data(
+  config: ConfigDict,
+) -> tuple[Resident, Callable[[int], Iterator[Any]]]:
+  """A step on the configuration's own data, on all devices.
+
+  Args:
+    config: the experiment's; checked here.
+
+  Returns:
+    The step, whose batch is the first of epoch 0, and a function that gives
+    the batches of an epoch and of all that follow.
+  """
+  config_rules.check(config, num_devices=jax.device_count())
+  mesh = mesh_lib.create_mesh()
+  dataset = datasets.load(config.dataset)
+
+  def batches_from(first_epoch: int) -> Iterator[Any]:
+    return itertools.chain.from_iterable(
+      train.epoch_batches(
+        dataset.train, config.batch_size, config.seed, epoch, mesh
+      )
+      for epoch in itertools.count(first_epoch)
+    )
+
+  experiment = experiment_lib.build(config)
+  batch = next(batches_from(0))
+  prepared = _prepare(config, experiment, dataset.train, batch, mesh)
+  return prepared, batches_from
+
+
+def _prepare(
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  split: record.Split,
+  batch: tuple[jax.Array, jax.Array],
+  mesh: Mesh,
+) -> Resident:
+  """Initialises and compiles as `train.train_and_evaluate` does."""
+  key = train.augmentation_key(config.seed, mesh)
   state = train.initial_state(config, experiment, split, mesh)
-  step = train.compile_train_step(experiment, state, len(labels), key, mesh)
-  return Resident(step, state, mesh_lib.shard_batch(mesh, images, labels), key)
+  step = train.compile_train_step(experiment, state, len(batch[1]), key, mesh)
+  return Resident(step, state, batch, key)

@@ -19,6 +19,7 @@ import jax
 from absl import app, flags
 
 from configs import v1_depth20
+from experiments.throughput.in_turn import in_turn
 from experiments.throughput.resident import noise, prepare
 from resnet_flax import (
   experiment as experiment_lib,
@@ -73,21 +74,19 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
     ):
       residents[name] = prepare(config, experiment, *batch, mesh)
   speeds: dict[str, list[float]] = {name: [] for name in experiments}
-  for round_number in range(rounds + 1):
-    # The order alternates, so that a drift of the machine favours none.
-    for name in sorted(experiments, reverse=bool(round_number % 2)):
-      resident = residents[name]
-      started = time.perf_counter()
-      resident.state, _ = train.train_steps(
-        resident.step,
-        resident.state,
-        itertools.repeat(resident.batch, steps),
-        resident.key,
-        _ignore,
-      )
-      if round_number:
-        seconds = time.perf_counter() - started
-        speeds[name].append(steps * batch_size / seconds)
+  for round_number, name in in_turn(experiments, rounds):
+    resident = residents[name]
+    started = time.perf_counter()
+    resident.state, _ = train.train_steps(
+      resident.step,
+      resident.state,
+      itertools.repeat(resident.batch, steps),
+      resident.key,
+      _ignore,
+    )
+    if round_number:
+      seconds = time.perf_counter() - started
+      speeds[name].append(steps * batch_size / seconds)
   return speeds
 
 
