@@ -388,14 +388,20 @@ def _digest(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _forms(state: train_step.TrainState) -> dict[str, str]:
-  """For the path of every array its form, as in 'float32[16, 10]'."""
+def named_arrays(state: train_step.TrainState) -> dict[str, Any]:
+  """The arrays of a state, or their shapes, by path: 'params/head/bias'."""
   flat, _ = jax.tree_util.tree_flatten_with_path(state)
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{leaf.dtype}{list(leaf.shape)}"
-    )
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in flat
+  }
+
+
+def _forms(state: train_step.TrainState) -> dict[str, str]:
+  """For the path of every array its form, as in 'float32[16, 10]'."""
+  return {
+    name: f"{leaf.dtype}{list(leaf.shape)}"
+    for name, leaf in named_arrays(state).items()
   }
 
 

@@ -11,6 +11,10 @@ from resnet_flax import errors
 
 Record = dict[str, Any]
 
+# What is measured of the machine, not of the network: it differs between runs
+# that are the same to the bit.
+TIMED = ("epoch_seconds", "images_per_second")
+
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
@@ -85,6 +89,14 @@ class MetricsLog:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
+
+
+def untimed(records: list[Record]) -> list[Record]:
+  """The records without what is `TIMED`, to compare runs."""
+  return [
+    {key: value for key, value in record.items() if key not in TIMED}
+    for record in records
+  ]
 
 
 def best_record(records: list[Record], monitor: str) -> Record:

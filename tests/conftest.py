@@ -41,20 +41,30 @@ def one_device():
   return jax.devices()[:1]
 
 
+@pytest.fixture(scope="session")
+def make_tiny_config():
+  """A function of the cache folder that makes what `tiny_config` is."""
+
+  def make(cache_dir):
+    config = base.get_config()
+    config.batch_size = 8
+    config.num_epochs = 2
+    config.eval_batch_size = 100
+    config.dataset.name = "digits"
+    config.dataset.cache_dir = str(cache_dir)
+    config.dataset.train_examples = 32
+    config.model.depth = 8
+    config.model.num_filters = 4
+    config.log.tensorboard = False
+    return config
+
+  return make
+
+
 @pytest.fixture
-def tiny_config(tmp_path):
+def tiny_config(make_tiny_config, tmp_path):
   """An experiment that trains in seconds: 2 epochs of 4 steps on digits."""
-  config = base.get_config()
-  config.batch_size = 8
-  config.num_epochs = 2
-  config.eval_batch_size = 100
-  config.dataset.name = "digits"
-  config.dataset.cache_dir = str(tmp_path / "cache")
-  config.dataset.train_examples = 32
-  config.model.depth = 8
-  config.model.num_filters = 4
-  config.log.tensorboard = False
-  return config
+  return make_tiny_config(tmp_path / "cache")
 
 
 @pytest.fixture

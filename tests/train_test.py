@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
 from resnet_flax import (
   checkpoint,
   datasets,
@@ -23,19 +22,9 @@ from resnet_flax import (
   mesh as mesh_lib,
   metrics,
   progress,
-  randomness,
   train,
   train_step,
 )
-
-TIMING = ("epoch_seconds", "images_per_second")
-
-
-def untimed(records):
-  return [
-    {key: value for key, value in record.items() if key not in TIMING}
-    for record in records
-  ]
 
 
 def restore(config, workdir, devices, step=None):
@@ -61,7 +50,7 @@ def assert_identical(a, b):
 
 def assert_same_run(config, one, other, devices):
   """Checkpoints and records are the same, to the bit."""
-  assert untimed(metrics.MetricsLog(one).read()) == untimed(
+  assert metrics.untimed(metrics.MetricsLog(one).read()) == metrics.untimed(
     metrics.MetricsLog(other).read()
   )
   assert saved_steps(one)[-1] == saved_steps(other)[-1]
@@ -132,21 +121,14 @@ def test_a_run_leaves_its_numbers(tiny_config, tmp_path, one_device):
 
 
 @pytest.fixture(scope="module")
-def long_config(tmp_path_factory):
+def long_config(make_tiny_config, tmp_path_factory):
   """3 epochs of 4 steps, with everything that a state can hold."""
-  config = base.get_config()
-  config.batch_size = 8
+  config = make_tiny_config(tmp_path_factory.mktemp("cache"))
   config.num_epochs = 3
-  config.eval_batch_size = 100
-  config.dataset.name = "digits"
-  config.dataset.cache_dir = str(tmp_path_factory.mktemp("cache"))
-  config.dataset.train_examples = 32
-  config.model.update({"depth": 8, "num_filters": 4})
   config.schedule.warmup_learning_rate = 1e-4
   config.schedule.warmup_min_depth = 8
   config.plateau.enabled = True
   config.checkpoint.every_steps = 3
-  config.log.tensorboard = False
   return config
 
 
@@ -651,10 +633,7 @@ def losses_of(config, dataset, devices, steps):
   experiment = experiment_lib.build(config)
   mesh = mesh_lib.create_mesh(devices)
   state = train.initial_state(config, experiment, dataset.train, mesh)
-  key = jax.device_put(
-    randomness.device_key(0, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
-  )
+  key = train.augmentation_key(0, mesh)
   compiled = train.compile_train_step(
     experiment, state, config.batch_size, key, mesh
   )

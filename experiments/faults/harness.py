@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from resnet_flax import (
@@ -23,10 +22,14 @@ from resnet_flax import (
   workdir as workdir_lib,
 )
 
-# They differ from run to run, even of the same bits.
-_TIMING = ("epoch_seconds", "images_per_second")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _POLL_SECONDS = 0.005
+
+
+def command(arguments: list[str], workdir: pathlib.Path) -> list[str]:
+  """The main command on a workdir, as `subprocess` takes it."""
+  main = (sys.executable, "-m", "resnet_flax.main")
+  return [*main, *arguments, f"--workdir={workdir}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +83,7 @@ class Process:
     self._messages, name = tempfile.mkstemp()
     os.unlink(name)
     self._process = subprocess.Popen(
-      [
-        *(sys.executable, "-m", "resnet_flax.main", *arguments),
-        f"--workdir={workdir}",
-      ],
+      command(arguments, workdir),
       stdout=subprocess.DEVNULL,
       stderr=self._messages,
       env={**os.environ, **environment},
@@ -185,13 +185,6 @@ class Process:
     return not within and len(records) < epochs
 
 
-def run(
-  arguments: list[str], workdir: pathlib.Path, **environment: str
-) -> Ended:
-  """Runs the main command to its end."""
-  return Process(arguments, workdir, **environment).end()
-
-
 def run_and_signal(
   arguments: list[str],
   workdir: pathlib.Path,
@@ -222,12 +215,8 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
   config = workdir_lib.load_config(workdir)
   records = metrics.MetricsLog(workdir).read()
   best = metrics.best_record(records, config.checkpoint.monitor)["step"]
-  untimed = [
-    {key: value for key, value in record.items() if key not in _TIMING}
-    for record in records
-  ]
   return {
-    "records": np.bytes_(json.dumps(untimed)),
+    "records": np.bytes_(json.dumps(metrics.untimed(records))),
     **_arrays(workdir, "latest", _whole(workdir)[-1]),
     **_arrays(workdir, "best", best),
   }
@@ -263,10 +252,8 @@ def _arrays(
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     state, _ = checkpoints.restore(step, like, mesh_lib.create_mesh())
   return {
-    f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": (
-      np.asarray(leaf)
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    f"{name}/{path}": np.asarray(leaf)
+    for path, leaf in checkpoint.named_arrays(state).items()
   }
 
 

@@ -83,10 +83,7 @@ class Twin:
     sent: float | None = None
     with self._log.open("a") as log:
       process = subprocess.Popen(
-        [
-          *(sys.executable, "-m", "resnet_flax.main", *self._arguments),
-          f"--workdir={self.workdir}",
-        ],
+        harness.command(self._arguments, self.workdir),
         stdout=log,
         stderr=log,
         preexec_fn=lambda: os.sched_setaffinity(0, {self._core}),

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from resnet_flax import errors
 from resnet_flax.datasets import cache
+from tests.datasets import damage
 
 
 class Builder:
@@ -187,11 +188,8 @@ def test_files_that_are_none_are_built_again(tmp_path, arrays, file, make):
 )
 @given(
   data=st.data(),
-  edits=st.lists(
-    st.tuples(st.integers(0, 20_000), st.binary(min_size=1, max_size=8)),
-    max_size=3,
-  ),
-  cut=st.none() | st.integers(0, 20_000),
+  edits=damage.edits(20_000),
+  cut=damage.cuts(20_000),
 )
 def test_any_damage_is_mended(arrays, data, edits, cut):
   with tempfile.TemporaryDirectory() as folder:
@@ -199,11 +197,7 @@ def test_any_damage_is_mended(arrays, data, edits, cut):
     cache.cached(root, "key", Builder(arrays))
     names = sorted(path.name for path in (root / "key").iterdir())
     path = root / "key" / data.draw(st.sampled_from(names))
-    raw = bytearray(path.read_bytes())
-    for position, value in edits:
-      position %= len(raw)
-      raw[position : position + len(value)] = value
-    path.write_bytes(raw[:cut])
+    damage.apply(path, edits, cut)
     for _ in range(2):
       check_equal(cache.cached(root, "key", Builder(arrays)), arrays)
     assert [path.name for path in root.iterdir()] == ["key"]

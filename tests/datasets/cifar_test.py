@@ -18,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from configs import base
 from resnet_flax import errors
 from resnet_flax.datasets import archive, cache, cifar, loading, record
-from tests.datasets import archives
+from tests.datasets import archives, damage
 
 
 @pytest.fixture
@@ -458,11 +458,8 @@ def test_dataset_info_that_is_a_pipe(copy):
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
   data=st.data(),
-  edits=st.lists(
-    st.tuples(st.integers(0, 100_000), st.binary(min_size=1, max_size=8)),
-    max_size=3,
-  ),
-  cut=st.none() | st.integers(0, 100_000),
+  edits=damage.edits(100_000),
+  cut=damage.cuts(100_000),
 )
 def test_any_damage_is_one_line_or_harmless(intact_copy, data, edits, cut):
   names = sorted(path.name for path in intact_copy.iterdir())
@@ -470,11 +467,7 @@ def test_any_damage_is_one_line_or_harmless(intact_copy, data, edits, cut):
   with tempfile.TemporaryDirectory() as root:
     folder = pathlib.Path(root) / "cifar10" / intact_copy.name
     shutil.copytree(intact_copy, folder)
-    raw = bytearray((folder / name).read_bytes())
-    for position, value in edits:
-      position %= len(raw)
-      raw[position : position + len(value)] = value
-    (folder / name).write_bytes(raw[:cut])
+    damage.apply(folder / name, edits, cut)
     try:
       arrays = read_copy(folder)
     except errors.DataError:
