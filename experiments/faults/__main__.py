@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.faults import harness, injections
+from experiments.faults.case import Case, Job
 from resnet_flax import command_line, environment, workdir as workdir_lib
 
 _KILLS = flags.DEFINE_integer("kills", 50, "Random kills that hit a process.")
@@ -66,7 +67,7 @@ class Row:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kill_at_random(job: injections.Job, kills: int, seed: int) -> list[Any]:
+def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
   """Kills runs at random times until so many kills have hit a process.
 
   Half of the times are drawn from the time that the reference took until its
@@ -100,7 +101,7 @@ def kill_at_random(job: injections.Job, kills: int, seed: int) -> list[Any]:
           )
         process.wait_until(functools.partial(process.is_older, wait))
         process.send(number)
-      attempts.append(injections.attempt(process.end()))
+      attempts.append(process.end().as_json())
       hits += attempts[-1]["signal"] is not None
     different = None
     if attempts[-1]["exit_code"] == 0:
@@ -162,7 +163,7 @@ def _ended_well(attempt: dict[str, Any]) -> bool:
   return attempt["exit_code"] in (0, 128 + number)
 
 
-def inject(name: str, job: injections.Job, seed: int) -> tuple[Row, list[Any]]:
+def inject(name: str, job: Job, seed: int) -> tuple[Row, list[Any]]:
   """Injects one named fault.
 
   Args:
@@ -177,7 +178,7 @@ def inject(name: str, job: injections.Job, seed: int) -> tuple[Row, list[Any]]:
   # The docstring's first line is what the table calls it.
   assert fault.__doc__ is not None
   title = fault.__doc__.splitlines()[0].rstrip(".")
-  case = injections.Case(job, np.random.default_rng(seed))
+  case = Case(job, np.random.default_rng(seed))
   try:
     fault(case)
   except injections.Skipped as skipped:
@@ -239,10 +240,8 @@ def main(argv: list[str]) -> None:
 
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    job = injections.Job(folder / "digits", injections.DIGITS, half_done=27)
-    on_cifar10 = injections.Job(
-      folder / "cifar10", injections.CIFAR10, half_done=3
-    )
+    job = Job(folder / "digits", injections.DIGITS, half_done=27)
+    on_cifar10 = Job(folder / "cifar10", injections.CIFAR10, half_done=3)
     results["reference"] = {
       "seconds": job.reference.seconds,
       "seconds_to_compiled": job.reference.seconds_to_compiled,

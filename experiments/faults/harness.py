@@ -64,6 +64,17 @@ class Ended:
     wanted = self.code > 0 and last.startswith("error: ") and not traced
     return last if wanted else ""
 
+  def as_json(self) -> dict[str, Any]:
+    """All of it but what was written, in JSON's types."""
+    return {
+      "signal": self.signal,
+      "phase": self.phase,
+      "signal_after_seconds": self.sent_after,
+      "seconds_to_stop" if self.signal else "seconds": self.seconds,
+      "exit_code": self.code,
+      "error": self.error,
+    }
+
 
 class Process:
   """The main command on a workdir, running.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.faults import __main__ as faults, harness, injections
+from experiments.faults.case import Job
 
 
 def results(**changes):
@@ -127,7 +128,7 @@ def test_a_fault_with_a_problem_is_not_as_expected(tmp_path, monkeypatch):
     case.expect(False, "it broke")
 
   monkeypatch.setitem(injections.FAULTS, "fault", fault)
-  job = injections.Job(tmp_path / "job", injections.DIGITS, half_done=27)
+  job = Job(tmp_path / "job", injections.DIGITS, half_done=27)
   row, _ = faults.inject("fault", job, seed=0)
   assert row.outcome == "it broke"
   assert not row.as_expected

@@ -1,0 +1,227 @@
+"""A fault on trial: the job that it disturbs, what came of it."""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.faults import harness
+from resnet_flax import errors
+
+
+class Job:
+  """A command, what it gives undisturbed, and a half-done run of it.
+
+  Args:
+    folder: gets its workdirs and its data cache.
+    arguments: of the main command.
+    half_done: the step of the checkpoint after which a run is half done.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, arguments: tuple[str, ...], half_done: int
+  ):
+    folder.mkdir()
+    self._folder = folder
+    self._half_done = half_done
+    self._num_workdirs = 0
+    self.cache = folder / "cache"
+    self.arguments = [*arguments, f"--config.dataset.cache_dir={self.cache}"]
+
+  def new_workdir(self) -> pathlib.Path:
+    """A folder that does not exist yet."""
+    self._num_workdirs += 1
+    return self._folder / f"run{self._num_workdirs}"
+
+  @functools.cached_property
+  def reference(self) -> "Reference":
+    """The undisturbed run."""
+    workdir = self.new_workdir()
+    process = harness.Process(self.arguments, workdir)
+    process.wait_until(process.is_compiled)
+    compiled = process.age
+    ended = process.end()
+    if ended.code:
+      raise RuntimeError("".join(ended.lines))
+    return Reference(compiled, ended.seconds, harness.results(workdir))
+
+  @functools.cached_property
+  def _template(self) -> tuple[pathlib.Path, int]:
+    workdir = self.new_workdir()
+    # Here, so that no disturbed run is the first to fill the data cache.
+    assert self.reference
+    process = harness.Process(self.arguments, workdir)
+    process.wait_until(lambda: process.has_saved(self._half_done))
+    process.send(signal.SIGKILL)
+    process.end()
+    return workdir, process.pid
+
+  def half_done(self, workdir: pathlib.Path) -> int:
+    """Makes a workdir that a killed run left.
+
+    Returns:
+      The number of the killed process, whose lock is still there.
+    """
+    template, pid = self._template
+    shutil.copytree(template, workdir)
+    return pid
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """An undisturbed run: when it was compiled, how long it took, its results."""
+
+  seconds_to_compiled: float
+  seconds: float
+  results: dict[str, Any]
+
+
+class Case:
+  """One fault on trial: what was done, what came of it, what was wrong.
+
+  Attributes:
+    workdir: of the run on trial; does not exist at first.
+    rng: draws what the fault leaves open.
+    injected: how many times the fault was injected.
+    attempts: all starts of the command, as JSON.
+    problems: what was not as expected.
+    notes: what is worth telling.
+    messages: what all starts wrote to standard error.
+    different_bytes: of all recovered runs' results; None before there is one.
+  """
+
+  def __init__(self, job: Job, rng: np.random.Generator):
+    self.job = job
+    self.workdir = job.new_workdir()
+    self.rng = rng
+    self.injected = 1
+    self.attempts: list[dict[str, Any]] = []
+    self.problems: list[str] = []
+    self.notes: list[str] = []
+    self.messages: list[str] = []
+    self.different_bytes: int | None = None
+    self._done: list[str] = []
+
+  @property
+  def outcome(self) -> str:
+    """What was checked, in words."""
+    # Each once, in the order of events.
+    return ", ".join(dict.fromkeys(self._done))
+
+  def expect(self, holds: bool, problem: str) -> None:
+    """Takes note of a problem, unless what is expected holds."""
+    if not holds:
+      self.problems.append(problem)
+
+  def half_done(self) -> int:
+    """Goes on from a half-done run; returns the killed process's number."""
+    return self.job.half_done(self.workdir)
+
+  def start(self, *extra: str, **environment: str) -> harness.Process:
+    """Starts the command."""
+    arguments = [*self.job.arguments, *extra]
+    return harness.Process(arguments, self.workdir, **environment)
+
+  def end(self, process: harness.Process) -> harness.Ended:
+    """Waits for the end of a process and records it."""
+    ended = process.end()
+    self.attempts.append(ended.as_json())
+    self.messages += ended.lines
+    return ended
+
+  def start_until(
+    self, condition: Callable[[harness.Process], bool], **environment: str
+  ) -> harness.Process:
+    """Starts the command and waits for a condition of the process."""
+    process = self.start(**environment)
+    held = process.wait_until(lambda: condition(process))
+    self.expect(held, "a run ended before the fault")
+    return process
+
+  def stop_when(
+    self,
+    condition: Callable[[harness.Process], bool],
+    number: int,
+    **environment: str,
+  ) -> harness.Ended:
+    """Starts the command and ends it by a signal when the condition holds."""
+    process = self.start_until(condition, **environment)
+    process.send(number)
+    return self.end(process)
+
+  def refuses(self, *words: str, error: str | None = None) -> None:
+    """Runs the command, which must stop with one line that has these words.
+
+    Args:
+      *words: parts of the line.
+      error: the line, if it is not to be had by running the command.
+    """
+    if error is None:
+      error = self.end(self.start()).error
+    self._done.append("stops with one line")
+    self.expect(bool(error), "no error in one line")
+    for word in words:
+      self.expect(word in error, f"the error does not say {word!r}")
+
+  def refuses_unchanged(self, *words: str) -> None:
+    """Also sees that no file of the workdir is changed."""
+    before = _contents(self.workdir)
+    self.refuses(*words)
+    self._done.append("changes nothing")
+    self.expect(_contents(self.workdir) == before, "files were changed")
+
+  def recovers(
+    self, *says: str, identical: bool = True, **environment: str
+  ) -> None:
+    """Runs the command, which must finish and give the reference's results.
+
+    Args:
+      *says: must be in what it says.
+      identical: with no differing byte.
+      **environment: variables that are set for it.
+    """
+    self._done.append("recovers" if identical else "finishes")
+    ended = self.end(self.start(**environment))
+    text = "".join(ended.lines)
+    for words in says:
+      self.expect(words in text, f"the run does not say {words!r}")
+    self.compare(ended, identical=identical)
+
+  def compare(self, ended: harness.Ended, *, identical: bool = True) -> None:
+    """Compares the finished run with the reference."""
+    self.expect(ended.code == 0, f"the run ended with code {ended.code}")
+    if ended.code:
+      return
+    try:
+      found = harness.results(self.workdir)
+    except errors.WorkdirError as error:
+      self.problems.append(str(error))
+      return
+    count = harness.num_different_bytes(self.job.reference.results, found)
+    self.different_bytes = (self.different_bytes or 0) + count
+    self.expect(not identical or count == 0, "results differ")
+
+  def latest_is_good(self) -> None:
+    """Sees that the latest checkpoint can be restored, and is finite."""
+    try:
+      arrays = harness.latest_arrays(self.workdir)
+    except errors.WorkdirError as error:
+      self.problems.append(str(error))
+      return
+    for name, array in arrays.items():
+      numbers = np.issubdtype(array.dtype, np.floating)
+      good = not numbers or bool(np.isfinite(array).all())
+      self.expect(good, f"{name} of the latest checkpoint is not finite")
+
+
+def _contents(folder: pathlib.Path) -> dict[str, bytes]:
+  """Everything in a folder, by relative path."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+    for path in folder.rglob("*")
+  }
