@@ -81,7 +81,7 @@ def load_model(
       np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + batch])))
       for i in range(0, len(images), batch)
     ]
-    classes = datasets.DATASETS[config.dataset.name].num_classes
+    classes = experiment_lib.num_classes(config)
     return np.concatenate([np.empty((0, classes), np.float32), *parts])
 
   return LoadedModel(

@@ -405,9 +405,10 @@ def _describe_failure(
       "step_in_epoch": within,
       # Of the official training split, whatever part of it is used.
       "batch_indexes": split.indices[order(epoch)[within]].tolist(),
-      "augmentation_key": jax.random.key_data(
-        jax.random.fold_in(key, step)
-      ).tolist(),
+      **{
+        f"{name}_key": jax.random.key_data(key).tolist()
+        for name, key in train_step.step_keys(key, step).items()
+      },
       "latest_checkpoint_step": max(checkpoints.steps(), default=None),
     },
   )
