@@ -120,6 +120,7 @@ def evaluate_workdir(
   if config is not None:
     workdir_lib.check_same(workdir, config)
   config, experiment, state = _restore(workdir, which, config, devices)
+  config_rules.check_labels(config)
   dataset = datasets.load(config.dataset)
   scores = evaluate.evaluate(
     evaluate.jit_eval_step(experiment),

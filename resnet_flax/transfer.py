@@ -98,13 +98,12 @@ def initialize(
   new = state.replace(
     params=params, batch_stats=source.variables["batch_stats"]
   )
-  for name, here in checkpoint.named_arrays(state).items():
-    there = checkpoint.named_arrays(new).get(name)
-    if there is None or there.shape != here.shape:
+  there = checkpoint.named_arrays(new)
+  for name, array in checkpoint.named_arrays(state).items():
+    if there[name].shape != array.shape:
       raise errors.ConfigError(
-        f"init_from: {name} is"
-        f" {list(there.shape) if there is not None else 'missing'} there,"
-        f" {list(here.shape)} here. Pass the model.num_filters it was trained"
-        " with."
+        f"init_from: {name} is {list(there[name].shape)} there,"
+        f" {list(array.shape)} here. Pass the model.num_filters and"
+        " model.input_size that it was trained with."
       )
   return jax.device_put(new, mesh_lib.replicated(mesh))
