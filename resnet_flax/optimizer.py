@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from resnet_flax import errors
+from resnet_flax import errors, leaves
 
 PyTree = Any
 
@@ -64,10 +64,15 @@ class Optimizer:
   def penalty(self, params: PyTree) -> jax.Array:
     """The L2 term of the objective, float32[]: l2 * sum(w**2)."""
     mask = L2_WEIGHTS[self.l2_weights](params)
-    squares = jax.tree.map(
-      lambda w, masked: jnp.sum(jnp.square(w)) if masked else 0.0, params, mask
-    )
-    return jnp.asarray(self.l2 * optax.tree.sum(squares), jnp.float32)
+    masked = [
+      weight
+      for weight, is_masked in zip(
+        jax.tree.leaves(params), jax.tree.leaves(mask), strict=True
+      )
+      if is_masked
+    ]
+    squares = leaves.reduce_each(lambda w: jnp.sum(jnp.square(w)), masked)
+    return jnp.asarray(self.l2 * jnp.sum(squares), jnp.float32)
 
 
 def create_optimizer(config: ConfigDict) -> Optimizer:

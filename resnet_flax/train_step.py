@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resnet_flax import augment, optimizer, schedule
+from resnet_flax import augment, leaves, optimizer, schedule
 
 PyTree = Any
 
@@ -252,12 +252,14 @@ def train_step(
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-  checks = [
-    jnp.all(jnp.isfinite(leaf))
+  floats = [
+    leaf
     for leaf in jax.tree.leaves(tree)
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   ]
-  return jnp.all(jnp.stack(checks))
+  return jnp.all(
+    leaves.reduce_each(lambda leaf: jnp.all(jnp.isfinite(leaf)), floats)
+  )
 
 
 def apply_eval(
