@@ -116,13 +116,17 @@ def create_train_state(
 ) -> TrainState:
   """The state before the first step.
 
+  Called outside of `jax.jit` it compiles each shape's initializer once, whereas
+  a program of all of them takes a deep network minutes to compile.
+
   Args:
     experiment: the fixed parts.
     key: key[], draws the initial parameters.
     normalization: measured on the training split.
   """
-  images = jnp.zeros((1, *experiment.image_shape), jnp.float32)
-  variables = experiment.model.init(key, images, train=False)
+  images = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
+  # Draws the parameters without running the network.
+  variables = experiment.model.lazy_init(key, images, train=False)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],

@@ -68,10 +68,11 @@ def measure(
 
   Returns:
     The arguments, `trace_init_seconds` and `trace_step_seconds` (shapes alone,
-    the first time), `lower_seconds`, `compile_seconds`,
-    `compile_cpu_seconds` (of all threads), `temporary_mb` (XLA's plan),
-    `peak_mb` (the process's resident memory), `step_seconds` (of each
-    step), `losses` (after each step, the first included, the epoch's mean).
+    the first time), `initialize_seconds` (the real state), `lower_seconds`,
+    `compile_seconds`, `compile_cpu_seconds` (of all threads), `temporary_mb`
+    (XLA's plan), `peak_mb` (the process's resident memory), `step_seconds` (of
+    each step), `losses` (after each step, the first included, the epoch's
+    mean), `changed` (the share of kernels that the steps changed).
 
   Raises:
     FloatingPointError: a step's results are not finite.
@@ -104,7 +105,9 @@ def measure(
   started = time.perf_counter()
   jax.eval_shape(step, shapes, *batch, key)
   trace_step_seconds = time.perf_counter() - started
-  state = jax.jit(create)(*initial)
+  started = time.perf_counter()
+  state = jax.device_put(create(*initial), jax.devices()[0])
+  initialize_seconds = time.perf_counter() - started
   started = time.perf_counter()
   lowered = jax.jit(step, donate_argnums=0).lower(state, *batch, key)
   lower_seconds = time.perf_counter() - started
@@ -112,6 +115,7 @@ def measure(
   compiled = lowered.compile(mesh_lib.compiler_options(mesh_lib.create_mesh()))
   compile_seconds = time.perf_counter() - started
   compile_cpu_seconds = time.process_time() - cpu_started
+  before = _kernels(state)
   step_seconds, losses = [], []
   for _ in range(steps + 1):
     started = time.perf_counter()
@@ -122,6 +126,10 @@ def measure(
     losses.append(float(sums.loss / sums.count))
     if not step_metrics.finite:
       raise FloatingPointError(f"after {len(losses)} steps, losses {losses}")
+  changed = [
+    not np.array_equal(old, new)
+    for old, new in zip(before, _kernels(state), strict=True)
+  ]
   memory = compiled.memory_analysis()
   assert memory is not None  # CPUs, GPUs and TPUs all have it.
   return {
@@ -131,6 +139,7 @@ def measure(
     "batch_size": batch_size,
     "trace_init_seconds": trace_init_seconds,
     "trace_step_seconds": trace_step_seconds,
+    "initialize_seconds": initialize_seconds,
     "lower_seconds": lower_seconds,
     "compile_seconds": compile_seconds,
     "compile_cpu_seconds": compile_cpu_seconds,
@@ -138,7 +147,17 @@ def measure(
     "peak_mb": _peak_bytes() / 1e6,
     "step_seconds": step_seconds[1:],
     "losses": losses,
+    "changed": statistics.mean(changed),
   }
+
+
+def _kernels(state: train_step.TrainState) -> list[np.ndarray]:
+  """Copies of all that are kernels, on the host."""
+  return [
+    np.array(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    if path[-1].key == "kernel"
+  ]
 
 
 def _peak_bytes() -> int:
