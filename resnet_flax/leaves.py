@@ -6,8 +6,8 @@ reductions in one computation of a program, and those over all weights were
 nearly all of what compiling a step of a 326-layer network took.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,24 +35,24 @@ def reduce_each(reduction: Reduction, leaves: Sequence[jax.Array]) -> jax.Array:
     leaves[start : start + _GROUP_SIZE]
     for start in range(0, len(leaves), _GROUP_SIZE)
   ]
-  return jnp.concatenate([_reduce_group(reduction, group) for group in groups])
+
+  def reduce_group(*group):
+    return jnp.stack([reduction(leaf) for leaf in group])
+
+  return jnp.concatenate([apart(reduce_group, *group) for group in groups])
 
 
-def _reduce_group(
-  reduction: Reduction, leaves: Sequence[jax.Array]
-) -> jax.Array:
-  return lax.platform_dependent(
-    *leaves,
-    cpu=functools.partial(_reduce_apart, reduction),
-    default=functools.partial(_reduce_here, reduction),
-  )
+def apart(function: Callable[..., Any], *operands: Any) -> Any:
+  """Calls a function of arrays; on CPUs as a computation of its own.
 
+  Args:
+    function: of `operands`, trees of arrays, returning one.
+    operands: trees of arrays.
+  """
 
-def _reduce_apart(reduction: Reduction, *leaves: jax.Array) -> jax.Array:
-  # A function that XLA does not inline is a computation of its own.
-  with set_xla_metadata(inlineable="false"):
-    return jax.jit(functools.partial(_reduce_here, reduction))(*leaves)
+  def call(*operands):
+    # A function that XLA does not inline stays one.
+    with set_xla_metadata(inlineable="false"):
+      return jax.jit(function)(*operands)
 
-
-def _reduce_here(reduction: Reduction, *leaves: jax.Array) -> jax.Array:
-  return jnp.stack([reduction(leaf) for leaf in leaves])
+  return lax.platform_dependent(*operands, cpu=call, default=function)

@@ -220,10 +220,9 @@ def train_step(
     keys["dropout"],
   )
   rate = experiment.learning_rate(state.step, state.rate_state)
-  updates, opt_state = experiment.optimizer.tx.update(
-    grads, state.opt_state, state.params, learning_rate=rate
+  params, opt_state = experiment.optimizer.update(
+    grads, state.opt_state, state.params, rate
   )
-  params = optax.apply_updates(state.params, updates)
 
   objective = loss + experiment.optimizer.penalty(state.params)
   count = labels.shape[0]
