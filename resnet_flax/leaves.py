@@ -1,9 +1,10 @@
-"""Sums over all arrays of a tree that stay cheap to compile for deep networks.
+"""Work on all arrays of a tree that stays cheap to compile for deep networks.
 
-A deep network has thousands of arrays. On CPUs, the time and the memory that
-XLA's fusion pass takes grow with about the third power of the number of
-reductions in one computation of a program, and those over all weights were
-nearly all of what compiling a step of a 326-layer network took.
+A deep network has thousands of arrays. On CPUs, the time that XLA's fusion pass
+takes grows with about the third power of the number of reductions in one
+computation of a program, and its memory with the square of the number of
+operations. So arrays are taken in groups, each of which is a computation of its
+own.
 """
 
 from collections.abc import Callable, Sequence
