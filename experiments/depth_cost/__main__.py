@@ -103,18 +103,19 @@ def measure(
   shapes = jax.eval_shape(create, *initial)
   trace_init_seconds = time.perf_counter() - started
   started = time.perf_counter()
-  jax.eval_shape(step, shapes, *batch, key)
+  traced = jax.jit(step, donate_argnums=0).trace(shapes, *batch, key)
   trace_step_seconds = time.perf_counter() - started
   started = time.perf_counter()
   state = jax.device_put(create(*initial), jax.devices()[0])
   initialize_seconds = time.perf_counter() - started
   started = time.perf_counter()
-  lowered = jax.jit(step, donate_argnums=0).lower(state, *batch, key)
+  lowered = traced.lower()
   lower_seconds = time.perf_counter() - started
   started, cpu_started = time.perf_counter(), time.process_time()
   compiled = lowered.compile(mesh_lib.compiler_options(mesh_lib.create_mesh()))
   compile_seconds = time.perf_counter() - started
   compile_cpu_seconds = time.process_time() - cpu_started
+  del traced, lowered  # As training has forgotten them.
   before = _kernels(state)
   step_seconds, losses = [], []
   for _ in range(steps + 1):
