@@ -172,13 +172,16 @@ def measure(network: Network) -> summary.Size:
 def row(network: Network) -> str:
   """A network's line of the table."""
   measured = measure(network)
-  unit, digits = (1e9, 2) if network.is_large else (1e6, 1)
+  billions, millions = (
+    f"{measured.multiply_adds / 1e9:.2f} G",
+    f"{measured.multiply_adds / 1e6:.1f} M",
+  )
   cells = [
     network.title,
     str(network.depth),
     f"{measured.trainable:,}",
     network.published[0],
-    f"{measured.multiply_adds / unit:.{digits}f} {'G' if network.is_large else 'M'}",
+    billions if network.is_large else millions,
     network.published[1],
     network.source,
   ]
