@@ -20,9 +20,13 @@ def get_config() -> ConfigDict:
   config.num_epochs = 200
   # Images per evaluation call; does not change any result.
   config.eval_batch_size = 500
-  # What is subtracted from images / 255, measured on the training split:
+  # Start from the best checkpoint of this workdir, with a new head if it has
+  # other classes, instead of from random weights. Empty: do not.
+  config.init_from = ""
+  # What is subtracted from images / 255. Measured on the training split:
   # 'pixel_mean' (mean image), 'channel' (mean and standard deviation of each
-  # channel) or 'none'.
+  # channel). Fixed, for published weights: 'imagenet' (torchvision's), 'caffe'
+  # (He et al.'s and keras.applications'). Or 'none'.
   config.normalization = "pixel_mean"
 
   config.dataset = ConfigDict()
@@ -52,18 +56,40 @@ def get_config() -> ConfigDict:
   config.augment.flip = True
 
   config.model = ConfigDict()
-  # 'resnet_v1' (depth 6n+2) or 'resnet_v2' (depth 9n+2).
+  # For small images: 'resnet_v1', 'plain', 'preact', 'highway' (depth 6n+2)
+  # and 'resnet_v2' (9n+2). For large ones: 'resnet_imagenet' (18, 34, 50, 101,
+  # 152), 'plain_imagenet' (18, 34), 'vgg' (19) and 'alexnet' (8).
   config.model.name = "resnet_v1"
   # Weighted layers, shortcuts not counted.
   config.model.depth = 20
-  # Channels of the stem and of the first stage's 3x3 convolutions.
-  config.model.num_filters = 16
+  # Channels of the stem and of the first stage's 3x3 convolutions. 0: as
+  # usual, 16, and 64 for large images.
+  config.model.num_filters = 0
+  # Size of the head; 0: the data set's classes. Another one can be loaded and
+  # used, but neither trained nor scored.
+  config.model.num_classes = 0
+  # Resize images to this height and width, on the device, as the networks for
+  # large images need it for small ones. 0: leave them as they are.
+  config.model.input_size = 0
   # Compute dtype, 'float32' or 'bfloat16'; parameters and statistics stay
   # float32.
   config.model.dtype = "float32"
-  # Where a block changes shape: 'keras' (1x1 convolution without batch norm)
-  # or 'A' (no parameters: strided identity, zero channels; resnet_v1 only).
-  config.model.shortcut = "keras"
+  # Where a block changes shape: 'keras' (1x1 convolution without batch norm),
+  # 'A' (no parameters: strided identity, zero channels) or 'B' (1x1
+  # convolution with batch norm). 'C' is B in every block. 'default' is the
+  # family's: keras for resnet_v1 and resnet_v2, A for preact and highway, B
+  # for resnet_imagenet, and 'none' for the others, which have no shortcuts.
+  config.model.shortcut = "default"
+  # resnet_imagenet from depth 50 on: the 3x3 convolution of a bottleneck
+  # carries the stride (torchvision, 'v1.5'), not its first 1x1 (the paper).
+  config.model.stride_in_3x3 = True
+  # highway: where the transform gates' bias starts. The deeper the network,
+  # the lower: -1 to -7 are the papers' values.
+  config.model.gate_bias = -2.0
+  # vgg: with batch norm or without.
+  config.model.batch_norm = True
+  # vgg and alexnet: share of the units that are dropped before dense layers.
+  config.model.dropout = 0.5
   # 'same' pads (0, 1) at stride 2, 'symmetric' pads (1, 1) as the paper's
   # Caffe code does.
   config.model.padding = "same"

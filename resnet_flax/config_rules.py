@@ -41,6 +41,8 @@ _LEAST_POSITIVE = 1e-37
 # all memory, before it fails.
 _LARGEST_DEPTH = 2000
 _LARGEST_WIDTH = 1024
+_LARGEST_NUM_CLASSES = 10**6
+_LARGEST_INPUT = 2048
 _LARGEST_EVAL_BATCH = 2**16
 _LONGEST_SEQUENCE = 100
 _LONGEST_PATH = 4096
@@ -135,6 +137,7 @@ RULES: dict[str, Rule] = {
   "batch_size": _integer(1),
   "num_epochs": _integer(1),
   "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
+  "init_from": _path,
   "normalization": _name(normalization.NAMES),
   "dataset.name": _name(loading.DATASETS),
   "dataset.data_dir": _path,
@@ -147,9 +150,15 @@ RULES: dict[str, Rule] = {
   "augment.flip": _boolean,
   "model.name": _name(registry.MODELS),
   "model.depth": _integer(1, _LARGEST_DEPTH),
-  "model.num_filters": _integer(1, _LARGEST_WIDTH),
+  "model.num_filters": _integer(0, _LARGEST_WIDTH),
+  "model.num_classes": _integer(0, _LARGEST_NUM_CLASSES),
+  "model.input_size": _integer(0, _LARGEST_INPUT),
   "model.dtype": _name(registry.DTYPES),
   "model.shortcut": _name(registry.SHORTCUTS),
+  "model.stride_in_3x3": _boolean,
+  "model.gate_bias": _number(-100, 100),
+  "model.batch_norm": _boolean,
+  "model.dropout": _number(0, 1),
   "model.padding": _name(layers.PADDINGS),
   "model.conv_bias": _boolean,
   "model.batch_norm_momentum": _number(0, 1),
@@ -243,6 +252,9 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
   # Constraints between keys.
   registry.create_model(config.model, num_classes=1)
+  registry.check_input_size(
+    config.model, loading.DATASETS[config.dataset.name].image_shape
+  )
   num_train = loading.num_train_examples(config.dataset)
   if config.batch_size > num_train:
     raise errors.ConfigError(
@@ -274,4 +286,26 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"optimizer.learning_rate={config.optimizer.learning_rate} times"
       f" {max(factors)} of schedule.drop_factors is a rate of {largest:g};"
       f" needed: one below {_LARGEST_NUMBER:g}."
+    )
+
+
+def check_labels(config: ConfigDict) -> None:
+  """Checks that the network's head has the data set's classes.
+
+  A network with another head can be loaded and used, but neither trained nor
+  scored.
+
+  Args:
+    config: what `check` has passed.
+
+  Raises:
+    ConfigError: it has another number of classes.
+  """
+  classes = loading.DATASETS[config.dataset.name].num_classes
+  if config.model.num_classes not in (0, classes):
+    raise errors.ConfigError(
+      f"model.num_classes={config.model.num_classes} but"
+      f" dataset.name={config.dataset.name} has {classes} classes. To train"
+      " this network on it with a new head, pass init_from=WORKDIR and a"
+      " --workdir of its own."
     )

@@ -28,12 +28,18 @@ def build(config: ConfigDict) -> train_step.Experiment:
   # The last, smaller batch is dropped; every epoch drops other images.
   steps_per_epoch = num_train // config.batch_size
   return train_step.Experiment(
-    model=models.create_model(config.model, info.num_classes),
+    model=models.create_model(config.model, num_classes(config)),
     optimizer=optimizer.create_optimizer(config.optimizer),
     learning_rate=schedule.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment),
     image_shape=info.image_shape,
   )
+
+
+def num_classes(config: ConfigDict) -> int:
+  """The size of the network's head."""
+  info = loading.DATASETS[config.dataset.name]
+  return config.model.num_classes or info.num_classes
 
 
 def abstract_state(

@@ -81,7 +81,7 @@ def load_model(
       np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + batch])))
       for i in range(0, len(images), batch)
     ]
-    classes = datasets.DATASETS[config.dataset.name].num_classes
+    classes = experiment_lib.num_classes(config)
     return np.concatenate([np.empty((0, classes), np.float32), *parts])
 
   return LoadedModel(
@@ -120,6 +120,7 @@ def evaluate_workdir(
   if config is not None:
     workdir_lib.check_same(workdir, config)
   config, experiment, state = _restore(workdir, which, config, devices)
+  config_rules.check_labels(config)
   dataset = datasets.load(config.dataset)
   scores = evaluate.evaluate(
     evaluate.jit_eval_step(experiment),

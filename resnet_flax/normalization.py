@@ -1,11 +1,25 @@
-"""What is subtracted from images, measured on the training split."""
+"""What is subtracted from images: measured on the training split, or fixed."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from resnet_flax import datasets, errors, train_step
 
-NAMES = ("pixel_mean", "channel", "none")
+# Mean and standard deviation of red, green and blue that published weights
+# were trained with: torchvision's, and Caffe's, which divides by nothing. Both
+# of images / 255.
+_FIXED = {
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  "caffe": (
+    (123.68 / 255, 116.779 / 255, 103.939 / 255),
+    (1 / 255, 1 / 255, 1 / 255),
+  ),
+}
+
+NAMES = ("pixel_mean", "channel", "none", *_FIXED)
+
+# Those that need no data.
+UNMEASURED = ("none", *_FIXED)
 
 # Keeps a constant channel from dividing by zero.
 _MIN_STD = 1e-6
@@ -16,7 +30,8 @@ def measure(name: str, train: datasets.Split) -> train_step.Normalization:
 
   Args:
     name: 'pixel_mean' (the recipe: the mean image, [H, W, C]), 'channel'
-      (mean and standard deviation of each channel, [1, 1, C]) or 'none'.
+      (mean and standard deviation of each channel, [1, 1, C]), or one of
+      `UNMEASURED`, see `fixed`.
     train: the images trained on; held-out images are not among them.
 
   Raises:
@@ -24,8 +39,8 @@ def measure(name: str, train: datasets.Split) -> train_step.Normalization:
   """
   if name not in NAMES:
     raise errors.unknown_name("normalization", name, NAMES)
-  if name == "none":
-    return placeholder(name, train.images.shape[1:])
+  if name in UNMEASURED:
+    return fixed(name, train.images.shape[1:])
   images, _ = train.take(np.arange(len(train)))
   if name == "pixel_mean":
     # Integer sums: exact, whatever the order and the number of threads.
@@ -50,8 +65,24 @@ def measure(name: str, train: datasets.Split) -> train_step.Normalization:
   )
 
 
+def fixed(name: str, image_shape: tuple[int, ...]) -> train_step.Normalization:
+  """A normalisation that does not depend on the data.
+
+  Args:
+    name: 'none'; 'imagenet', by the channels' mean and standard deviation that
+      torchvision's networks and many others were trained with; 'caffe', by the
+      means alone in units of 1/255, as He et al. published and
+      `keras.applications` wants.
+    image_shape: (H, W, C), with three channels but for 'none'.
+  """
+  if name == "none":
+    return placeholder(name, image_shape)
+  mean, std = (jnp.asarray(x, jnp.float32)[None, None] for x in _FIXED[name])
+  return train_step.Normalization(mean=mean, std=std)
+
+
 def placeholder(
-  name: str, image_shape: tuple[int, int, int]
+  name: str, image_shape: tuple[int, ...]
 ) -> train_step.Normalization:
   """What `measure` returns in shape, without any data: no change at all."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])

@@ -28,6 +28,7 @@ from resnet_flax import (
   progress as progress_lib,
   randomness,
   train_step,
+  transfer,
   workdir as workdir_lib,
 )
 
@@ -70,6 +71,7 @@ def train_and_evaluate(
   """
   mesh = mesh_lib.create_mesh(devices)
   config_rules.check(config, num_devices=mesh.size)
+  config_rules.check_labels(config)
   workdir = pathlib.Path(workdir).absolute()
   experiment = experiment_lib.build(config)
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
@@ -103,6 +105,10 @@ def train_and_evaluate(
       _logger.info("%s is finished: %d epochs.", workdir, len(records))
       return records
 
+    # What is wrong with it is said before the data is prepared.
+    source = None
+    if config.init_from and not restored:
+      source = transfer.load(config)
     dataset = datasets.load(config.dataset)
     with workdir_lib.explain_write_errors(workdir):
       workdir_lib.record_start(
@@ -115,10 +121,12 @@ def train_and_evaluate(
       )
     if restored:
       _logger.info("going on after step %d of %s", step, workdir)
-    state, notes = restored or (
-      initial_state(config, experiment, dataset.train, mesh),
-      _NEW_EPOCH,
-    )
+      state, notes = restored
+    else:
+      state = initial_state(config, experiment, dataset.train, mesh)
+      if source:
+        state = transfer.initialize(state, source, mesh)
+      notes = _NEW_EPOCH
     if records and step == len(records) * steps_per_epoch:
       # An epoch's checkpoint is from before its evaluation.
       state = _after_epoch(state, records[-1], experiment, mesh)
@@ -405,9 +413,10 @@ def _describe_failure(
       "step_in_epoch": within,
       # Of the official training split, whatever part of it is used.
       "batch_indexes": split.indices[order(epoch)[within]].tolist(),
-      "augmentation_key": jax.random.key_data(
-        jax.random.fold_in(key, step)
-      ).tolist(),
+      **{
+        f"{name}_key": jax.random.key_data(key).tolist()
+        for name, key in train_step.step_keys(key, step).items()
+      },
       "latest_checkpoint_step": max(checkpoints.steps(), default=None),
     },
   )

@@ -126,7 +126,8 @@ def create_train_state(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
-    batch_stats=variables["batch_stats"],
+    # Networks without batch norm have none.
+    batch_stats=variables.get("batch_stats", {}),
     opt_state=experiment.optimizer.tx.init(variables["params"]),
     rate_state=experiment.learning_rate.init(),
     epoch_sums=MetricSums.zeros(),
@@ -140,6 +141,7 @@ def loss_fn(
   batch_stats: PyTree,
   images: jax.Array,
   labels: jax.Array,
+  dropout_key: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
   """The mean cross-entropy of a batch, in training mode.
 
@@ -149,6 +151,7 @@ def loss_fn(
     batch_stats: running statistics before the batch.
     images: float32[B, H, W, C], normalised and augmented.
     labels: int32[B].
+    dropout_key: key[], for networks that drop units.
 
   Returns:
     float32[] loss, and (float32[B, classes] logits, new running statistics).
@@ -158,9 +161,25 @@ def loss_fn(
     images,
     train=True,
     mutable=["batch_stats"],
+    rngs={"dropout": dropout_key},
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return jnp.mean(losses), (logits, updated["batch_stats"])
+  return jnp.mean(losses), (logits, updated.get("batch_stats", {}))
+
+
+def step_keys(key: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
+  """What a step draws from: a key[] for 'augmentation', one for 'dropout'.
+
+  Args:
+    key: key[], the same at every step.
+    step: the number of steps before it.
+  """
+  # No step has this number.
+  dropout_key = jax.random.fold_in(key, 2**32 - 1)
+  return {
+    "augmentation": jax.random.fold_in(key, step),
+    "dropout": jax.random.fold_in(dropout_key, step),
+  }
 
 
 def train_step(
@@ -184,11 +203,17 @@ def train_step(
   """
   # In the recipe's order: the shift fills edges with normalised pixels.
   images = state.normalization(images)
-  images = experiment.augment(jax.random.fold_in(key, state.step), images)
+  keys = step_keys(key, state.step)
+  images = experiment.augment(keys["augmentation"], images)
 
   grad_fn = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
   (loss, (logits, batch_stats)), grads = grad_fn(
-    experiment.model, state.params, state.batch_stats, images, labels
+    experiment.model,
+    state.params,
+    state.batch_stats,
+    images,
+    labels,
+    keys["dropout"],
   )
   rate = experiment.learning_rate(state.step, state.rate_state)
   updates, opt_state = experiment.optimizer.tx.update(

@@ -124,5 +124,12 @@ def test_every_key_is_read_and_no_other(
       workdir = tmp_path / variant.__name__
       train.train_and_evaluate(config, workdir, devices=one_device)
     read |= recorder.read
+  for name, depth in [("highway", 8), ("resnet_imagenet", 50), ("vgg", 19)]:
+    config = ConfigDict(tiny_config.to_dict()).lock()
+    config.model.update({"name": name, "depth": depth, "input_size": 224})
+    with monkeypatch.context() as patch:
+      recorder = Recorder(config, patch)
+      experiment.build(config)
+    read |= recorder.read
   parts = {key.partition(".")[0] for key in config_rules.RULES if "." in key}
   assert read - parts == set(config_rules.RULES)

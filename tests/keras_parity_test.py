@@ -250,7 +250,12 @@ def test_ten_training_steps(pair):
   def our_step(variables, images, labels):
     grad_fn = jax.value_and_grad(train_step.loss_fn, argnums=1, has_aux=True)
     (loss, (logits, stats)), grads = grad_fn(
-      pair.ours, variables["params"], variables["batch_stats"], images, labels
+      pair.ours,
+      variables["params"],
+      variables["batch_stats"],
+      images,
+      labels,
+      jax.random.key(0),  # Nothing is dropped.
     )
     # The first link of the chain is the L2 term.
     params = variables["params"]

@@ -9,7 +9,7 @@ import functools
 import math
 
 from configs import v1_depth20
-from resnet_flax import experiment as experiment_lib, summary
+from resnet_flax import experiment as experiment_lib, models, summary
 
 
 @functools.cache
@@ -36,5 +36,6 @@ def training(depth: int) -> int:
   """
   config = v1_depth20.get_config()
   image_shape = experiment_lib.build(config).image_shape
-  stem = 2 * math.prod(image_shape) * 3 * 3 * config.model.num_filters
+  num_filters = models.num_filters(config.model)
+  stem = 2 * math.prod(image_shape) * 3 * 3 * num_filters
   return 3 * inference(depth) - stem

@@ -1,9 +1,9 @@
-"""Residual networks for small images: one forward pass, two kinds of block.
+"""Residual networks: one forward pass for every kind of stem and block.
 
-v1 is He et al. 2015 (arXiv:1512.03385), section 4.2; v2 is He et al. 2016
-(arXiv:1603.05027) with bottlenecks, both in the layout of the Keras CIFAR-10
-example. Convolution, normalisation and activation are injected, so a variant
-is a different argument and not a different forward pass.
+The layout is that of He et al. 2015 (arXiv:1512.03385), sections 3.3 and 4.2,
+and of the Keras CIFAR-10 example. Stem, block, convolution, normalisation and
+activation are injected, so a variant is a different argument and not a
+different forward pass; a block without a shortcut makes it a plain network.
 """
 
 import functools
@@ -15,95 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_flax.models import layers, stems
 from resnet_flax.models.batch_norm import Activation
-
-ModuleDef = Callable[..., nn.Module]
-
-
-def subsample_and_pad(
-  x: jax.Array, strides: int, num_filters: int
-) -> jax.Array:
-  """The parameter-free shortcut: option A of He et al. 2015, section 3.3.
-
-  Args:
-    x: float[B, H, W, C].
-    strides: every how many pixels one is kept.
-    num_filters: channels of the result; the new ones are zero, half of them
-      before and half after the old ones.
-
-  Returns:
-    float[B, ceil(H / strides), ceil(W / strides), num_filters].
-  """
-  x = x[:, ::strides, ::strides]
-  missing = num_filters - x.shape[-1]
-  before = missing // 2
-  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
-
-
-class Block(nn.Module):
-  """What every residual block is told; subclasses say what it computes.
-
-  Attributes:
-    inner_filters: channels inside the block.
-    num_filters: channels that come out.
-    strides: of the block's first convolution and of its shortcut.
-    first_in_network: whether the block follows the stem.
-    conv, norm, act: what to build it from.
-    shortcut: 'keras' or 'A', used where the shape changes.
-  """
-
-  inner_filters: int
-  num_filters: int
-  strides: int
-  first_in_network: bool
-  conv: ModuleDef
-  norm: ModuleDef
-  act: Activation
-  shortcut: str
-
-  def project(self, x: jax.Array) -> jax.Array:
-    """Brings the block's input to the shape of its output."""
-    if self.strides == 1 and x.shape[-1] == self.num_filters:
-      return x
-    if self.shortcut == "A":
-      return subsample_and_pad(x, self.strides, self.num_filters)
-    return self.conv(
-      self.num_filters, (1, 1), self.strides, name="shortcut_conv"
-    )(x)
-
-
-class BasicBlock(Block):
-  """conv-BN-ReLU, conv-BN, add, ReLU (He et al. 2015, figure 2)."""
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
-    y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
-    y = self.norm(act=self.act, name="bn1")(y)
-    y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
-    return self.norm(act=self.act, name="bn2")(y, self.project(x))
-
-
-class PreActBottleneckBlock(Block):
-  """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1, add (He et al. 2016).
-
-  As in the Keras example the first 1x1 carries the stride, the shortcut takes
-  the block's input as it comes, and the first block of the network does not
-  repeat the stem's BN-ReLU.
-  """
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
-    y = x
-    if not self.first_in_network:
-      y = self.norm(act=self.act, name="bn1")(y)
-    y = self.conv(self.inner_filters, (1, 1), self.strides, name="conv1")(y)
-    y = self.norm(act=self.act, name="bn2")(y)
-    y = self.conv(self.inner_filters, (3, 3), 1, name="conv2")(y)
-    y = self.norm(act=self.act, name="bn3")(y)
-    y = self.conv(self.num_filters, (1, 1), 1, name="conv3")(y)
-    return self.project(x) + y
+from resnet_flax.models.blocks import Block, ModuleDef
 
 
 def run_as_loop(
@@ -159,15 +73,19 @@ class ResNet(nn.Module):
     stage_sizes: blocks of each stage; all stages but the first halve the
       resolution.
     stage_filters: (inner, outer) channels of each stage's blocks.
-    stem_filters: channels of the 3x3 stem.
+    stem: what comes before the blocks, called with images, `stem_filters`,
+      `padding`, `conv` and `norm`.
+    stem_filters: channels of the stem.
     num_classes: size of the head.
-    block_cls: the kind of block.
+    block_cls: what makes a block: a subclass of `Block`, or a partial of one.
     final_norm_act: BN-ReLU before the pool, which pre-activation needs.
     conv, norm, dense: partials; `norm` also takes `use_running_average` and
       `act`, and what it makes is called with x and, where there is one, the
       residual.
+    padding: of the stem's pool, one of `layers.PADDINGS`.
+    shortcut: one of `blocks.SHORTCUTS`, or 'none' for a plain network.
+    input_size, input_sizes: see `layers.fit`.
     act: the activation function.
-    shortcut: 'keras' or 'A'.
     remat: keep only each block's input for the backward pass, which computes
       the block again. On a CPU, XLA computes it again too early to need less
       memory, except in a loop.
@@ -177,15 +95,19 @@ class ResNet(nn.Module):
 
   stage_sizes: Sequence[int]
   stage_filters: Sequence[tuple[int, int]]
+  stem: stems.Stem
   stem_filters: int
   num_classes: int
-  block_cls: type[Block]
+  block_cls: Callable[..., Block]
   final_norm_act: bool
   conv: ModuleDef
   norm: ModuleDef
   dense: ModuleDef
+  padding: str
+  shortcut: str
+  input_size: int
+  input_sizes: tuple[int, int]
   act: Activation = nn.relu
-  shortcut: str = "keras"
   remat: bool = False
   scan: bool = False
 
@@ -199,10 +121,19 @@ class ResNet(nn.Module):
 
     Returns:
       float32[B, num_classes] logits.
+
+    Raises:
+      ConfigError: the stem is not made for images of this size.
     """
     norm = functools.partial(self.norm, use_running_average=not train)
-    x = self.conv(self.stem_filters, (3, 3), 1, name="stem_conv")(images)
-    x = norm(act=self.act, name="stem_bn")(x)
+    x = layers.fit(images, self.input_size, self.input_sizes)
+    x = self.stem(
+      x,
+      self.stem_filters,
+      padding=self.padding,
+      conv=self.conv,
+      norm=functools.partial(norm, act=self.act),
+    )
     # Initialisation has no backward pass, and a loop cannot make variables.
     remat = self.remat and not self.is_initializing()
     scan = self.scan and not self.is_initializing()

@@ -19,6 +19,7 @@ from resnet_flax import (
   train_step,
 )
 
+KEY = jax.random.key(0)
 SHAPE = (4, 8, 8, 3)
 LARGER = (8, 32, 32, 3)
 BOTH = {"remat": True, "scan": True}
@@ -80,7 +81,7 @@ def shapes_of(model):
 
 def loss(model, params, batch_stats, shape=SHAPE):
   images, labels = images_and_labels(shape)
-  return train_step.loss_fn(model, params, batch_stats, images, labels)
+  return train_step.loss_fn(model, params, batch_stats, images, labels, KEY)
 
 
 def outcome(model, variables):
