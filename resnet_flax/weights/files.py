@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,32 @@ _PARALLEL_PREFIX = "module."
 # shrink, and what is larger is there to fill the memory.
 _MOST_GROWTH = 16
 
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
 _SIGNATURES = {
-  b"\x89HDF\r\n\x1a\n": "an HDF5 file",
-  b"PK\x03\x04": "a zip archive",
-  b"\x80": "a pickle",
+  _HDF5: "an HDF5 file",
+  _ZIP: "a zip archive",
+  _PICKLE: "a pickle",
   b"\x1f\x8b": "a gzip file",
   b"version https://git-lfs": "a pointer of Git LFS",
   b"<": "a web page",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """What a Keras file says of a layer.
+
+  Attributes:
+    kind: the name of its class, for example 'Conv2D'.
+    name: its own.
+    settings: its arguments, as JSON has them.
+  """
+
+  kind: str
+  name: str
+  settings: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +65,7 @@ class WeightsFile:
       optimizers and random generators.
     has_layer_names: False for files of older Keras 3, where layers are only
       numbered in the order of `model.layers`, apart for each class.
+    layers: of a whole Keras model; empty where a file holds weights alone.
   """
 
   path: pathlib.Path
@@ -54,6 +73,7 @@ class WeightsFile:
   arrays: Mapping[str, np.ndarray]
   passed_over: tuple[str, ...]
   has_layer_names: bool = True
+  layers: tuple[Layer, ...] = ()
 
 
 def read(path: pathlib.Path) -> WeightsFile:
@@ -80,14 +100,14 @@ def read(path: pathlib.Path) -> WeightsFile:
       f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
       " --source."
     ) from error
-  reader, signatures = _READERS[path.suffix]
-  found = next((k for k in _SIGNATURES if start.startswith(k)), None)
-  if signatures and found not in signatures or not signatures and found:
-    what = _SIGNATURES[found] if found else "something else"
+  reader, is_right = _READERS[path.suffix]
+  if not is_right(start):
+    what = "empty" if not start else "something else"
+    what = next(
+      (v for k, v in _SIGNATURES.items() if start.startswith(k)), what
+    )
     raise errors.WeightsError(
       f"{path} is not what its extension says: it is {what}."
-      if start
-      else f"{path} is empty."
     )
   try:
     return reader(path)
@@ -168,9 +188,7 @@ def _pytorch(
     # DataParallel wraps the network.
     prefix = len(_PARALLEL_PREFIX)
     arrays = {name[prefix:]: array for name, array in arrays.items()}
-  counters = [
-    name for name in arrays if name.rpartition(".")[2] == _COUNTER
-  ]
+  counters = [name for name in arrays if name.rpartition(".")[2] == _COUNTER]
   weights = {k: v for k, v in arrays.items() if k not in set(counters)}
   return WeightsFile(path, "pytorch", weights, tuple(counters))
 
@@ -180,12 +198,10 @@ def _read_keras(path: pathlib.Path) -> WeightsFile:
     weights = _member(path, archive, "model.weights.h5")
     config = json.loads(_member(path, archive, "config.json"))
   tree = hdf5.read(path, io.BytesIO(weights))
-  return _keras(path, tree, _layer_names(config))
+  return _keras(path, tree, _layers(config))
 
 
-def _member(
-  path: pathlib.Path, archive: zipfile.ZipFile, name: str
-) -> bytes:
+def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
   try:
     info = archive.getinfo(name)
   except KeyError:
@@ -202,14 +218,16 @@ def _member(
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   with path.open("rb") as file:
-    return _keras(path, hdf5.read(path, file), {})
+    tree = hdf5.read(path, file)
+  layers = _layers(json.loads(tree.model)) if tree.model else ()
+  return _keras(path, tree, layers)
 
 
 def _keras(
-  path: pathlib.Path, tree: hdf5.Tree, layer_names: Mapping[str, str]
+  path: pathlib.Path, tree: hdf5.Tree, layers: tuple[Layer, ...]
 ) -> WeightsFile:
   """Gives the arrays of both of Keras's layouts the same names."""
-  names = {**layer_names, **tree.layer_names}
+  names = {**_layer_names(layers), **tree.layer_names}
   arrays: dict[str, np.ndarray] = {}
   has_layer_names = True
   for key, array in tree.arrays.items():
@@ -222,7 +240,7 @@ def _keras(
       raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
     arrays[name] = array
   return WeightsFile(
-    path, "keras", arrays, tree.passed_over, has_layer_names
+    path, "keras", arrays, tree.passed_over, has_layer_names, layers
   )
 
 
@@ -254,8 +272,20 @@ def _layer_and_variable(key: str) -> tuple[str, str]:
   return parts[1], "/".join(parts[2:])
 
 
-def _layer_names(config: Any) -> dict[str, str]:
-  """For a layer's place in the file, its name in config.json."""
+def _layers(config: Any) -> tuple[Layer, ...]:
+  """The layers of a model, in the order of `model.layers`."""
+  return tuple(
+    Layer(
+      str(layer["class_name"]),
+      str(layer["config"]["name"]),
+      dict(layer["config"]),
+    )
+    for layer in config["config"]["layers"]
+  )
+
+
+def _layer_names(layers: tuple[Layer, ...]) -> dict[str, str]:
+  """For a layer's place in a file of Keras 3, its own name."""
   classes = {
     "Conv2D": "conv2d",
     "Dense": "dense",
@@ -263,22 +293,40 @@ def _layer_names(config: Any) -> dict[str, str]:
   }
   counts = dict.fromkeys(classes, 0)
   names = {}
-  for layer in config["config"]["layers"]:
-    kind = layer["class_name"]
-    if kind in classes:
-      count, counts[kind] = counts[kind], counts[kind] + 1
-      key = classes[kind] + (f"_{count}" if count else "")
-      names[key] = str(layer["config"]["name"])
+  for layer in layers:
+    if layer.kind in classes:
+      count = counts[layer.kind]
+      counts[layer.kind] += 1
+      key = classes[layer.kind] + (f"_{count}" if count else "")
+      names[key] = layer.name
   return names
 
 
-_READERS: dict[str, tuple[Any, tuple[bytes, ...]]] = {
-  ".safetensors": (_read_safetensors, ()),
-  **dict.fromkeys(
-    (".pt", ".pth", ".th"), (_read_torch, (b"PK\x03\x04", b"\x80"))
-  ),
-  ".keras": (_read_keras, (b"PK\x03\x04",)),
-  **dict.fromkeys(
-    (".h5", ".hdf5"), (_read_hdf5, (b"\x89HDF\r\n\x1a\n",))
-  ),
+def _is_safetensors(start: bytes) -> bool:
+  # The length of a JSON header comes before it.
+  return start[8:9] == b"{"
+
+
+def _is_torch(start: bytes) -> bool:
+  # Before version 1.6 PyTorch wrote pickles without an archive around them.
+  return start.startswith((_ZIP, _PICKLE))
+
+
+def _is_zip(start: bytes) -> bool:
+  return start.startswith(_ZIP)
+
+
+def _is_hdf5(start: bytes) -> bool:
+  return start.startswith(_HDF5)
+
+
+# For each extension what reads the file, and what its first bytes must be.
+_READERS: dict[
+  str,
+  tuple[Callable[[pathlib.Path], WeightsFile], Callable[[bytes], bool]],
+] = {
+  ".safetensors": (_read_safetensors, _is_safetensors),
+  **dict.fromkeys((".pt", ".pth", ".th"), (_read_torch, _is_torch)),
+  ".keras": (_read_keras, _is_zip),
+  **dict.fromkeys((".h5", ".hdf5"), (_read_hdf5, _is_hdf5)),
 }

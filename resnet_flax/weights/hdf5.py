@@ -32,11 +32,13 @@ class Tree:
     passed_over: paths of optimizers' and random generators' variables.
     layer_names: for the group 'conv2d_1' of 'layers' the layer's own name,
       where the file tells.
+    model: the JSON text of the whole model, if the file holds one.
   """
 
   arrays: Mapping[str, np.ndarray]
   passed_over: tuple[str, ...]
   layer_names: Mapping[str, str]
+  model: str
 
 
 def read(path: pathlib.Path, file: BinaryIO) -> Tree:
@@ -55,7 +57,10 @@ def read(path: pathlib.Path, file: BinaryIO) -> Tree:
   walk = _Walk(path)
   with h5py.File(file, "r") as root:
     walk.group(root, "", 0)
-  return Tree(walk.arrays, tuple(walk.passed_over), walk.layer_names)
+    model = root.attrs.get("model_config", "")
+  # Older versions of h5py wrote bytes.
+  model = model.decode() if isinstance(model, bytes) else str(model)
+  return Tree(walk.arrays, tuple(walk.passed_over), walk.layer_names, model)
 
 
 class _Walk:
