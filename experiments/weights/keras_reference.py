@@ -33,13 +33,13 @@ def norm_relu(x):
   return layers.Activation("relu")(layers.BatchNormalization()(x))
 
 
-def example_v1(depth):
+def example_v1(depth, width=16):
   """The example's ResNet v1 of 6n+2 layers; makes layers in its order."""
   blocks = (depth - 2) // 6
   inputs = keras.Input((32, 32, 3))
-  x = norm_relu(conv(inputs, 16))
+  x = norm_relu(conv(inputs, width))
   for stage in range(3):
-    filters = 16 * 2**stage
+    filters = width * 2**stage
     for block in range(blocks):
       strides = 2 if stage > 0 and block == 0 else 1
       y = norm_relu(conv(x, filters, strides=strides))
@@ -50,12 +50,12 @@ def example_v1(depth):
   return finish(inputs, x)
 
 
-def example_v2(depth):
+def example_v2(depth, width=16):
   """The example's ResNet v2 of 9n+2 layers; makes layers in its order."""
   blocks = (depth - 2) // 9
   inputs = keras.Input((32, 32, 3))
-  x = norm_relu(conv(inputs, 16))
-  filters_in = 16
+  x = norm_relu(conv(inputs, width))
+  filters_in = width
   for stage in range(3):
     filters_out = filters_in * (4 if stage == 0 else 2)
     for block in range(blocks):
@@ -141,7 +141,8 @@ def main():
   prepared = images / np.float32(255)
   if side != 32:
     pixels = images.astype(np.float32)
-    prepared = np.asarray(keras.ops.image.resize(pixels, (side, side)))
+    # Copied, since it is changed in place.
+    prepared = np.array(keras.ops.image.resize(pixels, (side, side)))
     prepared = keras.applications.resnet.preprocess_input(prepared)
   np.savez(
     arguments.folder / "reference.npz",
