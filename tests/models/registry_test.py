@@ -5,8 +5,10 @@ import pytest
 
 from configs import base
 from resnet_flax import errors, models, summary
+from resnet_flax.models import registry
 
 SHAPE = (32, 32, 3)
+LARGE = (224, 224, 3)
 
 # (total, trainable), counted by Keras on the example's own models.
 PARAMETERS = {
@@ -25,10 +27,27 @@ PARAMETERS = {
 }
 
 
-def make(name="resnet_v1", depth=8, **overrides):
+# Total and trainable as PyTorch and Keras count them in their own copies, 1,000
+# classes; what has no such copy is worked out by hand below.
+IMAGENET_PARAMETERS = {
+  ("resnet_imagenet", 18): 11_689_512,
+  ("resnet_imagenet", 34): 21_797_672,
+  ("resnet_imagenet", 50): 25_557_032,
+  ("resnet_imagenet", 101): 44_549_160,
+  ("resnet_imagenet", 152): 60_192_808,
+  # ResNet without its three projections with batch norm: 64 x 128 + 2 x 128,
+  # 128 x 256 + 2 x 256, 256 x 512 + 2 x 512.
+  ("plain_imagenet", 18): 11_689_512 - 8_448 - 33_280 - 132_096,
+  ("plain_imagenet", 34): 21_797_672 - 8_448 - 33_280 - 132_096,
+  ("vgg", 19): 143_667_240,
+  ("alexnet", 8): 61_100_840,
+}
+
+
+def make(name="resnet_v1", depth=8, num_classes=10, **overrides):
   config = base.get_config().model
   config.update({"name": name, "depth": depth, **overrides})
-  return models.create_model(config, num_classes=10)
+  return models.create_model(config, num_classes)
 
 
 def init_shapes(model, shape=SHAPE):
@@ -44,8 +63,69 @@ def test_parameter_counts(name, depth):
   assert counts == PARAMETERS[name, depth]
 
 
+@pytest.mark.parametrize(("name", "depth"), IMAGENET_PARAMETERS)
+def test_imagenet_parameter_counts(name, depth):
+  has_bias = name in ("vgg", "alexnet")
+  model = make(name, depth, 1000, conv_bias=has_bias, batch_norm=False)
+  _, trainable = summary.count_parameters(model, LARGE)
+  assert trainable == IMAGENET_PARAMETERS[name, depth]
+
+
+def test_vgg_with_batch_norm():
+  """torchvision's vgg19_bn: scale and bias for each of its 5,504 channels."""
+  _, trainable = summary.count_parameters(make("vgg", 19, 1000), LARGE)
+  assert trainable == 143_667_240 + 2 * 5_504
+
+
+# Parameters of v1 with the Keras example's shortcuts, at depth 20, and what the
+# others have besides: projections from 16 to 32 and from 32 to 64 channels.
+KERAS_20 = 273_066
+PROJECTIONS = 16 * 32 + 32 + 32 * 64 + 64
+NORMS = 2 * 32 + 2 * 64
+# One of the three blocks of each stage; all but the projecting ones.
+SAME_SHAPE = sum(
+  blocks * (c * c + c) for blocks, c in [(3, 16), (2, 32), (2, 64)]
+)
+SAME_SHAPE_NORMS = sum(
+  blocks * 2 * c for blocks, c in [(3, 16), (2, 32), (2, 64)]
+)
+VARIANTS = [
+  ("plain", {}, KERAS_20 - PROJECTIONS),
+  ("resnet_v1", {"shortcut": "keras"}, KERAS_20),
+  ("resnet_v1", {"shortcut": "A"}, KERAS_20 - PROJECTIONS),
+  ("resnet_v1", {"shortcut": "B"}, KERAS_20 + NORMS),
+  (
+    "resnet_v1",
+    {"shortcut": "C"},
+    KERAS_20 + NORMS + SAME_SHAPE + SAME_SHAPE_NORMS,
+  ),
+  # Normalised channels sum up to v1's: a block's first batch norm has the
+  # channels of the block before, and the last block's are in `final_bn`.
+  ("preact", {}, KERAS_20 - PROJECTIONS),
+  ("preact", {"shortcut": "keras"}, KERAS_20),
+  # A gate for each block, where shapes change as large as a projection.
+  ("highway", {}, KERAS_20 - PROJECTIONS + PROJECTIONS + SAME_SHAPE),
+]
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides", "expected"),
+  VARIANTS,
+  ids=["-".join([v[0], *v[1].values()]) for v in VARIANTS],
+)
+def test_variants_of_depth_20(name, overrides, expected):
+  _, trainable = summary.count_parameters(make(name, 20, **overrides), SHAPE)
+  assert trainable == expected
+
+
 def test_every_model_has_a_pinned_count():
-  assert {name for name, _ in PARAMETERS} == set(models.MODELS)
+  names = {name for name, _ in [*PARAMETERS, *IMAGENET_PARAMETERS]}
+  assert names | {name for name, *_ in VARIANTS} == set(models.MODELS)
+
+
+def test_deepest_of_the_papers_can_be_built():
+  assert make("resnet_v1", 1202).stage_sizes == (200, 200, 200)
+  assert make("resnet_v2", 1001).stage_sizes == (111, 111, 111)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +137,12 @@ def test_every_model_has_a_pinned_count():
     ("resnet_v1", 7, "8"),
     ("resnet_v2", 12, "11 and 20"),
     ("resnet_v2", -5, "11"),
+    ("highway", 21, "20 and 26"),
+    ("resnet_imagenet", 20, "18 and 34"),
+    ("resnet_imagenet", 200, "152"),
+    ("plain_imagenet", 50, "34"),
+    ("vgg", 16, "19"),
+    ("alexnet", 19, "8"),
   ],
 )
 def test_bad_depth_names_the_nearest(name, depth, nearest):
@@ -72,6 +158,42 @@ def test_unknown_model_is_an_error():
 def test_shortcut_that_the_family_lacks_is_an_error():
   with pytest.raises(errors.ConfigError, match="it has: keras"):
     make("resnet_v2", 11, shortcut="A")
+  with pytest.raises(errors.ConfigError, match=r"it has: none\."):
+    make("plain", shortcut="keras")
+
+
+@pytest.mark.parametrize("switch", ["remat", "scan"])
+def test_switches_of_blocks_need_blocks(switch):
+  with pytest.raises(errors.ConfigError, match=f"model.{switch}=True"):
+    make("vgg", 19, **{switch: True})
+
+
+@pytest.mark.parametrize(
+  ("name", "depth", "size", "message"),
+  [
+    ("resnet_imagenet", 18, 32, r"32x32 .* too small .* model.input_size=224"),
+    ("vgg", 19, 32, "too small"),
+    ("alexnet", 8, 63, "takes 64x64 and more"),
+    ("resnet_v1", 8, 224, "too large .*resnet_imagenet"),
+    ("highway", 8, 224, "takes up to 128x128"),
+  ],
+)
+def test_images_that_a_stem_is_not_made_for(name, depth, size, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    init_shapes(make(name, depth), (size, size, 3))
+  config = base.get_config().model
+  config.update({"name": name, "depth": depth})
+  with pytest.raises(errors.ConfigError, match=message):
+    registry.check_input_size(config, (size, size, 3))
+
+
+def test_resized_images_are_taken():
+  model = make("resnet_imagenet", 18, input_size=64)
+  images = np.random.default_rng(0).normal(size=(1, *SHAPE))
+  logits = jax.eval_shape(
+    lambda v, x: model.apply(v, x, train=False), init_shapes(model), images
+  )
+  assert logits.shape == (1, 10)
 
 
 @pytest.mark.parametrize(
