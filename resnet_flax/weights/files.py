@@ -1,10 +1,10 @@
 """Files of weights, as flat dictionaries of arrays; no code in them is run."""
 
 import dataclasses
-import io
 import json
 import pathlib
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -197,7 +197,10 @@ def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
     weights = _member(path, archive, "model.weights.h5")
     config = json.loads(_member(path, archive, "config.json"))
-  tree = hdf5.read(path, io.BytesIO(weights))
+  with tempfile.TemporaryDirectory() as folder:
+    content = pathlib.Path(folder) / "model.weights.h5"
+    content.write_bytes(weights)
+    tree = hdf5.read_apart(path, content)
   return _keras(path, tree, _layers(config))
 
 
@@ -217,8 +220,7 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
-  with path.open("rb") as file:
-    tree = hdf5.read(path, file)
+  tree = hdf5.read_apart(path, path)
   layers = _layers(json.loads(tree.model)) if tree.model else ()
   return _keras(path, tree, layers)
 
