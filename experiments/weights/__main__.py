@@ -8,6 +8,7 @@ Each library makes random weights in a process of its own environment, saves
 them in its own files and says what it makes of images (`torch_reference.py`,
 `keras_reference.py`). The files are converted here, and the networks compared.
 OUT is written after each network, and what it has already is not done again.
+The last lines are the table of README.md.
 """
 
 import argparse
@@ -238,8 +239,34 @@ def measure(
     return result
 
 
+def table(results: dict[str, Any]) -> str:
+  """The results as a table in Markdown."""
+  lines = [
+    "| network | files | arrays | passed over | largest logit | logits |"
+    " `predict` |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for name, result in results.items():
+    compared = {k: v for k, v in result["files"].items() if isinstance(v, dict)}
+    first = next(iter(compared.values()))
+    title = first["holds"]
+    if name.startswith("older_"):
+      title += f", Keras {result['versions']['keras']}"
+    cells = [
+      title,
+      ", ".join(f"`{extension}`" for extension in result["files"]),
+      first["arrays"],
+      max(value["passed_over"] for value in compared.values()),
+      f"{first['largest_logit']:.1f}",
+      f"{max(value['logits'] for value in compared.values()):.1e}",
+      f"{max(value['predict'] for value in compared.values()):.1e}",
+    ]
+    lines.append(f"| {' | '.join(map(str, cells))} |")
+  return "\n".join(lines)
+
+
 def main() -> None:
-  """Measures what --out does not have yet."""
+  """Measures what --out does not have yet, and prints all as a table."""
   parser = argparse.ArgumentParser("python -m experiments.weights")
   parser.add_argument("--torch_python", type=pathlib.Path)
   parser.add_argument("--keras_python", type=pathlib.Path)
@@ -267,7 +294,10 @@ def main() -> None:
       for extension, result in results[name]["files"].items():
         print(name, extension, result, flush=True)
         if isinstance(result, dict):
-          failed |= max(result["logits"], result["predict"]) > LIMIT
+          # Also where there is no number.
+          is_good = result["logits"] <= LIMIT and result["predict"] <= LIMIT
+          failed |= not is_good
+  print(table(results))
   if failed:
     sys.exit(f"error: a relative error is larger than {LIMIT}")
 

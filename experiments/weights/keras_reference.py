@@ -97,6 +97,12 @@ def logits_of(model, x):
   return np.asarray(features) @ kernel + bias
 
 
+def noise(count, side, rng):
+  """Images as the network sees them: of keras.applications in 1/255."""
+  spread = 1 if side == 32 else 60
+  return rng.normal(0, spread, (count, side, side, 3)).astype(np.float32)
+
+
 def randomize(model, side, rng):
   """Makes every parameter and statistic count, and keeps logits near 10.
 
@@ -112,14 +118,14 @@ def randomize(model, side, rng):
   for layer in model.layers:
     if isinstance(layer, (layers.Conv2D, layers.Dense)):
       layer.bias.assign(rng.normal(0, 0.1, layer.bias.shape))
-  model(rng.normal(0, 1, (4, side, side, 3)).astype(np.float32), training=True)
+  model(noise(4, side, rng), training=True)
   for norm in norms:
     norm.momentum = 0.99
     mean, var = map(np.asarray, (norm.moving_mean, norm.moving_variance))
-    noise = rng.normal(0, 0.2, mean.shape) * np.sqrt(var)
-    norm.moving_mean.assign(mean + noise)
+    moved = mean + rng.normal(0, 0.2, mean.shape) * np.sqrt(var)
+    norm.moving_mean.assign(moved)
     norm.moving_variance.assign(var * rng.uniform(0.5, 1.5, var.shape))
-  x = rng.normal(0, 1, (BATCH, side, side, 3)).astype(np.float32)
+  x = noise(BATCH, side, rng)
   scale = 10 / np.abs(logits_of(model, x)).max()
   model.layers[-1].set_weights(
     [scale * array for array in model.layers[-1].get_weights()]
@@ -136,7 +142,7 @@ def main():
   rng = np.random.default_rng(0)
   model, side = build(arguments.name)
   randomize(model, side, rng)
-  inputs = rng.normal(0, 1, (BATCH, side, side, 3)).astype(np.float32)
+  inputs = noise(BATCH, side, rng)
   images = rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
   prepared = images / np.float32(255)
   if side != 32:
