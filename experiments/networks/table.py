@@ -159,28 +159,29 @@ LARGE = (
 
 
 @functools.cache
-def measure(network: Network) -> tuple[int, int]:
-  """Trainable parameters, and multiply-adds for one image."""
+def measure(network: Network) -> summary.Size:
+  """Counts a network's parameters and multiply-adds."""
   config = base.get_config().model
   config.update({"name": network.name, "depth": network.depth})
   config.update(dict(network.overrides))
   classes, size = (1000, 224) if network.is_large else (10, 32)
   model = models.create_model(config, classes)
-  shape = (size, size, 3)
-  _, trainable = summary.count_parameters(model, shape)
-  return trainable, summary.multiply_adds(model, shape)
+  return summary.measure_size(model, (size, size, 3))
 
 
 def row(network: Network) -> str:
   """A network's line of the table."""
-  parameters, multiply_adds = measure(network)
-  unit, digits = (1e9, 2) if network.is_large else (1e6, 1)
+  measured = measure(network)
+  billions, millions = (
+    f"{measured.multiply_adds / 1e9:.2f} G",
+    f"{measured.multiply_adds / 1e6:.1f} M",
+  )
   cells = [
     network.title,
     str(network.depth),
-    f"{parameters:,}",
+    f"{measured.trainable:,}",
     network.published[0],
-    f"{multiply_adds / unit:.{digits}f} {'G' if network.is_large else 'M'}",
+    billions if network.is_large else millions,
     network.published[1],
     network.source,
   ]

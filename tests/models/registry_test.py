@@ -59,22 +59,22 @@ def init_shapes(model, shape=SHAPE):
 
 @pytest.mark.parametrize(("name", "depth"), PARAMETERS)
 def test_parameter_counts(name, depth):
-  counts = summary.count_parameters(make(name, depth), SHAPE)
-  assert counts == PARAMETERS[name, depth]
+  size = summary.measure_size(make(name, depth), SHAPE)
+  assert (size.total, size.trainable) == PARAMETERS[name, depth]
 
 
 @pytest.mark.parametrize(("name", "depth"), IMAGENET_PARAMETERS)
 def test_imagenet_parameter_counts(name, depth):
   has_bias = name in ("vgg", "alexnet")
   model = make(name, depth, 1000, conv_bias=has_bias, batch_norm=False)
-  _, trainable = summary.count_parameters(model, LARGE)
-  assert trainable == IMAGENET_PARAMETERS[name, depth]
+  size = summary.measure_size(model, LARGE)
+  assert size.trainable == IMAGENET_PARAMETERS[name, depth]
 
 
 def test_vgg_with_batch_norm():
   """torchvision's vgg19_bn: scale and bias for each of its 5,504 channels."""
-  _, trainable = summary.count_parameters(make("vgg", 19, 1000), LARGE)
-  assert trainable == 143_667_240 + 2 * 5_504
+  size = summary.measure_size(make("vgg", 19, 1000), LARGE)
+  assert size.trainable == 143_667_240 + 2 * 5_504
 
 
 # Parameters of v1 with the Keras example's shortcuts, at depth 20, and what the
@@ -114,8 +114,8 @@ VARIANTS = [
   ids=["-".join([v[0], *v[1].values()]) for v in VARIANTS],
 )
 def test_variants_of_depth_20(name, overrides, expected):
-  _, trainable = summary.count_parameters(make(name, 20, **overrides), SHAPE)
-  assert trainable == expected
+  size = summary.measure_size(make(name, 20, **overrides), SHAPE)
+  assert size.trainable == expected
 
 
 def test_every_model_has_a_pinned_count():
