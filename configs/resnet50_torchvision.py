@@ -15,7 +15,7 @@ from configs import base
 
 
 def get_config():
-  """torchvision's ResNet-50, fine-tuned."""
+  """ResNet-50 of torchvision, fine-tuned."""
   config = base.get_config()
   config.batch_size = 64
   config.num_epochs = 10
