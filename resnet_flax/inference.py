@@ -52,7 +52,7 @@ class LoadedModel:
 def load_model(
   workdir: str | os.PathLike[str], which: str = "best"
 ) -> LoadedModel:
-  """Loads a network that `resnet_flax.main` has trained.
+  """Loads a network from its workdir.
 
   Args:
     workdir: the run's folder, or what `resnet_flax.convert` made.

@@ -124,7 +124,7 @@ def train_and_evaluate(
       state, notes = restored
     else:
       state = initial_state(config, experiment, dataset.train, mesh)
-      if source:
+      if source is not None:
         state = transfer.initialize(state, source, mesh)
       notes = NEW_EPOCH
     if records and step == len(records) * steps_per_epoch:
@@ -155,6 +155,10 @@ def train_and_evaluate(
       )
     )
     stack.callback(checkpoints.wait)
+    if source is not None:
+      # So that the run depends no longer on what becomes of its source.
+      checkpoints.save(state, notes)
+      del source
     timer = checkpoint.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )

@@ -15,7 +15,6 @@ COMMAND = "python -m experiments.networks"
 _KERAS = "Keras example"
 _HE = "He et al. 2015"
 _TORCHVISION = "torchvision"
-_VGG = "Simonyan and Zisserman 2014"
 _KERAS_APPLICATIONS = "keras.applications"
 
 

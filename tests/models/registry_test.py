@@ -62,7 +62,8 @@ def test_parameter_counts(name, depth):
 @pytest.mark.parametrize(("name", "depth"), IMAGENET_PARAMETERS)
 def test_imagenet_parameter_counts(name, depth):
   has_bias = name in ("vgg", "alexnet")
-  model = make(name, depth, 1000, conv_bias=has_bias, batch_norm=False)
+  batch_norm = {"batch_norm": False} if name == "vgg" else {}
+  model = make(name, depth, 1000, conv_bias=has_bias, **batch_norm)
   size = summary.measure_size(model, LARGE)
   assert size.trainable == IMAGENET_PARAMETERS[name, depth]
 
@@ -156,6 +157,29 @@ def test_shortcut_that_the_family_lacks_is_an_error():
     make("resnet_v2", 11, shortcut="A")
   with pytest.raises(errors.ConfigError, match=r"it has: none\."):
     make("plain", shortcut="keras")
+
+
+@pytest.mark.parametrize(
+  ("name", "depth", "key", "value", "readers"),
+  [
+    ("resnet_v1", 8, "batch_norm", False, "vgg"),
+    ("resnet_v1", 8, "dropout", 0.0, "vgg, alexnet"),
+    ("plain", 8, "gate_bias", -3.0, "highway"),
+    ("resnet_v2", 11, "stride_in_3x3", False, "resnet_imagenet"),
+    ("alexnet", 8, "num_filters", 32, "resnet_v1, "),
+  ],
+)
+def test_keys_of_other_families_are_refused(name, depth, key, value, readers):
+  message = rf"model\.{key}={value} does nothing for .* it is for {readers}"
+  with pytest.raises(errors.ConfigError, match=message):
+    make(name, depth, **{key: value})
+
+
+def test_own_keys_are_neutral_by_default():
+  defaults = base.get_config().model
+  assert {key: defaults[key] for key in registry.OWN_KEYS} == registry.OWN_KEYS
+  read = {key for f in models.MODELS.values() for key in f.own_keys}
+  assert read == set(registry.OWN_KEYS)
 
 
 @pytest.mark.parametrize("switch", ["remat", "scan"])
