@@ -310,7 +310,7 @@ class Checkpoints:
       raise FileNotFoundError(f"{self._folder} was changed by someone else")
     folder = pathlib.Path(unfinished[0].get())
     files = {
-      str(path.relative_to(folder)): _digest(path)
+      str(path.relative_to(folder)): digest_of(path)
       for path in sorted((folder / _STATE).rglob("*"))
       if path.is_file()
     }
@@ -374,7 +374,7 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
     if manifest.pop("sha256") != _seal(manifest):
       raise _damaged(path, f"{_MANIFEST} is not as it was written")
     for name, digest in manifest["files"].items():
-      if _digest(path / name) != digest:
+      if digest_of(path / name) != digest:
         raise _damaged(path, f"{name} is not as it was written")
   except FileNotFoundError as error:
     missing = pathlib.Path(error.filename).relative_to(path)
@@ -389,7 +389,8 @@ def _seal(manifest: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
-def _digest(path: pathlib.Path) -> str:
+def digest_of(path: pathlib.Path) -> str:
+  """The SHA-256 of a file."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 

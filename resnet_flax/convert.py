@@ -9,7 +9,6 @@ FILE is of Keras (.keras, .weights.h5, .h5) or of PyTorch (.safetensors, .pt,
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
 import tempfile
@@ -78,7 +77,10 @@ def convert(
     WorkdirError: the workdir holds something, or cannot be written.
     DataError: the normalization is to be measured and the data cannot be had.
   """
-  source, workdir = pathlib.Path(source), pathlib.Path(workdir).absolute()
+  source = pathlib.Path(source)
+  # Where a link leads: the link itself cannot be replaced by a folder. Unlike
+  # Path.resolve, this leaves it to _check_is_new to find a loop of links.
+  workdir = pathlib.Path(os.path.realpath(workdir))
   config = ConfigDict(config.to_dict())
   config_rules.check(config, num_devices=1)
   if config.init_from:
@@ -89,9 +91,11 @@ def convert(
   _check_is_new(workdir)
 
   file = files.read(source)
-  kind = _IDENTIFY[file.library](file)
+  kind = _identify(file)
   mapping.check_config(file, kind, config)
   _set_num_classes(file, kind, config)
+  # The head's size is the file's, and has a limit as well.
+  config_rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   like = experiment_lib.abstract_state(config, experiment)
   variables = mapping.variables(
@@ -104,7 +108,7 @@ def convert(
     "data": data,
     "converted": {
       "source": source.name,
-      "sha256": _digest(source),
+      "sha256": checkpoint.digest_of(source),
       "holds": kind.title,
       "passed_over": len(file.passed_over),
     },
@@ -132,6 +136,20 @@ def _holds_something(workdir: pathlib.Path) -> errors.WorkdirError:
     f"workdir {workdir} holds something already, and nothing is overwritten."
     " Pass a new one with --workdir."
   )
+
+
+def _identify(file: files.WeightsFile) -> mapping.Source:
+  try:
+    return _IDENTIFY[file.library](file)
+  except errors.UserError:
+    raise
+  # What a file says of its layers may lack anything, and be of any type.
+  except Exception as error:
+    raise errors.WeightsError(
+      f"{file.path} is damaged, or its layers are not described as in files of"
+      f" {file.library}: {errors.one_line(error)}. Pass one that"
+      " the library has saved with --source."
+    ) from error
 
 
 def _set_num_classes(
@@ -162,11 +180,6 @@ def _normalization(
     normalization.measure(config.normalization, dataset.train),
     dataset.source,
   )
-
-
-def _digest(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(

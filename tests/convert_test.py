@@ -1,10 +1,12 @@
 """From a file to a workdir that is scored, loaded and trained on."""
 
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -156,19 +158,73 @@ def test_other_classes(config, tmp_path):
     ("bn1.running_var", -np.ones(4, np.float32), "negative variances"),
     ("bn1.bias", np.full(4, np.inf, np.float32), "not finite"),
     ("linear.weight", None, "of no network that is known"),
-    ("linear.weight", np.ones(1, np.float32), "linear.weight[1]"),
-    ("conv1.weight", np.ones(1, np.float32), "conv1.weight[1]"),
+    (
+      "linear.weight",
+      np.ones(1, np.float32),
+      "linear.weight[1] for params/head/kernel[16, 1]",
+    ),
+    (
+      "conv1.weight",
+      np.ones(4, np.float32),
+      "conv1.weight[4] for params/stem_conv/kernel[3, 3, 3, 4]",
+    ),
   ],
 )
 def test_arrays_that_do_not_fit(source, config, tmp_path, name, array, message):
   path = changed(source, name, array)
-  # A head or stem without a shape is found with the width left to the file.
-  if array is not None and array.shape == (1,):
-    config.model.num_filters = 4
-  kinds = (errors.WeightsError, errors.ConfigError)
-  text = refused(path, config, tmp_path / "run", kinds)
-  if not (name == "conv1.weight" and "num_filters" in text):
-    assert message in text
+  assert message in refused(path, config, tmp_path / "run")
+
+
+def test_a_head_that_no_configuration_has(source, config, tmp_path):
+  path = changed(source, "linear.weight", np.ones((10**6 + 1, 1), np.float32))
+  message = refused(path, config, tmp_path / "run", errors.ConfigError)
+  assert "model.num_classes=1000001 cannot be used" in message
+
+
+def keras_file(path, layer):
+  """A .keras file of the example's ResNet-8 whose first layer is given."""
+  h5py = pytest.importorskip("h5py")
+  buffer = io.BytesIO()
+  with h5py.File(buffer, "w") as file:
+    # The stem, two convolutions in each stage, two projections.
+    for k in range(9):
+      name = "conv2d" + f"_{k}" * (k > 0)
+      file[f"layers/{name}/vars/0"] = np.ones((3, 3, 1, 1), np.float32)
+    file["layers/dense/vars/0"] = np.ones((1, 1), np.float32)
+  stem = {
+    "strides": [1, 1],
+    "padding": "same",
+    "epsilon": 1e-3,
+    "name": "conv2d",
+  }
+  settings = {k: v for k, v in (stem | layer[1]).items() if v != "absent"}
+  layers = [{"class_name": layer[0], "config": settings}]
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("config.json", json.dumps({"config": {"layers": layers}}))
+    archive.writestr("model.weights.h5", buffer.getvalue())
+  return path
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [
+    ("Conv2D", {"strides": "absent"}),
+    ("Conv2D", {"padding": "absent"}),
+    ("BatchNormalization", {"epsilon": "absent"}),
+    ("BatchNormalization", {"epsilon": None}),
+    ("BatchNormalization", {"epsilon": "small"}),
+  ],
+)
+def test_layers_that_are_not_described(layer, config, tmp_path):
+  path = keras_file(tmp_path / "a.keras", layer)
+  message = refused(path, config, tmp_path / "run")
+  assert "its layers are not described as in files of keras" in message
+
+
+def test_null_is_no_stride(config, tmp_path):
+  path = keras_file(tmp_path / "a.keras", ("Conv2D", {"strides": None}))
+  message = refused(path, config, tmp_path / "run")
+  assert "has strides None where ours has 1" in message
 
 
 @pytest.mark.parametrize(
@@ -221,6 +277,21 @@ def test_nothing_is_overwritten(source, config, tmp_path):
   assert "holds something already" in message
   message = refused(source, config, source, errors.WorkdirError)
   assert "Not a directory" in message
+
+
+def test_a_link_to_a_folder(source, config, tmp_path):
+  """What it leads to becomes the workdir; the link stays."""
+  folder, link = tmp_path / "folder", tmp_path / "link"
+  folder.mkdir()
+  link.symlink_to(folder)
+  convert.convert(source, config, link)
+  assert link.is_symlink()
+  assert (folder / "config.json").exists()
+  assert resnet_flax.load_model(link).step == 0
+  loop = tmp_path / "loop"
+  loop.symlink_to(loop)
+  message = refused(source, config, loop, errors.WorkdirError)
+  assert "cannot be written" in message
 
 
 def test_a_failed_write_leaves_nothing(source, config, tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ _COUNTER = "num_batches_tracked"
 # Where training scripts put the state dict.
 _STATE_DICT_KEYS = ("state_dict", "model")
 _PARALLEL_PREFIX = "module."
+# Before, code could be run in spite of weights_only (CVE-2025-32434).
+_LEAST_TORCH = (2, 6)
 
 # How many times larger than its archive a member may be: float32 weights hardly
 # shrink, and what is larger is there to fill the memory.
@@ -136,6 +138,13 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       " install 'resnet_flax[torch]'. Or save it where PyTorch is with"
       " safetensors.torch.save_file(state_dict, 'weights.safetensors')."
     ) from None
+  version = re.match(r"(\d{1,4})\.(\d{1,4})", torch.__version__)
+  if version is None or tuple(map(int, version.groups())) < _LEAST_TORCH:
+    raise errors.WeightsError(
+      f"{path} can be read only with PyTorch {'.'.join(map(str, _LEAST_TORCH))}"
+      f" or later, and {torch.__version__} is installed, in which a file could"
+      " run code: pip install --upgrade 'resnet_flax[torch]'."
+    )
   try:
     # Anything but tensors and plain containers is refused.
     loaded = torch.load(path, map_location="cpu", weights_only=True)

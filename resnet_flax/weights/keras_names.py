@@ -6,12 +6,14 @@ have automatic names, and those of `keras.applications`' ResNet50, 101 and 152.
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from resnet_flax import errors
+from resnet_flax import config_rules, errors
 from resnet_flax.weights import files
 from resnet_flax.weights.mapping import (
+  IMAGENET_SIZES,
   Origin,
   Path,
   Source,
@@ -30,7 +32,7 @@ _VARIABLES = {
   },
 }
 
-_APPLICATIONS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_APPLICATIONS = {depth: IMAGENET_SIZES[depth] for depth in (50, 101, 152)}
 # In older files the head is called after what it gives.
 _HEADS = ("predictions", "probs")
 _BOTTLENECK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
@@ -313,7 +315,11 @@ _CLASSES = frozenset(
     "ZeroPadding2D",
   )
 )
-_ACTIVATIONS = ("relu", "linear", "softmax")
+# What may follow a layer's own sum, and be a layer of its own: inside only the
+# ReLUs that ours has too, at the end what makes probabilities of logits.
+_LAYER_ACTIVATIONS = {"Dense": ("linear", "softmax")}
+_INNER_ACTIVATIONS = ("relu",)
+_LAST_ACTIVATIONS = ("linear", "softmax")
 
 
 def _epsilon(file: files.WeightsFile, usual: float) -> float:
@@ -323,6 +329,13 @@ def _epsilon(file: files.WeightsFile, usual: float) -> float:
     for layer in file.layers
     if layer.kind == "BatchNormalization"
   }
+  for epsilon in found:
+    try:
+      config_rules.RULES["model.batch_norm_epsilon"]("epsilon", epsilon)
+    except errors.ConfigError as error:
+      raise errors.WeightsError(
+        f"{file.path} has a batch norm that ours cannot be: {error}"
+      ) from error
   if len(found) > 1:
     raise errors.WeightsError(
       f"{file.path} has batch norms of different epsilons"
@@ -353,18 +366,36 @@ def _check_layers(
   for layer in file.layers:
     name, found = layer.name, layer.settings
     wrong = None
+    if layer.kind == "Activation":
+      is_last = layer is file.layers[-1]
+      allowed = _LAST_ACTIVATIONS if is_last else _INNER_ACTIVATIONS
+    else:
+      allowed = _LAYER_ACTIVATIONS.get(layer.kind, ("linear",))
     if layer.kind not in _CLASSES:
       wrong = f"is a {layer.kind}, which our networks do not have"
-    elif found.get("activation", "linear") not in _ACTIVATIONS:
-      wrong = f"has the activation {found['activation']}"
+    elif (activation := found.get("activation", "linear")) not in allowed:
+      wrong = (
+        f"has the activation {activation} where ours has {' or '.join(allowed)}"
+      )
+    elif layer.kind == "ReLU" and not _is_plain(found):
+      wrong = "is a ReLU with a slope, a threshold or a largest value"
     elif layer.kind == "Conv2D" and name in paths:
       strides = _strides(paths[name], stem_strides)
       if found["strides"] != [strides] * 2:
         wrong = f"has strides {found['strides']} where ours has {strides}"
       elif padding and found["padding"] != padding:
         wrong = f"has the padding {found['padding']!r}, not {padding!r}"
+      # Files of Kerases that had no groups do not name them.
+      for key, ours in (("dilation_rate", [1, 1]), ("groups", 1)):
+        if found.get(key, ours) != ours:
+          wrong = f"has {key} {found[key]} where ours has {ours}"
     if wrong:
       raise errors.WeightsError(f"{file.path}: the layer {name} {wrong}.")
+
+
+def _is_plain(relu: Mapping[str, Any]) -> bool:
+  has_slope = relu.get("negative_slope") or relu.get("threshold")
+  return relu.get("max_value") is None and not has_slope
 
 
 def _strides(path: Path, stem_strides: int) -> int:

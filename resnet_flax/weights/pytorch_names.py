@@ -16,6 +16,7 @@ import numpy as np
 from resnet_flax import errors
 from resnet_flax.weights import files
 from resnet_flax.weights.mapping import (
+  IMAGENET_SIZES,
   Layout,
   Origin,
   Path,
@@ -31,13 +32,11 @@ _NORM = {
   "var": "running_var",
 }
 
-# (blocks of each stage, bottlenecks): depth.
-_IMAGENET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
-  ((2, 2, 2, 2), False): 18,
-  ((3, 4, 6, 3), False): 34,
-  ((3, 4, 6, 3), True): 50,
-  ((3, 4, 23, 3), True): 101,
-  ((3, 8, 36, 3), True): 152,
+# (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
+# only in their blocks.
+_IMAGENET_DEPTHS = {
+  (IMAGENET_SIZES[depth], depth >= 50): depth
+  for depth in (18, 34, 50, 101, 152)
 }
 
 # The convolutions' places in `features`.

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import random
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -144,15 +146,168 @@ class Code:
     return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize(
-  "name", ["a.pt", "a.pth", "a.th", "a.h5", "a.keras", "a.safetensors"]
-)
-def test_no_pickle_is_run(name, tmp_path):
+@pytest.mark.parametrize("name", ["a.h5", "a.keras", "a.safetensors"])
+def test_pickles_are_only_pytorchs(name, tmp_path):
   path, mark = tmp_path / name, tmp_path / "mark"
-  path.write_bytes(pickle.dumps({"conv1.weight": Code(mark)}))
-  with pytest.raises(errors.WeightsError):
+  path.write_bytes(pickle.dumps({"conv1.weight": Code(mark)}, protocol=2))
+  with pytest.raises(errors.WeightsError, match="extension says"):
     files.read(path)
   assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.th"])
+@pytest.mark.parametrize("in_archive", [True, False])
+def test_code_in_pytorchs_pickles_is_not_run(name, in_archive, tmp_path):
+  """By the real PyTorch, in both of its formats."""
+  torch = pytest.importorskip("torch")
+  path, mark = tmp_path / name, tmp_path / "mark"
+  state = {"conv1.weight": Code(mark), "bn1.weight": torch.ones(3)}
+  torch.save(state, path, _use_new_zipfile_serialization=in_archive)
+  with pytest.raises(errors.WeightsError, match="holds more than tensors"):
+    files.read(path)
+  assert not mark.exists()
+  # It would have been.
+  torch.load(path, weights_only=False)
+  assert mark.exists()
+
+
+def test_reads_what_pytorch_writes(tmp_path):
+  torch = pytest.importorskip("torch")
+  state = {
+    "conv1.weight": torch.arange(6.0).reshape(2, 3),
+    "bn1.weight": torch.ones(3, dtype=torch.bfloat16),
+    "bn1.num_batches_tracked": torch.tensor(3),
+  }
+  torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.th")
+  read = files.read(tmp_path / "a.th")
+  assert set(read.arrays) == {"conv1.weight", "bn1.weight"}
+  np.testing.assert_array_equal(
+    read.arrays["conv1.weight"], state["conv1.weight"].numpy()
+  )
+  assert read.passed_over == ("bn1.num_batches_tracked",)
+
+
+class StubTensor:
+  """As much of a tensor as is looked at."""
+
+  layout = "strided"
+  is_quantized = False
+  dtype = "float32"
+
+  def __init__(self, array):
+    self._array = array
+    self.shape = array.shape
+
+  def numel(self):
+    return self._array.size
+
+  def element_size(self):
+    return self._array.itemsize
+
+  def untyped_storage(self):
+    return types.SimpleNamespace(nbytes=lambda: self._array.nbytes)
+
+  def detach(self):
+    return self
+
+  def numpy(self):
+    return self._array
+
+
+@pytest.fixture
+def stub_torch(monkeypatch):
+  """A module whose `load` notes its arguments and gives `loaded`."""
+  torch = types.ModuleType("torch")
+  torch.__version__ = "2.10.0+cpu"
+  torch.Tensor = StubTensor
+  torch.strided, torch.bfloat16 = "strided", "bfloat16"
+  torch.calls = []
+  torch.loaded = None
+
+  def load(*arguments, **options):
+    torch.calls.append((arguments, options))
+    if isinstance(torch.loaded, Exception):
+      raise torch.loaded
+    return torch.loaded
+
+  torch.load = load
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  return torch
+
+
+STATE_DICT = {
+  "conv1.weight": StubTensor(np.ones((2, 3), np.float32)),
+  "bn1.num_batches_tracked": StubTensor(np.array(3)),
+}
+
+
+@pytest.fixture(params=["a.pt", "a.pth", "a.th"])
+def torch_file(request, tmp_path):
+  path = tmp_path / request.param
+  path.write_bytes(b"PK\x03\x04")
+  return path
+
+
+@pytest.mark.parametrize(
+  "loaded",
+  [
+    STATE_DICT,
+    {"state_dict": STATE_DICT, "epoch": 3},
+    {"model": STATE_DICT, "optimizer": {}},
+    {f"module.{name}": tensor for name, tensor in STATE_DICT.items()},
+  ],
+)
+def test_pytorch_loads_tensors_alone(stub_torch, torch_file, loaded):
+  stub_torch.loaded = loaded
+  read = files.read(torch_file)
+  assert stub_torch.calls == [
+    ((torch_file,), {"map_location": "cpu", "weights_only": True})
+  ]
+  assert read.library == "pytorch"
+  assert set(read.arrays) == {"conv1.weight"}
+  assert read.passed_over == ("bn1.num_batches_tracked",)
+
+
+@pytest.mark.parametrize(
+  "loaded",
+  [
+    [],
+    {"conv1.weight": 1},
+    {"net": STATE_DICT},
+    {"state_dict": {"conv1.weight": 1}},
+  ],
+)
+def test_pytorch_files_without_a_state_dict(stub_torch, torch_file, loaded):
+  stub_torch.loaded = loaded
+  with pytest.raises(errors.WeightsError, match="holds no state dict"):
+    files.read(torch_file)
+
+
+def test_what_pytorch_refuses(stub_torch, torch_file):
+  stub_torch.loaded = pickle.UnpicklingError("set weights_only=False\nto run")
+  with pytest.raises(errors.WeightsError, match="more than tensors") as raised:
+    files.read(torch_file)
+  # It is not tried again, and nobody is told how to.
+  assert len(stub_torch.calls) == 1
+  assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu124", "unknown"])
+def test_pytorch_that_may_run_code(stub_torch, torch_file, version):
+  stub_torch.__version__ = version
+  stub_torch.loaded = STATE_DICT
+  with pytest.raises(errors.WeightsError, match=r"PyTorch 2\.6 or") as raised:
+    files.read(torch_file)
+  assert f"and {version} is installed" in str(raised.value)
+  assert "pip install --upgrade 'resnet_flax[torch]'" in str(raised.value)
+  assert stub_torch.calls == []
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.6.0a0+git1", "3.0.0"])
+def test_pytorch_that_runs_none(stub_torch, torch_file, version):
+  stub_torch.__version__ = version
+  stub_torch.loaded = STATE_DICT
+  assert files.read(torch_file).arrays
 
 
 @pytest.mark.skipif(

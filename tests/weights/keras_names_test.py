@@ -159,7 +159,13 @@ def read_layers(saved, change):
   [
     ("Conv2D", "padding", "valid", "has the padding 'valid', not 'same'"),
     ("Conv2D", "strides", [3, 3], r"has strides \[3, 3\] where ours has 1"),
-    ("Activation", "activation", "gelu", "has the activation gelu"),
+    ("Conv2D", "dilation_rate", [2, 2], r"has dilation_rate \[2, 2\] where"),
+    ("Conv2D", "groups", 2, "has groups 2 where ours has 1"),
+    ("Conv2D", "activation", "relu", "relu where ours has linear"),
+    ("Dense", "activation", "relu", "relu where ours has linear or softmax"),
+    ("Activation", "activation", "gelu", "gelu where ours has relu"),
+    ("Activation", "activation", "softmax", "softmax where ours has relu"),
+    ("Activation", "activation", "linear", "linear where ours has relu"),
   ],
 )
 def test_layers_that_compute_something_else(saved, kind, key, value, message):
@@ -170,6 +176,33 @@ def test_layers_that_compute_something_else(saved, kind, key, value, message):
 
   with pytest.raises(errors.WeightsError, match=message):
     read_layers(saved, change)
+
+
+def with_layers(saved, *more):
+  """The file with further layers; its head has no softmax."""
+  read = files.read(saved[1] / "a.keras")
+  *layers, head = read.layers
+  settings = {**head.settings, "activation": "linear"}
+  head = files.Layer(head.kind, head.name, settings)
+  return identify([*layers, head, *more], read.arrays)
+
+
+def test_a_softmax_may_follow_the_head(saved):
+  layer = files.Layer("Activation", "last", {"activation": "softmax"})
+  assert with_layers(saved, layer).num_classes == 10
+  layer = files.Layer("Activation", "last", {"activation": "relu"})
+  with pytest.raises(errors.WeightsError, match="linear or softmax"):
+    with_layers(saved, layer)
+
+
+def test_relus_that_are_none(saved):
+  usual = {"max_value": None, "negative_slope": 0.0, "threshold": 0.0}
+  last = files.Layer("Activation", "last", {"activation": "softmax"})
+  assert with_layers(saved, files.Layer("ReLU", "a", usual), last)
+  for key in usual:
+    layer = files.Layer("ReLU", "a", {**usual, key: 0.5})
+    with pytest.raises(errors.WeightsError, match="a is a ReLU with a slope"):
+      with_layers(saved, layer, last)
 
 
 def test_unknown_layers(saved):
@@ -197,6 +230,17 @@ def test_epsilon_is_the_files(saved):
 
   with pytest.raises(errors.WeightsError, match="different epsilons"):
     read_layers(saved, one)
+
+
+@pytest.mark.parametrize("epsilon", [float("nan"), float("inf"), 0, -1e-3])
+def test_epsilons_that_cannot_be_used(saved, epsilon):
+  def change(kind, name, settings):
+    if kind == "BatchNormalization":
+      settings["epsilon"] = epsilon
+    return files.Layer(kind, name, settings)
+
+  with pytest.raises(errors.WeightsError, match="cannot be used; needed: a nu"):
+    read_layers(saved, change)
 
 
 SIZES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
