@@ -1,6 +1,8 @@
 """The optimizer: coupled L2, then Adam or momentum, then the learning rate."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -8,11 +10,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from resnet_flax import errors
+from resnet_flax import errors, leaves
 
 PyTree = Any
 
 NAMES = ("adam", "sgd")
+
+# Modules that are updated by one computation, on CPUs.
+_GROUP_SIZE = 16
 
 
 def _is_conv_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -61,13 +66,84 @@ class Optimizer:
   l2_weights: str
   links: tuple[str, ...]
 
+  def update(
+    self,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    learning_rate: jax.Array,
+  ) -> tuple[PyTree, PyTree]:
+    """One step of the chain, some modules of the network at a time.
+
+    On CPUs each of these groups is a computation of its own, so that compiling
+    a deep network's step needs less memory. No link of the chain looks at more
+    than one array.
+
+    Args:
+      grads: of the cross-entropy; a dict of modules, like `params`.
+      opt_state: what `tx.init(params)` or an earlier update returned.
+      params: the parameters.
+      learning_rate: float32[].
+
+    Returns:
+      New parameters and the new state.
+    """
+    modules = params.keys()
+
+    def is_like_params(node):
+      return isinstance(node, dict) and node.keys() == modules
+
+    def select(tree, names):
+      return jax.tree.map(
+        lambda node: (
+          {name: node[name] for name in names} if is_like_params(node) else node
+        ),
+        tree,
+        is_leaf=is_like_params,
+      )
+
+    def update(grads, opt_state, params, learning_rate):
+      updates, opt_state = self.tx.update(
+        grads, opt_state, params, learning_rate=learning_rate
+      )
+      return optax.apply_updates(params, updates), opt_state
+
+    names = list(modules)
+    groups = [
+      names[start : start + _GROUP_SIZE]
+      for start in range(0, len(names), _GROUP_SIZE)
+    ]
+    results = [
+      leaves.apart(
+        update,
+        *(select(tree, group) for tree in (grads, opt_state, params)),
+        learning_rate,
+      )
+      for group in groups
+    ]
+
+    def merge(node, *parts):
+      if not is_like_params(node):
+        return parts[0]  # A count, which all have.
+      return functools.reduce(operator.or_, parts)
+
+    # Parts end where the whole has something like the parameters.
+    return jax.tree.map(
+      merge, (params, opt_state), *results, is_leaf=is_like_params
+    )
+
   def penalty(self, params: PyTree) -> jax.Array:
     """The L2 term of the objective, float32[]: l2 * sum(w**2)."""
     mask = L2_WEIGHTS[self.l2_weights](params)
-    squares = jax.tree.map(
-      lambda w, masked: jnp.sum(jnp.square(w)) if masked else 0.0, params, mask
-    )
-    return jnp.asarray(self.l2 * optax.tree.sum(squares), jnp.float32)
+    masked = [
+      weight
+      for weight, is_masked in zip(
+        jax.tree.leaves(params), jax.tree.leaves(mask), strict=True
+      )
+      if is_masked
+    ]
+    squares = leaves.reduce_each(lambda w: jnp.sum(jnp.square(w)), masked)
+    return jnp.asarray(self.l2 * jnp.sum(squares), jnp.float32)
 
 
 def create_optimizer(config: ConfigDict) -> Optimizer:

@@ -235,12 +235,11 @@ def initial_state(
   mesh: Mesh,
 ) -> train_step.TrainState:
   """The state before the first step, a copy on every device of the mesh."""
-  create = jax.jit(
-    functools.partial(train_step.create_train_state, experiment),
-    out_shardings=mesh_lib.replicated(mesh),
-  )
   key = randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION)
-  return create(key, normalization.measure(config.normalization, train))
+  state = train_step.create_train_state(
+    experiment, key, normalization.measure(config.normalization, train)
+  )
+  return jax.device_put(state, mesh_lib.replicated(mesh))
 
 
 def augmentation_key(seed: int, mesh: Mesh) -> jax.Array:

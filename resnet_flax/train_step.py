@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resnet_flax import augment, optimizer, schedule
+from resnet_flax import augment, leaves, optimizer, schedule
 
 PyTree = Any
 
@@ -117,13 +117,17 @@ def create_train_state(
 ) -> TrainState:
   """The state before the first step.
 
+  Called outside of `jax.jit` it compiles each shape's initializer once, whereas
+  a program of all of them takes a deep network minutes to compile.
+
   Args:
     experiment: the fixed parts.
     key: key[], draws the initial parameters.
     normalization: measured on the training split.
   """
-  images = jnp.zeros((1, *experiment.image_shape), jnp.float32)
-  variables = experiment.model.init(key, images, train=False)
+  images = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
+  # Draws the parameters without running the network.
+  variables = experiment.model.lazy_init(key, images, train=False)
   return state_of(experiment, variables, normalization)
 
 
@@ -232,10 +236,9 @@ def train_step(
     keys["dropout"],
   )
   rate = experiment.learning_rate(state.step, state.rate_state)
-  updates, opt_state = experiment.optimizer.tx.update(
-    grads, state.opt_state, state.params, learning_rate=rate
+  params, opt_state = experiment.optimizer.update(
+    grads, state.opt_state, state.params, rate
   )
-  params = optax.apply_updates(state.params, updates)
 
   objective = loss + experiment.optimizer.penalty(state.params)
   count = labels.shape[0]
@@ -268,12 +271,14 @@ def train_step(
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-  checks = [
-    jnp.all(jnp.isfinite(leaf))
+  floats = [
+    leaf
     for leaf in jax.tree.leaves(tree)
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   ]
-  return jnp.all(jnp.stack(checks))
+  return jnp.all(
+    leaves.reduce_each(lambda leaf: jnp.all(jnp.isfinite(leaf)), floats)
+  )
 
 
 def apply_eval(

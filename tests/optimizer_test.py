@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import base, he2015_depth20
@@ -80,6 +81,36 @@ def test_sgd_is_heavy_ball(params):
     updates, state = ours.tx.update(grads, state, params, learning_rate=0.1)
     for update in jax.tree.leaves(updates):
       np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [base, he2015_depth20])
+def test_update_in_groups_is_the_chain(recipe):
+  ours = optimizer.create_optimizer(recipe.get_config().optimizer)
+  rng = np.random.default_rng(0)
+  params, grads = (
+    {
+      f"module{k}": {
+        "kernel": jnp.asarray(rng.normal(size=(1, 1, 2, 3)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=3), jnp.float32),
+      }
+      for k in range(40)
+    }
+    for _ in range(2)
+  )
+  state = ours.tx.init(params)
+  update = jax.jit(ours.update)
+  for _ in range(2):
+    updates, expected_state = ours.tx.update(
+      grads, state, params, learning_rate=0.1
+    )
+    expected = optax.apply_updates(params, updates), expected_state
+    params, state = update(grads, state, params, 0.1)
+    assert jax.tree.structure((params, state)) == jax.tree.structure(expected)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      (params, state),
+      expected,
+    )
 
 
 def test_unknown_names_are_errors():

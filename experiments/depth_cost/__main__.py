@@ -1,7 +1,8 @@
 """Measures what depth costs, plain, rematerialised and looped.
 
-  python -m experiments.depth_cost --out=FILE.json [--depths=20,56,110]
-    [--modes=plain,remat,scan,scan+remat] [--batch_size=32] [--steps=3]
+  python -m experiments.depth_cost --out=FILE.json [--name=resnet_v1]
+    [--depths=20,56,110] [--modes=plain,remat,scan,scan+remat]
+    [--batch_size=32] [--steps=3]
 
 Each depth and mode is measured in a process of its own, on one resident batch,
 without a compilation cache. Nothing else should run meanwhile.
@@ -41,7 +42,8 @@ MODES = {
   "scan+remat": {"scan": True, "remat": True},
 }
 
-_DEPTHS = flags.DEFINE_list("depths", ["20", "56", "110"], "Depths of v1.")
+_NAME = flags.DEFINE_string("name", "resnet_v1", "The network, `model.name`.")
+_DEPTHS = flags.DEFINE_list("depths", ["20", "56", "110"], "Its depths.")
 _MODES = flags.DEFINE_list("modes", list(MODES), f"Some of {', '.join(MODES)}.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a step.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps that are timed.")
@@ -53,30 +55,38 @@ flags.register_validator(
 
 
 def measure(
-  depth: int, mode: str, batch_size: int, steps: int
+  name: str, depth: int, mode: str, batch_size: int, steps: int
 ) -> dict[str, Any]:
   """One depth in one mode, on the first device of this process.
 
   Args:
-    depth: of ResNet v1 in the Keras recipe.
+    name: of the network, in the Keras recipe.
+    depth: of the network.
     mode: a key of `MODES`.
     batch_size: images of a step.
     steps: how many are timed, after one that warms up.
 
   Returns:
-    The arguments, `lower_seconds`, `compile_seconds`, `temporary_mb` (XLA's
-    plan), `peak_mb` (the process's resident memory), `step_seconds` (of each
-    step).
+    The arguments, `trace_init_seconds` and `trace_step_seconds` (shapes alone,
+    the first time), `initialize_seconds` (the real state), `lower_seconds`,
+    `compile_seconds`, `compile_cpu_seconds` (of all threads), `temporary_mb`
+    (XLA's plan), `peak_mb` (the process's resident memory), `step_seconds` (of
+    each step), `losses` (after each step, the first included, the epoch's
+    mean), `changed` (the share of kernels that the steps changed).
+
+  Raises:
+    FloatingPointError: a step's results are not finite.
   """
   # A cache would answer for the compiler.
   jax.config.update("jax_enable_compilation_cache", False)
   config = base.get_config()
   config.batch_size = batch_size
-  config.model.update({"depth": depth, **MODES[mode]})
+  config.model.update({"name": name, "depth": depth, **MODES[mode]})
   config_rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   key = randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION)
-  state = jax.jit(functools.partial(train_step.create_train_state, experiment))(
+  create = functools.partial(train_step.create_train_state, experiment)
+  initial = (
     randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
     normalization.placeholder(config.normalization, experiment.image_shape),
   )
@@ -88,33 +98,66 @@ def measure(
       rng.integers(0, 10, batch_size, np.int32),
     )
   )
-  step = jax.jit(
-    functools.partial(train_step.train_step, experiment), donate_argnums=0
-  )
+  step = functools.partial(train_step.train_step, experiment)
   started = time.perf_counter()
-  lowered = step.lower(state, *batch, key)
+  shapes = jax.eval_shape(create, *initial)
+  trace_init_seconds = time.perf_counter() - started
+  started = time.perf_counter()
+  jax.eval_shape(step, shapes, *batch, key)
+  trace_step_seconds = time.perf_counter() - started
+  started = time.perf_counter()
+  state = jax.device_put(create(*initial), jax.devices()[0])
+  initialize_seconds = time.perf_counter() - started
+  started = time.perf_counter()
+  lowered = jax.jit(step, donate_argnums=0).lower(state, *batch, key)
   lower_seconds = time.perf_counter() - started
-  started = time.perf_counter()
+  started, cpu_started = time.perf_counter(), time.process_time()
   compiled = lowered.compile(mesh_lib.compiler_options(mesh_lib.create_mesh()))
   compile_seconds = time.perf_counter() - started
-  step_seconds = []
+  compile_cpu_seconds = time.process_time() - cpu_started
+  before = _kernels(state)
+  step_seconds, losses = [], []
   for _ in range(steps + 1):
     started = time.perf_counter()
     state, step_metrics = compiled(state, *batch, key)
     jax.block_until_ready((state, step_metrics))
     step_seconds.append(time.perf_counter() - started)
+    sums = step_metrics.sums
+    losses.append(float(sums.loss / sums.count))
+    if not step_metrics.finite:
+      raise FloatingPointError(f"after {len(losses)} steps, losses {losses}")
+  changed = [
+    not np.array_equal(old, new)
+    for old, new in zip(before, _kernels(state), strict=True)
+  ]
   memory = compiled.memory_analysis()
   assert memory is not None  # CPUs, GPUs and TPUs all have it.
   return {
+    "name": name,
     "depth": depth,
     "mode": mode,
     "batch_size": batch_size,
+    "trace_init_seconds": trace_init_seconds,
+    "trace_step_seconds": trace_step_seconds,
+    "initialize_seconds": initialize_seconds,
     "lower_seconds": lower_seconds,
     "compile_seconds": compile_seconds,
+    "compile_cpu_seconds": compile_cpu_seconds,
     "temporary_mb": memory.temp_size_in_bytes / 1e6,
     "peak_mb": _peak_bytes() / 1e6,
     "step_seconds": step_seconds[1:],
+    "losses": losses,
+    "changed": statistics.mean(changed),
   }
+
+
+def _kernels(state: train_step.TrainState) -> list[np.ndarray]:
+  """Copies of all that are kernels, on the host."""
+  return [
+    np.array(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    if path[-1].key == "kernel"
+  ]
 
 
 def _peak_bytes() -> int:
@@ -126,7 +169,7 @@ def _peak_bytes() -> int:
 def _measure_in_child(depth: int, mode: str) -> dict[str, Any]:
   command = [
     *(sys.executable, "-m", "experiments.depth_cost", "--child"),
-    *(f"--depths={depth}", f"--modes={mode}"),
+    *(f"--name={_NAME.value}", f"--depths={depth}", f"--modes={mode}"),
     *(f"--batch_size={_BATCH_SIZE.value}", f"--steps={_STEPS.value}"),
   ]
   child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -137,8 +180,11 @@ def _row(result: dict[str, Any]) -> str:
   cells = [
     str(result["depth"]),
     result["mode"],
+    f"{result['trace_init_seconds']:.1f}",
+    f"{result['trace_step_seconds']:.1f}",
     f"{result['lower_seconds']:.1f}",
     f"{result['compile_seconds']:.1f}",
+    f"{result['compile_cpu_seconds']:.1f}",
     f"{result['temporary_mb']:.0f}",
     f"{result['peak_mb']:.0f}",
     f"{statistics.median(result['step_seconds']):.3f}",
@@ -152,13 +198,17 @@ def main(argv: list[str]) -> None:
   absl_logging.set_verbosity(absl_logging.FATAL)
   if _CHILD.value:
     (depth,), (mode,) = _DEPTHS.value, _MODES.value
-    result = measure(int(depth), mode, _BATCH_SIZE.value, _STEPS.value)
+    result = measure(
+      _NAME.value, int(depth), mode, _BATCH_SIZE.value, _STEPS.value
+    )
     # The parent cannot say: it leaves the devices to its children.
     result["environment"] = environment.describe(jax.devices())
     print(json.dumps(result))
     return
-  head = "depth,mode,trace and lower s,compile s,temporary MB,peak MB,s/step"
-  columns = head.split(",")
+  columns = [
+    *("depth", "mode", "trace init s", "trace step s", "lower s"),
+    *("compile s", "compile CPU s", "temporary MB", "peak MB", "s/step"),
+  ]
   print("| " + " | ".join(columns) + " |")
   print("|" + " --- |" * len(columns), flush=True)
   environments, results = [], []

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +259,30 @@ def test_step_on_a_batch_sharded_over_devices():
   assert "all-gather" not in program
   plain, _ = take_step(images, labels)
   assert_close(ours, plain, 1e-4)
+
+
+def reductions_in_main(depth):
+  """Reductions that the step's program has outside of other functions."""
+  config = base.get_config()
+  config.model.update({"depth": depth, "remat": True, "scan": True})
+  experiment = experiment_lib.build(config)
+  key = jax.random.key(0)
+  state = jax.eval_shape(
+    functools.partial(train_step.create_train_state, experiment),
+    key,
+    normalization.placeholder("pixel_mean", experiment.image_shape),
+  )
+  images = jax.ShapeDtypeStruct((4, 32, 32, 3), np.uint8)
+  labels = jax.ShapeDtypeStruct((4,), np.int32)
+  step = functools.partial(train_step.train_step, experiment)
+  program = jax.jit(step).lower(state, images, labels, key).as_text()
+  main = re.search(r"func\.func public @main\(.*?\n  }", program, re.DOTALL)
+  return main[0].count("stablehlo.reduce(")
+
+
+def test_deeper_loops_have_no_more_reductions_in_one_computation():
+  """XLA takes the cube of their number to compile a step on a CPU."""
+  assert reductions_in_main(32) == reductions_in_main(20)
 
 
 def test_summary_is_the_same():
