@@ -305,7 +305,8 @@ def check_labels(config: ConfigDict) -> None:
   if config.model.num_classes not in (0, classes):
     raise errors.ConfigError(
       f"model.num_classes={config.model.num_classes} but"
-      f" dataset.name={config.dataset.name} has {classes} classes. To train"
-      " this network on it with a new head, pass init_from=WORKDIR and a"
+      f" dataset.name={config.dataset.name} has {classes} classes: the network"
+      " can be loaded (load_model), but neither trained nor scored on these."
+      " To train it with a new head, pass --config.init_from=WORKDIR and a"
       " --workdir of its own."
     )

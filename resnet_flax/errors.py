@@ -29,6 +29,10 @@ class DataError(UserError):
   """A data set that is missing, corrupt or of the wrong form."""
 
 
+class WeightsError(UserError):
+  """A file of weights that cannot be read or is of another network."""
+
+
 class WorkdirError(UserError):
   """A workdir that cannot be written or belongs to another experiment."""
 

@@ -52,11 +52,12 @@ class LoadedModel:
 def load_model(
   workdir: str | os.PathLike[str], which: str = "best"
 ) -> LoadedModel:
-  """Loads a network that `resnet_flax.main` has trained.
+  """Loads a network from its workdir.
 
   Args:
-    workdir: the run's folder.
-    which: 'best' (the epoch that is best by `checkpoint.monitor`) or 'latest'.
+    workdir: the run's folder, or what `resnet_flax.convert` made.
+    which: 'best' (the epoch that is best by `checkpoint.monitor`; before the
+      first one, converted weights) or 'latest'.
 
   Raises:
     ConfigError: `which` is neither.
@@ -111,7 +112,7 @@ def evaluate_workdir(
 
   Returns:
     `loss`, `accuracy` (a fraction), the `step` of the checkpoint (steps done)
-    and its 0-based `epoch`, which may not be at its end.
+    and, but for step 0, its 0-based `epoch`, which may not be at its end.
 
   Raises:
     ConfigError, WorkdirError: see `load_model`.
@@ -130,12 +131,14 @@ def evaluate_workdir(
     mesh_lib.create_mesh(devices),
   )
   step = int(state.step)
-  return {
+  result = {
     "loss": scores["loss"],
     "accuracy": scores["accuracy"],
     "step": step,
-    "epoch": (step - 1) // experiment.learning_rate.steps_per_epoch,
   }
+  if step:
+    result["epoch"] = (step - 1) // experiment.learning_rate.steps_per_epoch
+  return result
 
 
 def _restore(
@@ -180,5 +183,7 @@ def _choose_step(
     if record["step"] in steps
   ]
   if not records:
-    return None
+    # `convert` saves what a run starts from: until an epoch is over there is
+    # nothing better.
+    return 0 if 0 in steps else None
   return metrics.best_record(records, config.checkpoint.monitor)["step"]

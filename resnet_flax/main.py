@@ -4,23 +4,15 @@ python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
   [--mode=train|eval|summary] [--config.model.depth=56 ...]
 """
 
-import os
 import pathlib
-import signal
-import sys
-from typing import NoReturn
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax import errors, huge_pages
+from resnet_flax import errors, huge_pages, program
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  "",
-  "Folder of the run. By default runs/NAME, where NAME is made of the config"
-  " file's name and the overrides.",
-)
+# For --helpshort, which shows a program's own.
+flags.adopt_module_key_flags(program)
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
@@ -62,10 +54,9 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
   from resnet_flax import inference
 
   scores = inference.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
-  print(
-    f"Checkpoint: {_CHECKPOINT.value}, step {scores['step']}, epoch"
-    f" {scores['epoch']} (0-based)"
-  )
+  epoch = scores.get("epoch")
+  when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
+  print(f"Checkpoint: {_CHECKPOINT.value}, step {scores['step']}, {when}")
   print(f"Test loss: {scores['loss']:.4f}")
   print(f"Test accuracy: {scores['accuracy']:.4f}")
 
@@ -75,14 +66,14 @@ def _run(argv: list[str]) -> None:
 
   command_line.set_up()
   if _MODE.value == "eval":
-    if not _WORKDIR.value:
+    if not program.WORKDIR.value:
       raise errors.ConfigError(
         "--mode=eval needs --workdir=DIR, a run's folder."
       )
     config = None
     if command_line.has_config():
       config, _ = command_line.config_and_workdir()
-    _evaluate(config, pathlib.Path(_WORKDIR.value))
+    _evaluate(config, pathlib.Path(program.WORKDIR.value))
     return
   config, default_workdir = command_line.config_and_workdir()
   if _MODE.value == "summary":
@@ -90,35 +81,12 @@ def _run(argv: list[str]) -> None:
 
     print(summary.summarize(config), flush=True)
     return
-  _train(config, pathlib.Path(_WORKDIR.value or default_workdir))
+  _train(config, pathlib.Path(program.WORKDIR.value or default_workdir))
 
 
 def run() -> None:
   """Runs the command line; mistakes and Ctrl-C end in one line."""
-  try:
-    from resnet_flax import command_line
-
-    app.run(_run, flags_parser=command_line.parse_flags)
-  except errors.UserError as error:
-    _leave_at_once(f"error: {error}", error.exit_code)
-  except KeyboardInterrupt as error:
-    number = signal.Signals(getattr(error, "number", signal.SIGINT))
-    text = f"error: stopped by {number.name}; nothing new was saved."
-    _leave_at_once(text, 128 + number)
-  except BrokenPipeError:
-    # Whoever reads our output, such as `head`, has seen enough.
-    os._exit(0)
-
-
-def _leave_at_once(text: str, exit_code: int) -> NoReturn:
-  """Ends the process without waiting for the threads of libraries.
-
-  XLA goes on compiling in threads of its own, and crashes if the interpreter
-  is taken away from under it; Orbax's wait for minutes for a save that has
-  failed. What was to be saved has been saved.
-  """
-  print(text, file=sys.stderr, flush=True)
-  os._exit(exit_code)
+  program.run(_run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,24 +135,47 @@ class TensorBoard:
 
   def __init__(self, workdir: pathlib.Path, step: int, enabled: bool):
     self._writer: Any = None
-    if enabled:
-      import tensorboardX
+    if not enabled:
+      return
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
 
-      self._writer = tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=step + 1
-      )
+    folder = workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    # Not SummaryWriter: its thread would die on a full disk, unnoticed, and
+    # later writes would wait for it for ever. The process tells apart files of
+    # one second.
+    self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._writer.write_event(
+      event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start)
+    )
 
   def write(self, record: Record) -> None:
-    """Writes the metrics of an epoch at its step."""
+    """Writes the metrics of an epoch at its step.
+
+    Raises:
+      OSError: they could not be written.
+    """
     if self._writer is None:
       return
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    values = []
     for key, value in record.items():
       if key != "step":
         # Grouped by split: train/loss, test/accuracy, ...
         split, _, metric = key.partition("_")
         grouped = split in ("train", "test", "val")
         tag = f"{split}/{metric}" if grouped else f"run/{key}"
-        self._writer.add_scalar(tag, value, record["step"])
+        values.append(summary_pb2.Summary.Value(tag=tag, simple_value=value))
+    self._writer.write_event(
+      event_pb2.Event(
+        step=record["step"],
+        wall_time=time.time(),
+        summary=summary_pb2.Summary(value=values),
+      )
+    )
     self._writer.flush()
 
   def __enter__(self) -> "TensorBoard":

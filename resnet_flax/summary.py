@@ -3,6 +3,7 @@
 import functools
 import math
 import shutil
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,61 +13,54 @@ from ml_collections import ConfigDict
 from resnet_flax import config_rules, experiment as experiment_lib, train_step
 
 
-def count_parameters(
-  model: nn.Module, image_shape: tuple[int, ...]
-) -> tuple[int, int]:
-  """Total and trainable parameters, as Keras counts them.
+class Size(NamedTuple):
+  """How large a network is.
 
-  Args:
-    model: a network.
-    image_shape: (H, W, C).
-
-  Returns:
-    Parameters and running statistics together, and parameters alone.
+  Attributes:
+    total: parameters and running statistics together, as Keras counts.
+    trainable: parameters alone.
+    multiply_adds: of the convolutions and dense layers for one image:
+      output positions times kernel size, padding not subtracted; the count
+      that papers call FLOPs. Normalisation, activations, additions and pooling
+      are left out.
   """
-  variables = jax.eval_shape(
-    functools.partial(model.init, train=False),
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-  )
-  sizes = {
-    name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(collection))
-    for name, collection in variables.items()
-  }
-  return sum(sizes.values()), sizes["params"]
+
+  total: int
+  trainable: int
+  multiply_adds: int
 
 
-def multiply_adds(model: nn.Module, image_shape: tuple[int, ...]) -> int:
-  """Multiply-adds of the convolutions and dense layers for one image.
-
-  Analytic: output positions times kernel size, padding not subtracted; the
-  count that papers call FLOPs. Normalisation, activations, additions and
-  pooling are left out.
+def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
+  """Counts without computing: the shapes are traced.
 
   Args:
     model: a network.
     image_shape: (H, W, C).
   """
-  total = 0
+  multiply_adds = 0
 
   def count(next_call, args, kwargs, context):
-    nonlocal total
+    nonlocal multiply_adds
     result = next_call(*args, **kwargs)
     if context.method_name == "__call__" and isinstance(
       context.module, nn.Conv | nn.Dense
     ):
       kernel = context.module.variables["params"]["kernel"]
       # The kernel's last axis are the outputs' channels, counted already.
-      total += math.prod(result.shape) * math.prod(kernel.shape[:-1])
+      multiply_adds += math.prod(result.shape) * math.prod(kernel.shape[:-1])
     return result
 
   with nn.intercept_methods(count):
-    jax.eval_shape(
+    variables = jax.eval_shape(
       functools.partial(model.init, train=False),
       jax.random.key(0),
       jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
     )
-  return total
+  sizes = {
+    name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(collection))
+    for name, collection in variables.items()
+  }
+  return Size(sum(sizes.values()), sizes["params"], multiply_adds)
 
 
 def summarize(config: ConfigDict) -> str:
@@ -97,14 +91,13 @@ def _table(experiment: train_step.Experiment) -> str:
 
 
 def _facts(config: ConfigDict, experiment: train_step.Experiment) -> list[str]:
-  total, trainable = count_parameters(experiment.model, experiment.image_shape)
-  flops = 2 * multiply_adds(experiment.model, experiment.image_shape)
+  size = measure_size(experiment.model, experiment.image_shape)
   steps = experiment.learning_rate.steps_per_epoch
   return [
     f"Model: {config.model.name}, depth {config.model.depth}",
-    f"Total parameters: {total:,}",
-    f"Trainable parameters: {trainable:,}",
-    f"Forward FLOPs per image: {flops:,}",
+    f"Total parameters: {size.total:,}",
+    f"Trainable parameters: {size.trainable:,}",
+    f"Forward FLOPs per image: {2 * size.multiply_adds:,}",
     "Optimizer:",
     *(f"  {link}" for link in experiment.optimizer.links),
     f"Learning rate, by 0-based epoch ({config.num_epochs} epochs of"

@@ -35,7 +35,7 @@ from resnet_flax import (
 _logger = logging.getLogger(__name__)
 
 # What a checkpoint's notes are before the first step of an epoch.
-_NEW_EPOCH: checkpoint.Notes = {"learning_rate": 0.0, "epoch_seconds": 0.0}
+NEW_EPOCH: checkpoint.Notes = {"learning_rate": 0.0, "epoch_seconds": 0.0}
 
 CompiledStep = Callable[
   ..., tuple[train_step.TrainState, train_step.StepMetrics]
@@ -124,13 +124,13 @@ def train_and_evaluate(
       state, notes = restored
     else:
       state = initial_state(config, experiment, dataset.train, mesh)
-      if source:
+      if source is not None:
         state = transfer.initialize(state, source, mesh)
-      notes = _NEW_EPOCH
+      notes = NEW_EPOCH
     if records and step == len(records) * steps_per_epoch:
       # An epoch's checkpoint is from before its evaluation.
       state = _after_epoch(state, records[-1], experiment, mesh)
-      notes = _NEW_EPOCH
+      notes = NEW_EPOCH
     progress = progress_lib.Progress(
       config.num_epochs,
       steps_per_epoch,
@@ -155,6 +155,10 @@ def train_and_evaluate(
       )
     )
     stack.callback(checkpoints.wait)
+    if source is not None:
+      # So that the run depends no longer on what becomes of its source.
+      checkpoints.save(state, notes)
+      del source
     timer = checkpoint.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
@@ -218,7 +222,7 @@ def train_and_evaluate(
       log.append(record)
       records.append(record)
       state = _after_epoch(state, record, experiment, mesh)
-      notes = _NEW_EPOCH
+      notes = NEW_EPOCH
       board.write(record)
       progress.end_epoch(record, time.perf_counter() - started)
   return records

@@ -1,6 +1,7 @@
 """The train state and the pure functions that advance and score it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -127,6 +128,21 @@ def create_train_state(
   images = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
   # Draws the parameters without running the network.
   variables = experiment.model.lazy_init(key, images, train=False)
+  return state_of(experiment, variables, normalization)
+
+
+def state_of(
+  experiment: Experiment,
+  variables: Mapping[str, PyTree],
+  normalization: Normalization,
+) -> TrainState:
+  """The state before the first step, of a network with given variables.
+
+  Args:
+    experiment: the fixed parts.
+    variables: its 'params' and, where it has batch norms, 'batch_stats'.
+    normalization: measured on the training split, or fixed.
+  """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],

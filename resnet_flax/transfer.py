@@ -2,13 +2,13 @@
 
 import logging
 import pathlib
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import (
-  checkpoint,
   errors,
   inference,
   mesh as mesh_lib,
@@ -20,10 +20,9 @@ _logger = logging.getLogger(__name__)
 
 _HEAD = "head"
 
-# What may be another in the run that the weights come from: the shapes show
-# the rest, or it is no part of the function that the weights stand for.
+# What may be another in the run that the weights come from: it is no part of
+# the function that they stand for.
 _MAY_DIFFER = (
-  "num_filters",
   "num_classes",
   "input_size",
   "dtype",
@@ -35,20 +34,31 @@ _MAY_DIFFER = (
 )
 
 
-def load(config: ConfigDict) -> inference.LoadedModel:
-  """The network that `config.init_from` names.
+def load(config: ConfigDict) -> dict[str, Any]:
+  """The variables of the network that `config.init_from` names.
 
   Args:
     config: of the run that starts from it.
 
+  Returns:
+    {'params': ..., 'batch_stats': ...} of its best checkpoint.
+
   Raises:
-    ConfigError: its weights do not stand for the same function here.
+    ConfigError: they do not stand for the same function here.
     WorkdirError: there is no readable run or no checkpoint there.
   """
+  workdir = pathlib.Path(config.init_from)
+  if not workdir.is_dir():
+    raise errors.WorkdirError(
+      f"init_from={workdir} is not a folder. Pass a run's workdir;"
+      " resnet_flax.convert makes one of a file of weights."
+    )
   try:
-    source = inference.load_model(pathlib.Path(config.init_from))
+    source = inference.load_model(workdir)
   except errors.UserError as error:
-    raise errors.WorkdirError(f"init_from: {error}") from error
+    raise errors.WorkdirError(
+      f"init_from={workdir} cannot be used: {error}"
+    ) from error
   differing = [
     f"model.{key} ({there!r} there, {here!r} here)"
     for key in sorted(config.model.keys())
@@ -58,7 +68,7 @@ def load(config: ConfigDict) -> inference.LoadedModel:
   ]
   if differing:
     raise errors.ConfigError(
-      f"init_from={config.init_from} holds another network, which differs in"
+      f"init_from={workdir} holds another network, which differs in"
       f" {', '.join(differing)}. Pass its values, or another init_from."
     )
   if config.normalization != source.config.normalization:
@@ -68,15 +78,21 @@ def load(config: ConfigDict) -> inference.LoadedModel:
       config.normalization,
       source.config.normalization,
     )
-  return source
+  _logger.info("starting from step %d of %s", source.step, workdir)
+  return source.variables
 
 
 def _value(config: ConfigDict, key: str) -> object:
-  return models.shortcut(config) if key == "shortcut" else config[key]
+  # What is left to the family may be spelt out there, and not here.
+  if key == "shortcut":
+    return models.shortcut(config)
+  if key == "num_filters":
+    return models.num_filters(config)
+  return config[key]
 
 
 def initialize(
-  state: train_step.TrainState, source: inference.LoadedModel, mesh: Mesh
+  state: train_step.TrainState, variables: dict[str, Any], mesh: Mesh
 ) -> train_step.TrainState:
   """A new state with another network's parameters and statistics.
 
@@ -84,26 +100,12 @@ def initialize(
 
   Args:
     state: before the first step.
-    source: from `load`.
+    variables: from `load`.
     mesh: gets a copy of the state on every device.
-
-  Raises:
-    ConfigError: an array has another shape.
   """
-  params = dict(source.variables["params"])
-  shapes = jax.tree.map(lambda x: x.shape, (params[_HEAD], state.params[_HEAD]))
-  if shapes[0] != shapes[1]:
+  params = dict(variables["params"])
+  if params[_HEAD]["bias"].shape != state.params[_HEAD]["bias"].shape:
     params[_HEAD] = state.params[_HEAD]
     _logger.info("the head of init_from has other classes: it starts anew")
-  new = state.replace(
-    params=params, batch_stats=source.variables["batch_stats"]
-  )
-  there = checkpoint.named_arrays(new)
-  for name, array in checkpoint.named_arrays(state).items():
-    if there[name].shape != array.shape:
-      raise errors.ConfigError(
-        f"init_from: {name} is {list(there[name].shape)} there,"
-        f" {list(array.shape)} here. Pass the model.num_filters and"
-        " model.input_size that it was trained with."
-      )
+  new = state.replace(params=params, batch_stats=variables["batch_stats"])
   return jax.device_put(new, mesh_lib.replicated(mesh))

@@ -161,11 +161,17 @@ def record_start(
   try:
     stored = json.loads(path.read_text())
     resumed = stored.pop("resumed", [])
+    # What the first state was made from is no part of the environment.
+    converted = {k: stored.pop(k) for k in ["converted"] if k in stored}
   except (OSError, ValueError, AttributeError, TypeError) as error:
     raise errors.WorkdirError(
       f"{path} cannot be read: {error}. Delete it to go on with the run: it is"
       " written anew."
     ) from error
+  if converted and stored.get("data") is None:
+    # Its weights needed no data; from here on the run does.
+    stored["data"] = data
+    write_json(path, stored | converted | {"resumed": resumed})
   if stored.get("data") != data:
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run on other data: {stored.get('data')}"
@@ -181,7 +187,8 @@ def record_start(
       "; ".join(changes),
     )
     if not resumed or resumed[-1] != changes:
-      write_json(path, stored | {"resumed": [*resumed, changes]})
+      resumed = [*resumed, changes]
+      write_json(path, stored | converted | {"resumed": resumed})
 
 
 @contextlib.contextmanager

@@ -126,7 +126,8 @@ def test_every_key_is_read_and_no_other(
     read |= recorder.read
   for name, depth in [("highway", 8), ("resnet_imagenet", 50), ("vgg", 19)]:
     config = ConfigDict(tiny_config.to_dict()).lock()
-    config.model.update({"name": name, "depth": depth, "input_size": 224})
+    config.model.update({"name": name, "depth": depth, "num_filters": 0})
+    config.model.input_size = 224
     with monkeypatch.context() as patch:
       recorder = Recorder(config, patch)
       experiment.build(config)

@@ -263,11 +263,12 @@ def test_an_error_does_not_wait_for_threads_of_libraries():
   """As of Orbax, when a workdir has become read-only."""
   code = """
 import threading
+from absl import app
 from resnet_flax import errors, main
 def fail(*args, **kwargs):
   threading.Thread(target=threading.Event().wait).start()
   raise errors.WorkdirError("it is read-only")
-main.app.run = fail
+app.run = fail
 main.run()
 """
   result = subprocess.run(

@@ -104,20 +104,24 @@ def test_best_record(monitor, best):
   assert metrics.best_record(records, monitor)["epoch"] == expected
 
 
-def events(folder):
-  """(step, tag, value) of every scalar in the event files of a folder."""
-  found = []
+def all_events(folder):
+  """Every event in the event files of a folder."""
   for path in sorted(pathlib.Path(folder).iterdir()):
     raw, position = path.read_bytes(), 0
     while position < len(raw):
       # TFRecord: length, its checksum, data, its checksum.
       length = int(np.frombuffer(raw, np.uint64, 1, position)[0])
-      event = event_pb2.Event.FromString(raw[position + 12 :][:length])
-      found += [
-        (event.step, v.tag, v.simple_value) for v in event.summary.value
-      ]
+      yield event_pb2.Event.FromString(raw[position + 12 :][:length])
       position += 16 + length
-  return found
+
+
+def events(folder):
+  """(step, tag, value) of every scalar in the event files of a folder."""
+  return [
+    (event.step, value.tag, value.simple_value)
+    for event in all_events(folder)
+    for value in event.summary.value
+  ]
 
 
 def test_tensorboard(tmp_path):
@@ -128,6 +132,34 @@ def test_tensorboard(tmp_path):
     (4, "test/accuracy", 0.5),
     (4, "train/loss", 1.5),
   ]
+
+
+def test_tensorboard_hides_what_a_killed_run_wrote(tmp_path):
+  """TensorBoard drops events from a session's first step on."""
+  with metrics.TensorBoard(tmp_path, 8, enabled=True):
+    pass
+  starts = [
+    event.step
+    for event in all_events(tmp_path / "tensorboard")
+    if event.session_log.status == event_pb2.SessionLog.START
+  ]
+  assert starts == [9]
+
+
+def write_often(board):
+  for _ in range(100):
+    board.write(RECORD)
+
+
+def test_tensorboard_on_a_disk_that_is_full_for_a_while(small_disk):
+  """The error is raised where it happens, and later writes do not hang."""
+  board = metrics.TensorBoard(small_disk.folder, 0, enabled=True)
+  small_disk.fill()
+  with pytest.raises(OSError, match="No space"):
+    write_often(board)
+  small_disk.free()
+  write_often(board)
+  board.__exit__(None, None, None)
 
 
 def test_tensorboard_off(tmp_path):

@@ -16,7 +16,11 @@ def test_multiply_adds_of_resnet20():
   ]
   projections = 16 * 16 * 16 * 32 + 8 * 8 * 32 * 64
   expected = stem + sum(stages) + projections + 64 * 10
-  assert summary.multiply_adds(model, (32, 32, 3)) == expected == 40_813_184
+  assert (
+    summary.measure_size(model, (32, 32, 3)).multiply_adds
+    == expected
+    == 40_813_184
+  )
 
 
 @pytest.mark.parametrize("name", ["resnet_v1", "resnet_v2"])

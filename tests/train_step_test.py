@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -8,6 +9,7 @@ import pytest
 
 from configs import base
 from resnet_flax import experiment as experiment_lib, normalization, train_step
+from resnet_flax.models import feedforward
 
 
 def make_experiment(name="resnet_v1", depth=8):
@@ -111,6 +113,64 @@ def test_randomness_depends_on_the_step_alone():
 
   assert loss_at(0) == loss_at(0)
   assert loss_at(0) != loss_at(1562)
+
+
+@pytest.fixture(scope="module")
+def dropping_experiment():
+  """A small network that drops units and has no statistics."""
+  config = base.get_config()
+  config.model.update({"name": "vgg", "depth": 19, "input_size": 64})
+  config.model.batch_norm = False
+  config.augment.name = "none"
+  config.batch_size = 4
+  experiment = experiment_lib.build(config)
+  model = experiment.model.clone(
+    features=(feedforward.Conv(4), feedforward.Pool(2)),
+    pooled_size=2,
+    hidden_sizes=(32, 32),
+    input_size=0,
+    input_sizes=(8, 64),
+  )
+  return dataclasses.replace(experiment, model=model)
+
+
+def test_dropout_depends_on_the_step_alone(dropping_experiment):
+  state = create_state(dropping_experiment)
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, dropping_experiment))
+
+  def loss_at(number, seed=0):
+    start = state.replace(step=jnp.asarray(number))
+    key = jax.random.key(seed)
+    return float(step(start, images, labels, key)[1].sums.loss)
+
+  assert loss_at(0) == loss_at(0)
+  # The first steps of two epochs, which start their sums anew.
+  assert loss_at(0) != loss_at(12_500)
+  assert loss_at(0) != loss_at(0, seed=1)
+
+
+def test_network_without_statistics_trains(dropping_experiment):
+  state = create_state(dropping_experiment)
+  assert state.batch_stats == {}
+  images, labels = batch()
+  step = functools.partial(train_step.train_step, dropping_experiment)
+  new, step_metrics = jax.jit(step)(state, images, labels, jax.random.key(0))
+  assert bool(step_metrics.finite)
+  assert new.batch_stats == {}
+  moved = jax.tree.map(
+    lambda a, b: bool(jnp.any(a != b)), state.params, new.params
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_keys_of_a_step_differ():
+  keys = [
+    jax.random.key_data(key).tolist()
+    for step in (0, 1, 2**31 - 1)
+    for key in train_step.step_keys(jax.random.key(0), step).values()
+  ]
+  assert len({tuple(key) for key in keys}) == 6
 
 
 def test_eval_step_counts_what_the_mask_lets_through(experiment):

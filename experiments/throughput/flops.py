@@ -22,7 +22,12 @@ def inference(depth: int) -> int:
   config = v1_depth20.get_config()
   config.model.depth = depth
   experiment = experiment_lib.build(config)
-  return 2 * summary.multiply_adds(experiment.model, experiment.image_shape)
+  return (
+    2
+    * summary.measure_size(
+      experiment.model, experiment.image_shape
+    ).multiply_adds
+  )
 
 
 def training(depth: int) -> int:

@@ -87,6 +87,7 @@ class Family:
       stages' sizes and the arguments that all networks share.
     shortcuts: the shortcuts that there are, the usual one first.
     num_filters: the usual channels of the stem; 0 if it has no such choice.
+    own_keys: which of `OWN_KEYS` it reads.
     input_sizes: the smallest and the largest side of an image.
   """
 
@@ -94,6 +95,7 @@ class Family:
   build: Callable[..., nn.Module]
   shortcuts: tuple[str, ...]
   num_filters: int
+  own_keys: tuple[str, ...]
   input_sizes: tuple[int, int]
 
 
@@ -230,6 +232,7 @@ MODELS = {
     functools.partial(_small_resnet, block_cls=blocks.BasicBlock),
     blocks.SHORTCUTS,
     16,
+    ("num_filters",),
     _SMALL_IMAGES,
   ),
   "resnet_v2": Family(
@@ -242,6 +245,7 @@ MODELS = {
     ),
     ("keras",),
     16,
+    ("num_filters",),
     _SMALL_IMAGES,
   ),
   "plain": Family(
@@ -249,6 +253,7 @@ MODELS = {
     functools.partial(_small_resnet, block_cls=blocks.BasicBlock),
     ("none",),
     16,
+    ("num_filters",),
     _SMALL_IMAGES,
   ),
   "preact": Family(
@@ -258,16 +263,23 @@ MODELS = {
     ),
     ("A", "keras"),
     16,
+    ("num_filters",),
     _SMALL_IMAGES,
   ),
   "highway": Family(
-    Grouped(6), _highway, ("A", "keras", "B"), 16, _SMALL_IMAGES
+    Grouped(6),
+    _highway,
+    ("A", "keras", "B"),
+    16,
+    ("num_filters", "gate_bias"),
+    _SMALL_IMAGES,
   ),
   "resnet_imagenet": Family(
     Listed(_IMAGENET_DEPTHS),
     _resnet_imagenet,
     ("B", "A", "C"),
     64,
+    ("num_filters", "stride_in_3x3"),
     _LARGE_IMAGES,
   ),
   "plain_imagenet": Family(
@@ -277,10 +289,30 @@ MODELS = {
     ),
     ("none",),
     64,
+    ("num_filters",),
     _LARGE_IMAGES,
   ),
-  "vgg": Family(Listed({19: ()}), _vgg, ("none",), 0, _LARGE_IMAGES),
-  "alexnet": Family(Listed({8: ()}), _alexnet, ("none",), 0, _LARGE_IMAGES),
+  "vgg": Family(
+    Listed({19: ()}),
+    _vgg,
+    ("none",),
+    0,
+    ("batch_norm", "dropout"),
+    _LARGE_IMAGES,
+  ),
+  "alexnet": Family(
+    Listed({8: ()}), _alexnet, ("none",), 0, ("dropout",), _LARGE_IMAGES
+  ),
+}
+
+# Keys of `model` that only some families read, with the values that say nothing
+# to the others: those of `configs/base.py`.
+OWN_KEYS = {
+  "num_filters": 0,
+  "stride_in_3x3": True,
+  "gate_bias": -2.0,
+  "batch_norm": True,
+  "dropout": 0.5,
 }
 
 # What `model.shortcut` can be: a family's first, or one by its name.
@@ -337,7 +369,12 @@ def check_input_size(config: ConfigDict, image_shape: tuple[int, ...]) -> None:
   height, width = image_shape[:2]
   if config.input_size:
     height = width = config.input_size
-  layers.check_input_size(height, width, MODELS[config.name].input_sizes)
+  try:
+    layers.check_input_size(height, width, MODELS[config.name].input_sizes)
+  except errors.ConfigError as error:
+    raise errors.ConfigError(
+      f"model.name={config.name}, model.input_size={config.input_size}: {error}"
+    ) from None
 
 
 def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
@@ -353,8 +390,8 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
     returning float32[B, num_classes] logits.
 
   Raises:
-    ConfigError: an unknown name, an impossible depth, or a shortcut or switch
-      that the family does not have.
+    ConfigError: an unknown name, an impossible depth, or a shortcut, switch or
+      key that the family does not have.
   """
   stage_sizes = check_depth(config.name, config.depth)
   family = MODELS[config.name]
@@ -363,6 +400,13 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       f"model.shortcut={config.shortcut!r} does not exist for {config.name};"
       f" it has: {', '.join(family.shortcuts)}."
     )
+  for key, neutral in OWN_KEYS.items():
+    if key not in family.own_keys and config[key] != neutral:
+      readers = [name for name, f in MODELS.items() if key in f.own_keys]
+      raise errors.ConfigError(
+        f"model.{key}={config[key]} does nothing for model.name={config.name};"
+        f" it is for {', '.join(readers)}. Leave it {neutral}."
+      )
   dtype = jnp.dtype(config.dtype)
   return family.build(
     config,

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,11 @@ def make(name="vgg", **overrides):
     hidden_sizes=(8, 12),
     input_sizes=(8, 64),
   )
+
+
+def plain(name):
+  """Without batch norm, which AlexNet never has."""
+  return make(name) if name == "alexnet" else make(name, batch_norm=False)
 
 
 def images(batch=3):
@@ -58,7 +64,7 @@ def test_layers_and_shapes():
 
 @pytest.mark.parametrize("name", ["vgg", "alexnet"])
 def test_without_batch_norm_there_are_no_statistics(name):
-  assert set(init(make(name, batch_norm=False))) == {"params"}
+  assert set(init(plain(name))) == {"params"}
 
 
 @pytest.mark.parametrize(
@@ -67,34 +73,28 @@ def test_without_batch_norm_there_are_no_statistics(name):
 )
 def test_what_is_dropped(name, dropped):
   """VGG drops after its hidden layers, AlexNet before them."""
-  model = make(name, batch_norm=False)
+  model = plain(name)
   assert model.dropped == dropped
   variables = init(model)
-  seen = []
+  shares = {}
 
   def record(next_call, args, kwargs, context):
-    if context.module.name in ("dense1", "dense2", "head"):
-      seen.append(np.asarray(args[0]))
+    name = context.module.name
+    if name in ("dense1", "dense2", "head"):
+      shares[name] = float(np.mean(np.asarray(args[0]) == 0))
     return next_call(*args, **kwargs)
 
-  from flax import linen as nn
-
+  # An activation that is never 0 leaves zeros to dropout.
+  model = model.clone(act=lambda x: x + 0.123)
   with nn.intercept_methods(record):
     model.apply(
-      variables,
-      images(64),
-      train=True,
-      rngs={"dropout": jax.random.key(1)},
-      mutable=["batch_stats"],
+      variables, images(64), train=True, rngs={"dropout": jax.random.key(1)}
     )
-    dropping, seen = seen, []
-    model.apply(variables, images(64), train=False)
-  shares = [
-    np.mean((x == 0) & (y != 0)) / np.mean(y != 0)
-    for x, y in zip(dropping[:1], seen[:1], strict=True)
-  ]
-  # What comes later depends on what was dropped before.
-  assert shares[0] == pytest.approx(0.5 if dropped[0] else 0, abs=0.1)
+  expected = {
+    name: 0.5 if is_dropped else 0.0
+    for name, is_dropped in zip(shares, dropped, strict=True)
+  }
+  assert shares == pytest.approx(expected, abs=0.1)
 
 
 def test_dropout_is_off_at_inference_and_keyed_in_training():
@@ -127,3 +127,44 @@ def test_vgg19_is_the_papers():
   assert convs == [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8
   assert feedforward.VGG19.count(Pool(2)) == 5
   assert feedforward.VGG19[-1] == Pool(2)
+
+
+def test_alexnet_is_torchvisions():
+  assert (
+    Conv(64, size=11, strides=4, pad=2),
+    Pool(3),
+    Conv(192, size=5, strides=1, pad=2),
+    Pool(3),
+    Conv(384, size=3, strides=1, pad=1),
+    Conv(256, size=3, strides=1, pad=1),
+    Conv(256, size=3, strides=1, pad=1),
+    Pool(3),
+  ) == feedforward.ALEXNET
+
+
+def test_pools_take_the_largest():
+  """At stride 2, without padding."""
+  model = make(batch_norm=False).clone(
+    features=(Conv(2, size=1, pad=0), Pool(3)), pooled_size=9
+  )
+  variables = init(model)
+  seen = []
+
+  def record(next_call, args, kwargs, context):
+    if context.module.name in ("conv1", "dense1"):
+      seen.append(np.asarray(args[0]))
+    result = next_call(*args, **kwargs)
+    if context.module.name == "conv1":
+      seen.append(np.asarray(result))
+    return result
+
+  with nn.intercept_methods(record):
+    model.apply(variables, images(), train=False)
+  _, convolved, pooled = seen
+  windows = np.lib.stride_tricks.sliding_window_view(
+    np.maximum(convolved, 0), (3, 3), axis=(1, 2)
+  )
+  expected = windows[:, ::2, ::2].max((-1, -2))
+  np.testing.assert_allclose(
+    pooled.reshape(expected.shape), expected, rtol=1e-6
+  )

@@ -1,0 +1,36 @@
+"""ResNet-50 as torchvision builds it, for its weights and for fine-tuning.
+
+Source: He et al. 2015, table 1, with the stride in the 3x3 convolutions;
+  torchvision's resnet50 in padding, epsilon and normalisation. CIFAR-10 images
+  are enlarged to 224x224; SGD at a rate for weights that are trained already.
+Expected: converted weights give torchvision's logits (experiments/weights).
+  What fine-tuning reaches has not been measured here.
+Cost: 10 epochs are half a million images at 4.1 G multiply-adds, for a GPU.
+Command: python -m resnet_flax.main --config=configs/resnet50_torchvision.py
+  with --config.init_from=runs/resnet50, which `resnet_flax.convert` has made.
+Other depths: --config.model.depth=18 (34, 101, 152)
+"""
+
+from configs import base
+
+
+def get_config():
+  """ResNet-50 of torchvision, fine-tuned."""
+  config = base.get_config()
+  config.batch_size = 64
+  config.num_epochs = 10
+  config.eval_batch_size = 100
+  config.normalization = "imagenet"
+  config.augment.name = "crop_flip"
+  config.model.name = "resnet_imagenet"
+  config.model.depth = 50
+  config.model.input_size = 224
+  config.model.padding = "symmetric"
+  config.model.conv_bias = False
+  config.model.batch_norm_momentum = 0.9
+  config.model.batch_norm_epsilon = 1e-5
+  config.optimizer.name = "sgd"
+  config.optimizer.learning_rate = 0.01
+  config.optimizer.l2 = 0.5e-4  # The paper's decay is the gradient 1e-4 * w.
+  config.optimizer.l2_weights = "all"
+  return config

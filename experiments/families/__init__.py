@@ -1,0 +1,1 @@
+"""First epochs of the families of networks, side by side."""

@@ -1,0 +1,1 @@
+"""The tables of all networks: sizes, counted and published."""

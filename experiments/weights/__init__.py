@@ -1,0 +1,1 @@
+"""Converted weights against the libraries that they come from."""

@@ -1,0 +1,314 @@
+"""Holds converted weights to the libraries that they come from.
+
+  python -m experiments.weights --torch_python=PYTHON --keras_python=PYTHON
+    --out=experiments/weights/results.json [--names=resnet18,cifar20]
+    [--older_keras_python=PYTHON]
+
+Each library makes random weights in a process of its own environment, saves
+them in its own files and says what it makes of images (`torch_reference.py`,
+`keras_reference.py`). The files are converted here, and the networks compared.
+OUT is written after each network, and what it has already is not done again.
+The last lines are the table of README.md.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import resnet_flax
+from configs import base
+from resnet_flax import convert, errors, workdir
+
+_FOLDER = pathlib.Path(__file__).parent
+_ROOT = _FOLDER.parent.parent
+
+# The relative error up to which logits count as the same.
+LIMIT = 1e-4
+
+# The probability down to which `predict` is compared.
+SMALLEST = 1e-30
+
+_TORCH = {
+  "model.padding": "symmetric",
+  "model.conv_bias": False,
+  "model.batch_norm_epsilon": 1e-5,
+  "normalization": "imagenet",
+}
+_LARGE = {
+  "model.input_size": 224,
+  # Adam's moments would triple the largest checkpoints.
+  "optimizer.name": "sgd",
+}
+
+
+def _torchvision(depth: int) -> dict[str, Any]:
+  name = {"model.name": "resnet_imagenet", "model.depth": depth}
+  return {**name, **_TORCH, **_LARGE, "model.scan": True}
+
+
+def _feedforward(name: str, depth: int, norm: bool) -> dict[str, Any]:
+  return {
+    "model.name": name,
+    "model.depth": depth,
+    **_TORCH,
+    **_LARGE,
+    "model.conv_bias": True,
+    "model.batch_norm": norm,
+  }
+
+
+def _cifar(depth: int) -> dict[str, Any]:
+  name = {"model.depth": depth, "model.shortcut": "A"}
+  return {**name, **_TORCH, "model.scan": True}
+
+
+def _application(depth: int) -> dict[str, Any]:
+  return {
+    "model.name": "resnet_imagenet",
+    "model.depth": depth,
+    "model.padding": "symmetric",
+    "model.batch_norm_epsilon": 1.001e-5,
+    "model.stride_in_3x3": False,
+    "normalization": "caffe",
+    **_LARGE,
+    "model.scan": True,
+  }
+
+
+def _example(name: str, depth: int) -> dict[str, Any]:
+  return {
+    "model.name": name,
+    "model.depth": depth,
+    # So that the experiment needs no data.
+    "normalization": "none",
+    "model.scan": True,
+  }
+
+
+# What is overridden in configs/base.py for each network, by library.
+TORCH = {
+  **{f"resnet{depth}": _torchvision(depth) for depth in (18, 34, 50, 101, 152)},
+  "vgg19": _feedforward("vgg", 19, False),
+  "vgg19_bn": _feedforward("vgg", 19, True),
+  "alexnet": _feedforward("alexnet", 8, True),
+  **{f"cifar{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
+}
+KERAS = {
+  **{f"application_{depth}": _application(depth) for depth in (50, 101, 152)},
+  **{f"example_v1_{depth}": _example("resnet_v1", depth) for depth in (20, 56)},
+  **{f"example_v2_{depth}": _example("resnet_v2", depth) for depth in (20, 29)},
+}
+# Before Keras 3.8 files of weights do not name layers.
+OLDER_KERAS = {
+  f"older_{name}": KERAS[name]
+  for name in ("application_50", "example_v1_20", "example_v2_20")
+}
+
+# Files that need PyTorch are compared in its environment with the safetensors
+# that are converted here.
+_SAME_ARRAYS = """
+import pathlib, sys
+import numpy as np
+from resnet_flax.weights import files
+one, other = (files.read(pathlib.Path(path)) for path in sys.argv[1:])
+assert one.arrays.keys() == other.arrays.keys()
+assert sorted(one.passed_over) == sorted(other.passed_over)
+for name, array in one.arrays.items():
+  assert np.array_equal(array, other.arrays[name]), name
+"""
+# A file that would run a command when it is unpickled.
+_CODE = """
+import os, pathlib, sys, torch
+from resnet_flax import errors
+from resnet_flax.weights import files
+class Code:
+  def __reduce__(self):
+    return os.system, (f"touch {sys.argv[1]}/ran",)
+path = pathlib.Path(sys.argv[1]) / "code.pt"
+torch.save({"conv1.weight": Code()}, path)
+try:
+  files.read(path)
+except errors.WeightsError as error:
+  print(str(error).replace(str(path), path.name))
+assert not (pathlib.Path(sys.argv[1]) / "ran").exists()
+"""
+
+
+def relative_error(ours: Any, theirs: np.ndarray) -> float:
+  """max|a-b| / max|b|."""
+  return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def _centred(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
+  """Logits less their mean, which probabilities do not tell; 0 if not kept."""
+  mean = logits.mean(axis=-1, keepdims=True, where=kept)
+  return np.where(kept, logits - mean, 0)
+
+
+def _run(command: list[Any]) -> str:
+  process = subprocess.run(
+    [str(part) for part in command],
+    cwd=_ROOT,
+    env={
+      **os.environ,
+      "CUDA_VISIBLE_DEVICES": "",
+      "KERAS_BACKEND": "tensorflow",
+      "PYTHONPATH": str(_ROOT),
+    },
+    capture_output=True,
+    text=True,
+  )
+  if process.returncode:
+    raise errors.UserError(
+      f"{command[:3]} fails with exit status {process.returncode}; it says:"
+      f" {process.stderr[-2000:]}"
+    )
+  return process.stdout.strip()
+
+
+def compare(
+  overrides: dict[str, Any], folder: pathlib.Path, source: pathlib.Path
+) -> dict[str, Any]:
+  """Converts a file and compares logits and probabilities.
+
+  Args:
+    overrides: of configs/base.py.
+    folder: holds reference.npz; gets the workdir, and loses it again.
+    source: the file.
+
+  Returns:
+    The relative errors of `logits` and of `predict`, and what was converted.
+  """
+  config = base.get_config()
+  config.update_from_flattened_dict(overrides)
+  started = time.perf_counter()
+  done = convert.convert(source, config, folder / "run")
+  seconds = time.perf_counter() - started
+  loaded = resnet_flax.load_model(folder / "run")
+  reference = np.load(folder / "reference.npz")
+  apply = jax.jit(
+    lambda variables, x: loaded.model.apply(variables, x, train=False)
+  )
+  logits = apply(loaded.variables, reference["inputs"])
+  # Probabilities near 1 would hide what is wrong with the others; float32 does
+  # not keep the digits of the smallest.
+  probabilities = loaded.predict(reference["images"])
+  kept = probabilities > SMALLEST
+  ours = _centred(np.log(np.maximum(probabilities, SMALLEST)), kept)
+  theirs = _centred(reference["image_logits"], kept)
+  result = {
+    "holds": done.title,
+    "arrays": done.num_arrays,
+    "passed_over": len(done.passed_over),
+    "largest_logit": float(np.abs(reference["logits"]).max()),
+    "logits": relative_error(logits, reference["logits"]),
+    "predict": relative_error(ours, theirs),
+    "predict_kept": float(kept.mean()),
+    "seconds": round(seconds, 1),
+  }
+  shutil.rmtree(folder / "run")
+  return result
+
+
+def measure(
+  name: str, python: pathlib.Path, overrides: dict[str, Any]
+) -> dict[str, Any]:
+  """Makes a network in its library, then compares each of its files."""
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(temporary)
+    library = "torch" if name in TORCH else "keras"
+    worker = _FOLDER / f"{library}_reference.py"
+    theirs = name.removeprefix("older_")
+    output = _run([python, worker, f"--name={theirs}", f"--folder={folder}"])
+    result = {"versions": json.loads(output.splitlines()[-1]), "files": {}}
+    sources = sorted(folder.glob("weights.*"))
+    if library == "torch":
+      safe = folder / "weights.safetensors"
+      for source in sources:
+        if source != safe:
+          _run([python, "-c", _SAME_ARRAYS, source, safe])
+          result["files"][source.suffix] = "the same arrays as .safetensors"
+      sources = [safe]
+      if name == "cifar20":
+        result["pickle_with_code"] = _run([python, "-c", _CODE, folder])
+    for source in sources:
+      extension = source.name.removeprefix("weights")
+      result["files"][extension] = compare(overrides, folder, source)
+    return result
+
+
+def table(results: dict[str, Any]) -> str:
+  """The results as a table in Markdown."""
+  lines = [
+    "| network | files | arrays | passed over | largest logit | logits |"
+    " `predict` |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for name, result in results.items():
+    compared = {k: v for k, v in result["files"].items() if isinstance(v, dict)}
+    first = next(iter(compared.values()))
+    title = first["holds"]
+    if name.startswith("older_"):
+      title += f", Keras {result['versions']['keras']}"
+    cells = [
+      title,
+      ", ".join(f"`{extension}`" for extension in result["files"]),
+      first["arrays"],
+      max(value["passed_over"] for value in compared.values()),
+      f"{first['largest_logit']:.1f}",
+      f"{max(value['logits'] for value in compared.values()):.1e}",
+      f"{max(value['predict'] for value in compared.values()):.1e}",
+    ]
+    lines.append(f"| {' | '.join(map(str, cells))} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  """Measures what --out does not have yet, and prints all as a table."""
+  parser = argparse.ArgumentParser("python -m experiments.weights")
+  parser.add_argument("--torch_python", type=pathlib.Path)
+  parser.add_argument("--keras_python", type=pathlib.Path)
+  parser.add_argument("--older_keras_python", type=pathlib.Path)
+  parser.add_argument("--names", default="")
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  arguments = parser.parse_args()
+  sets = (
+    (arguments.torch_python, TORCH),
+    (arguments.keras_python, KERAS),
+    (arguments.older_keras_python, OLDER_KERAS),
+  )
+  results = (
+    json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+  )
+  failed = False
+  for python, networks in sets:
+    for name, overrides in networks.items():
+      if python is None or name in results:
+        continue
+      if arguments.names and name not in arguments.names.split(","):
+        continue
+      results[name] = measure(name, python, overrides)
+      workdir.write_json(arguments.out, results)
+      for extension, result in results[name]["files"].items():
+        print(name, extension, result, flush=True)
+        if isinstance(result, dict):
+          # Also where there is no number.
+          is_good = result["logits"] <= LIMIT and result["predict"] <= LIMIT
+          failed |= not is_good
+  print(table(results))
+  if failed:
+    sys.exit(f"error: a relative error is larger than {LIMIT}")
+
+
+if __name__ == "__main__":
+  main()
