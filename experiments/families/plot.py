@@ -15,7 +15,6 @@ from matplotlib.ticker import MaxNLocator
 _FOLDER = pathlib.Path(__file__).parent
 # Readable in black and white: markers and dashes differ, not only colours.
 _RUNS = {
-  "resnet_v1_keras": ("resnet_v1, keras", "#0072b2", "o", "-"),
   "resnet_v1_A": ("resnet_v1, A", "#56b4e9", "s", "-"),
   "resnet_v1_B": ("resnet_v1, B", "#009e73", "^", "-"),
   "preact": ("preact, A", "#cc79a7", "D", "--"),
@@ -23,7 +22,7 @@ _RUNS = {
   "plain": ("plain", "#000000", "x", ":"),
 }
 _PANELS = {
-  "train_loss": "training cross-entropy (nats), mean of the epoch",
+  "train_loss": "training cross-entropy (nats)",
   "test_accuracy": "test accuracy (fraction)",
 }
 
