@@ -9,6 +9,7 @@ the manifest's order: for every single array TensorStore would take a
 millisecond and some memory, which it never gives back.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -238,7 +239,10 @@ class Checkpoints:
       )
     _check_same_arrays(path, manifest["arrays"], _forms(like))
     # NumPy arrays, as which they come back.
-    target = _pack(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
+    sizes: collections.Counter[str] = collections.Counter()
+    for leaf in jax.tree.leaves(like):
+      sizes[str(leaf.dtype)] += math.prod(leaf.shape)
+    target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
     try:
       packed = self._manager.restore(
         step,

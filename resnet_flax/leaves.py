@@ -8,7 +8,7 @@ own.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 # are more calls, which in an ordinary network is one.
 _GROUP_SIZE = 64
 
+T = TypeVar("T")
 Reduction = Callable[[jax.Array], jax.Array]
 
 
@@ -32,15 +33,18 @@ def reduce_each(reduction: Reduction, leaves: Sequence[jax.Array]) -> jax.Array:
   Returns:
     The scalars, [N], in the order of the leaves.
   """
-  groups = [
-    leaves[start : start + _GROUP_SIZE]
-    for start in range(0, len(leaves), _GROUP_SIZE)
-  ]
 
   def reduce_group(*group):
     return jnp.stack([reduction(leaf) for leaf in group])
 
-  return jnp.concatenate([apart(reduce_group, *group) for group in groups])
+  return jnp.concatenate(
+    [apart(reduce_group, *group) for group in in_groups(leaves, _GROUP_SIZE)]
+  )
+
+
+def in_groups(items: Sequence[T], size: int) -> list[Sequence[T]]:
+  """Cuts a sequence into pieces of `size`, the last of which may be shorter."""
+  return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def apart(function: Callable[..., Any], *operands: Any) -> Any:

@@ -108,18 +108,13 @@ class Optimizer:
       )
       return optax.apply_updates(params, updates), opt_state
 
-    names = list(modules)
-    groups = [
-      names[start : start + _GROUP_SIZE]
-      for start in range(0, len(names), _GROUP_SIZE)
-    ]
     results = [
       leaves.apart(
         update,
         *(select(tree, group) for tree in (grads, opt_state, params)),
         learning_rate,
       )
-      for group in groups
+      for group in leaves.in_groups(list(modules), _GROUP_SIZE)
     ]
 
     def merge(node, *parts):

@@ -39,7 +39,7 @@ class Network:
   @property
   def is_large(self) -> bool:
     """Whether it is a network for ImageNet: 224x224 images, 1,000 classes."""
-    return models.MODELS[self.name].num_filters != 16
+    return models.MODELS[self.name].input_sizes[0] > 32
 
   @property
   def title(self) -> str:
@@ -184,9 +184,7 @@ def row(network: Network) -> str:
     network.published[1],
     network.source,
   ]
-  return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace(
-    "|  |", "| |"
-  )
+  return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 
 HEADER = (

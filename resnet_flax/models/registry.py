@@ -135,7 +135,6 @@ def _resnet(
     stem_filters=num_filters(config),
     block_cls=block_cls,
     final_norm_act=final_norm_act,
-    padding=config.padding,
     remat=config.remat,
     scan=config.scan,
     **shared,
@@ -145,7 +144,13 @@ def _resnet(
 _small_resnet = functools.partial(
   _resnet, stem=stems.small_images, filters=_basic
 )
-_large_resnet = functools.partial(_resnet, stem=stems.large_images)
+
+
+def _large_resnet(
+  config: ConfigDict, *args: Any, **arguments: Any
+) -> nn.Module:
+  stem = functools.partial(stems.large_images, padding=config.padding)
+  return _resnet(config, *args, stem=stem, **arguments)
 
 
 def _highway(config: ConfigDict, *args: Any, **shared: Any) -> nn.Module:
@@ -156,7 +161,7 @@ def _highway(config: ConfigDict, *args: Any, **shared: Any) -> nn.Module:
 def _resnet_imagenet(
   config: ConfigDict, *args: Any, **shared: Any
 ) -> nn.Module:
-  if config.depth < _FIRST_BOTTLENECK:
+  if config.depth < FIRST_BOTTLENECK:
     return _large_resnet(
       config, *args, block_cls=blocks.BasicBlock, filters=_basic, **shared
     )
@@ -216,9 +221,10 @@ def _alexnet(config: ConfigDict, *args: Any, **shared: Any) -> nn.Module:
   )
 
 
-# He et al. 2015, table 1; from 50 layers on the blocks are bottlenecks.
-_FIRST_BOTTLENECK = 50
-_IMAGENET_DEPTHS = {
+# He et al. 2015, table 1: for each depth the blocks of each stage, which are
+# bottlenecks from 50 layers on.
+FIRST_BOTTLENECK = 50
+IMAGENET_SIZES: Mapping[int, tuple[int, ...]] = {
   18: (2, 2, 2, 2),
   34: (3, 4, 6, 3),
   50: (3, 4, 6, 3),
@@ -275,7 +281,7 @@ MODELS = {
     _SMALL_IMAGES,
   ),
   "resnet_imagenet": Family(
-    Listed(_IMAGENET_DEPTHS),
+    Listed(IMAGENET_SIZES),
     _resnet_imagenet,
     ("B", "A", "C"),
     64,
@@ -283,7 +289,7 @@ MODELS = {
     _LARGE_IMAGES,
   ),
   "plain_imagenet": Family(
-    Listed({depth: _IMAGENET_DEPTHS[depth] for depth in (18, 34)}),
+    Listed({depth: IMAGENET_SIZES[depth] for depth in (18, 34)}),
     functools.partial(
       _large_resnet, block_cls=blocks.BasicBlock, filters=_basic
     ),

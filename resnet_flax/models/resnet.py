@@ -74,7 +74,7 @@ class ResNet(nn.Module):
       resolution.
     stage_filters: (inner, outer) channels of each stage's blocks.
     stem: what comes before the blocks, called with images, `stem_filters`,
-      `padding`, `conv` and `norm`.
+      `conv` and `norm`.
     stem_filters: channels of the stem.
     num_classes: size of the head.
     block_cls: what makes a block: a subclass of `Block`, or a partial of one.
@@ -82,7 +82,6 @@ class ResNet(nn.Module):
     conv, norm, dense: partials; `norm` also takes `use_running_average` and
       `act`, and what it makes is called with x and, where there is one, the
       residual.
-    padding: of the stem's pool, one of `layers.PADDINGS`.
     shortcut: one of `blocks.SHORTCUTS`, or 'none' for a plain network.
     input_size, input_sizes: see `layers.fit`.
     act: the activation function.
@@ -103,7 +102,6 @@ class ResNet(nn.Module):
   conv: ModuleDef
   norm: ModuleDef
   dense: ModuleDef
-  padding: str
   shortcut: str
   input_size: int
   input_sizes: tuple[int, int]
@@ -130,7 +128,6 @@ class ResNet(nn.Module):
     x = self.stem(
       x,
       self.stem_filters,
-      padding=self.padding,
       conv=self.conv,
       norm=functools.partial(norm, act=self.act),
     )

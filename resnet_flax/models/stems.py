@@ -17,7 +17,6 @@ def small_images(
   x: jax.Array,
   num_filters: int,
   *,
-  padding: str,
   conv: Callable[..., nn.Module],
   norm: Callable[..., nn.Module],
 ) -> jax.Array:
@@ -26,14 +25,12 @@ def small_images(
   Args:
     x: float[B, H, W, C] images.
     num_filters: channels that come out.
-    padding: of a pool; there is none here.
     conv: makes a convolution.
     norm: makes a batch norm with an activation.
 
   Returns:
     float[B, H, W, num_filters].
   """
-  del padding
   x = conv(num_filters, (3, 3), 1, name="stem_conv")(x)
   return norm(name="stem_bn")(x)
 

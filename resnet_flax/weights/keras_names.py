@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from resnet_flax import config_rules, errors
+from resnet_flax.models import registry
 from resnet_flax.weights import files
 from resnet_flax.weights.mapping import (
-  IMAGENET_SIZES,
   Origin,
   Path,
   Source,
@@ -32,7 +32,11 @@ _VARIABLES = {
   },
 }
 
-_APPLICATIONS = {depth: IMAGENET_SIZES[depth] for depth in (50, 101, 152)}
+_APPLICATIONS = {
+  depth: sizes
+  for depth, sizes in registry.IMAGENET_SIZES.items()
+  if depth >= registry.FIRST_BOTTLENECK
+}
 # In older files the head is called after what it gives.
 _HEADS = ("predictions", "probs")
 _BOTTLENECK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")

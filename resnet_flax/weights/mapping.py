@@ -10,17 +10,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import config_rules, errors
-from resnet_flax.models import registry
 from resnet_flax.weights import files
 
 # Of ours: ('params', 'stage1_block1', 'conv1', 'kernel').
 Path = tuple[str, ...]
 Layout = Callable[[np.ndarray], np.ndarray]
-
-_DEPTHS = registry.MODELS["resnet_imagenet"].depths
-assert isinstance(_DEPTHS, registry.Listed)
-# For the depths of He et al. the blocks of each stage.
-IMAGENET_SIZES = _DEPTHS.sizes
 
 # How many names an error lists of those that are left over, and of the others.
 _MOST_LISTED = 30

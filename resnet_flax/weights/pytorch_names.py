@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from resnet_flax import errors
+from resnet_flax.models import registry
 from resnet_flax.weights import files
 from resnet_flax.weights.mapping import (
-  IMAGENET_SIZES,
   Layout,
   Origin,
   Path,
@@ -35,8 +35,8 @@ _NORM = {
 # (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
 # only in their blocks.
 _IMAGENET_DEPTHS = {
-  (IMAGENET_SIZES[depth], depth >= 50): depth
-  for depth in (18, 34, 50, 101, 152)
+  (sizes, depth >= registry.FIRST_BOTTLENECK): depth
+  for depth, sizes in registry.IMAGENET_SIZES.items()
 }
 
 # The convolutions' places in `features`.

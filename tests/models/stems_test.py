@@ -17,14 +17,13 @@ class Stem(nn.Module):
   """A stem at inference, whose convolution and norm have their names."""
 
   stem: stems.Stem
-  padding: str
+  padding: str  # Of the convolution.
 
   @nn.compact
   def __call__(self, x):
     return self.stem(
       x,
       4,
-      padding=self.padding,
       conv=functools.partial(
         layers.conv, padding=self.padding, use_bias=False, dtype=jnp.float32
       ),
@@ -52,7 +51,7 @@ def convolve(variables, x, strides, pads):
 def test_large_images(padding):
   """7x7 at stride 2, then the largest of 3x3 at stride 2."""
   x = images(16)
-  stem = Stem(stems.large_images, padding)
+  stem = Stem(functools.partial(stems.large_images, padding=padding), padding)
   variables = stem.init(jax.random.key(0), x)
   pads = {"same": (2, 3), "symmetric": (3, 3)}[padding]
   y = np.asarray(convolve(variables, x, (2, 2), [pads, pads]))
