@@ -24,6 +24,7 @@ from resnet_flax import (
   environment,
   errors,
   experiment as experiment_lib,
+  interruption,
   mesh as mesh_lib,
   normalization,
   program,
@@ -226,7 +227,9 @@ def _run(argv: list[str]) -> None:
     )
   config, default_workdir = command_line.config_and_workdir()
   workdir = program.WORKDIR.value or default_workdir
-  done = convert(source, config, workdir)
+  # What is half written is removed before the process ends.
+  with interruption.StopSignals():
+    done = convert(source, config, workdir)
   print(f"Source: {done.title}")
   print(
     f"Arrays: {done.num_arrays} used, each once; {len(done.passed_over)} passed"
@@ -244,7 +247,7 @@ def _run(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """Runs the command line; mistakes and Ctrl-C end in one line."""
+  """Runs the command line; mistakes and signals end in one line."""
   flags.DEFINE_string(
     "source",
     "",

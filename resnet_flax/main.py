@@ -51,9 +51,12 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
-  from resnet_flax import inference
+  from resnet_flax import inference, interruption
 
-  scores = inference.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
+  with interruption.StopSignals(exits=True):
+    scores = inference.evaluate_workdir(
+      workdir, _CHECKPOINT.value, config=config
+    )
   epoch = scores.get("epoch")
   when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
   print(f"Checkpoint: {_CHECKPOINT.value}, step {scores['step']}, {when}")
@@ -85,7 +88,7 @@ def _run(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """Runs the command line; mistakes and Ctrl-C end in one line."""
+  """Runs the command line; mistakes and signals end in one line."""
   program.run(_run)
 
 

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -22,24 +23,46 @@ WORKDIR = flags.DEFINE_string(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """Runs a command line; mistakes and Ctrl-C end in one line.
+  """Runs a command line; mistakes and signals to stop end in one line.
+
+  SIGINT and SIGTERM end the process at once, unless `main` enters
+  `interruption.StopSignals`.
 
   Args:
     main: called with the program's name and the arguments that are no flags.
   """
+  # Not an exception: one that is raised while libraries are imported may be
+  # caught there, and the signal would be lost.
+  _set_handlers(_stop_at_once)
   try:
     from resnet_flax import command_line
 
     app.run(main, flags_parser=command_line.parse_flags)
+  except SystemExit:
+    # Nothing is left to be stopped: all was done, and the interpreter ends.
+    _set_handlers(signal.SIG_IGN)
+    raise
   except errors.UserError as error:
     _leave_at_once(f"error: {error}", error.exit_code)
   except KeyboardInterrupt as error:
-    number = signal.Signals(getattr(error, "number", signal.SIGINT))
-    text = f"error: stopped by {number.name}; nothing new was saved."
-    _leave_at_once(text, 128 + number)
+    _stop_at_once(getattr(error, "number", signal.SIGINT), None)
   except BrokenPipeError:
     # Whoever reads our output, such as `head`, has seen enough.
     os._exit(0)
+
+
+def _set_handlers(handler: Any) -> None:
+  for number in (signal.SIGINT, signal.SIGTERM):
+    # As a shell's background job ignores Ctrl-C.
+    if signal.getsignal(number) is not signal.SIG_IGN:
+      signal.signal(number, handler)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+  del frame
+  name = signal.Signals(number).name
+  text = f"error: stopped by {name}; nothing new was saved."
+  _leave_at_once(text, 128 + number)
 
 
 def _leave_at_once(text: str, exit_code: int) -> NoReturn:

@@ -405,8 +405,9 @@ def test_full_disk(
       run(long_config, workdir)
   assert "\n" not in str(caught.value)
   small_disk.free()
-  # That of step 6 may have been on its way.
-  assert saved_steps(workdir)[-1] in (4, 6)
+  # That of step 6 may have been on its way, and one or two more find room where
+  # an old one is removed.
+  assert saved_steps(workdir)[-1] >= 4
   run(long_config, workdir)
   assert_same_run(long_config, workdir, straight, one_device)
 

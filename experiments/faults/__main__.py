@@ -43,7 +43,7 @@ flags.register_validator(
 )
 _SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
 _COLUMNS = ("fault", "injected", "outcome", "bytes that differ", "note")
-# Python has no handlers yet, so that these end it in its own ways.
+# Python may have no handlers yet, so that these end it in its own ways.
 _CODES_AT_START = {
   "SIGTERM": (-signal.SIGTERM, 128 + signal.SIGTERM),
   "SIGINT": (-signal.SIGINT, 128 + signal.SIGINT, 1),
