@@ -14,6 +14,13 @@ def get_config() -> ConfigDict:
 
   # Seeds initialisation, epoch order and augmentation.
   config.seed = 0
+  # Train this many networks in one program, with the seeds seed, seed + 1, ...
+  # Devices are divided among them; each has batch_size images per step.
+  config.num_seeds = 1
+  # Networks that share a device are trained 'in_turn' (each as it would be
+  # alone, to the bit) or 'vectorized' (in one call). 'auto': in turn on CPUs;
+  # elsewhere what a few steps of either show to be faster when the run begins.
+  config.seed_execution = "auto"
   # Images per step, over all devices. A last, smaller batch is dropped.
   config.batch_size = 32
   # Passes over the training split; also scales the schedule.

@@ -19,16 +19,15 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
-from resnet_flax import errors, mesh as mesh_lib, train_step
+from resnet_flax import errors, train_step
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +41,8 @@ _LATEST = 2
 # beforehand, since its threads meet a full disk in many noisy ways.
 _SPACE_FACTOR = 3
 
-# Numbers that go with a state, such as the seconds an epoch has taken so far.
-Notes = dict[str, float]
+# What goes with a state, such as the seconds an epoch has taken so far: JSON.
+Notes = dict[str, Any]
 
 
 class Timer:
@@ -81,15 +80,15 @@ class Timer:
 class _Kept(policies.PreservationPolicy):
   """Which checkpoints outlive the next: the latest ones and the best."""
 
-  def __init__(self, best_step: Callable[[], int | None]):
-    self._best_step = best_step
+  def __init__(self, best_steps: Callable[[], Collection[int]]):
+    self._best_steps = best_steps
 
   def should_preserve(
     self, checkpoints: Sequence[Any], *, context: Any
   ) -> Sequence[bool]:
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {self._best_step(), *sorted(steps)[-_LATEST:]}
+    kept = {*self._best_steps(), *sorted(steps)[-_LATEST:]}
     return [step in kept for step in steps]
 
 
@@ -98,7 +97,7 @@ class _Damaged(errors.WorkdirError):
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: the latest two and the best epoch's.
+  """The checkpoints of one workdir: the latest two and the best epochs'.
 
   A context manager; leaving it waits for what is still being written.
   """
@@ -107,14 +106,14 @@ class Checkpoints:
     self,
     workdir: pathlib.Path,
     *,
-    best_step: Callable[[], int | None] = lambda: None,
+    best_steps: Callable[[], Collection[int]] = tuple,
     read_only: bool = False,
   ):
     """Opens `workdir`/checkpoints.
 
     Args:
       workdir: the run's folder.
-      best_step: the step of the best epoch so far, which is kept.
+      best_steps: the steps of the best epochs so far, which are kept.
       read_only: neither create nor clean up nor save anything, so that a run
         can be read while it goes on.
     """
@@ -130,7 +129,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=_Kept(best_step),
+        preservation_policy=_Kept(best_steps),
         create=not read_only,
         read_only=read_only,
         save_interval_steps=0 if read_only else 1,
@@ -165,7 +164,8 @@ class Checkpoints:
     """Starts to save a state under its step; returns at once.
 
     Args:
-      state: what to save; may be donated as soon as this returns.
+      state: what to save, of all seeds (see `seeds.stack`); may be donated as
+        soon as this returns.
       notes: finite numbers that `restore` gives back.
 
     Raises:
@@ -190,7 +190,7 @@ class Checkpoints:
     }
     with _only_os_errors():
       self._manager.save(
-        int(state.step),
+        int(np.ravel(state.step)[0]),
         args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(packed)}),
       )
 
@@ -208,17 +208,16 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def restore(
-    self, step: int, like: train_step.TrainState, mesh: Mesh
+    self, step: int, like: train_step.TrainState
   ) -> tuple[train_step.TrainState, Notes]:
-    """Reads a checkpoint onto the devices of a mesh, and checks it.
+    """Reads a checkpoint and checks it.
 
     Args:
       step: one of `steps()`.
       like: the tree of shapes and dtypes, for example from `jax.eval_shape`.
-      mesh: gets a copy of the state on every device.
 
     Returns:
-      The state and its notes, as they were saved.
+      The state, as NumPy arrays, and its notes, as they were saved.
 
     Raises:
       WorkdirError: the checkpoint is damaged, of another network or of an
@@ -251,11 +250,10 @@ class Checkpoints:
     # Orbax and TensorStore raise many kinds, according to what is wrong.
     except Exception as error:
       raise _damaged(path, errors.one_line(error)) from error
-    state = _unpack(packed, manifest["arrays"], like)
-    return jax.device_put(state, mesh_lib.replicated(mesh)), manifest["notes"]
+    return _unpack(packed, manifest["arrays"], like), manifest["notes"]
 
   def restore_latest(
-    self, like: train_step.TrainState, mesh: Mesh
+    self, like: train_step.TrainState
   ) -> tuple[train_step.TrainState, Notes] | None:
     """Restores the newest checkpoint that is good, if there are any.
 
@@ -263,7 +261,6 @@ class Checkpoints:
 
     Args:
       like: see `restore`.
-      mesh: see `restore`.
 
     Returns:
       The state and its notes, or None where there is no checkpoint.
@@ -275,7 +272,7 @@ class Checkpoints:
     damaged: dict[int, _Damaged] = {}
     for step in reversed(self.steps()):
       try:
-        restored = self.restore(step, like, mesh)
+        restored = self.restore(step, like)
       except _Damaged as error:
         damaged[step] = error
         continue

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, errors, metrics, normalization, optimizer
+from resnet_flax import (
+  augment,
+  errors,
+  mesh,
+  metrics,
+  normalization,
+  optimizer,
+  seeds,
+)
 from resnet_flax.datasets import loading
 from resnet_flax.models import layers, registry
 
@@ -20,6 +28,7 @@ Rule = Callable[[str, Any], None]
 
 # Keys that do not change the mathematics: they may differ when a run goes on.
 FREE_KEYS = (
+  "seed_execution",
   "eval_batch_size",
   "dataset.data_dir",
   "dataset.archive",
@@ -44,6 +53,7 @@ _LARGEST_WIDTH = 1024
 _LARGEST_NUM_CLASSES = 10**6
 _LARGEST_INPUT = 2048
 _LARGEST_EVAL_BATCH = 2**16
+_MOST_SEEDS = 1000
 _LONGEST_SEQUENCE = 100
 _LONGEST_PATH = 4096
 
@@ -134,6 +144,8 @@ _NOT_NEGATIVE = _number(0)
 
 RULES: dict[str, Rule] = {
   "seed": _integer(0, 2**32 - 1),
+  "num_seeds": _integer(1, _MOST_SEEDS),
+  "seed_execution": _name(seeds.EXECUTIONS),
   "batch_size": _integer(1),
   "num_epochs": _integer(1),
   "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
@@ -243,7 +255,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
   Args:
     config: every key of `configs/base.py`.
-    num_devices: devices that share a batch.
+    num_devices: devices of the run.
 
   Raises:
     ConfigError: the first thing that is wrong, and what would work.
@@ -261,11 +273,19 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"batch_size={config.batch_size} is more than the {num_train} training"
       f" images; at most {num_train} makes an epoch of at least one step."
     )
+  # Those that share a batch.
+  num_devices //= mesh.num_groups(num_devices, config.num_seeds)
   if config.batch_size % num_devices:
     nearest = max(config.batch_size // num_devices, 1) * num_devices
     raise errors.ConfigError(
       f"batch_size={config.batch_size} cannot be divided over {num_devices}"
       f" devices; for example {nearest} or {nearest + num_devices} can."
+    )
+  if config.seed + config.num_seeds > 2**32:
+    raise errors.ConfigError(
+      f"seed={config.seed} and num_seeds={config.num_seeds} go beyond the last"
+      f" seed, {2**32 - 1}; needed: a seed of at most"
+      f" {2**32 - config.num_seeds}."
     )
   steps = num_train // config.batch_size
   if config.num_epochs * steps > _LARGEST_INTEGER:

@@ -84,6 +84,12 @@ def convert(
   workdir = pathlib.Path(os.path.realpath(workdir))
   config = ConfigDict(config.to_dict())
   config_rules.check(config, num_devices=1)
+  if config.num_seeds > 1:
+    raise errors.ConfigError(
+      f"num_seeds={config.num_seeds} cannot be used here: the file holds one"
+      " network. Leave it 1; a run of several seeds can start from the workdir"
+      " (init_from)."
+    )
   if config.init_from:
     raise errors.ConfigError(
       f"init_from={config.init_from} cannot be used here: the weights are"

@@ -43,11 +43,13 @@ class NonFiniteError(UserError, ArithmeticError):
   Args:
     message: what is not finite, and what would help.
     step: the 0-based step after which it was found.
+    seed: of the network.
   """
 
-  def __init__(self, message: str, step: int):
+  def __init__(self, message: str, step: int, seed: int):
     super().__init__(message)
     self.step = step
+    self.seed = seed
 
 
 class Interrupted(UserError):

@@ -1,16 +1,16 @@
 """Scores a split: every image exactly once, at any batch or device count."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from resnet_flax import datasets, mesh as mesh_lib, train_step
+from resnet_flax import datasets, mesh as mesh_lib, seeds, train_step
 
-EvalStep = Callable[..., train_step.MetricSums]
+EvalStep = Callable[..., Any]
 
 
 def padded_batches(
@@ -41,56 +41,112 @@ def padded_batches(
     yield images, labels, mask
 
 
-def jit_eval_step(experiment: train_step.Experiment) -> EvalStep:
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """How networks do on a split.
+
+  Attributes:
+    networks: for each its `loss` (mean cross-entropy), `objective` (with the L2
+      term) and `accuracy` (a fraction).
+    ensemble: `loss` and `accuracy` of the mean of their probabilities; None for
+      a single network.
+  """
+
+  networks: list[dict[str, float]]
+  ensemble: dict[str, float] | None
+
+
+def jit_eval_step(
+  experiment: train_step.Experiment, layout: seeds.Layout
+) -> EvalStep:
   """The jitted function of (state, images, labels, mask) that scores."""
-  return jax.jit(functools.partial(train_step.eval_step, experiment))
+  function = functools.partial(train_step.eval_step, experiment)
+  jitted = jax.jit(layout.over_networks(function, shared=3))
+  return layout.in_turn(jitted, shared=3)
 
 
 def evaluate(
   eval_step: EvalStep,
-  state: train_step.TrainState,
+  state: train_step.TrainState | seeds.Networks,
   split: datasets.Split,
   batch_size: int,
-  mesh: Mesh,
+  layout: seeds.Layout,
   on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-  """The mean loss, objective and accuracy over a split.
+) -> Scores:
+  """Scores all networks on a split.
 
   Args:
-    eval_step: compiled `train_step.eval_step` of (state, images, labels,
-      mask).
-    state: what is scored, replicated over the mesh.
+    eval_step: from `jit_eval_step`.
+    state: what is scored.
     split: images and labels.
     batch_size: images of a call, at most.
-    mesh: the devices.
+    layout: where the networks are.
     on_batch: called after every call.
-
-  Returns:
-    `loss` (cross-entropy), `objective` (with the L2 term) and `accuracy` (a
-    fraction).
   """
-  totals = np.zeros(4)
+  num_devices = layout.mesh.shape[mesh_lib.DATA]
+  totals = _Totals(len(layout.seeds))
   pending: Any = None
-  for batch in padded_batches(split, batch_size, mesh.size):
-    sums = eval_step(state, *mesh_lib.shard_batch(mesh, *batch))
+  for images, labels, mask in padded_batches(split, batch_size, num_devices):
+    batch = mesh_lib.shard_batch(layout.mesh, images, labels, mask)
+    scored = eval_step(state, *batch)
     # Read one call late: the devices have the next one to work on meanwhile.
     if pending is not None:
-      totals += _to_host(pending)
-    pending = sums
+      totals.add(layout, *pending)
+    pending = scored, labels[mask]
     on_batch()
-  totals += _to_host(pending)
-  loss, objective, correct, count = totals
-  if count != len(split):
-    raise AssertionError(f"scored {count:.0f} of {len(split)} images")
-  return {
-    "loss": loss / count,
-    "objective": objective / count,
-    "accuracy": correct / count,
-  }
+  totals.add(layout, *pending)
+  return totals.scores(len(split))
 
 
-def _to_host(sums: train_step.MetricSums) -> np.ndarray:
-  sums = jax.device_get(sums)
-  return np.array(
-    [sums.loss, sums.objective, sums.correct, sums.count], np.float64
-  )
+class _Totals:
+  """Sums over the batches of a split."""
+
+  def __init__(self, num_networks: int):
+    # Loss, objective, correct, count.
+    self._networks = np.zeros((num_networks, 4))
+    # Loss, correct.
+    self._ensemble = np.zeros(2)
+
+  def add(self, layout: seeds.Layout, scored: Any, labels: np.ndarray) -> None:
+    """Adds a batch.
+
+    Args:
+      layout: where the networks are.
+      scored: what `eval_step` returned; its padding is last.
+      labels: int32[N], without the padding.
+    """
+    sums, probabilities = scored
+    for place, part in enumerate(layout.get(sums)):
+      self._networks[place] += [
+        part.loss,
+        part.objective,
+        part.correct,
+        part.count,
+      ]
+    if len(self._networks) == 1:
+      return
+    stacked = np.asarray(layout.get(probabilities), np.float64)
+    mean = stacked.mean(axis=0)[: len(labels)]
+    chosen = mean[np.arange(len(labels)), labels]
+    # A float32 probability of zero stands for one that is too small for it.
+    least = np.finfo(np.float32).tiny
+    self._ensemble[0] -= np.sum(np.log(np.maximum(chosen, least)))
+    self._ensemble[1] += np.sum(np.argmax(mean, axis=-1) == labels)
+
+  def scores(self, num_images: int) -> Scores:
+    """The means over all images, whose number is checked."""
+    networks = []
+    for loss, objective, correct, count in self._networks:
+      if count != num_images:
+        raise AssertionError(f"scored {count:.0f} of {num_images} images")
+      networks.append(
+        {
+          "loss": loss / count,
+          "objective": objective / count,
+          "accuracy": correct / count,
+        }
+      )
+    if len(networks) == 1:
+      return Scores(networks, None)
+    loss, correct = self._ensemble / num_images
+    return Scores(networks, {"loss": loss, "accuracy": correct})

@@ -52,10 +52,19 @@ def abstract_state(
     experiment: the fixed parts.
 
   Returns:
-    A `TrainState` of `jax.ShapeDtypeStruct`s.
+    A `TrainState` of `jax.ShapeDtypeStruct`s; with several seeds as a
+    checkpoint has it, [seeds, ...].
   """
-  return jax.eval_shape(
+  one = jax.eval_shape(
     functools.partial(train_step.create_train_state, experiment),
     randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
     normalization.placeholder(config.normalization, experiment.image_shape),
+  )
+  if config.num_seeds == 1:
+    return one
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      (config.num_seeds, *leaf.shape), leaf.dtype
+    ),
+    one,
   )

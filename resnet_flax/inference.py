@@ -21,6 +21,7 @@ from resnet_flax import (
   experiment as experiment_lib,
   mesh as mesh_lib,
   metrics,
+  seeds as seeds_lib,
   train_step,
   workdir as workdir_lib,
 )
@@ -40,6 +41,7 @@ class LoadedModel:
       probabilities; normalises as in training.
     config: the configuration it was trained with.
     step: the training step of the checkpoint.
+    seed: what it was trained with.
   """
 
   model: nn.Module
@@ -47,10 +49,14 @@ class LoadedModel:
   predict: Callable[[np.ndarray], np.ndarray]
   config: ConfigDict
   step: int
+  seed: int
 
 
 def load_model(
-  workdir: str | os.PathLike[str], which: str = "best"
+  workdir: str | os.PathLike[str],
+  which: str = "best",
+  *,
+  seed: int | None = None,
 ) -> LoadedModel:
   """Loads a network from its workdir.
 
@@ -58,12 +64,24 @@ def load_model(
     workdir: the run's folder, or what `resnet_flax.convert` made.
     which: 'best' (the epoch that is best by `checkpoint.monitor`; before the
       first one, converted weights) or 'latest'.
+    seed: which network of a run of several seeds; by default the first.
 
   Raises:
-    ConfigError: `which` is neither.
+    ConfigError: `which` is neither, or the run has no such seed.
     WorkdirError: there is no readable run or no checkpoint there.
   """
-  config, experiment, state = _restore(pathlib.Path(workdir), which)
+  config, experiment, states = _restore(pathlib.Path(workdir), which)
+  seed = config.seed if seed is None else seed
+  place = seed - config.seed
+  if not 0 <= place < len(states):
+    last = config.seed + len(states) - 1
+    raise errors.ConfigError(
+      f"seed={seed} was not trained in {workdir}; needed: one from"
+      f" {config.seed} to {last}."
+    )
+  state = jax.device_put(
+    states[place], mesh_lib.replicated(mesh_lib.create_mesh())
+  )
   logits_fn = jax.jit(
     functools.partial(train_step.apply_eval, experiment.model)
   )
@@ -91,6 +109,7 @@ def load_model(
     predict=predict,
     config=config,
     step=int(state.step),
+    seed=seed,
   )
 
 
@@ -100,7 +119,7 @@ def evaluate_workdir(
   *,
   config: ConfigDict | None = None,
   devices: Sequence[jax.Device] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Scores a checkpoint of a run on the test split of its data set.
 
   Args:
@@ -112,7 +131,10 @@ def evaluate_workdir(
 
   Returns:
     `loss`, `accuracy` (a fraction), the `step` of the checkpoint (steps done)
-    and, but for step 0, its 0-based `epoch`, which may not be at its end.
+    and, but for step 0, its 0-based `epoch`, which may not be at its end. Of
+    several seeds `seeds`, a list of these, each with its `seed` and for its own
+    best epoch; `ensemble_loss` and `ensemble_accuracy`; and the means of `loss`
+    and `accuracy`, with their sample standard deviations as NAME_std.
 
   Raises:
     ConfigError, WorkdirError: see `load_model`.
@@ -120,33 +142,42 @@ def evaluate_workdir(
   """
   if config is not None:
     workdir_lib.check_same(workdir, config)
-  config, experiment, state = _restore(workdir, which, config, devices)
+  config, experiment, states = _restore(workdir, which, config)
   config_rules.check_labels(config)
   dataset = datasets.load(config.dataset)
+  layout = seeds_lib.Layout.create(config, devices)
   scores = evaluate.evaluate(
-    evaluate.jit_eval_step(experiment),
-    state,
+    evaluate.jit_eval_step(experiment, layout),
+    layout.put(states),
     dataset.test,
     config.eval_batch_size,
-    mesh_lib.create_mesh(devices),
+    layout,
   )
-  step = int(state.step)
-  result = {
-    "loss": scores["loss"],
-    "accuracy": scores["accuracy"],
-    "step": step,
-  }
-  if step:
-    result["epoch"] = (step - 1) // experiment.learning_rate.steps_per_epoch
-  return result
+  of_seeds = []
+  for state, score in zip(states, scores.networks, strict=True):
+    step = int(state.step)
+    values = {
+      "loss": score["loss"],
+      "accuracy": score["accuracy"],
+      "step": step,
+    }
+    if step:
+      values["epoch"] = (step - 1) // experiment.learning_rate.steps_per_epoch
+    of_seeds.append(values)
+  if scores.ensemble is None:
+    return of_seeds[0]
+  ensemble = {f"ensemble_{key}": v for key, v in scores.ensemble.items()}
+  result = metrics.summarize({}, layout.seeds, of_seeds, ensemble)
+  # Each seed has its own.
+  return {k: v for k, v in result.items() if k not in ("step", "epoch")}
 
 
 def _restore(
   workdir: pathlib.Path,
   which: str,
   config: ConfigDict | None = None,
-  devices: Sequence[jax.Device] | None = None,
-) -> tuple[ConfigDict, train_step.Experiment, train_step.TrainState]:
+) -> tuple[ConfigDict, train_step.Experiment, list[train_step.TrainState]]:
+  """What a workdir holds; the state of each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
   config = config or workdir_lib.load_config(workdir)
@@ -160,22 +191,26 @@ def _restore(
   if not (workdir / "checkpoints").is_dir():
     raise missing
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    step = _choose_step(workdir, which, config, checkpoints.steps())
-    if step is None:
+    steps = _choose_steps(workdir, which, config, checkpoints.steps())
+    if not steps:
       raise missing
-    state, _ = checkpoints.restore(
-      step,
-      experiment_lib.abstract_state(config, experiment),
-      mesh_lib.create_mesh(devices),
-    )
-  return config, experiment, state
+    like = experiment_lib.abstract_state(config, experiment)
+    restored = {
+      step: seeds_lib.unstack(
+        checkpoints.restore(step, like)[0], config.num_seeds
+      )
+      for step in set(steps)
+    }
+  states = [restored[step][place] for place, step in enumerate(steps)]
+  return config, experiment, states
 
 
-def _choose_step(
+def _choose_steps(
   workdir: pathlib.Path, which: str, config: ConfigDict, steps: list[int]
-) -> int | None:
+) -> list[int]:
+  """The step of each seed's checkpoint; none if there is none."""
   if which == "latest":
-    return max(steps, default=None)
+    return [max(steps)] * config.num_seeds if steps else []
   # A record may be there before its checkpoint is.
   records = [
     record
@@ -185,5 +220,6 @@ def _choose_step(
   if not records:
     # `convert` saves what a run starts from: until an epoch is over there is
     # nothing better.
-    return 0 if 0 in steps else None
-  return metrics.best_record(records, config.checkpoint.monitor)["step"]
+    return [0] * config.num_seeds if 0 in steps else []
+  best = metrics.best_records(records, config.checkpoint.monitor)
+  return [record["step"] for record in best]

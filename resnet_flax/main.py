@@ -5,6 +5,7 @@ python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -36,18 +37,35 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
     config, workdir, signals=interruption.StopSignals(exits=True)
   )
   monitor = config.checkpoint.monitor
-  last, best = records[-1], metrics.best_record(records, monitor)
-  print(f"Test loss: {last['test_loss']:.4f}")
-  print(f"Test accuracy: {last['test_accuracy']:.4f}")
-  text = f"Best epoch: {best['epoch']} (0-based), test accuracy"
-  text += f" {best['test_accuracy']:.4f}, chosen "
-  chosen_by = metrics.monitored(best, monitor)
-  if chosen_by == "test_accuracy":
-    text += "on the test split"
-  else:
-    split = {"val": "validation", "test": "test"}[chosen_by.partition("_")[0]]
-    text += f"by {split} {monitor} {best[chosen_by]:.4f}"
-  print(text)
+  _print_scores(
+    {
+      key.removeprefix("test_"): value
+      for key, value in records[-1].items()
+      if key.startswith("test_")
+    }
+  )
+  for seed, best in enumerate(
+    metrics.best_records(records, monitor), config.seed
+  ):
+    text = f"Best epoch: {best['epoch']} (0-based), test accuracy"
+    text += f" {best['test_accuracy']:.4f}, chosen "
+    chosen_by = metrics.monitored(best, monitor)
+    if chosen_by == "test_accuracy":
+      text += "on the test split"
+    else:
+      split = {"val": "validation", "test": "test"}[chosen_by.partition("_")[0]]
+      text += f"by {split} {monitor} {best[chosen_by]:.4f}"
+    print(f"Seed {seed}: {text}" if config.num_seeds > 1 else text)
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+  """Prints loss and accuracy; of several seeds also what goes with them."""
+  for metric in ("loss", "accuracy"):
+    text = f"Test {metric}: {scores[metric]:.4f}"
+    if f"{metric}_std" in scores:
+      text += f" ± {scores[f'{metric}_std']:.4f}, ensemble"
+      text += f" {scores[f'ensemble_{metric}']:.4f}"
+    print(text)
 
 
 def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
@@ -57,11 +75,15 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
     scores = inference.evaluate_workdir(
       workdir, _CHECKPOINT.value, config=config
     )
-  epoch = scores.get("epoch")
-  when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
-  print(f"Checkpoint: {_CHECKPOINT.value}, step {scores['step']}, {when}")
-  print(f"Test loss: {scores['loss']:.4f}")
-  print(f"Test accuracy: {scores['accuracy']:.4f}")
+  for each in scores.get("seeds", [scores]):
+    epoch = each.get("epoch")
+    when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
+    text = f"Checkpoint: {_CHECKPOINT.value}, step {each['step']}, {when}"
+    if "seed" in each:
+      text = f"Seed {each['seed']}: {text}, test accuracy"
+      text += f" {each['accuracy']:.4f}"
+    print(text)
+  _print_scores(scores)
 
 
 def _run(argv: list[str]) -> None:

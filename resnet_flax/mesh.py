@@ -1,7 +1,8 @@
-"""The device mesh: the batch is divided over it, the state is copied to all.
+"""The device mesh: seeds over one axis, the batch over the other.
 
-Under `jax.jit` with these shardings, batch statistics and gradients span the
-global batch; XLA inserts the collectives.
+The train state is copied to all devices of its seed. Under `jax.jit` with these
+shardings, batch statistics and gradients span the whole batch; XLA inserts the
+collectives.
 """
 
 from collections.abc import Sequence
@@ -11,23 +12,53 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-_AXIS = "data"
+SEED, DATA = "seed", "data"
 
 
-def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A one-dimensional mesh of the given devices, by default of all."""
-  devices = jax.devices() if devices is None else devices
-  return Mesh(np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+def num_groups(num_devices: int, num_seeds: int) -> int:
+  """Into how many equal groups devices are divided, each with its own seeds.
+
+  As few as give each seed a group of its own, or as many as there are devices.
+  """
+  return next(
+    count
+    for count in range(1, num_devices + 1)
+    if num_devices % count == 0 and (count >= num_seeds or count == num_devices)
+  )
+
+
+def create_mesh(
+  devices: Sequence[jax.Device] | None = None, num_seeds: int = 1
+) -> Mesh:
+  """A mesh of the given devices, by default of all: seeds x batch."""
+  array = np.asarray(jax.devices() if devices is None else devices)
+  groups = num_groups(array.size, num_seeds)
+  return Mesh(
+    array.reshape(groups, -1), (SEED, DATA), axis_types=(AxisType.Auto,) * 2
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of the train state: a copy on every device."""
+  """A copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: its leading axis divided over the devices."""
-  return NamedSharding(mesh, PartitionSpec(_AXIS))
+  """The sharding of a batch: its leading axis divided over the devices.
+
+  Devices of other seeds have the same batch.
+  """
+  return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def seed_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding of what each seed has: the leading axis is that of seeds."""
+  return NamedSharding(mesh, PartitionSpec(SEED))
+
+
+def seed_batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding of a batch for each seed, [seeds, B, ...]."""
+  return NamedSharding(mesh, PartitionSpec(SEED, DATA))
 
 
 def shard_batch(mesh: Mesh, *arrays: np.ndarray) -> Any:

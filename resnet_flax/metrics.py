@@ -4,8 +4,9 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resnet_flax import errors
@@ -18,6 +19,9 @@ TIMED = ("epoch_seconds", "images_per_second")
 
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
+
+# Ends the name of a standard deviation over seeds.
+STD = "_std"
 
 # An epoch's checkpoint may still be on its way to the disk when its record is
 # written, but not that of the epoch before.
@@ -100,11 +104,67 @@ def untimed(records: list[Record]) -> list[Record]:
   ]
 
 
+def summarize(
+  first: Record,
+  seeds: Sequence[int],
+  of_seeds: Sequence[Record],
+  ensemble: Record,
+) -> Record:
+  """The record of an epoch of one or several networks.
+
+  Args:
+    first: what they have in common.
+    seeds: one for each network.
+    of_seeds: the metrics of each.
+    ensemble: those of all together.
+
+  Returns:
+    Of one network its metrics. Of several their means, under NAME_std their
+    sample standard deviations, and under 'seeds' the metrics of each.
+  """
+  if len(seeds) == 1:
+    return first | of_seeds[0]
+  record = dict(first)
+  for name in of_seeds[0]:
+    values = [values[name] for values in of_seeds]
+    record[name] = statistics.fmean(values)
+    if name.rpartition("_")[2] in MONITORED:
+      record[f"{name}{STD}"] = statistics.stdev(values)
+  each = [
+    {"seed": seed} | values
+    for seed, values in zip(seeds, of_seeds, strict=True)
+  ]
+  return record | ensemble | {"seeds": each}
+
+
+def of_seeds(record: Record) -> list[Record]:
+  """The records of the single networks of an epoch, each as if it were alone.
+
+  Args:
+    record: of `summarize`.
+  """
+  if "seeds" not in record:
+    return [record]
+  common = {key: record[key] for key in ("epoch", "step", *TIMED)}
+  return [common | values for values in record["seeds"]]
+
+
+def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
+  """The record of the best epoch of each network; none if there is no epoch.
+
+  Args:
+    records: of a run.
+    monitor: one of `MONITORED`.
+  """
+  networks = zip(*map(of_seeds, records), strict=True)
+  return [best_record(list(each), monitor) for each in networks]
+
+
 def best_record(records: list[Record], monitor: str) -> Record:
   """The record of the best epoch; of equally good ones the first.
 
   Args:
-    records: at least one.
+    records: of one network, at least one.
     monitor: one of `MONITORED`.
   """
   sign = 1 if MONITORED[monitor] else -1
@@ -161,19 +221,19 @@ class TensorBoard:
       return
     from tensorboardX.proto import event_pb2, summary_pb2
 
-    values = []
-    for key, value in record.items():
-      if key != "step":
-        # Grouped by split: train/loss, test/accuracy, ...
-        split, _, metric = key.partition("_")
-        grouped = split in ("train", "test", "val")
-        tag = f"{split}/{metric}" if grouped else f"run/{key}"
-        values.append(summary_pb2.Summary.Value(tag=tag, simple_value=value))
+    values = _tagged(record)
+    for of_seed in record.get("seeds", []):
+      name = f"seed_{of_seed['seed']}"
+      values |= {f"{name}/{tag}": v for tag, v in _tagged(of_seed).items()}
+    summary = [
+      summary_pb2.Summary.Value(tag=tag, simple_value=value)
+      for tag, value in values.items()
+    ]
     self._writer.write_event(
       event_pb2.Event(
         step=record["step"],
         wall_time=time.time(),
-        summary=summary_pb2.Summary(value=values),
+        summary=summary_pb2.Summary(value=summary),
       )
     )
     self._writer.flush()
@@ -190,3 +250,14 @@ class TensorBoard:
       # A disk that is full is being reported already.
       if exception == (None, None, None):
         raise
+
+
+def _tagged(record: Record) -> dict[str, float]:
+  """Numbers by TensorBoard's tags, grouped by split: train/loss, ..."""
+  values = {}
+  for key, value in record.items():
+    if key not in ("step", "seed", "seeds"):
+      split, _, metric = key.partition("_")
+      grouped = split in ("train", "test", "val")
+      values[f"{split}/{metric}" if grouped else f"run/{key}"] = value
+  return values

@@ -2,8 +2,10 @@
 
 import datetime
 import logging
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import tqdm
@@ -56,8 +58,8 @@ class Progress:
       disable=None,
     )
 
-  def step(self, step_metrics: train_step.StepMetrics) -> None:
-    """Takes in the metrics of the next step, on the host."""
+  def step(self, of_seeds: Sequence[train_step.StepMetrics]) -> None:
+    """Takes in the metrics of the next step of each seed, on the host."""
     self._step += 1
     now = time.perf_counter()
     steps = self._step - self._first_step
@@ -70,25 +72,29 @@ class Progress:
           self._title(),
           self._step,
           self._steps_per_epoch,
-          self._text(step_metrics.sums),
+          self._text(of_seeds),
         )
     else:
-      self._bar.set_postfix_str(self._text(step_metrics.sums), refresh=False)
+      self._bar.set_postfix_str(self._text(of_seeds), refresh=False)
       self._bar.update()
 
   def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
     """Ends an epoch with its record and the seconds its evaluation took."""
     self._evaluation_seconds = evaluation
-    text = (
-      f"{self._title()}: loss {record['train_loss']:.4f}, accuracy"
-      f" {record['train_accuracy']:.4f}"
-    )
+    of_seeds = metrics.of_seeds(record)
+
+    def mean(key: str) -> str:
+      return _mean([values[key] for values in of_seeds])
+
+    text = f"{self._title()}: loss {mean('train_loss')}, accuracy"
+    text += f" {mean('train_accuracy')}"
     for split in ("val", "test"):
       if f"{split}_loss" in record:
-        text += (
-          f"; {split} loss {record[f'{split}_loss']:.4f}, accuracy"
-          f" {record[f'{split}_accuracy']:.4f}"
-        )
+        text += f"; {split} loss {mean(f'{split}_loss')}, accuracy"
+        text += f" {mean(f'{split}_accuracy')}"
+      ensemble = f"{split}_ensemble_accuracy"
+      if ensemble in record:
+        text += f", ensemble {record[ensemble]:.4f}"
     text += f"; {record['images_per_second']:.0f} images/s"
     if self._left():
       text += f"; {self._left()} left"
@@ -102,12 +108,14 @@ class Progress:
   def _title(self) -> str:
     return f"epoch {self._epoch + 1}/{self._num_epochs}"
 
-  def _text(self, sums: train_step.MetricSums) -> str:
+  def _text(self, of_seeds: Sequence[train_step.StepMetrics]) -> str:
+    sums = [each.sums for each in of_seeds]
+    losses = [float(each.loss / each.count) for each in sums]
+    accuracies = [float(each.correct / each.count) for each in sums]
+    images = len(sums) * self._batch_size
     return (
-      f"loss {sums.loss / sums.count:.4f}, accuracy"
-      f" {sums.correct / sums.count:.4f},"
-      f" {self._batch_size / self._seconds_per_step:.0f} images/s,"
-      f" {self._left()} left"
+      f"loss {_mean(losses)}, accuracy {_mean(accuracies)},"
+      f" {images / self._seconds_per_step:.0f} images/s, {self._left()} left"
     )
 
   def _left(self) -> str:
@@ -118,6 +126,12 @@ class Progress:
     trained = self._step == self._steps_per_epoch
     seconds += (epochs - trained) * self._evaluation_seconds
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
+
+
+def _mean(values: Sequence[float]) -> str:
+  """The mean; of several with its sample standard deviation."""
+  text = f"{statistics.fmean(values):.4f}"
+  return f"{text} ± {statistics.stdev(values):.4f}" if values[1:] else text
 
 
 def log_to_stderr() -> None:

@@ -6,12 +6,11 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import (
@@ -27,6 +26,7 @@ from resnet_flax import (
   normalization,
   progress as progress_lib,
   randomness,
+  seeds as seeds_lib,
   train_step,
   transfer,
   workdir as workdir_lib,
@@ -35,11 +35,16 @@ from resnet_flax import (
 _logger = logging.getLogger(__name__)
 
 # What a checkpoint's notes are before the first step of an epoch.
-NEW_EPOCH: checkpoint.Notes = {"learning_rate": 0.0, "epoch_seconds": 0.0}
+NEW_EPOCH: checkpoint.Notes = {"learning_rate": [], "epoch_seconds": 0.0}
 
-CompiledStep = Callable[
-  ..., tuple[train_step.TrainState, train_step.StepMetrics]
-]
+# Ways to train several seeds, and the steps by which they are compared.
+_EXECUTIONS = ("in_turn", "vectorized")
+_WARM_UP_STEPS, _TIMED_STEPS = 3, 20
+
+# Of one seed, or of several.
+State = train_step.TrainState | seeds_lib.Networks
+# Of (state, images, labels, key), returning the new state and `StepMetrics`.
+CompiledStep = Callable[..., tuple[Any, Any]]
 
 
 def train_and_evaluate(
@@ -69,24 +74,23 @@ def train_and_evaluate(
     NonFiniteError: the loss or the state became infinite or NaN.
     Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
   """
-  mesh = mesh_lib.create_mesh(devices)
-  config_rules.check(config, num_devices=mesh.size)
+  config_rules.check(config, num_devices=len(devices or jax.devices()))
   config_rules.check_labels(config)
   workdir = pathlib.Path(workdir).absolute()
   experiment = experiment_lib.build(config)
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
-  monitor = config.checkpoint.monitor
   records: list[metrics.Record] = []
 
-  def best_step() -> int | None:
-    return metrics.best_record(records, monitor)["step"] if records else None
+  def best_steps() -> set[int]:
+    best = metrics.best_records(records, config.checkpoint.monitor)
+    return {record["step"] for record in best}
 
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(signals or interruption.StopSignals())
     with workdir_lib.explain_write_errors(workdir):
       stack.enter_context(workdir_lib.use(workdir, config))
       checkpoints = stack.enter_context(
-        checkpoint.Checkpoints(workdir, best_step=best_step)
+        checkpoint.Checkpoints(workdir, best_steps=best_steps)
       )
     stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
 
@@ -95,8 +99,8 @@ def train_and_evaluate(
       # Tracing a deep network takes long: not for a run that is new.
       if checkpoints.steps():
         like = experiment_lib.abstract_state(config, experiment)
-        restored = checkpoints.restore_latest(like, mesh)
-      step = int(restored[0].step) if restored else 0
+        restored = checkpoints.restore_latest(like)
+      step = int(np.ravel(restored[0].step)[0]) if restored else 0
       log = metrics.MetricsLog(workdir)
       records += log.cut_back(
         step, steps_per_epoch, fallen_back=checkpoints.has_fallen_back(step)
@@ -110,10 +114,17 @@ def train_and_evaluate(
     if config.init_from and not restored:
       source = transfer.load(config)
     dataset = datasets.load(config.dataset)
+    execution = _choose_execution(
+      config, workdir, experiment, dataset.train, devices
+    )
     with workdir_lib.explain_write_errors(workdir):
       workdir_lib.record_start(
-        workdir, config, list(mesh.devices.flat), dataset.source
+        workdir,
+        ConfigDict(config.to_dict() | {"seed_execution": execution}),
+        list(devices or jax.devices()),
+        dataset.source,
       )
+    layout = seeds_lib.Layout.create(config, devices, execution)
     if dataset.validation is None:
       _logger.info(
         "note: the best epoch is chosen on the test split, as in the recipe;"
@@ -121,15 +132,16 @@ def train_and_evaluate(
       )
     if restored:
       _logger.info("going on after step %d of %s", step, workdir)
-      state, notes = restored
+      stacked, notes = restored
+      state = layout.put(seeds_lib.unstack(stacked, config.num_seeds))
+      # The devices have them now.
+      del stacked, restored
     else:
-      state = initial_state(config, experiment, dataset.train, mesh)
-      if source is not None:
-        state = transfer.initialize(state, source, mesh)
+      state = initial_state(config, experiment, dataset.train, layout, source)
       notes = NEW_EPOCH
     if records and step == len(records) * steps_per_epoch:
       # An epoch's checkpoint is from before its evaluation.
-      state = _after_epoch(state, records[-1], experiment, mesh)
+      state = _after_epoch(state, records[-1], experiment, layout)
       notes = NEW_EPOCH
     progress = progress_lib.Progress(
       config.num_epochs,
@@ -138,11 +150,11 @@ def train_and_evaluate(
       config.log.interval_seconds,
     )
     stack.callback(progress.close)
-    key = augmentation_key(config.seed, mesh)
+    key = augmentation_key(layout)
     compiled_step = compile_train_step(
-      experiment, state, config.batch_size, key, mesh
+      experiment, state, config.batch_size, key, layout
     )
-    eval_step = evaluate.jit_eval_step(experiment)
+    eval_step = evaluate.jit_eval_step(experiment, layout)
     splits = {"val": dataset.validation, "test": dataset.test}
 
     # From here on a signal waits for the end of a step, and what is being
@@ -157,7 +169,7 @@ def train_and_evaluate(
     stack.callback(checkpoints.wait)
     if source is not None:
       # So that the run depends no longer on what becomes of its source.
-      checkpoints.save(state, notes)
+      checkpoints.save(seeds_lib.stack(layout.get(state)), notes)
       del source
     timer = checkpoint.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
@@ -169,7 +181,7 @@ def train_and_evaluate(
       taken = int(state.step) - first_step
       progress.start_epoch(epoch, taken)
       batches = epoch_batches(
-        dataset.train, config.batch_size, config.seed, epoch, mesh, first=taken
+        dataset.train, config.batch_size, epoch, layout, first=taken
       )
       started = time.perf_counter()
       while taken < steps_per_epoch:
@@ -181,23 +193,27 @@ def train_and_evaluate(
             key,
             progress.step,
             until=lambda step: signals.requested or timer.due(step),
+            layout=layout,
           )
         except errors.NonFiniteError as error:
           path = _describe_failure(
-            workdir, config, dataset.train, key, error.step, checkpoints
+            workdir, config, dataset.train, error, checkpoints
           )
           raise errors.NonFiniteError(
-            f"{error} What reproduces the step is in {path}.", error.step
+            f"{error} What reproduces the step is in {path}.",
+            error.step,
+            error.seed,
           ) from error
         taken = int(state.step) - first_step
         now = time.perf_counter()
         notes = {
-          "learning_rate": float(last.learning_rate),
+          # Of each seed.
+          "learning_rate": [float(each.learning_rate) for each in last],
           "epoch_seconds": notes["epoch_seconds"] + now - started,
         }
         started = now
         workdir_lib.check_not_removed(workdir)
-        checkpoints.save(state, notes)
+        checkpoints.save(seeds_lib.stack(layout.get(state)), notes)
         timer.reset()
         signals.check()
       progress.close()
@@ -209,53 +225,129 @@ def train_and_evaluate(
           state,
           split,
           config.eval_batch_size,
-          mesh,
+          layout,
           on_batch=signals.check,
         )
         for name, split in splits.items()
         if split is not None
       }
-      record = _record(epoch, state, notes, scores)
+      record = _record(epoch, state, notes, scores, layout)
       workdir_lib.check_not_removed(workdir)
       # After its checkpoint was started: a record without its checkpoint is
       # cut off, a checkpoint without its record is evaluated again.
       log.append(record)
       records.append(record)
-      state = _after_epoch(state, record, experiment, mesh)
+      state = _after_epoch(state, record, experiment, layout)
       notes = NEW_EPOCH
       board.write(record)
       progress.end_epoch(record, time.perf_counter() - started)
   return records
 
 
+def _choose_execution(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  experiment: train_step.Experiment,
+  split: datasets.Split,
+  devices: Sequence[jax.Device] | None,
+) -> str:
+  """How several seeds are trained; once for all starts of a run."""
+  if config.seed_execution != "auto":
+    return config.seed_execution
+  if (workdir / "config.json").exists():
+    return workdir_lib.load_config(workdir).seed_execution
+  per_call = {
+    seeds_lib.Layout.create(config, devices, execution).per_call
+    for execution in _EXECUTIONS
+  }
+  on_cpu = (devices or jax.devices())[0].platform == "cpu"
+  # On CPUs as experiments/seeds measured it.
+  if on_cpu or len(per_call) == 1:
+    return "in_turn"
+  return faster_execution(config, experiment, split, devices)
+
+
+def faster_execution(
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  split: datasets.Split,
+  devices: Sequence[jax.Device] | None = None,
+) -> str:
+  """How a few steps of several seeds are faster on these devices.
+
+  Args:
+    config: the experiment's.
+    experiment: the fixed parts.
+    split: what is trained on.
+    devices: by default all devices.
+
+  Returns:
+    'vectorized' or 'in_turn'.
+  """
+  seconds = {}
+  for execution in _EXECUTIONS:
+    layout = seeds_lib.Layout.create(config, devices, execution)
+    state = initial_state(config, experiment, split, layout)
+    key = augmentation_key(layout)
+    step = compile_train_step(experiment, state, config.batch_size, key, layout)
+    batch = next(epoch_batches(split, config.batch_size, 0, layout))
+    for count in (_WARM_UP_STEPS, _TIMED_STEPS):
+      started = time.perf_counter()
+      for _ in range(count):
+        state, _ = step(state, *batch, key)
+      jax.block_until_ready(state)
+      seconds[execution] = (time.perf_counter() - started) / count
+  _logger.info(
+    "%d seeds take %.4f s a step in turn, %.4f s vectorized",
+    config.num_seeds,
+    *(seconds[execution] for execution in _EXECUTIONS),
+  )
+  return min(_EXECUTIONS, key=lambda execution: seconds[execution])
+
+
 def initial_state(
   config: ConfigDict,
   experiment: train_step.Experiment,
   train: datasets.Split,
-  mesh: Mesh,
-) -> train_step.TrainState:
-  """The state before the first step, a copy on every device of the mesh."""
-  key = randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION)
-  state = train_step.create_train_state(
-    experiment, key, normalization.measure(config.normalization, train)
-  )
-  return jax.device_put(state, mesh_lib.replicated(mesh))
+  layout: seeds_lib.Layout,
+  source: Mapping[str, Any] | None = None,
+) -> State:
+  """The state of all seeds before the first step.
+
+  Args:
+    config: the experiment's.
+    experiment: the fixed parts.
+    train: what the normalization is measured on.
+    layout: where the networks are.
+    source: from `transfer.load`, to start from instead of random weights.
+  """
+  scale = normalization.measure(config.normalization, train)
+  states = []
+  for seed in layout.seeds:
+    key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
+    state = train_step.create_train_state(experiment, key, scale)
+    if source is not None:
+      state = transfer.initialize(state, source)
+    states.append(state)
+  return layout.put(states)
 
 
-def augmentation_key(seed: int, mesh: Mesh) -> jax.Array:
-  """The key[] that every training step takes, on all devices of the mesh."""
-  return jax.device_put(
-    randomness.device_key(seed, randomness.Purpose.AUGMENTATION),
-    mesh_lib.replicated(mesh),
+def augmentation_key(layout: seeds_lib.Layout) -> Any:
+  """The key[] of each seed, which all of its training steps take."""
+  return layout.put(
+    [
+      randomness.device_key(seed, randomness.Purpose.AUGMENTATION)
+      for seed in layout.seeds
+    ]
   )
 
 
 def compile_train_step(
   experiment: train_step.Experiment,
-  state: train_step.TrainState,
+  state: State,
   batch_size: int,
-  key: jax.Array,
-  mesh: Mesh,
+  key: Any,
+  layout: seeds_lib.Layout,
 ) -> CompiledStep:
   """Compiles one training step for the shapes and devices given.
 
@@ -263,30 +355,30 @@ def compile_train_step(
 
   Args:
     experiment: the fixed parts.
-    state: replicated over the mesh; only its shapes are used.
-    batch_size: images of a step, over all devices.
-    key: key[], replicated; only its shape is used.
-    mesh: the devices.
+    state: of all seeds; only its shapes are used.
+    batch_size: images of a step of one seed, over all devices.
+    key: from `augmentation_key`; only its shapes are used.
+    layout: where the networks are.
 
   Returns:
-    A function of (state, uint8[B, H, W, C], int32[B], key).
+    A function of (state, uint8[B, H, W, C], int32[B], key), each for all seeds.
   """
   started = time.perf_counter()
   _logger.info("compiling the training step")
-  sharding = mesh_lib.batch_sharding(mesh)
-  images = jax.ShapeDtypeStruct(
-    (batch_size, *experiment.image_shape), np.uint8, sharding=sharding
-  )
-  labels = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=sharding)
+  images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
+  labels = layout.batch_shape((batch_size,), np.int32)
   jitted = jax.jit(
-    functools.partial(train_step.train_step, experiment),
+    layout.over_networks(functools.partial(train_step.train_step, experiment)),
     donate_argnums=0,
-    out_shardings=mesh_lib.replicated(mesh),
+    out_shardings=layout.call_sharding(),
   )
+  if isinstance(state, seeds_lib.Networks):
+    # All calls of a step are alike.
+    state, key = state.calls[0], key.calls[0]
   lowered = jitted.lower(state, images, labels, key)
-  compiled = lowered.compile(mesh_lib.compiler_options(mesh))
+  compiled = lowered.compile(mesh_lib.compiler_options(layout.mesh))
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
-  return compiled
+  return layout.in_turn(compiled)
 
 
 def epoch_order(
@@ -314,49 +406,54 @@ def epoch_order(
 def epoch_batches(
   split: datasets.Split,
   batch_size: int,
-  seed: int,
   epoch: int,
-  mesh: Mesh,
+  layout: seeds_lib.Layout,
   *,
   first: int = 0,
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-  """The batches of one epoch, in the order of `epoch_order`.
+) -> Iterator[tuple[Any, Any]]:
+  """The batches of one epoch, for each seed in the order of `epoch_order`.
 
   Args:
     split: what is trained on.
-    batch_size: images of a batch, over all devices.
-    seed: the experiment's.
+    batch_size: images of a batch of one seed, over all devices.
     epoch: 0-based.
-    mesh: the devices that share a batch.
+    layout: where the networks are.
     first: the step of the epoch to begin with, 0-based.
 
   Yields:
-    (uint8[B, H, W, C], int32[B]), sharded over the mesh.
+    (uint8[B, H, W, C], int32[B]) for all seeds, on their devices.
   """
-  for positions in epoch_order(len(split), batch_size, seed, epoch)[first:]:
-    yield mesh_lib.shard_batch(mesh, *split.take(positions))
+
+  def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for positions in epoch_order(len(split), batch_size, seed, epoch)[first:]:
+      yield split.take(positions)
+
+  return layout.batches(of_seed)
 
 
 def train_steps(
   compiled_step: CompiledStep,
-  state: train_step.TrainState,
-  batches: Iterable[tuple[jax.Array, jax.Array]],
-  key: jax.Array,
-  on_step: Callable[[train_step.StepMetrics], Any],
+  state: State,
+  batches: Iterable[tuple[Any, Any]],
+  key: Any,
+  on_step: Callable[[list[train_step.StepMetrics]], Any],
   until: Callable[[int], bool] = lambda step: False,
-) -> tuple[train_step.TrainState, train_step.StepMetrics]:
+  *,
+  layout: seeds_lib.Layout,
+) -> tuple[State, list[train_step.StepMetrics]]:
   """Takes one step for each batch.
 
   Args:
     compiled_step: from `compile_train_step`.
     state: before the first step; donated.
-    batches: (images, labels) pairs, at least one.
-    key: key[], the augmentation's.
-    on_step: called with the metrics of every step, on the host.
+    batches: from `epoch_batches`, at least one.
+    key: from `augmentation_key`.
+    on_step: called with the metrics of every step, of each seed, on the host.
     until: called with the number of steps done so far; true ends the loop.
+    layout: where the networks are.
 
   Returns:
-    The new state and the metrics of the last step, on the host.
+    The new state and the metrics of the last step, of each seed, on the host.
 
   Raises:
     NonFiniteError: a step's objective or the state after it is not finite.
@@ -368,49 +465,55 @@ def train_steps(
     step += 1
     # Read one step late: the devices have the next step to work on meanwhile.
     if pending is not None:
-      on_step(_read(pending, step - 2))
+      on_step(_read(pending, step - 2, layout))
     pending = step_metrics
     if until(step):
       break
   assert pending is not None  # `config_rules` leaves no empty epoch.
-  last = _read(pending, step - 1)
+  last = _read(pending, step - 1, layout)
   on_step(last)
   return state, last
 
 
 def _read(
-  step_metrics: train_step.StepMetrics, step: int
-) -> train_step.StepMetrics:
-  step_metrics = jax.device_get(step_metrics)
-  if not step_metrics.finite:
-    raise errors.NonFiniteError(
-      f"the loss or the state is not finite after step {step} (0-based), at"
-      f" learning rate {step_metrics.learning_rate:g}. Lower"
-      " optimizer.learning_rate, or warm up with"
-      " schedule.warmup_learning_rate.",
-      step,
-    )
-  return step_metrics
+  step_metrics: Any, step: int, layout: seeds_lib.Layout
+) -> list[train_step.StepMetrics]:
+  of_seeds = layout.get(step_metrics)
+  for seed, each in zip(layout.seeds, of_seeds, strict=True):
+    if not each.finite:
+      raise errors.NonFiniteError(
+        f"the loss or the state{_of_seed(layout, seed)} is not finite after"
+        f" step {step} (0-based), at learning rate {each.learning_rate:g}."
+        " Lower optimizer.learning_rate, or warm up with"
+        " schedule.warmup_learning_rate.",
+        step,
+        seed,
+      )
+  return of_seeds
+
+
+def _of_seed(layout: seeds_lib.Layout, seed: int) -> str:
+  return f" of seed {seed}" if len(layout.seeds) > 1 else ""
 
 
 def _describe_failure(
   workdir: pathlib.Path,
   config: ConfigDict,
   split: datasets.Split,
-  key: jax.Array,
-  step: int,
+  error: errors.NonFiniteError,
   checkpoints: checkpoint.Checkpoints,
 ) -> pathlib.Path:
   """Writes what leads to a step that failed, from the checkpoint before it."""
   checkpoints.wait()
-  order = functools.partial(
-    epoch_order, len(split), config.batch_size, config.seed
-  )
+  step, seed = error.step, error.seed
+  order = functools.partial(epoch_order, len(split), config.batch_size, seed)
+  key = randomness.device_key(seed, randomness.Purpose.AUGMENTATION)
   epoch, within = divmod(step, len(split) // config.batch_size)
   path = workdir / "nonfinite_step.json"
   workdir_lib.write_json(
     path,
     {
+      "seed": seed,
       "step": step,
       "epoch": epoch,
       "step_in_epoch": within,
@@ -428,47 +531,71 @@ def _describe_failure(
 
 def _record(
   epoch: int,
-  state: train_step.TrainState,
+  state: State,
   notes: checkpoint.Notes,
-  scores: dict[str, dict[str, float]],
+  scores: Mapping[str, evaluate.Scores],
+  layout: seeds_lib.Layout,
 ) -> metrics.Record:
-  sums = jax.device_get(state.epoch_sums)
   step = int(state.step)
-  for name, score in scores.items():
-    if not math.isfinite(score["loss"]):
-      raise errors.NonFiniteError(
-        f"the {name} loss is {score['loss']} after step {step - 1} (0-based),"
-        f" at learning rate {notes['learning_rate']:g}. Lower"
-        " optimizer.learning_rate or model.batch_norm_momentum.",
-        step - 1,
-      )
-  record = {
-    "epoch": epoch,
-    "step": step,
-    "learning_rate": notes["learning_rate"],
-    "train_loss": float(sums.loss / sums.count),
-    "train_objective": float(sums.objective / sums.count),
-    "train_accuracy": float(sums.correct / sums.count),
+  of_seeds = []
+  epoch_sums = layout.get(layout.each(lambda one: one.epoch_sums, state))
+  for place, (seed, sums) in enumerate(
+    zip(layout.seeds, epoch_sums, strict=True)
+  ):
+    rate = notes["learning_rate"][place]
+    values = {
+      "learning_rate": rate,
+      "train_loss": float(sums.loss / sums.count),
+      "train_objective": float(sums.objective / sums.count),
+      "train_accuracy": float(sums.correct / sums.count),
+    }
+    for split, score in scores.items():
+      loss = score.networks[place]["loss"]
+      if not math.isfinite(loss):
+        raise errors.NonFiniteError(
+          f"the {split} loss{_of_seed(layout, seed)} is {loss} after step"
+          f" {step - 1} (0-based), at learning rate {rate:g}. Lower"
+          " optimizer.learning_rate or model.batch_norm_momentum.",
+          step - 1,
+          seed,
+        )
+      for metric in ("loss", "objective", "accuracy"):
+        values[f"{split}_{metric}"] = float(score.networks[place][metric])
+    of_seeds.append(values)
+  num_images = len(of_seeds) * int(sums.count)
+  seconds = notes["epoch_seconds"]
+  timed = {
+    "epoch_seconds": seconds,
+    "images_per_second": num_images / seconds,
   }
-  for name, score in scores.items():
-    for metric in ("loss", "objective", "accuracy"):
-      record[f"{name}_{metric}"] = float(score[metric])
-  record["epoch_seconds"] = notes["epoch_seconds"]
-  record["images_per_second"] = int(sums.count) / notes["epoch_seconds"]
-  return record
+  ensembles = {
+    f"{split}_ensemble_{metric}": float(value)
+    for split, score in scores.items()
+    for metric, value in (score.ensemble or {}).items()
+  }
+  first = {"epoch": epoch, "step": step}
+  return metrics.summarize(first, layout.seeds, of_seeds, ensembles) | timed
 
 
 def _after_epoch(
-  state: train_step.TrainState,
+  state: State,
   record: metrics.Record,
   experiment: train_step.Experiment,
-  mesh: Mesh,
-) -> train_step.TrainState:
+  layout: seeds_lib.Layout,
+) -> State:
   """The state with which the epoch after `record`'s begins."""
-  objective = record[metrics.monitored(record, "objective")]
-  rate_state = experiment.learning_rate.after_epoch(state.rate_state, objective)
-  return state.replace(
-    rate_state=jax.device_put(rate_state, mesh_lib.replicated(mesh))
+  objective = metrics.monitored(record, "objective")
+  before = layout.get(layout.each(lambda one: one.rate_state, state))
+  after = [
+    experiment.learning_rate.after_epoch(rate_state, of_seed[objective])
+    for rate_state, of_seed in zip(
+      before, metrics.of_seeds(record), strict=True
+    )
+  ]
+  return layout.each(
+    lambda one, rate_state: one.replace(rate_state=rate_state),
+    state,
+    layout.put(after),
   )
 
 

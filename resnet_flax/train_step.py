@@ -297,8 +297,8 @@ def eval_step(
   images: jax.Array,
   labels: jax.Array,
   mask: jax.Array,
-) -> MetricSums:
-  """Sums over the images of a batch that `mask` lets count.
+) -> tuple[MetricSums, jax.Array]:
+  """Scores a batch in inference mode.
 
   Args:
     experiment: the fixed parts.
@@ -306,14 +306,19 @@ def eval_step(
     images: uint8[B, H, W, C].
     labels: int32[B].
     mask: bool[B], False for padding.
+
+  Returns:
+    Sums over the images that `mask` lets count, and the float32[B, classes]
+    probabilities.
   """
   logits = apply_eval(experiment.model, state, images)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   loss = jnp.sum(jnp.where(mask, losses, 0.0))
   count = jnp.sum(mask, dtype=jnp.int32)
-  return MetricSums(
+  sums = MetricSums(
     loss=loss,
     objective=loss + count * experiment.optimizer.penalty(state.params),
     correct=jnp.sum((jnp.argmax(logits, -1) == labels) & mask, dtype=jnp.int32),
     count=count,
   )
+  return sums, jax.nn.softmax(logits)

@@ -2,19 +2,12 @@
 
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-  errors,
-  inference,
-  mesh as mesh_lib,
-  models,
-  train_step,
-)
+from resnet_flax import errors, inference, models, train_step
 
 _logger = logging.getLogger(__name__)
 
@@ -92,7 +85,7 @@ def _value(config: ConfigDict, key: str) -> object:
 
 
 def initialize(
-  state: train_step.TrainState, variables: dict[str, Any], mesh: Mesh
+  state: train_step.TrainState, variables: Mapping[str, Any]
 ) -> train_step.TrainState:
   """A new state with another network's parameters and statistics.
 
@@ -101,11 +94,9 @@ def initialize(
   Args:
     state: before the first step.
     variables: from `load`.
-    mesh: gets a copy of the state on every device.
   """
   params = dict(variables["params"])
   if params[_HEAD]["bias"].shape != state.params[_HEAD]["bias"].shape:
     params[_HEAD] = state.params[_HEAD]
     _logger.info("the head of init_from has other classes: it starts anew")
-  new = state.replace(params=params, batch_stats=variables["batch_stats"])
-  return jax.device_put(new, mesh_lib.replicated(mesh))
+  return state.replace(params=params, batch_stats=variables["batch_stats"])

@@ -13,6 +13,7 @@ from resnet_flax import (
   experiment as experiment_lib,
   mesh as mesh_lib,
   normalization,
+  seeds,
   train_step,
 )
 from resnet_flax.datasets import record
@@ -69,35 +70,43 @@ def scored():
   return experiment, state, split, expected
 
 
+def layout_of(num_devices, num_seeds=1):
+  mesh = mesh_lib.create_mesh(jax.devices()[:num_devices], num_seeds)
+  per_call = mesh.shape[mesh_lib.SEED]
+  return seeds.Layout(tuple(range(num_seeds)), mesh, per_call)
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 @pytest.mark.parametrize("batch_size", [5, 8, 21, 100])
 def test_scores_do_not_depend_on_batches_or_devices(
   scored, batch_size, num_devices
 ):
   experiment, state, split, expected = scored
-  mesh = mesh_lib.create_mesh(jax.devices()[:num_devices])
+  layout = layout_of(num_devices)
   scores = evaluate.evaluate(
-    evaluate.jit_eval_step(experiment),
-    jax.device_put(state, mesh_lib.replicated(mesh)),
+    evaluate.jit_eval_step(experiment, layout),
+    layout.put([state]),
     split,
     batch_size,
-    mesh,
+    layout,
   )
-  assert scores.keys() == expected.keys()
+  assert scores.ensemble is None
+  (of_network,) = scores.networks
+  assert of_network.keys() == expected.keys()
   for name, value in expected.items():
-    assert scores[name] == pytest.approx(float(value), rel=1e-5)
+    assert of_network[name] == pytest.approx(float(value), rel=1e-5)
 
 
 def test_a_lost_image_is_noticed(scored):
   experiment, state, split, _ = scored
-  mesh = mesh_lib.create_mesh(jax.devices()[:1])
-  step = evaluate.jit_eval_step(experiment)
+  layout = layout_of(1)
+  step = evaluate.jit_eval_step(experiment, layout)
 
   def losing(state, images, labels, mask):
     return step(state, images, labels, mask.at[0].set(False))
 
   with pytest.raises(AssertionError, match="scored 20 of 21 images"):
-    evaluate.evaluate(losing, state, split, 100, mesh)
+    evaluate.evaluate(losing, state, split, 100, layout)
 
 
 def test_the_real_test_split_is_counted_whole(cifar_data_dir):
@@ -110,21 +119,53 @@ def test_the_real_test_split_is_counted_whole(cifar_data_dir):
 
 def test_evaluation_compiles_once(scored):
   experiment, state, split, _ = scored
-  mesh = mesh_lib.create_mesh(jax.devices()[:1])
   traced = []
 
   def counting(*arguments):
     traced.append(1)
     return train_step.eval_step(experiment, *arguments)
 
-  evaluate.evaluate(jax.jit(counting), state, split, 8, mesh)
+  evaluate.evaluate(jax.jit(counting), state, split, 8, layout_of(1))
   assert len(traced) == 1
 
 
 def test_eval_step_is_the_pure_function(scored):
   experiment, state, split, expected = scored
   images, labels = split.take(np.arange(len(split)))
-  sums = functools.partial(train_step.eval_step, experiment)(
+  sums, _ = functools.partial(train_step.eval_step, experiment)(
     state, jnp.asarray(images), jnp.asarray(labels), jnp.ones(21, bool)
   )
   assert float(sums.loss) / 21 == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_an_ensemble_averages_probabilities(scored, num_devices):
+  experiment, state, split, expected = scored
+  # So that the head of the second one prefers other classes.
+  head = state.params["head"] | {"bias": jnp.linspace(-2, 2, 10)}
+  other = state.replace(params=state.params | {"head": head})
+  layout = layout_of(num_devices, num_seeds=3)
+  states = [state, other, state]
+  scores = evaluate.evaluate(
+    evaluate.jit_eval_step(experiment, layout),
+    layout.put(states),
+    split,
+    5,
+    layout,
+  )
+  for name, value in expected.items():
+    assert scores.networks[0][name] == pytest.approx(float(value), rel=1e-5)
+  assert scores.networks[2] == scores.networks[0]
+  assert scores.networks[1] != scores.networks[0]
+  logits = [
+    train_step.apply_eval(experiment.model, each, jnp.asarray(split.images))
+    for each in states
+  ]
+  mean = np.mean([jax.nn.softmax(each) for each in logits], axis=0)
+  chosen = mean[np.arange(len(split)), split.labels]
+  assert scores.ensemble["loss"] == pytest.approx(
+    -np.log(chosen).mean(), rel=1e-5
+  )
+  assert scores.ensemble["accuracy"] == pytest.approx(
+    np.mean(mean.argmax(-1) == split.labels)
+  )

@@ -18,7 +18,7 @@ RECORD = {
 
 def step_metrics(count):
   sums = types.SimpleNamespace(loss=2.0 * count, correct=count / 4, count=count)
-  return types.SimpleNamespace(sums=sums)
+  return [types.SimpleNamespace(sums=sums)]
 
 
 class Clock:

@@ -178,8 +178,8 @@ def test_eval_step_counts_what_the_mask_lets_through(experiment):
   images, labels = batch(6)
   mask = jnp.asarray([True, True, False, True, False, True])
   score = functools.partial(train_step.eval_step, experiment, state)
-  masked = score(images, labels, mask)
-  kept = score(images[mask], labels[mask], jnp.ones(4, bool))
+  masked, _ = score(images, labels, mask)
+  kept, _ = score(images[mask], labels[mask], jnp.ones(4, bool))
   assert int(masked.count) == 4
   assert int(masked.correct) == int(kept.correct)
   np.testing.assert_allclose(masked.loss, kept.loss, rtol=1e-5)

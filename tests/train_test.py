@@ -22,19 +22,19 @@ from resnet_flax import (
   mesh as mesh_lib,
   metrics,
   progress,
+  seeds,
   train,
   train_step,
 )
 
 
-def restore(config, workdir, devices, step=None):
+def restore(config, workdir, step=None):
   """A checkpoint of a run, by default the latest, as a tree of arrays."""
   experiment = experiment_lib.build(config)
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     state, _ = checkpoints.restore(
       step or checkpoints.steps()[-1],
       experiment_lib.abstract_state(config, experiment),
-      mesh_lib.create_mesh(devices),
     )
   return state
 
@@ -48,16 +48,14 @@ def assert_identical(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def assert_same_run(config, one, other, devices):
+def assert_same_run(config, one, other):
   """Checkpoints and records are the same, to the bit."""
   assert metrics.untimed(metrics.MetricsLog(one).read()) == metrics.untimed(
     metrics.MetricsLog(other).read()
   )
   assert saved_steps(one)[-1] == saved_steps(other)[-1]
   for step in {saved_steps(one)[-1], best_step(one)}:
-    assert_identical(
-      restore(config, one, devices, step), restore(config, other, devices, step)
-    )
+    assert_identical(restore(config, one, step), restore(config, other, step))
 
 
 def best_step(workdir):
@@ -158,7 +156,9 @@ def _compiled_once():
       remember(train.compile_train_step, lambda *arguments: arguments[-1]),
     )
     patch.setattr(
-      evaluate, "jit_eval_step", remember(evaluate.jit_eval_step, lambda _: 0)
+      evaluate,
+      "jit_eval_step",
+      remember(evaluate.jit_eval_step, lambda *arguments: arguments[-1]),
     )
     yield
 
@@ -206,7 +206,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
   assert f"saved up to step {saved} in" in str(caught.value)
   assert saved_steps(tmp_path)[-1] == saved
   run(long_config, tmp_path)
-  assert_same_run(long_config, tmp_path, straight, one_device)
+  assert_same_run(long_config, tmp_path, straight)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     with pytest.raises((SystemExit, errors.WorkdirError)):
       run(long_config, tmp_path)
   run(long_config, tmp_path)
-  assert_same_run(long_config, tmp_path, straight, one_device)
+  assert_same_run(long_config, tmp_path, straight)
 
 
 def test_record_without_its_checkpoint_is_cut_off(
@@ -252,7 +252,7 @@ def test_record_without_its_checkpoint_is_cut_off(
   log = metrics.MetricsLog(tmp_path)
   log.append({**log.read()[0], "epoch": 1})
   run(long_config, tmp_path)
-  assert_same_run(long_config, tmp_path, straight, one_device)
+  assert_same_run(long_config, tmp_path, straight)
 
 
 @pytest.mark.parametrize("damaged", [1, 2])
@@ -275,7 +275,7 @@ def test_damaged_checkpoints_are_trained_again_to_the_same_bits(
     return
   train.train_and_evaluate(long_config, workdir, devices=one_device)
   assert "is damaged" in caplog.text
-  assert_same_run(long_config, workdir, straight, one_device)
+  assert_same_run(long_config, workdir, straight)
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 8), (8, 1)])
@@ -307,7 +307,7 @@ def test_a_clock_that_is_set_back_does_not_matter(
     with pytest.raises(SystemExit):
       run(long_config, tmp_path)
   run(long_config, tmp_path)
-  assert_same_run(long_config, tmp_path, straight, one_device)
+  assert_same_run(long_config, tmp_path, straight)
 
 
 def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device):
@@ -409,7 +409,7 @@ def test_full_disk(
   # an old one is removed.
   assert saved_steps(workdir)[-1] >= 4
   run(long_config, workdir)
-  assert_same_run(long_config, workdir, straight, one_device)
+  assert_same_run(long_config, workdir, straight)
 
 
 @orbax_leaves_coroutines
@@ -429,7 +429,7 @@ def test_workdir_becomes_read_only(
   frozen.thaw()
   assert saved_steps(workdir)[-1] in (4, 6)
   run(long_config, workdir)
-  assert_same_run(long_config, workdir, straight, one_device)
+  assert_same_run(long_config, workdir, straight)
 
 
 def remove(folder):
@@ -453,7 +453,7 @@ def test_workdir_is_removed(
       run(long_config, workdir)
   assert "\n" not in str(caught.value)
   run(long_config, workdir)
-  assert_same_run(long_config, workdir, straight, one_device)
+  assert_same_run(long_config, workdir, straight)
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(
@@ -478,6 +478,12 @@ def test_finished_run_is_not_trained_again(
   assert run(tiny_config, tmp_path / "run") == records
 
 
+def one_score(loss, accuracy):
+  """The scores of one network."""
+  values = {"loss": loss, "objective": 1.0, "accuracy": accuracy}
+  return evaluate.Scores([values], None)
+
+
 def test_validation_chooses_the_best_epoch(
   tiny_config, tmp_path, monkeypatch, one_device
 ):
@@ -489,7 +495,7 @@ def test_validation_chooses_the_best_epoch(
     sizes.append(len(split))
     sign = -1 if len(split) == 50 else 1
     accuracy = 0.5 + sign * int(state.step) / 100
-    return {"loss": 1.0, "objective": 1.0, "accuracy": accuracy}
+    return one_score(loss=1.0, accuracy=accuracy)
 
   monkeypatch.setattr(evaluate, "evaluate", opposite)
   records = train.train_and_evaluate(
@@ -510,7 +516,7 @@ def test_the_monitored_metric_chooses_the_best_epoch(
   def scripted(eval_step, state, *arguments, **keywords):
     """The loss is best after the first epoch, the accuracy after the last."""
     step = int(state.step)
-    return {"loss": step / 10, "objective": 1.0, "accuracy": step / 100}
+    return one_score(loss=step / 10, accuracy=step / 100)
 
   monkeypatch.setattr(evaluate, "evaluate", scripted)
   train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
@@ -520,7 +526,7 @@ def test_the_monitored_metric_chooses_the_best_epoch(
 def test_non_finite_evaluation_stops_and_is_never_saved(
   tiny_config, tmp_path, monkeypatch, one_device
 ):
-  scores = {"loss": float("nan"), "objective": float("nan"), "accuracy": 0.1}
+  scores = one_score(loss=float("nan"), accuracy=0.1)
   monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: scores)
   with pytest.raises(
     errors.NonFiniteError, match="test loss is nan after step"
@@ -557,7 +563,7 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   _, step_metrics = jax.jit(
     functools.partial(train_step.train_step, experiment)
   )(
-    restore(tiny_config, workdir, one_device),
+    restore(tiny_config, workdir),
     *mesh_lib.shard_batch(
       mesh,
       dataset.train.images[failure["batch_indexes"]],
@@ -632,15 +638,15 @@ def dataset(tiny_config):
 def losses_of(config, dataset, devices, steps):
   """The loss of each of the first steps."""
   experiment = experiment_lib.build(config)
-  mesh = mesh_lib.create_mesh(devices)
-  state = train.initial_state(config, experiment, dataset.train, mesh)
-  key = train.augmentation_key(0, mesh)
+  layout = seeds.Layout.create(config, devices)
+  state = train.initial_state(config, experiment, dataset.train, layout)
+  key = train.augmentation_key(layout)
   compiled = train.compile_train_step(
-    experiment, state, config.batch_size, key, mesh
+    experiment, state, config.batch_size, key, layout
   )
   sums = [0.0]
   batches = itertools.chain.from_iterable(
-    train.epoch_batches(dataset.train, config.batch_size, 0, epoch, mesh)
+    train.epoch_batches(dataset.train, config.batch_size, epoch, layout)
     for epoch in itertools.count()
   )
   for images, labels in itertools.islice(batches, steps):
@@ -669,7 +675,7 @@ def test_bfloat16_learns_with_float32_parameters(
     tiny_config, tmp_path / "run", devices=one_device
   )
   assert records[-1]["train_loss"] < records[0]["train_loss"]
-  state = restore(tiny_config, tmp_path / "run", one_device)
+  state = restore(tiny_config, tmp_path / "run")
   for leaf in jax.tree.leaves((state.params, state.batch_stats)):
     assert leaf.dtype == jnp.float32
 
@@ -678,7 +684,8 @@ def test_epoch_batches(dataset):
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
 
   def labels_and_images(seed, epoch, batch_size=5):
-    batches = train.epoch_batches(dataset.train, batch_size, seed, epoch, mesh)
+    layout = seeds.Layout((seed,), mesh, per_call=1)
+    batches = train.epoch_batches(dataset.train, batch_size, epoch, layout)
     return [(np.asarray(x).tobytes(), list(np.asarray(y))) for x, y in batches]
 
   first = labels_and_images(seed=0, epoch=0)
@@ -698,7 +705,12 @@ class Finite:
     self.step, self.finite = step, True
 
 
-def test_metrics_are_read_one_step_late():
+@pytest.fixture
+def layout(tiny_config, one_device):
+  return seeds.Layout.create(tiny_config, one_device)
+
+
+def test_metrics_are_read_one_step_late(layout):
   events = []
   batches = [(k, k) for k in range(3)]
 
@@ -714,7 +726,8 @@ def test_metrics_are_read_one_step_late():
     State(),
     batches,
     None,
-    lambda step_metrics: events.append(f"read {step_metrics.step}"),
+    lambda of_seeds: events.append(f"read {of_seeds[0].step}"),
+    layout=layout,
   )
   assert events == [
     "dispatch 0",
@@ -726,28 +739,28 @@ def test_metrics_are_read_one_step_late():
   ]
 
 
-def test_steps_until(dataset):
-  _, last = train.train_steps(
+def test_steps_until(layout):
+  _, (last,) = train.train_steps(
     lambda state, images, labels, key: (state, Finite(images)),
     type("State", (), {"step": 5}),
     ((k, k) for k in range(9)),
     None,
     lambda step_metrics: None,
     until=lambda step: step == 8,
+    layout=layout,
   )
   assert last.step == 2
 
 
 def test_donated_state_does_not_reach_a_checkpoint(
-  tiny_config, tmp_path, one_device, dataset
+  tiny_config, tmp_path, dataset, layout
 ):
   """Saving is asynchronous, and the next step takes the buffers over."""
   experiment = experiment_lib.build(tiny_config)
-  mesh = mesh_lib.create_mesh(one_device)
-  state = train.initial_state(tiny_config, experiment, dataset.train, mesh)
-  key = jax.device_put(jax.random.key(0), mesh_lib.replicated(mesh))
-  compiled = train.compile_train_step(experiment, state, 8, key, mesh)
-  (batch, *_) = train.epoch_batches(dataset.train, 8, 0, 0, mesh)
+  state = train.initial_state(tiny_config, experiment, dataset.train, layout)
+  key = train.augmentation_key(layout)
+  compiled = train.compile_train_step(experiment, state, 8, key, layout)
+  (batch, *_) = train.epoch_batches(dataset.train, 8, 0, layout)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     for _ in range(5):
       state, _ = compiled(state, *batch, key)
@@ -757,4 +770,4 @@ def test_donated_state_does_not_reach_a_checkpoint(
         state, _ = compiled(state, *batch, key)
       checkpoints.wait()
       step = int(copy.step)
-      assert_identical(checkpoints.restore(step, state, mesh)[0], copy)
+      assert_identical(checkpoints.restore(step, state)[0], copy)

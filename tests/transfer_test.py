@@ -20,14 +20,14 @@ def source(make_tiny_config, tmp_path_factory):
 
 
 def start_from(source, config, **model):
-  """The state with which a run of this configuration starts, and its mesh."""
+  """The state as drawn, and the one that a run of this configuration has."""
   config.init_from = str(source)
   config.model.update(model)
   experiment = train.experiment_lib.build(config)
-  mesh = train.mesh_lib.create_mesh(jax.devices()[:1])
+  layout = train.seeds_lib.Layout.create(config, jax.devices()[:1])
   dataset = train.datasets.load(config.dataset)
-  state = train.initial_state(config, experiment, dataset.train, mesh)
-  return state, transfer.initialize(state, transfer.load(config), mesh)
+  state = train.initial_state(config, experiment, dataset.train, layout)
+  return state, transfer.initialize(state, transfer.load(config))
 
 
 def assert_same(ours, theirs):

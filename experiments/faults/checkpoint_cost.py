@@ -26,7 +26,6 @@ from resnet_flax import (
   environment,
   experiment as experiment_lib,
   huge_pages,
-  train,
   workdir,
 )
 
@@ -56,14 +55,9 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
     for round_number, name in in_turn(seconds, rounds):
       started = time.perf_counter()
       if name == "with":
-        checkpoints.save(prepared.state, {"epoch_seconds": 0.0})
-      prepared.state, _ = train.train_steps(
-        prepared.step,
-        prepared.state,
-        itertools.islice(batches, steps),
-        prepared.key,
-        lambda _: None,
-      )
+        (state,) = prepared.layout.get(prepared.state)
+        checkpoints.save(state, {"epoch_seconds": 0.0})
+      prepared.train(itertools.islice(batches, steps))
       checkpoints.wait()
       if round_number:
         seconds[name].append(time.perf_counter() - started)

@@ -17,7 +17,6 @@ import numpy as np
 from resnet_flax import (
   checkpoint,
   experiment as experiment_lib,
-  mesh as mesh_lib,
   metrics,
   workdir as workdir_lib,
 )
@@ -261,7 +260,7 @@ def _arrays(
   config = workdir_lib.load_config(workdir)
   like = experiment_lib.abstract_state(config, experiment_lib.build(config))
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    state, _ = checkpoints.restore(step, like, mesh_lib.create_mesh())
+    state, _ = checkpoints.restore(step, like)
   return {
     f"{name}/{path}": np.asarray(leaf)
     for path, leaf in checkpoint.named_arrays(state).items()

@@ -30,7 +30,6 @@ from resnet_flax import (
   command_line,
   environment,
   huge_pages,
-  train,
   workdir,
 )
 
@@ -61,13 +60,7 @@ def measure_steps(
   speeds: dict[str, list[float]] = {name: [] for name in sources}
   for round_number, name in in_turn(sources, rounds):
     started = time.perf_counter()
-    resident.state, _ = train.train_steps(
-      resident.step,
-      resident.state,
-      sources[name](round_number),
-      resident.key,
-      lambda _: None,
-    )
+    resident.train(sources[name](round_number))
     seconds = time.perf_counter() - started
     if round_number:
       speeds[name].append(steps * config.batch_size / seconds)

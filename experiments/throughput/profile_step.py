@@ -17,7 +17,6 @@ from experiments.throughput.resident import noise, prepare
 from resnet_flax import (
   experiment as experiment_lib,
   huge_pages,
-  mesh as mesh_lib,
 )
 
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -77,7 +76,6 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
     config,
     experiment,
     *noise(batch_size, experiment.image_shape),
-    mesh_lib.create_mesh(),
   )
   compiled, state = resident.step, resident.state
   assert isinstance(compiled, jax.stages.Compiled)

@@ -2,19 +2,18 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import (
   config_rules,
   datasets,
   experiment as experiment_lib,
-  mesh as mesh_lib,
+  seeds,
   train,
   train_step,
 )
@@ -26,16 +25,37 @@ class Resident:
   """What a step needs, on the devices.
 
   Attributes:
+    layout: where it is.
     step: the compiled training step; it takes `state` away.
     state: before the next step.
-    batch: uint8[B, H, W, C] and int32[B], sharded over the mesh.
+    batch: uint8[B, H, W, C] and int32[B], sharded over the devices.
     key: key[], the augmentation's.
   """
 
+  layout: seeds.Layout
   step: train.CompiledStep
-  state: train_step.TrainState
-  batch: tuple[jax.Array, jax.Array]
-  key: jax.Array
+  state: train.State
+  batch: tuple[Any, Any]
+  key: Any
+
+  def train(self, batches: Iterable[Any]) -> train_step.MetricSums:
+    """Takes one step for each batch, as the main command does.
+
+    Args:
+      batches: `batch`, repeated, or those of `prepare_on_data`.
+
+    Returns:
+      The sums of the epoch after the last one, on the host.
+    """
+    self.state, (last,) = train.train_steps(
+      self.step,
+      self.state,
+      batches,
+      self.key,
+      lambda _: None,
+      layout=self.layout,
+    )
+    return last.sums
 
 
 def noise(
@@ -52,7 +72,6 @@ def prepare(
   experiment: train_step.Experiment,
   images: np.ndarray,
   labels: np.ndarray,
-  mesh: Mesh,
 ) -> Resident:
   """A step on one batch that is all there is to train on.
 
@@ -61,11 +80,11 @@ def prepare(
     experiment: from `experiment.build`.
     images: uint8[B, H, W, C], a whole batch.
     labels: int32[B].
-    mesh: the devices.
   """
+  layout = seeds.Layout.create(config)
   split = record.whole_split(images, labels)
-  batch = mesh_lib.shard_batch(mesh, images, labels)
-  return _prepare(config, experiment, split, batch, mesh)
+  (batch,) = layout.batches(lambda _: [(images, labels)])
+  return _prepare(config, experiment, split, batch, layout)
 
 
 def prepare_on_data(
@@ -81,20 +100,18 @@ def prepare_on_data(
     the batches of an epoch and of all that follow.
   """
   config_rules.check(config, num_devices=jax.device_count())
-  mesh = mesh_lib.create_mesh()
+  layout = seeds.Layout.create(config)
   dataset = datasets.load(config.dataset)
 
   def batches_from(first_epoch: int) -> Iterator[Any]:
     return itertools.chain.from_iterable(
-      train.epoch_batches(
-        dataset.train, config.batch_size, config.seed, epoch, mesh
-      )
+      train.epoch_batches(dataset.train, config.batch_size, epoch, layout)
       for epoch in itertools.count(first_epoch)
     )
 
   experiment = experiment_lib.build(config)
   batch = next(batches_from(0))
-  prepared = _prepare(config, experiment, dataset.train, batch, mesh)
+  prepared = _prepare(config, experiment, dataset.train, batch, layout)
   return prepared, batches_from
 
 
@@ -102,11 +119,11 @@ def _prepare(
   config: ConfigDict,
   experiment: train_step.Experiment,
   split: record.Split,
-  batch: tuple[jax.Array, jax.Array],
-  mesh: Mesh,
+  batch: tuple[Any, Any],
+  layout: seeds.Layout,
 ) -> Resident:
   """Initialises and compiles as `train.train_and_evaluate` does."""
-  key = train.augmentation_key(config.seed, mesh)
-  state = train.initial_state(config, experiment, split, mesh)
-  step = train.compile_train_step(experiment, state, len(batch[1]), key, mesh)
-  return Resident(step, state, batch, key)
+  key = train.augmentation_key(layout)
+  state = train.initial_state(config, experiment, split, layout)
+  step = train.compile_train_step(experiment, state, len(batch[1]), key, layout)
+  return Resident(layout, step, state, batch, key)

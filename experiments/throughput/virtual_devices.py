@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import statistics
 import time
-from typing import Any
 from unittest import mock
 
 import flax.linen as nn
@@ -25,7 +24,6 @@ from resnet_flax import (
   experiment as experiment_lib,
   huge_pages,
   mesh as mesh_lib,
-  train,
 )
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Virtual CPU devices.")
@@ -72,26 +70,16 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
     with mock.patch.object(
       mesh_lib, "compiler_options", lambda _, o=options: o
     ):
-      residents[name] = prepare(config, experiment, *batch, mesh)
+      residents[name] = prepare(config, experiment, *batch)
   speeds: dict[str, list[float]] = {name: [] for name in experiments}
   for round_number, name in in_turn(experiments, rounds):
     resident = residents[name]
     started = time.perf_counter()
-    resident.state, _ = train.train_steps(
-      resident.step,
-      resident.state,
-      itertools.repeat(resident.batch, steps),
-      resident.key,
-      _ignore,
-    )
+    resident.train(itertools.repeat(resident.batch, steps))
     if round_number:
       seconds = time.perf_counter() - started
       speeds[name].append(steps * batch_size / seconds)
   return speeds
-
-
-def _ignore(metrics: Any) -> None:
-  del metrics
 
 
 def main(argv: list[str]) -> None:

@@ -415,8 +415,24 @@ def _per_platform(
   return lax.platform_dependent(
     a,
     b,
-    cpu=_partitioned(operation, geometry),
+    cpu=_cpu_form(operation, geometry),
     default=functools.partial(operation.standard, geometry),
+  )
+
+
+def _cpu_form(
+  operation: _Operation, geometry: _Geometry
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """The CPU form for where it is called: by itself or in a `shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.manual_axes:
+    return _partitioned(operation, geometry)
+  # JAX refuses custom partitioning there. Where the batch may be divided over
+  # an axis that is left to the partitioner, it is given what it knows.
+  left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
+  is_local = math.prod(left) == 1
+  return functools.partial(
+    operation.cpu if is_local else operation.standard, geometry
   )
 
 

@@ -14,8 +14,6 @@ from resnet_flax import (
   environment,
   experiment as experiment_lib,
   huge_pages,
-  mesh as mesh_lib,
-  train,
   train_step,
 )
 
@@ -51,22 +49,13 @@ class Program:
       self._experiment,
       self._images,
       self._labels,
-      mesh_lib.create_mesh(),
     )
     return self._train
 
   def _train(self, steps: int) -> float:
-    losses = []
-    resident = self._resident
-    resident.state, _ = train.train_steps(
-      resident.step,
-      resident.state,
-      itertools.repeat(resident.batch, steps),
-      resident.key,
-      lambda metrics: losses.append(metrics.sums),
-    )
-    # The sums run on over the steps of an epoch.
-    return float(losses[-1].loss) / int(losses[-1].count)
+    sums = self._resident.train(itertools.repeat(self._resident.batch, steps))
+    # They run on over the steps of an epoch.
+    return float(sums.loss) / int(sums.count)
 
   def build_inference(self):
     """Builds as `inference.load_model` does."""

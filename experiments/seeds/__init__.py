@@ -1,0 +1,1 @@
+"""What training several seeds in one program costs."""
