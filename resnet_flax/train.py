@@ -252,7 +252,7 @@ def _choose_execution(
   devices: Sequence[jax.Device] | None,
 ) -> str:
   """How several seeds are trained; once for all starts of a run."""
-  if config.seed_execution != "auto":
+  if config.seed_execution != "auto" or config.num_seeds == 1:
     return config.seed_execution
   if (workdir / "config.json").exists():
     return workdir_lib.load_config(workdir).seed_execution
