@@ -182,7 +182,7 @@ def _count(
 def _points(path: str, grid: Any) -> list[dict[str, Any]]:
   """All combinations of all grids."""
   points = []
-  for part in [grid] if isinstance(grid, Mapping) else grid:
+  for part in grid if isinstance(grid, list) else [grid]:
     if not isinstance(part, Mapping) or not all(
       isinstance(values, list) and values for values in part.values()
     ):

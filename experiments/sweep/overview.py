@@ -156,7 +156,8 @@ class Overview:
 
   def __init__(self, console: Console | None = None):
     self._console = console or Console(file=sys.stderr, soft_wrap=True)
-    self._live = Live(console=self._console, auto_refresh=False)
+    # Gone at the end: what became of the cells is printed then.
+    self._live = Live(console=self._console, auto_refresh=False, transient=True)
     self._shown: dict[str, tuple[Any, ...]] = {}
 
   def show(self, statuses: Mapping[str, Status]) -> None:

@@ -136,14 +136,9 @@ def run(
     Interrupted: SIGINT or SIGTERM. The cells have saved and ended.
   """
   observer = overview_lib.Observer(cells)
-  ended: dict[str, State] = {}
+  statuses = {cell.name: observer.status(cell, None) for cell in cells}
   reasons: dict[str, str] = {}
   running: dict[Any, Cell] = {}
-
-  def statuses() -> dict[str, Status]:
-    return {
-      cell.name: observer.status(cell, ended.get(cell.name)) for cell in cells
-    }
 
   with interruption.StopSignals(exits=True) as signals, signals.hold():
     signals.say_on_exit(
@@ -162,7 +157,7 @@ def run(
     }
     for cell in cells:
       if overview_lib.is_finished(cell):
-        ended[cell.name] = State.FINISHED
+        statuses[cell.name] = observer.status(cell, State.FINISHED)
         continue
       reference = remote.options(name=cell.name, **options).remote(
         cell.arguments, cell.workdir, cell.log, pathlib.Path.cwd(), cpus, gpus
@@ -170,7 +165,6 @@ def run(
       running[reference] = cell
     stopping = False
     with overview:
-      overview.show(statuses())
       while running:
         if signals.requested and not stopping:
           stopping = True
@@ -180,19 +174,21 @@ def run(
         for reference in done:
           cell = running.pop(reference)
           state, reason = _outcome(ray, reference, stopping)
-          ended[cell.name] = state
+          statuses[cell.name] = observer.status(cell, state)
           if state is State.FAILED:
             reasons[cell.name] = reason or observer.last_line(cell)
-        overview.show(statuses())
+        for cell in running.values():
+          statuses[cell.name] = observer.status(cell, None)
+        overview.show(statuses)
     try:
       signals.check()
     except interruption.Stopped as stopped:
       raise errors.Interrupted(
-        f"stopped by {stopped}; {overview_lib.summary(statuses().values())}."
+        f"stopped by {stopped}; {overview_lib.summary(statuses.values())}."
         " The same command goes on from there.",
         stopped.number,
       ) from None
-  return statuses(), reasons
+  return statuses, reasons
 
 
 def _outcome(ray: Any, reference: Any, stopping: bool) -> tuple[State, str]:

@@ -8,14 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from resnet_flax import errors, lock
 
 STARTED = "sweep: started on "
 # A cell whose worker died needs a step and a save to end.
 _WAIT_SECONDS = 120.0
+# Seconds until an interrupt is noticed.
+_INTERVAL = 0.5
 _STOP_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -54,15 +57,16 @@ def run(
   environ = dict(os.environ)
   if not gpus:
     environ["CUDA_VISIBLE_DEVICES"] = ""
+  command = [
+    *(sys.executable, "-m", "experiments.sweep.launch"),
+    *(str(os.getpid()), str(cpus), "-m", "resnet_flax.main"),
+    *(*arguments, f"--workdir={workdir}"),
+  ]
   now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-  with log.open("a") as file:
+  with log.open("a") as file, _interrupts() as stop:
     print(f"{STARTED}{socket.gethostname()} at {now}", file=file, flush=True)
     process = subprocess.Popen(
-      [
-        *(sys.executable, "-m", "experiments.sweep.launch"),
-        *(str(os.getpid()), str(cpus), "-m", "resnet_flax.main"),
-        *(*arguments, f"--workdir={workdir}"),
-      ],
+      command,
       cwd=cwd,
       env=environ,
       stdin=subprocess.DEVNULL,
@@ -71,21 +75,32 @@ def run(
       # Ctrl-C on the terminal is passed on once, by the sweep.
       start_new_session=True,
     )
-  stopped = False
-  while True:
-    try:
-      # With a timeout, Python wakes up to find that it was interrupted.
-      code = process.wait(timeout=3600.0)
-      break
-    except subprocess.TimeoutExpired:
-      continue
-    except KeyboardInterrupt:
-      stopped = True
-      process.terminate()
-  if not stopped and (code < 0 or code in _STOP_CODES):
+    asked = False
+    while process.poll() is None:
+      if stop.is_set() and not asked:
+        asked = True
+        process.terminate()
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_INTERVAL)
+  code = process.returncode
+  if not asked and (code < 0 or code in _STOP_CODES):
     number = -code if code < 0 else code - 128
     raise Died(f"killed by {signal.Signals(number).name}")
   return code
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+  """Inside, `ray.cancel` sets the event, at whatever moment it comes.
+
+  An exception could come before the process that was started is known.
+  """
+  event = threading.Event()
+  before = signal.signal(signal.SIGINT, lambda *_: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def _wait_for_lock(workdir: pathlib.Path) -> None:

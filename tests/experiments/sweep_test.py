@@ -26,6 +26,11 @@ from experiments.sweep import (
 from experiments.sweep.overview import State
 from resnet_flax import errors, lock, metrics, progress
 
+# How ml_collections loads config files.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:the load_module:DeprecationWarning"
+)
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BASE = "configs/quickstart.py"
 ANY = definition.Resources()
@@ -147,7 +152,6 @@ def test_flags_come_before_the_file(sweep_file, tmp_path):
     ({"OVERRIDES": {"seed": 1}}, ["seed is both in OVERRIDES and in GRID"]),
     ({"OVERRIDES": 3}, ["OVERRIDES=3", "a dictionary"]),
     ({"CONFIG": "configs/none.py"}, ["CONFIG='configs/none.py'"]),
-    ({"CONFIG": "experiments/__init__.py"}, ["CONFIG=experiments/__init__.py"]),
     ({"OVERIDES": {}}, ["'OVERIDES'", "Did you mean 'OVERRIDES'?"]),
     ({"CPUS_PER_CELL": 0}, ["CPUS_PER_CELL=0", "an integer from 1"]),
     ({"GPUS_PER_CELL": 0.5}, ["GPUS_PER_CELL=0.5", "an integer from 0"]),
@@ -180,6 +184,21 @@ def test_a_broken_file_is_named(tmp_path, text, words):
     definition.load(str(path), tmp_path, ANY)
   assert str(path) in str(caught.value)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("1 / 0", "ZeroDivisionError"),
+    ("def get_config(): return 3", "returns int"),
+    ("def get_config(): raise SystemExit('no')", "SystemExit: no"),
+  ],
+)
+def test_a_broken_config_is_named(load, tmp_path, text, words):
+  path = tmp_path / "config.py"
+  path.write_text(text)
+  with pytest.raises(errors.ConfigError, match=f"CONFIG={path}: .*{words}"):
+    load(CONFIG=str(path))
 
 
 def test_depth_ablation_can_be_used(tmp_path):
@@ -440,13 +459,13 @@ def test_an_interrupted_task_asks_the_cell_to_stop(tmp_path, fake_python):
       time.sleep(0.01)
     signal.raise_signal(signal.SIGINT)
 
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    threading.Thread(target=interrupt).start()
-    code, text = run_task(tmp_path / "cell")
-  finally:
-    signal.signal(signal.SIGINT, before)
+  before = signal.getsignal(signal.SIGINT)
+  thread = threading.Thread(target=interrupt)
+  thread.start()
+  code, text = run_task(tmp_path / "cell")
+  thread.join()
   assert code == 143
+  assert signal.getsignal(signal.SIGINT) is before
   assert text.endswith("saved\n")
 
 
