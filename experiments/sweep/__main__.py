@@ -1,7 +1,7 @@
 """Runs a sweep: a base configuration and a grid of overrides, on Ray.
 
   python -m experiments.sweep --sweep=experiments/depth_ablation/sweep.py
-    --workdir=DIR [--dry_run] [--measured=DIR,DIR] [--cpus_per_cell=2]
+    --workdir=DIR [--dry_run] [--measured=DIR ...] [--cpus_per_cell=2]
     [--gpus_per_cell=1] [--retries=3] [--address=HOST:6379]
 
 Every cell is a run of its own in DIR/NAME, by `resnet_flax.main`, with its
@@ -23,11 +23,12 @@ _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "List the cells and what they will cost; run nothing."
 )
 flags.DEFINE_alias("dry-run", "dry_run")
-_MEASURED = flags.DEFINE_list(
+_MEASURED = flags.DEFINE_multi_string(
   "measured",
   [],
-  "Workdirs of runs on such a machine, whose speed --dry_run estimates with,"
-  " besides that of cells that have begun.",
+  "Workdir of a run of a similar network on such a machine, whose FLOP/s"
+  " --dry_run estimates with, besides those of cells that have begun; can be"
+  " given several times.",
 )
 _CPUS = flags.DEFINE_integer(
   "cpus_per_cell",

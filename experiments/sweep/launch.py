@@ -51,7 +51,7 @@ def take_cores(count: int, folder: pathlib.Path) -> None:
   cores = sorted(os.sched_getaffinity(0))
   if count >= len(cores):
     return
-  folder.mkdir(exist_ok=True)
+  folder.mkdir(mode=0o700, exist_ok=True)
   taken: dict[int, int] = {}
   for core in cores:
     file = os.open(folder / str(core), os.O_RDWR | os.O_CREAT, 0o600)
