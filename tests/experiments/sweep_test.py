@@ -550,6 +550,12 @@ def wait_for_checkpoint(cell):
   return json.loads((cell.workdir / "lock").read_text())["pid"]
 
 
+def parent_of(pid):
+  stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  # After the name, which may hold anything: the state, the parent.
+  return int(stat.rpartition(")")[2].split()[1])
+
+
 def test_a_mistake_is_one_line(tmp_path):
   code, out, err = end(start("--sweep=none.py", f"--workdir={tmp_path}/new"))
   assert (code, out) == (2, [])
@@ -631,20 +637,23 @@ def test_a_node_that_dies(load, tmp_path, monkeypatch):
       },
     )
     stack.callback(cluster.shutdown)
-    node = cluster.add_node(num_cpus=1, wait=True)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     process = start(
       f"--sweep={tmp_path}/sweep.py",
       f"--workdir={tmp_path}/sweep",
       f"--address={cluster.address}",
     )
     pid = wait_for_checkpoint(cell)
-    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
-    worker = int(stat.rpartition(")")[2].split()[1])
-    cluster.add_node(num_cpus=1, wait=False)
-    # The node's processes at once; the cell's own hears of its worker's death.
-    node.kill_raylet()
-    os.kill(worker, signal.SIGKILL)
+    worker = parent_of(pid)
+    (node,) = (
+      node
+      for node in nodes
+      if node.all_processes["raylet"][0].process.pid == parent_of(worker)
+    )
+    # Its processes at once; the cell's own hears of its worker's death.
     cluster.remove_node(node, allow_graceful=False)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(worker, signal.SIGKILL)
     code, out, err = end(process)
   assert code == 0, err
   assert out[-1] == "1 cells: 1 finished"
