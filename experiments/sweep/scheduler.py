@@ -58,7 +58,8 @@ def connect(address: str) -> Iterator[Any]:
   except SystemExit:
     # Ray's own way with SIGTERM.
     raise interruption.Stopped(signal.SIGTERM) from None
-  except (OSError, RuntimeError, ValueError) as error:
+  # Among others a plain Exception where the machine is too busy to start it.
+  except Exception as error:
     where = f"--address={address}" if address else "Ray on this machine"
     raise errors.UserError(
       f"{where} cannot be used: {errors.one_line(error)}"
