@@ -1,0 +1,1 @@
+"""Whether shortcuts help a deep network more than a shallow one."""

@@ -1,0 +1,148 @@
+"""What a sweep will cost, before it is run."""
+
+import datetime
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+
+from ml_collections import ConfigDict
+
+from experiments.sweep import overview
+from experiments.sweep.definition import Cell
+from resnet_flax import (
+  errors,
+  metrics,
+  models,
+  summary,
+  workdir as workdir_lib,
+)
+from resnet_flax.datasets import loading
+
+_COLUMNS = (
+  *("epochs", "parameters", "FLOPs/image", "images", "TFLOP", "time", "cell"),
+)
+# Forward, and backward for the inputs and for the weights.
+_TRAINING = 3
+
+
+def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
+  """The cells with what is left to be done for them.
+
+  Times are what is left of FLOPs over the median FLOP/s of what has been
+  measured: of epochs of these cells and of other runs. Without any, they are
+  not known. They leave out starting, compiling and preparing data.
+
+  Args:
+    cells: of the sweep.
+    measured: workdirs of other runs, on the same machine.
+
+  Returns:
+    For each cell its finished epochs, trainable parameters, FLOPs of one
+    image's forward pass, images to be trained on in all epochs, and for the
+    epochs that are left 10^12 FLOPs (training and evaluation) and an estimate
+    of the time; the sums at the end.
+
+  Raises:
+    WorkdirError: a workdir cannot be read, or holds another run.
+  """
+  rates = _rates(cells, measured)
+  rate = statistics.median(rates) if rates else None
+  rows: list[Sequence[str]] = [_COLUMNS]
+  total = 0.0
+  for cell in cells:
+    overview.is_finished(cell)  # Checks that it is the same run.
+    config = cell.config
+    done = len(metrics.MetricsLog(cell.workdir).read())
+    left = (config.num_epochs - done) * _flops_of_epoch(config)
+    total += left
+    size = _size(config)
+    rows.append(
+      (
+        f"{done}/{config.num_epochs}",
+        f"{size.trainable:,}",
+        f"{2 * size.multiply_adds:,}",
+        f"{config.num_epochs * _images_of_epoch(config):,}",
+        f"{left / 1e12:.1f}",
+        _time(left, rate),
+        cell.name,
+      )
+    )
+  if rate is None:
+    basis = (
+      "No speed is known: name a run on the same machine with"
+      " --measured=WORKDIR, or look again when a cell has an epoch."
+    )
+  else:
+    basis = (
+      f"An estimate, at {rate / 1e9:.1f} GFLOP/s, the median of {len(rates)}"
+      f" measured {'run' if len(rates) == 1 else 'runs'}; starting and"
+      " compiling not counted."
+    )
+  return (
+    f"{overview.align(rows)}\n{len(cells)} cells, {total / 1e12:.1f} TFLOP"
+    f" left, {_time(total, rate)} one after the other. {basis}"
+  )
+
+
+def _rates(
+  cells: Sequence[Cell], measured: Iterable[pathlib.Path]
+) -> list[float]:
+  """FLOP/s in training of every run that has an epoch."""
+  runs = [(cell.workdir, cell.config) for cell in cells]
+  for workdir in measured:
+    runs.append((workdir, workdir_lib.load_config(workdir)))
+    if not metrics.MetricsLog(workdir).read():
+      raise errors.WorkdirError(
+        f"--measured={workdir}: the run there has no finished epoch yet."
+      )
+  return [
+    statistics.median(record["images_per_second"] for record in records)
+    * _TRAINING
+    * 2
+    * _size(config).multiply_adds
+    for workdir, config in runs
+    if (records := metrics.MetricsLog(workdir).read())
+  ]
+
+
+def _num_seeds(config: ConfigDict) -> int:
+  return config.get("num_seeds", 1)
+
+
+def _images_of_epoch(config: ConfigDict) -> int:
+  """Images that are trained on in an epoch, each seed's counted."""
+  steps = loading.num_train_examples(config.dataset) // config.batch_size
+  return _num_seeds(config) * steps * config.batch_size
+
+
+def _flops_of_epoch(config: ConfigDict) -> float:
+  """Of training and evaluation, each seed's counted."""
+  info = loading.DATASETS[config.dataset.name]
+  evaluated = info.num_test + config.dataset.validation_examples
+  passes = _TRAINING * _images_of_epoch(config) + (
+    _num_seeds(config) * evaluated
+  )
+  return 2.0 * _size(config).multiply_adds * passes
+
+
+def _size(config: ConfigDict) -> summary.Size:
+  return _size_of(config.model.to_json(), config.dataset.name)
+
+
+@functools.cache
+def _size_of(model: str, dataset: str) -> summary.Size:
+  """Cells often differ in their seeds alone, and tracing takes seconds."""
+  info = loading.DATASETS[dataset]
+  config = ConfigDict(json.loads(model))
+  num_classes = config.num_classes or info.num_classes
+  return summary.measure_size(
+    models.create_model(config, num_classes), info.image_shape
+  )
+
+
+def _time(flops: float, rate: float | None) -> str:
+  if rate is None:
+    return "?"
+  return str(datetime.timedelta(seconds=round(flops / rate)))
