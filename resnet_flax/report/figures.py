@@ -104,7 +104,10 @@ def learning_curves(
   """
   groups = [group for group in groups if group.num_epochs]
   num_epochs = max((group.num_epochs for group in groups), default=0)
-  top = _top([metric.values(group, "test") for group in groups])
+  limits = _limits(
+    [metric.values(group, "test") for group in groups],
+    [metric.values(group, "train") for group in groups],
+  )
   rendered = []
   for first in range(0, len(groups), _MOST_CURVES):
     part = groups[first : first + _MOST_CURVES]
@@ -113,15 +116,16 @@ def learning_curves(
       axes = figure.add_subplot()
       for position, group in enumerate(part):
         _draw_curves(axes, group, metric, position)
-      axes.set_xlim(0, num_epochs + 0.5)
-      axes.set_ylim(0, top)
+      margin = 0.02 * num_epochs + 0.1
+      axes.set_xlim(1 - margin, num_epochs + margin)
+      axes.set_ylim(limits)
       axes.set_xlabel("epochs of training")
       axes.set_ylabel(metric.title)
       axes.xaxis.set_major_locator(MaxNLocator(integer=True))
       _legend(
         figure,
         [
-          *_handles([group.name for group in part]),
+          *_handles(part),
           Line2D([], [], color="gray", linewidth=2.4, label="test"),
           Line2D(
             [], [], color="gray", linewidth=0.9, dashes=(5, 2), label="train"
@@ -147,12 +151,19 @@ def learning_curves(
   return rendered
 
 
-def _top(curves: Sequence[np.ndarray]) -> float:
-  """The upper end of the axis."""
-  final = max((float(curve[:, -1].max()) for curve in curves), default=1.0)
-  highest = max((float(curve.max()) for curve in curves), default=1.0)
+def _limits(
+  test: Sequence[np.ndarray], train: Sequence[np.ndarray]
+) -> tuple[float, float]:
+  """The ends of the axis for curves of shape [n, num_epochs]."""
+  if not test:
+    return 0.0, 1.0
+  final = max(float(curve[:, -1].max()) for curve in test)
+  lowest = min(float(curve.min()) for curve in [*test, *train])
+  highest = max(float(curve.max()) for curve in [*test, *train])
   # Of a network that makes no mistake something is still to be seen.
-  return max(min(_CUT_AT * final, 1.05 * highest), 0.1 * highest, 1e-9)
+  top = max(min(_CUT_AT * final, 1.05 * highest), 0.1 * highest, 1e-9)
+  # From zero, unless that would leave most of the figure empty.
+  return (0.0 if lowest < top / 3 else 0.9 * lowest), top
 
 
 def _draw_curves(
@@ -327,16 +338,18 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
   wrong = scores.mistakes
   rows = math.ceil(len(wrong) / _MISTAKES_IN_A_ROW)
   with _style():
-    figure = Figure((7.2, 1.95 * rows), layout="constrained")
+    figure = Figure((7.2, 2.05 * rows), layout="constrained")
     cells = figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).ravel()
     for cell in cells:
       cell.axis("off")
     for k, cell in enumerate(cells[: len(wrong)]):
       true = _plain(scores.class_names[wrong.labels[k]])
+      confidence = f"{wrong.confidences[k]:.1%}"
       predicted = _plain(scores.class_names[wrong.predicted[k]])
       cell.imshow(wrong.images[k], interpolation="none")
       cell.set_title(
-        f"{true}, not\n{predicted} ({wrong.confidences[k]:.1%})", fontsize=9
+        f"true: {true}\npredicted: {predicted}\nwith {confidence}",
+        fontsize=7.5,
       )
     return _render(
       figure,
@@ -348,7 +361,7 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     )
 
 
-def _handles(names: Sequence[str]) -> list[Line2D]:
+def _handles(groups: Sequence[runs_lib.Group]) -> list[Line2D]:
   return [
     Line2D(
       [],
@@ -356,9 +369,9 @@ def _handles(names: Sequence[str]) -> list[Line2D]:
       color=_COLORS[position],
       marker=_MARKERS[position],
       linewidth=2.4,
-      label=_plain(name),
+      label=_plain(group.name) + ("" if group.finished else " (unfinished)"),
     )
-    for position, name in enumerate(names)
+    for position, group in enumerate(groups)
   ]
 
 

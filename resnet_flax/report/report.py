@@ -159,7 +159,6 @@ def _accuracies(groups: Sequence[runs_lib.Group]) -> page.Section:
     Column("epochs"),
     Column("final test accuracy (%)", 2, statistic=True),
     Column("best test accuracy (%)", 2, statistic=True),
-    Column("final test error (%)", 2, statistic=True),
     Column("final test loss (nats)", 4, statistic=True),
     Column("final train accuracy (%)", 2, statistic=True),
   ]
@@ -170,7 +169,6 @@ def _accuracies(groups: Sequence[runs_lib.Group]) -> page.Section:
       _epochs(group.num_epochs, group.config["num_epochs"]),
       _percent(group.final("test_accuracy")),
       _percent(group.best("test_accuracy")),
-      _error(group.final("test_accuracy")),
       group.final("test_loss"),
       _percent(group.final("train_accuracy")),
     ]
@@ -206,7 +204,7 @@ def _times(groups: Sequence[runs_lib.Group]) -> page.Section:
     Column("group"),
     Column("seconds per epoch", 1, statistic=True),
     Column("images/s", 0, statistic=True),
-    Column("training time (h)", 2, statistic=True),
+    Column("training time (min)", 1, statistic=True),
     Column("trained on"),
   ]
   rows: list[list[tables_lib.Cell]] = []
@@ -218,7 +216,7 @@ def _times(groups: Sequence[runs_lib.Group]) -> page.Section:
         group.label,
         _over([r.training_seconds / len(r.records) for r in runs]),
         _over([r.images_per_second for r in runs]),
-        _over([r.training_seconds / 3600 for r in runs]),
+        _over([r.training_seconds / 60 for r in runs]),
         "; ".join(dict.fromkeys(r.device or "unknown" for r in runs)),
       ]
     )
@@ -262,6 +260,7 @@ def _configurations(groups: Sequence[runs_lib.Group]) -> page.Section:
       "The keys that have one value in all groups.",
       [Column("key"), Column("value")],
       [[key, runs_lib.shown(configs[0][key])] for key in same],
+      folded=True,
     )
   )
   note = (
@@ -288,7 +287,7 @@ def _runs(groups: Sequence[runs_lib.Group]) -> page.Section:
     Column("best epoch, from 1"),
     Column("chosen by"),
     Column("images/s", 0),
-    Column("training time (h)", 2),
+    Column("training time (min)", 1),
   ]
   if has_ensemble:
     columns.append(Column("ensemble's test accuracy at best epoch (%)", 2))
@@ -311,7 +310,7 @@ def _runs(groups: Sequence[runs_lib.Group]) -> page.Section:
           best["epoch"] + 1,
           run.chosen_by,
           run.images_per_second,
-          run.training_seconds / 3600,
+          run.training_seconds / 60,
         ]
         ensemble = best.get("test_ensemble_accuracy")
       else:
@@ -424,6 +423,7 @@ def _score_tables(
       [label, *row]
       for label, row in zip(names, scores.confusion.tolist(), strict=True)
     ],
+    folded=True,
   )
   wrong = scores.mistakes
   mistakes = tables_lib.Table(
@@ -451,13 +451,6 @@ def _score_tables(
 
 def _percent(value: runs_lib.Statistic | None) -> runs_lib.Statistic | None:
   return None if value is None else value.scaled(100)
-
-
-def _error(accuracy: runs_lib.Statistic | None) -> runs_lib.Statistic | None:
-  if accuracy is None:
-    return None
-  scaled = accuracy.scaled(100)
-  return dataclasses.replace(scaled, mean=100 - scaled.mean)
 
 
 def _over(values: Sequence[float]) -> runs_lib.Statistic | None:

@@ -502,6 +502,8 @@ def shown(value: Any) -> str:
   """A configuration's value, or a path, as printable text."""
   if isinstance(value, list | tuple):
     return f"[{' '.join(map(shown, value))}]"
+  if isinstance(value, bool) or value == "":
+    return json.dumps(value)
   # A path may have line breaks and bytes that are no text.
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 

@@ -17,7 +17,7 @@ class Column:
 
   Attributes:
     title: its name with the unit, for example 'error (%)'.
-    digits: decimals of a number, for people; CSV has all of them.
+    digits: decimals of a number, for people; CSV has ten digits.
     statistic: whether its cells are statistics; CSV has three columns of them.
   """
 
@@ -48,12 +48,14 @@ class Table:
     caption: one sentence.
     columns: the columns.
     rows: as many cells in each as there are columns.
+    folded: it is long, and of use to few: the page shows it when asked to.
   """
 
   name: str
   caption: str
   columns: Sequence[Column]
   rows: Sequence[Sequence[Cell]]
+  folded: bool = False
 
   @property
   def numeric(self) -> list[bool]:
@@ -85,7 +87,7 @@ class Table:
     return f"{_escape(self.caption)}\n\n" + "\n".join(lines) + "\n"
 
   def to_csv(self) -> str:
-    """The table for programs: numbers in full, statistics in three columns."""
+    """The table for programs: statistics take three columns."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     titles: list[str] = []
@@ -102,7 +104,10 @@ class Table:
           cells += [None, None, 0]
         else:
           cells.append(cell)
-      writer.writerow(cells)
+      writer.writerow(
+        # Ten digits: the others are rounding errors.
+        [f"{c:.10g}" if isinstance(c, float) else c for c in cells]
+      )
     return file.getvalue()
 
 
