@@ -57,7 +57,8 @@ def _run(folders: list[str], argv: list[str]) -> None:
   # What is half written is removed before the process ends.
   with interruption.StopSignals():
     done = report.make(folders, _OUT.value, _CHECKPOINTS.value)
-  print(f"Runs: {done.num_runs} in {done.num_groups} groups")
+  print(f"Runs: {done.num_runs}")
+  print(f"Groups: {done.num_groups}")
   print(f"Page: {done.page}")
 
 

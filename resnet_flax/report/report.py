@@ -340,7 +340,7 @@ def _checkpoints(
       best = of_data.setdefault(group.config["dataset.name"], group)
       if _mean_of_best(group) > _mean_of_best(best):
         of_data[group.config["dataset.name"]] = group
-    begun = list(of_data.values())
+    begun = sorted(of_data.values(), key=lambda group: group.number)
   return [_checkpoint(group) for group in begun]
 
 
