@@ -176,7 +176,7 @@ def _draw_curves(
   offset = position * every // _MOST_CURVES
   of_split: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 0.9, "dashes": (5, 2), "markersize": 3},
-    "test": {"linewidth": 2.4, "markersize": 6},
+    "test": {"linewidth": 2.4, "markersize": 8, "markeredgecolor": "white"},
   }
   for split, line in of_split.items():
     curves = metric.values(group, split)
@@ -368,6 +368,8 @@ def _handles(groups: Sequence[runs_lib.Group]) -> list[Line2D]:
       [],
       color=_COLORS[position],
       marker=_MARKERS[position],
+      markersize=8,
+      markeredgecolor="white",
       linewidth=2.4,
       label=_plain(group.name) + ("" if group.finished else " (unfinished)"),
     )
