@@ -22,7 +22,7 @@ def run(*arguments, start=("-m", "resnet_flax.report")):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
   )
 
 
@@ -52,9 +52,7 @@ def test_report(tmp_path):
   [
     (["--out=out"], "error: no runs: pass their workdirs"),
     (["{runs}"], "error: no --out: pass the report's folder"),
-    (["{runs}", "--out=out", "--checkpoint=each"], "'checkpoint'"),
     (["{runs}", "--out=out", "--workdir=x"], "error: --workdir and --config"),
-    (["{runs}/none", "--out=out"], "none is no folder. Pass"),
   ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, message):
