@@ -1,0 +1,1 @@
+"""Reports of runs: `python -m resnet_flax.report WORKDIR... --out=FOLDER`."""

@@ -1,0 +1,147 @@
+"""What the best checkpoint of a run makes of the test images."""
+
+import dataclasses
+
+import numpy as np
+
+from resnet_flax import config_rules, datasets, errors, inference
+from resnet_flax.report import runs as runs_lib
+
+# Rows of five, as many as can be looked through.
+_MOST_MISTAKES = 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistakes:
+  """Wrongly classified test images, the most confident first.
+
+  Attributes:
+    images: uint8[N, H, W, C].
+    positions: int64[N], in the test split, from 0.
+    labels: int32[N].
+    predicted: int64[N].
+    confidences: float32[N], the probabilities of the predicted classes.
+  """
+
+  images: np.ndarray
+  positions: np.ndarray
+  labels: np.ndarray
+  predicted: np.ndarray
+  confidences: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """One checkpoint on the test split.
+
+  Attributes:
+    class_names: name of each label.
+    confusion: int64[classes, classes], how many images of the row's class
+      were taken for the column's.
+    mistakes: some of the wrong ones, or all if they are few.
+    step: the training steps that the checkpoint has.
+  """
+
+  class_names: tuple[str, ...]
+  confusion: np.ndarray
+  mistakes: Mistakes
+  step: int
+
+  @property
+  def num_images(self) -> int:
+    """Images of the test split."""
+    return int(self.confusion.sum())
+
+  @property
+  def num_correct(self) -> int:
+    """Those whose class was predicted."""
+    return int(np.trace(self.confusion))
+
+  def confused(self, most: int) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, images), the most frequent first.
+
+    Args:
+      most: how many at most; pairs that do not occur are left out.
+    """
+    wrong = self.confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    # Stable, so that of equally frequent ones the first comes first.
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = np.stack(np.unravel_index(order, wrong.shape), axis=1).tolist()
+    return [(i, j, int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
+
+
+def score(run: runs_lib.Run) -> Scores:
+  """Scores a run's best checkpoint on the test split of its data set.
+
+  Raises:
+    ConfigError: its configuration is of another version, or its network is
+      not for these classes.
+    DataError: the data cannot be had, or is not what the run was trained on.
+    WorkdirError: there is no checkpoint, or none that can be read; or it holds
+      several seeds.
+  """
+  if len(run.seeds) > 1:
+    raise errors.WorkdirError(
+      f"{run.name} holds {len(run.seeds)} seeds, and only checkpoints of one"
+      " seed are scored."
+    )
+  # Before the data, which takes longer.
+  loaded = inference.load_model(run.folder)
+  config_rules.check_labels(loaded.config)
+  dataset = datasets.load(loaded.config.dataset)
+  if run.data is not None and run.data != dataset.source:
+    raise errors.DataError(
+      f"{run.name} was trained on {run.data}, but the data here is"
+      f" {dataset.source}. Set TFDS_DATA_DIR to the folder of the former."
+    )
+  images, labels = dataset.test.take(np.arange(len(dataset.test)))
+  return summarize(
+    images,
+    labels,
+    loaded.predict(images),
+    class_names=dataset.class_names,
+    step=loaded.step,
+  )
+
+
+def summarize(
+  images: np.ndarray,
+  labels: np.ndarray,
+  probabilities: np.ndarray,
+  *,
+  class_names: tuple[str, ...],
+  step: int,
+) -> Scores:
+  """What predictions are worth.
+
+  Args:
+    images: uint8[N, H, W, C].
+    labels: int32[N].
+    probabilities: float32[N, classes].
+    class_names: name of each label.
+    step: the training steps of the checkpoint.
+  """
+  predicted = np.argmax(probabilities, axis=1)
+  confidences = np.max(probabilities, axis=1)
+  classes = len(class_names)
+  confusion = np.zeros((classes, classes), np.int64)
+  np.add.at(confusion, (labels, predicted), 1)
+  wrong = np.flatnonzero(predicted != labels)
+  chosen = wrong[np.argsort(-confidences[wrong], kind="stable")]
+  chosen = chosen[:_MOST_MISTAKES]
+  return Scores(
+    class_names=class_names,
+    confusion=confusion,
+    mistakes=Mistakes(
+      images=images[chosen],
+      positions=chosen,
+      labels=labels[chosen],
+      predicted=predicted[chosen],
+      confidences=confidences[chosen],
+    ),
+    step=step,
+  )
