@@ -33,6 +33,8 @@ def connect(address: str) -> Iterator[Any]:
     UserError: Ray is not installed, or the cluster cannot be reached.
   """
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+  # Cells are the work; by default Ray's workers yield to everything else.
+  os.environ.setdefault("RAY_worker_niceness", "0")
   # What Ray is about to change for tasks without GPUs is decided in `task`.
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
   try:

@@ -629,6 +629,7 @@ def test_stop_and_go_on_beside_a_cell_that_fails(load, tmp_path, start):
 def test_a_node_that_dies(load, tmp_path, start, monkeypatch):
   """What was running there goes on elsewhere, from its checkpoint."""
   monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+  monkeypatch.setenv("RAY_worker_niceness", "0")
   (cell,) = load(OVERRIDES={**QUICK, "num_epochs": 6}, CPUS_PER_CELL=1).cells
   with contextlib.ExitStack() as stack:
     from ray.cluster_utils import Cluster
