@@ -156,7 +156,8 @@ def _ended_well(attempt: dict[str, Any]) -> bool:
   """Whether a process that was sent a signal ended as it should."""
   number = signal.Signals[attempt["signal"]]
   if number == signal.SIGKILL:
-    return attempt["exit_code"] == -number
+    # It may have been ending by itself: then the signal was sent in vain.
+    return attempt["exit_code"] in (0, -number)
   if attempt["phase"] == "starting":
     return attempt["exit_code"] in _CODES_AT_START[attempt["signal"]]
   # Where the last step was being evaluated, nothing was left to be stopped.
