@@ -78,7 +78,7 @@ def _panels(
     curve: of a record and a quantity, gives x, float64[N], and y,
       float64[seeds, N].
   """
-  depths = sorted({record["cell"]["depth"] for record in records})
+  depths = sorted({int(record["cell"]["depth"]) for record in records})
   figure, axes = plt.subplots(
     len(_TITLES),
     len(depths),
@@ -118,12 +118,15 @@ def _panels(
   for column, depth in enumerate(depths):
     axes[0, column].set_title(f"depth {depth}")
     axes[-1, column].set_xlabel(xlabel)
-  handles = {}
+  handles: dict[str, Any] = {}
   for axis in axes.flat:
     lines, labels = axis.get_legend_handles_labels()
     handles |= dict(zip(labels, lines, strict=True))
   figure.legend(
-    handles.values(), handles, loc="outside lower center", ncols=len(handles)
+    list(handles.values()),
+    list(handles),
+    loc="outside lower center",
+    ncols=len(handles),
   )
   figure.suptitle(title)
   return figure
@@ -192,7 +195,7 @@ def figures(records: Sequence[Record]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] = ()) -> None:
   """Writes the figures beside the raw figures."""
-  path = pathlib.Path(*arguments or [_FOLDER / "results.jsonl"])
+  path = pathlib.Path(arguments[0] if arguments else _FOLDER / "results.jsonl")
   for name, figure in figures(measurement.read(path)).items():
     figure.savefig(path.parent / f"{name}.png", dpi=110)
     plt.close(figure)
