@@ -27,6 +27,10 @@ def get_config() -> ConfigDict:
   config.num_epochs = 200
   # Images per evaluation call; does not change any result.
   config.eval_batch_size = 500
+  # Before every step that this divides, write each layer's norms on the step's
+  # batch (see layer_norms.py) to TensorBoard; 0 turns it off. Takes about the
+  # time of a step, which counts as training.
+  config.log_layer_norms_every = 0
   # Start from the best checkpoint of this workdir, with a new head if it has
   # other classes, instead of from random weights. Empty: do not.
   config.init_from = ""
@@ -93,7 +97,7 @@ def get_config() -> ConfigDict:
   # highway: where the transform gates' bias starts. The deeper the network,
   # the lower: -1 to -7 are the papers' values.
   config.model.gate_bias = -2.0
-  # vgg: with batch norm or without.
+  # The networks for small images and vgg: with batch norm or without.
   config.model.batch_norm = True
   # vgg and alexnet: share of the units that are dropped before dense layers.
   config.model.dropout = 0.5

@@ -30,6 +30,7 @@ Rule = Callable[[str, Any], None]
 FREE_KEYS = (
   "seed_execution",
   "eval_batch_size",
+  "log_layer_norms_every",
   "dataset.data_dir",
   "dataset.archive",
   "dataset.cache_dir",
@@ -149,6 +150,7 @@ RULES: dict[str, Rule] = {
   "batch_size": _integer(1),
   "num_epochs": _integer(1),
   "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
+  "log_layer_norms_every": _integer(0),
   "init_from": _path,
   "normalization": _name(normalization.NAMES),
   "dataset.name": _name(loading.DATASETS),
@@ -292,6 +294,12 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise errors.ConfigError(
       f"num_epochs={config.num_epochs} of {steps} steps are more steps than can"
       f" be counted; at most {_LARGEST_INTEGER // steps} are not."
+    )
+  if config.log_layer_norms_every and not config.log.tensorboard:
+    raise errors.ConfigError(
+      f"log_layer_norms_every={config.log_layer_norms_every} writes to"
+      " TensorBoard, but log.tensorboard=False; set log.tensorboard=True, or"
+      " log_layer_norms_every=0."
     )
   percents = tuple(config.schedule.drop_percents)
   factors = tuple(config.schedule.drop_factors)

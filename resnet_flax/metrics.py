@@ -217,21 +217,35 @@ class TensorBoard:
     Raises:
       OSError: they could not be written.
     """
+    values = _tagged(record)
+    for of_seed in record.get("seeds", []):
+      values |= {
+        seed_tag(of_seed["seed"], tag): value
+        for tag, value in _tagged(of_seed).items()
+      }
+    self.write_scalars(record["step"], values)
+
+  def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers by their tags.
+
+    Args:
+      step: the number of steps done.
+      values: for each tag its number.
+
+    Raises:
+      OSError: they could not be written.
+    """
     if self._writer is None:
       return
     from tensorboardX.proto import event_pb2, summary_pb2
 
-    values = _tagged(record)
-    for of_seed in record.get("seeds", []):
-      name = f"seed_{of_seed['seed']}"
-      values |= {f"{name}/{tag}": v for tag, v in _tagged(of_seed).items()}
     summary = [
       summary_pb2.Summary.Value(tag=tag, simple_value=value)
       for tag, value in values.items()
     ]
     self._writer.write_event(
       event_pb2.Event(
-        step=record["step"],
+        step=step,
         wall_time=time.time(),
         summary=summary_pb2.Summary(value=summary),
       )
@@ -250,6 +264,11 @@ class TensorBoard:
       # A disk that is full is being reported already.
       if exception == (None, None, None):
         raise
+
+
+def seed_tag(seed: int, tag: str) -> str:
+  """TensorBoard's tag for a number of one of several networks."""
+  return f"seed_{seed}/{tag}"
 
 
 def _tagged(record: Record) -> dict[str, float]:

@@ -21,6 +21,7 @@ from resnet_flax import (
   evaluate,
   experiment as experiment_lib,
   interruption,
+  layer_norms,
   mesh as mesh_lib,
   metrics,
   normalization,
@@ -45,6 +46,8 @@ _WARM_UP_STEPS, _TIMED_STEPS = 3, 20
 State = train_step.TrainState | seeds_lib.Networks
 # Of (state, images, labels, key), returning the new state and `StepMetrics`.
 CompiledStep = Callable[..., tuple[Any, Any]]
+# Called before a step with the number of steps done, state, images and labels.
+BeforeStep = Callable[[int, State, Any, Any], None]
 
 
 def train_and_evaluate(
@@ -154,6 +157,9 @@ def train_and_evaluate(
     compiled_step = compile_train_step(
       experiment, state, config.batch_size, key, layout
     )
+    write_layer_norms = _layer_norms_writer(
+      config, experiment, state, key, layout
+    )
     eval_step = evaluate.jit_eval_step(experiment, layout)
     splits = {"val": dataset.validation, "test": dataset.test}
 
@@ -162,9 +168,7 @@ def train_and_evaluate(
     stack.enter_context(signals.hold())
     stack.enter_context(workdir_lib.explain_write_errors(workdir, running=True))
     board = stack.enter_context(
-      metrics.TensorBoard(
-        workdir, len(records) * steps_per_epoch, config.log.tensorboard
-      )
+      metrics.TensorBoard(workdir, int(state.step), config.log.tensorboard)
     )
     stack.callback(checkpoints.wait)
     if source is not None:
@@ -193,6 +197,7 @@ def train_and_evaluate(
             key,
             progress.step,
             until=lambda step: signals.requested or timer.due(step),
+            before_step=functools.partial(write_layer_norms, board),
             layout=layout,
           )
         except errors.NonFiniteError as error:
@@ -363,13 +368,52 @@ def compile_train_step(
   Returns:
     A function of (state, uint8[B, H, W, C], int32[B], key), each for all seeds.
   """
+  return compile_step(
+    train_step.train_step,
+    experiment,
+    state,
+    batch_size,
+    key,
+    layout,
+    title="training step",
+    donate_state=True,
+  )
+
+
+def compile_step(
+  step: Callable[..., Any],
+  experiment: train_step.Experiment,
+  state: State,
+  batch_size: int,
+  key: Any,
+  layout: seeds_lib.Layout,
+  *,
+  title: str,
+  donate_state: bool,
+) -> Callable[..., Any]:
+  """Compiles a function like a training step; see `compile_train_step`.
+
+  Args:
+    step: of (experiment, state, images, labels, key) of one seed, returning a
+      tree of arrays or a tuple of trees.
+    experiment: the fixed parts.
+    state: of all seeds; only its shapes are used.
+    batch_size: images of a step of one seed, over all devices.
+    key: from `augmentation_key`; only its shapes are used.
+    layout: where the networks are.
+    title: what to call it.
+    donate_state: whether the state's memory is for the result.
+
+  Returns:
+    A function of (state, uint8[B, H, W, C], int32[B], key), each for all seeds.
+  """
   started = time.perf_counter()
-  _logger.info("compiling the training step")
+  _logger.info("compiling the %s", title)
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   labels = layout.batch_shape((batch_size,), np.int32)
   jitted = jax.jit(
-    layout.over_networks(functools.partial(train_step.train_step, experiment)),
-    donate_argnums=0,
+    layout.over_networks(functools.partial(step, experiment)),
+    donate_argnums=0 if donate_state else (),
     out_shardings=layout.call_sharding(),
   )
   if isinstance(state, seeds_lib.Networks):
@@ -379,6 +423,53 @@ def compile_train_step(
   compiled = lowered.compile(mesh_lib.compiler_options(layout.mesh))
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
   return layout.in_turn(compiled)
+
+
+def _layer_norms_writer(
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  state: State,
+  key: Any,
+  layout: seeds_lib.Layout,
+) -> Callable[[metrics.TensorBoard, int, State, Any, Any], None]:
+  """What writes the layers' norms where `log_layer_norms_every` says.
+
+  Args:
+    config: the experiment's.
+    experiment: the fixed parts.
+    state: of all seeds; only its shapes are used.
+    key: from `augmentation_key`.
+    layout: where the networks are.
+
+  Returns:
+    A function of a board and of what `BeforeStep` takes.
+  """
+  every = config.log_layer_norms_every
+  if not every:
+    return lambda board, step, state, images, labels: None
+  names = layer_norms.layer_names(experiment)
+  measure = compile_step(
+    layer_norms.measure,
+    experiment,
+    state,
+    config.batch_size,
+    key,
+    layout,
+    title="measurement of layer norms",
+    donate_state=False,
+  )
+
+  def write(board, step, state, images, labels):
+    if step % every:
+      return
+    norms = layout.get(measure(state, images, labels, key))
+    for seed, of_seed in zip(layout.seeds, norms, strict=True):
+      values = layer_norms.scalars(names, of_seed)
+      if len(layout.seeds) > 1:
+        values = {metrics.seed_tag(seed, tag): v for tag, v in values.items()}
+      board.write_scalars(step, values)
+
+  return write
 
 
 def epoch_order(
@@ -440,6 +531,7 @@ def train_steps(
   until: Callable[[int], bool] = lambda step: False,
   *,
   layout: seeds_lib.Layout,
+  before_step: BeforeStep = lambda step, state, images, labels: None,
 ) -> tuple[State, list[train_step.StepMetrics]]:
   """Takes one step for each batch.
 
@@ -451,6 +543,7 @@ def train_steps(
     on_step: called with the metrics of every step, of each seed, on the host.
     until: called with the number of steps done so far; true ends the loop.
     layout: where the networks are.
+    before_step: called with what the next step is given.
 
   Returns:
     The new state and the metrics of the last step, of each seed, on the host.
@@ -461,6 +554,7 @@ def train_steps(
   pending = None
   step = int(state.step)
   for images, labels in batches:
+    before_step(step, state, images, labels)
     state, step_metrics = compiled_step(state, images, labels, key)
     step += 1
     # Read one step late: the devices have the next step to work on meanwhile.

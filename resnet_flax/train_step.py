@@ -1,8 +1,8 @@
 """The train state and the pure functions that advance and score it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -93,6 +93,18 @@ class StepMetrics(flax.struct.PyTreeNode):
   finite: jax.Array
 
 
+class Backpropagated(NamedTuple):
+  """What a step computed on its way.
+
+  Attributes:
+    gradient: of the mean cross-entropy, like the parameters.
+    collections: what the network's modules wrote into Flax's collections.
+  """
+
+  gradient: PyTree
+  collections: Mapping[str, PyTree]
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """The fixed parts of an experiment, which the steps close over.
@@ -162,7 +174,8 @@ def loss_fn(
   images: jax.Array,
   labels: jax.Array,
   dropout_key: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+  collections: Sequence[str] = (),
+) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, PyTree]]]:
   """The mean cross-entropy of a batch, in training mode.
 
   Args:
@@ -172,19 +185,21 @@ def loss_fn(
     images: float32[B, H, W, C], normalised and augmented.
     labels: int32[B].
     dropout_key: key[], for networks that drop units.
+    collections: what modules may write to besides 'batch_stats'.
 
   Returns:
-    float32[] loss, and (float32[B, classes] logits, new running statistics).
+    float32[] loss, and (float32[B, classes] logits, the collections that were
+    written, new running statistics among them).
   """
   logits, updated = model.apply(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=["batch_stats"],
+    mutable=["batch_stats", *collections],
     rngs={"dropout": dropout_key},
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return jnp.mean(losses), (logits, updated.get("batch_stats", {}))
+  return jnp.mean(losses), (logits, updated)
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
@@ -221,20 +236,46 @@ def train_step(
   Returns:
     The new state and what to report.
   """
+  return backpropagated_step(experiment, state, images, labels, key)[:2]
+
+
+def backpropagated_step(
+  experiment: Experiment,
+  state: TrainState,
+  images: jax.Array,
+  labels: jax.Array,
+  key: jax.Array,
+  collections: Sequence[str] = (),
+) -> tuple[TrainState, StepMetrics, Backpropagated]:
+  """One step, with what it computed on its way.
+
+  Args:
+    experiment: the fixed parts.
+    state: before the step.
+    images: uint8[B, H, W, C].
+    labels: int32[B].
+    key: key[], the same at every step; the step is folded in here.
+    collections: what the network's modules may write to.
+
+  Returns:
+    The new state, what to report, and the gradient and collections.
+  """
   # In the recipe's order: the shift fills edges with normalised pixels.
   images = state.normalization(images)
   keys = step_keys(key, state.step)
   images = experiment.augment(keys["augmentation"], images)
 
   grad_fn = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
-  (loss, (logits, batch_stats)), grads = grad_fn(
+  (loss, (logits, updated)), grads = grad_fn(
     experiment.model,
     state.params,
     state.batch_stats,
     images,
     labels,
     keys["dropout"],
+    collections,
   )
+  batch_stats = updated.get("batch_stats", {})
   rate = experiment.learning_rate(state.step, state.rate_state)
   params, opt_state = experiment.optimizer.update(
     grads, state.opt_state, state.params, rate
@@ -267,7 +308,11 @@ def train_step(
     epoch_sums=sums,
   )
   finite = _all_finite((objective, params, batch_stats, opt_state))
-  return new_state, StepMetrics(sums, rate, finite)
+  return (
+    new_state,
+    StepMetrics(sums, rate, finite),
+    Backpropagated(grads, updated),
+  )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -249,7 +249,7 @@ def test_ten_training_steps(pair):
   @jax.jit
   def our_step(variables, images, labels):
     grad_fn = jax.value_and_grad(train_step.loss_fn, argnums=1, has_aux=True)
-    (loss, (logits, stats)), grads = grad_fn(
+    (loss, (logits, updated)), grads = grad_fn(
       pair.ours,
       variables["params"],
       variables["batch_stats"],
@@ -263,7 +263,8 @@ def test_ten_training_steps(pair):
       2 * L2, mask=optimizer.L2_WEIGHTS["conv_kernels"]
     )
     grads, _ = decay.update(grads, decay.init(params), params)
-    return loss + pair.optimizer.penalty(params), logits, stats, grads
+    objective = loss + pair.optimizer.penalty(params)
+    return objective, logits, updated["batch_stats"], grads
 
   kink_distance = kink_distance_fn(pair.ours)
   trainable, statistics = pair.trainable, pair.statistics

@@ -120,6 +120,34 @@ def _backward(epsilon, act, dtype, saved, cotangents):
 _normalize_batch.defvjp(_forward, _backward)
 
 
+class NoNorm(nn.Module):
+  """In the place of `BatchNorm`: the residual sum and the activation alone.
+
+  Attributes:
+    use_running_average: of no effect.
+    dtype: of the result.
+    act: elementwise, applied last; None for none.
+  """
+
+  use_running_average: bool
+  dtype: Any = jnp.float32
+  act: Activation | None = None
+
+  def __call__(
+    self, x: jax.Array, residual: jax.Array | None = None
+  ) -> jax.Array:
+    """act(residual + x).
+
+    Args:
+      x: float[..., C].
+      residual: like x; None for none.
+
+    Returns:
+      dtype[..., C].
+    """
+    return _finish(x, residual, self.act, self.dtype)
+
+
 class BatchNorm(nn.Module):
   """`flax.linen.BatchNorm`, then a residual sum and an activation.
 

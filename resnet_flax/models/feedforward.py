@@ -20,7 +20,7 @@ from resnet_flax.models.blocks import ModuleDef
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-  """A convolution, batch norm if the network has it, and an activation.
+  """A convolution, what the network normalises with, and an activation.
 
   Attributes:
     num_filters: channels that come out.
@@ -81,8 +81,7 @@ class FeedForward(nn.Module):
       dropped out.
     dropout: the share of units that are dropped.
     num_classes: size of the head.
-    conv, dense: partials.
-    norm: a partial like `resnet.ResNet.norm`, or None.
+    conv, norm, dense: partials, as of `resnet.ResNet`.
     input_size, input_sizes: see `layers.fit`.
     act: the activation function.
   """
@@ -94,7 +93,7 @@ class FeedForward(nn.Module):
   dropout: float
   num_classes: int
   conv: ModuleDef
-  norm: ModuleDef | None
+  norm: ModuleDef
   dense: ModuleDef
   input_size: int
   input_sizes: tuple[int, int]
@@ -129,12 +128,9 @@ class FeedForward(nn.Module):
         pads=[(layer.pad, layer.pad)] * 2,
         name=f"conv{number}",
       )(x)
-      if self.norm is None:
-        x = self.act(x)
-      else:
-        x = self.norm(
-          use_running_average=not train, act=self.act, name=f"bn{number}"
-        )(x)
+      x = self.norm(
+        use_running_average=not train, act=self.act, name=f"bn{number}"
+      )(x)
     x = layers.adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)
     drop = functools.partial(

@@ -99,6 +99,19 @@ class Family:
   input_sizes: tuple[int, int]
 
 
+def _norm(config: ConfigDict, *, has_batch_norm: bool) -> Any:
+  """What makes a network's normalisation layers."""
+  dtype = jnp.dtype(config.dtype)
+  if not has_batch_norm:
+    return functools.partial(batch_norm.NoNorm, dtype=dtype)
+  return functools.partial(
+    batch_norm.BatchNorm,
+    momentum=config.batch_norm_momentum,
+    epsilon=config.batch_norm_epsilon,
+    dtype=dtype,
+  )
+
+
 def _basic(stem: int, stages: int) -> tuple[tuple[int, int], ...]:
   """(inner, outer) channels of each stage of basic blocks."""
   return tuple((stem * 2**k, stem * 2**k) for k in range(stages))
@@ -177,8 +190,6 @@ def _feedforward(
   config: ConfigDict,
   stage_sizes: tuple[int, ...],
   *,
-  has_norm: bool,
-  norm: Any,
   shortcut: str,
   **arguments: Any,
 ) -> nn.Module:
@@ -192,7 +203,6 @@ def _feedforward(
   return feedforward.FeedForward(
     hidden_sizes=(4096, 4096),
     dropout=config.dropout,
-    norm=norm if has_norm else None,
     **arguments,
   )
 
@@ -204,19 +214,19 @@ def _vgg(config: ConfigDict, *args: Any, **shared: Any) -> nn.Module:
     features=feedforward.VGG19,
     pooled_size=7,
     dropped=(False, True, True),
-    has_norm=config.batch_norm,
     **shared,
   )
 
 
 def _alexnet(config: ConfigDict, *args: Any, **shared: Any) -> nn.Module:
+  # It is from before batch norm.
+  shared["norm"] = _norm(config, has_batch_norm=False)
   return _feedforward(
     config,
     *args,
     features=feedforward.ALEXNET,
     pooled_size=6,
     dropped=(True, True, False),
-    has_norm=False,
     **shared,
   )
 
@@ -238,7 +248,7 @@ MODELS = {
     functools.partial(_small_resnet, block_cls=blocks.BasicBlock),
     blocks.SHORTCUTS,
     16,
-    ("num_filters",),
+    ("num_filters", "batch_norm"),
     _SMALL_IMAGES,
   ),
   "resnet_v2": Family(
@@ -251,7 +261,7 @@ MODELS = {
     ),
     ("keras",),
     16,
-    ("num_filters",),
+    ("num_filters", "batch_norm"),
     _SMALL_IMAGES,
   ),
   "plain": Family(
@@ -259,7 +269,7 @@ MODELS = {
     functools.partial(_small_resnet, block_cls=blocks.BasicBlock),
     ("none",),
     16,
-    ("num_filters",),
+    ("num_filters", "batch_norm"),
     _SMALL_IMAGES,
   ),
   "preact": Family(
@@ -269,7 +279,7 @@ MODELS = {
     ),
     ("A", "keras"),
     16,
-    ("num_filters",),
+    ("num_filters", "batch_norm"),
     _SMALL_IMAGES,
   ),
   "highway": Family(
@@ -277,7 +287,7 @@ MODELS = {
     _highway,
     ("A", "keras", "B"),
     16,
-    ("num_filters", "gate_bias"),
+    ("num_filters", "batch_norm", "gate_bias"),
     _SMALL_IMAGES,
   ),
   "resnet_imagenet": Family(
@@ -424,12 +434,7 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       use_bias=config.conv_bias,
       dtype=dtype,
     ),
-    norm=functools.partial(
-      batch_norm.BatchNorm,
-      momentum=config.batch_norm_momentum,
-      epsilon=config.batch_norm_epsilon,
-      dtype=dtype,
-    ),
+    norm=_norm(config, has_batch_norm=config.batch_norm),
     dense=functools.partial(
       nn.Dense, kernel_init=layers.he_normal, dtype=dtype
     ),

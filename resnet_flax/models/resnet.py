@@ -26,7 +26,8 @@ def run_as_loop(
   """Applies blocks one after the other as the one body of a loop.
 
   The blocks keep their variables under their own names: they are stacked for
-  the loop alone, and new running statistics are handed back to each.
+  the loop alone, and what was written to their collections, such as new running
+  statistics, is handed back to each.
 
   Args:
     blocks: bound blocks that differ in nothing but their names and variables
@@ -39,9 +40,8 @@ def run_as_loop(
   """
   # In the loop's body there is no module to belong to.
   detached = blocks[0].copy(parent=None)
-  mutable = [
-    name for name in ["batch_stats"] if blocks[0].is_mutable_collection(name)
-  ]
+  assert blocks[0].scope is not None  # They are bound.
+  mutable = blocks[0].scope.mutable or []
 
   def body(x, variables):
     return detached.apply(variables, x, mutable=mutable)
@@ -56,8 +56,9 @@ def run_as_loop(
   x, updated = lax.scan(body, x, stacked)
   for k, block in enumerate(blocks):
     new = jax.tree.map(operator.itemgetter(k), updated)
-    for layer, statistics in new.get("batch_stats", {}).items():
-      block.put_variable("batch_stats", layer, statistics)
+    for collection, written in new.items():
+      for layer, values in written.items():
+        block.put_variable(collection, layer, values)
   return x
 
 

@@ -113,6 +113,7 @@ def _example(file: files.WeightsFile) -> Source:
       "model.shortcut": ("keras", "default"),
       "model.padding": ("same",),
       "model.conv_bias": (True,),
+      "model.batch_norm": (True,),
       "model.batch_norm_epsilon": (_epsilon(file, usual=1e-3),),
       # What the example has a switch for.
       "normalization": ("pixel_mean", "none"),

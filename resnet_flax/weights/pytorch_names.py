@@ -122,6 +122,7 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
       "model.depth": (depth,),
       "model.num_filters": width(_rows(file, "conv1.weight"), usual=16),
       "model.shortcut": (shortcut,),
+      "model.batch_norm": (True,),
       **_COMMON,
       "model.padding": ("symmetric",),
       "model.conv_bias": (False,),

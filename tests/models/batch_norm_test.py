@@ -175,3 +175,19 @@ def test_statistics_are_those_of_a_batch_sharded_over_devices():
   assert_close(call(*sharded, params, stats), expected)
   text = call.lower(*sharded, params, stats).compile().as_text()
   assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("act", [None, nn.relu])
+@pytest.mark.parametrize("train", [False, True])
+def test_without_batch_norm(act, train):
+  """The residual sum and the activation stay; there is nothing to learn."""
+  x, residual, *_ = arrays()
+  module = batch_norm.NoNorm(use_running_average=not train, act=act)
+  assert module.init(jax.random.key(0), x, residual) == {}
+  for other in (None, residual):
+    expected = x if other is None else x + other
+    if act is not None:
+      expected = np.maximum(expected, 0)
+    np.testing.assert_array_equal(module.apply({}, x, other), expected)
+  half = module.clone(dtype=jnp.bfloat16).apply({}, x.astype(jnp.bfloat16))
+  assert half.dtype == jnp.bfloat16

@@ -74,6 +74,41 @@ def test_vgg_with_batch_norm():
   assert size.trainable == 143_667_240 + 2 * 5_504
 
 
+@pytest.mark.parametrize(
+  ("name", "depth", "shortcut"),
+  [
+    ("resnet_v1", 8, "C"),
+    ("resnet_v2", 11, "keras"),
+    ("plain", 8, "none"),
+    ("preact", 8, "A"),
+    ("highway", 8, "B"),
+  ],
+)
+def test_small_networks_without_batch_norm(name, depth, shortcut):
+  """The other parameters are the same, with the same initial values."""
+  images = jnp.zeros((1, 8, 8, 3))
+  with_norm, without = (
+    make(
+      name, depth, shortcut=shortcut, num_filters=4, batch_norm=has_norm
+    ).init(jax.random.key(0), images, train=False)
+    for has_norm in (True, False)
+  )
+  assert set(without) == {"params"}
+  kept = {
+    path: leaf
+    for path, leaf in jax.tree.leaves_with_path(with_norm["params"])
+    if "bn" not in jax.tree_util.keystr(path)
+  }
+  found = dict(jax.tree.leaves_with_path(without["params"]))
+  assert (
+    found.keys()
+    == kept.keys()
+    < set(dict(jax.tree.leaves_with_path(with_norm["params"])))
+  )
+  for path, leaf in found.items():
+    np.testing.assert_array_equal(leaf, kept[path])
+
+
 # Parameters of v1 with the Keras example's shortcuts, at depth 20, and what the
 # others have besides: projections from 16 to 32 and from 32 to 64 channels.
 KERAS_20 = 273_066
@@ -162,7 +197,13 @@ def test_shortcut_that_the_family_lacks_is_an_error():
 @pytest.mark.parametrize(
   ("name", "depth", "key", "value", "readers"),
   [
-    ("resnet_v1", 8, "batch_norm", False, "vgg"),
+    (
+      "resnet_imagenet",
+      18,
+      "batch_norm",
+      False,
+      "resnet_v1, resnet_v2, plain, preact, highway, vgg",
+    ),
     ("resnet_v1", 8, "dropout", 0.0, "vgg, alexnet"),
     ("plain", 8, "gate_bias", -3.0, "highway"),
     ("resnet_v2", 11, "stride_in_3x3", False, "resnet_imagenet"),

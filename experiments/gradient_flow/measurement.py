@@ -1,0 +1,215 @@
+"""Norms of every layer, at initialisation and in the first steps."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from configs import base
+from resnet_flax import (
+  config_rules,
+  datasets,
+  errors,
+  experiment as experiment_lib,
+  layer_norms,
+  seeds,
+  train,
+)
+
+Record = dict[str, Any]
+
+# The names of what is measured are those of `layer_norms.LayerNorms`.
+QUANTITIES = tuple(
+  field.name for field in dataclasses.fields(layer_norms.LayerNorms)
+)
+
+# From here on, loops compile in less than half the time; see depth_cost.
+_LOOPED_DEPTH = 200
+
+# Of the raw figures.
+_SIGNIFICANT_DIGITS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A network that is measured by itself.
+
+  Attributes:
+    family: `model.name`.
+    depth: `model.depth`.
+    batch_norm: `model.batch_norm`.
+    num_seeds: networks with the seeds 0, 1, ...
+    batch_size: images of a step.
+    measure_at: numbers of steps done, ascending; it is trained up to the last.
+  """
+
+  family: str
+  depth: int
+  batch_norm: bool
+  num_seeds: int
+  batch_size: int
+  measure_at: tuple[int, ...]
+
+  def config(self) -> ConfigDict:
+    """The Keras recipe with this network."""
+    config = base.get_config()
+    config.num_seeds = self.num_seeds
+    config.batch_size = self.batch_size
+    config.model.name = self.family
+    config.model.depth = self.depth
+    config.model.batch_norm = self.batch_norm
+    if self.depth >= _LOOPED_DEPTH:
+      config.model.scan = config.model.remat = True
+    return config
+
+  @property
+  def settings(self) -> Record:
+    """What tells it from others, as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def cells(
+  families: Sequence[str],
+  depths: Sequence[int],
+  init_depths: Sequence[int],
+  batch_norm: Sequence[bool],
+  num_seeds: int,
+  batch_size: int,
+  measure_at: Sequence[int],
+) -> list[Cell]:
+  """What is to be measured, shallow networks first.
+
+  Args:
+    families: values of `model.name`.
+    depths: of networks that are trained.
+    init_depths: of networks that are measured at initialisation only.
+    batch_norm: values of `model.batch_norm`.
+    num_seeds: networks of each.
+    batch_size: images of a step.
+    measure_at: numbers of steps done.
+
+  Raises:
+    ConfigError: one of them cannot be measured.
+  """
+  steps = {depth: tuple(sorted(set(measure_at))) for depth in depths}
+  steps = dict.fromkeys(init_depths, (0,)) | steps
+  found = [
+    Cell(family, depth, has_norm, num_seeds, batch_size, steps[depth])
+    for depth in sorted(steps)
+    for has_norm in batch_norm
+    for family in families
+  ]
+  for cell in found:
+    config_rules.check(cell.config(), num_devices=jax.device_count())
+  return found
+
+
+def measure(
+  config: ConfigDict,
+  measure_at: Sequence[int],
+  devices: Sequence[jax.Device] | None = None,
+) -> Record:
+  """The norms of all layers, each on the batch of the step that follows.
+
+  Args:
+    config: of the networks, which differ in their seeds.
+    measure_at: numbers of steps done, ascending.
+    devices: by default all devices.
+
+  Returns:
+    `layers`, their names in the order of the forward pass, and `seeds`: for
+    each its `seed` and under `measured` for each of `measure_at` the `step`,
+    the batch's cross-entropy before it as `loss`, and the `QUANTITIES` as
+    lists, one number for each layer; None stands for what is not finite.
+  """
+  split = datasets.load(config.dataset).train
+  experiment = experiment_lib.build(config)
+  layout = seeds.Layout.create(config, devices)
+  state = train.initial_state(config, experiment, split, layout)
+  key = train.augmentation_key(layout)
+  measured_step = train.compile_step(
+    layer_norms.measured_step,
+    experiment,
+    state,
+    config.batch_size,
+    key,
+    layout,
+    title="training step that measures",
+    donate_state=True,
+  )
+  batches = itertools.chain.from_iterable(
+    train.epoch_batches(split, config.batch_size, epoch, layout)
+    for epoch in itertools.count()
+  )
+  results: list[Record] = [
+    {"seed": seed, "measured": []} for seed in layout.seeds
+  ]
+  sums = [0.0] * len(results)
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  for step, batch in enumerate(itertools.islice(batches, measure_at[-1] + 1)):
+    state, step_metrics, norms = measured_step(state, *batch, key)
+    of_seeds = zip(layout.get(step_metrics), layout.get(norms), strict=True)
+    for place, (reported, of_seed) in enumerate(of_seeds):
+      # The sums are those of the epoch so far.
+      before = sums[place] if step % steps_per_epoch else 0.0
+      sums[place] = float(reported.sums.loss)
+      if step in measure_at:
+        results[place]["measured"].append(
+          {
+            "step": step,
+            "loss": _rounded((sums[place] - before) / config.batch_size),
+            **{
+              name: [_rounded(float(x)) for x in getattr(of_seed, name)]
+              for name in QUANTITIES
+            },
+          }
+        )
+  return {"layers": layer_norms.layer_names(experiment), "seeds": results}
+
+
+def _rounded(value: float) -> float | None:
+  if not math.isfinite(value):
+    return None
+  return float(f"{value:.{_SIGNIFICANT_DIGITS}g}")
+
+
+def read(path: pathlib.Path) -> list[Record]:
+  """The records of a file; none if there is no file.
+
+  Raises:
+    DataError: it is no file of records.
+  """
+  try:
+    lines = path.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+      record["cell"], record["layers"], record["seeds"]
+  except FileNotFoundError:
+    return []
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.DataError(
+      f"{path} cannot be read: {errors.one_line(error)}. Pass another --out."
+    ) from error
+  return records
+
+
+def write(path: pathlib.Path, records: Sequence[Record]) -> None:
+  """Writes a file of records, one line each, whole or not at all."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+  os.replace(temporary, path)
+
+
+def missing(
+  wanted: Sequence[Cell], records: Sequence[Record]
+) -> Iterator[Cell]:
+  """The cells that the records do not hold yet."""
+  done = [record["cell"] for record in records]
+  return (cell for cell in wanted if cell.settings not in done)

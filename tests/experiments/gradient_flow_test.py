@@ -1,0 +1,155 @@
+"""What is measured is written cell by cell, and drawn."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.gradient_flow import measurement, plot
+from resnet_flax import errors
+
+LAYERS = ("stem_conv", "a/conv1", "a/gate_conv", "a/shortcut_conv", "head")
+
+
+def make_cells(**changes):
+  arguments = {
+    "families": ["plain", "resnet_v2"],
+    "depths": [20],
+    "init_depths": [56],
+    "batch_norm": [True, False],
+    "num_seeds": 2,
+    "batch_size": 8,
+    "measure_at": [4, 0],
+  }
+  return measurement.cells(**(arguments | changes))
+
+
+def fake(cell):
+  """A record of a cell: norms of 2 and 8 for the two seeds, and a null."""
+  measured = [
+    [
+      {
+        "step": step,
+        "loss": 2.3,
+        "gradient": [value * 10.0**-step] * len(LAYERS),
+        "activation": [value, None, 100.0, 100.0, value],
+        "update_ratio": [value, 0.0, 100.0, 100.0, value],
+      }
+      for step in cell.measure_at
+    ]
+    for value in (2.0, 8.0)
+  ]
+  return {
+    "cell": cell.settings,
+    "seconds": 1.0,
+    "layers": LAYERS,
+    "seeds": [
+      {"seed": seed, "measured": of_seed}
+      for seed, of_seed in enumerate(measured)
+    ],
+  }
+
+
+def test_cells():
+  cells = make_cells()
+  assert len(cells) == 8
+  assert [cell.depth for cell in cells] == [20] * 4 + [56] * 4
+  assert {cell.measure_at for cell in cells[:4]} == {(0, 4)}
+  assert {cell.measure_at for cell in cells[4:]} == {(0,)}
+  config = cells[3].config()
+  assert (config.model.name, config.model.batch_norm) == ("resnet_v2", False)
+  assert not config.model.scan
+  (deep,) = make_cells(
+    families=["preact"], depths=[], init_depths=[326], batch_norm=[True]
+  )
+  assert deep.config().model.scan
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"depths": [21]}, "nearest: 20 and 26"),
+    ({"families": ["plane"]}, "Did you mean 'plain'"),
+    ({"batch_size": 0}, "batch_size=0"),
+  ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(changes, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    make_cells(**changes)
+
+
+def test_interrupted_measurement_goes_on(tmp_path):
+  path = tmp_path / "results.jsonl"
+  wanted = make_cells()
+  assert measurement.read(path) == []
+  measurement.write(path, [fake(cell) for cell in wanted[:3]])
+  records = measurement.read(path)
+  assert list(measurement.missing(wanted, records)) == wanted[3:]
+  others = make_cells(batch_size=16)
+  assert list(measurement.missing(others, records)) == others
+  assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["{", "3\n", '{"cell": 1}\n'])
+def test_other_files_are_refused(tmp_path, text):
+  path = tmp_path / "results.jsonl"
+  path.write_text(text)
+  with pytest.raises(errors.DataError, match="cannot be read"):
+    measurement.read(path)
+
+
+def test_measurement(tiny_config, one_device):
+  tiny_config.model.name = "highway"
+  tiny_config.model.batch_norm = False
+  measured = measurement.measure(tiny_config, [0, 5], one_device)
+  (of_seed,) = measured["seeds"]
+  assert of_seed["seed"] == 0
+  assert [each["step"] for each in of_seed["measured"]] == [0, 5]
+  first, second = of_seed["measured"]
+  # The second is in the second epoch, which has sums of its own.
+  for each in (first, second):
+    assert 0 < each["loss"] < 20
+    for quantity in measurement.QUANTITIES:
+      assert len(each[quantity]) == len(measured["layers"]) == 11
+      assert min(each[quantity]) > 0
+  assert first["gradient"] != second["gradient"]
+  assert json.loads(json.dumps(measured))["seeds"] == measured["seeds"]
+
+
+def test_norms_of_the_layers_that_depth_counts():
+  (cell, *_) = make_cells()
+  norms = plot.norms(fake(cell), "activation", 4)
+  np.testing.assert_array_equal(norms, [[2, np.nan, 2], [8, np.nan, 8]])
+
+
+def test_figures(tmp_path, monkeypatch):
+  path = tmp_path / "results.jsonl"
+  measurement.write(path, [fake(cell) for cell in make_cells()])
+  drawn = plot.figures(measurement.read(path))
+  names = {
+    f"{what}_{form}"
+    for what in ("initial", "trained", "time")
+    for form in ("batch_norm", "no_batch_norm")
+  }
+  assert set(drawn) == names
+  figure = drawn["initial_batch_norm"]
+  assert len(figure.axes) == 3 * 2
+  lines = figure.axes[0].get_lines()
+  assert [line.get_label() for line in lines] == ["plain", "resnet_v2"]
+  assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 2
+  # The geometric mean of two seeds.
+  np.testing.assert_allclose(lines[0].get_ydata(), [4, 4, 4])
+  assert figure.axes[0].get_yscale() == "log"
+  # What is not finite, or is zero, leaves a gap.
+  gaps = figure.axes[2].get_lines()[0].get_ydata()
+  np.testing.assert_array_equal(np.ma.getmaskarray(gaps), [False, True, False])
+  # Depth 56 was not trained.
+  assert len(drawn["time_batch_norm"].axes) == 3
+  over_time = drawn["time_batch_norm"].axes[0].get_lines()[0]
+  np.testing.assert_array_equal(over_time.get_xdata(), [0, 4])
+  np.testing.assert_allclose(over_time.get_ydata(), [4, 4e-4])
+  monkeypatch.setattr(
+    plot, "figures", lambda records: {"one": drawn["trained_batch_norm"]}
+  )
+  plot.main([str(path)])
+  assert (tmp_path / "one.png").stat().st_size > 10_000
