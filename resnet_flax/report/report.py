@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -290,7 +291,7 @@ def _runs(groups: Sequence[runs_lib.Group]) -> page.Section:
     Column("training time (min)", 1),
   ]
   if has_ensemble:
-    columns.append(Column("ensemble's test accuracy at best epoch (%)", 2))
+    columns.append(Column("ensemble's final test accuracy (%)", 2))
   rows = []
   for group in groups:
     for run in group.runs:
@@ -303,16 +304,18 @@ def _runs(groups: Sequence[runs_lib.Group]) -> page.Section:
         _ranges(counted) or None,
       ]
       if run.records:
-        best = run.records[run.best_epoch(len(run.records))]
+        last = run.records[-1]
+        best = [run.best_record(seed, len(run.records)) for seed in run.seeds]
+        epochs = sorted({record["epoch"] + 1 for record in best})
         row += [
-          100 * run.records[-1]["test_accuracy"],
-          100 * best["test_accuracy"],
-          best["epoch"] + 1,
+          100 * last["test_accuracy"],
+          100 * statistics.fmean(record["test_accuracy"] for record in best),
+          ", ".join(map(str, epochs)),
           run.chosen_by,
           run.images_per_second,
           run.training_seconds / 60,
         ]
-        ensemble = best.get("test_ensemble_accuracy")
+        ensemble = last.get("test_ensemble_accuracy")
       else:
         row += [None] * 6
         ensemble = None
@@ -350,20 +353,19 @@ def _mean_of_best(group: runs_lib.Group) -> float:
   return best.mean
 
 
-def _best_run(group: runs_lib.Group) -> runs_lib.Run:
-  """The run whose best epoch is the best by `checkpoint.monitor`."""
-  records = [
-    run.records[run.best_epoch(len(run.records))] for run in group.counted_runs
-  ]
+def _best_network(group: runs_lib.Group) -> tuple[runs_lib.Run, int]:
+  """The run and the seed that are the best by `checkpoint.monitor`."""
+  networks = [(r.run, r.seed) for r in group.repetitions]
+  records = [run.best_record(seed, len(run.records)) for run, seed in networks]
   best = metrics.best_record(records, group.config["checkpoint.monitor"])
-  return group.counted_runs[records.index(best)]
+  return networks[records.index(best)]
 
 
 def _checkpoint(group: runs_lib.Group) -> page.Section:
-  run = _best_run(group)
+  run, seed = _best_network(group)
   title = f"Best checkpoint of group {group.name}"
   try:
-    scores = scores_lib.score(run)
+    scores = scores_lib.score(run, seed)
   except errors.UserError as error:
     _logger.warning(
       "warning: the report lacks the checkpoint of group %d: %s",
@@ -374,7 +376,7 @@ def _checkpoint(group: runs_lib.Group) -> page.Section:
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   notes = [
-    f"Run {run.name}, seed {run.seeds[0]}, after {scores.step:,} steps:"
+    f"Run {run.name}, seed {seed}, after {scores.step:,} steps:"
     f" {scores.num_correct:,} of {scores.num_images:,} test images are right"
     f" ({scores.num_correct / scores.num_images:.2%})."
   ]

@@ -109,18 +109,13 @@ class Run:
 
   def of_seed(self, seed: int) -> list[metrics.Record]:
     """The records of one of its seeds, which have `_SEED_KEYS`."""
-    if len(self.seeds) == 1:
-      return self.records
-    return [record["seeds"][seed - self.seeds[0]] for record in self.records]
+    place = seed - self.seeds[0]
+    return [metrics.of_seeds(record)[place] for record in self.records]
 
-  def best_epoch(self, num_epochs: int) -> int:
-    """The 0-based epoch of the best checkpoint among the first `num_epochs`.
-
-    Of several seeds that are trained together, it is the same for all, chosen
-    by their mean.
-    """
+  def best_record(self, seed: int, num_epochs: int) -> metrics.Record:
+    """The record of a seed's best checkpoint among the first `num_epochs`."""
     monitor = self.config["checkpoint.monitor"]
-    return metrics.best_record(self.records[:num_epochs], monitor)["epoch"]
+    return metrics.best_record(self.of_seed(seed)[:num_epochs], monitor)
 
   @property
   def chosen_by(self) -> str | None:
@@ -204,13 +199,14 @@ class Group:
     return Statistic.of(self.curves(key)[:, -1].tolist())
 
   def best(self, key: str) -> Statistic | None:
-    """A metric at each run's best epoch; None if there is no epoch."""
+    """A metric at each seed's best epoch; None if there is no epoch."""
     if not self.num_epochs:
       return None
-    epochs = [r.run.best_epoch(self.num_epochs) for r in self.repetitions]
-    curves = self.curves(key)
     return Statistic.of(
-      [float(curve[k]) for curve, k in zip(curves, epochs, strict=True)]
+      [
+        float(r.run.best_record(r.seed, self.num_epochs)[key])
+        for r in self.repetitions
+      ]
     )
 
 

@@ -74,23 +74,21 @@ class Scores:
     return [(i, j, int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
 
 
-def score(run: runs_lib.Run) -> Scores:
-  """Scores a run's best checkpoint on the test split of its data set.
+def score(run: runs_lib.Run, seed: int) -> Scores:
+  """Scores a seed's best checkpoint on the test split of its data set.
+
+  Args:
+    run: the run.
+    seed: one of its seeds.
 
   Raises:
     ConfigError: its configuration is of another version, or its network is
       not for these classes.
     DataError: the data cannot be had, or is not what the run was trained on.
-    WorkdirError: there is no checkpoint, or none that can be read; or it holds
-      several seeds.
+    WorkdirError: there is no checkpoint, or none that can be read.
   """
-  if len(run.seeds) > 1:
-    raise errors.WorkdirError(
-      f"{run.name} holds {len(run.seeds)} seeds, and only checkpoints of one"
-      " seed are scored."
-    )
   # Before the data, which takes longer.
-  loaded = inference.load_model(run.folder)
+  loaded = inference.load_model(run.folder, seed=seed)
   config_rules.check_labels(loaded.config)
   dataset = datasets.load(loaded.config.dataset)
   if run.data is not None and run.data != dataset.source:

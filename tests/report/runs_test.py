@@ -295,8 +295,8 @@ def test_several_seeds_in_one_run(tmp_path):
     ("b", 5),
   ]
   assert group.final("test_accuracy") == runs.Statistic.of([0.5, 0.6, 0.8])
-  # One epoch for both seeds of a run, that with the best mean.
-  assert group.best("test_accuracy") == runs.Statistic.of([0.6, 0.6, 0.8])
+  # Each seed at its own best epoch, as if it had been trained alone.
+  assert group.best("test_accuracy") == runs.Statistic.of([0.6, 0.9, 0.8])
   assert group.curves("train_accuracy").shape == (3, 3)
   # One program: its time is not counted twice.
   assert [run.name for run in group.counted_runs] == ["a", "b"]

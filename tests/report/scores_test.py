@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import resnet_flax
-from resnet_flax import datasets, errors, metrics
+from resnet_flax import datasets, errors, metrics, train
 from resnet_flax.report import runs, scores
 
 
@@ -66,7 +66,7 @@ def test_most_confident_are_kept():
 
 def test_score_is_that_of_the_record(trained):
   run = read(trained)
-  scored = scores.score(run)
+  scored = scores.score(run, run.seeds[0])
   best = metrics.best_record(run.records, "accuracy")
   assert scored.step == best["step"]
   assert scored.num_images == 360
@@ -87,7 +87,7 @@ def test_score_is_that_of_the_record(trained):
 def test_no_checkpoint(copied):
   shutil.rmtree(copied / "checkpoints")
   with pytest.raises(errors.WorkdirError, match="no best checkpoint"):
-    scores.score(read(copied))
+    scores.score(read(copied), 0)
 
 
 def test_other_data(copied):
@@ -95,11 +95,16 @@ def test_other_data(copied):
   environment = json.loads(path.read_text()) | {"data": "cifar10-1-ab"}
   path.write_text(json.dumps(environment))
   with pytest.raises(errors.DataError, match="trained on cifar10-1-ab, but"):
-    scores.score(read(copied))
+    scores.score(read(copied), 0)
 
 
-def test_several_seeds(trained):
-  run = read(trained)
-  run.config["num_seeds"] = 2
-  with pytest.raises(errors.WorkdirError, match="holds 2 seeds"):
-    scores.score(run)
+def test_several_seeds(make_tiny_config, tmp_path, one_device):
+  config = make_tiny_config(tmp_path / "cache")
+  config.num_seeds = 2
+  config.num_epochs = 1
+  train.train_and_evaluate(config, tmp_path / "run", devices=one_device)
+  run = read(tmp_path / "run")
+  for seed in run.seeds:
+    best = run.best_record(seed, 1)
+    scored = scores.score(run, seed)
+    assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])
