@@ -671,6 +671,7 @@ def test_a_node_that_dies(load, tmp_path, start, monkeypatch):
   log = cell.log.read_text()
   assert log.count(task.STARTED) == 2
   first, second = log.split(task.STARTED)[1:]
-  assert "error: stopped by SIGTERM; saved up to step" in first
+  # At once if the worker's own end reaches it as a second signal.
+  assert "error: stopped " in first
   assert "going on after step" in second
   assert f"{cell.name}: running (try 2)" in "\n".join(err)
