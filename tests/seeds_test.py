@@ -242,7 +242,7 @@ def test_a_seed_of_a_run_is_the_run_of_that_seed(
     train.train_and_evaluate(two_seeds, tmp_path / "run", devices=one_device)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [2])
 def test_scores_of_a_workdir(finished, num_devices):
   workdir, records = finished
   devices = jax.devices()[:num_devices]
@@ -267,7 +267,7 @@ def test_a_seed_that_was_not_trained_is_named(finished):
     inference.load_model(workdir, seed=6)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [2])
 def test_goes_on_to_the_same_bits(
   finished, two_seeds, run, tmp_path, monkeypatch, num_devices
 ):
