@@ -146,7 +146,7 @@ _NOT_NEGATIVE = _number(0)
 RULES: dict[str, Rule] = {
   "seed": _integer(0, 2**32 - 1),
   "num_seeds": _integer(1, _MOST_SEEDS),
-  "seed_execution": _name(seeds.EXECUTIONS),
+  "seed_execution": _name(("auto", *seeds.EXECUTIONS)),
   "batch_size": _integer(1),
   "num_epochs": _integer(1),
   "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_flax import errors
+from resnet_flax import errors, whole_file
 
 Record = dict[str, Any]
 
@@ -78,11 +78,9 @@ class MetricsLog:
         " start again in another --workdir."
       )
     kept = records[:epochs]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
-    if self._path.exists() and self._path.read_bytes() != text.encode():
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text(text)
-      os.replace(temporary, self._path)
+    content = "".join(json.dumps(record) + "\n" for record in kept).encode()
+    if self._path.exists() and self._path.read_bytes() != content:
+      whole_file.write(self._path, content)
     return kept
 
   def append(self, record: Record) -> None:

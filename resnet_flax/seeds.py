@@ -21,7 +21,8 @@ from resnet_flax import mesh as mesh_lib
 
 PyTree = Any
 
-EXECUTIONS = ("auto", "in_turn", "vectorized")
+# How seeds that share a device are trained.
+EXECUTIONS = ("in_turn", "vectorized")
 
 
 class Networks(flax.struct.PyTreeNode):
@@ -70,7 +71,7 @@ class Layout:
     Args:
       config: its `seed` and `num_seeds` are used.
       devices: by default all devices.
-      execution: 'in_turn' or 'vectorized'.
+      execution: one of `EXECUTIONS`.
     """
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     mesh = mesh_lib.create_mesh(devices, len(seeds))
@@ -108,7 +109,7 @@ class Layout:
       return [jax.device_get(networks)]
     trees: list[PyTree] = []
     for call in jax.device_get(networks.calls):
-      trees += self._split(call)
+      trees += unstack(call, self.per_call)
     return trees[: len(self.seeds)]
 
   def each(self, function: Callable[..., PyTree], *networks: PyTree) -> PyTree:
@@ -260,14 +261,6 @@ class Layout:
     images, labels = zip(*calls, strict=True)
     return Networks(images), Networks(labels)
 
-  def _split(self, call: PyTree) -> list[PyTree]:
-    if not self.is_stacked:
-      return [call]
-    return [
-      jax.tree.map(lambda leaf, place=place: leaf[place], call)
-      for place in range(self.per_call)
-    ]
-
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
   """One tree of NumPy arrays [seeds, ...]; of a single tree itself."""
@@ -276,11 +269,11 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def unstack(tree: PyTree, num_seeds: int) -> list[PyTree]:
-  """What `stack` was given."""
-  if num_seeds == 1:
+def unstack(tree: PyTree, count: int) -> list[PyTree]:
+  """What `stack` was given: so many trees."""
+  if count == 1:
     return [tree]
   return [
     jax.tree.map(lambda leaf, place=place: leaf[place], tree)
-    for place in range(num_seeds)
+    for place in range(count)
   ]

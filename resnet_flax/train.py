@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import pathlib
@@ -38,8 +39,7 @@ _logger = logging.getLogger(__name__)
 # What a checkpoint's notes are before the first step of an epoch.
 NEW_EPOCH: checkpoint.Notes = {"learning_rate": [], "epoch_seconds": 0.0}
 
-# Ways to train several seeds, and the steps by which they are compared.
-_EXECUTIONS = ("in_turn", "vectorized")
+# Steps by which ways to train several seeds are compared.
 _WARM_UP_STEPS, _TIMED_STEPS = 3, 20
 
 # Of one seed, or of several.
@@ -77,7 +77,8 @@ def train_and_evaluate(
     NonFiniteError: the loss or the state became infinite or NaN.
     Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
   """
-  config_rules.check(config, num_devices=len(devices or jax.devices()))
+  devices = list(devices or jax.devices())
+  config_rules.check(config, num_devices=len(devices))
   config_rules.check_labels(config)
   workdir = pathlib.Path(workdir).absolute()
   experiment = experiment_lib.build(config)
@@ -124,7 +125,7 @@ def train_and_evaluate(
       workdir_lib.record_start(
         workdir,
         ConfigDict(config.to_dict() | {"seed_execution": execution}),
-        list(devices or jax.devices()),
+        devices,
         dataset.source,
       )
     layout = seeds_lib.Layout.create(config, devices, execution)
@@ -254,7 +255,7 @@ def _choose_execution(
   workdir: pathlib.Path,
   experiment: train_step.Experiment,
   split: datasets.Split,
-  devices: Sequence[jax.Device] | None,
+  devices: Sequence[jax.Device],
 ) -> str:
   """How several seeds are trained; once for all starts of a run."""
   if config.seed_execution != "auto" or config.num_seeds == 1:
@@ -263,9 +264,9 @@ def _choose_execution(
     return workdir_lib.load_config(workdir).seed_execution
   per_call = {
     seeds_lib.Layout.create(config, devices, execution).per_call
-    for execution in _EXECUTIONS
+    for execution in seeds_lib.EXECUTIONS
   }
-  on_cpu = (devices or jax.devices())[0].platform == "cpu"
+  on_cpu = devices[0].platform == "cpu"
   # On CPUs as experiments/seeds measured it.
   if on_cpu or len(per_call) == 1:
     return "in_turn"
@@ -290,7 +291,7 @@ def faster_execution(
     'vectorized' or 'in_turn'.
   """
   seconds = {}
-  for execution in _EXECUTIONS:
+  for execution in seeds_lib.EXECUTIONS:
     layout = seeds_lib.Layout.create(config, devices, execution)
     state = initial_state(config, experiment, split, layout)
     key = augmentation_key(layout)
@@ -305,9 +306,9 @@ def faster_execution(
   _logger.info(
     "%d seeds take %.4f s a step in turn, %.4f s vectorized",
     config.num_seeds,
-    *(seconds[execution] for execution in _EXECUTIONS),
+    *(seconds[execution] for execution in seeds_lib.EXECUTIONS),
   )
-  return min(_EXECUTIONS, key=lambda execution: seconds[execution])
+  return min(seeds_lib.EXECUTIONS, key=lambda execution: seconds[execution])
 
 
 def initial_state(
@@ -520,6 +521,29 @@ def epoch_batches(
       yield split.take(positions)
 
   return layout.batches(of_seed)
+
+
+def all_batches(
+  split: datasets.Split,
+  batch_size: int,
+  layout: seeds_lib.Layout,
+  first_epoch: int = 0,
+) -> Iterator[tuple[Any, Any]]:
+  """The batches of one epoch after the other, without end.
+
+  Args:
+    split: what is trained on.
+    batch_size: images of a batch of one seed, over all devices.
+    layout: where the networks are.
+    first_epoch: 0-based.
+
+  Yields:
+    What `epoch_batches` does.
+  """
+  return itertools.chain.from_iterable(
+    epoch_batches(split, batch_size, epoch, layout)
+    for epoch in itertools.count(first_epoch)
+  )
 
 
 def train_steps(

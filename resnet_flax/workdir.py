@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import re
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import config_rules, environment, errors, lock
+from resnet_flax import config_rules, environment, errors, lock, whole_file
 
 _logger = logging.getLogger(__name__)
 
@@ -243,6 +242,5 @@ def _removed(workdir: pathlib.Path) -> errors.WorkdirError:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file whole or not at all."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(temporary, path)
+  text = json.dumps(value, indent=2) + "\n"
+  whole_file.write(path, text.encode())

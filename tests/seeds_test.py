@@ -123,10 +123,7 @@ def steps(config, experiment, split, layout, compiled=None):
         experiment, state, config.batch_size, key, layout
       )
     )
-  batches = itertools.chain.from_iterable(
-    train.epoch_batches(split, config.batch_size, epoch, layout)
-    for epoch in itertools.count()
-  )
+  batches = train.all_batches(split, config.batch_size, layout)
   losses = []
   for batch in itertools.islice(batches, 5):
     state, step_metrics = compiled[0](state, *batch, key)

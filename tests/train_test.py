@@ -645,10 +645,7 @@ def losses_of(config, dataset, devices, steps):
     experiment, state, config.batch_size, key, layout
   )
   sums = [0.0]
-  batches = itertools.chain.from_iterable(
-    train.epoch_batches(dataset.train, config.batch_size, epoch, layout)
-    for epoch in itertools.count()
-  )
+  batches = train.all_batches(dataset.train, config.batch_size, layout)
   for images, labels in itertools.islice(batches, steps):
     state, step_metrics = compiled(state, images, labels, key)
     sums.append(float(step_metrics.sums.loss))

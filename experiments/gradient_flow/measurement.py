@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from resnet_flax import (
   layer_norms,
   seeds,
   train,
+  whole_file,
 )
 
 Record = dict[str, Any]
@@ -144,10 +144,7 @@ def measure(
     title="training step that measures",
     donate_state=True,
   )
-  batches = itertools.chain.from_iterable(
-    train.epoch_batches(split, config.batch_size, epoch, layout)
-    for epoch in itertools.count()
-  )
+  batches = train.all_batches(split, config.batch_size, layout)
   results: list[Record] = [
     {"seed": seed, "measured": []} for seed in layout.seeds
   ]
@@ -202,9 +199,8 @@ def read(path: pathlib.Path) -> list[Record]:
 
 def write(path: pathlib.Path, records: Sequence[Record]) -> None:
   """Writes a file of records, one line each, whole or not at all."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-  os.replace(temporary, path)
+  text = "".join(json.dumps(record) + "\n" for record in records)
+  whole_file.write(path, text.encode())
 
 
 def missing(

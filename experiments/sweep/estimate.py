@@ -107,23 +107,17 @@ def _rates(
   ]
 
 
-def _num_seeds(config: ConfigDict) -> int:
-  return config.get("num_seeds", 1)
-
-
 def _images_of_epoch(config: ConfigDict) -> int:
   """Images that are trained on in an epoch, each seed's counted."""
   steps = loading.num_train_examples(config.dataset) // config.batch_size
-  return _num_seeds(config) * steps * config.batch_size
+  return config.num_seeds * steps * config.batch_size
 
 
 def _flops_of_epoch(config: ConfigDict) -> float:
   """Of training and evaluation, each seed's counted."""
   info = loading.DATASETS[config.dataset.name]
   evaluated = info.num_test + config.dataset.validation_examples
-  passes = _TRAINING * _images_of_epoch(config) + (
-    _num_seeds(config) * evaluated
-  )
+  passes = _TRAINING * _images_of_epoch(config) + config.num_seeds * evaluated
   return 2.0 * _size(config).multiply_adds * passes
 
 

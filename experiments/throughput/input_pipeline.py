@@ -13,7 +13,6 @@ else should run meanwhile.
 import itertools
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict
 
 from experiments.throughput.in_turn import in_turn
 from experiments.throughput.resident import prepare_on_data
+from experiments.throughput.spread_table import spread_table
 from resnet_flax import (
   command_line,
   environment,
@@ -113,24 +113,18 @@ def _start(arguments: list[str], cache: str) -> dict[str, float]:
 
 
 def _table(results: dict[str, Any]) -> str:
-  def row(name: str, values: list[float], form: str) -> str:
-    numbers = (statistics.median(values), min(values), max(values))
-    return f"| {name} | " + " | ".join(format(x, form) for x in numbers) + " |"
-
   steps, start = results["steps"], results["start"]
   costs = [
     resident / real - 1
     for resident, real in zip(steps["resident"], steps["real"], strict=True)
   ]
-  return "\n".join(
+  return spread_table(
     [
-      "| measurement | median | least | most |",
-      "| --- | --- | --- | --- |",
-      row("training on real data, images/s", steps["real"], ".1f"),
-      row("one resident batch, images/s", steps["resident"], ".1f"),
-      row("cost of the input pipeline, pair by pair", costs, ".1%"),
+      ("training on real data, images/s", steps["real"], ".1f"),
+      ("one resident batch, images/s", steps["resident"], ".1f"),
+      ("cost of the input pipeline, pair by pair", costs, ".1%"),
       *(
-        row(
+        (
           f"command to {what}, {cache} compilation cache, s",
           [times[key] for times in start[cache]],
           ".2f",

@@ -1,7 +1,7 @@
 """Our training step, compiled as by the main command, and a resident batch."""
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,16 +38,16 @@ class Resident:
   batch: tuple[Any, Any]
   key: Any
 
-  def train(self, batches: Iterable[Any]) -> train_step.MetricSums:
+  def train(self, batches: Iterable[Any]) -> list[train_step.MetricSums]:
     """Takes one step for each batch, as the main command does.
 
     Args:
       batches: `batch`, repeated, or those of `prepare_on_data`.
 
     Returns:
-      The sums of the epoch after the last one, on the host.
+      For each seed the sums of the epoch after the last one, on the host.
     """
-    self.state, (last,) = train.train_steps(
+    self.state, last = train.train_steps(
       self.step,
       self.state,
       batches,
@@ -55,7 +55,7 @@ class Resident:
       lambda _: None,
       layout=self.layout,
     )
-    return last.sums
+    return [each.sums for each in last]
 
 
 def noise(
@@ -84,34 +84,35 @@ def prepare(
   layout = seeds.Layout.create(config)
   split = record.whole_split(images, labels)
   (batch,) = layout.batches(lambda _: [(images, labels)])
-  return _prepare(config, experiment, split, batch, layout)
+  return _prepare(config, experiment, split, batch, len(labels), layout)
 
 
 def prepare_on_data(
-  config: ConfigDict,
+  config: ConfigDict, execution: str = "in_turn"
 ) -> tuple[Resident, Callable[[int], Iterator[Any]]]:
   """A step on the configuration's own data, on all devices.
 
   Args:
     config: the experiment's; checked here.
+    execution: of several seeds, one of `seeds.EXECUTIONS`.
 
   Returns:
     The step, whose batch is the first of epoch 0, and a function that gives
     the batches of an epoch and of all that follow.
   """
   config_rules.check(config, num_devices=jax.device_count())
-  layout = seeds.Layout.create(config)
+  layout = seeds.Layout.create(config, None, execution)
   dataset = datasets.load(config.dataset)
 
-  def batches_from(first_epoch: int) -> Iterator[Any]:
-    return itertools.chain.from_iterable(
-      train.epoch_batches(dataset.train, config.batch_size, epoch, layout)
-      for epoch in itertools.count(first_epoch)
-    )
-
+  batch_size = config.batch_size
+  batches_from = functools.partial(
+    train.all_batches, dataset.train, batch_size, layout
+  )
   experiment = experiment_lib.build(config)
   batch = next(batches_from(0))
-  prepared = _prepare(config, experiment, dataset.train, batch, layout)
+  prepared = _prepare(
+    config, experiment, dataset.train, batch, batch_size, layout
+  )
   return prepared, batches_from
 
 
@@ -120,10 +121,11 @@ def _prepare(
   experiment: train_step.Experiment,
   split: record.Split,
   batch: tuple[Any, Any],
+  batch_size: int,
   layout: seeds.Layout,
 ) -> Resident:
   """Initialises and compiles as `train.train_and_evaluate` does."""
   key = train.augmentation_key(layout)
   state = train.initial_state(config, experiment, split, layout)
-  step = train.compile_train_step(experiment, state, len(batch[1]), key, layout)
+  step = train.compile_train_step(experiment, state, batch_size, key, layout)
   return Resident(layout, step, state, batch, key)

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
-from resnet_flax import errors, metrics
+from resnet_flax import errors, metrics, whole_file
 from resnet_flax.report import (
   figures as figures_lib,
   page,
@@ -93,7 +93,9 @@ def make(
   files["index.html"] = page.render(len(runs), len(groups), sections).encode()
   with _explain_write_errors(out):
     for name, content in files.items():
-      _write(out / name, content)
+      path = out / name
+      path.parent.mkdir(exist_ok=True)
+      whole_file.write(path, content)
   return Summary(len(runs), len(groups), out / "index.html")
 
 
@@ -106,18 +108,6 @@ def _explain_write_errors(out: pathlib.Path) -> Iterator[None]:
       f"--out={out} cannot be written:"
       f" {error.strerror or errors.one_line(error)}. Pass another folder."
     ) from error
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(exist_ok=True)
-  temporary = path.with_name(f"{path.name}.tmp")
-  try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 def _accuracies(groups: Sequence[runs_lib.Group]) -> page.Section:

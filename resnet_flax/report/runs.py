@@ -300,11 +300,8 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       if key not in config:
         raise errors.ConfigError(f"{key} is missing.")
       config_rules.RULES[key](key, config[key])
-    num_seeds = config.get("num_seeds", 1)
-    if type(num_seeds) is not int or num_seeds < 1:
-      raise errors.ConfigError(
-        f"num_seeds={num_seeds!r} cannot be used; needed: an integer from 1."
-      )
+    # Runs of older versions lack it.
+    config_rules.RULES["num_seeds"]("num_seeds", config.get("num_seeds", 1))
   except errors.ConfigError as error:
     raise errors.WorkdirError(
       f"{path} is not the configuration of a run: {error} Restore it, or leave"

@@ -53,7 +53,9 @@ class Program:
     return self._train
 
   def _train(self, steps: int) -> float:
-    sums = self._resident.train(itertools.repeat(self._resident.batch, steps))
+    (sums,) = self._resident.train(
+      itertools.repeat(self._resident.batch, steps)
+    )
     # They run on over the steps of an epoch.
     return float(sums.loss) / int(sums.count)
 

@@ -1,0 +1,108 @@
+"""Speeds of several seeds in one program and one after another."""
+
+import itertools
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.throughput.in_turn import in_turn
+from experiments.throughput.resident import prepare_on_data
+from experiments.throughput.spread_table import spread_table
+
+ALONE, IN_TURN, VECTORIZED = "one after another", "in turn", "vectorized"
+
+
+def measure_steps(
+  config: ConfigDict, rounds: int, steps: int
+) -> dict[str, list[float]]:
+  """Images/s of all seeds together, in each way, on all devices.
+
+  Args:
+    config: the experiment, of several seeds.
+    rounds: how often each is measured.
+    steps: training steps of each seed in one measurement.
+  """
+  of_each = [
+    ConfigDict(config.to_dict() | {"seed": seed, "num_seeds": 1})
+    for seed in range(config.seed, config.seed + config.num_seeds)
+  ]
+  prepared = {
+    ALONE: [prepare_on_data(of_one) for of_one in of_each],
+    IN_TURN: [prepare_on_data(config, "in_turn")],
+    VECTORIZED: [prepare_on_data(config, "vectorized")],
+  }
+  ways = {
+    name: [(resident, batches_from(0)) for resident, batches_from in each]
+    for name, each in prepared.items()
+  }
+  images = steps * config.batch_size * config.num_seeds
+  speeds: dict[str, list[float]] = {name: [] for name in ways}
+  for round_number, name in in_turn(ways, rounds):
+    started = time.perf_counter()
+    for resident, batches in ways[name]:
+      resident.train(itertools.islice(batches, steps))
+    if round_number:
+      speeds[name].append(images / (time.perf_counter() - started))
+  return speeds
+
+
+def measure_runs(
+  arguments: list[str], config: ConfigDict, rounds: int
+) -> dict[str, list[float]]:
+  """Seconds of the whole command for all seeds, and once for each.
+
+  Args:
+    arguments: the command's --config and its overrides.
+    config: what they stand for.
+    rounds: how often each is measured, after a round to warm up.
+  """
+  last = config.seed + config.num_seeds
+  commands: dict[str, list[list[str]]] = {
+    "one program": [[]],
+    "a program for each": [
+      ["--config.num_seeds=1", f"--config.seed={seed}"]
+      for seed in range(config.seed, last)
+    ],
+  }
+  seconds: dict[str, list[float]] = {name: [] for name in commands}
+  for round_number, name in in_turn(commands, rounds):
+    started = time.perf_counter()
+    for overrides in commands[name]:
+      with tempfile.TemporaryDirectory() as folder:
+        main = [sys.executable, "-m", "resnet_flax.main", *arguments]
+        subprocess.run(
+          [*main, *overrides, f"--workdir={folder}/run"],
+          check=True,
+          capture_output=True,
+        )
+    if round_number:
+      seconds[name].append(time.perf_counter() - started)
+  return seconds
+
+
+def table(results: dict[str, Any]) -> str:
+  """What was measured, as Markdown.
+
+  Args:
+    results: `steps` of `measure_steps` and `runs` of `measure_runs`, or {}.
+  """
+
+  def ratios(measured: dict[str, list[float]], one: str, other: str):
+    pairs = zip(measured[one], measured[other], strict=True)
+    return [a / b for a, b in pairs]
+
+  steps, runs = results["steps"], results["runs"]
+  rows = [(f"{name}, images/s", steps[name], ".1f") for name in steps]
+  rows += [
+    (f"{name} / {ALONE}", ratios(steps, name, ALONE), ".3f")
+    for name in (IN_TURN, VECTORIZED)
+  ]
+  if runs:
+    together, each = runs
+    rows += [(f"{name}, s", runs[name], ".1f") for name in runs]
+    rows += [(f"{each} / {together}", ratios(runs, each, together), ".3f")]
+  return spread_table(rows)
