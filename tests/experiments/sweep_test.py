@@ -623,48 +623,43 @@ def test_stop_and_go_on_beside_a_cell_that_fails(load, tmp_path, start):
   assert good.log.stat().st_size == size
 
 
-@needs_ray
-@needs_linux
-@pytest.mark.usefixtures("marked")
-def test_a_node_that_dies(load, tmp_path, start, monkeypatch):
-  """What was running there goes on elsewhere, from its checkpoint."""
+@pytest.fixture
+def cluster_address(marked, monkeypatch):
+  """The address of a Ray cluster whose two nodes have a CPU each."""
   monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
   monkeypatch.setenv("RAY_worker_niceness", "0")
-  (cell,) = load(OVERRIDES={**QUICK, "num_epochs": 6}, CPUS_PER_CELL=1).cells
-  with contextlib.ExitStack() as stack:
-    from ray.cluster_utils import Cluster
+  process = subprocess.Popen(
+    [sys.executable, "-m", "tests.experiments.ray_cluster"],
+    cwd=ROOT,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  lines = iter(process.stdout.readline, "")
+  yield next(
+    line.strip().removeprefix("address=")
+    for line in lines
+    if line.startswith("address=")
+  )
+  process.communicate(timeout=60)
 
-    cluster = Cluster(
-      initialize_head=True,
-      head_node_args={
-        "num_cpus": 0,
-        "include_dashboard": False,
-        # Death is to be noticed sooner.
-        "_system_config": {
-          "health_check_period_ms": 500,
-          "health_check_initial_delay_ms": 0,
-        },
-      },
-    )
-    stack.callback(cluster.shutdown)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    process = start(
-      f"--sweep={tmp_path}/sweep.py",
-      f"--workdir={tmp_path}/sweep",
-      f"--address={cluster.address}",
-    )
-    pid = wait_for_checkpoint(cell)
-    worker = parent_of(pid)
-    (node,) = (
-      node
-      for node in nodes
-      if node.all_processes["raylet"][0].process.pid == parent_of(worker)
-    )
-    # Its processes at once; the cell's own hears of its worker's death.
-    cluster.remove_node(node, allow_graceful=False)
+
+@needs_ray
+@needs_linux
+def test_a_node_that_dies(load, tmp_path, start, cluster_address):
+  """What was running there goes on elsewhere, from its checkpoint."""
+  (cell,) = load(OVERRIDES={**QUICK, "num_epochs": 6}, CPUS_PER_CELL=1).cells
+  process = start(
+    f"--sweep={tmp_path}/sweep.py",
+    f"--workdir={tmp_path}/sweep",
+    f"--address={cluster_address}",
+  )
+  worker = parent_of(wait_for_checkpoint(cell))
+  # Both at once, as with a machine; the cell hears of its worker's death.
+  for pid in (parent_of(worker), worker):
     with contextlib.suppress(ProcessLookupError):
-      os.kill(worker, signal.SIGKILL)
-    code, out, err = end(process)
+      os.kill(pid, signal.SIGKILL)
+  code, out, err = end(process)
   assert code == 0, err
   assert out[-1] == "1 cells: 1 finished"
   assert overview.is_finished(cell)
