@@ -9,6 +9,10 @@ import subprocess
 # Before JAX and Keras are imported.
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tiny programs that run once: most of the tests' time is LLVM's.
+os.environ["XLA_FLAGS"] = " ".join(
+  ["--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
+)
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"),

@@ -589,7 +589,7 @@ def test_ray_that_is_not_there_is_named(monkeypatch):
 @pytest.mark.usefixtures("marked")
 def test_stop_and_go_on_beside_a_cell_that_fails(load, tmp_path, start):
   sweep = {
-    "OVERRIDES": {**QUICK, "num_epochs": 6},
+    "OVERRIDES": {**QUICK, "num_epochs": 3},
     "GRID": [{"init_from": ["nowhere"]}, {"seed": [0]}],
   }
   failing, good = load(**sweep).cells
@@ -648,7 +648,7 @@ def cluster_address(marked, monkeypatch):
 @needs_linux
 def test_a_node_that_dies(load, tmp_path, start, cluster_address):
   """What was running there goes on elsewhere, from its checkpoint."""
-  (cell,) = load(OVERRIDES={**QUICK, "num_epochs": 6}, CPUS_PER_CELL=1).cells
+  (cell,) = load(OVERRIDES={**QUICK, "num_epochs": 3}, CPUS_PER_CELL=1).cells
   process = start(
     f"--sweep={tmp_path}/sweep.py",
     f"--workdir={tmp_path}/sweep",

@@ -106,7 +106,8 @@ def onednn_or_not(request):
 
 @settings(
   deadline=None,
-  max_examples=15,
+  derandomize=True,
+  max_examples=10,
   suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(convolutions(), st.sampled_from([1, 1 << 12, 1 << 19]))
