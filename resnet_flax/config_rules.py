@@ -29,6 +29,7 @@ Rule = Callable[[str, Any], None]
 # Keys that do not change the mathematics: they may differ when a run goes on.
 FREE_KEYS = (
   "seed_execution",
+  "steps_per_call",
   "eval_batch_size",
   "log_layer_norms_every",
   "dataset.data_dir",
@@ -148,6 +149,7 @@ RULES: dict[str, Rule] = {
   "num_seeds": _integer(1, _MOST_SEEDS),
   "seed_execution": _name(("auto", *seeds.EXECUTIONS)),
   "batch_size": _integer(1),
+  "steps_per_call": _integer(0),
   "num_epochs": _integer(1),
   "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
   "log_layer_norms_every": _integer(0),

@@ -59,8 +59,9 @@ class Progress:
     )
 
   def step(self, of_seeds: Sequence[train_step.StepMetrics]) -> None:
-    """Takes in the metrics of the next step of each seed, on the host."""
-    self._step += 1
+    """Takes in the metrics of a step of each seed, on the host."""
+    taken = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
+    new_steps, self._step = taken - self._step, taken
     now = time.perf_counter()
     steps = self._step - self._first_step
     self._seconds_per_step = (now - self._started) / steps
@@ -76,7 +77,7 @@ class Progress:
         )
     else:
       self._bar.set_postfix_str(self._text(of_seeds), refresh=False)
-      self._bar.update()
+      self._bar.update(new_steps)
 
   def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
     """Ends an epoch with its record and the seconds its evaluation took."""

@@ -120,15 +120,15 @@ class Layout:
     return Networks(tuple(function(*trees) for trees in calls))
 
   def batches(
-    self, of_seed: Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]
-  ) -> Iterator[tuple[Any, Any]]:
+    self, of_seed: Callable[[int], Iterable[tuple[np.ndarray, ...]]]
+  ) -> Iterator[tuple[Any, ...]]:
     """The batches of all seeds, on the devices.
 
     Args:
-      of_seed: gives the batches of a seed, (uint8[B, H, W, C], int32[B]).
+      of_seed: gives the batches of a seed, tuples of arrays [B, ...].
 
     Yields:
-      Images and labels of a step.
+      The arrays of a batch, for all seeds.
     """
     for batches in zip(*map(of_seed, self.seeds), strict=True):
       yield self._put_batches(batches)
@@ -245,21 +245,19 @@ class Layout:
     return jax.device_put(tree, self.call_sharding(), may_alias=False)
 
   def _put_batches(
-    self, batches: Sequence[tuple[np.ndarray, np.ndarray]]
-  ) -> tuple[Any, Any]:
+    self, batches: Sequence[tuple[np.ndarray, ...]]
+  ) -> tuple[Any, ...]:
     sharding = self._batch_sharding()
     calls = []
     for positions in self._positions():
       parts = [batches[position] for position in positions]
       call = parts[0]
       if self.is_stacked:
-        images, labels = zip(*parts, strict=True)
-        call = np.stack(images), np.stack(labels)
+        call = tuple(np.stack(arrays) for arrays in zip(*parts, strict=True))
       calls.append(jax.device_put(call, sharding))
     if len(self.seeds) == 1:
       return calls[0]
-    images, labels = zip(*calls, strict=True)
-    return Networks(images), Networks(labels)
+    return tuple(Networks(arrays) for arrays in zip(*calls, strict=True))
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

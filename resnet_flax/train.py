@@ -8,7 +8,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from resnet_flax import (
   normalization,
   progress as progress_lib,
   randomness,
+  resident,
   seeds as seeds_lib,
   train_step,
   transfer,
@@ -44,10 +45,26 @@ _WARM_UP_STEPS, _TIMED_STEPS = 3, 20
 
 # Of one seed, or of several.
 State = train_step.TrainState | seeds_lib.Networks
-# Of (state, images, labels, key), returning the new state and `StepMetrics`.
+# Of a state and a call's arguments, returning the new state and `StepMetrics`.
 CompiledStep = Callable[..., tuple[Any, Any]]
-# Called before a step with the number of steps done, state, images and labels.
-BeforeStep = Callable[[int, State, Any, Any], None]
+
+
+class Call(NamedTuple):
+  """What a call of a compiled step is given besides the state.
+
+  Attributes:
+    num_steps: how many steps it does.
+    arguments: all others; arrays.
+    first_batch: makes images and labels of its first step, for all seeds.
+  """
+
+  num_steps: int
+  arguments: tuple[Any, ...]
+  first_batch: Callable[[], tuple[Any, Any]]
+
+
+# Called before a call with the number of steps done, the state and the call.
+BeforeCall = Callable[[int, State, Call], None]
 
 
 def train_and_evaluate(
@@ -121,14 +138,21 @@ def train_and_evaluate(
     execution = _choose_execution(
       config, workdir, experiment, dataset.train, devices
     )
+    layout = seeds_lib.Layout.create(config, devices, execution)
+    # As chosen, now or when the run began.
+    steps_per_call = resident.steps_per_call(
+      config.steps_per_call or _stored(workdir, "steps_per_call"),
+      dataset.train,
+      layout,
+    )
+    chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
     with workdir_lib.explain_write_errors(workdir):
       workdir_lib.record_start(
         workdir,
-        ConfigDict(config.to_dict() | {"seed_execution": execution}),
+        ConfigDict(config.to_dict() | chosen),
         devices,
         dataset.source,
       )
-    layout = seeds_lib.Layout.create(config, devices, execution)
     if dataset.validation is None:
       _logger.info(
         "note: the best epoch is chosen on the test split, as in the recipe;"
@@ -155,8 +179,8 @@ def train_and_evaluate(
     )
     stack.callback(progress.close)
     key = augmentation_key(layout)
-    compiled_step = compile_train_step(
-      experiment, state, config.batch_size, key, layout
+    compiled_step, epoch_calls = _compile_calls(
+      config, experiment, state, dataset.train, key, layout, steps_per_call
     )
     write_layer_norms = _layer_norms_writer(
       config, experiment, state, key, layout
@@ -185,20 +209,17 @@ def train_and_evaluate(
       first_step = epoch * steps_per_epoch
       taken = int(state.step) - first_step
       progress.start_epoch(epoch, taken)
-      batches = epoch_batches(
-        dataset.train, config.batch_size, epoch, layout, first=taken
-      )
+      calls = epoch_calls(epoch, taken)
       started = time.perf_counter()
       while taken < steps_per_epoch:
         try:
           state, last = train_steps(
             compiled_step,
             state,
-            batches,
-            key,
+            calls,
             progress.step,
             until=lambda step: signals.requested or timer.due(step),
-            before_step=functools.partial(write_layer_norms, board),
+            before_call=functools.partial(write_layer_norms, board),
             layout=layout,
           )
         except errors.NonFiniteError as error:
@@ -250,6 +271,13 @@ def train_and_evaluate(
   return records
 
 
+def _stored(workdir: pathlib.Path, key: str) -> Any:
+  """What an earlier start of the run has chosen; None without one."""
+  if not (workdir / "config.json").exists():
+    return None
+  return workdir_lib.load_config(workdir).get(key)
+
+
 def _choose_execution(
   config: ConfigDict,
   workdir: pathlib.Path,
@@ -260,8 +288,9 @@ def _choose_execution(
   """How several seeds are trained; once for all starts of a run."""
   if config.seed_execution != "auto" or config.num_seeds == 1:
     return config.seed_execution
-  if (workdir / "config.json").exists():
-    return workdir_lib.load_config(workdir).seed_execution
+  stored = _stored(workdir, "seed_execution")
+  if stored in seeds_lib.EXECUTIONS:
+    return stored
   per_call = {
     seeds_lib.Layout.create(config, devices, execution).per_call
     for execution in seeds_lib.EXECUTIONS
@@ -408,22 +437,139 @@ def compile_step(
   Returns:
     A function of (state, uint8[B, H, W, C], int32[B], key), each for all seeds.
   """
-  started = time.perf_counter()
-  _logger.info("compiling the %s", title)
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   labels = layout.batch_shape((batch_size,), np.int32)
+  return _compile(
+    functools.partial(step, experiment),
+    state,
+    lambda key: (images, labels, key),
+    key,
+    layout,
+    title=title,
+    donate_state=donate_state,
+  )
+
+
+def compile_train_steps(
+  experiment: train_step.Experiment,
+  state: State,
+  placed: resident.Resident,
+  batch_size: int,
+  key: Any,
+  layout: seeds_lib.Layout,
+) -> CompiledStep:
+  """Compiles a call of any number of training steps.
+
+  The state is donated: the caller's copy is gone after a call.
+
+  Args:
+    experiment: the fixed parts.
+    state: of all seeds; only its shapes are used.
+    placed: the training split.
+    batch_size: images of a step of one seed, over all devices.
+    key: from `augmentation_key`; only its shapes are used.
+    layout: where the networks are.
+
+  Returns:
+    A function of the arguments of `train_step.train_steps` after the first;
+    state, order and key for all seeds.
+  """
+  steps = experiment.learning_rate.steps_per_epoch
+  order = layout.batch_shape((batch_size, steps), np.int32)
+  return _compile(
+    functools.partial(train_step.train_steps, experiment),
+    state,
+    lambda key: (order, key, placed.images, placed.labels, np.int32(0)),
+    key,
+    layout,
+    title="training steps",
+    donate_state=True,
+    shared=3,
+  )
+
+
+def _compile(
+  function: Callable[..., Any],
+  state: State,
+  others: Callable[[Any], tuple[Any, ...]],
+  key: Any,
+  layout: seeds_lib.Layout,
+  *,
+  title: str,
+  donate_state: bool,
+  shared: int = 0,
+) -> Callable[..., Any]:
+  """Compiles a function of one seed's state, as one of all seeds'.
+
+  Args:
+    function: returns a tree of arrays or a tuple of trees.
+    state: of all seeds; only its shapes are used.
+    others: makes of a call's key the arguments after the state, or shapes.
+    key: from `augmentation_key`; only its shapes are used.
+    layout: where the networks are.
+    title: what to call it.
+    donate_state: whether the state's memory is for the result.
+    shared: how many of the last arguments are the same for all networks.
+  """
+  started = time.perf_counter()
+  _logger.info("compiling the %s", title)
   jitted = jax.jit(
-    layout.over_networks(functools.partial(step, experiment)),
+    layout.over_networks(function, shared),
     donate_argnums=0 if donate_state else (),
     out_shardings=layout.call_sharding(),
   )
   if isinstance(state, seeds_lib.Networks):
     # All calls of a step are alike.
     state, key = state.calls[0], key.calls[0]
-  lowered = jitted.lower(state, images, labels, key)
+  lowered = jitted.lower(state, *others(key))
   compiled = lowered.compile(mesh_lib.compiler_options(layout.mesh))
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
-  return layout.in_turn(compiled)
+  return layout.in_turn(compiled, shared)
+
+
+def _compile_calls(
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  state: State,
+  split: datasets.Split,
+  key: Any,
+  layout: seeds_lib.Layout,
+  steps_per_call: int,
+) -> tuple[CompiledStep, Callable[[int, int], Iterator[Call]]]:
+  """The compiled step, and a function of an epoch and of its first step.
+
+  Both 0-based; the function gives the calls up to the epoch's end.
+  """
+  size = config.batch_size
+  if steps_per_call == 1:
+    compiled_step = compile_train_step(experiment, state, size, key, layout)
+
+    def one_by_one(epoch: int, first: int) -> Iterator[Call]:
+      batches = epoch_batches(split, size, epoch, layout, first=first)
+      return one_step_calls(batches, key)
+
+    return compiled_step, one_by_one
+
+  placed = resident.place(split, layout)
+  compiled_step = compile_train_steps(
+    experiment, state, placed, size, key, layout
+  )
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+
+  def many_at_once(epoch: int, first: int) -> Iterator[Call]:
+    start = epoch * steps_per_epoch
+    ends = resident.call_ends(
+      start + first,
+      start + steps_per_epoch,
+      steps_per_call,
+      # What is done between two steps.
+      (config.checkpoint.every_steps, config.log_layer_norms_every),
+    )
+    return many_step_calls(
+      split, placed, size, epoch, key, layout, ends, first=first
+    )
+
+  return compiled_step, many_at_once
 
 
 def _layer_norms_writer(
@@ -432,7 +578,7 @@ def _layer_norms_writer(
   state: State,
   key: Any,
   layout: seeds_lib.Layout,
-) -> Callable[[metrics.TensorBoard, int, State, Any, Any], None]:
+) -> Callable[[metrics.TensorBoard, int, State, Call], None]:
   """What writes the layers' norms where `log_layer_norms_every` says.
 
   Args:
@@ -443,11 +589,11 @@ def _layer_norms_writer(
     layout: where the networks are.
 
   Returns:
-    A function of a board and of what `BeforeStep` takes.
+    A function of a board and of what `BeforeCall` takes.
   """
   every = config.log_layer_norms_every
   if not every:
-    return lambda board, step, state, images, labels: None
+    return lambda board, step, state, call: None
   names = layer_norms.layer_names(experiment)
   measure = compile_step(
     layer_norms.measure,
@@ -460,10 +606,10 @@ def _layer_norms_writer(
     donate_state=False,
   )
 
-  def write(board, step, state, images, labels):
+  def write(board, step, state, call):
     if step % every:
       return
-    norms = layout.get(measure(state, images, labels, key))
+    norms = layout.get(measure(state, *call.first_batch(), key))
     for seed, of_seed in zip(layout.seeds, norms, strict=True):
       values = layer_norms.scalars(names, of_seed)
       if len(layout.seeds) > 1:
@@ -546,59 +692,117 @@ def all_batches(
   )
 
 
+def one_step_calls(
+  batches: Iterable[tuple[Any, Any]], key: Any
+) -> Iterator[Call]:
+  """A call for each batch, of what `compile_train_step` compiles.
+
+  Args:
+    batches: from `epoch_batches`.
+    key: from `augmentation_key`.
+  """
+  for batch in batches:
+    yield Call(1, (*batch, key), functools.partial(tuple, batch))
+
+
+def many_step_calls(
+  split: datasets.Split,
+  placed: resident.Resident,
+  batch_size: int,
+  epoch: int,
+  key: Any,
+  layout: seeds_lib.Layout,
+  ends: Iterable[int],
+  *,
+  first: int = 0,
+) -> Iterator[Call]:
+  """Calls of one epoch, of what `compile_train_steps` compiles.
+
+  Args:
+    split: what is trained on.
+    placed: the same on the devices.
+    batch_size: images of a batch of one seed, over all devices.
+    epoch: 0-based.
+    key: from `augmentation_key`.
+    layout: where the networks are.
+    ends: the number of steps done after each call, since the run began.
+    first: the step of the epoch to begin with, 0-based.
+  """
+  # Put on the devices like a batch, whose axis comes first.
+  ((order,),) = layout.batches(
+    lambda seed: [
+      (
+        np.ascontiguousarray(
+          epoch_order(len(split), batch_size, seed, epoch).T, np.int32
+        ),
+      )
+    ]
+  )
+  done = before = epoch * (len(split) // batch_size) + first
+  for end in ends:
+    within = first + done - before
+
+    def first_batch(within=within):
+      batches = epoch_batches(split, batch_size, epoch, layout, first=within)
+      return next(batches)
+
+    arguments = order, key, placed.images, placed.labels, np.int32(end)
+    yield Call(end - done, arguments, first_batch)
+    done = end
+
+
 def train_steps(
   compiled_step: CompiledStep,
   state: State,
-  batches: Iterable[tuple[Any, Any]],
-  key: Any,
-  on_step: Callable[[list[train_step.StepMetrics]], Any],
+  calls: Iterable[Call],
+  on_call: Callable[[list[train_step.StepMetrics]], Any],
   until: Callable[[int], bool] = lambda step: False,
   *,
   layout: seeds_lib.Layout,
-  before_step: BeforeStep = lambda step, state, images, labels: None,
+  before_call: BeforeCall = lambda step, state, call: None,
 ) -> tuple[State, list[train_step.StepMetrics]]:
-  """Takes one step for each batch.
+  """Takes the steps of each call.
 
   Args:
-    compiled_step: from `compile_train_step`.
+    compiled_step: from `compile_train_step` or `compile_train_steps`.
     state: before the first step; donated.
-    batches: from `epoch_batches`, at least one.
-    key: from `augmentation_key`.
-    on_step: called with the metrics of every step, of each seed, on the host.
+    calls: at least one.
+    on_call: called with what every call reports, of each seed, on the host.
     until: called with the number of steps done so far; true ends the loop.
     layout: where the networks are.
-    before_step: called with what the next step is given.
+    before_call: called with what the next call is given.
 
   Returns:
-    The new state and the metrics of the last step, of each seed, on the host.
+    The new state and what the last call reports, of each seed, on the host.
 
   Raises:
     NonFiniteError: a step's objective or the state after it is not finite.
   """
   pending = None
   step = int(state.step)
-  for images, labels in batches:
-    before_step(step, state, images, labels)
-    state, step_metrics = compiled_step(state, images, labels, key)
-    step += 1
-    # Read one step late: the devices have the next step to work on meanwhile.
+  for call in calls:
+    before_call(step, state, call)
+    state, step_metrics = compiled_step(state, *call.arguments)
+    step += call.num_steps
+    # Read one call late: the devices have the next one to work on meanwhile.
     if pending is not None:
-      on_step(_read(pending, step - 2, layout))
+      on_call(_read(pending, layout))
     pending = step_metrics
     if until(step):
       break
   assert pending is not None  # `config_rules` leaves no empty epoch.
-  last = _read(pending, step - 1, layout)
-  on_step(last)
+  last = _read(pending, layout)
+  on_call(last)
   return state, last
 
 
 def _read(
-  step_metrics: Any, step: int, layout: seeds_lib.Layout
+  step_metrics: Any, layout: seeds_lib.Layout
 ) -> list[train_step.StepMetrics]:
   of_seeds = layout.get(step_metrics)
   for seed, each in zip(layout.seeds, of_seeds, strict=True):
     if not each.finite:
+      step = int(each.step)
       raise errors.NonFiniteError(
         f"the loss or the state{_of_seed(layout, seed)} is not finite after"
         f" step {step} (0-based), at learning rate {each.learning_rate:g}."

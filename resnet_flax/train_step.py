@@ -83,11 +83,13 @@ class StepMetrics(flax.struct.PyTreeNode):
   """What one training step reports.
 
   Attributes:
+    step: int32[], its number, 0-based.
     sums: of the epoch so far, this step included.
     learning_rate: float32[], used by this step.
     finite: bool[], whether the objective and the new state are.
   """
 
+  step: jax.Array
   sums: MetricSums
   learning_rate: jax.Array
   finite: jax.Array
@@ -310,9 +312,57 @@ def backpropagated_step(
   finite = _all_finite((objective, params, batch_stats, opt_state))
   return (
     new_state,
-    StepMetrics(sums, rate, finite),
+    StepMetrics(state.step, sums, rate, finite),
     Backpropagated(grads, updated),
   )
+
+
+def train_steps(
+  experiment: Experiment,
+  state: TrainState,
+  order: jax.Array,
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  end: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+  """Steps of one epoch up to a given one, each as `train_step` does it.
+
+  How many is not part of the program, so that where calls end changes no bit.
+
+  Args:
+    experiment: the fixed parts.
+    state: before the first of them.
+    order: int32[B, steps per epoch], positions in the split of each batch.
+    key: key[], the same at every step.
+    images: uint8[M, H, W, C], the training split.
+    labels: int32[M].
+    end: int32[], the steps done afterwards; at least one more than before.
+
+  Returns:
+    The new state, and what the last step has to report, or the first whose
+    result is not finite.
+  """
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+
+  def one(_, carry: tuple[TrainState, StepMetrics]):
+    state, reported = carry
+    positions = jnp.take(order, state.step % steps_per_epoch, axis=1)
+    state, new = train_step(
+      experiment, state, images[positions], labels[positions], key
+    )
+    reported = jax.tree.map(
+      lambda old, new: jnp.where(reported.finite, new, old), reported, new
+    )
+    return state, reported
+
+  nothing = StepMetrics(
+    step=state.step,
+    sums=state.epoch_sums,
+    learning_rate=jnp.zeros((), jnp.float32),
+    finite=jnp.asarray(True),
+  )
+  return jax.lax.fori_loop(0, end - state.step, one, (state, nothing))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

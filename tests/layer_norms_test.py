@@ -292,7 +292,8 @@ def test_several_seeds_have_tags_of_their_own(
   write = train._layer_norms_writer(tiny_config, experiment, None, None, layout)
   board = Board()
   for step in range(4):
-    write(board, step, None, None, None)
+    call = train.Call(1, (None, None, None), lambda: (None, None))
+    write(board, step, None, call)
   assert set(board.written) == {0, 2}
   assert len(board.written[0]) == 2 * 3 * len(names)
   assert board.written[0]["seed_4/layers/gradient/head"] == 4

@@ -16,9 +16,11 @@ RECORD = {
 }
 
 
-def step_metrics(count):
+def step_metrics(step, images=8):
+  """Of the 0-based step of a run; each had so many images."""
+  count = (step + 1) * images
   sums = types.SimpleNamespace(loss=2.0 * count, correct=count / 4, count=count)
-  return [types.SimpleNamespace(sums=sums)]
+  return [types.SimpleNamespace(step=step, sums=sums)]
 
 
 class Clock:
@@ -38,9 +40,9 @@ def test_plain_lines_without_a_terminal(clock, caplog):
   caplog.set_level(logging.INFO)
   shown = progress.Progress(2, 4, batch_size=8, interval_seconds=30)
   shown.start_epoch(0, 0)
-  for step in range(1, 5):
+  for step in range(4):
     clock.now += 20
-    shown.step(step_metrics(8 * step))
+    shown.step(step_metrics(step))
   shown.end_epoch(RECORD, evaluation=10)
   lines = [record.message for record in caplog.records]
   # After 40 s, the first time that 30 s have gone by, and after 80 s.
@@ -60,10 +62,24 @@ def test_last_line_has_no_time_left(clock, caplog):
   shown = progress.Progress(1, 1, batch_size=8, interval_seconds=30)
   shown.start_epoch(0, 0)
   clock.now += 1
-  shown.step(step_metrics(8))
+  shown.step(step_metrics(0))
   shown.end_epoch({**RECORD, "val_loss": 1.0, "val_accuracy": 0.75}, 10)
   assert "left" not in caplog.text
   assert "val loss 1.0000, accuracy 0.7500; test loss" in caplog.text
+
+
+def test_calls_of_several_steps(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(2, 10, batch_size=8, interval_seconds=0)
+  shown.start_epoch(1, 0)
+  for step in (13, 17):
+    clock.now += 4
+    shown.step(step_metrics(step))
+  assert [text.partition(":")[0] for text in caplog.messages] == [
+    "epoch 2/2 step 4/10",
+    "epoch 2/2 step 8/10",
+  ]
+  assert "8 images/s, 0:00:02 left" in caplog.messages[1]
 
 
 def test_going_on_within_an_epoch(clock, caplog):
@@ -71,7 +87,7 @@ def test_going_on_within_an_epoch(clock, caplog):
   shown = progress.Progress(1, 100, batch_size=8, interval_seconds=0)
   shown.start_epoch(0, 98)
   clock.now += 1
-  shown.step(step_metrics(8))
+  shown.step(step_metrics(98))
   # The speed is that of the steps taken here.
   assert caplog.messages == [
     "epoch 1/1 step 99/100: loss 2.0000, accuracy 0.2500, 8 images/s,"
@@ -90,9 +106,9 @@ def test_bar_on_a_terminal(clock, monkeypatch, caplog):
   monkeypatch.setattr(sys, "stderr", terminal)
   shown = progress.Progress(2, 4, batch_size=8, interval_seconds=0)
   shown.start_epoch(0, 0)
-  for step in range(1, 5):
+  for step in range(4):
     clock.now += 1
-    shown.step(step_metrics(8 * step))
+    shown.step(step_metrics(step))
   shown._bar.refresh()
   shown.close()
   text = terminal.getvalue()

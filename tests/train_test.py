@@ -721,8 +721,7 @@ def test_metrics_are_read_one_step_late(layout):
   train.train_steps(
     step_fn,
     State(),
-    batches,
-    None,
+    train.one_step_calls(batches, None),
     lambda of_seeds: events.append(f"read {of_seeds[0].step}"),
     layout=layout,
   )
@@ -740,8 +739,7 @@ def test_steps_until(layout):
   _, (last,) = train.train_steps(
     lambda state, images, labels, key: (state, Finite(images)),
     type("State", (), {"step": 5}),
-    ((k, k) for k in range(9)),
-    None,
+    train.one_step_calls(((k, k) for k in range(9)), None),
     lambda step_metrics: None,
     until=lambda step: step == 8,
     layout=layout,

@@ -50,8 +50,7 @@ class Resident:
     self.state, last = train.train_steps(
       self.step,
       self.state,
-      batches,
-      self.key,
+      train.one_step_calls(batches, self.key),
       lambda _: None,
       layout=self.layout,
     )
