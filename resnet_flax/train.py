@@ -410,6 +410,37 @@ def compile_step(
   """
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
+  traced = trace_step(
+    step, experiment, state, batch_size, key, layout, donate_state=donate_state
+  )
+  compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
+  _logger.info("compiled in %.1f s", time.perf_counter() - started)
+  return layout.in_turn(compiled)
+
+
+def trace_step(
+  step: Callable[..., Any],
+  experiment: train_step.Experiment,
+  state: State,
+  batch_size: int,
+  key: Any,
+  layout: seeds_lib.Layout,
+  *,
+  donate_state: bool,
+) -> jax.stages.Traced:
+  """One call of a function like a training step, before it is lowered.
+
+  Needs no device: `seeds.Layout.shapes` stands for a state and a key.
+
+  Args:
+    step: see `compile_step`, as are the others.
+    experiment: the fixed parts.
+    state: of all seeds; only its shapes are used.
+    batch_size: images of a step of one seed, over all devices.
+    key: from `augmentation_key`; only its shapes are used.
+    layout: where the networks are.
+    donate_state: whether the state's memory is for the result.
+  """
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   labels = layout.batch_shape((batch_size,), np.int32)
   jitted = jax.jit(
@@ -420,10 +451,7 @@ def compile_step(
   if isinstance(state, seeds_lib.Networks):
     # All calls of a step are alike.
     state, key = state.calls[0], key.calls[0]
-  lowered = jitted.lower(state, images, labels, key)
-  compiled = lowered.compile(mesh_lib.compiler_options(layout.mesh))
-  _logger.info("compiled in %.1f s", time.perf_counter() - started)
-  return layout.in_turn(compiled)
+  return jitted.trace(state, images, labels, key)
 
 
 def _layer_norms_writer(
