@@ -60,9 +60,15 @@ def jit_eval_step(
   experiment: train_step.Experiment, layout: seeds.Layout
 ) -> EvalStep:
   """The jitted function of (state, images, labels, mask) that scores."""
+  return layout.in_turn(jit_eval_call(experiment, layout), shared=3)
+
+
+def jit_eval_call(
+  experiment: train_step.Experiment, layout: seeds.Layout
+) -> jax.stages.Wrapped:
+  """The same of one call's networks; see `seeds.Layout`."""
   function = functools.partial(train_step.eval_step, experiment)
-  jitted = jax.jit(layout.over_networks(function, shared=3))
-  return layout.in_turn(jitted, shared=3)
+  return jax.jit(layout.over_networks(function, shared=3))
 
 
 def evaluate(

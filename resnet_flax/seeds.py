@@ -103,6 +103,25 @@ class Layout:
     )
     return calls[0] if len(self.seeds) == 1 else Networks(calls)
 
+  def shapes(self, tree: PyTree) -> PyTree:
+    """What `put` makes of a tree for each seed, as shapes without values.
+
+    Args:
+      tree: of one seed; only its shapes and dtypes are used.
+
+    Returns:
+      `jax.ShapeDtypeStruct`s with shardings, on devices that need not exist.
+    """
+    leading = (self.per_call,) if self.is_stacked else ()
+    sharding = self.call_sharding()
+    call = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        (*leading, *leaf.shape), leaf.dtype, sharding=sharding
+      ),
+      tree,
+    )
+    return call if len(self.seeds) == 1 else Networks((call,) * self.num_calls)
+
   def get(self, networks: PyTree) -> list[PyTree]:
     """The tree of each seed, as NumPy arrays."""
     if len(self.seeds) == 1:

@@ -437,17 +437,52 @@ def compile_step(
   Returns:
     A function of (state, uint8[B, H, W, C], int32[B], key), each for all seeds.
   """
+  with _log_compilation(title):
+    traced = trace_step(
+      step,
+      experiment,
+      state,
+      batch_size,
+      key,
+      layout,
+      donate_state=donate_state,
+    )
+    compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
+  return layout.in_turn(compiled)
+
+
+def trace_step(
+  step: Callable[..., Any],
+  experiment: train_step.Experiment,
+  state: State,
+  batch_size: int,
+  key: Any,
+  layout: seeds_lib.Layout,
+  *,
+  donate_state: bool,
+) -> jax.stages.Traced:
+  """One call of a function like a training step, before it is lowered.
+
+  Needs no device: `seeds.Layout.shapes` stands for a state and a key.
+
+  Args:
+    step: see `compile_step`, as are the others.
+    experiment: the fixed parts.
+    state: of all seeds; only its shapes are used.
+    batch_size: images of a step of one seed, over all devices.
+    key: from `augmentation_key`; only its shapes are used.
+    layout: where the networks are.
+    donate_state: whether the state's memory is for the result.
+  """
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   labels = layout.batch_shape((batch_size,), np.int32)
-  return _compile(
-    functools.partial(step, experiment),
-    state,
-    lambda key: (images, labels, key),
-    key,
-    layout,
-    title=title,
-    donate_state=donate_state,
+  state, key = _of_a_call(state), _of_a_call(key)
+  jitted = jax.jit(
+    layout.over_networks(functools.partial(step, experiment)),
+    donate_argnums=0 if donate_state else (),
+    out_shardings=layout.call_sharding(),
   )
+  return jitted.trace(state, images, labels, key)
 
 
 def compile_train_steps(
@@ -476,55 +511,32 @@ def compile_train_steps(
   """
   steps = experiment.learning_rate.steps_per_epoch
   order = layout.batch_shape((batch_size, steps), np.int32)
-  return _compile(
-    functools.partial(train_step.train_steps, experiment),
-    state,
-    lambda key: (order, key, placed.images, placed.labels, np.int32(0)),
-    key,
-    layout,
-    title="training steps",
-    donate_state=True,
-    shared=3,
-  )
-
-
-def _compile(
-  function: Callable[..., Any],
-  state: State,
-  others: Callable[[Any], tuple[Any, ...]],
-  key: Any,
-  layout: seeds_lib.Layout,
-  *,
-  title: str,
-  donate_state: bool,
-  shared: int = 0,
-) -> Callable[..., Any]:
-  """Compiles a function of one seed's state, as one of all seeds'.
-
-  Args:
-    function: returns a tree of arrays or a tuple of trees.
-    state: of all seeds; only its shapes are used.
-    others: makes of a call's key the arguments after the state, or shapes.
-    key: from `augmentation_key`; only its shapes are used.
-    layout: where the networks are.
-    title: what to call it.
-    donate_state: whether the state's memory is for the result.
-    shared: how many of the last arguments are the same for all networks.
-  """
-  started = time.perf_counter()
-  _logger.info("compiling the %s", title)
+  function = functools.partial(train_step.train_steps, experiment)
+  shared = placed.images, placed.labels, np.int32(0)
   jitted = jax.jit(
-    layout.over_networks(function, shared),
-    donate_argnums=0 if donate_state else (),
+    layout.over_networks(function, len(shared)),
+    donate_argnums=0,
     out_shardings=layout.call_sharding(),
   )
-  if isinstance(state, seeds_lib.Networks):
-    # All calls of a step are alike.
-    state, key = state.calls[0], key.calls[0]
-  lowered = jitted.lower(state, *others(key))
-  compiled = lowered.compile(mesh_lib.compiler_options(layout.mesh))
+  with _log_compilation("training steps"):
+    traced = jitted.trace(_of_a_call(state), order, _of_a_call(key), *shared)
+    compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
+  return layout.in_turn(compiled, len(shared))
+
+
+def _of_a_call(networks: Any) -> Any:
+  """What one call is given; all calls of a step are alike."""
+  if isinstance(networks, seeds_lib.Networks):
+    return networks.calls[0]
+  return networks
+
+
+@contextlib.contextmanager
+def _log_compilation(title: str) -> Iterator[None]:
+  started = time.perf_counter()
+  _logger.info("compiling the %s", title)
+  yield
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
-  return layout.in_turn(compiled, shared)
 
 
 def _compile_calls(

@@ -162,6 +162,39 @@ def test_each_seed_is_what_it_is_alone(
       np.testing.assert_allclose(losses[place], expected_losses[0], 1e-3)
 
 
+@pytest.mark.parametrize(
+  ("num_devices", "num_seeds", "execution"),
+  [(2, 1, "in_turn"), (2, 3, "in_turn"), (1, 3, "vectorized")],
+)
+def test_shapes_are_those_of_what_is_put(
+  config, num_devices, num_seeds, execution
+):
+  """Of everything that makes a program: dtypes and shardings, too."""
+  layout = layout_of(config, num_devices, num_seeds, execution)
+  one = experiment_lib.abstract_state(
+    ConfigDict(config.to_dict() | {"num_seeds": 1}),
+    experiment_lib.build(config),
+  )
+  tree = one, jax.eval_shape(lambda: jax.random.key(0))
+  put = layout.put(
+    [
+      jax.tree.map(jnp.zeros_like, (one, jax.random.key(seed)))
+      for seed in layout.seeds
+    ]
+  )
+  jax.tree.map(
+    lambda shape, array: (
+      (
+        (shape.shape, shape.dtype, shape.sharding)
+        == (array.shape, array.dtype, array.sharding)
+      )
+      or pytest.fail(f"{shape} is not {array.aval} on {array.sharding}")
+    ),
+    layout.shapes(tree),
+    put,
+  )
+
+
 @pytest.fixture(scope="module")
 def two_seeds(config):
   return ConfigDict(config.to_dict() | {"num_seeds": 2})

@@ -5,6 +5,7 @@
 Nothing is compiled: shapes are traced. The deepest take a minute each.
 """
 
+from experiments import markers
 from experiments.networks import table
 
 
@@ -16,7 +17,8 @@ def main() -> None:
     for network in networks:
       lines.append(table.row(network))
       print(lines[-1], flush=True)
-    text = table.replace(text, name, "\n".join([table.HEADER, *lines]))
+    whole = "\n".join([table.HEADER, *lines])
+    text = markers.replace(text, name, table.COMMAND, whole)
   table.README.write_text(text)
 
 

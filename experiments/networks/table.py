@@ -193,23 +193,4 @@ HEADER = (
 )
 
 
-def markers(name: str) -> tuple[str, str]:
-  """What encloses a table in the README."""
-  return f"<!-- {name}: made by {COMMAND} -->", f"<!-- end of {name} -->"
-
-
-def replace(text: str, name: str, table: str) -> str:
-  """The README's text with another table between the markers.
-
-  Raises:
-    ValueError: the markers are not there.
-  """
-  start, end = markers(name)
-  before, found, rest = text.partition(start)
-  _, found_end, after = rest.partition(end)
-  if not found or not found_end:
-    raise ValueError(f"{start} ... {end} is missing")
-  return f"{before}{start}\n\n{table}\n\n{end}{after}"
-
-
 TABLES = {"large networks": LARGE, "small networks": SMALL}
