@@ -115,6 +115,11 @@ def get_config() -> ConfigDict:
   config.model.batch_norm_momentum = 0.99
   # Added to the variance (Keras's value, not Flax's).
   config.model.batch_norm_epsilon = 1e-3
+  # Normalise this many equal parts of a batch each by its own statistics, as
+  # pmap does with a part for each device; the running statistics take the
+  # parts' mean. With as many parts as devices, or a multiple, no layer waits
+  # for another device.
+  config.model.batch_norm_groups = 1
   # Keep only each block's input for the backward pass, which computes the rest
   # again. Pays where activations do not fit into memory; costs about one more
   # forward pass. On a CPU it saves memory only together with scan.

@@ -179,6 +179,7 @@ RULES: dict[str, Rule] = {
   "model.conv_bias": _boolean,
   "model.batch_norm_momentum": _number(0, 1),
   "model.batch_norm_epsilon": _POSITIVE,
+  "model.batch_norm_groups": _integer(1),
   "model.remat": _boolean,
   "model.scan": _boolean,
   "optimizer.name": _name(optimizer.NAMES),
@@ -284,6 +285,14 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise errors.ConfigError(
       f"batch_size={config.batch_size} cannot be divided over {num_devices}"
       f" devices; for example {nearest} or {nearest + num_devices} can."
+    )
+  groups = config.model.batch_norm_groups
+  if config.batch_size % groups:
+    nearest = max(config.batch_size // groups, 1) * groups
+    raise errors.ConfigError(
+      f"batch_size={config.batch_size} has no"
+      f" model.batch_norm_groups={groups} equal parts; for example {nearest} or"
+      f" {nearest + groups} has."
     )
   if config.seed + config.num_seeds > 2**32:
     raise errors.ConfigError(

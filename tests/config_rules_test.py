@@ -49,6 +49,12 @@ def check(changes, num_devices=1):
     ({"model.remat": 0}, "true or false"),
     ({"model.scan": "yes"}, "true or false"),
     ({"model.batch_norm_epsilon": 0.0}, "from 1e-37"),
+    ({"model.batch_norm_groups": 0}, "from 1"),
+    ({"model.batch_norm_groups": 3}, "batch_size=32 .* 30 or 33 has"),
+    (
+      {"model.batch_norm_groups": 2, "model.batch_norm": False},
+      "does nothing without batch norm",
+    ),
     ({"dataset.name": "cifar"}, "Did you mean"),
     ({"dataset.validation_examples": 50_000}, "leaves no training image"),
     ({"dataset.data_dir": "a\0b"}, "needed: a path"),

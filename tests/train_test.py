@@ -652,8 +652,9 @@ def losses_of(config, dataset, devices, steps):
   return np.diff(sums) / config.batch_size
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
-def test_many_devices_compute_what_one_does(tiny_config, num_devices):
+@pytest.mark.parametrize(("num_devices", "groups"), [(2, 2), (8, 1)])
+def test_many_devices_compute_what_one_does(tiny_config, num_devices, groups):
+  tiny_config.model.batch_norm_groups = groups
   tiny_config.batch_size = 16
   tiny_config.dataset.train_examples = 80
   dataset = datasets.load(tiny_config.dataset)

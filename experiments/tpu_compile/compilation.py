@@ -108,13 +108,9 @@ def trace(
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:
-  """What a table shows of a configuration."""
-  keys = ("name", "depth", "dtype", "remat", "scan", "input_size")
-  return {
-    **{key: config.model[key] for key in keys},
-    "dataset": config.dataset.name,
-    "num_seeds": config.num_seeds,
-  }
+  """What a table shows of a configuration besides its overrides."""
+  keys = ("name", "depth", "dtype", "input_size")
+  return {key: config.model[key] for key in keys}
 
 
 def eval_batch_size(config: ConfigDict, layout: seeds.Layout) -> int:

@@ -17,15 +17,23 @@ CUDA_RESULTS = _FOLDER / "cuda.json"
 _COMMAND = "python -m experiments.tpu_compile.table"
 
 
+# What has columns of its own.
+_SHOWN = (
+  *("batch_size", "eval_batch_size"),
+  *("model.name", "model.depth", "model.dtype"),
+)
+
+
 def _title(record: records.Record) -> list[str]:
-  """What was compiled: network and devices."""
+  """What was compiled: the network with its overrides, and the devices."""
   config = record["config"]
   words = [f"{config['name']} {config['depth']}"]
-  words += [word for word in ("remat", "scan") if config[word]]
   if config["input_size"]:
     words.append(f"{config['input_size']}x{config['input_size']}")
-  if config["num_seeds"] > 1:
-    words.append(f"{config['num_seeds']} seeds")
+  for argument in record["arguments"]:
+    _, _, override = argument.partition("--config.")
+    if override and override.partition("=")[0] not in _SHOWN:
+      words.append(override.removeprefix("model."))
   return [", ".join(words), config["dtype"], record["topology"]]
 
 

@@ -154,7 +154,10 @@ class BatchNorm(nn.Module):
   Parameters (`scale`, `bias`), statistics (`mean`, `var`, float32 in
   `batch_stats`) and results are those of `flax.linen.BatchNorm` over the last
   axis. On a batch that is sharded over devices the statistics are the whole
-  batch's.
+  batch's. With several groups each part of the batch is normalised by its own
+  ('ghost batch norm', Hoffer et al. 2017, arXiv:1705.08741, section 4.1); where
+  a part lies on one device, nothing is sent for it but what updates the running
+  statistics and the parameters.
 
   Attributes:
     use_running_average: normalise with the running statistics; otherwise with
@@ -163,6 +166,9 @@ class BatchNorm(nn.Module):
     epsilon: added to the variance.
     dtype: of the result.
     act: elementwise, applied last; None for none.
+    groups: equal parts of a batch that have statistics of their own, one after
+      another along its first axis. The running statistics are updated with
+      their mean.
   """
 
   use_running_average: bool
@@ -170,6 +176,7 @@ class BatchNorm(nn.Module):
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   act: Activation | None = None
+  groups: int = 1
 
   @nn.compact
   def __call__(
@@ -200,9 +207,7 @@ class BatchNorm(nn.Module):
         centered, running_variance.value, scale, bias, self.epsilon
       )
       return _finish(normalized, residual, self.act, self.dtype)
-    y, (mean, variance) = _normalize_batch(
-      x, scale, bias, residual, self.epsilon, self.act, self.dtype
-    )
+    y, (mean, variance) = self._normalize(x, scale, bias, residual)
     if not self.is_initializing():
       keep = self.momentum
       running_mean.value = keep * running_mean.value + (1 - keep) * mean
@@ -210,3 +215,26 @@ class BatchNorm(nn.Module):
         keep * running_variance.value + (1 - keep) * variance
       )
     return y
+
+  def _normalize(
+    self,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None,
+  ) -> tuple[jax.Array, Statistics]:
+    """The result, and the mean of the groups' statistics."""
+
+    def of_group(x, residual):
+      return _normalize_batch(
+        x, scale, bias, residual, self.epsilon, self.act, self.dtype
+      )
+
+    if self.groups == 1:
+      return of_group(x, residual)
+    parts = jax.tree.map(
+      lambda leaf: leaf.reshape(self.groups, -1, *leaf.shape[1:]), (x, residual)
+    )
+    y, statistics = jax.vmap(of_group)(*parts)
+    mean, variance = (jnp.mean(each, axis=0) for each in statistics)
+    return y.reshape(x.shape), (mean, variance)

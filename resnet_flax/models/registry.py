@@ -103,11 +103,17 @@ def _norm(config: ConfigDict, *, has_batch_norm: bool) -> Any:
   """What makes a network's normalisation layers."""
   dtype = jnp.dtype(config.dtype)
   if not has_batch_norm:
+    if config.batch_norm_groups != 1:
+      raise errors.ConfigError(
+        f"model.batch_norm_groups={config.batch_norm_groups} does nothing"
+        " without batch norm. Leave it 1."
+      )
     return functools.partial(batch_norm.NoNorm, dtype=dtype)
   return functools.partial(
     batch_norm.BatchNorm,
     momentum=config.batch_norm_momentum,
     epsilon=config.batch_norm_epsilon,
+    groups=config.batch_norm_groups,
     dtype=dtype,
   )
 

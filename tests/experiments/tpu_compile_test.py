@@ -214,7 +214,8 @@ def record(make_tiny_config, tmp_path_factory):
   """What the command makes, of a program for two CPUs."""
   config = make_tiny_config(tmp_path_factory.mktemp("cache"))
   described = compilation.describe(config, "v5e:2x4", jax.devices()[:2], 1)
-  return {"arguments": ["--config=x.py"], **described}
+  arguments = ["--config=x.py", "--config.batch_size=8", "--config.seed=0"]
+  return {"arguments": arguments, **described}
 
 
 def test_description(record):
@@ -244,7 +245,7 @@ def test_tables(record):
   lines = table.steps_table([record]).splitlines()
   assert len(lines) == 4
   assert len({line.count("|") for line in lines}) == 1
-  assert "| resnet_v1 8 | float32 | v5e:2x4 | train | 4 |" in lines[2]
+  assert "| resnet_v1 8, seed=0 | float32 | v5e:2x4 | train | 4 |" in lines[2]
   lines = table.program_table([record]).splitlines()
   assert "all-reduce" in lines[2]
   arrays = record["train"]["state_arrays"]

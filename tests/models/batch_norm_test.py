@@ -1,5 +1,6 @@
 import functools
 import operator
+import re
 
 import flax.linen as nn
 import jax
@@ -149,6 +150,58 @@ def test_statistics_have_derivatives():
     for cls in (our_batch_norm, flax_batch_norm)
   )
   assert_close(ours, flaxs)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_groups_are_batches_of_their_own(with_residual):
+  """By Flax's, one part after the other."""
+  x, residual, g, params, stats = arrays()
+  x[:2] += 1  # So that the parts differ.
+  residual = residual if with_residual else None
+  y, updated, (g_params, g_x, g_residual) = outcome(
+    our_batch_norm(False, act=nn.relu, groups=3), x, residual, g, params, stats
+  )
+  parts = [
+    outcome(
+      flax_batch_norm(False, act=nn.relu),
+      x[k : k + 2],
+      residual[k : k + 2] if with_residual else None,
+      g[k : k + 2],
+      params,
+      stats,
+    )
+    for k in (0, 2, 4)
+  ]
+  assert_close(y, np.concatenate([part[0] for part in parts]))
+  mean = functools.partial(jax.tree.map, lambda *each: np.mean(each, axis=0))
+  assert_close(updated, mean(*(part[1] for part in parts)))
+  total = functools.partial(jax.tree.map, lambda *each: np.sum(each, axis=0))
+  assert_close(g_params, total(*(part[2][0] for part in parts)))
+  assert_close(g_x, np.concatenate([part[2][1] for part in parts]))
+  if with_residual:
+    of_parts = [part[2][2] for part in parts]
+    assert_close(g_residual, np.concatenate(of_parts))
+
+
+def test_groups_on_devices_of_their_own_are_not_sent():
+  x, residual, g, params, stats = arrays()
+  tile = functools.partial(np.tile, reps=(4, 1, 1, 1))
+  x, residual, g = tile(x), tile(residual), tile(g)
+  x[:3] += 1
+  module = our_batch_norm(False, act=nn.relu, groups=8)
+  call = jax.jit(functools.partial(outcome, module))
+  sharded = mesh_lib.shard_batch(mesh_lib.create_mesh(), x, residual, g)
+  assert_close(
+    call(*sharded, params, stats), call(x, residual, g, params, stats)
+  )
+  # Without what updates the running statistics and the parameters.
+  through = jax.jit(
+    lambda *arguments: (lambda y, _, gradients: (y, gradients[1:]))(
+      *outcome(module, *arguments, params, stats)
+    )
+  )
+  text = through.lower(*sharded).compile().as_text()
+  assert not re.search("all-reduce|all-gather|collective-permute", text)
 
 
 def test_vmap_equals_a_loop():
