@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
   config.batch_size = 32
   # Training steps that one program does. More than one need the training split
   # on the devices, and end at signals and at checkpoints by the clock only
-  # where a call ends. 0: one on CPUs, elsewhere 32 where the split fits.
+  # where a call ends. 0: one on CPUs and for images of more than 64 pixels a
+  # side, elsewhere 32 where the split fits.
   config.steps_per_call = 0
   # Passes over the training split; also scales the schedule.
   config.num_epochs = 200

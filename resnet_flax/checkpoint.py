@@ -35,6 +35,8 @@ _FORMAT = 2
 _MANIFEST = "manifest.json"
 # The name of Orbax's item: a folder.
 _STATE = "state"
+# What Orbax writes last; without it nothing can be read.
+_MERGED = "manifest.ocdbt"
 # The latest one, and one to fall back on.
 _LATEST = 2
 # Orbax writes what it saves, then once more as it merges its files; asked
@@ -247,6 +249,8 @@ class Checkpoints:
         step,
         args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)}),
       )[_STATE]
+    except MemoryError:
+      raise  # Says nothing of the checkpoint.
     # Orbax and TensorStore raise many kinds, according to what is wrong.
     except Exception as error:
       raise _damaged(path, errors.one_line(error)) from error
@@ -310,6 +314,8 @@ class Checkpoints:
     if len(unfinished) != 1:
       raise FileNotFoundError(f"{self._folder} was changed by someone else")
     folder = pathlib.Path(unfinished[0].get())
+    if not (folder / _STATE / _MERGED).is_file():
+      raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
     files = {
       str(path.relative_to(folder)): digest_of(path)
       for path in sorted((folder / _STATE).rglob("*"))

@@ -43,6 +43,15 @@ FREE_KEYS = (
   "log.interval_seconds",
 )
 
+# Keys that came later, each with the value that stands for what was done before
+# there was one: for the stored configurations of older runs.
+_ADDED_KEYS = {
+  "num_seeds": 1,
+  "seed_execution": "auto",
+  "log_layer_norms_every": 0,
+  "steps_per_call": 0,
+  "model.batch_norm_groups": 1,
+}
 
 _LARGEST_INTEGER = 2**31 - 1
 # Twice the largest is still a finite float32; the least is not taken for zero.
@@ -208,6 +217,22 @@ RULES: dict[str, Rule] = {
   "log.tensorboard": _boolean,
   "log.interval_seconds": _NOT_NEGATIVE,
 }
+
+
+def with_added_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
+  """A configuration that an older version stored, with what it did not know.
+
+  Args:
+    stored: a configuration as nested dictionaries; is not changed.
+  """
+  config = dict(stored)
+  for key, value in _ADDED_KEYS.items():
+    part, _, name = key.rpartition(".")
+    if not part:
+      config.setdefault(key, value)
+    elif isinstance(config.get(part), Mapping):
+      config[part] = {name: value} | config[part]
+  return config
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

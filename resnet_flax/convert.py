@@ -125,6 +125,7 @@ def convert(
 
 
 def _check_is_new(workdir: pathlib.Path) -> None:
+  workdir_lib.check_name(workdir)
   try:
     is_new = not any(workdir.iterdir())
   except FileNotFoundError:

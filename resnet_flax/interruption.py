@@ -76,12 +76,16 @@ class StopSignals:
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
-    """Inside, the first signal waits for `check`."""
+    """Inside, the first signal waits for `check`.
+
+    So it does afterwards, until this object is left: all was done.
+    """
     self._held = True
     try:
       yield
-    finally:
+    except BaseException:
       self._held = False
+      raise
 
   @property
   def requested(self) -> bool:

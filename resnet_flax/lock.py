@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import logging
@@ -14,6 +15,9 @@ from typing import Any, TextIO
 from resnet_flax import errors
 
 _logger = logging.getLogger(__name__)
+
+# What flock says on file systems that have no locks, as some in networks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -28,13 +32,17 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
 
   Raises:
     WorkdirError: another process has it; says which, on which host, since
-      when.
+      when. Or it cannot be opened.
   """
   path = workdir / "lock"
   try:
     file = _acquire(path)
   except OSError as error:
-    # Some network file systems have no locks.
+    if error.errno not in _NO_LOCKS:
+      raise errors.WorkdirError(
+        f"{path} cannot be locked: {error.strerror}. See that it can be"
+        " written, or pass another --workdir."
+      ) from error
     _logger.warning(
       "warning: %s cannot be locked (%s): see that no other process uses this"
       " workdir",

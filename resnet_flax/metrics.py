@@ -187,7 +187,8 @@ class TensorBoard:
 
   Args:
     workdir: gets the folder `tensorboard`.
-    step: the step that the run goes on from; later events are superseded.
+    step: the number of steps done where the run goes on; events from there on
+      are superseded.
     enabled: if not, nothing is written.
   """
 
@@ -206,7 +207,7 @@ class TensorBoard:
     self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._writer.write_event(
-      event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start)
+      event_pb2.Event(step=step, wall_time=time.time(), session_log=start)
     )
 
   def write(self, record: Record) -> None:

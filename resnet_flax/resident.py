@@ -1,6 +1,6 @@
 """The training split on the devices, for several steps in one call.
 
-On accelerators a small network's step is over before the next one could be
+On accelerators a small network's step may be over before the next one is
 dispatched. A program of many steps needs the host only to begin it; it gathers
 its batches from the split, in the order that the host draws for each epoch.
 """
@@ -13,8 +13,10 @@ import numpy as np
 
 from resnet_flax import datasets, errors, mesh as mesh_lib, seeds
 
-# What is chosen for accelerators: a tenth of a second of 3 ms steps.
+# What is chosen for accelerators and images of at most so many pixels a side.
+# Steps of larger ones take long enough, and a signal waits for a call's end.
 STEPS_PER_CALL = 32
+_LARGEST_SMALL_IMAGE = 64
 
 # Of a device's memory that the split may take; the rest is the network's.
 _SHARE = 0.25
@@ -35,7 +37,7 @@ class Resident:
 
 
 def steps_per_call(
-  wanted: int, split: datasets.Split, layout: seeds.Layout
+  wanted: int, split: datasets.Split, layout: seeds.Layout, image_size: int
 ) -> int:
   """How many training steps one program does.
 
@@ -43,6 +45,7 @@ def steps_per_call(
     wanted: `steps_per_call` of the configuration; 0 chooses.
     split: what is trained on.
     layout: where the networks are.
+    image_size: the larger side of the images that the networks see.
 
   Raises:
     ConfigError: more than one was asked for, and the devices' memory has no
@@ -50,7 +53,8 @@ def steps_per_call(
   """
   if wanted == 1:
     return 1
-  if not wanted and layout.mesh.devices.flat[0].platform == "cpu":
+  on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+  if not wanted and (on_cpu or image_size > _LARGEST_SMALL_IMAGE):
     return 1
   if _fits(split, layout, _shards(layout)):
     return wanted or STEPS_PER_CALL

@@ -141,9 +141,10 @@ def train_and_evaluate(
     layout = seeds_lib.Layout.create(config, devices, execution)
     # As chosen, now or when the run began.
     steps_per_call = resident.steps_per_call(
-      config.steps_per_call or _stored(workdir, "steps_per_call"),
+      config.steps_per_call or _stored(workdir, "steps_per_call") or 0,
       dataset.train,
       layout,
+      max(config.model.input_size, *experiment.image_shape[:2]),
     )
     chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
     with workdir_lib.explain_write_errors(workdir):
@@ -195,6 +196,9 @@ def train_and_evaluate(
     board = stack.enter_context(
       metrics.TensorBoard(workdir, int(state.step), config.log.tensorboard)
     )
+    if records and records[-1]["step"] == int(state.step):
+      # Superseded, or not written when the run was killed.
+      board.write(records[-1])
     stack.callback(checkpoints.wait)
     if source is not None:
       # So that the run depends no longer on what becomes of its source.
@@ -758,8 +762,9 @@ def many_step_calls(
       batches = epoch_batches(split, batch_size, epoch, layout, first=within)
       return next(batches)
 
-    arguments = order, key, placed.images, placed.labels, np.int32(end)
-    yield Call(end - done, arguments, first_batch)
+    num_steps = end - done
+    shared = placed.images, placed.labels, np.int32(num_steps)
+    yield Call(num_steps, (order, key, *shared), first_batch)
     done = end
 
 

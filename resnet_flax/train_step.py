@@ -324,9 +324,9 @@ def train_steps(
   key: jax.Array,
   images: jax.Array,
   labels: jax.Array,
-  end: jax.Array,
+  num_steps: jax.Array,
 ) -> tuple[TrainState, StepMetrics]:
-  """Steps of one epoch up to a given one, each as `train_step` does it.
+  """Several steps of one epoch, each as `train_step` does it.
 
   How many is not part of the program, so that where calls end changes no bit.
 
@@ -337,7 +337,7 @@ def train_steps(
     key: key[], the same at every step.
     images: uint8[M, H, W, C], the training split.
     labels: int32[M].
-    end: int32[], the steps done afterwards; at least one more than before.
+    num_steps: int32[], at least one.
 
   Returns:
     The new state, and what the last step has to report, or the first whose
@@ -362,7 +362,7 @@ def train_steps(
     learning_rate=jnp.zeros((), jnp.float32),
     finite=jnp.asarray(True),
   )
-  return jax.lax.fori_loop(0, end - state.step, one, (state, nothing))
+  return jax.lax.fori_loop(0, num_steps, one, (state, nothing))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

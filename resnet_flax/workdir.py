@@ -45,6 +45,8 @@ def default_name(config_path: str, overrides: dict[str, Any]) -> str:
 def load_config(workdir: pathlib.Path) -> ConfigDict:
   """The configuration stored in a workdir, locked.
 
+  Keys that the version which stored it did not know are filled in.
+
   Raises:
     WorkdirError: there is none, or it cannot be read.
   """
@@ -53,7 +55,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     stored = json.loads(path.read_text())
     if not isinstance(stored, dict):
       raise ValueError("it holds no JSON object")
-    return ConfigDict(stored).lock()
+    return ConfigDict(config_rules.with_added_keys(stored)).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
@@ -75,7 +77,10 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   Raises:
     WorkdirError: see `check`; or another process uses it.
   """
-  made = not workdir.exists()
+  try:
+    made = not workdir.exists()
+  except OSError as error:  # A name that is too long, for example.
+    raise _cannot_be_written(workdir, error) from error
   check(workdir, config)
   try:
     with lock.exclusive(workdir):
@@ -93,17 +98,46 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> None:
     WorkdirError: it cannot be written, or it holds a run whose configuration
       differs in a key that changes the mathematics.
   """
+  check_name(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as error:
-    raise errors.WorkdirError(
-      f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
-      " one with --workdir."
-    ) from error
+    raise _cannot_be_written(workdir, error) from error
   if (workdir / "config.json").exists():
     check_same(workdir, config)
+
+
+def check_name(workdir: pathlib.Path) -> None:
+  """Checks that checkpoints in this folder can be read again.
+
+  Raises:
+    WorkdirError: Orbax takes a part of its path for a pattern and would leave
+      out files, or cannot write it down.
+  """
+  path = str(workdir.absolute())
+  try:
+    path.encode()
+  except UnicodeEncodeError:
+    reason = "is not UTF-8"
+  else:
+    if "[" not in path:
+      return
+    reason = "has a '['"
+  raise errors.WorkdirError(
+    f"workdir {path!r} cannot hold checkpoints: its path {reason}. Pass"
+    " another one with --workdir."
+  )
+
+
+def _cannot_be_written(
+  workdir: pathlib.Path, error: OSError
+) -> errors.WorkdirError:
+  return errors.WorkdirError(
+    f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
+    " one with --workdir."
+  )
 
 
 def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -151,11 +185,13 @@ def record_start(
     WorkdirError: the run was started on other pixels, or environment.json
       cannot be read.
   """
+  # Each by itself: a run may be killed between the two.
+  if not (workdir / "config.json").exists():
+    write_json(workdir / "config.json", config.to_dict())
   path = workdir / "environment.json"
   now = environment.describe(devices) | {"data": data}
   if not path.exists():
     write_json(path, now)
-    write_json(workdir / "config.json", config.to_dict())
     return
   try:
     stored = json.loads(path.read_text())

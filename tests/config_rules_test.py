@@ -207,3 +207,17 @@ def test_keys_that_are_no_text():
   config = ConfigDict(base.get_config().to_dict() | {1: 2})
   with pytest.raises(errors.ConfigError, match="cannot be read"):
     config_rules.check(config, 1)
+
+
+def test_keys_that_came_later_mean_what_was_done_before():
+  """Each is the default, so that an older run is the same as it was."""
+  declared = config_rules.flatten(base.get_config().to_dict())
+  for key, value in config_rules._ADDED_KEYS.items():
+    assert declared[key] == value
+  stored = {"batch_size": 8, "model": {"depth": 8}}
+  filled = config_rules.flatten(config_rules.with_added_keys(stored))
+  assert filled["model.batch_norm_groups"] == 1
+  assert filled["model.depth"] == 8
+  assert stored == {"batch_size": 8, "model": {"depth": 8}}
+  with_value = config_rules.with_added_keys({"num_seeds": 3})
+  assert with_value["num_seeds"] == 3

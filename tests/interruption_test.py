@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,6 +41,19 @@ def test_the_first_waits_for_check(number):
     with pytest.raises(interruption.Stopped) as caught:
       signals.check()
     assert caught.value.number == number
+
+
+def test_what_comes_after_all_is_done_is_no_error():
+  with interruption.StopSignals() as signals:
+    with signals.hold():
+      pass
+    send(signal.SIGTERM)
+    assert signals.requested
+  with interruption.StopSignals() as signals:
+    with contextlib.suppress(ValueError), signals.hold():
+      raise ValueError
+    with pytest.raises(interruption.Stopped):
+      send(signal.SIGTERM)
 
 
 def test_the_second_does_not_wait():

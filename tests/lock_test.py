@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -83,3 +84,18 @@ def test_a_file_system_without_locks_is_warned_about(
   with lock.exclusive(tmp_path):
     pass
   assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EIO])
+def test_a_lock_that_cannot_be_had_for_other_reasons_is_refused(
+  tmp_path, monkeypatch, number
+):
+  def flock(*arguments):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(lock.fcntl, "flock", flock)
+  with (
+    pytest.raises(errors.WorkdirError, match="lock cannot be locked"),
+    lock.exclusive(tmp_path),
+  ):
+    pass

@@ -55,6 +55,58 @@ def test_config_comes_back(tmp_path):
   start(tmp_path, config)
 
 
+@pytest.mark.parametrize("written", ["config.json", "environment.json"])
+def test_a_run_killed_between_its_first_files_goes_on(tmp_path, written):
+  config = base.get_config()
+  start(tmp_path, config)
+  for path in list(tmp_path.iterdir()):
+    if path.name != written:
+      path.unlink()
+  start(tmp_path, config)
+  assert {path.name for path in tmp_path.iterdir()} == {
+    "config.json",
+    "environment.json",
+  }
+  assert workdir_lib.load_config(tmp_path).to_dict() == json.loads(
+    json.dumps(config.to_dict())
+  )
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+  config = base.get_config()
+  start(tmp_path, config)
+  path = tmp_path / "config.json"
+  stored = json.loads(path.read_text())
+  for key in ("num_seeds", "seed_execution", "steps_per_call"):
+    del stored[key]
+  del stored["model"]["batch_norm_groups"]
+  path.write_text(json.dumps(stored))
+  workdir_lib.check_same(tmp_path, config)
+  assert workdir_lib.load_config(tmp_path).steps_per_call == 0
+  config.model.batch_norm_groups = 2
+  with pytest.raises(errors.WorkdirError, match=r"groups \(1 there, 2 here\)"):
+    workdir_lib.check_same(tmp_path, config)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[", os.fsdecode(b"caf\xe9")])
+def test_paths_that_checkpoints_cannot_have_are_refused(tmp_path, name):
+  folder = tmp_path / name / "run"
+  with (
+    pytest.raises(errors.WorkdirError, match="cannot hold checkpoints"),
+    workdir_lib.use(folder, base.get_config()),
+  ):
+    pass
+  assert not folder.parent.exists()
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+  with (
+    pytest.raises(errors.WorkdirError, match="cannot be written: File name"),
+    workdir_lib.use(tmp_path / ("x" * 300), base.get_config()),
+  ):
+    pass
+
+
 def test_a_workdir_that_was_not_used_is_removed(tmp_path):
   folder = tmp_path / "run"
   with workdir_lib.use(folder, base.get_config()):
