@@ -45,7 +45,7 @@ def steps_table(results: Sequence[records.Record]) -> str:
   """
   header = (
     *("network", "dtype", "topology", "step", "images/device", "compile s"),
-    *("MB/device", "of HBM", "temporary MB", "GFLOP", "of them the network's"),
+    *("MB/device", "of HBM", "temporary MB", "GFLOP", "GFLOP of layers"),
     *("GB moved", "roofline ms", "bound by"),
   )
   rows = []
