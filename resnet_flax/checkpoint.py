@@ -70,8 +70,14 @@ class Timer:
 
   def due(self, step: int) -> bool:
     """Whether to save after `step` steps."""
-    if self._every_steps and step % self._every_steps == 0:
-      return True
+    return self.due_at(step) or self.overdue()
+
+  def due_at(self, step: int) -> bool:
+    """Whether `every_steps` says so."""
+    return bool(self._every_steps) and step % self._every_steps == 0
+
+  def overdue(self) -> bool:
+    """Whether `every_minutes` says so."""
     return bool(self._seconds) and self._clock() - self._last >= self._seconds
 
   def reset(self) -> None:
@@ -128,13 +134,20 @@ class Checkpoints:
       # own cleanup would outlive a run that fails at once, in a thread.
       for unfinished in ocp.utils.tmp_checkpoints(self._folder):
         shutil.rmtree(unfinished.get(), ignore_errors=True)
+    if not read_only:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    process = jax.process_index()
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_Kept(best_steps),
-        create=not read_only,
+        create=False,
         read_only=read_only,
         save_interval_steps=0 if read_only else 1,
+        # One process has all of the state: no other is waited for.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=process, active_processes={process}
+        ),
         async_options=ocp.AsyncOptions(
           # Before the checkpoint gets its final name: one with that name has
           # its manifest.
@@ -331,6 +344,25 @@ class Checkpoints:
     while target.exists():
       target, count = self._damaged / f"{step}-{count}", count + 1
     (self._folder / str(step)).rename(target)
+
+
+class Elsewhere:
+  """Stands for `Checkpoints` that another process writes."""
+
+  def __init__(self) -> None:
+    self._steps: list[int] = []
+
+  def save(self, state: train_step.TrainState, notes: Notes) -> None:
+    """Takes note that the other process saves."""
+    del notes
+    self._steps.append(int(np.ravel(state.step)[0]))
+
+  def wait(self) -> None:
+    """Nothing is written here."""
+
+  def steps(self) -> list[int]:
+    """The steps that were saved since the start."""
+    return self._steps
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ def describe(devices: list[jax.Device]) -> dict[str, Any]:
 
   Returns:
     `git_commit` and `git_clean` (None outside a git checkout), `python`,
-    `libraries`, `platform`, `cpu_model`, `cpu_threads`, `devices`.
+    `libraries`, `platform`, `cpu_model`, `cpu_threads`, `devices`,
+    `processes`.
   """
   commit, clean = _git_state()
   return {
@@ -43,6 +44,7 @@ def describe(devices: list[jax.Device]) -> dict[str, Any]:
     "cpu_model": cpu_model(),
     "cpu_threads": num_cpu_threads(),
     "devices": [device.device_kind for device in devices],
+    "processes": jax.process_count(),
   }
 
 

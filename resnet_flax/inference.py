@@ -80,7 +80,8 @@ def load_model(
       f" {config.seed} to {last}."
     )
   state = jax.device_put(
-    states[place], mesh_lib.replicated(mesh_lib.create_mesh())
+    states[place],
+    mesh_lib.replicated(mesh_lib.create_mesh(jax.local_devices())),
   )
   logits_fn = jax.jit(
     functools.partial(train_step.apply_eval, experiment.model)

@@ -32,7 +32,8 @@ class StopSignals:
   otherwise meet the exception in the middle of their work. A second signal is
   never held back.
 
-  With several hosts, what `check` acts on is what they must agree on.
+  With several processes, each has its own signals, and `distributed` has them
+  agree on what to do.
 
   It does nothing outside the main thread, where Python delivers no signals,
   and it leaves alone a signal that the process ignores, as a shell's
@@ -91,6 +92,11 @@ class StopSignals:
   def requested(self) -> bool:
     """Whether a signal has come."""
     return self._number is not None
+
+  @property
+  def number(self) -> int | None:
+    """The first signal that has come, if any."""
+    return self._number
 
   def check(self) -> None:
     """Raises `Stopped` if a signal has come."""

@@ -30,12 +30,68 @@ _CHECKPOINT = flags.DEFINE_enum(
 )
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
-  from resnet_flax import interruption, metrics, train
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "Several hosts: HOST:PORT of process 0; by default $JAX_COORDINATOR_ADDRESS."
+  " Not needed where JAX finds the processes by itself: on TPU pods, with Slurm"
+  " and with Open MPI.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "Several hosts: processes of the run; by default $JAX_NUM_PROCESSES. 1: this"
+  " process alone, wherever it runs.",
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id",
+  None,
+  "Several hosts: which one this is, from 0; by default $JAX_PROCESS_ID.",
+)
+_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+  "initialization_timeout",
+  300,
+  "Several hosts: seconds in which all processes must have started.",
+  lower_bound=1,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  "heartbeat_timeout",
+  60,
+  "Several hosts: seconds after which a process that is not heard of counts as"
+  " dead, which ends the others.",
+  lower_bound=5,
+)
 
-  records = train.train_and_evaluate(
-    config, workdir, signals=interruption.StopSignals(exits=True)
+
+def _find_cluster() -> Any:
+  from resnet_flax import distributed
+
+  return distributed.find_cluster(
+    _COORDINATOR_ADDRESS.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    timeout=_INITIALIZATION_TIMEOUT.value,
   )
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
+  from resnet_flax import distributed, interruption, train
+
+  with distributed.connected(
+    _find_cluster(),
+    timeout=_INITIALIZATION_TIMEOUT.value,
+    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+  ):
+    records = train.train_and_evaluate(
+      config, workdir, signals=interruption.StopSignals(exits=True)
+    )
+    if distributed.is_first():
+      _print_results(config, records)
+
+
+def _print_results(config: ConfigDict, records: list[dict[str, Any]]) -> None:
+  from resnet_flax import metrics
+
   monitor = config.checkpoint.monitor
   _print_scores(
     {
@@ -90,6 +146,12 @@ def _run(argv: list[str]) -> None:
   from resnet_flax import command_line
 
   command_line.set_up()
+  if _MODE.value != "train" and (cluster := _find_cluster()):
+    raise errors.ConfigError(
+      f"--mode={_MODE.value} runs in one process, but num_processes is"
+      f" {cluster.num_processes}. Start it once; --num_processes=1 makes a"
+      " process of a cluster work alone."
+    )
   if _MODE.value == "eval":
     if not program.WORKDIR.value:
       raise errors.ConfigError(

@@ -61,9 +61,57 @@ def seed_batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(SEED, DATA))
 
 
+def put(
+  tree: Any, sharding: NamedSharding, *, may_alias: bool | None = None
+) -> Any:
+  """Puts arrays on devices; those of other processes are put there by them.
+
+  Args:
+    tree: of arrays, the same in all processes.
+    sharding: where each of them goes.
+    may_alias: see `jax.device_put`.
+  """
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding, may_alias=may_alias)
+
+  def put_own(leaf: Any) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(put_own(jax.random.key_data(leaf)))
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      # Each device its own copy: a step is given its state's memory.
+      array.shape,
+      sharding,
+      lambda index: np.array(array[index]),
+    )
+
+  return jax.tree.map(put_own, tree)
+
+
+def get(tree: Any, mesh: Mesh) -> Any:
+  """Fetches arrays of these devices, as NumPy arrays.
+
+  All processes of the mesh must do so: what one lacks the others have.
+
+  Args:
+    tree: of arrays.
+    mesh: their devices.
+  """
+  if not all(
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+    for leaf in jax.tree.leaves(tree)
+  ):
+    tree = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
+  return jax.device_get(tree)
+
+
+def _identity(tree: Any) -> Any:
+  return tree
+
+
 def shard_batch(mesh: Mesh, *arrays: np.ndarray) -> Any:
   """Puts host arrays of one leading size, divisible by the devices, there."""
-  return jax.device_put(arrays, batch_sharding(mesh))
+  return put(arrays, batch_sharding(mesh))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Progress:
     steps_per_epoch: of one epoch.
     batch_size: images of a step.
     interval_seconds: without a terminal, the time between lines.
+    bar: whether there may be one.
   """
 
   def __init__(
@@ -31,11 +32,15 @@ class Progress:
     steps_per_epoch: int,
     batch_size: int,
     interval_seconds: float,
+    *,
+    bar: bool = True,
   ):
     self._num_epochs = num_epochs
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
     self._interval = interval_seconds
+    # None: no bar where standard error is not a terminal.
+    self._without_bar = None if bar else True
     self._bar: Any = None
     self._epoch = 0
     self._step = self._first_step = 0
@@ -54,8 +59,7 @@ class Progress:
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
-      # None: no bar where standard error is not a terminal.
-      disable=None,
+      disable=self._without_bar,
     )
 
   def step(self, of_seeds: Sequence[train_step.StepMetrics]) -> None:

@@ -85,7 +85,7 @@ def place(split: datasets.Split, layout: seeds.Layout) -> Resident:
     missing = -len(labels) % _shards(layout)
     images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
     labels = np.pad(labels, (0, missing))
-  return Resident(*jax.device_put((images, labels), sharding))
+  return Resident(*mesh_lib.put((images, labels), sharding))
 
 
 def call_ends(

@@ -38,7 +38,8 @@ class Networks(flax.struct.PyTreeNode):
   @property
   def step(self) -> jax.Array:
     """int32[], the steps that these train states have done."""
-    return jnp.ravel(self.calls[0].step)[0]
+    # The same in all networks, of which other processes may have some.
+    return jnp.ravel(self.calls[0].step.addressable_data(0))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +126,9 @@ class Layout:
   def get(self, networks: PyTree) -> list[PyTree]:
     """The tree of each seed, as NumPy arrays."""
     if len(self.seeds) == 1:
-      return [jax.device_get(networks)]
+      return [mesh_lib.get(networks, self.mesh)]
     trees: list[PyTree] = []
-    for call in jax.device_get(networks.calls):
+    for call in mesh_lib.get(networks.calls, self.mesh):
       trees += unstack(call, self.per_call)
     return trees[: len(self.seeds)]
 
@@ -261,7 +262,7 @@ class Layout:
     if self.is_stacked:
       tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     # A step is given its state's memory, which must not be another's too.
-    return jax.device_put(tree, self.call_sharding(), may_alias=False)
+    return mesh_lib.put(tree, self.call_sharding(), may_alias=False)
 
   def _put_batches(
     self, batches: Sequence[tuple[np.ndarray, ...]]
@@ -273,7 +274,7 @@ class Layout:
       call = parts[0]
       if self.is_stacked:
         call = tuple(np.stack(arrays) for arrays in zip(*parts, strict=True))
-      calls.append(jax.device_put(call, sharding))
+      calls.append(mesh_lib.put(call, sharding))
     if len(self.seeds) == 1:
       return calls[0]
     return tuple(Networks(arrays) for arrays in zip(*calls, strict=True))

@@ -18,6 +18,7 @@ from resnet_flax import (
   checkpoint,
   config_rules,
   datasets,
+  distributed,
   errors,
   evaluate,
   experiment as experiment_lib,
@@ -76,6 +77,9 @@ def train_and_evaluate(
 ) -> list[metrics.Record]:
   """Trains as the configuration says; goes on with what the workdir holds.
 
+  On several hosts it is called in all processes; only process 0 reads and
+  writes the workdir.
+
   Args:
     config: every key of `configs/base.py`.
     workdir: gets config.json, environment.json, metrics.jsonl, checkpoints/
@@ -97,6 +101,7 @@ def train_and_evaluate(
   devices = list(devices or jax.devices())
   config_rules.check(config, num_devices=len(devices))
   config_rules.check_labels(config)
+  distributed.check_same("the configuration", _shared_keys(config))
   workdir = pathlib.Path(workdir).absolute()
   experiment = experiment_lib.build(config)
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
@@ -108,33 +113,48 @@ def train_and_evaluate(
 
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(signals or interruption.StopSignals())
-    with workdir_lib.explain_write_errors(workdir):
-      stack.enter_context(workdir_lib.use(workdir, config))
-      checkpoints = stack.enter_context(
-        checkpoint.Checkpoints(workdir, best_steps=best_steps)
-      )
-    stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
+    checkpoints: checkpoint.Checkpoints | checkpoint.Elsewhere
+    checkpoints = checkpoint.Elsewhere()
+    log: metrics.MetricsLog | metrics.LogElsewhere = metrics.LogElsewhere()
+    restored: Any = None
 
-    with workdir_lib.explain_write_errors(workdir):
-      restored = None
-      # Tracing a deep network takes long: not for a run that is new.
-      if checkpoints.steps():
-        like = experiment_lib.abstract_state(config, experiment)
-        restored = checkpoints.restore_latest(like)
-      step = int(np.ravel(restored[0].step)[0]) if restored else 0
-      log = metrics.MetricsLog(workdir)
-      records += log.cut_back(
-        step, steps_per_epoch, fallen_back=checkpoints.has_fallen_back(step)
-      )
+    def open_run() -> tuple[bool, int, checkpoint.Notes, list[metrics.Record]]:
+      nonlocal checkpoints, log, restored
+      with workdir_lib.explain_write_errors(workdir):
+        stack.enter_context(workdir_lib.use(workdir, config))
+        opened = stack.enter_context(
+          checkpoint.Checkpoints(workdir, best_steps=best_steps)
+        )
+        checkpoints = opened
+        stack.enter_context(_explain_interruption(workdir, opened, signals))
+        notes = NEW_EPOCH
+        # Tracing a deep network takes long: not for a run that is new.
+        if opened.steps():
+          like = experiment_lib.abstract_state(config, experiment)
+          restored, notes = opened.restore_latest(like) or (None, NEW_EPOCH)
+        step = int(np.ravel(restored.step)[0]) if restored else 0
+        log = metrics.MetricsLog(workdir)
+        kept = log.cut_back(
+          step, steps_per_epoch, fallen_back=opened.has_fallen_back(step)
+        )
+      return restored is not None, step, notes, kept
+
+    goes_on, step, notes, kept = distributed.first(open_run)
+    records += kept
+    if isinstance(checkpoints, checkpoint.Elsewhere):
+      stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
     if len(records) == config.num_epochs:
       _logger.info("%s is finished: %d epochs.", workdir, len(records))
       return records
 
     # What is wrong with it is said before the data is prepared.
     source = None
-    if config.init_from and not restored:
-      source = transfer.load(config)
-    dataset = datasets.load(config.dataset)
+    if config.init_from and not goes_on:
+      source = distributed.first_only(lambda: transfer.load(config))
+    dataset = distributed.first_then_others(
+      lambda: datasets.load(config.dataset)
+    )
+    distributed.check_same("the data", dataset.source)
     execution = _choose_execution(
       config, workdir, experiment, dataset.train, devices
     )
@@ -147,27 +167,33 @@ def train_and_evaluate(
       max(config.model.input_size, *experiment.image_shape[:2]),
     )
     chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
-    with workdir_lib.explain_write_errors(workdir):
-      workdir_lib.record_start(
-        workdir,
-        ConfigDict(config.to_dict() | chosen),
-        devices,
-        dataset.source,
-      )
+
+    def record_start() -> None:
+      with workdir_lib.explain_write_errors(workdir):
+        workdir_lib.record_start(
+          workdir,
+          ConfigDict(config.to_dict() | chosen),
+          devices,
+          dataset.source,
+        )
+
+    distributed.first(record_start)
     if dataset.validation is None:
       _logger.info(
         "note: the best epoch is chosen on the test split, as in the recipe;"
         " set dataset.validation_examples to hold out a part of training"
       )
-    if restored:
+    if goes_on:
       _logger.info("going on after step %d of %s", step, workdir)
-      stacked, notes = restored
+      stacked = distributed.from_first(
+        lambda: restored,
+        lambda: experiment_lib.abstract_state(config, experiment),
+      )
       state = layout.put(seeds_lib.unstack(stacked, config.num_seeds))
       # The devices have them now.
       del stacked, restored
     else:
       state = initial_state(config, experiment, dataset.train, layout, source)
-      notes = NEW_EPOCH
     if records and step == len(records) * steps_per_epoch:
       # An epoch's checkpoint is from before its evaluation.
       state = _after_epoch(state, records[-1], experiment, layout)
@@ -177,6 +203,7 @@ def train_and_evaluate(
       steps_per_epoch,
       config.batch_size,
       config.log.interval_seconds,
+      bar=distributed.is_first(),
     )
     stack.callback(progress.close)
     key = augmentation_key(layout)
@@ -194,19 +221,24 @@ def train_and_evaluate(
     stack.enter_context(signals.hold())
     stack.enter_context(workdir_lib.explain_write_errors(workdir, running=True))
     board = stack.enter_context(
-      metrics.TensorBoard(workdir, int(state.step), config.log.tensorboard)
+      metrics.TensorBoard(
+        workdir,
+        int(state.step),
+        config.log.tensorboard and distributed.is_first(),
+      )
     )
     if records and records[-1]["step"] == int(state.step):
       # Superseded, or not written when the run was killed.
       board.write(records[-1])
     stack.callback(checkpoints.wait)
-    if source is not None:
+    if config.init_from and not goes_on:
       # So that the run depends no longer on what becomes of its source.
       checkpoints.save(seeds_lib.stack(layout.get(state)), notes)
       del source
     timer = checkpoint.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
+    agreement = distributed.agreement(signals, timer, devices)
 
     while len(records) < config.num_epochs:
       epoch = len(records)
@@ -222,14 +254,16 @@ def train_and_evaluate(
             state,
             calls,
             progress.step,
-            until=lambda step: signals.requested or timer.due(step),
+            until=agreement.until,
             before_call=functools.partial(write_layer_norms, board),
             layout=layout,
           )
         except errors.NonFiniteError as error:
-          path = _describe_failure(
-            workdir, config, dataset.train, error, checkpoints
+          describe = functools.partial(
+            _describe_failure,
+            *(workdir, config, dataset.train, error, checkpoints),
           )
+          path = distributed.first(describe)
           raise errors.NonFiniteError(
             f"{error} What reproduces the step is in {path}.",
             error.step,
@@ -243,10 +277,10 @@ def train_and_evaluate(
           "epoch_seconds": notes["epoch_seconds"] + now - started,
         }
         started = now
-        workdir_lib.check_not_removed(workdir)
+        distributed.first(lambda: workdir_lib.check_not_removed(workdir))
         checkpoints.save(seeds_lib.stack(layout.get(state)), notes)
         timer.reset()
-        signals.check()
+        agreement.check()
       progress.close()
 
       started = time.perf_counter()
@@ -257,13 +291,13 @@ def train_and_evaluate(
           split,
           config.eval_batch_size,
           layout,
-          on_batch=signals.check,
+          on_batch=agreement.on_batch,
         )
         for name, split in splits.items()
         if split is not None
       }
       record = _record(epoch, state, notes, scores, layout)
-      workdir_lib.check_not_removed(workdir)
+      distributed.first(lambda: workdir_lib.check_not_removed(workdir))
       # After its checkpoint was started: a record without its checkpoint is
       # cut off, a checkpoint without its record is evaluated again.
       log.append(record)
@@ -275,11 +309,22 @@ def train_and_evaluate(
   return records
 
 
+def _shared_keys(config: ConfigDict) -> metrics.Record:
+  """The keys that all processes must agree on: all but where data is."""
+  own = ("dataset.data_dir", "dataset.archive", "dataset.cache_dir")
+  flat = config_rules.to_flat(config)
+  return {key: value for key, value in flat.items() if key not in own}
+
+
 def _stored(workdir: pathlib.Path, key: str) -> Any:
   """What an earlier start of the run has chosen; None without one."""
-  if not (workdir / "config.json").exists():
-    return None
-  return workdir_lib.load_config(workdir).get(key)
+
+  def read() -> Any:
+    if not (workdir / "config.json").exists():
+      return None
+    return workdir_lib.load_config(workdir).get(key)
+
+  return distributed.first(read)
 
 
 def _choose_execution(
@@ -303,7 +348,8 @@ def _choose_execution(
   # On CPUs as experiments/seeds measured it.
   if on_cpu or len(per_call) == 1:
     return "in_turn"
-  return faster_execution(config, experiment, split, devices)
+  execution = faster_execution(config, experiment, split, devices)
+  return distributed.first(lambda: execution)
 
 
 def faster_execution(
@@ -361,14 +407,20 @@ def initial_state(
     source: from `transfer.load`, to start from instead of random weights.
   """
   scale = normalization.measure(config.normalization, train)
-  states = []
-  for seed in layout.seeds:
-    key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
-    state = train_step.create_train_state(experiment, key, scale)
-    if source is not None:
-      state = transfer.initialize(state, source)
-    states.append(state)
-  return layout.put(states)
+
+  def create() -> list[train_step.TrainState]:
+    states = []
+    for seed in layout.seeds:
+      key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
+      state = train_step.create_train_state(experiment, key, scale)
+      if source is not None:
+        state = transfer.initialize(state, source)
+      states.append(state)
+    return states
+
+  return layout.put(
+    distributed.from_first(create, lambda: jax.eval_shape(create))
+  )
 
 
 def augmentation_key(layout: seeds_lib.Layout) -> Any:
@@ -540,6 +592,7 @@ def _log_compilation(title: str) -> Iterator[None]:
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
   yield
+  distributed.meet()
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
 
 
@@ -840,8 +893,8 @@ def _describe_failure(
   config: ConfigDict,
   split: datasets.Split,
   error: errors.NonFiniteError,
-  checkpoints: checkpoint.Checkpoints,
-) -> pathlib.Path:
+  checkpoints: checkpoint.Checkpoints | checkpoint.Elsewhere,
+) -> str:
   """Writes what leads to a step that failed, from the checkpoint before it."""
   checkpoints.wait()
   step, seed = error.step, error.seed
@@ -865,7 +918,7 @@ def _describe_failure(
       "latest_checkpoint_step": max(checkpoints.steps(), default=None),
     },
   )
-  return path
+  return str(path)
 
 
 def _record(
@@ -941,7 +994,7 @@ def _after_epoch(
 @contextlib.contextmanager
 def _explain_interruption(
   workdir: pathlib.Path,
-  checkpoints: checkpoint.Checkpoints,
+  checkpoints: checkpoint.Checkpoints | checkpoint.Elsewhere,
   signals: interruption.StopSignals,
 ) -> Iterator[None]:
   """A signal to stop ends in a line that says where the run stands."""
