@@ -40,6 +40,7 @@ _SEED_KEYS = (
 )
 _CONFIG_KEYS = (
   "seed",
+  "num_seeds",
   "num_epochs",
   "model.name",
   "model.depth",
@@ -105,7 +106,7 @@ class Run:
   def seeds(self) -> range:
     """The seeds that it trains."""
     first = self.config["seed"]
-    return range(first, first + self.config.get("num_seeds", 1))
+    return range(first, first + self.config["num_seeds"])
 
   def of_seed(self, seed: int) -> list[metrics.Record]:
     """The records of one of its seeds, which have `_SEED_KEYS`."""
@@ -300,8 +301,6 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       if key not in config:
         raise errors.ConfigError(f"{key} is missing.")
       config_rules.RULES[key](key, config[key])
-    # Runs of older versions lack it.
-    config_rules.RULES["num_seeds"]("num_seeds", config.get("num_seeds", 1))
   except errors.ConfigError as error:
     raise errors.WorkdirError(
       f"{path} is not the configuration of a run: {error} Restore it, or leave"
