@@ -97,7 +97,7 @@ def get(tree: Any, mesh: Mesh) -> Any:
     tree: of arrays.
     mesh: their devices.
   """
-  if not all(
+  if mesh.is_multi_process and not all(
     leaf.is_fully_addressable or leaf.is_fully_replicated
     for leaf in jax.tree.leaves(tree)
   ):
