@@ -117,7 +117,7 @@ def train_and_evaluate(
     source = None
     if config.init_from and not restored:
       source = transfer.load(config)
-    dataset = datasets.load(config.dataset)
+    dataset = datasets.load(config.dataset, config.augment.name)
     execution = _choose_execution(
       config, workdir, experiment, dataset.train, devices
     )
@@ -517,8 +517,8 @@ def epoch_batches(
   """
 
   def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for positions in epoch_order(len(split), batch_size, seed, epoch)[first:]:
-      yield split.take(positions)
+    order = epoch_order(len(split), batch_size, seed, epoch)[first:]
+    return split.batches(list(order), datasets.Draw(seed, epoch))
 
   return layout.batches(of_seed)
 
