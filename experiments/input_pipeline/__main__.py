@@ -23,7 +23,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often all is measured.")
 def main(argv: list[str]) -> None:
   """Measures all in turn and prints it as JSON."""
   del argv
-  folder = pathlib.Path(_FOLDER.value)
+  folder = pathlib.Path(str(_FOLDER.value))
   if not folder.exists():
     generated.prepare(folder, {"train": _IMAGES.value, "validation": 50})
   config = imagenet_resnet50.get_config()
