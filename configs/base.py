@@ -46,7 +46,9 @@ def get_config() -> ConfigDict:
   config.normalization = "pixel_mean"
 
   config.dataset = ConfigDict()
-  # 'cifar10', 'cifar100' or 'digits'.
+  # 'cifar10', 'cifar100' or 'digits'; or, read from a prepared copy while
+  # training, 'imagenet2012' or 'tfds/NAME' for any other set that TFDS has
+  # prepared as ArrayRecord with the features 'image' and 'label'.
   config.dataset.name = "cifar10"
   # TFDS data directory. Empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
   config.dataset.data_dir = ""
@@ -55,10 +57,17 @@ def get_config() -> ConfigDict:
   config.dataset.archive = ""
   # Where decoded images are cached. Empty: the user's cache directory.
   config.dataset.cache_dir = ""
+  # Height and width of images that are decoded while training.
+  config.dataset.image_size = 224
+  # Processes that decode them; -1: as many as there are CPU threads, 0: none,
+  # but two threads. Of several seeds each has its own. Does not change any
+  # result.
+  config.dataset.num_workers = -1
   # Train on a fixed, class-balanced subset of this many images; 0 takes all.
   config.dataset.train_examples = 0
   # Hold out this many training images (stratified). With 0, as in the recipe,
-  # the best checkpoint is chosen on the test split.
+  # the best checkpoint is chosen on the test split. Where images are decoded
+  # while training, neither these nor the above look at classes.
   config.dataset.validation_examples = 0
   # Chooses the held-out images; apart from `seed` so that runs with other
   # seeds are validated on the same images.
@@ -66,7 +75,10 @@ def get_config() -> ConfigDict:
 
   config.augment = ConfigDict()
   # 'shift_flip' (continuous shift by up to 10 %), 'crop_flip' (pad 4, random
-  # crop) or 'none' (no augmentation at all).
+  # crop) or 'none' (no augmentation at all). For images that are decoded while
+  # training also 'scale_crop' (He et al. 2015: shorter side 256 to 480 for
+  # crops of 224) and 'random_resized_crop' (8 to 100 % of the area, sides 3:4
+  # to 4:3), which are cut from the whole image.
   config.augment.name = "shift_flip"
   # Flip left-right with probability one half.
   config.augment.flip = True

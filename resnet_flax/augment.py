@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_flax import errors
+from resnet_flax.datasets import crops
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -104,6 +105,8 @@ def _identity(key: jax.Array, images: jax.Array) -> jax.Array:
 _MOVES: dict[str, Augment] = {
   "shift_flip": _random_shift,
   "crop_flip": _random_crop,
+  # These have been cut on the host, as they were decoded.
+  **dict.fromkeys(crops.RANDOM, _identity),
 }
 
 NAMES = (*_MOVES, "none")

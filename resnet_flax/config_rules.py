@@ -6,6 +6,7 @@ lists of keys together.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from resnet_flax import (
   optimizer,
   seeds,
 )
-from resnet_flax.datasets import loading
+from resnet_flax.datasets import crops, loading, streaming
 from resnet_flax.models import layers, registry
 
 Rule = Callable[[str, Any], None]
@@ -35,6 +36,7 @@ FREE_KEYS = (
   "dataset.data_dir",
   "dataset.archive",
   "dataset.cache_dir",
+  "dataset.num_workers",
   "model.remat",
   "model.scan",
   "checkpoint.every_steps",
@@ -50,6 +52,8 @@ _ADDED_KEYS = {
   "seed_execution": "auto",
   "log_layer_norms_every": 0,
   "steps_per_call": 0,
+  "dataset.image_size": 224,
+  "dataset.num_workers": -1,
   "model.batch_norm_groups": 1,
 }
 
@@ -65,6 +69,10 @@ _LARGEST_NUM_CLASSES = 10**6
 _LARGEST_INPUT = 2048
 _LARGEST_EVAL_BATCH = 2**16
 _MOST_SEEDS = 1000
+_MOST_WORKERS = 256
+_TFDS_NAME = re.compile(
+  re.escape(streaming.PREFIX) + r"\w{1,100}(/[\w-]{1,100})?"
+)
 _LONGEST_SEQUENCE = 100
 _LONGEST_PATH = 4096
 
@@ -135,6 +143,11 @@ def _name(known: Any) -> Rule:
   return check
 
 
+def _dataset_name(key: str, value: Any) -> None:
+  if not isinstance(value, str) or not _TFDS_NAME.fullmatch(value):
+    _name(loading.NAMES)(key, value)
+
+
 def _boolean(key: str, value: Any) -> None:
   if not isinstance(value, bool):
     raise _wrong(key, value, "true or false")
@@ -164,10 +177,12 @@ RULES: dict[str, Rule] = {
   "log_layer_norms_every": _integer(0),
   "init_from": _path,
   "normalization": _name(normalization.NAMES),
-  "dataset.name": _name(loading.DATASETS),
+  "dataset.name": _dataset_name,
   "dataset.data_dir": _path,
   "dataset.archive": _path,
   "dataset.cache_dir": _path,
+  "dataset.image_size": _integer(1, _LARGEST_INPUT),
+  "dataset.num_workers": _integer(-1, _MOST_WORKERS),
   "dataset.train_examples": _integer(0),
   "dataset.validation_examples": _integer(0),
   "dataset.split_seed": _integer(0, 2**32 - 1),
@@ -289,13 +304,15 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
   Raises:
     ConfigError: the first thing that is wrong, and what would work.
+    DataError: see `loading.info`.
   """
   check_values(config)
 
   # Constraints between keys.
+  _check_streaming(config)
   registry.create_model(config.model, num_classes=1)
   registry.check_input_size(
-    config.model, loading.DATASETS[config.dataset.name].image_shape
+    config.model, loading.info(config.dataset).image_shape
   )
   num_train = loading.num_train_examples(config.dataset)
   if config.batch_size > num_train:
@@ -353,6 +370,23 @@ def check(config: ConfigDict, num_devices: int) -> None:
     )
 
 
+def _check_streaming(config: ConfigDict) -> None:
+  """Checks what only sets that are decoded while training can do, or cannot."""
+  if not loading.is_streamed(config.dataset.name):
+    if config.augment.name in crops.RANDOM:
+      raise errors.ConfigError(
+        f"augment.name={config.augment.name} cuts images as they are decoded,"
+        f" while training; dataset.name={config.dataset.name} has them in"
+        " memory. Needed: crop_flip, shift_flip or none."
+      )
+  elif config.normalization not in normalization.UNMEASURED:
+    raise errors.ConfigError(
+      f"normalization={config.normalization} is measured on all training"
+      f" images, but dataset.name={config.dataset.name} is not held in memory;"
+      f" needed: {', '.join(sorted(normalization.UNMEASURED))}."
+    )
+
+
 def check_labels(config: ConfigDict) -> None:
   """Checks that the network's head has the data set's classes.
 
@@ -365,7 +399,7 @@ def check_labels(config: ConfigDict) -> None:
   Raises:
     ConfigError: it has another number of classes.
   """
-  classes = loading.DATASETS[config.dataset.name].num_classes
+  classes = loading.info(config.dataset).num_classes
   if config.model.num_classes not in (0, classes):
     raise errors.ConfigError(
       f"model.num_classes={config.model.num_classes} but"

@@ -30,11 +30,13 @@ def padded_batches(
   """
   batch_size = min(batch_size, len(split))
   batch_size = -(-batch_size // num_devices) * num_devices
-  for start in range(0, len(split), batch_size):
-    stop = min(start + batch_size, len(split))
-    images, labels = split.take(np.arange(start, stop))
-    mask = np.arange(batch_size) < stop - start
-    missing = batch_size - (stop - start)
+  starts = range(0, len(split), batch_size)
+  order = [
+    np.arange(len(split))[start : start + batch_size] for start in starts
+  ]
+  for images, labels in split.batches(order):
+    mask = np.arange(batch_size) < len(labels)
+    missing = batch_size - len(labels)
     if missing:
       images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
       labels = np.pad(labels, (0, missing))

@@ -23,7 +23,7 @@ def build(config: ConfigDict) -> train_step.Experiment:
   Args:
     config: a configuration that `config_rules.check` has passed.
   """
-  info = loading.DATASETS[config.dataset.name]
+  info = loading.info(config.dataset)
   num_train = loading.num_train_examples(config.dataset)
   # The last, smaller batch is dropped; every epoch drops other images.
   steps_per_epoch = num_train // config.batch_size
@@ -38,8 +38,7 @@ def build(config: ConfigDict) -> train_step.Experiment:
 
 def num_classes(config: ConfigDict) -> int:
   """The size of the network's head."""
-  info = loading.DATASETS[config.dataset.name]
-  return config.model.num_classes or info.num_classes
+  return config.model.num_classes or loading.info(config.dataset).num_classes
 
 
 def abstract_state(

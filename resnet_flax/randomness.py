@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
   VALIDATION_SPLIT = 3
   TRAIN_SUBSET = 4
   TEST_SPLIT = 5
+  HOST_CROP = 6
 
 
 def device_key(seed: int, purpose: Purpose) -> jax.Array:

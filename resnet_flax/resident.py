@@ -6,6 +6,7 @@ its batches from the split, in the order that the host draws for each epoch.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -48,11 +49,18 @@ def steps_per_call(
     image_size: the larger side of the images that the networks see.
 
   Raises:
-    ConfigError: more than one was asked for, and the devices' memory has no
-      room for the split.
+    ConfigError: more than one was asked for, and the split is not in memory or
+      the devices' memory has no room for it.
   """
   if wanted == 1:
     return 1
+  if not isinstance(split, datasets.ArraySplit):
+    if not wanted:
+      return 1
+    raise errors.ConfigError(
+      f"steps_per_call={wanted} needs a training split in memory, but this one"
+      " is decoded while training. Pass --config.steps_per_call=1."
+    )
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
   if not wanted and (on_cpu or image_size > _LARGEST_SMALL_IMAGE):
     return 1
@@ -111,7 +119,7 @@ def _shards(layout: seeds.Layout) -> int:
 
 
 def _num_bytes(split: datasets.Split) -> int:
-  return len(split) * int(np.prod(split.images.shape[1:]))
+  return len(split) * math.prod(split.image_shape)
 
 
 def _fits(split: datasets.Split, layout: seeds.Layout, shards: int) -> bool:

@@ -152,7 +152,7 @@ def train_and_evaluate(
     if config.init_from and not goes_on:
       source = distributed.first_only(lambda: transfer.load(config))
     dataset = distributed.first_then_others(
-      lambda: datasets.load(config.dataset)
+      lambda: datasets.load(config.dataset, config.augment.name)
     )
     distributed.check_same("the data", dataset.source)
     execution = _choose_execution(
@@ -732,8 +732,8 @@ def epoch_batches(
   """
 
   def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for positions in epoch_order(len(split), batch_size, seed, epoch)[first:]:
-      yield split.take(positions)
+    order = epoch_order(len(split), batch_size, seed, epoch)[first:]
+    return split.batches(list(order), datasets.Draw(seed, epoch))
 
   return layout.batches(of_seed)
 

@@ -58,7 +58,7 @@ def check(changes, num_devices=1):
     ({"dataset.name": "cifar"}, "Did you mean"),
     ({"dataset.validation_examples": 50_000}, "leaves no training image"),
     ({"dataset.data_dir": "a\0b"}, "needed: a path"),
-    ({"augment.name": "shift"}, "Known: crop_flip, none, shift_flip"),
+    ({"augment.name": "shift"}, "Known: crop_flip, none, random_"),
     (
       {"normalization": "mean"},
       "Known: caffe, channel, imagenet, none, pixel_mean",

@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, he2015_depth20
-from resnet_flax import config_rules, experiment, train
+from experiments.input_pipeline import generated
+from resnet_flax import config_rules, datasets, experiment, train
 
 FOLDER = pathlib.Path(base.__file__).parent
 NAMES = sorted(
@@ -132,5 +133,21 @@ def test_every_key_is_read_and_no_other(
       recorder = Recorder(config, patch)
       experiment.build(config)
     read |= recorder.read
+  generated.prepare(
+    tmp_path / "streamed",
+    {"train": 8, "validation": 4},
+    num_classes=2,
+    width=40,
+    height=40,
+  )
+  config = ConfigDict(tiny_config.to_dict()).lock()
+  config.normalization = "imagenet"
+  config.dataset.update({"name": "imagenet2012", "image_size": 32})
+  config.dataset.data_dir = str(tmp_path / "streamed")
+  config.dataset.num_workers = config.dataset.train_examples = 0
+  with monkeypatch.context() as patch:
+    recorder = Recorder(config, patch)
+    datasets.load(config.dataset, config.augment.name)
+  read |= recorder.read
   parts = {key.partition(".")[0] for key in config_rules.RULES if "." in key}
   assert read - parts == set(config_rules.RULES)

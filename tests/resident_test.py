@@ -83,6 +83,17 @@ def test_a_split_that_does_not_fit_is_named(config, split):
     resident.steps_per_call(7, split, layout, 32)
 
 
+def test_images_that_are_decoded_while_training_are_not_there(config):
+  class Streamed(datasets.Split):
+    image_shape = 32, 32, 3
+    batches = subset = None
+
+  layout = LittleMemory(layout_of(config), 10**9)
+  assert resident.steps_per_call(0, Streamed(), layout, 32) == 1
+  with pytest.raises(errors.ConfigError, match="steps_per_call=7 needs"):
+    resident.steps_per_call(7, Streamed(), layout, 32)
+
+
 def test_one_step_on_cpus_and_for_large_images(config, split):
   on_cpu = layout_of(config)
   assert resident.steps_per_call(0, split, on_cpu, 32) == 1

@@ -115,24 +115,25 @@ def _images_of_epoch(config: ConfigDict) -> int:
 
 def _flops_of_epoch(config: ConfigDict) -> float:
   """Of training and evaluation, each seed's counted."""
-  info = loading.DATASETS[config.dataset.name]
+  info = loading.info(config.dataset)
   evaluated = info.num_test + config.dataset.validation_examples
   passes = _TRAINING * _images_of_epoch(config) + config.num_seeds * evaluated
   return 2.0 * _size(config).multiply_adds * passes
 
 
 def _size(config: ConfigDict) -> summary.Size:
-  return _size_of(config.model.to_json(), config.dataset.name)
+  info = loading.info(config.dataset)
+  return _size_of(config.model.to_json(), info.num_classes, info.image_shape)
 
 
 @functools.cache
-def _size_of(model: str, dataset: str) -> summary.Size:
+def _size_of(
+  model: str, num_classes: int, image_shape: tuple[int, int, int]
+) -> summary.Size:
   """Cells often differ in their seeds alone, and tracing takes seconds."""
-  info = loading.DATASETS[dataset]
   config = ConfigDict(json.loads(model))
-  num_classes = config.num_classes or info.num_classes
   return summary.measure_size(
-    models.create_model(config, num_classes), info.image_shape
+    models.create_model(config, config.num_classes or num_classes), image_shape
   )
 
 

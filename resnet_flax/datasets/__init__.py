@@ -1,6 +1,6 @@
-"""Data sets by name, as arrays on the host."""
+"""Data sets by name: arrays on the host, or streams of them."""
 
 from resnet_flax.datasets.loading import DATASETS, load
-from resnet_flax.datasets.record import Dataset, Split
+from resnet_flax.datasets.record import ArraySplit, Dataset, Draw, Split
 
-__all__ = ["DATASETS", "Dataset", "Split", "load"]
+__all__ = ["DATASETS", "ArraySplit", "Dataset", "Draw", "Split", "load"]

@@ -2,38 +2,24 @@
 
 import hashlib
 import io
-import json
 import logging
 import operator
-import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from resnet_flax import errors
-from resnet_flax.datasets import archive, files, record
+from resnet_flax.datasets import archive, files, prepared, record
 
 _logger = logging.getLogger(__name__)
 
-_FILE_FORMAT = "array_record"
 _IMAGE_SHAPE = (32, 32, 3)
 # What the encoded images may be. PIL knows many more, of which some start
 # other programs.
 _ENCODINGS = ("PNG", "JPEG")
-# TFDS imports what features.json names, whatever it is.
-_FEATURES = tuple(
-  f"tensorflow_datasets.core.features.{name}"
-  for name in (
-    "features_dict.FeaturesDict",
-    "image_feature.Image",
-    "class_label_feature.ClassLabel",
-    "text_feature.Text",
-  )
-)
-
 # URLs and digests are those that TFDS records for its own downloads.
 ARCHIVES = {
   "cifar10": archive.ArchiveSpec(
@@ -65,69 +51,6 @@ ARCHIVES = {
 }
 
 
-def data_dir(configured: str) -> pathlib.Path:
-  """The TFDS data directory: as configured, else TFDS's own default."""
-  chosen = configured or os.environ.get("TFDS_DATA_DIR", "")
-  return files.resolve(chosen or "~/tensorflow_datasets")
-
-
-def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
-  """The newest prepared version of a data set that can be read, if any.
-
-  Args:
-    name: of the data set.
-    root: the TFDS data directory.
-
-  Raises:
-    DataError: there is one, but damaged or in a format that needs TensorFlow.
-  """
-  formats = {}
-  try:
-    paths = list(root.glob(f"{name}/*/dataset_info.json"))
-  except OSError as error:
-    raise errors.DataError(
-      f"the data directory {root} cannot be read: {files.describe(error)}. Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
-    ) from error
-  for path in paths:
-    try:
-      version = tuple(map(int, path.parent.name.split(".")))
-    except ValueError:
-      continue  # Not a version that TFDS has finished writing.
-    try:
-      info = json.loads(files.read_text(path))
-      if not isinstance(info, dict):
-        raise ValueError("it holds no JSON object")
-      # Files written before TFDS had a choice do not name their format.
-      file_format = info.get("fileFormat", "tfrecord")
-      if not isinstance(file_format, str):
-        raise ValueError("its fileFormat is no text")
-      formats[version] = file_format, path.parent, ""
-    # Brackets in brackets are a RecursionError.
-    except (OSError, ValueError, RecursionError) as error:
-      formats[version] = "", path.parent, errors.one_line(error)
-  for _, (file_format, folder, _) in sorted(formats.items(), reverse=True):
-    if file_format == _FILE_FORMAT:
-      return folder
-  if not formats:
-    return None
-  _, (file_format, folder, damage) = max(formats.items())
-  if damage:
-    raise _damaged(folder, f"dataset_info.json: {damage}")
-  raise errors.DataError(
-    f"{folder} is prepared as {file_format[:50]}, which needs TensorFlow to"
-    f" read; needed: {_FILE_FORMAT}. Set --config.dataset.data_dir (or"
-    " TFDS_DATA_DIR) to another, also empty, directory to have a copy"
-    " prepared there."
-  )
-
-
-def _damaged(folder: pathlib.Path, problem: str) -> errors.DataError:
-  return errors.DataError(
-    f"{folder} cannot be read ({problem}). Delete it to have it prepared again."
-  )
-
-
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """Prepares a data set as ArrayRecord from its official archive.
 
@@ -155,7 +78,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   _logger.info("preparing %s in %s", name, root)
   try:
     builder = _make_builder(name, contents, root)
-    builder.download_and_prepare(file_format=_FILE_FORMAT)
+    builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
   # TFDS and ArrayRecord have kinds of their own for what a disk can do.
   except Exception as error:
     raise errors.DataError(
@@ -231,7 +154,7 @@ def fingerprint(folder: pathlib.Path) -> str:
         digest.update(path.name.encode(errors="surrogateescape") + b"\0")
         digest.update(hashlib.file_digest(file, "sha256").digest())
   except OSError as error:
-    raise _damaged(folder, errors.one_line(error)) from error
+    raise prepared.damaged(folder, errors.one_line(error)) from error
   return digest.hexdigest()
 
 
@@ -251,7 +174,7 @@ def read(
   import tensorflow_datasets as tfds
 
   try:
-    _check_features(folder)
+    prepared.check_features(folder)
     builder = tfds.builder_from_directory(folder)
     arrays: dict[str, np.ndarray] = {}
     for split, count in num_examples.items():
@@ -276,43 +199,15 @@ def read(
         labels[index] = operator.index(example["label"])
       arrays[f"{split}_images"] = images
       arrays[f"{split}_labels"] = labels
-    names = _label_names(folder)
+    names = prepared.label_names(folder)
     if names != tuple(builder.info.features["label"].names):
       raise ValueError(f"label.labels.txt has {len(names)} names")
     decoded = record.Arrays(**arrays, class_names=names)
     record.check(decoded, folder.parent.name, _IMAGE_SHAPE)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:
-    raise _damaged(folder, errors.one_line(error)) from error
+    raise prepared.damaged(folder, errors.one_line(error)) from error
   return decoded
-
-
-def _check_features(folder: pathlib.Path) -> None:
-  """Checks that features.json names no code but that of the features known.
-
-  Raises:
-    OSError, ValueError, RecursionError: it is no such file.
-  """
-  features = json.loads(files.read_text(folder / "features.json"))
-  for name in _class_names(features):
-    if name not in _FEATURES:
-      raise ValueError(f"features.json names {name!r:.100}")
-
-
-def _label_names(folder: pathlib.Path) -> tuple[str, ...]:
-  """The labels' names, in order; for want of them TFDS takes numbers."""
-  lines = files.read_text(folder / "label.labels.txt").split("\n")
-  return tuple(line.strip() for line in lines if line.strip())
-
-
-def _class_names(node: Any) -> Iterator[Any]:
-  children = node if isinstance(node, list) else []
-  if isinstance(node, dict):
-    # The second is how older versions of TFDS wrote it.
-    yield from (node[key] for key in ("pythonClassName", "type") if key in node)
-    children = list(node.values())
-  for child in children:
-    yield from _class_names(child)
 
 
 def _decode(encoded: bytes) -> np.ndarray:

@@ -1,15 +1,76 @@
 """What a data set is to the rest of the program."""
 
+import abc
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from resnet_flax import errors
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
+class Draw(NamedTuple):
+  """What the random crops of an epoch depend on.
+
+  Attributes:
+    seed: the experiment's.
+    epoch: 0-based.
+  """
+
+  seed: int
+  epoch: int
+
+
+class Split(abc.ABC):
   """Labelled images, in a fixed order.
+
+  Attributes:
+    indices: int64[N], the images of this split, by position in the official
+      split.
+  """
+
+  indices: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  @property
+  @abc.abstractmethod
+  def image_shape(self) -> tuple[int, ...]:
+    """(H, W, C) of every image."""
+
+  @abc.abstractmethod
+  def batches(
+    self, order: Sequence[np.ndarray], draw: Draw | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Reads one batch after the other.
+
+    What an image looks like depends on its position and `draw` alone: of a
+    batch that several processes share, each may ask for its own part.
+
+    Args:
+      order: for each batch int64[B], positions in this split.
+      draw: for training; splits that cut images as they decode them do it at
+        random then. None: the central part.
+
+    Yields:
+      uint8[B, H, W, C] images and int32[B] labels.
+    """
+
+  @abc.abstractmethod
+  def subset(self, positions: np.ndarray) -> "Split":
+    """The split of the images at the given positions of this one."""
+
+  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels at the given positions of this split."""
+    ((images, labels),) = self.batches([positions])
+    return images, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySplit(Split):
+  """Images in memory, or memory-mapped.
 
   Attributes:
     images: uint8[M, H, W, C], may be memory-mapped.
@@ -21,22 +82,28 @@ class Split:
   labels: np.ndarray
   indices: np.ndarray
 
-  def __len__(self) -> int:
-    return len(self.indices)
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """See `Split`."""
+    return self.images.shape[1:]
 
-  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels at the given positions of this split."""
-    rows = self.indices[positions]
-    return self.images[rows], self.labels[rows]
+  def batches(
+    self, order: Sequence[np.ndarray], draw: Draw | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `Split`."""
+    del draw
+    for positions in order:
+      rows = self.indices[positions]
+      yield self.images[rows], self.labels[rows]
 
-  def subset(self, positions: np.ndarray) -> "Split":
-    """The split of the images at the given positions of this one."""
+  def subset(self, positions: np.ndarray) -> "ArraySplit":
+    """See `Split`."""
     return dataclasses.replace(self, indices=self.indices[positions])
 
 
-def whole_split(images: np.ndarray, labels: np.ndarray) -> Split:
+def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
   """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
-  return Split(images, labels, np.arange(len(labels)))
+  return ArraySplit(images, labels, np.arange(len(labels)))
 
 
 @dataclasses.dataclass(frozen=True)

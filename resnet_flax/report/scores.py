@@ -96,18 +96,25 @@ def score(run: runs_lib.Run, seed: int) -> Scores:
       f"{run.name} was trained on {run.data}, but the data here is"
       f" {dataset.source}. Set TFDS_DATA_DIR to the folder of the former."
     )
-  images, labels = dataset.test.take(np.arange(len(dataset.test)))
+  size = loaded.config.eval_batch_size
+  everything = np.arange(len(dataset.test))
+  order = [everything[start : start + size] for start in everything[::size]]
+  scored = [
+    (loaded.predict(images), labels)
+    for images, labels in dataset.test.batches(order)
+  ]
+  probabilities, labels = map(np.concatenate, zip(*scored, strict=True))
   return summarize(
-    images,
+    dataset.test,
     labels,
-    loaded.predict(images),
+    probabilities,
     class_names=dataset.class_names,
     step=loaded.step,
   )
 
 
 def summarize(
-  images: np.ndarray,
+  split: datasets.Split,
   labels: np.ndarray,
   probabilities: np.ndarray,
   *,
@@ -117,7 +124,7 @@ def summarize(
   """What predictions are worth.
 
   Args:
-    images: uint8[N, H, W, C].
+    split: of N images.
     labels: int32[N].
     probabilities: float32[N, classes].
     class_names: name of each label.
@@ -135,7 +142,7 @@ def summarize(
     class_names=class_names,
     confusion=confusion,
     mistakes=Mistakes(
-      images=images[chosen],
+      images=split.take(chosen)[0],
       positions=chosen,
       labels=labels[chosen],
       predicted=predicted[chosen],

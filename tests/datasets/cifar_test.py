@@ -17,7 +17,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import base
 from resnet_flax import errors
-from resnet_flax.datasets import archive, cache, cifar, loading, record
+from resnet_flax.datasets import (
+  archive,
+  cache,
+  cifar,
+  loading,
+  prepared,
+  record,
+)
 from tests.datasets import archives, damage
 
 
@@ -77,7 +84,7 @@ def test_folder_whose_name_is_no_text(config, monkeypatch, tmp_path):
     loading.load(config)
   assert str(caught.value).isprintable()
   root = pathlib.Path(config.data_dir)
-  assert cifar.find_prepared("cifar10", root) is None
+  assert prepared.find("cifar10", root) is None
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -117,7 +124,7 @@ def test_two_copies_of_one_version_have_two_caches(
   archives.install(monkeypatch, "cifar10", path)
   config.archive = str(path)
   loading.load(config)
-  folder = cifar.find_prepared("cifar10", pathlib.Path(config.data_dir))
+  folder = prepared.find("cifar10", pathlib.Path(config.data_dir))
   before = cifar.fingerprint(folder)
   (folder / "label.labels.txt").write_text("\n".join("abcdefghij"))
   assert cifar.fingerprint(folder) != before
@@ -151,26 +158,26 @@ def test_newest_array_record_version_is_found(tmp_path):
   newest = fake_version(tmp_path, "3.0.10", "array_record")
   fake_version(tmp_path, "4.0.0", "tfrecord")
   fake_version(tmp_path, "incomplete.3.1.0", "array_record")
-  assert cifar.find_prepared("cifar10", tmp_path) == newest
+  assert prepared.find("cifar10", tmp_path) == newest
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", None])
 def test_tfrecord_gets_a_clear_message(tmp_path, file_format):
   fake_version(tmp_path, "3.0.2", file_format)
   with pytest.raises(errors.DataError, match="as tfrecord, which needs Tensor"):
-    cifar.find_prepared("cifar10", tmp_path)
+    prepared.find("cifar10", tmp_path)
 
 
 def test_nothing_prepared(tmp_path):
-  assert cifar.find_prepared("cifar10", tmp_path / "missing") is None
+  assert prepared.find("cifar10", tmp_path / "missing") is None
 
 
 def test_data_dir(monkeypatch, tmp_path):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "from_environment"))
-  assert cifar.data_dir("").name == "from_environment"
-  assert cifar.data_dir(str(tmp_path / "configured")).name == "configured"
+  assert prepared.data_dir("").name == "from_environment"
+  assert prepared.data_dir(str(tmp_path / "configured")).name == "configured"
   monkeypatch.delenv("TFDS_DATA_DIR")
-  assert cifar.data_dir("") == pathlib.Path.home() / "tensorflow_datasets"
+  assert prepared.data_dir("") == pathlib.Path.home() / "tensorflow_datasets"
 
 
 def test_unwritable_data_dir(config, monkeypatch, tmp_path):
@@ -247,7 +254,7 @@ def copy(intact_copy, tmp_path):
 
 def read_copy(folder):
   """All that is done with a copy, as `loading` does it."""
-  found = cifar.find_prepared("cifar10", folder.parent.parent)
+  found = prepared.find("cifar10", folder.parent.parent)
   assert found == folder
   cifar.fingerprint(found)
   return cifar.read(found, COUNTS)
@@ -396,7 +403,7 @@ def test_a_damaged_version_beside_a_good_one(copy):
   other = copy.parent / "3.0.3"
   other.mkdir()
   (other / "dataset_info.json").write_text("{")
-  assert cifar.find_prepared("cifar10", copy.parent.parent) == copy
+  assert prepared.find("cifar10", copy.parent.parent) == copy
 
 
 @pytest.mark.parametrize(
@@ -515,7 +522,7 @@ def test_tensorflow_is_never_imported(tmp_path):
 
 
 def test_real_cifar10(cifar_data_dir):
-  folder = cifar.find_prepared("cifar10", pathlib.Path(cifar_data_dir))
+  folder = prepared.find("cifar10", pathlib.Path(cifar_data_dir))
   config = base.get_config().dataset
   config.data_dir = cifar_data_dir
   # The user's own cache: decoding takes 20 s.

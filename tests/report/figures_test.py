@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_flax.datasets import record
 from resnet_flax.report import figures, runs, scores
 from tests.report import workdirs
 
@@ -52,9 +53,11 @@ def texts(figure):
 
 def summarize(probabilities, labels):
   count, classes = np.shape(probabilities)
+  labels = np.array(labels, np.int32)
+  images = np.full((count, 32, 32, 3), 127, np.uint8)
   return scores.summarize(
-    np.full((count, 32, 32, 3), 127, np.uint8),
-    np.array(labels, np.int32),
+    record.whole_split(images, labels),
+    labels,
     np.array(probabilities, np.float32),
     class_names=tuple(f"$class{k}" for k in range(classes)),
     step=1,

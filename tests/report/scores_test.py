@@ -6,6 +6,7 @@ import pytest
 
 import resnet_flax
 from resnet_flax import datasets, errors, metrics, train
+from resnet_flax.datasets import record
 from resnet_flax.report import runs, scores
 
 
@@ -35,7 +36,11 @@ def test_summarize():
   )
   labels = np.array([1, 1, 0, 1, 2], np.int32)
   scored = scores.summarize(
-    images, labels, probabilities, class_names=("a", "b", "c"), step=7
+    record.whole_split(images, labels),
+    labels,
+    probabilities,
+    class_names=("a", "b", "c"),
+    step=7,
   )
   np.testing.assert_array_equal(
     scored.confusion, [[0, 0, 1], [2, 1, 0], [0, 0, 1]]
@@ -55,7 +60,9 @@ def test_most_confident_are_kept():
   count = 100
   confidence = np.linspace(0.51, 0.99, count, dtype=np.float32)
   scored = scores.summarize(
-    np.zeros((count, 1, 1, 1), np.uint8),
+    record.whole_split(
+      np.zeros((count, 1, 1, 1), np.uint8), np.ones(count, np.int32)
+    ),
     np.ones(count, np.int32),
     np.stack([confidence, 1 - confidence], axis=1),
     class_names=("a", "b"),

@@ -1,0 +1,1 @@
+"""How fast images are decoded while training, and what that costs."""

@@ -1,0 +1,117 @@
+"""What is measured; apart from the program, so that processes can import it."""
+
+import itertools
+import multiprocessing
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from resnet_flax import datasets, train
+from resnet_flax.datasets import streaming
+
+_BATCH = 16
+# As one, so that what is timed is more than what is decoded ahead.
+_EPOCHS = 5
+
+
+def _decode_alone(
+  split: streaming.StreamedSplit, positions: np.ndarray, conn: Any
+) -> None:
+  """Decodes and cuts images in a plain loop, and says how long it took."""
+  records = streaming._Records(split.shards, split.indices, [positions])
+  decoding = streaming._Decoding(
+    split.image_size, split.num_classes, split.crop, datasets.Draw(0, 0)
+  )
+  # Read beforehand: it is decoding alone that is timed.
+  positions, raw = records[0]
+  # What is imported and set up once is not.
+  decoding(streaming._Encoded(positions[:16], raw[:16]))
+  conn.send("ready")
+  conn.recv()
+  started = time.perf_counter()
+  cpu = time.process_time()
+  for start in range(0, len(raw), 16):
+    part = slice(start, start + 16)
+    decoding(streaming._Encoded(positions[part], raw[part]))
+  conn.send((time.perf_counter() - started, time.process_time() - cpu))
+
+
+def alone(split: streaming.StreamedSplit, workers: int) -> dict[str, float]:
+  """Plain loops in as many processes as the pipeline has workers."""
+  context = multiprocessing.get_context("spawn")
+  processes = []
+  for positions in np.array_split(np.arange(len(split)), workers):
+    ours, theirs = context.Pipe()
+    process = context.Process(
+      target=_decode_alone, args=(split, positions, theirs)
+    )
+    process.start()
+    processes.append((process, ours))
+  for _, conn in processes:
+    conn.recv()
+  for _, conn in processes:
+    conn.send("go")
+  times = [conn.recv() for _, conn in processes]
+  for process, _ in processes:
+    process.join()
+  return {
+    "images_per_second": len(split) / max(wall for wall, _ in times),
+    "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / len(split),
+  }
+
+
+def memory() -> float:
+  """MB of this process and those it started; shared pages in proportion."""
+  children = multiprocessing.active_children()
+  total = 0
+  for pid in ["self", *(child.pid for child in children)]:
+    text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("Pss:"))
+    total += int(line.split()[1])
+  return total / 1024
+
+
+def _cpu_seconds() -> float:
+  """Of this process and of those it started and that still run."""
+  total = time.process_time()
+  for child in multiprocessing.active_children():
+    fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text()
+    user, system = fields.rpartition(")")[2].split()[11:13]
+    total += (int(user) + int(system)) / 100
+  return total
+
+
+def pipeline(split: streaming.StreamedSplit, round_: int) -> dict[str, Any]:
+  """Some epochs; timed after the first batches, which wait for workers."""
+  order = [
+    positions
+    for each in range(_EPOCHS * round_, _EPOCHS * (round_ + 1))
+    for positions in train.epoch_order(len(split), _BATCH, 0, each)
+  ]
+  started = time.perf_counter()
+  batches = split.batches(order, datasets.Draw(0, round_))
+  first = next(batches)
+  waited = time.perf_counter() - started
+  # More than is decoded ahead, which is the same before and after.
+  warm_up = 16
+  for _ in itertools.islice(batches, warm_up - 1):
+    pass
+  timed = len(order) - 2 * warm_up
+  started, cpu = time.perf_counter(), _cpu_seconds()
+  samples = []
+  for step, _ in enumerate(itertools.islice(batches, timed)):
+    if step % 5 == 0:
+      samples.append(memory())
+  seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+  # Workers that are done end, and their times with them.
+  remaining = sum(1 for _ in batches)
+  assert remaining == warm_up
+  images = timed * len(first[0])
+  return {
+    "images_per_second": images / seconds,
+    "cpu_ms_per_image": 1000 * cpu / images,
+    "first_batch_seconds": waited,
+    "largest_memory_mb": max(samples),
+  }

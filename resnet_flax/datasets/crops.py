@@ -1,0 +1,84 @@
+"""Which part of an image the network sees: boxes in the image's own pixels.
+
+An image is cut and resized in one step, so a box need not lie on whole pixels.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+# (left, upper, right, lower).
+Box = tuple[float, float, float, float]
+
+# Inception's (Szegedy et al. 2014), as torchvision has it.
+_AREAS = (0.08, 1.0)
+_RATIOS = (3 / 4, 4 / 3)
+_TRIES = 10
+# He et al. 2015, section 3.4, for crops of 224: the shorter side in training,
+# and what it is for the central crop.
+_SHORTER_SIDES = (256 / 224, 480 / 224)
+_CENTRAL_SIDE = 256 / 224
+
+
+def central(width: int, height: int) -> Box:
+  """The central square, of 224/256 of the shorter side."""
+  return _square(width, height, _CENTRAL_SIDE, 0.5, 0.5)
+
+
+def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
+  """A box of a random share of the area, 8 to 100 %, and a random shape.
+
+  Its ratio of width to height is from 3/4 to 4/3, uniform in its logarithm. If
+  ten draws do not fit into the image, the largest central box of a ratio in
+  that range.
+  """
+  for _ in range(_TRIES):
+    area = width * height * rng.uniform(_AREAS[0], _AREAS[1])
+    ratio = math.exp(rng.uniform(math.log(_RATIOS[0]), math.log(_RATIOS[1])))
+    w = round(math.sqrt(area * ratio))
+    h = round(math.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      left = int(rng.integers(0, width - w + 1))
+      upper = int(rng.integers(0, height - h + 1))
+      return left, upper, left + w, upper + h
+  right, lower = (
+    min(width, height * _RATIOS[1]),
+    min(height, width / _RATIOS[0]),
+  )
+  x, y = (width - right) / 2, (height - lower) / 2
+  return x, y, x + right, y + lower
+
+
+def scale(rng: np.random.Generator, width: int, height: int) -> Box:
+  """He et al. 2015: a random square of the image resized at random.
+
+  The shorter side becomes 256 to 480 where crops have 224.
+  """
+  side = rng.uniform(_SHORTER_SIDES[0], _SHORTER_SIDES[1])
+  return _square(width, height, side, rng.uniform(), rng.uniform())
+
+
+def _square(
+  width: int, height: int, shorter: float, across: float, down: float
+) -> Box:
+  """A square of side 1 of an image whose shorter side is resized.
+
+  Args:
+    width: of the image.
+    height: of the image.
+    shorter: its shorter side in units of the square's, at least 1.
+    across: where it lies, from 0 (left) to 1 (right).
+    down: the same from top to bottom.
+  """
+  side = min(width, height) / shorter
+  left, upper = across * (width - side), down * (height - side)
+  # Rounding must not lead out of the image.
+  return left, upper, min(left + side, width), min(upper + side, height)
+
+
+# By `augment.name`.
+RANDOM: dict[str, Callable[[np.random.Generator, int, int], Box]] = {
+  "random_resized_crop": random_resized,
+  "scale_crop": scale,
+}

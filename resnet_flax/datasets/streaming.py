@@ -1,0 +1,437 @@
+"""Data sets that are larger than memory, read and decoded while training.
+
+Any image classification set that TFDS has prepared as ArrayRecord, with the
+features `image` (JPEG or PNG) and `label`. Grain runs the worker processes;
+which image is read when is not its choice, so that a run can go on at any step.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import operator
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import environment, errors, randomness
+from resnet_flax.datasets import crops, files, prepared, record
+
+# Any other prepared copy is named by its folder: 'tfds/food101'.
+PREFIX = "tfds/"
+
+# Images that a worker hands over at once. What is decoded ahead is this times
+# workers times the buffers below.
+_CHUNK = 16
+_BUFFERED_CHUNKS = 2
+# Where images are decoded in threads of this process.
+_THREADS = 2
+_ENCODINGS = ("JPEG", "PNG")
+# ImageNet's largest has 61 million.
+_MOST_PIXELS = 2**26
+_MOST_EXAMPLES = 2**31 - 1
+
+
+class Shard(NamedTuple):
+  """A file of records; the names are those that ArrayRecord's reader wants.
+
+  Attributes:
+    filename: its path.
+    skip: records before the first one.
+    take: records.
+    examples_in_shard: all of them.
+  """
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
+def find(name: str, configured_dir: str) -> pathlib.Path:
+  """The folder of a prepared copy.
+
+  Args:
+    name: `dataset.name`.
+    configured_dir: `dataset.data_dir`.
+
+  Raises:
+    DataError: there is none that can be read.
+  """
+  name = name.removeprefix(PREFIX)
+  root = prepared.data_dir(configured_dir)
+  command = (
+    "Prepare it with TFDS and TensorFlow, on any machine: import"
+    f" tensorflow_datasets as tfds; tfds.builder({name!r})"
+    f".download_and_prepare(file_format={prepared.FILE_FORMAT!r})."
+  )
+  folder = prepared.find(name, root, command)
+  if folder is None:
+    raise errors.DataError(
+      f"there is no prepared {name} in {root / name}. Set"
+      " --config.dataset.data_dir (or TFDS_DATA_DIR) to the TFDS data directory"
+      f" that holds one. {command}"
+    )
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What a copy says of itself.
+
+  Attributes:
+    num_train, num_test: images of the split 'train' and of the one that is
+      scored.
+    test: the latter's name: 'validation', or 'test' where there is none.
+    class_names: name of each label.
+  """
+
+  num_train: int
+  num_test: int
+  test: str
+  class_names: tuple[str, ...]
+
+
+def read_facts(folder: pathlib.Path) -> Facts:
+  """Reads how many images and classes a copy has; opens none of its shards.
+
+  Raises:
+    DataError: it does not say so.
+  """
+  try:
+    info = json.loads(files.read_text(folder / "dataset_info.json"))
+    counts = {
+      str(split["name"]): sum(map(int, split["shardLengths"]))
+      for split in info["splits"]
+    }
+    # ImageNet's 'test' has no labels.
+    test = "validation" if "validation" in counts else "test"
+    for split in ("train", test):
+      if not 0 < counts.get(split, 0) <= _MOST_EXAMPLES:
+        raise ValueError(f"it has no images in the split {split!r}")
+    names = prepared.label_names(folder)
+    if not names:
+      raise ValueError("label.labels.txt is empty")
+    return Facts(counts["train"], counts[test], test, names)
+  # It may hold anything.
+  except Exception as error:
+    raise _damaged(folder, error) from error
+
+
+def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
+  return prepared.damaged(
+    folder, errors.one_line(error), "Prepare it again, or take another copy."
+  )
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+  """A digest of the small files of a copy, and of the names and sizes of all.
+
+  The shards are not read: they may have hundreds of gigabytes.
+
+  Raises:
+    DataError: a file cannot be read.
+  """
+  digest = hashlib.sha256()
+  try:
+    for path in sorted(folder.iterdir()):
+      if path.is_dir():
+        continue
+      size = path.stat().st_size
+      name = path.name.encode(errors="surrogateescape")
+      digest.update(name + b"\0%d\0" % size)
+      if path.suffix in (".json", ".txt"):
+        digest.update(files.read_text(path).encode())
+  except (OSError, ValueError) as error:
+    raise _damaged(folder, error) from error
+  return digest.hexdigest()
+
+
+def load(config: ConfigDict, augmentation: str) -> record.Dataset:
+  """Opens a prepared copy: its official splits.
+
+  Args:
+    config: the `dataset` part of the configuration.
+    augmentation: `augment.name`, for the training split.
+
+  Raises:
+    DataError: it cannot be read, or is not of labelled images.
+  """
+  folder = find(config.name, config.data_dir)
+  facts = read_facts(folder)
+  source = f"{config.name}-{folder.name}-{fingerprint(folder)[:16]}"
+  splits = {}
+  for name, crop in (("train", augmentation), (facts.test, "none")):
+    split = splits[name] = StreamedSplit(
+      indices=np.arange(facts.num_train if name == "train" else facts.num_test),
+      folder=folder,
+      shards=_shards(folder, name),
+      image_size=config.image_size,
+      num_classes=len(facts.class_names),
+      crop=crop if crop in crops.RANDOM else "none",
+      num_workers=config.num_workers,
+    )
+    if len(split) != sum(shard.take for shard in split.shards):
+      error = ValueError(f"the split {name!r} has shards of another number")
+      raise _damaged(folder, error)
+    # What is wrong with all images is said before anything is compiled.
+    dataclasses.replace(split, num_workers=0).take(np.arange(1))
+  return record.Dataset(
+    train=splits["train"],
+    validation=None,
+    test=splits[facts.test],
+    class_names=facts.class_names,
+    source=source,
+  )
+
+
+def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
+  """The files of a split, which are looked at but not opened."""
+  import tensorflow_datasets as tfds
+
+  try:
+    prepared.check_features(folder)
+    info = tfds.builder_from_directory(folder).info
+    for feature, kind in (
+      ("image", tfds.features.Image),
+      ("label", tfds.features.ClassLabel),
+    ):
+      features = dict(info.features.items())
+      if not isinstance(features.get(feature), kind):
+        raise ValueError(f"it has no feature {feature!r} of that kind")
+    shards = []
+    for each in info.splits[split].file_instructions:
+      path = pathlib.Path(each.filename)
+      if path.parent != folder:
+        raise ValueError(f"dataset_info.json leads to {path}")
+      files.open_regular(path).close()
+      shards.append(
+        Shard(str(path), each.skip, each.take, each.examples_in_shard)
+      )
+    return tuple(shards)
+  # TFDS has kinds of its own.
+  except Exception as error:
+    raise _damaged(folder, error) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit(record.Split):
+  """Images in the files of a prepared copy.
+
+  Attributes:
+    indices: int64[N], the images of this split, by record.
+    folder: of the copy, for messages.
+    shards: the files, in order.
+    image_size: height and width of what is cut out of the images.
+    num_classes: labels are below.
+    crop: how training images are cut, of `crops.RANDOM`; 'none': the central
+      square, as without `draw`.
+    num_workers: processes that decode; 0: threads of this one, -1: as many as
+      it may use CPU threads.
+  """
+
+  indices: np.ndarray
+  folder: pathlib.Path
+  shards: tuple[Shard, ...]
+  image_size: int
+  num_classes: int
+  crop: str
+  num_workers: int
+
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """See `Split`."""
+    return self.image_size, self.image_size, 3
+
+  def subset(self, positions: np.ndarray) -> "StreamedSplit":
+    """See `Split`."""
+    return dataclasses.replace(self, indices=self.indices[positions])
+
+  def batches(
+    self, order: Sequence[np.ndarray], draw: record.Draw | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `record.Split`; workers live until the iterator ends or is closed.
+
+    Raises:
+      DataError: an image cannot be read, or a worker died.
+    """
+    grain = _import_grain()
+    chunks = [
+      positions[start : start + _CHUNK]
+      for positions in order
+      for start in range(0, len(positions), _CHUNK)
+    ]
+    workers = self.num_workers
+    if workers < 0:
+      workers = environment.num_cpu_threads()
+    workers = min(workers, len(chunks))
+    decoded = (
+      grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
+      .map(_Decoding(self.image_size, self.num_classes, self.crop, draw))
+      .to_iter_dataset(
+        grain.ReadOptions(
+          num_threads=0 if workers else _THREADS,
+          prefetch_buffer_size=0 if workers else _BUFFERED_CHUNKS * _THREADS,
+        )
+      )
+    )
+    # Through pipes: shared memory is scarce in containers, which kills workers,
+    # and outlives a process that is killed.
+    through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    pipeline = grain.experimental.WithOptionsIterDataset(
+      decoded, through_pipes
+    ).mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=_BUFFERED_CHUNKS
+      ),
+      worker_init_fn=_start_worker,
+    )
+    iterator = iter(pipeline)
+    try:
+      for positions in order:
+        parts = [next(iterator) for _ in range(-(-len(positions) // _CHUNK))]
+        images, labels = zip(*parts, strict=True)
+        yield np.concatenate(images), np.concatenate(labels)
+    # Whatever a file makes the readers and decoders raise, here or there.
+    except Exception as error:
+      raise _damaged(self.folder, error) from error
+    finally:
+      iterator.close()
+
+
+def _import_grain() -> Any:
+  """Grain, where it is needed: it takes a second or two."""
+  import grain
+  from absl import flags
+
+  # It reads flags of its own, which absl refuses in a program that has parsed
+  # none, such as a notebook. This lets them have their defaults.
+  if not flags.FLAGS.is_parsed():
+    for name in flags.FLAGS:
+      if name.startswith("grain_"):
+        flags.FLAGS[name].present = 1
+  return grain
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Ties a worker to the process that it works for."""
+  del index, count
+  # Ctrl-C and schedulers signal all processes of a job. The parent decides
+  # when to stop, and still needs batches for its last step.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+
+  def follow() -> None:
+    parent.join()
+    os._exit(1)
+
+  # One that was killed closes nothing.
+  threading.Thread(target=follow, name="parent", daemon=True).start()
+
+
+class _Encoded(NamedTuple):
+  """Records as they are in the files.
+
+  Attributes:
+    positions: int64[K], in the split.
+    records: the serialised `tf.train.Example`s.
+  """
+
+  positions: np.ndarray
+  records: Sequence[bytes]
+
+
+class _Records:
+  """What Grain reads from: chunk k is that of position k in the given order."""
+
+  def __init__(
+    self,
+    shards: Sequence[Shard],
+    indices: np.ndarray,
+    chunks: Sequence[np.ndarray],
+  ):
+    self._shards = shards
+    self._chunks = chunks
+    # Only those of the chunks: they are sent to every worker.
+    self._rows = [indices[chunk] for chunk in chunks]
+    self._source: Any = None
+
+  def __repr__(self) -> str:
+    return f"records of {len(self._shards)} files"
+
+  def __len__(self) -> int:
+    return len(self._chunks)
+
+  def __getitem__(self, index: int) -> _Encoded:
+    if self._source is None:
+      from array_record.python import array_record_data_source
+
+      self._source = array_record_data_source.ArrayRecordDataSource(
+        list(self._shards)
+      )
+    rows = [int(row) for row in self._rows[index]]
+    return _Encoded(self._chunks[index], self._source.__getitems__(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+  """Makes arrays of records: uint8[K, S, S, 3] images and int32[K] labels."""
+
+  size: int
+  num_classes: int
+  crop: str
+  draw: record.Draw | None
+
+  def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    count = len(encoded.records)
+    images = np.empty((count, self.size, self.size, 3), np.uint8)
+    labels = np.empty(count, np.int32)
+    for k, (position, raw) in enumerate(
+      zip(encoded.positions, encoded.records, strict=True)
+    ):
+      example = tf_example_pb2.Example.FromString(raw)
+      feature = example.features.feature
+      (image,) = feature["image"].bytes_list.value
+      (label,) = feature["label"].int64_list.value
+      if not 0 <= operator.index(label) < self.num_classes:
+        raise ValueError(
+          f"an image has label {label}; needed: 0 to {self.num_classes - 1}"
+        )
+      images[k], labels[k] = self._decode(image, int(position)), label
+    return images, labels
+
+  def _decode(self, encoded: bytes, position: int) -> np.ndarray:
+    """uint8[S, S, 3]; Pillow's linear interpolation, with antialiasing."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
+      # Before it is decoded.
+      if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"an image has {image.width} x {image.height} pixels")
+      if self.draw is None or self.crop == "none":
+        box = crops.central(*image.size)
+      else:
+        rng = randomness.host_rng(
+          self.draw.seed,
+          randomness.Purpose.HOST_CROP,
+          self.draw.epoch,
+          position,
+        )
+        box = crops.RANDOM[self.crop](rng, *image.size)
+      # Some of ImageNet's are grey.
+      resized = image.convert("RGB").resize(
+        (self.size, self.size), Image.Resampling.BILINEAR, box=box
+      )
+      return np.asarray(resized)
