@@ -124,9 +124,11 @@ def compiled(config):
   programs = {}
 
   def compile_steps(layout, placed, is_divided=False):
-    if (layout, is_divided) not in programs:
+    # Of one network, whatever its seed.
+    name = layout.mesh, layout.per_call, layout.num_calls, is_divided
+    if name not in programs:
       state, key = initial(config, layout)
-      programs[layout, is_divided] = train.compile_train_steps(
+      programs[name] = train.compile_train_steps(
         experiment_lib.build(config),
         state,
         placed,
@@ -134,7 +136,7 @@ def compiled(config):
         key,
         layout,
       )
-    return programs[layout, is_divided]
+    return programs[name]
 
   return compile_steps
 
@@ -212,9 +214,12 @@ def test_several_seeds(
   placed = resident.place(split, layout)
   program = compiled(layout, placed)
   states, lasts = many(config, split, layout, program, [8, 10], placed)
-  singles, _ = one_by_one(config, split, layout)
   assert len(states) == len(lasts) == num_seeds
-  for state, single in zip(states, singles, strict=True):
+  for seed, state in enumerate(states, config.seed):
+    of_one = layout_of(changed(config, seed=seed))
+    placed = resident.place(split, of_one)
+    program = compiled(of_one, placed)
+    (single,), _ = many(config, split, of_one, program, [10], placed)
     assert_close(state, single)
 
 
@@ -242,7 +247,9 @@ def test_split_on_many_devices(
   assert placed.labels.shape == ((48,) if is_divided else (44,))
   program = compiled(layout, placed, is_divided)
   (state,), _ = many(config, split, layout, program, [7, 10], placed)
-  (single,), _ = one_by_one(config, split, layout)
+  one = layout_of(config)
+  whole = resident.place(split, one)
+  (single,), _ = many(config, split, one, compiled(one, whole), [10], whole)
   assert_close(state, single)
   sent = {kind for kind, dtype in collectives(program) if dtype == "u8"}
   assert sent == ({"all-reduce"} if is_divided else set())
