@@ -8,62 +8,18 @@ XLA's compiler for GPUs needs one. What it is given does not: the StableHLO that
 JAX lowers for the platform `cuda`, as `jax.export` does.
 """
 
-import collections
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags
-from jaxlib.mlir import ir
-from ml_collections import ConfigDict
 
-from experiments.tpu_compile import compilation, records
+from experiments.tpu_compile import compilation, lowering, records
 from resnet_flax import command_line, environment, errors, program
 
 _DEVICES = flags.DEFINE_integer("devices", 4, "GPUs that share a batch.")
 _OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
-
-
-def describe(
-  config: ConfigDict, devices: Sequence[jax.Device]
-) -> dict[str, Any]:
-  """Lowers both steps for GPUs and says what is in them.
-
-  Args:
-    config: every key of `configs/base.py`.
-    devices: as many as there would be GPUs; of what kind does not matter.
-
-  Returns:
-    For each of `compilation.STEPS` its `convolutions`, `dots` (products of
-    matrices) and `loops`, as they stand in the program, and `custom_calls`,
-    which are not of StableHLO, by target.
-
-  Raises:
-    ConfigError: a value that cannot be used.
-  """
-  result = {}
-  for name, traced in compilation.trace(config, devices).items():
-    lowered = traced.lower(lowering_platforms=("cuda",))
-    names: collections.Counter[str] = collections.Counter()
-    targets: collections.Counter[str] = collections.Counter()
-
-    def visit(operation, names=names, targets=targets):
-      names[operation.name] += 1
-      if operation.name == "stablehlo.custom_call":
-        targets[str(operation.attributes["call_target_name"]).strip('"')] += 1
-      return ir.WalkResult.ADVANCE
-
-    lowered.compiler_ir("stablehlo").operation.walk(visit)
-    result[name] = {
-      "convolutions": names["stablehlo.convolution"],
-      "dots": names["stablehlo.dot_general"],
-      "loops": names["stablehlo.while"],
-      "custom_calls": dict(sorted(targets.items())),
-    }
-  return result
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +37,7 @@ def main(argv: list[str]) -> None:
     "arguments": records.arguments(sys.argv),
     "topology": f"cuda:{_DEVICES.value}",
     "config": compilation.facts(config),
-    **describe(config, jax.devices()),
+    **lowering.describe(config, jax.devices()),
     "environment": environment.describe([]),
   }
   print(json.dumps(result, indent=2))

@@ -14,8 +14,8 @@ from experiments import markers
 from experiments.tpu_compile import (
   chips,
   compilation,
-  cuda,
   hlo,
+  lowering,
   records,
   table,
 )
@@ -303,7 +303,7 @@ def test_markers_that_are_missing():
 
 def test_programs_for_gpus(config):
   """XLA's own convolutions: one forward and two backward, less the stem's."""
-  result = cuda.describe(config, jax.devices()[:4])
+  result = lowering.describe(config, jax.devices()[:4])
   # Seven and two shortcuts.
   assert result["train"]["convolutions"] == 3 * 9 - 1
   assert result["eval"]["convolutions"] == 9

@@ -10,6 +10,7 @@ class FlaxBatchNorm(nn.BatchNorm):
   """Flax's batch norm, then the residual sum and the activation."""
 
   act: Callable[[jax.Array], jax.Array] | None = None
+  groups: int = 1  # Flax's has statistics of the whole batch only.
 
   def __call__(self, x, residual=None):  # type: ignore[override]
     y = super().__call__(x)
