@@ -168,6 +168,7 @@ def over_time(records: Sequence[Record], title: str) -> Any:
   figure = _panels(shown, "steps done", title, curve)
   for axis in figure.axes:
     axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(left=-0.1)
   return figure
 
 
