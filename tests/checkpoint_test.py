@@ -328,3 +328,16 @@ def test_no_good_checkpoint_is_refused_and_nothing_deleted(
     restore_latest(workdir, state)
   assert "\n" not in str(caught.value)
   assert contents(workdir) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_cannot_be_read_again_is_not_finished(
+  tmp_path, state, monkeypatch
+):
+  """As where Orbax does not find its own files to merge."""
+  save(tmp_path, state, 1)
+  monkeypatch.setattr(checkpoint, "_MERGED", "never written")
+  with pytest.raises(OSError, match="never written"):
+    save(tmp_path, state, 2)
+  monkeypatch.undo()
+  assert restore_latest(tmp_path, state)[0].step == 1
