@@ -459,7 +459,7 @@ def test_workdir_is_removed(
 def test_a_run_that_fails_at_once_leaves_nothing(
   tiny_config, tmp_path, monkeypatch, one_device
 ):
-  def load(config):
+  def load(config, augmentation):
     raise errors.DataError("no data")
 
   monkeypatch.setattr(datasets, "load", load)

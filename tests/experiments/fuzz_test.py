@@ -1,4 +1,6 @@
+import os
 import pathlib
+import signal
 import tarfile
 
 import numpy as np
@@ -97,9 +99,11 @@ def test_wrong_arrays_are_a_finding(monkeypatch, tmp_path, expected, change):
 
 def test_a_hang_and_a_crash_are_findings(tmp_path, expected):
   del expected
-  reader = reading.Reader(time_limit=0.0)
+  reader = reading.Reader(time_limit=0.1)
+  # Hangs, however slow this process is.
+  os.kill(reader._process.pid, signal.SIGSTOP)
   (outcome, reason), _, _ = reader.judge(tmp_path / "intact.tar.gz")
-  assert (outcome, reason) == ("finding", "no end after 0 s")
+  assert (outcome, reason) == ("finding", "no end after 0.1 s")
   reader.close()
   reader = reading.Reader()
   # Ends the child, as a crash would.
