@@ -1,6 +1,6 @@
 """Images per second and memory of the input pipeline, beside decoding alone.
 
-python -m experiments.input_pipeline --folder=/tmp/generated --images=2000
+python -m experiments.input_pipeline --folder=generated --images=2000
 """
 
 import json
