@@ -30,10 +30,9 @@ def padded_batches(
   """
   batch_size = min(batch_size, len(split))
   batch_size = -(-batch_size // num_devices) * num_devices
+  positions = np.arange(len(split))
   starts = range(0, len(split), batch_size)
-  order = [
-    np.arange(len(split))[start : start + batch_size] for start in starts
-  ]
+  order = [positions[start : start + batch_size] for start in starts]
   for images, labels in split.batches(order):
     mask = np.arange(batch_size) < len(labels)
     missing = batch_size - len(labels)

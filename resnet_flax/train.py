@@ -533,10 +533,8 @@ def trace_step(
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   labels = layout.batch_shape((batch_size,), np.int32)
   state, key = _of_a_call(state), _of_a_call(key)
-  jitted = jax.jit(
-    layout.over_networks(functools.partial(step, experiment)),
-    donate_argnums=0 if donate_state else (),
-    out_shardings=layout.call_sharding(),
+  jitted = _jit_call(
+    functools.partial(step, experiment), layout, donate_state=donate_state
   )
   return jitted.trace(state, images, labels, key)
 
@@ -569,15 +567,26 @@ def compile_train_steps(
   order = layout.batch_shape((batch_size, steps), np.int32)
   function = functools.partial(train_step.train_steps, experiment)
   shared = placed.images, placed.labels, np.int32(0)
-  jitted = jax.jit(
-    layout.over_networks(function, len(shared)),
-    donate_argnums=0,
-    out_shardings=layout.call_sharding(),
-  )
+  jitted = _jit_call(function, layout, donate_state=True, shared=len(shared))
   with _log_compilation("training steps"):
     traced = jitted.trace(_of_a_call(state), order, _of_a_call(key), *shared)
     compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
   return layout.in_turn(compiled, len(shared))
+
+
+def _jit_call(
+  function: Callable[..., Any],
+  layout: seeds_lib.Layout,
+  *,
+  donate_state: bool,
+  shared: int = 0,
+) -> jax.stages.Wrapped:
+  """A function of one seed's state, jitted as one of a call's networks."""
+  return jax.jit(
+    layout.over_networks(function, shared),
+    donate_argnums=0 if donate_state else (),
+    out_shardings=layout.call_sharding(),
+  )
 
 
 def _of_a_call(networks: Any) -> Any:
@@ -807,11 +816,11 @@ def many_step_calls(
       )
     ]
   )
-  done = before = epoch * (len(split) // batch_size) + first
+  start = epoch * (len(split) // batch_size)
+  done = start + first
   for end in ends:
-    within = first + done - before
 
-    def first_batch(within=within):
+    def first_batch(within=done - start):
       batches = epoch_batches(split, batch_size, epoch, layout, first=within)
       return next(batches)
 
