@@ -89,7 +89,7 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
   while hits < kills:
     workdir = job.new_workdir()
     attempts: list[dict[str, Any]] = []
-    while not attempts or attempts[-1]["signal"]:
+    while not attempts or _was_hit(attempts[-1]):
       process = harness.Process(job.arguments, workdir)
       if hits < kills:
         number = int(rng.choice(list(_SIGNALS), p=list(_SIGNALS.values())))
@@ -102,7 +102,8 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
         process.wait_until(functools.partial(process.is_older, wait))
         process.send(number)
       attempts.append(process.end().as_json())
-      hits += attempts[-1]["signal"] is not None
+      # A process that was ending by itself was sent its signal in vain.
+      hits += _was_hit(attempts[-1])
     different = None
     if attempts[-1]["exit_code"] == 0:
       found = harness.results(workdir)
@@ -122,7 +123,7 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
   hits = collections.defaultdict(list)
   for index, workdir in enumerate(workdirs):
     for attempt in workdir["attempts"]:
-      if attempt["signal"]:
+      if _was_hit(attempt):
         hits[attempt["phase"]].append((index, attempt))
   for phase in sorted(hits):
     attempts = [attempt for _, attempt in hits[phase]]
@@ -152,16 +153,19 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
   return rows
 
 
+def _was_hit(attempt: dict[str, Any]) -> bool:
+  """Whether a process was sent a signal, and did not finish all the same."""
+  return attempt["signal"] is not None and attempt["exit_code"] != 0
+
+
 def _ended_well(attempt: dict[str, Any]) -> bool:
-  """Whether a process that was sent a signal ended as it should."""
+  """Whether a process that was hit by a signal ended as it should."""
   number = signal.Signals[attempt["signal"]]
   if number == signal.SIGKILL:
-    # It may have been ending by itself: then the signal was sent in vain.
-    return attempt["exit_code"] in (0, -number)
+    return attempt["exit_code"] == -number
   if attempt["phase"] == "starting":
     return attempt["exit_code"] in _CODES_AT_START[attempt["signal"]]
-  # Where the last step was being evaluated, nothing was left to be stopped.
-  return attempt["exit_code"] in (0, 128 + number)
+  return attempt["exit_code"] == 128 + number
 
 
 def inject(name: str, job: Job, seed: int) -> tuple[Row, list[Any]]:

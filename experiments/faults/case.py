@@ -5,7 +5,7 @@ import functools
 import pathlib
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,24 +154,27 @@ class Case:
     process.send(number)
     return self.end(process)
 
-  def refuses(self, *words: str, error: str | None = None) -> None:
+  def refuses(
+    self, *words: str, error: str | None = None, extra: Sequence[str] = ()
+  ) -> None:
     """Runs the command, which must stop with one line that has these words.
 
     Args:
       *words: parts of the line.
       error: the line, if it is not to be had by running the command.
+      extra: arguments of the command besides the job's.
     """
     if error is None:
-      error = self.end(self.start()).error
+      error = self.end(self.start(*extra)).error
     self._done.append("stops with one line")
     self.expect(bool(error), "no error in one line")
     for word in words:
       self.expect(word in error, f"the error does not say {word!r}")
 
-  def refuses_unchanged(self, *words: str) -> None:
+  def refuses_unchanged(self, *words: str, extra: Sequence[str] = ()) -> None:
     """Also sees that no file of the workdir is changed."""
     before = _contents(self.workdir)
-    self.refuses(*words)
+    self.refuses(*words, extra=extra)
     self._done.append("changes nothing")
     self.expect(_contents(self.workdir) == before, "files were changed")
 
@@ -205,6 +208,11 @@ class Case:
     count = harness.num_different_bytes(self.job.reference.results, found)
     self.different_bytes = (self.different_bytes or 0) + count
     self.expect(not identical or count == 0, "results differ")
+
+  def keeps(self, what: str, holds: bool) -> None:
+    """Takes note that something was kept, or of the problem that it was not."""
+    self._done.append(f"keeps {what}")
+    self.expect(holds, f"does not keep {what}")
 
   def latest_is_good(self) -> None:
     """Sees that the latest checkpoint can be restored, and is finite."""

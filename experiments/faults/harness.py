@@ -215,6 +215,20 @@ def run_and_signal(
   return process.end()
 
 
+def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
+  """The best checkpoint of a finished run.
+
+  Returns:
+    The step of the oldest one that can be restored, and what every epoch's
+    record has of the monitored metric.
+  """
+  monitor = workdir_lib.load_config(workdir).checkpoint.monitor
+  records = metrics.MetricsLog(workdir).read()
+  step = _whole(workdir)[0]
+  _arrays(workdir, "best", step)
+  return step, [record[monitor] for record in records]
+
+
 def results(workdir: pathlib.Path) -> dict[str, Any]:
   """What a finished run is for: its records and its two checkpoints.
 

@@ -1,7 +1,9 @@
 """The named faults: how each is injected and what must come of it."""
 
 import contextlib
+import datetime
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -40,6 +42,15 @@ _AT_ONCE = 2.0
 _SECONDS_TO_TRACE = 2.0
 _NUM_FLIPPED = 3
 _DISK = "16m"
+_DAY = 24 * 60 * 60.0
+_STEPS_PER_EPOCH = 20
+_BACKWARDS = """\
+import time
+
+_now, _monotonic, _start = time.time(), time.monotonic, time.monotonic()
+time.time = lambda: _now - 3600 * (_monotonic() - _start)
+time.time_ns = lambda: int(1e9 * time.time())
+"""
 
 
 class Skipped(Exception):
@@ -161,6 +172,52 @@ def stale_lock(case: Case) -> None:
   """A killed process has left its lock."""
   pid = case.half_done()
   case.recovers(f"taking over the lock of process {pid}")
+
+
+def clock_goes_back(case: Case) -> None:
+  """The clock goes back a day between two starts, and goes on backwards."""
+  case.half_done()
+  # As they are for a clock that is a day late.
+  for path in (case.workdir, *case.workdir.rglob("*")):
+    tomorrow = path.stat().st_mtime + _DAY
+    os.utime(path, (tomorrow, tomorrow))
+  lock = case.workdir / "lock"
+  owner = json.loads(lock.read_text())
+  since = datetime.datetime.fromisoformat(owner["since"])
+  owner["since"] = str(since + datetime.timedelta(seconds=_DAY))
+  lock.write_text(json.dumps(owner))
+  # Python imports this module before anything else.
+  folder = case.job.new_workdir()
+  folder.mkdir()
+  (folder / "sitecustomize.py").write_text(_BACKWARDS)
+  case.recovers("going on after step", PYTHONPATH=str(folder))
+
+
+def tied_epochs(case: Case) -> None:
+  """Every epoch is as good as the first, whose checkpoint is the oldest."""
+  process = case.start(
+    "--config.optimizer.name=sgd",
+    "--config.optimizer.learning_rate=1e-30",
+    "--config.model.batch_norm_momentum=0.9999999",
+  )
+  ended = case.end(process)
+  case.expect(ended.code == 0, f"the run ended with code {ended.code}")
+  best, accuracies = harness.best(case.workdir)
+  case.expect(len(set(accuracies)) == 1, f"no ties: {accuracies}")
+  case.keeps("the first one's checkpoint", best == _STEPS_PER_EPOCH)
+
+
+def unknown_monitor(case: Case) -> None:
+  """The metric that decides which epoch is best is misspelt."""
+  case.half_done()
+  (case.workdir / "lock").unlink()
+  case.refuses_unchanged(
+    "checkpoint.monitor",
+    "test_acuracy",
+    "test_accuracy",
+    extra=["--config.checkpoint.monitor=test_acuracy"],
+  )
+  case.recovers()
 
 
 def one_device_then_eight(case: Case) -> None:
@@ -309,6 +366,9 @@ FAULTS: dict[str, Callable[[Case], None]] = {
     removed_workdir,
     second_process,
     stale_lock,
+    clock_goes_back,
+    tied_epochs,
+    unknown_monitor,
     one_device_then_eight,
     eight_devices_then_one,
     another_models_checkpoints,

@@ -113,6 +113,19 @@ def test_a_signal_that_is_not_met_is_not_as_expected(code):
   assert f"SIGTERM: code {code}" in row.outcome
 
 
+def test_a_signal_in_vain_is_no_hit():
+  workdir = {
+    "attempts": [
+      attempt(signal.SIGKILL, "training", -9),
+      attempt(signal.SIGKILL, "evaluating", 0),
+    ],
+    "different_bytes": 0,
+  }
+  (row,) = faults.kill_rows([workdir])
+  assert row.fault == "killed while training"
+  assert row.injected == 1
+
+
 def test_a_run_that_did_not_finish_is_not_as_expected():
   workdir = {
     "attempts": [attempt(signal.SIGKILL, "training", -9)],
