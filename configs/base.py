@@ -36,6 +36,10 @@ def get_config() -> ConfigDict:
   # batch (see layer_norms.py) to TensorBoard; 0 turns it off. Takes about the
   # time of a step, which counts as training.
   config.log_layer_norms_every = 0
+  # Train on labels of which this share goes to all classes alike (Szegedy et
+  # al. 2015, section 7). Training losses are of those labels; scores are of
+  # the true ones.
+  config.label_smoothing = 0.0
   # Start from the best checkpoint of this workdir, with a new head if it has
   # other classes, instead of from random weights. Empty: do not.
   config.init_from = ""
@@ -69,6 +73,10 @@ def get_config() -> ConfigDict:
   # the best checkpoint is chosen on the test split. Where images are decoded
   # while training, neither these nor the above look at classes.
   config.dataset.validation_examples = 0
+  # 10: score each image that is decoded while training by the mean of the
+  # probabilities of ten crops (Krizhevsky et al. 2012, section 4.1), the
+  # corners and the centre and their mirror images, instead of the centre's.
+  config.dataset.test_crops = 1
   # Chooses the held-out images; apart from `seed` so that runs with other
   # seeds are validated on the same images.
   config.dataset.split_seed = 0
@@ -161,10 +169,16 @@ def get_config() -> ConfigDict:
   # The objective adds l2 * sum(w**2), without a half, so the gradient gains
   # 2 * l2 * w before the optimizer sees it.
   config.optimizer.l2 = 1e-4
-  # Which weights: 'conv_kernels' (the Keras example) or 'all' (He et al.).
+  # Which weights: 'conv_kernels' (the Keras example), 'kernels' (of dense
+  # layers, too) or 'all' (He et al.: biases and batch norms, too).
   config.optimizer.l2_weights = "conv_kernels"
 
   config.schedule = ConfigDict()
+  # 'drops', by the drop_ keys, or 'cosine': half of one, from learning_rate
+  # to 0 at the end of the run.
+  config.schedule.name = "drops"
+  # Before that, let the rate rise from 0 in equal steps for so many epochs.
+  config.schedule.linear_warmup_epochs = 0.0
   # Drop k comes at the first 0-based epoch after drop_percents[k] % of
   # num_epochs: 81, 121, 161 and 181 of 200.
   config.schedule.drop_percents = (40, 60, 80, 90)

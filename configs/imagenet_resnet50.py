@@ -7,7 +7,7 @@ Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   reimplementations, not when the error stops falling; images are normalised by
   each channel's mean and deviation, not by a mean image; no colour augmentation
   (section 3.4 takes that of Krizhevsky et al. 2012); scores are of one central
-  crop, where the paper's table 2 and 3 have ten.
+  crop, the paper's tables 2 and 3 of ten: --config.dataset.test_crops=10
 Expected: the paper has 22.85 % top-1 error of ten crops (table 3). Not
   reproduced here.
 Cost: 115 million images at 4.1 G multiply-adds, for several GPUs or a TPU.

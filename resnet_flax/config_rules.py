@@ -20,6 +20,7 @@ from resnet_flax import (
   metrics,
   normalization,
   optimizer,
+  schedule,
   seeds,
 )
 from resnet_flax.datasets import crops, loading, streaming
@@ -55,6 +56,10 @@ _ADDED_KEYS = {
   "dataset.image_size": 224,
   "dataset.num_workers": -1,
   "model.batch_norm_groups": 1,
+  "label_smoothing": 0.0,
+  "schedule.name": "drops",
+  "schedule.linear_warmup_epochs": 0.0,
+  "dataset.test_crops": 1,
 }
 
 _LARGEST_INTEGER = 2**31 - 1
@@ -121,6 +126,16 @@ def _number(low: float, high: float = _LARGEST_NUMBER) -> Rule:
   return check
 
 
+def _one_of(*values: int) -> Rule:
+  needed = " or ".join(map(str, values))
+
+  def check(key: str, value: Any) -> None:
+    if isinstance(value, bool) or value not in values:
+      raise _wrong(key, value, needed)
+
+  return check
+
+
 def _sequence(rule: Rule) -> Rule:
   needed = f"a tuple of at most {_LONGEST_SEQUENCE}, on the command line 1,2,3"
 
@@ -175,6 +190,7 @@ RULES: dict[str, Rule] = {
   "num_epochs": _integer(1),
   "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
   "log_layer_norms_every": _integer(0),
+  "label_smoothing": _number(0, 1),
   "init_from": _path,
   "normalization": _name(normalization.NAMES),
   "dataset.name": _dataset_name,
@@ -183,6 +199,7 @@ RULES: dict[str, Rule] = {
   "dataset.cache_dir": _path,
   "dataset.image_size": _integer(1, _LARGEST_INPUT),
   "dataset.num_workers": _integer(-1, _MOST_WORKERS),
+  "dataset.test_crops": _one_of(1, crops.NUM_TEN),
   "dataset.train_examples": _integer(0),
   "dataset.validation_examples": _integer(0),
   "dataset.split_seed": _integer(0, 2**32 - 1),
@@ -214,6 +231,8 @@ RULES: dict[str, Rule] = {
   "optimizer.momentum": _number(0, 1),
   "optimizer.l2": _NOT_NEGATIVE,
   "optimizer.l2_weights": _name(optimizer.L2_WEIGHTS),
+  "schedule.name": _name(schedule.NAMES),
+  "schedule.linear_warmup_epochs": _NOT_NEGATIVE,
   "schedule.drop_percents": _sequence(_integer(1, 100)),
   "schedule.drop_factors": _sequence(_POSITIVE),
   "schedule.drop_inclusive": _boolean,
@@ -361,12 +380,39 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"schedule.drop_percents={percents} must ascend and have as many values"
       f" as schedule.drop_factors={factors}."
     )
+  _check_warmup(config)
   largest = config.optimizer.learning_rate * max(factors, default=1)
   if largest >= _LARGEST_NUMBER:
     raise errors.ConfigError(
       f"optimizer.learning_rate={config.optimizer.learning_rate} times"
       f" {max(factors)} of schedule.drop_factors is a rate of {largest:g};"
       f" needed: one below {_LARGEST_NUMBER:g}."
+    )
+
+
+def _check_warmup(config: ConfigDict) -> None:
+  """Checks that a linear warm-up is over before the rate falls."""
+  epochs = config.schedule.linear_warmup_epochs
+  if not epochs:
+    return
+  key = f"schedule.linear_warmup_epochs={epochs:g}"
+  if config.schedule.warmup_learning_rate:
+    raise errors.ConfigError(
+      f"{key} and schedule.warmup_learning_rate="
+      f"{config.schedule.warmup_learning_rate:g} are two warm-ups; set one of"
+      " them to 0."
+    )
+  ends = [config.num_epochs]
+  if config.schedule.name == "drops":
+    ends += schedule.drop_epochs(
+      config.num_epochs,
+      config.schedule.drop_percents,
+      config.schedule.drop_inclusive,
+    )
+  if epochs >= min(ends):
+    raise errors.ConfigError(
+      f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run"
+      f" ends, at epoch {min(ends)}; needed: less, or more num_epochs."
     )
 
 
@@ -378,6 +424,12 @@ def _check_streaming(config: ConfigDict) -> None:
         f"augment.name={config.augment.name} cuts images as they are decoded,"
         f" while training; dataset.name={config.dataset.name} has them in"
         " memory. Needed: crop_flip, shift_flip or none."
+      )
+    if config.dataset.test_crops != 1:
+      raise errors.ConfigError(
+        f"dataset.test_crops={config.dataset.test_crops} cuts images as they"
+        f" are decoded; dataset.name={config.dataset.name} has them in memory."
+        " Needed: 1."
       )
   elif config.normalization not in normalization.UNMEASURED:
     raise errors.ConfigError(

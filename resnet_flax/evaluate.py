@@ -14,32 +14,45 @@ EvalStep = Callable[..., Any]
 
 
 def padded_batches(
-  split: datasets.Split, batch_size: int, num_devices: int
+  split: datasets.Split, batch_size: int, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """The split in order, in batches of one size that the devices divide.
+  """The split in order, in batches of one size.
 
   Args:
     split: what to go through.
-    batch_size: images of a batch, at most; rounded up to a multiple of
-      `num_devices`.
-    num_devices: devices that share a batch.
+    batch_size: images of a batch, from `call_size`.
+    rows: int64[R], which images of each batch are wanted, ascending.
 
   Yields:
-    (uint8[B, H, W, C], int32[B], bool[B]); the mask is False for the padding
-    of the last batch.
+    (uint8[R, H, W, C], int32[R], bool[R]); the mask is False for the padding
+    of the last batch, which comes last.
   """
-  batch_size = min(batch_size, len(split))
-  batch_size = -(-batch_size // num_devices) * num_devices
   positions = np.arange(len(split))
   starts = range(0, len(split), batch_size)
-  order = [positions[start : start + batch_size] for start in starts]
+  order = [
+    positions[start : start + batch_size][rows[rows < len(split) - start]]
+    for start in starts
+  ]
   for images, labels in split.batches(order):
-    mask = np.arange(batch_size) < len(labels)
-    missing = batch_size - len(labels)
+    mask = np.arange(len(rows)) < len(labels)
+    missing = len(rows) - len(labels)
     if missing:
-      images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+      images = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
       labels = np.pad(labels, (0, missing))
     yield images, labels, mask
+
+
+def call_size(split: datasets.Split, batch_size: int, num_devices: int) -> int:
+  """How many images of a split are scored in one call.
+
+  Args:
+    split: what is scored.
+    batch_size: images of a call, at most, all crops counted; rounded up to a
+      multiple of `num_devices`.
+    num_devices: devices that share a call.
+  """
+  size = min(max(batch_size // split.num_crops, 1), len(split))
+  return -(-size // num_devices) * num_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +99,25 @@ def evaluate(
     eval_step: from `jit_eval_step`.
     state: what is scored.
     split: images and labels.
-    batch_size: images of a call, at most.
+    batch_size: images of a call, at most; each of several crops is one.
     layout: where the networks are.
     on_batch: called after every call.
   """
-  num_devices = layout.mesh.shape[mesh_lib.DATA]
+  size = call_size(split, batch_size, layout.mesh.shape[mesh_lib.DATA])
+  sharding = mesh_lib.batch_sharding(layout.mesh)
+  rows = mesh_lib.own_rows(sharding, size, axis=0)
   totals = _Totals(len(layout.seeds))
   pending: Any = None
-  for images, labels, mask in padded_batches(split, batch_size, num_devices):
-    batch = mesh_lib.shard_batch(layout.mesh, images, labels, mask)
+  for start, own in zip(
+    range(0, len(split), size), padded_batches(split, size, rows), strict=True
+  ):
+    batch = mesh_lib.put_rows(own, sharding, size, axis=0)
     scored = eval_step(state, *batch)
     # Read one call late: the devices have the next one to work on meanwhile.
     if pending is not None:
       totals.add(layout, *pending)
-    pending = scored, labels[mask]
+    _, labels, _ = batch
+    pending = scored, labels, min(size, len(split) - start)
     on_batch()
   totals.add(layout, *pending)
   return totals.scores(len(split))
@@ -114,13 +132,16 @@ class _Totals:
     # Loss, correct.
     self._ensemble = np.zeros(2)
 
-  def add(self, layout: seeds.Layout, scored: Any, labels: np.ndarray) -> None:
+  def add(
+    self, layout: seeds.Layout, scored: Any, labels: jax.Array, count: int
+  ) -> None:
     """Adds a batch.
 
     Args:
       layout: where the networks are.
-      scored: what `eval_step` returned; its padding is last.
-      labels: int32[N], without the padding.
+      scored: what `eval_step` returned.
+      labels: int32[B], on the devices.
+      count: images, after which there is padding.
     """
     sums, probabilities = scored
     for place, part in enumerate(layout.get(sums)):
@@ -133,12 +154,13 @@ class _Totals:
     if len(self._networks) == 1:
       return
     stacked = np.asarray(layout.get(probabilities), np.float64)
-    mean = stacked.mean(axis=0)[: len(labels)]
-    chosen = mean[np.arange(len(labels)), labels]
+    mean = stacked.mean(axis=0)[:count]
+    true = mesh_lib.get(labels, layout.mesh)[:count]
+    chosen = mean[np.arange(count), true]
     # A float32 probability of zero stands for one that is too small for it.
     least = np.finfo(np.float32).tiny
     self._ensemble[0] -= np.sum(np.log(np.maximum(chosen, least)))
-    self._ensemble[1] += np.sum(np.argmax(mean, axis=-1) == labels)
+    self._ensemble[1] += np.sum(np.argmax(mean, axis=-1) == true)
 
   def scores(self, num_images: int) -> Scores:
     """The means over all images, whose number is checked."""

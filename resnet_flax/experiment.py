@@ -33,6 +33,7 @@ def build(config: ConfigDict) -> train_step.Experiment:
     learning_rate=schedule.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment),
     image_shape=info.image_shape,
+    label_smoothing=config.label_smoothing,
   )
 
 

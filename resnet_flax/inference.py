@@ -127,7 +127,8 @@ def evaluate_workdir(
     workdir: the run's folder.
     which: 'best' or 'latest'.
     config: replaces the stored configuration; only keys that do not change
-      the mathematics may differ, for example where the data is.
+      the mathematics may differ, for example where the data is, and
+      `dataset.test_crops`.
     devices: what to compute on, by default all devices.
 
   Returns:
@@ -142,7 +143,7 @@ def evaluate_workdir(
     DataError: the data cannot be had.
   """
   if config is not None:
-    workdir_lib.check_same(workdir, config)
+    workdir_lib.check_same(workdir, config, free=["dataset.test_crops"])
   config, experiment, states = _restore(workdir, which, config)
   config_rules.check_labels(config)
   dataset = datasets.load(config.dataset)

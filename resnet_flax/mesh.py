@@ -5,7 +5,7 @@ shardings, batch statistics and gradients span the whole batch; XLA inserts the
 collectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,12 +78,68 @@ def put(
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jax.random.wrap_key_data(put_own(jax.random.key_data(leaf)))
     array = np.asarray(leaf)
-    return jax.make_array_from_callback(
-      # Each device its own copy: a step is given its state's memory.
-      array.shape,
-      sharding,
-      lambda index: np.array(array[index]),
-    )
+    return _put_parts(sharding, array.shape, array.__getitem__)
+
+  return jax.tree.map(put_own, tree)
+
+
+def _put_parts(
+  sharding: NamedSharding,
+  shape: tuple[int, ...],
+  part: Callable[[Any], np.ndarray],
+) -> jax.Array:
+  """An array of what `part` gives for each own device's index."""
+  # Each device its own copy: a step is given its state's memory.
+  return jax.make_array_from_callback(
+    shape, sharding, lambda index: np.array(part(index))
+  )
+
+
+def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
+  """Which images of a batch the devices of this process take.
+
+  Args:
+    sharding: of the batch.
+    batch_size: images over all devices.
+    axis: that of images, before which there may be one of seeds.
+
+  Returns:
+    int64[rows], ascending.
+  """
+  if sharding.is_fully_addressable:
+    return np.arange(batch_size)
+  # Seeds are divided as they are over their devices: any number does.
+  shape = (*(sharding.mesh.shape[SEED],) * axis, batch_size)
+  indices = sharding.addressable_devices_indices_map(shape).values()
+  rows = [np.arange(batch_size)[index[axis]] for index in indices if index]
+  return np.unique(np.concatenate(rows))
+
+
+def put_rows(
+  tree: Any, sharding: NamedSharding, batch_size: int, axis: int
+) -> Any:
+  """Puts a batch on the devices, of which each process has its own rows.
+
+  Args:
+    tree: of arrays, which along `axis` have what `own_rows` names.
+    sharding: of the batch.
+    batch_size: images over all devices.
+    axis: that of images.
+  """
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+  rows = own_rows(sharding, batch_size, axis)
+
+  def put_own(array: np.ndarray) -> jax.Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[axis].indices(batch_size)
+      # The rows of a device are neighbours, here and in the batch.
+      first = int(np.searchsorted(rows, start))
+      own = slice(first, first + stop - start)
+      return array[(*index[:axis], own, *index[axis + 1 :])]
+
+    shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
+    return _put_parts(sharding, shape, part)
 
   return jax.tree.map(put_own, tree)
 
@@ -107,11 +163,6 @@ def get(tree: Any, mesh: Mesh) -> Any:
 
 def _identity(tree: Any) -> Any:
   return tree
-
-
-def shard_batch(mesh: Mesh, *arrays: np.ndarray) -> Any:
-  """Puts host arrays of one leading size, divisible by the devices, there."""
-  return put(arrays, batch_sharding(mesh))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:

@@ -28,11 +28,21 @@ def _conv_kernels(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(_is_conv_kernel, params)
 
 
+def _kernels(params: PyTree) -> PyTree:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key == "kernel", params
+  )
+
+
 def _all_weights(params: PyTree) -> PyTree:
   return jax.tree.map(lambda _: True, params)
 
 
-L2_WEIGHTS = {"conv_kernels": _conv_kernels, "all": _all_weights}
+L2_WEIGHTS = {
+  "conv_kernels": _conv_kernels,
+  "kernels": _kernels,
+  "all": _all_weights,
+}
 
 
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:

@@ -1,4 +1,4 @@
-"""The learning rate: step drops, the paper's warm-up, reduction on plateau.
+"""The learning rate: drops or a cosine, warm-ups, reduction on plateau.
 
 The rate is a pure function of the step and a small `RateState`, which is part
 of the train state and so of every checkpoint.
@@ -13,6 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+from resnet_flax import errors
+
+# What the rate does after a warm-up.
+NAMES = ("drops", "cosine")
 
 # Share of the old estimate kept at each step: the warm-up rule looks at the
 # training error of about the last 50 batches.
@@ -57,12 +62,18 @@ class LearningRate:
     steps_per_epoch: steps of an epoch.
     warmup: (rate, error) of the paper's warm-up, or None.
     plateau: the `plateau` part of the configuration, or None.
+    linear_warmup_epochs: epochs in which the rate rises from 0 to the initial
+      one (Goyal et al. 2017, section 2.2), before the first drop.
+    cosine_epochs: the epoch, after those, in which half a cosine has led from
+      the initial rate to 0 (Loshchilov and Hutter 2016); None: it does not.
   """
 
   drops: tuple[tuple[int, float], ...]
   steps_per_epoch: int
   warmup: tuple[float, float] | None
   plateau: ConfigDict | None
+  linear_warmup_epochs: float = 0.0
+  cosine_epochs: int | None = None
 
   def init(self) -> RateState:
     """The state before the first step."""
@@ -75,10 +86,17 @@ class LearningRate:
 
   def __call__(self, step: jax.Array, state: RateState) -> jax.Array:
     """The rate, float32[], of the 0-based `step`, int32[]."""
-    rate = optax.join_schedules(
-      [optax.constant_schedule(rate) for _, rate in self.drops],
-      [epoch * self.steps_per_epoch for epoch, _ in self.drops[1:]],
-    )(step)
+    (_, initial), *drops = self.drops
+    warmup = round(self.linear_warmup_epochs * self.steps_per_epoch)
+    pieces = [optax.constant_schedule(rate) for _, rate in self.drops]
+    boundaries = [epoch * self.steps_per_epoch for epoch, _ in drops]
+    if self.cosine_epochs:
+      length = self.cosine_epochs * self.steps_per_epoch - warmup
+      pieces[0] = optax.cosine_decay_schedule(initial, length)
+    if warmup:
+      pieces.insert(0, optax.linear_schedule(0.0, initial, warmup))
+      boundaries.insert(0, warmup)
+    rate = optax.join_schedules(pieces, boundaries)(step)
     rate = jnp.asarray(rate, jnp.float32)
     if self.plateau:
       # The floor limits what the plateau does, not what the schedule does.
@@ -109,6 +127,12 @@ class LearningRate:
   def describe(self) -> list[str]:
     """One line for each change of the rate, for people."""
     lines = [f"epoch {epoch}: {rate:g}" for epoch, rate in self.drops]
+    if self.cosine_epochs:
+      lines[0] += f", by half a cosine to 0 at epoch {self.cosine_epochs}"
+    if self.linear_warmup_epochs:
+      lines.insert(
+        0, f"warm-up: from 0 in {self.linear_warmup_epochs:g} epochs"
+      )
     if self.warmup:
       rate, error = self.warmup
       lines.append(f"warm-up: {rate:g} until the training error < {error:g}")
@@ -140,17 +164,23 @@ def create_learning_rate(
   Args:
     config: the whole configuration.
     steps_per_epoch: steps of an epoch.
+
+  Raises:
+    ConfigError: an unknown name.
   """
   base, schedule = config.optimizer.learning_rate, config.schedule
-  epochs = drop_epochs(
-    config.num_epochs, schedule.drop_percents, schedule.drop_inclusive
-  )
-  # A short run may have two drops at one epoch: the later one counts. Drops
-  # that the run does not reach are left out.
   drops = {0: base}
-  for epoch, factor in zip(epochs, schedule.drop_factors, strict=True):
-    if epoch < config.num_epochs:
-      drops[epoch] = base * factor
+  if schedule.name == "drops":
+    epochs = drop_epochs(
+      config.num_epochs, schedule.drop_percents, schedule.drop_inclusive
+    )
+    # A short run may have two drops at one epoch: the later one counts. Drops
+    # that the run does not reach are left out.
+    for epoch, factor in zip(epochs, schedule.drop_factors, strict=True):
+      if epoch < config.num_epochs:
+        drops[epoch] = base * factor
+  elif schedule.name != "cosine":
+    raise errors.unknown_name("schedule.name", schedule.name, NAMES)
   warmup = None
   if (
     schedule.warmup_learning_rate > 0
@@ -162,4 +192,6 @@ def create_learning_rate(
     steps_per_epoch=steps_per_epoch,
     warmup=warmup,
     plateau=config.plateau if config.plateau.enabled else None,
+    linear_warmup_epochs=schedule.linear_warmup_epochs,
+    cosine_epochs=config.num_epochs if schedule.name == "cosine" else None,
   )

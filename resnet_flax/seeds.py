@@ -139,19 +139,36 @@ class Layout:
     calls = zip(*(each.calls for each in networks), strict=True)
     return Networks(tuple(function(*trees) for trees in calls))
 
+  def rows(self, batch_size: int) -> np.ndarray:
+    """Which images of a batch this process feeds to its devices.
+
+    Args:
+      batch_size: images of a batch of one seed, over all devices.
+
+    Returns:
+      int64[rows], ascending; all of them but on several hosts.
+    """
+    return mesh_lib.own_rows(
+      self._batch_sharding(), batch_size, int(self.is_stacked)
+    )
+
   def batches(
-    self, of_seed: Callable[[int], Iterable[tuple[np.ndarray, ...]]]
+    self,
+    of_seed: Callable[[int], Iterable[tuple[np.ndarray, ...]]],
+    batch_size: int,
   ) -> Iterator[tuple[Any, ...]]:
     """The batches of all seeds, on the devices.
 
     Args:
-      of_seed: gives the batches of a seed, tuples of arrays [B, ...].
+      of_seed: gives the batches of a seed, tuples of arrays [rows, ...] of what
+        `rows` says.
+      batch_size: images of a batch of one seed, over all devices.
 
     Yields:
       The arrays of a batch, for all seeds.
     """
     for batches in zip(*map(of_seed, self.seeds), strict=True):
-      yield self._put_batches(batches)
+      yield self._put_batches(batches, batch_size)
 
   def over_networks(
     self, function: Callable[..., PyTree], shared: int = 0
@@ -265,7 +282,7 @@ class Layout:
     return mesh_lib.put(tree, self.call_sharding(), may_alias=False)
 
   def _put_batches(
-    self, batches: Sequence[tuple[np.ndarray, ...]]
+    self, batches: Sequence[tuple[np.ndarray, ...]], batch_size: int
   ) -> tuple[Any, ...]:
     sharding = self._batch_sharding()
     calls = []
@@ -274,7 +291,9 @@ class Layout:
       call = parts[0]
       if self.is_stacked:
         call = tuple(np.stack(arrays) for arrays in zip(*parts, strict=True))
-      calls.append(mesh_lib.put(call, sharding))
+      calls.append(
+        mesh_lib.put_rows(call, sharding, batch_size, int(self.is_stacked))
+      )
     if len(self.seeds) == 1:
       return calls[0]
     return tuple(Networks(arrays) for arrays in zip(*calls, strict=True))

@@ -739,12 +739,13 @@ def epoch_batches(
   Yields:
     (uint8[B, H, W, C], int32[B]) for all seeds, on their devices.
   """
+  rows = layout.rows(batch_size)
 
   def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    order = epoch_order(len(split), batch_size, seed, epoch)[first:]
+    order = epoch_order(len(split), batch_size, seed, epoch)[first:, rows]
     return split.batches(list(order), datasets.Draw(seed, epoch))
 
-  return layout.batches(of_seed)
+  return layout.batches(of_seed, batch_size)
 
 
 def all_batches(
@@ -806,15 +807,17 @@ def many_step_calls(
     ends: the number of steps done after each call, since the run began.
     first: the step of the epoch to begin with, 0-based.
   """
+  rows = layout.rows(batch_size)
   # Put on the devices like a batch, whose axis comes first.
   ((order,),) = layout.batches(
     lambda seed: [
       (
         np.ascontiguousarray(
-          epoch_order(len(split), batch_size, seed, epoch).T, np.int32
+          epoch_order(len(split), batch_size, seed, epoch).T[rows], np.int32
         ),
       )
-    ]
+    ],
+    batch_size,
   )
   start = epoch * (len(split) // batch_size)
   done = start + first

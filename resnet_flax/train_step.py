@@ -1,6 +1,7 @@
 """The train state and the pure functions that advance and score it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ class Experiment:
     learning_rate: the rate as a function of step and rate state.
     augment: function of (key, normalised images).
     image_shape: (H, W, C) of one image.
+    label_smoothing: share of each label that goes to all classes alike while
+      training (Szegedy et al. 2015, section 7).
   """
 
   model: nn.Module
@@ -124,6 +127,7 @@ class Experiment:
   learning_rate: schedule.LearningRate
   augment: augment.Augment
   image_shape: tuple[int, int, int]
+  label_smoothing: float = 0.0
 
 
 def create_train_state(
@@ -177,6 +181,7 @@ def loss_fn(
   labels: jax.Array,
   dropout_key: jax.Array,
   collections: Sequence[str] = (),
+  label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, PyTree]]]:
   """The mean cross-entropy of a batch, in training mode.
 
@@ -188,6 +193,7 @@ def loss_fn(
     labels: int32[B].
     dropout_key: key[], for networks that drop units.
     collections: what modules may write to besides 'batch_stats'.
+    label_smoothing: see `Experiment`.
 
   Returns:
     float32[] loss, and (float32[B, classes] logits, the collections that were
@@ -200,7 +206,12 @@ def loss_fn(
     mutable=["batch_stats", *collections],
     rngs={"dropout": dropout_key},
   )
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  if label_smoothing:
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+    smoothed = optax.smooth_labels(one_hot, label_smoothing)
+    losses = optax.softmax_cross_entropy(logits, smoothed)
+  else:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return jnp.mean(losses), (logits, updated)
 
 
@@ -276,6 +287,7 @@ def backpropagated_step(
     labels,
     keys["dropout"],
     collections,
+    experiment.label_smoothing,
   )
   batch_stats = updated.get("batch_stats", {})
   rate = experiment.learning_rate(state.step, state.rate_state)
@@ -398,7 +410,8 @@ def eval_step(
   Args:
     experiment: the fixed parts.
     state: what is scored.
-    images: uint8[B, H, W, C].
+    images: uint8[B, H, W, C]; or several crops of each image, uint8[B, crops,
+      H, W, C], whose probabilities are averaged.
     labels: int32[B].
     mask: bool[B], False for padding.
 
@@ -406,7 +419,16 @@ def eval_step(
     Sums over the images that `mask` lets count, and the float32[B, classes]
     probabilities.
   """
-  logits = apply_eval(experiment.model, state, images)
+  crops = images.reshape(-1, *images.shape[-3:])
+  logits = apply_eval(experiment.model, state, crops)
+  if images.ndim == 5:
+    log_probabilities = jax.nn.log_softmax(
+      logits.reshape(*images.shape[:2], logits.shape[-1])
+    )
+    # Their mean's logarithm, which is as good as logits.
+    logits = jax.nn.logsumexp(log_probabilities, axis=1) - math.log(
+      images.shape[1]
+    )
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   loss = jnp.sum(jnp.where(mask, losses, 0.0))
   count = jnp.sum(mask, dtype=jnp.int32)

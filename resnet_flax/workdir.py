@@ -8,7 +8,7 @@ import logging
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -140,10 +140,17 @@ def _cannot_be_written(
   )
 
 
-def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_same(
+  workdir: pathlib.Path, config: ConfigDict, *, free: Sequence[str] = ()
+) -> None:
   """Checks that a run's stored configuration is this one.
 
   Keys that do not change the mathematics may differ.
+
+  Args:
+    workdir: the run's folder.
+    config: the given configuration.
+    free: other keys that may differ.
 
   Raises:
     WorkdirError: there is no run, or it is another; lists the differing keys.
@@ -154,7 +161,8 @@ def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
   differing = [
     f"{key} ({stored.get(key)!r} there, {given.get(key)!r} here)"
     for key in sorted(stored.keys() | given.keys())
-    if stored.get(key) != given.get(key) and key not in config_rules.FREE_KEYS
+    if stored.get(key) != given.get(key)
+    and key not in (*config_rules.FREE_KEYS, *free)
   ]
   if differing:
     raise errors.WorkdirError(

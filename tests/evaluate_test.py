@@ -30,19 +30,31 @@ def split_of(count, size=2):
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 8))
 def test_every_image_is_in_exactly_one_batch(count, batch_size, num_devices):
   split = split_of(count)
-  seen_images, seen_labels, sizes = [], [], set()
-  for images, labels, mask in evaluate.padded_batches(
-    split, batch_size, num_devices
-  ):
-    sizes.add(len(images))
-    assert len(images) == len(labels) == len(mask)
-    seen_images.append(images[mask])
-    seen_labels.append(labels[mask])
-  # One size, so that one program serves all.
-  (size,) = sizes
+  size = evaluate.call_size(split, batch_size, num_devices)
   assert size % num_devices == 0
-  np.testing.assert_array_equal(np.concatenate(seen_images), split.images)
-  np.testing.assert_array_equal(np.concatenate(seen_labels), split.labels)
+  # As of two hosts, one of which has the first rows.
+  every, own = np.arange(size), np.arange(size // 2)
+  parts = (own, every[len(own) :]) if num_devices > 1 else (every,)
+  seen = [[] for _ in range(-(-count // size))]
+  for rows in parts:
+    batches = list(evaluate.padded_batches(split, size, rows))
+    assert len(batches) == len(seen)
+    for batch, (images, labels, mask) in zip(seen, batches, strict=True):
+      # One size, so that one program serves all.
+      assert len(images) == len(labels) == len(mask) == len(rows)
+      batch.append((images[mask], labels[mask]))
+  images, labels = zip(*(part for batch in seen for part in batch), strict=True)
+  np.testing.assert_array_equal(np.concatenate(images), split.images)
+  np.testing.assert_array_equal(np.concatenate(labels), split.labels)
+
+
+def test_crops_count_as_images_of_a_call():
+  split = split_of(40)
+  assert evaluate.call_size(split, 30, 4) == 32
+  ten_crops = type("TenCrops", (record.ArraySplit,), {"num_crops": 10})
+  split = ten_crops(split.images, split.labels, split.indices)
+  assert evaluate.call_size(split, 30, 4) == 4
+  assert evaluate.call_size(split, 5, 1) == 1
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +125,7 @@ def test_the_real_test_split_is_counted_whole(cifar_data_dir):
   config = base.get_config()
   config.dataset.data_dir = cifar_data_dir
   split = datasets.load(config.dataset).test
-  batches = evaluate.padded_batches(split, 128, 8)
+  batches = evaluate.padded_batches(split, 128, np.arange(128))
   assert sum(mask.sum() for _, _, mask in batches) == 10_000
 
 

@@ -118,6 +118,6 @@ def test_unknown_names_are_errors():
   config.name = "adamw"
   with pytest.raises(errors.ConfigError, match="Did you mean 'adam'"):
     optimizer.create_optimizer(config)
-  config.l2_weights = "kernels"
-  with pytest.raises(errors.ConfigError, match="conv_kernels"):
+  config.l2_weights = "kernel"
+  with pytest.raises(errors.ConfigError, match="Did you mean 'kernels'"):
     optimizer.create_optimizer(config)

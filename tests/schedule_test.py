@@ -153,6 +153,49 @@ def test_no_warm_up_below_its_depth():
   assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(0.1)
 
 
+def rates(config, steps_per_epoch):
+  rate = schedule.create_learning_rate(config, steps_per_epoch)
+  steps = jnp.arange(config.num_epochs * steps_per_epoch + 1)
+  return np.array([float(rate(step, rate.init())) for step in steps])
+
+
+def test_half_a_cosine_ends_at_zero():
+  config = base.get_config()
+  config.num_epochs = 10
+  config.schedule.name = "cosine"
+  config.optimizer.learning_rate = 2.0
+  angles = np.linspace(0, np.pi, 41)
+  np.testing.assert_allclose(rates(config, 4), 1 + np.cos(angles), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", schedule.NAMES)
+def test_the_rate_rises_in_equal_steps_before_that(name):
+  config = base.get_config()
+  config.num_epochs = 10
+  config.schedule.name = name
+  config.schedule.linear_warmup_epochs = 2.5
+  config.optimizer.learning_rate = 2.0
+  found = rates(config, 4)
+  np.testing.assert_allclose(found[:11], np.linspace(0, 2, 11), rtol=1e-6)
+  if name == "cosine":
+    after = 1 + np.cos(np.linspace(0, np.pi, 31))
+    np.testing.assert_allclose(found[10:], after, atol=1e-6)
+  else:
+    # Drops stay where they are: the first is at epoch 5.
+    np.testing.assert_allclose(found[10:20], 2.0, rtol=1e-6)
+    assert found[20] == pytest.approx(0.2)
+
+
+def test_describe_names_the_cosine_and_its_warm_up():
+  config = base.get_config()
+  config.schedule.name = "cosine"
+  config.schedule.linear_warmup_epochs = 5.0
+  assert schedule.create_learning_rate(config, 1).describe() == [
+    "warm-up: from 0 in 5 epochs",
+    "epoch 0: 0.001, by half a cosine to 0 at epoch 200",
+  ]
+
+
 def test_describe_names_every_rule():
   config = plateau_config()
   config.schedule.warmup_learning_rate = 1e-4

@@ -164,6 +164,62 @@ def test_network_without_statistics_trains(dropping_experiment):
   assert all(jax.tree.leaves(moved))
 
 
+def test_smoothed_labels_are_those_of_szegedy_et_al(experiment):
+  images, labels = batch()
+  state = create_state(experiment)
+  smoothed = dataclasses.replace(experiment, label_smoothing=0.1)
+
+  def loss(experiment):
+    value, (logits, _) = train_step.loss_fn(
+      experiment.model,
+      state.params,
+      state.batch_stats,
+      state.normalization(images),
+      labels,
+      jax.random.key(0),
+      label_smoothing=experiment.label_smoothing,
+    )
+    return float(value), np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+  (hard, log_p), (soft, _) = loss(experiment), loss(smoothed)
+  # 90 % of the label's share stay, 10 % go to the ten classes alike.
+  expected = 0.9 * hard - 0.1 * log_p.mean()
+  assert soft == pytest.approx(expected, rel=1e-5)
+  assert abs(soft - hard) > 1e-3
+  key = jax.random.key(0)
+  step = functools.partial(train_step.train_step, smoothed)
+  _, reported = jax.jit(step)(state, images, labels, key)
+  assert float(reported.sums.loss) / 4 == pytest.approx(soft, rel=1e-5)
+
+
+def test_probabilities_of_crops_are_averaged(experiment):
+  crops, _ = batch(6)
+  crops = crops.reshape(2, 3, *crops.shape[1:])
+  labels = jnp.array([1, 2])
+  state = create_state(experiment)
+  mask = jnp.array([True, False])
+  sums, probabilities = train_step.eval_step(
+    experiment, state, crops, labels, mask
+  )
+  expected = np.mean(
+    [
+      jax.nn.softmax(
+        train_step.apply_eval(experiment.model, state, crops[:, k])
+      )
+      for k in range(3)
+    ],
+    axis=0,
+  )
+  np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+  assert int(sums.count) == 1
+  assert float(sums.loss) == pytest.approx(-np.log(expected[0, 1]), rel=1e-5)
+  # Not what the mean of the logits gives.
+  means = train_step.apply_eval(
+    experiment.model, state, crops.reshape(-1, 32, 32, 3)
+  ).reshape(2, 3, -1)
+  assert np.abs(jax.nn.softmax(means.mean(1)) - expected).max() > 1e-6
+
+
 def test_keys_of_a_step_differ():
   keys = [
     jax.random.key_data(key).tolist()

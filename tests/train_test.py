@@ -564,10 +564,9 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
     functools.partial(train_step.train_step, experiment)
   )(
     restore(tiny_config, workdir),
-    *mesh_lib.shard_batch(
-      mesh,
-      dataset.train.images[failure["batch_indexes"]],
-      dataset.train.labels[failure["batch_indexes"]],
+    *mesh_lib.put(
+      dataset.train.take(np.asarray(failure["batch_indexes"])),
+      mesh_lib.batch_sharding(mesh),
     ),
     key,
   )

@@ -226,7 +226,8 @@ def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
   records = metrics.MetricsLog(workdir).read()
   step = _whole(workdir)[0]
   _arrays(workdir, "best", step)
-  return step, [record[monitor] for record in records]
+  name = metrics.monitored(records[0], monitor)
+  return step, [record[name] for record in records]
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -82,25 +82,29 @@ def prepare(
   """
   layout = seeds.Layout.create(config)
   split = record.whole_split(images, labels)
-  (batch,) = layout.batches(lambda _: [(images, labels)])
+  (batch,) = layout.batches(lambda _: [(images, labels)], len(labels))
   return _prepare(config, experiment, split, batch, len(labels), layout)
 
 
 def prepare_on_data(
-  config: ConfigDict, execution: str = "in_turn"
+  config: ConfigDict,
+  execution: str = "in_turn",
+  devices: Sequence[jax.Device] | None = None,
 ) -> tuple[Resident, Callable[[int], Iterator[Any]]]:
-  """A step on the configuration's own data, on all devices.
+  """A step on the configuration's own data.
 
   Args:
     config: the experiment's; checked here.
     execution: of several seeds, one of `seeds.EXECUTIONS`.
+    devices: what to train on, by default all devices.
 
   Returns:
     The step, whose batch is the first of epoch 0, and a function that gives
     the batches of an epoch and of all that follow.
   """
-  config_rules.check(config, num_devices=jax.device_count())
-  layout = seeds.Layout.create(config, None, execution)
+  devices = list(devices or jax.devices())
+  config_rules.check(config, num_devices=len(devices))
+  layout = seeds.Layout.create(config, devices, execution)
   dataset = datasets.load(config.dataset)
 
   batch_size = config.batch_size

@@ -19,11 +19,27 @@ _TRIES = 10
 # and what it is for the central crop.
 _SHORTER_SIDES = (256 / 224, 480 / 224)
 _CENTRAL_SIDE = 256 / 224
+NUM_TEN = 10
 
 
 def central(width: int, height: int) -> Box:
   """The central square, of 224/256 of the shorter side."""
   return _square(width, height, _CENTRAL_SIDE, 0.5, 0.5)
+
+
+def corners_and_centre(width: int, height: int) -> list[Box]:
+  """The five boxes whose crops and their mirror images are the ten crops.
+
+  Krizhevsky et al. 2012, section 4.1: the shorter side is made 256, the central
+  256 x 256 pixels are taken, and of these the corners and the centre.
+  """
+  side = min(width, height)
+  left, upper = (width - side) / 2, (height - side) / 2
+  boxes = []
+  for across, down in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)):
+    x0, y0, x1, y1 = _square(side, side, _CENTRAL_SIDE, across, down)
+    boxes.append((left + x0, upper + y0, left + x1, upper + y1))
+  return boxes
 
 
 def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:

@@ -28,9 +28,11 @@ class Split(abc.ABC):
   Attributes:
     indices: int64[N], the images of this split, by position in the official
       split.
+    num_crops: of each image, where it is scored.
   """
 
   indices: np.ndarray
+  num_crops: int = 1
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -55,7 +57,8 @@ class Split(abc.ABC):
         random then. None: the central part.
 
     Yields:
-      uint8[B, H, W, C] images and int32[B] labels.
+      uint8[B, H, W, C] images and int32[B] labels. A split that is scored by
+      several crops of each image gives uint8[B, crops, H, W, C] without `draw`.
     """
 
   @abc.abstractmethod
@@ -63,7 +66,7 @@ class Split(abc.ABC):
     """The split of the images at the given positions of this one."""
 
   def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels at the given positions of this split."""
+    """uint8[B, H, W, C] images and int32[B] labels at these positions."""
     ((images, labels),) = self.batches([positions])
     return images, labels
 

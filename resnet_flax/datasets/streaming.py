@@ -178,6 +178,7 @@ def load(config: ConfigDict, augmentation: str) -> record.Dataset:
       num_classes=len(facts.class_names),
       crop=crop if crop in crops.RANDOM else "none",
       num_workers=config.num_workers,
+      num_crops=config.test_crops,
     )
     if len(split) != sum(shard.take for shard in split.shards):
       error = ValueError(f"the split {name!r} has shards of another number")
@@ -236,6 +237,7 @@ class StreamedSplit(record.Split):
       square, as without `draw`.
     num_workers: processes that decode; 0: threads of this one, -1: as many as
       it may use CPU threads.
+    num_crops: 1, or 10, of each image where nothing is drawn.
   """
 
   indices: np.ndarray
@@ -245,11 +247,18 @@ class StreamedSplit(record.Split):
   num_classes: int
   crop: str
   num_workers: int
+  num_crops: int = 1
 
   @property
   def image_shape(self) -> tuple[int, ...]:
     """See `Split`."""
     return self.image_size, self.image_size, 3
+
+  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Split`; the central crop of each image."""
+    one_crop = dataclasses.replace(self, num_crops=1)
+    ((images, labels),) = one_crop.batches([positions])
+    return images, labels
 
   def subset(self, positions: np.ndarray) -> "StreamedSplit":
     """See `Split`."""
@@ -273,9 +282,16 @@ class StreamedSplit(record.Split):
     if workers < 0:
       workers = environment.num_cpu_threads()
     workers = min(workers, len(chunks))
+    decoding = _Decoding(
+      self.image_size,
+      self.num_classes,
+      self.crop,
+      draw,
+      self.num_crops if draw is None else 1,
+    )
     decoded = (
       grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
-      .map(_Decoding(self.image_size, self.num_classes, self.crop, draw))
+      .map(decoding)
       .to_iter_dataset(
         grain.ReadOptions(
           num_threads=0 if workers else _THREADS,
@@ -297,7 +313,9 @@ class StreamedSplit(record.Split):
     iterator = iter(pipeline)
     try:
       for positions in order:
-        parts = [next(iterator) for _ in range(-(-len(positions) // _CHUNK))]
+        count = -(-len(positions) // _CHUNK)
+        # One at least, for its shape: of the last batch a host may have none.
+        parts = [next(iterator) for _ in range(count)] or [decoding.empty()]
         images, labels = zip(*parts, strict=True)
         yield np.concatenate(images), np.concatenate(labels)
     # Whatever a file makes the readers and decoders raise, here or there.
@@ -385,19 +403,21 @@ class _Records:
 
 @dataclasses.dataclass(frozen=True)
 class _Decoding:
-  """Makes arrays of records: uint8[K, S, S, 3] images and int32[K] labels."""
+  """Makes arrays of records: uint8 images and int32[K] labels.
+
+  Images are [K, S, S, 3], of several crops [K, crops, S, S, 3].
+  """
 
   size: int
   num_classes: int
   crop: str
   draw: record.Draw | None
+  num_crops: int = 1
 
   def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
     from tensorflow_datasets.proto import tf_example_pb2
 
-    count = len(encoded.records)
-    images = np.empty((count, self.size, self.size, 3), np.uint8)
-    labels = np.empty(count, np.int32)
+    images, labels = self._arrays(len(encoded.records))
     for k, (position, raw) in enumerate(
       zip(encoded.positions, encoded.records, strict=True)
     ):
@@ -409,29 +429,49 @@ class _Decoding:
         raise ValueError(
           f"an image has label {label}; needed: 0 to {self.num_classes - 1}"
         )
-      images[k], labels[k] = self._decode(image, int(position)), label
-    return images, labels
+      self._decode(image, int(position), images[k])
+      labels[k] = label
+    return self._of_one_crop(images), labels
 
-  def _decode(self, encoded: bytes, position: int) -> np.ndarray:
-    """uint8[S, S, 3]; Pillow's linear interpolation, with antialiasing."""
+  def empty(self) -> tuple[np.ndarray, np.ndarray]:
+    """What is made of no records."""
+    images, labels = self._arrays(0)
+    return self._of_one_crop(images), labels
+
+  def _arrays(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    shape = (count, self.num_crops, self.size, self.size, 3)
+    return np.empty(shape, np.uint8), np.empty(count, np.int32)
+
+  def _of_one_crop(self, images: np.ndarray) -> np.ndarray:
+    return images[:, 0] if self.num_crops == 1 else images
+
+  def _decode(self, encoded: bytes, position: int, crops_of: np.ndarray):
+    """Fills uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
       # Before it is decoded.
       if image.width * image.height > _MOST_PIXELS:
         raise ValueError(f"an image has {image.width} x {image.height} pixels")
-      if self.draw is None or self.crop == "none":
-        box = crops.central(*image.size)
-      else:
-        rng = randomness.host_rng(
-          self.draw.seed,
-          randomness.Purpose.HOST_CROP,
-          self.draw.epoch,
-          position,
-        )
-        box = crops.RANDOM[self.crop](rng, *image.size)
       # Some of ImageNet's are grey.
-      resized = image.convert("RGB").resize(
+      decoded = image.convert("RGB")
+    for k, box in enumerate(self._boxes(position, *decoded.size)):
+      crops_of[k] = decoded.resize(
         (self.size, self.size), Image.Resampling.BILINEAR, box=box
       )
-      return np.asarray(resized)
+    if self.num_crops > 1:
+      half = self.num_crops // 2
+      crops_of[half:] = crops_of[:half, :, ::-1]
+
+  def _boxes(self, position: int, width: int, height: int) -> list[crops.Box]:
+    if self.num_crops > 1:
+      return crops.corners_and_centre(width, height)
+    if self.draw is None or self.crop == "none":
+      return [crops.central(width, height)]
+    rng = randomness.host_rng(
+      self.draw.seed,
+      randomness.Purpose.HOST_CROP,
+      self.draw.epoch,
+      position,
+    )
+    return [crops.RANDOM[self.crop](rng, width, height)]

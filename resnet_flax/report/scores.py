@@ -100,7 +100,7 @@ def score(run: runs_lib.Run, seed: int) -> Scores:
   everything = np.arange(len(dataset.test))
   order = [everything[start : start + size] for start in everything[::size]]
   scored = [
-    (loaded.predict(images), labels)
+    (_predict(loaded, images), labels)
     for images, labels in dataset.test.batches(order)
   ]
   probabilities, labels = map(np.concatenate, zip(*scored, strict=True))
@@ -110,6 +110,15 @@ def score(run: runs_lib.Run, seed: int) -> Scores:
     probabilities,
     class_names=dataset.class_names,
     step=loaded.step,
+  )
+
+
+def _predict(loaded: inference.LoadedModel, images: np.ndarray) -> np.ndarray:
+  """Probabilities, means over the crops of an image where it has several."""
+  crops = images.reshape(-1, *images.shape[-3:])
+  probabilities = loaded.predict(crops)
+  return probabilities.reshape(len(images), -1, probabilities.shape[-1]).mean(
+    axis=1
   )
 
 

@@ -16,6 +16,8 @@ def is_inside(box, width, height):
 @given(SIDES, SIDES, st.integers(0, 2**32 - 1))
 def test_boxes_lie_in_images_of_any_size(width, height, seed):
   assert is_inside(crops.central(width, height), width, height)
+  for box in crops.corners_and_centre(width, height):
+    assert is_inside(box, width, height)
   for crop in crops.RANDOM.values():
     box = crop(np.random.default_rng(seed), width, height)
     assert is_inside(box, width, height)
@@ -26,6 +28,21 @@ def test_central_crop_is_224_of_256():
   assert crops.central(500, 375) == pytest.approx(
     [250 - 164.0625, 187.5 - 164.0625, 250 + 164.0625, 187.5 + 164.0625]
   )
+
+
+def test_ten_crops_are_of_the_central_square():
+  # 256 of the resized image are 375 pixels of this one, 224 are 328.125.
+  boxes = crops.corners_and_centre(500, 375)
+  assert len(boxes) == crops.NUM_TEN // 2
+  size, last = 328.125, 375 - 328.125
+  for box, (left, upper) in zip(
+    boxes,
+    [(0, 0), (last, 0), (0, last), (last, last), (last / 2, last / 2)],
+    strict=True,
+  ):
+    left += 62.5
+    assert box == pytest.approx([left, upper, left + size, upper + size])
+  assert boxes[-1] == pytest.approx(crops.central(500, 375))
 
 
 def drawn(name, count=3000):

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from resnet_flax import (
   errors,
   evaluate,
   experiment as experiment_lib,
+  inference,
   seeds,
   train,
 )
@@ -138,7 +140,7 @@ def test_epochs_are_permutations_that_any_step_can_be_taken_from(
 def test_evaluation_takes_every_image_once(root):
   split = load(root).test
   images, labels, masks = zip(
-    *evaluate.padded_batches(split, 4, 2), strict=True
+    *evaluate.padded_batches(split, 4, np.arange(4)), strict=True
   )
   mask = np.concatenate(masks)
   assert mask.sum() == 10
@@ -146,6 +148,32 @@ def test_evaluation_takes_every_image_once(root):
     [(np.concatenate(images)[mask], np.concatenate(labels)[mask])],
     [split.take(np.arange(10))],
   )
+
+
+def test_of_a_batch_beyond_the_last_image_there_is_nothing(root):
+  # What is left for the second of two hosts.
+  for crops_of, shape in ((1, (64, 64, 3)), (10, (10, 64, 64, 3))):
+    split = load(root, test_crops=crops_of).test
+    (images, labels), _ = split.batches([np.arange(0), np.arange(2)])
+    assert images.shape == (0, *shape)
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+    assert labels.shape == (0,)
+
+
+def test_ten_crops_are_five_and_their_mirror_images(root):
+  split = load(root, test_crops=10).test
+  ((ten, labels),) = split.batches([np.arange(3)])
+  assert ten.shape == (3, 10, 64, 64, 3)
+  central, true = split.take(np.arange(3))
+  np.testing.assert_array_equal(labels, true)
+  np.testing.assert_array_equal(ten[:, 4], central)
+  np.testing.assert_array_equal(ten[:, 5:], ten[:, :5, :, ::-1])
+  for one, other in itertools.combinations(range(10), 2):
+    assert (ten[:, one] != ten[:, other]).any()
+  # While training an image is cut once.
+  training = load(root, test_crops=10).train
+  ((images, _),) = training.batches([np.arange(3)], datasets.Draw(0, 0))
+  assert images.shape == (3, 64, 64, 3)
 
 
 def test_parts_of_the_training_split(root):
@@ -394,6 +422,15 @@ def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
   for ours, theirs in zip(resumed, undisturbed, strict=True):
     for key in ours.keys() - set(timed):
       assert ours[key] == theirs[key], key
+  # Scored by ten crops, whatever it was scored by while training.
+  config.dataset.test_crops = 10
+  ten = inference.evaluate_workdir(
+    tmp_path / "resumed", "latest", config=config, devices=one_device
+  )
+  assert ten["step"] == resumed[-1]["step"]
+  assert 0 < abs(ten["loss"] - resumed[-1]["test_loss"]) < 1
+  with pytest.raises(errors.WorkdirError, match=r"test_crops \(1 there, 10"):
+    train.train_and_evaluate(config, tmp_path / "resumed", devices=one_device)
 
 
 PROGRAM = """

@@ -190,7 +190,8 @@ def test_groups_on_devices_of_their_own_are_not_sent():
   x[:3] += 1
   module = our_batch_norm(False, act=nn.relu, groups=8)
   call = jax.jit(functools.partial(outcome, module))
-  sharded = mesh_lib.shard_batch(mesh_lib.create_mesh(), x, residual, g)
+  sharding = mesh_lib.batch_sharding(mesh_lib.create_mesh())
+  sharded = mesh_lib.put((x, residual, g), sharding)
   assert_close(
     call(*sharded, params, stats), call(x, residual, g, params, stats)
   )
@@ -224,7 +225,7 @@ def test_statistics_are_those_of_a_batch_sharded_over_devices():
   expected = call(x, residual, g, params, stats)
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharded = mesh_lib.shard_batch(mesh, x, residual, g)
+  sharded = mesh_lib.put((x, residual, g), mesh_lib.batch_sharding(mesh))
   assert_close(call(*sharded, params, stats), expected)
   text = call.lower(*sharded, params, stats).compile().as_text()
   assert "all-gather" not in text

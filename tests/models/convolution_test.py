@@ -272,7 +272,7 @@ def loss_gradients(conv):
 
 def test_sharded_batch_is_not_gathered():
   mesh = mesh_lib.create_mesh()
-  (x,) = mesh_lib.shard_batch(mesh, np.asarray(normal((64, 8, 8, 4))))
+  x = mesh_lib.put(normal((64, 8, 8, 4)), mesh_lib.batch_sharding(mesh))
   kernel = jax.device_put(
     normal((3, 3, 4, 5), seed=1), mesh_lib.replicated(mesh)
   )

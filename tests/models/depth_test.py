@@ -254,7 +254,7 @@ def test_step_on_a_batch_sharded_over_devices():
   labels = np.arange(16, dtype=np.int32) % 10
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharded = mesh_lib.shard_batch(mesh, images, labels)
+  sharded = mesh_lib.put((images, labels), mesh_lib.batch_sharding(mesh))
   ours, program = take_step(*sharded, remat=True, scan=True)
   assert "all-gather" not in program
   plain, _ = take_step(images, labels)

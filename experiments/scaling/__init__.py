@@ -1,0 +1,1 @@
+"""What sharing a batch out over devices costs, and whether it changes it."""
