@@ -239,6 +239,10 @@ class Layout:
 
     return run
 
+  def of_seed(self, seed: int) -> str:
+    """' of seed N' for messages; nothing where there is only one."""
+    return f" of seed {seed}" if len(self.seeds) > 1 else ""
+
   def call_sharding(self) -> jax.sharding.NamedSharding:
     """The sharding of the trees of a call."""
     if self.is_stacked:

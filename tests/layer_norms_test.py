@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from resnet_flax import (
+  calls as calls_lib,
   checkpoint,
   config_rules,
   errors,
@@ -195,14 +196,14 @@ def test_needs_tensorboard(tiny_config):
 def compile_once(monkeypatch):
   """Runs of one configuration share their training step."""
   programs = []
-  compile_train_step = train.compile_train_step
+  compile_train_step = calls_lib.compile_train_step
 
   def remember(*arguments):
     if not programs:
       programs.append(compile_train_step(*arguments))
     return programs[0]
 
-  monkeypatch.setattr(train, "compile_train_step", remember)
+  monkeypatch.setattr(calls_lib, "compile_train_step", remember)
 
 
 def state_at(config, workdir, step):
@@ -223,7 +224,7 @@ def test_training_is_the_same_with_and_without(
   expected = run(tiny_config, straight)
 
   tiny_config.log_layer_norms_every = 3
-  reads, read = itertools.count(1), train._read
+  reads, read = itertools.count(1), calls_lib._read
 
   def dying(*arguments):
     # The last checkpoint is that of step 6.
@@ -232,7 +233,7 @@ def test_training_is_the_same_with_and_without(
     return read(*arguments)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "_read", dying)
+    patch.setattr(calls_lib, "_read", dying)
     with pytest.raises(SystemExit):
       run(tiny_config, logging)
   records = run(tiny_config, logging)
@@ -288,11 +289,11 @@ def test_several_seeds_have_tags_of_their_own(
     rows = [jnp.full(len(names), seed, jnp.float32) for seed in layout.seeds]
     return layout.put([layer_norms.LayerNorms(row, row, row) for row in rows])
 
-  monkeypatch.setattr(train, "compile_step", lambda *_, **__: measured)
+  monkeypatch.setattr(calls_lib, "compile_step", lambda *_, **__: measured)
   write = train._layer_norms_writer(tiny_config, experiment, None, None, layout)
   board = Board()
   for step in range(4):
-    call = train.Call(1, (None, None, None), lambda: (None, None))
+    call = calls_lib.Call(1, (None, None, None), lambda: (None, None))
     write(board, step, None, call)
   assert set(board.written) == {0, 2}
   assert len(board.written[0]) == 2 * 3 * len(names)

@@ -8,8 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from resnet_flax import (
+  calls as calls_lib,
   checkpoint,
   datasets,
+  epochs,
   errors,
   experiment as experiment_lib,
   metrics,
@@ -128,7 +130,7 @@ def compiled(config):
     name = layout.mesh, layout.per_call, layout.num_calls, is_divided
     if name not in programs:
       state, key = initial(config, layout)
-      programs[name] = train.compile_train_steps(
+      programs[name] = calls_lib.compile_train_steps(
         experiment_lib.build(config),
         state,
         placed,
@@ -152,10 +154,10 @@ def many(config, split, layout, program, ends, placed):
   """The states, on the host, after calls of the second epoch that end there."""
   state, key = initial(config, layout)
   state = layout.each(lambda one: one.replace(step=one.step + 5), state)
-  calls = train.many_step_calls(
+  calls = calls_lib.many_step_calls(
     split, placed, config.batch_size, 1, key, layout, ends
   )
-  state, last = train.train_steps(
+  state, last = calls_lib.train_steps(
     program, state, calls, lambda _: None, layout=layout
   )
   return layout.get(state), last
@@ -165,14 +167,14 @@ def one_by_one(config, split, layout):
   experiment = experiment_lib.build(config)
   state, key = initial(config, layout)
   state = layout.each(lambda one: one.replace(step=one.step + 5), state)
-  step = train.compile_train_step(
+  step = calls_lib.compile_train_step(
     experiment, state, config.batch_size, key, layout
   )
-  batches = train.epoch_batches(split, config.batch_size, 1, layout)
-  state, last = train.train_steps(
+  batches = epochs.batches(split, config.batch_size, 1, layout)
+  state, last = calls_lib.train_steps(
     step,
     state,
-    train.one_step_calls(batches, key),
+    calls_lib.one_step_calls(batches, key),
     lambda _: None,
     layout=layout,
   )
@@ -294,11 +296,11 @@ def test_the_step_that_is_not_finite_is_named(
   placed = resident.place(split, layout)
   state, key = initial(config, layout)
   broken = jax.tree.map(lambda leaf: leaf * np.nan, state.params)
-  calls = train.many_step_calls(
+  calls = calls_lib.many_step_calls(
     split, placed, config.batch_size, 0, key, layout, [4, 5]
   )
   with pytest.raises(errors.NonFiniteError, match=r"after step 0 ") as caught:
-    train.train_steps(
+    calls_lib.train_steps(
       compiled(layout, placed),
       state.replace(params=broken),
       calls,

@@ -11,8 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from resnet_flax import (
+  calls as calls_lib,
   checkpoint,
   datasets,
+  epochs,
   errors,
   experiment as experiment_lib,
   inference,
@@ -119,11 +121,11 @@ def steps(config, experiment, split, layout, compiled=None):
   compiled = [] if compiled is None else compiled
   if not compiled:
     compiled.append(
-      train.compile_train_step(
+      calls_lib.compile_train_step(
         experiment, state, config.batch_size, key, layout
       )
     )
-  batches = train.all_batches(split, config.batch_size, layout)
+  batches = epochs.all_batches(split, config.batch_size, layout)
   losses = []
   for batch in itertools.islice(batches, 5):
     state, step_metrics = compiled[0](state, *batch, key)
@@ -218,7 +220,7 @@ def run(two_seeds, tmp_path_factory):
 
   def train_it(workdir, config=two_seeds, num_devices=1):
     with pytest.MonkeyPatch.context() as patch:
-      remember(patch, train, "compile_train_step")
+      remember(patch, calls_lib, "compile_train_step")
       remember(patch, train.evaluate, "jit_eval_step")
       return train.train_and_evaluate(
         config, workdir, devices=jax.devices()[:num_devices]
@@ -387,7 +389,7 @@ def test_the_faster_execution_is_taken(
 
     return step
 
-  monkeypatch.setattr(train, "compile_train_step", compile_train_step)
+  monkeypatch.setattr(calls_lib, "compile_train_step", compile_train_step)
   monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
   chosen = train.faster_execution(
     two_seeds,

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from resnet_flax import (
+  calls as calls_lib,
   checkpoint,
   datasets,
+  epochs,
   errors,
   evaluate,
   experiment as experiment_lib,
@@ -78,14 +80,14 @@ def die_at(monkeypatch, module, name, call):
 def signal_at_step(monkeypatch, number, step):
   """A signal comes after the given step of this process has been read."""
   calls = itertools.count(1)
-  original = train._read
+  original = calls_lib._read
 
   def read(*arguments):
     if next(calls) == step:
       os.kill(os.getpid(), number)
     return original(*arguments)
 
-  monkeypatch.setattr(train, "_read", read)
+  monkeypatch.setattr(calls_lib, "_read", read)
 
 
 def test_a_run_leaves_its_numbers(tiny_config, tmp_path, one_device):
@@ -151,9 +153,9 @@ def _compiled_once():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      train,
+      calls_lib,
       "compile_train_step",
-      remember(train.compile_train_step, lambda *arguments: arguments[-1]),
+      remember(calls_lib.compile_train_step, lambda *arguments: arguments[-1]),
     )
     patch.setattr(
       evaluate,
@@ -212,9 +214,9 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
   ("module", "name", "call"),
   [
-    (train, "_read", 1),
-    (train, "_read", 6),
-    (train, "_read", 12),
+    (calls_lib, "_read", 1),
+    (calls_lib, "_read", 6),
+    (calls_lib, "_read", 12),
     (evaluate._Totals, "add", 1),
     (evaluate._Totals, "add", 6),
     (train, "_record", 2),
@@ -246,7 +248,7 @@ def test_record_without_its_checkpoint_is_cut_off(
   """As after a kill while the checkpoint was on its way to the disk."""
   run = functools.partial(train.train_and_evaluate, devices=one_device)
   with monkeypatch.context() as patch:
-    die_at(patch, train, "_read", 6)
+    die_at(patch, calls_lib, "_read", 6)
     with pytest.raises(SystemExit):
       run(long_config, tmp_path)
   log = metrics.MetricsLog(tmp_path)
@@ -284,7 +286,7 @@ def test_a_run_goes_on_with_other_devices(
 ):
   run = functools.partial(train.train_and_evaluate, long_config, tmp_path)
   with monkeypatch.context() as patch:
-    die_at(patch, train, "_read", 6)
+    die_at(patch, calls_lib, "_read", 6)
     with pytest.raises(SystemExit):
       run(devices=jax.devices()[:first])
   records = run(devices=jax.devices()[:then])
@@ -303,7 +305,7 @@ def test_a_clock_that_is_set_back_does_not_matter(
   monkeypatch.setattr(time, "time", lambda: next(times))
   run = functools.partial(train.train_and_evaluate, devices=one_device)
   with monkeypatch.context() as patch:
-    die_at(patch, train, "_read", 6)
+    die_at(patch, calls_lib, "_read", 6)
     with pytest.raises(SystemExit):
       run(long_config, tmp_path)
   run(long_config, tmp_path)
@@ -313,7 +315,7 @@ def test_a_clock_that_is_set_back_does_not_matter(
 def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device):
   tiny_config.checkpoint.every_minutes = 1e-9
   with pytest.MonkeyPatch.context() as patch:
-    die_at(patch, train, "_read", 3)
+    die_at(patch, calls_lib, "_read", 3)
     with pytest.raises(SystemExit):
       train.train_and_evaluate(tiny_config, tmp_path, devices=one_device)
   assert saved_steps(tmp_path) == [1, 2]
@@ -331,9 +333,9 @@ def test_a_second_run_in_the_same_workdir_is_refused(
     seen.append(error)
     return original(*arguments)
 
-  original = train._read
+  original = calls_lib._read
   with monkeypatch.context() as patch:
-    patch.setattr(train, "_read", other)
+    patch.setattr(calls_lib, "_read", other)
     run(devices=one_device)
   assert len(seen) == 8
   assert len(metrics.MetricsLog(tmp_path).read()) == 2
@@ -375,14 +377,14 @@ def frozen():
 def at_step(monkeypatch, step, action):
   """Does something after the given step of this process has been read."""
   calls = itertools.count(1)
-  original = train._read
+  original = calls_lib._read
 
   def read(*arguments):
     if next(calls) == step:
       action()
     return original(*arguments)
 
-  monkeypatch.setattr(train, "_read", read)
+  monkeypatch.setattr(calls_lib, "_read", read)
 
 
 @orbax_leaves_coroutines
@@ -565,7 +567,10 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   )(
     restore(tiny_config, workdir),
     *mesh_lib.put(
-      dataset.train.take(np.asarray(failure["batch_indexes"])),
+      (
+        dataset.train.images[failure["batch_indexes"]],
+        dataset.train.labels[failure["batch_indexes"]],
+      ),
       mesh_lib.batch_sharding(mesh),
     ),
     key,
@@ -634,35 +639,6 @@ def dataset(tiny_config):
   return datasets.load(tiny_config.dataset)
 
 
-def losses_of(config, dataset, devices, steps):
-  """The loss of each of the first steps."""
-  experiment = experiment_lib.build(config)
-  layout = seeds.Layout.create(config, devices)
-  state = train.initial_state(config, experiment, dataset.train, layout)
-  key = train.augmentation_key(layout)
-  compiled = train.compile_train_step(
-    experiment, state, config.batch_size, key, layout
-  )
-  sums = [0.0]
-  batches = train.all_batches(dataset.train, config.batch_size, layout)
-  for images, labels in itertools.islice(batches, steps):
-    state, step_metrics = compiled(state, images, labels, key)
-    sums.append(float(step_metrics.sums.loss))
-  return np.diff(sums) / config.batch_size
-
-
-@pytest.mark.parametrize(("num_devices", "groups"), [(2, 2), (8, 1)])
-def test_many_devices_compute_what_one_does(tiny_config, num_devices, groups):
-  tiny_config.model.batch_norm_groups = groups
-  tiny_config.batch_size = 16
-  tiny_config.dataset.train_examples = 80
-  dataset = datasets.load(tiny_config.dataset)
-  one = losses_of(tiny_config, dataset, jax.devices()[:1], steps=5)
-  many = losses_of(tiny_config, dataset, jax.devices()[:num_devices], steps=5)
-  np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
-  np.testing.assert_allclose(many, one, rtol=1e-4)
-
-
 def test_bfloat16_learns_with_float32_parameters(
   tiny_config, tmp_path, one_device
 ):
@@ -677,74 +653,9 @@ def test_bfloat16_learns_with_float32_parameters(
     assert leaf.dtype == jnp.float32
 
 
-def test_epoch_batches(dataset):
-  mesh = mesh_lib.create_mesh(jax.devices()[:1])
-
-  def labels_and_images(seed, epoch, batch_size=5):
-    layout = seeds.Layout((seed,), mesh, per_call=1)
-    batches = train.epoch_batches(dataset.train, batch_size, epoch, layout)
-    return [(np.asarray(x).tobytes(), list(np.asarray(y))) for x, y in batches]
-
-  first = labels_and_images(seed=0, epoch=0)
-  # 32 images make 6 batches of 5; the last two images are dropped.
-  assert len(first) == 6
-  assert labels_and_images(seed=0, epoch=0) == first
-  assert labels_and_images(seed=0, epoch=1) != first
-  assert labels_and_images(seed=1, epoch=0) != first
-  (whole,) = labels_and_images(seed=0, epoch=0, batch_size=32)
-  assert sorted(whole[1]) == sorted(dataset.train.take(np.arange(32))[1])
-
-
-class Finite:
-  """A step's metrics that say which step they are of."""
-
-  def __init__(self, step):
-    self.step, self.finite = step, True
-
-
 @pytest.fixture
 def layout(tiny_config, one_device):
   return seeds.Layout.create(tiny_config, one_device)
-
-
-def test_metrics_are_read_one_step_late(layout):
-  events = []
-  batches = [(k, k) for k in range(3)]
-
-  class State:
-    step = 0
-
-  def step_fn(state, images, labels, key):
-    events.append(f"dispatch {images}")
-    return state, Finite(images)
-
-  train.train_steps(
-    step_fn,
-    State(),
-    train.one_step_calls(batches, None),
-    lambda of_seeds: events.append(f"read {of_seeds[0].step}"),
-    layout=layout,
-  )
-  assert events == [
-    "dispatch 0",
-    "dispatch 1",
-    "read 0",
-    "dispatch 2",
-    "read 1",
-    "read 2",
-  ]
-
-
-def test_steps_until(layout):
-  _, (last,) = train.train_steps(
-    lambda state, images, labels, key: (state, Finite(images)),
-    type("State", (), {"step": 5}),
-    train.one_step_calls(((k, k) for k in range(9)), None),
-    lambda step_metrics: None,
-    until=lambda step: step == 8,
-    layout=layout,
-  )
-  assert last.step == 2
 
 
 def test_donated_state_does_not_reach_a_checkpoint(
@@ -754,8 +665,8 @@ def test_donated_state_does_not_reach_a_checkpoint(
   experiment = experiment_lib.build(tiny_config)
   state = train.initial_state(tiny_config, experiment, dataset.train, layout)
   key = train.augmentation_key(layout)
-  compiled = train.compile_train_step(experiment, state, 8, key, layout)
-  (batch, *_) = train.epoch_batches(dataset.train, 8, 0, layout)
+  compiled = calls_lib.compile_train_step(experiment, state, 8, key, layout)
+  (batch, *_) = epochs.batches(dataset.train, 8, 0, layout)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     for _ in range(5):
       state, _ = compiled(state, *batch, key)

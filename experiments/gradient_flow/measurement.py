@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from configs import base
 from resnet_flax import (
+  calls as calls_lib,
   config_rules,
   datasets,
+  epochs,
   errors,
   experiment as experiment_lib,
   layer_norms,
@@ -134,7 +136,7 @@ def measure(
   layout = seeds.Layout.create(config, devices)
   state = train.initial_state(config, experiment, split, layout)
   key = train.augmentation_key(layout)
-  measured_step = train.compile_step(
+  measured_step = calls_lib.compile_step(
     layer_norms.measured_step,
     experiment,
     state,
@@ -144,7 +146,7 @@ def measure(
     title="training step that measures",
     donate_state=True,
   )
-  batches = train.all_batches(split, config.batch_size, layout)
+  batches = epochs.all_batches(split, config.batch_size, layout)
   results: list[Record] = [
     {"seed": seed, "measured": []} for seed in layout.seeds
   ]

@@ -1,23 +1,28 @@
 """Images per second and memory of the input pipeline, beside decoding alone.
 
-python -m experiments.input_pipeline --folder=generated --images=2000
+python -m experiments.input_pipeline --folder=generated [--images=2000]
+  [--workers=2] [--rounds=3] [--memory_epochs=3] [--out=results.json]
 """
 
 import json
 import pathlib
-import statistics
 
 from absl import app, flags
 
 from configs import imagenet_resnet50
 from experiments.input_pipeline import generated, measurement
-from resnet_flax import datasets, environment
+from experiments.throughput import spread_table
+from resnet_flax import datasets, environment, workdir
 from resnet_flax.datasets import streaming
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the images are put.")
 _IMAGES = flags.DEFINE_integer("images", 2000, "How many there are.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that decode.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often all is measured.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often speed is measured.")
+_MEMORY_EPOCHS = flags.DEFINE_integer(
+  "memory_epochs", 3, "Epochs in which memory is."
+)
+_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
 def main(argv: list[str]) -> None:
@@ -41,24 +46,36 @@ def main(argv: list[str]) -> None:
     )
     print(json.dumps(rounds[-1]), flush=True)
   ratios = {
-    key: statistics.median(
-      each["pipeline"][key] / each["alone"][key] for each in rounds
-    )
+    key: [each["pipeline"][key] / each["alone"][key] for each in rounds]
     for key in ("images_per_second", "cpu_ms_per_image")
   }
-  print(
-    json.dumps(
+  memory = measurement.memory_over_epochs(split, _MEMORY_EPOCHS.value)
+  rows = [
+    (f"{way}, {title}", [each[way][key] for each in rounds], ".2f")
+    for key, title in (
+      ("images_per_second", "images/s"),
+      ("cpu_ms_per_image", "CPU time for an image, ms"),
+    )
+    for way in ("alone", "pipeline")
+  ]
+  rows += [(f"pipeline / alone, {key}", ratios[key], ".3f") for key in ratios]
+  rows += [
+    (f"memory of all processes in epoch {epoch}, MB", samples, ".0f")
+    for epoch, samples in enumerate(memory)
+  ]
+  print(spread_table.spread_table(rows))
+  if _OUT.value:
+    workdir.write_json(
+      pathlib.Path(_OUT.value),
       {
         "cpu": environment.cpu_model(),
         "threads": environment.num_cpu_threads(),
         "images": len(split),
         "workers": _WORKERS.value,
-        "median_ratios": ratios,
         "rounds": rounds,
+        "memory_mb": memory,
       },
-      indent=2,
     )
-  )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ import itertools
 import multiprocessing
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from resnet_flax import datasets, train
+from resnet_flax import datasets, epochs
 from resnet_flax.datasets import streaming
 
 _BATCH = 16
@@ -83,13 +84,17 @@ def _cpu_seconds() -> float:
   return total
 
 
-def pipeline(split: streaming.StreamedSplit, round_: int) -> dict[str, Any]:
-  """Some epochs; timed after the first batches, which wait for workers."""
-  order = [
-    positions
-    for each in range(_EPOCHS * round_, _EPOCHS * (round_ + 1))
-    for positions in train.epoch_order(len(split), _BATCH, 0, each)
-  ]
+def pipeline(split: streaming.StreamedSplit, round_: int) -> dict[str, float]:
+  """Some epochs; timed after the first batches, which wait for workers.
+
+  Args:
+    split: what is read.
+    round_: draws other epochs.
+
+  Returns:
+    Images/s, CPU time for an image, and the time until the first batch.
+  """
+  order = _order(split, range(_EPOCHS * round_, _EPOCHS * (round_ + 1)))
   started = time.perf_counter()
   batches = split.batches(order, datasets.Draw(0, round_))
   first = next(batches)
@@ -100,10 +105,8 @@ def pipeline(split: streaming.StreamedSplit, round_: int) -> dict[str, Any]:
     pass
   timed = len(order) - 2 * warm_up
   started, cpu = time.perf_counter(), _cpu_seconds()
-  samples = []
-  for step, _ in enumerate(itertools.islice(batches, timed)):
-    if step % 5 == 0:
-      samples.append(memory())
+  for _ in itertools.islice(batches, timed):
+    pass
   seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
   # Workers that are done end, and their times with them.
   remaining = sum(1 for _ in batches)
@@ -113,5 +116,30 @@ def pipeline(split: streaming.StreamedSplit, round_: int) -> dict[str, Any]:
     "images_per_second": images / seconds,
     "cpu_ms_per_image": 1000 * cpu / images,
     "first_batch_seconds": waited,
-    "largest_memory_mb": max(samples),
   }
+
+
+def memory_over_epochs(
+  split: streaming.StreamedSplit, num_epochs: int
+) -> list[list[float]]:
+  """MB of all processes, ten times in each epoch; workers start once."""
+  order = _order(split, range(num_epochs))
+  per_epoch = len(order) // num_epochs
+  batches = split.batches(order, datasets.Draw(0, 0))
+  samples: list[list[float]] = [[] for _ in range(num_epochs)]
+  for step, _ in enumerate(batches):
+    # Not while workers start, nor while they end.
+    if step % max(per_epoch // 10, 1) == per_epoch // 20 + 1:
+      samples[step // per_epoch].append(memory())
+  return samples
+
+
+def _order(
+  split: streaming.StreamedSplit, which: Iterable[int]
+) -> list[np.ndarray]:
+  """The batches of some epochs, one after the other."""
+  return [
+    positions
+    for epoch in which
+    for positions in epochs.order(len(split), _BATCH, 0, epoch)
+  ]

@@ -10,8 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import (
+  calls as calls_lib,
   config_rules,
   datasets,
+  epochs,
   experiment as experiment_lib,
   seeds,
   train,
@@ -33,8 +35,8 @@ class Resident:
   """
 
   layout: seeds.Layout
-  step: train.CompiledStep
-  state: train.State
+  step: calls_lib.CompiledStep
+  state: calls_lib.State
   batch: tuple[Any, Any]
   key: Any
 
@@ -47,10 +49,10 @@ class Resident:
     Returns:
       For each seed the sums of the epoch after the last one, on the host.
     """
-    self.state, last = train.train_steps(
+    self.state, last = calls_lib.train_steps(
       self.step,
       self.state,
-      train.one_step_calls(batches, self.key),
+      calls_lib.one_step_calls(batches, self.key),
       lambda _: None,
       layout=self.layout,
     )
@@ -109,7 +111,7 @@ def prepare_on_data(
 
   batch_size = config.batch_size
   batches_from = functools.partial(
-    train.all_batches, dataset.train, batch_size, layout
+    epochs.all_batches, dataset.train, batch_size, layout
   )
   experiment = experiment_lib.build(config)
   batch = next(batches_from(0))
@@ -130,5 +132,7 @@ def _prepare(
   """Initialises and compiles as `train.train_and_evaluate` does."""
   key = train.augmentation_key(layout)
   state = train.initial_state(config, experiment, split, layout)
-  step = train.compile_train_step(experiment, state, batch_size, key, layout)
+  step = calls_lib.compile_train_step(
+    experiment, state, batch_size, key, layout
+  )
   return Resident(layout, step, state, batch, key)

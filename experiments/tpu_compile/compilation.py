@@ -1,6 +1,6 @@
 """The training and the evaluation step, compiled without their devices.
 
-What is traced is what `train.compile_train_step` and `evaluate.jit_eval_step`
+What is traced is what `calls.compile_train_step` and `evaluate.jit_eval_step`
 trace; only the arrays are shapes.
 """
 
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments.tpu_compile import chips, hlo
 from resnet_flax import (
+  calls as calls_lib,
   config_rules,
   errors,
   evaluate,
@@ -24,7 +25,6 @@ from resnet_flax import (
   randomness,
   seeds,
   summary,
-  train,
   train_step,
 )
 
@@ -82,7 +82,7 @@ def trace(
       lambda: randomness.device_key(0, randomness.Purpose.AUGMENTATION)
     )
   )
-  traced = train.trace_step(
+  traced = calls_lib.trace_step(
     train_step.train_step,
     experiment,
     state,

@@ -23,6 +23,7 @@ from experiments.input_pipeline import generated
 from resnet_flax import (
   config_rules,
   datasets,
+  epochs,
   errors,
   evaluate,
   experiment as experiment_lib,
@@ -125,7 +126,7 @@ def test_epochs_are_permutations_that_any_step_can_be_taken_from(
   layout = seeds.Layout.create(make_config(root), one_device)
 
   def epoch(number, first=0):
-    batches = train.epoch_batches(split, 8, number, layout, first=first)
+    batches = epochs.batches(split, 8, number, layout, first=first)
     return [tuple(map(np.asarray, batch)) for batch in batches]
 
   whole = epoch(3)
