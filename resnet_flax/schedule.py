@@ -92,7 +92,8 @@ class LearningRate:
     boundaries = [epoch * self.steps_per_epoch for epoch, _ in drops]
     if self.cosine_epochs:
       length = self.cosine_epochs * self.steps_per_epoch - warmup
-      pieces[0] = optax.cosine_decay_schedule(initial, length)
+      # A warm-up of all but a part of the last step is rounded to all of them.
+      pieces[0] = optax.cosine_decay_schedule(initial, max(length, 1))
     if warmup:
       pieces.insert(0, optax.linear_schedule(0.0, initial, warmup))
       boundaries.insert(0, warmup)

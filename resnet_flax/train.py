@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import pathlib
@@ -137,11 +138,12 @@ def train_and_evaluate(
     )
     layout = seeds_lib.Layout.create(config, devices, execution)
     # As chosen, now or when the run began.
-    steps_per_call = resident.steps_per_call(
+    steps_per_call = _steps_per_call(
       config.steps_per_call or _stored(workdir, "steps_per_call") or 0,
+      config,
+      experiment,
       dataset.train,
       layout,
-      max(config.model.input_size, *experiment.image_shape[:2]),
     )
     chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
 
@@ -304,6 +306,17 @@ def _stored(workdir: pathlib.Path, key: str) -> Any:
   return distributed.first(read)
 
 
+def _steps_per_call(
+  wanted: int,
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  split: datasets.Split,
+  layout: seeds_lib.Layout,
+) -> int:
+  size = max(config.model.input_size, *experiment.image_shape[:2])
+  return resident.steps_per_call(wanted, split, layout, size)
+
+
 def _choose_execution(
   config: ConfigDict,
   workdir: pathlib.Path,
@@ -351,16 +364,25 @@ def faster_execution(
     layout = seeds_lib.Layout.create(config, devices, execution)
     state = initial_state(config, experiment, split, layout)
     key = augmentation_key(layout)
-    step = calls_lib.compile_train_step(
-      experiment, state, config.batch_size, key, layout
+    # As training will call it: one by one, steps wait for the host.
+    steps_per_call = _steps_per_call(
+      config.steps_per_call, config, experiment, split, layout
     )
-    batch = next(epochs.batches(split, config.batch_size, 0, layout))
+    compiled_step, epoch_calls = calls_lib.compile_calls(
+      config, experiment, state, split, key, layout, steps_per_call
+    )
+    calls = itertools.chain.from_iterable(
+      epoch_calls(epoch, 0) for epoch in itertools.count()
+    )
     for count in (_WARM_UP_STEPS, _TIMED_STEPS):
+      done = 0
       started = time.perf_counter()
-      for _ in range(count):
-        state, _ = step(state, *batch, key)
+      while done < count:
+        call = next(calls)
+        state, _ = compiled_step(state, *call.arguments)
+        done += call.num_steps
       jax.block_until_ready(state)
-      seconds[execution] = (time.perf_counter() - started) / count
+      seconds[execution] = (time.perf_counter() - started) / done
   _logger.info(
     "%d seeds take %.4f s a step in turn, %.4f s vectorized",
     config.num_seeds,

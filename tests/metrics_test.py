@@ -134,6 +134,28 @@ def test_tensorboard(tmp_path):
   ]
 
 
+def test_tensorboard_has_each_seed_beside_the_means(tmp_path):
+  record = {
+    "step": 4,
+    "test_accuracy": 0.5,
+    "test_accuracy_std": 0.25,
+    "test_ensemble_accuracy": 0.75,
+    "seeds": [
+      {"seed": 3, "test_accuracy": 0.25},
+      {"seed": 4, "test_accuracy": 0.75},
+    ],
+  }
+  with metrics.TensorBoard(tmp_path, 0, enabled=True) as board:
+    board.write(record)
+  assert sorted(events(tmp_path / "tensorboard")) == [
+    (4, "seed_3/test/accuracy", 0.25),
+    (4, "seed_4/test/accuracy", 0.75),
+    (4, "test/accuracy", 0.5),
+    (4, "test/accuracy_std", 0.25),
+    (4, "test/ensemble_accuracy", 0.75),
+  ]
+
+
 def test_tensorboard_hides_what_a_killed_run_wrote(tmp_path):
   """TensorBoard drops events from a session's first step on."""
   with metrics.TensorBoard(tmp_path, 8, enabled=True):

@@ -82,6 +82,29 @@ def test_calls_of_several_steps(clock, caplog):
   assert "8 images/s, 0:00:02 left" in caplog.messages[1]
 
 
+def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(1, 2, batch_size=8, interval_seconds=0)
+  shown.start_epoch(0, 0)
+  clock.now += 1
+  one, other = (step_metrics(0)[0] for _ in range(2))
+  other.sums.loss *= 2
+  shown.step([one, other])
+  assert caplog.messages == [
+    "epoch 1/1 step 1/2: loss 3.0000 ± 1.4142, accuracy 0.2500 ± 0.0000, 16"
+    " images/s, 0:00:01 left"
+  ]
+  clock.now += 1
+  shown.step([step_metrics(1)[0]] * 2)
+  seeds = [RECORD, {**RECORD, "test_accuracy": 0.75}]
+  record = {**RECORD, "seeds": seeds, "test_ensemble_accuracy": 0.875}
+  shown.end_epoch(record, 10)
+  assert caplog.messages[-1] == (
+    "epoch 1/1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"
+    " 1.5000 ± 0.0000, accuracy 0.5000 ± 0.3536, ensemble 0.8750; 123 images/s"
+  )
+
+
 def test_going_on_within_an_epoch(clock, caplog):
   caplog.set_level(logging.INFO)
   shown = progress.Progress(1, 100, batch_size=8, interval_seconds=0)

@@ -212,10 +212,9 @@ def unknown_monitor(case: Case) -> None:
   case.half_done()
   (case.workdir / "lock").unlink()
   case.refuses_unchanged(
-    "checkpoint.monitor",
-    "test_acuracy",
-    "test_accuracy",
-    extra=["--config.checkpoint.monitor=test_acuracy"],
+    "checkpoint.monitor='acuracy'",
+    "Did you mean 'accuracy'",
+    extra=["--config.checkpoint.monitor=acuracy"],
   )
   case.recovers()
 

@@ -35,6 +35,9 @@ _TITLES = {
 # Projections and gates are beside the layers that depth counts.
 _BESIDE = ("shortcut_conv", "gate_conv")
 _MARKERS = 8
+_MANY_LAYERS = 200
+# Smaller ones, of single layers, would flatten all others.
+_LEAST_UPDATE = 1e-4
 
 
 def norms(record: Record, quantity: str, step: int) -> np.ndarray:
@@ -68,6 +71,7 @@ def _panels(
   xlabel: str,
   title: str,
   curve: Callable[[Record, str], tuple[np.ndarray, np.ndarray]],
+  quantities: Sequence[str] = tuple(_TITLES),
 ) -> Any:
   """A figure with a row for each quantity and a column for each depth.
 
@@ -77,12 +81,15 @@ def _panels(
     title: of the figure.
     curve: of a record and a quantity, gives x, float64[N], and y,
       float64[seeds, N].
+    quantities: of `measurement.QUANTITIES`.
   """
   depths = sorted({int(record["cell"]["depth"]) for record in records})
+  alone = len(quantities) == 1
+  width = 2.2 if alone else 3.3
   figure, axes = plt.subplots(
-    len(_TITLES),
+    len(quantities),
     len(depths),
-    figsize=(3.3 * len(depths) + 1.5, 8),
+    figsize=(width * len(depths) + 1.5, 1 + 2.4 * len(quantities)),
     sharey="row",
     squeeze=False,
     layout="constrained",
@@ -90,7 +97,7 @@ def _panels(
   for record in records:
     cell = record["cell"]
     color, marker, line = _STYLES[cell["family"]]
-    for row, quantity in enumerate(_TITLES):
+    for row, quantity in enumerate(quantities):
       axis = axes[row, depths.index(cell["depth"])]
       x, y = curve(record, quantity)
       # A logarithm has no place for zero.
@@ -103,18 +110,22 @@ def _panels(
         marker=marker,
         markersize=4,
         markevery=max(len(x) // _MARKERS, 1),
-        linewidth=1.2,
+        # Many layers alternate between two values: let them not fill a panel.
+        linewidth=1.2 if len(x) < _MANY_LAYERS else 0.5,
         label=cell["family"],
       )
       if len(y) > 1:
         axis.fill_between(
           x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15
         )
-  for row, name in enumerate(_TITLES.values()):
-    axes[row, 0].set_ylabel(name)
+  for row, quantity in enumerate(quantities):
+    axes[row, 0].set_ylabel(_TITLES[quantity])
     for axis in axes[row]:
       axis.set_yscale("log")
       axis.grid(alpha=0.3)
+      if quantity == "update_ratio":
+        low, _ = axis.get_ylim()
+        axis.set_ylim(bottom=max(low, _LEAST_UPDATE))
   for column, depth in enumerate(depths):
     axes[0, column].set_title(f"depth {depth}")
     axes[-1, column].set_xlabel(xlabel)
@@ -132,13 +143,19 @@ def _panels(
   return figure
 
 
-def by_layer(records: Sequence[Record], step: int, title: str) -> Any:
+def by_layer(
+  records: Sequence[Record],
+  step: int,
+  title: str,
+  quantities: Sequence[str] = tuple(_TITLES),
+) -> Any:
   """A figure of the norms from the images to the loss.
 
   Args:
     records: what to draw; those that were not measured then are left out.
     step: the number of steps done.
     title: of the figure.
+    quantities: of `measurement.QUANTITIES`.
   """
 
   def curve(record, quantity):
@@ -146,7 +163,10 @@ def by_layer(records: Sequence[Record], step: int, title: str) -> Any:
     return np.arange(1, y.shape[1] + 1, dtype=np.float64), y
 
   shown = [r for r in records if step in r["cell"]["measure_at"]]
-  return _panels(shown, "layer, from the images to the loss", title, curve)
+  xlabel = "layer, from the images to the loss"
+  if len(quantities) == 1:
+    xlabel = "layer"
+  return _panels(shown, xlabel, title, curve, quantities)
 
 
 def over_time(records: Sequence[Record], title: str) -> Any:
@@ -183,6 +203,11 @@ def figures(records: Sequence[Record]) -> dict[str, Any]:
     if of_form:
       drawn[f"initial_{form}"] = by_layer(
         of_form, 0, f"At initialisation, {title}"
+      )
+    if of_form and has_norm:
+      # For the README of the project.
+      drawn["gradients"] = by_layer(
+        of_form, 0, f"Gradients at initialisation, {title}", ["gradient"]
       )
     if last:
       drawn[f"trained_{form}"] = by_layer(

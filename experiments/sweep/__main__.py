@@ -28,7 +28,7 @@ _MEASURED = flags.DEFINE_multi_string(
   [],
   "Workdir of a run of a similar network on such a machine, whose FLOP/s"
   " --dry_run estimates with, besides those of cells that have begun; can be"
-  " given several times.",
+  " given several times. By default some steps are timed here.",
 )
 _CPUS = flags.DEFINE_integer(
   "cpus_per_cell",
@@ -69,8 +69,9 @@ def _run(argv: list[str]) -> None:
   from resnet_flax import command_line
 
   command_line.set_up()
-  # Shapes are all that is computed here; the devices are the cells'.
-  jax.config.update("jax_platforms", "cpu")
+  if not _DRY_RUN.value:
+    # The devices are the cells'.
+    jax.config.update("jax_platforms", "cpu")
   if command_line.has_config():
     raise errors.ConfigError(
       "--config: a sweep file names its config; needed: --sweep=FILE."

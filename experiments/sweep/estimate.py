@@ -2,17 +2,21 @@
 
 import datetime
 import functools
+import itertools
 import json
 import pathlib
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
 from experiments.sweep import overview
 from experiments.sweep.definition import Cell
+from experiments.throughput import resident
 from resnet_flax import (
   errors,
+  experiment as experiment_lib,
   metrics,
   models,
   summary,
@@ -25,14 +29,17 @@ _COLUMNS = (
 )
 # Forward, and backward for the inputs and for the weights.
 _TRAINING = 3
+# By which the speed is taken where none is known.
+_WARM_UP_STEPS, _TIMED_STEPS = 2, 8
 
 
 def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
   """The cells with what is left to be done for them.
 
   Times are what is left of FLOPs over the median FLOP/s of what has been
-  measured: of epochs of these cells and of other runs. Without any, they are
-  not known. They leave out starting, compiling and preparing data.
+  measured: of epochs of these cells and of other runs; without any, of a few
+  training steps of the smallest cell, taken here and now. They leave out
+  starting, compiling and preparing data.
 
   Args:
     cells: of the sweep.
@@ -48,7 +55,7 @@ def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
     WorkdirError: a workdir cannot be read, or holds another run.
   """
   rates = _rates(cells, measured)
-  rate = statistics.median(rates) if rates else None
+  rate = statistics.median(rates) if rates else rate_now(cells)
   rows: list[Sequence[str]] = [_COLUMNS]
   total = 0.0
   for cell in cells:
@@ -69,20 +76,18 @@ def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
         cell.name,
       )
     )
-  if rate is None:
-    basis = (
-      "No speed is known: name a run on the same machine with"
-      " --measured=WORKDIR, or look again when a cell has an epoch."
-    )
+  if rates:
+    basis = f"the median of {len(rates)} measured"
+    basis += f" {'run' if len(rates) == 1 else 'runs'}"
   else:
     basis = (
-      f"An estimate, at {rate / 1e9:.1f} GFLOP/s, the median of {len(rates)}"
-      f" measured {'run' if len(rates) == 1 else 'runs'}; starting and"
-      " compiling not counted."
+      "what some steps of the smallest cell have just reached here"
+      " (--measured=WORKDIR takes a run's speed)"
     )
   return (
     f"{overview.align(rows)}\n{len(cells)} cells, {total / 1e12:.1f} TFLOP"
-    f" left, {_time(total, rate)} one after the other. {basis}"
+    f" left, {_time(total, rate)} one after the other: an estimate, at"
+    f" {rate / 1e9:.1f} GFLOP/s, {basis}; starting and compiling not counted."
   )
 
 
@@ -105,6 +110,28 @@ def _rates(
     for workdir, config in runs
     if (records := metrics.MetricsLog(workdir).read())
   ]
+
+
+def rate_now(cells: Sequence[Cell]) -> float:
+  """FLOP/s of some training steps of the smallest cell, on noise.
+
+  On all devices of this machine, as a cell alone would take them.
+  """
+  config = min(
+    (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds
+  )
+  experiment = experiment_lib.build(config)
+  prepared = resident.prepare(
+    config,
+    experiment,
+    *resident.noise(config.batch_size, experiment.image_shape),
+  )
+  for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
+    started = time.perf_counter()
+    prepared.train(itertools.repeat(prepared.batch, steps))
+    seconds = time.perf_counter() - started
+  images = _TIMED_STEPS * config.batch_size * config.num_seeds
+  return images / seconds * _TRAINING * 2 * _size(config).multiply_adds
 
 
 def _images_of_epoch(config: ConfigDict) -> int:
@@ -137,7 +164,5 @@ def _size_of(
   )
 
 
-def _time(flops: float, rate: float | None) -> str:
-  if rate is None:
-    return "?"
+def _time(flops: float, rate: float) -> str:
   return str(datetime.timedelta(seconds=round(flops / rate)))

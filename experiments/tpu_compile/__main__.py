@@ -5,7 +5,7 @@
     [--out=experiments/tpu_compile/results.json]
 
 Prints what came out, as JSON. The TPU compiler, libtpu, comes with the extra
-`tpu`; a step takes it minutes. With --out the result is put into a file of
+`tpu-aot`; a step takes it minutes. With --out the result is put into a file of
 records, in the place of an earlier one of the same arguments and topology;
 `python -m experiments.tpu_compile.table` writes the README's tables from it.
 """

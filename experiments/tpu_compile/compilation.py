@@ -44,7 +44,8 @@ def topology_devices(topology: str) -> list[jax.Device]:
   if importlib.util.find_spec("libtpu") is None:
     raise errors.ConfigError(
       f"--topology={topology} needs the TPU compiler, libtpu, which is not"
-      " installed: pip install -c constraints.txt -e '.[tpu]' (no TPU needed)."
+      " installed: pip install -c constraints.txt -e '.[tpu-aot]' (no TPU is"
+      " needed)."
     )
   try:
     described = topologies.get_topology_desc(

@@ -131,7 +131,8 @@ def test_figures(tmp_path, monkeypatch):
     for what in ("initial", "trained", "time")
     for form in ("batch_norm", "no_batch_norm")
   }
-  assert set(drawn) == names
+  assert set(drawn) == names | {"gradients"}
+  assert len(drawn["gradients"].axes) == 2
   figure = drawn["initial_batch_norm"]
   assert len(figure.axes) == 3 * 2
   lines = figure.axes[0].get_lines()

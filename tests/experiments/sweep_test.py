@@ -219,15 +219,16 @@ def test_depth_ablations_can_be_used(tmp_path, name, networks):
 # What it will cost.
 
 
-def test_costs_by_hand(load):
+def test_costs_by_hand(load, monkeypatch):
   sweep = load(
     OVERRIDES={"num_epochs": 4, "dataset.train_examples": 100},
     GRID={"model.num_filters": [4, 8], "seed": [0, 1]},
   )
   small, again, large, _ = sweep.cells
-  unknown = estimate.table(sweep.cells, [])
-  assert all(" ? " in line for line in unknown.splitlines()[1:])
-  assert "--measured=WORKDIR" in unknown
+  monkeypatch.setattr(estimate, "rate_now", lambda cells: 1e7)
+  here = estimate.table(sweep.cells, [])
+  assert "at 0.0 GFLOP/s, what some steps of the smallest cell" in here
+  assert "--measured=WORKDIR" in here
   write_run(small, [record(0, 0.5), record(1, 0.6)])
   rows = [line.split() for line in estimate.table(sweep.cells, []).splitlines()]
   madds = [int(row[2].replace(",", "")) / 2 for row in rows[1:5]]
@@ -254,6 +255,32 @@ def test_costs_by_hand(load):
   write_run(again, [])
   with pytest.raises(errors.WorkdirError, match="no finished epoch"):
     estimate.table(sweep.cells, [again.workdir])
+
+
+def test_speed_is_that_of_the_smallest_cell_where_none_is_known(
+  load, monkeypatch
+):
+  cells = load(GRID={"model.num_filters": [8, 4]}).cells
+  now = [0.0]
+  prepared = []
+
+  class Prepared:
+    batch = None
+
+    def train(self, batches):
+      now[0] += 0.5 * len(list(batches))
+
+  def prepare(config, experiment, images, labels):
+    assert images.shape == (config.batch_size, 32, 32, 3)
+    prepared.append(config.model.num_filters)
+    return Prepared()
+
+  monkeypatch.setattr(estimate.resident, "prepare", prepare)
+  monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+  small = cells[1].config
+  flops = 6 * estimate._size(small).multiply_adds * small.batch_size
+  assert estimate.rate_now(cells) == pytest.approx(flops / 0.5)
+  assert prepared == [4]
 
 
 # Where cells stand.
@@ -654,8 +681,12 @@ def cluster_address(marked, monkeypatch):
 @needs_ray
 @needs_linux
 def test_a_node_that_dies(load, tmp_path, start, cluster_address):
-  """What was running there goes on elsewhere, from its checkpoint."""
-  (cell,) = load(OVERRIDES={**QUICK, "num_epochs": 3}, CPUS_PER_CELL=1).cells
+  """What ran there goes on elsewhere, from its checkpoint; no other stops."""
+  cell, other = load(
+    OVERRIDES={**QUICK, "num_epochs": 3},
+    GRID={"seed": [0, 1]},
+    CPUS_PER_CELL=1,
+  ).cells
   process = start(
     f"--sweep={tmp_path}/sweep.py",
     f"--workdir={tmp_path}/sweep",
@@ -668,8 +699,10 @@ def test_a_node_that_dies(load, tmp_path, start, cluster_address):
       os.kill(pid, signal.SIGKILL)
   code, out, err = end(process)
   assert code == 0, err
-  assert out[-1] == "1 cells: 1 finished"
+  assert out[-1] == "2 cells: 2 finished"
   assert overview.is_finished(cell)
+  assert overview.is_finished(other)
+  assert other.log.read_text().count(task.STARTED) == 1
   log = cell.log.read_text()
   assert log.count(task.STARTED) == 2
   first, second = log.split(task.STARTED)[1:]
