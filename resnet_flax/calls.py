@@ -24,6 +24,9 @@ from resnet_flax import (
 
 _logger = logging.getLogger(__name__)
 
+# Of the arguments of several steps, the split and how many steps.
+_NUM_SHARED = 3
+
 # Of one seed, or of several.
 State = train_step.TrainState | seeds_lib.Networks
 # Of a state and a call's arguments, returning the new state and `StepMetrics`.
@@ -169,7 +172,7 @@ def compile_train_steps(
   Args:
     experiment: the fixed parts.
     state: of all seeds; only its shapes are used.
-    placed: the training split.
+    placed: the training split; only its shapes are used.
     batch_size: images of a step of one seed, over all devices.
     key: from `train.augmentation_key`; only its shapes are used.
     layout: where the networks are.
@@ -178,15 +181,39 @@ def compile_train_steps(
     A function of the arguments of `train_step.train_steps` after the first;
     state, order and key for all seeds.
   """
+  with _log_compilation("training steps"):
+    traced = trace_train_steps(
+      experiment, state, placed, batch_size, key, layout
+    )
+    compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
+  return layout.in_turn(compiled, _NUM_SHARED)
+
+
+def trace_train_steps(
+  experiment: train_step.Experiment,
+  state: State,
+  placed: resident.Resident,
+  batch_size: int,
+  key: Any,
+  layout: seeds_lib.Layout,
+) -> jax.stages.Traced:
+  """One call of any number of training steps, before it is lowered.
+
+  Args:
+    experiment: the fixed parts.
+    state: of all seeds; only its shapes are used.
+    placed: the training split; only its shapes are used.
+    batch_size: images of a step of one seed, over all devices.
+    key: from `train.augmentation_key`; only its shapes are used.
+    layout: where the networks are.
+  """
   steps = experiment.learning_rate.steps_per_epoch
   order = layout.batch_shape((batch_size, steps), np.int32)
   function = functools.partial(train_step.train_steps, experiment)
   shared = placed.images, placed.labels, np.int32(0)
-  jitted = _jit_call(function, layout, donate_state=True, shared=len(shared))
-  with _log_compilation("training steps"):
-    traced = jitted.trace(_of_a_call(state), order, _of_a_call(key), *shared)
-    compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
-  return layout.in_turn(compiled, len(shared))
+  assert len(shared) == _NUM_SHARED
+  jitted = _jit_call(function, layout, donate_state=True, shared=_NUM_SHARED)
+  return jitted.trace(_of_a_call(state), order, _of_a_call(key), *shared)
 
 
 def _jit_call(

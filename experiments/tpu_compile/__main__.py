@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
   # Neither a TPU nor Google's servers are looked for.
   jax.config.update("jax_platforms", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # There is no TPU that only one process may use.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   command_line.set_up()
   config, _ = command_line.config_and_workdir()
   if not _TOPOLOGY.value:

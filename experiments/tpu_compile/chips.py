@@ -24,6 +24,8 @@ class Chip:
     num_cores: TensorCores, of which a device is one or all.
     example: a topology that can be compiled for.
     source: where the figures are published.
+    config: how its cores are joined, as a TPU VM does: 'megacore' makes them
+      one device where the compiler's own default does not.
   """
 
   flops: float
@@ -32,6 +34,7 @@ class Chip:
   num_cores: int
   example: str
   source: str
+  config: str = "default"
 
 
 CHIPS = {
@@ -42,6 +45,7 @@ CHIPS = {
     2,
     "v4:2x2x1",
     "https://cloud.google.com/tpu/docs/v4",
+    config="megacore",
   ),
   "v5e": Chip(
     197e12,

@@ -1,7 +1,8 @@
 """The training and the evaluation step, compiled without their devices.
 
 What is traced is what `calls.compile_train_step` and `evaluate.jit_eval_step`
-trace; only the arrays are shapes.
+trace, or with `steps_per_call` above 1 `calls.compile_train_steps`; only the
+arrays are shapes.
 """
 
 import importlib.util
@@ -23,10 +24,12 @@ from resnet_flax import (
   experiment as experiment_lib,
   mesh as mesh_lib,
   randomness,
+  resident,
   seeds,
   summary,
   train_step,
 )
+from resnet_flax.datasets import loading
 
 STEPS = ("train", "eval")
 
@@ -40,7 +43,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
   Raises:
     ConfigError: it is not known, or libtpu is missing.
   """
-  chips.of_topology(topology)
+  chip = chips.of_topology(topology)
   if importlib.util.find_spec("libtpu") is None:
     raise errors.ConfigError(
       f"--topology={topology} needs the TPU compiler, libtpu, which is not"
@@ -49,7 +52,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
     )
   try:
     described = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology
+      platform="tpu", topology_name=topology, chip_config_name=chip.config
     )
   except RuntimeError as error:
     raise chips.unknown(topology, errors.one_line(error)) from error
@@ -83,15 +86,25 @@ def trace(
       lambda: randomness.device_key(0, randomness.Purpose.AUGMENTATION)
     )
   )
-  traced = calls_lib.trace_step(
-    train_step.train_step,
-    experiment,
-    state,
-    config.batch_size,
-    key,
-    layout,
-    donate_state=True,
-  )
+  if config.steps_per_call > 1:
+    traced = calls_lib.trace_train_steps(
+      experiment,
+      state,
+      _resident(config, experiment, layout),
+      config.batch_size,
+      key,
+      layout,
+    )
+  else:
+    traced = calls_lib.trace_step(
+      train_step.train_step,
+      experiment,
+      state,
+      config.batch_size,
+      key,
+      layout,
+      donate_state=True,
+    )
   sharding = mesh_lib.batch_sharding(layout.mesh)
   batch = [
     jax.ShapeDtypeStruct(
@@ -106,6 +119,21 @@ def trace(
   call = state.calls[0] if isinstance(state, seeds.Networks) else state
   scored = evaluate.jit_eval_call(experiment, layout).trace(call, *batch)
   return {"train": traced, "eval": scored}
+
+
+def _resident(
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  layout: seeds.Layout,
+) -> resident.Resident:
+  """A copy of the training split on every device, as shapes."""
+  count = loading.num_train_examples(config.dataset)
+  sharding = mesh_lib.replicated(layout.mesh)
+  shapes: list[Any] = [
+    jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
+    for shape, dtype in ((experiment.image_shape, np.uint8), ((), np.int32))
+  ]
+  return resident.Resident(*shapes)
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:

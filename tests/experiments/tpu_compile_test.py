@@ -174,7 +174,7 @@ def test_topologies_that_are_none(topology):
 
 def test_missing_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(errors.ConfigError, match=r"pip install .*\[tpu\]"):
+  with pytest.raises(errors.ConfigError, match=r"pip install .*\[tpu-aot\]"):
     compilation.topology_devices("v5e:2x4")
 
 
