@@ -396,7 +396,8 @@ def _check_warmup(config: ConfigDict) -> None:
   if not epochs:
     return
   key = f"schedule.linear_warmup_epochs={epochs:g}"
-  if config.schedule.warmup_learning_rate:
+  is_deep = config.model.depth >= config.schedule.warmup_min_depth
+  if config.schedule.warmup_learning_rate and is_deep:
     raise errors.ConfigError(
       f"{key} and schedule.warmup_learning_rate="
       f"{config.schedule.warmup_learning_rate:g} are two warm-ups; set one of"

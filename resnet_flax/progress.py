@@ -118,10 +118,9 @@ class Progress:
     losses = [float(each.loss / each.count) for each in sums]
     accuracies = [float(each.correct / each.count) for each in sums]
     images = len(sums) * self._batch_size
-    return (
-      f"loss {_mean(losses)}, accuracy {_mean(accuracies)},"
-      f" {images / self._seconds_per_step:.0f} images/s, {self._left()} left"
-    )
+    text = f"loss {_mean(losses)}, accuracy {_mean(accuracies)},"
+    text += f" {images / self._seconds_per_step:.0f} images/s"
+    return f"{text}, {self._left()} left" if self._left() else text
 
   def _left(self) -> str:
     """Time left for the whole run, evaluations included."""

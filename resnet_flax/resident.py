@@ -12,7 +12,13 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from resnet_flax import datasets, errors, mesh as mesh_lib, seeds
+from resnet_flax import (
+  datasets,
+  distributed,
+  errors,
+  mesh as mesh_lib,
+  seeds,
+)
 
 # What is chosen for accelerators and images of at most so many pixels a side.
 # Steps of larger ones take long enough, and a signal waits for a call's end.
@@ -88,7 +94,8 @@ def place(split: datasets.Split, layout: seeds.Layout) -> Resident:
   """
   images, labels = split.take(np.arange(len(split)))
   sharding = mesh_lib.replicated(layout.mesh)
-  if not _fits(split, layout, 1):
+  # Decided by one process for all.
+  if not distributed.first(lambda: _fits(split, layout, 1)):
     sharding = mesh_lib.batch_sharding(layout.mesh)
     missing = -len(labels) % _shards(layout)
     images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))

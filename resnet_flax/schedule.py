@@ -63,7 +63,8 @@ class LearningRate:
     warmup: (rate, error) of the paper's warm-up, or None.
     plateau: the `plateau` part of the configuration, or None.
     linear_warmup_epochs: epochs in which the rate rises from 0 to the initial
-      one (Goyal et al. 2017, section 2.2), before the first drop.
+      one, before the first drop. As in Flax's ImageNet example; Goyal et al.
+      2017, section 2.2, begin at the rate of a small batch.
     cosine_epochs: the epoch, after those, in which half a cosine has led from
       the initial rate to 0 (Loshchilov and Hutter 2016); None: it does not.
   """

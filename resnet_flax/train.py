@@ -314,7 +314,10 @@ def _steps_per_call(
   layout: seeds_lib.Layout,
 ) -> int:
   size = max(config.model.input_size, *experiment.image_shape[:2])
-  return resident.steps_per_call(wanted, split, layout, size)
+  # By one process for all: their devices' memory may differ.
+  return distributed.first(
+    lambda: resident.steps_per_call(wanted, split, layout, size)
+  )
 
 
 def _choose_execution(
@@ -359,36 +362,51 @@ def faster_execution(
   Returns:
     'vectorized' or 'in_turn'.
   """
-  seconds = {}
-  for execution in seeds_lib.EXECUTIONS:
-    layout = seeds_lib.Layout.create(config, devices, execution)
-    state = initial_state(config, experiment, split, layout)
-    key = augmentation_key(layout)
-    # As training will call it: one by one, steps wait for the host.
-    steps_per_call = _steps_per_call(
-      config.steps_per_call, config, experiment, split, layout
+  seconds = {
+    execution: _seconds_per_step(
+      config,
+      experiment,
+      split,
+      seeds_lib.Layout.create(config, devices, execution),
     )
-    compiled_step, epoch_calls = calls_lib.compile_calls(
-      config, experiment, state, split, key, layout, steps_per_call
-    )
-    calls = itertools.chain.from_iterable(
-      epoch_calls(epoch, 0) for epoch in itertools.count()
-    )
-    for count in (_WARM_UP_STEPS, _TIMED_STEPS):
-      done = 0
-      started = time.perf_counter()
-      while done < count:
-        call = next(calls)
-        state, _ = compiled_step(state, *call.arguments)
-        done += call.num_steps
-      jax.block_until_ready(state)
-      seconds[execution] = (time.perf_counter() - started) / done
+    for execution in seeds_lib.EXECUTIONS
+  }
   _logger.info(
     "%d seeds take %.4f s a step in turn, %.4f s vectorized",
     config.num_seeds,
     *(seconds[execution] for execution in seeds_lib.EXECUTIONS),
   )
   return min(seeds_lib.EXECUTIONS, key=lambda execution: seconds[execution])
+
+
+def _seconds_per_step(
+  config: ConfigDict,
+  experiment: train_step.Experiment,
+  split: datasets.Split,
+  layout: seeds_lib.Layout,
+) -> float:
+  """Of some steps, called as training will call them."""
+  state = initial_state(config, experiment, split, layout)
+  key = augmentation_key(layout)
+  steps_per_call = _steps_per_call(
+    config.steps_per_call, config, experiment, split, layout
+  )
+  compiled_step, epoch_calls = calls_lib.compile_calls(
+    config, experiment, state, split, key, layout, steps_per_call
+  )
+  calls = itertools.chain.from_iterable(
+    epoch_calls(epoch, 0) for epoch in itertools.count()
+  )
+  for count in (_WARM_UP_STEPS, _TIMED_STEPS):
+    done = 0
+    started = time.perf_counter()
+    while done < count:
+      call = next(calls)
+      state, _ = compiled_step(state, *call.arguments)
+      done += call.num_steps
+    jax.block_until_ready(state)
+    seconds = (time.perf_counter() - started) / done
+  return seconds
 
 
 def initial_state(

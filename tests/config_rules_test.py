@@ -79,6 +79,7 @@ def check(changes, num_devices=1):
       {
         "schedule.linear_warmup_epochs": 5,
         "schedule.warmup_learning_rate": 0.01,
+        "model.depth": 110,
       },
       "two warm-ups",
     ),

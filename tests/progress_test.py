@@ -98,6 +98,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   shown.step([step_metrics(1)[0]] * 2)
   seeds = [RECORD, {**RECORD, "test_accuracy": 0.75}]
   record = {**RECORD, "seeds": seeds, "test_ensemble_accuracy": 0.875}
+  record |= {"epoch": 0, "step": 2, "epoch_seconds": 2.0}
   shown.end_epoch(record, 10)
   assert caplog.messages[-1] == (
     "epoch 1/1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"

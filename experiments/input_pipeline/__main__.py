@@ -1,7 +1,7 @@
 """Images per second and memory of the input pipeline, beside decoding alone.
 
 python -m experiments.input_pipeline --folder=generated [--images=2000]
-  [--workers=2] [--rounds=3] [--memory_epochs=3] [--out=results.json]
+  [--workers=2] [--rounds=10] [--memory_epochs=3] [--out=results.json]
 """
 
 import json
@@ -16,11 +16,17 @@ from resnet_flax import datasets, environment, workdir
 from resnet_flax.datasets import streaming
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the images are put.")
-_IMAGES = flags.DEFINE_integer("images", 2000, "How many there are.")
-_WORKERS = flags.DEFINE_integer("workers", 2, "Processes that decode.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often speed is measured.")
+_IMAGES = flags.DEFINE_integer(
+  "images", 2000, "How many there are.", lower_bound=256
+)
+_WORKERS = flags.DEFINE_integer(
+  "workers", 2, "Processes that decode.", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 10, "How often speed is measured.", lower_bound=1
+)
 _MEMORY_EPOCHS = flags.DEFINE_integer(
-  "memory_epochs", 3, "Epochs in which memory is."
+  "memory_epochs", 3, "Epochs in which memory is.", lower_bound=1
 )
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
@@ -41,6 +47,7 @@ def main(argv: list[str]) -> None:
     rounds.append(
       {
         "alone": measurement.alone(split, _WORKERS.value),
+        "around": measurement.around_decoding(split),
         "pipeline": measurement.pipeline(split, epoch),
       }
     )
@@ -57,6 +64,14 @@ def main(argv: list[str]) -> None:
       ("cpu_ms_per_image", "CPU time for an image, ms"),
     )
     for way in ("alone", "pipeline")
+  ]
+  rows += [
+    (
+      f"to {part} an image, CPU time, ms",
+      [each["around"][part] for each in rounds],
+      ".2f",
+    )
+    for part in ("read", "pack")
   ]
   rows += [(f"pipeline / alone, {key}", ratios[key], ".3f") for key in ratios]
   rows += [

@@ -19,9 +19,15 @@ from experiments.scaling import measurement
 from resnet_flax import command_line, environment, errors, huge_pages, workdir
 
 _DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices.")
-_PER_DEVICE = flags.DEFINE_integer("per_device", 32, "Images for each device.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, each of all.")
-_STEPS = flags.DEFINE_integer("steps", 8, "Training steps of a round.")
+_PER_DEVICE = flags.DEFINE_integer(
+  "per_device", 32, "Images for each device.", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 5, "Rounds, each of all.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+  "steps", 8, "Training steps of a round.", lower_bound=1
+)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 

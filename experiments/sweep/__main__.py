@@ -87,7 +87,8 @@ def _run(argv: list[str]) -> None:
   )
   if _DRY_RUN.value:
     measured = [pathlib.Path(path) for path in _MEASURED.value]
-    print(estimate.table(sweep.cells, measured))
+    gpus = sweep.resources.gpus or 1
+    print(estimate.table(sweep.cells, measured, gpus))
     return
   finished = [overview.is_finished(cell) for cell in sweep.cells]
   with _use(workdir):

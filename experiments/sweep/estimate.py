@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments.sweep import overview
@@ -33,7 +34,9 @@ _TRAINING = 3
 _WARM_UP_STEPS, _TIMED_STEPS = 2, 8
 
 
-def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
+def table(
+  cells: Sequence[Cell], measured: Sequence[pathlib.Path], gpus: int = 1
+) -> str:
   """The cells with what is left to be done for them.
 
   Times are what is left of FLOPs over the median FLOP/s of what has been
@@ -44,6 +47,7 @@ def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
   Args:
     cells: of the sweep.
     measured: workdirs of other runs, on the same machine.
+    gpus: of a cell; at least 1, which stands for the CPU, too.
 
   Returns:
     For each cell its finished epochs, trainable parameters, FLOPs of one
@@ -55,7 +59,7 @@ def table(cells: Sequence[Cell], measured: Sequence[pathlib.Path]) -> str:
     WorkdirError: a workdir cannot be read, or holds another run.
   """
   rates = _rates(cells, measured)
-  rate = statistics.median(rates) if rates else rate_now(cells)
+  rate = statistics.median(rates) if rates else rate_now(cells, gpus)
   rows: list[Sequence[str]] = [_COLUMNS]
   total = 0.0
   for cell in cells:
@@ -112,10 +116,14 @@ def _rates(
   ]
 
 
-def rate_now(cells: Sequence[Cell]) -> float:
+def rate_now(cells: Sequence[Cell], gpus: int) -> float:
   """FLOP/s of some training steps of the smallest cell, on noise.
 
-  On all devices of this machine, as a cell alone would take them.
+  Steps are called one by one, which on accelerators is slower than training.
+
+  Args:
+    cells: of the sweep.
+    gpus: see `table`.
   """
   config = min(
     (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds
@@ -124,7 +132,12 @@ def rate_now(cells: Sequence[Cell]) -> float:
   prepared = resident.prepare(
     config,
     experiment,
-    *resident.noise(config.batch_size, experiment.image_shape),
+    *resident.noise(
+      config.batch_size,
+      experiment.image_shape,
+      experiment_lib.num_classes(config),
+    ),
+    devices=jax.devices()[:gpus],
   )
   for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
     started = time.perf_counter()

@@ -60,12 +60,12 @@ class Resident:
 
 
 def noise(
-  batch_size: int, image_shape: tuple[int, ...]
+  batch_size: int, image_shape: tuple[int, ...], num_classes: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The same uint8[B, H, W, C] and int32[B] under 10 at every call."""
+  """The same uint8[B, H, W, C] images and int32[B] labels at every call."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (batch_size, *image_shape), np.uint8)
-  return images, rng.integers(0, 10, batch_size, np.int32)
+  return images, rng.integers(0, num_classes, batch_size, np.int32)
 
 
 def prepare(
@@ -73,6 +73,7 @@ def prepare(
   experiment: train_step.Experiment,
   images: np.ndarray,
   labels: np.ndarray,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Resident:
   """A step on one batch that is all there is to train on.
 
@@ -81,8 +82,9 @@ def prepare(
     experiment: from `experiment.build`.
     images: uint8[B, H, W, C], a whole batch.
     labels: int32[B].
+    devices: what to train on, by default all devices.
   """
-  layout = seeds.Layout.create(config)
+  layout = seeds.Layout.create(config, devices)
   split = record.whole_split(images, labels)
   (batch,) = layout.batches(lambda _: [(images, labels)], len(labels))
   return _prepare(config, experiment, split, batch, len(labels), layout)

@@ -225,7 +225,7 @@ def test_costs_by_hand(load, monkeypatch):
     GRID={"model.num_filters": [4, 8], "seed": [0, 1]},
   )
   small, again, large, _ = sweep.cells
-  monkeypatch.setattr(estimate, "rate_now", lambda cells: 1e7)
+  monkeypatch.setattr(estimate, "rate_now", lambda cells, gpus: 1e7)
   here = estimate.table(sweep.cells, [])
   assert "at 0.0 GFLOP/s, what some steps of the smallest cell" in here
   assert "--measured=WORKDIR" in here
@@ -270,8 +270,10 @@ def test_speed_is_that_of_the_smallest_cell_where_none_is_known(
     def train(self, batches):
       now[0] += 0.5 * len(list(batches))
 
-  def prepare(config, experiment, images, labels):
+  def prepare(config, experiment, images, labels, devices):
     assert images.shape == (config.batch_size, 32, 32, 3)
+    assert set(labels) == set(range(10))
+    assert len(devices) == 2
     prepared.append(config.model.num_filters)
     return Prepared()
 
@@ -279,7 +281,7 @@ def test_speed_is_that_of_the_smallest_cell_where_none_is_known(
   monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
   small = cells[1].config
   flops = 6 * estimate._size(small).multiply_adds * small.batch_size
-  assert estimate.rate_now(cells) == pytest.approx(flops / 0.5)
+  assert estimate.rate_now(cells, 2) == pytest.approx(flops / 0.5)
   assert prepared == [4]
 
 
