@@ -36,6 +36,7 @@ _CALLED = re.compile(
   r"|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Instruction:
     opcode: for example 'all-reduce-start'.
     operands: names of what it is applied to.
     attributes: the rest of its line.
+    value: of a constant that is a whole number.
   """
 
   name: str
@@ -90,6 +92,7 @@ class Instruction:
   opcode: str
   operands: tuple[str, ...]
   attributes: str
+  value: int | None = None
 
   @property
   def called(self) -> tuple[str, ...]:
@@ -99,12 +102,6 @@ class Instruction:
       for names in _CALLED.findall(self.attributes)
       for name in _NAME.findall(names)
     )
-
-  @property
-  def trip_count(self) -> int | None:
-    """How often a loop runs, where XLA knows it."""
-    match = _TRIP_COUNT.search(self.attributes)
-    return int(match[1]) if match else None
 
   @property
   def op_name(self) -> str:
@@ -156,13 +153,31 @@ class Module:
     # A computation is printed after those that it calls.
     for name in reversed(tuple(self.computations)):
       for instruction in self.computations[name]:
-        rounds = instruction.trip_count or 1
+        rounds = self._rounds(instruction)
         for called in instruction.called:
           times[called] += times[name] * rounds
     for name, instructions in self.computations.items():
       for instruction in instructions:
         if times[name]:
           yield instruction, times[name]
+
+  def _rounds(self, instruction: Instruction) -> int:
+    """How often a loop runs; 1 for all else, and where the text does not say.
+
+    XLA says so where it knows. For TPUs it does not; but what JAX makes a loop
+    of counts from zero, and its condition compares with a constant.
+    """
+    if match := _TRIP_COUNT.search(instruction.attributes):
+      return int(match[1])
+    condition = _CONDITION.search(instruction.attributes)
+    if instruction.opcode != "while" or not condition:
+      return 1
+    instructions = self.computations[condition[1]]
+    values = {each.name: each.value for each in instructions}
+    root = instructions[-1]
+    if root.opcode != "compare" or "direction=LT" not in root.attributes:
+      return 1
+    return values.get(root.operands[-1]) or 1
 
   def count(self, opcode: str) -> int:
     """How often an operation runs in one call."""
@@ -292,6 +307,7 @@ def _instruction(name: str, text: str) -> Instruction:
   # Operands may have their types before their names.
   for operand in _split(text[:end]):
     operands.append(operand.split()[-1].lstrip("%"))
+  value = text[:end] if opcode.strip() == "constant" else ""
   return Instruction(
     name,
     tuple(_arrays(result)),
@@ -299,6 +315,7 @@ def _instruction(name: str, text: str) -> Instruction:
     # A constant's value and a parameter's number are no names.
     () if opcode.strip() in ("constant", "parameter") else tuple(operands),
     text[end + 1 :],
+    int(value) if value.isdecimal() else None,
   )
 
 

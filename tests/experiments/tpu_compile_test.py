@@ -101,6 +101,27 @@ def test_collectives():
   assert "jit(step)/while/bn/reduce_sum" in names
 
 
+def test_loops_that_count_to_a_constant():
+  """As XLA prints them for TPUs."""
+  without = PROGRAM.replace('"known_trip_count":{"n":"3"},', "")
+
+  def convolutions(condition):
+    text = without.replace(
+      "  ROOT %less = pred[]{:T(512)} constant(true)", condition
+    )
+    assert text != PROGRAM
+    return hlo.parse(text).count("convolution") - 1
+
+  count = """\
+  %count = s32[]{:T(128)} constant(5)
+  %j = s32[]{:T(128)} get-tuple-element(%s.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %count), direction=LT"""
+  assert convolutions(count) == 5
+  assert convolutions(count.replace("LT", "NE")) == 1
+  # A number that the program is given.
+  assert convolutions(count.replace("constant(5)", "copy(%j)")) == 1
+
+
 def test_what_else_a_program_has():
   module = hlo.parse(PROGRAM)
   assert module.count("convolution") == 1 + 3
