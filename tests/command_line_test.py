@@ -54,6 +54,9 @@ def test_overrides():
   config, workdir = parse("--config.model.depth=32", "--config.seed=3")
   assert (config.model.depth, config.seed) == (32, 3)
   assert workdir == "runs/v1_depth20,model.depth=32,seed=3"
+  # What changes no result is none of the name.
+  _, workdir = parse("--config.seed=3", "--config.eval_batch_size=50")
+  assert workdir == "runs/v1_depth20,seed=3"
   # The next one starts afresh.
   assert parse()[0].model.depth == 20
 
