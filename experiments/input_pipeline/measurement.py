@@ -34,7 +34,8 @@ def _decode_alone(
   conn.recv()
   started = time.perf_counter()
   cpu = time.process_time()
-  for start in range(0, len(raw), 16):
+  # As long as the pipeline: processors are faster for the first seconds.
+  for start in list(range(0, len(raw), 16)) * _EPOCHS:
     part = slice(start, start + 16)
     decoding(streaming._Encoded(positions[part], raw[part]))
   conn.send((time.perf_counter() - started, time.process_time() - cpu))
@@ -56,11 +57,12 @@ def alone(split: streaming.StreamedSplit, workers: int) -> dict[str, float]:
   for _, conn in processes:
     conn.send("go")
   times = [conn.recv() for _, conn in processes]
+  images = _EPOCHS * len(split)
   for process, _ in processes:
     process.join()
   return {
-    "images_per_second": len(split) / max(wall for wall, _ in times),
-    "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / len(split),
+    "images_per_second": images / max(wall for wall, _ in times),
+    "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / images,
   }
 
 
