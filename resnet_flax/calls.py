@@ -1,6 +1,5 @@
 """Calls of compiled programs, each of one training step or of several."""
 
-import contextlib
 import functools
 import logging
 import time
@@ -111,18 +110,12 @@ def compile_step(
   Returns:
     A function of (state, uint8[B, H, W, C], int32[B], key), each for all seeds.
   """
-  with _log_compilation(title):
-    traced = trace_step(
-      step,
-      experiment,
-      state,
-      batch_size,
-      key,
-      layout,
-      donate_state=donate_state,
-    )
-    compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
-  return layout.in_turn(compiled)
+  trace = functools.partial(
+    trace_step,
+    *(step, experiment, state, batch_size, key, layout),
+    donate_state=donate_state,
+  )
+  return layout.in_turn(_compile(title, trace, layout))
 
 
 def trace_step(
@@ -181,11 +174,10 @@ def compile_train_steps(
     A function of the arguments of `train_step.train_steps` after the first;
     state, order and key for all seeds.
   """
-  with _log_compilation("training steps"):
-    traced = trace_train_steps(
-      experiment, state, placed, batch_size, key, layout
-    )
-    compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
+  trace = functools.partial(
+    trace_train_steps, experiment, state, placed, batch_size, key, layout
+  )
+  compiled = _compile("training steps", trace, layout)
   return layout.in_turn(compiled, _NUM_SHARED)
 
 
@@ -238,13 +230,19 @@ def _of_a_call(networks: Any) -> Any:
   return networks
 
 
-@contextlib.contextmanager
-def _log_compilation(title: str) -> Iterator[None]:
+def _compile(
+  title: str,
+  trace: Callable[[], jax.stages.Traced],
+  layout: seeds_lib.Layout,
+) -> jax.stages.Compiled:
+  """Compiles what is traced, and says so."""
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
-  yield
+  options = mesh_lib.compiler_options(layout.mesh)
+  compiled = trace().lower().compile(options)
   distributed.meet()
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
+  return compiled
 
 
 def compile_calls(

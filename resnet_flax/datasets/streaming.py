@@ -257,8 +257,7 @@ class StreamedSplit(record.Split):
   def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """See `Split`; the central crop of each image."""
     one_crop = dataclasses.replace(self, num_crops=1)
-    ((images, labels),) = one_crop.batches([positions])
-    return images, labels
+    return record.Split.take(one_crop, positions)
 
   def subset(self, positions: np.ndarray) -> "StreamedSplit":
     """See `Split`."""
@@ -314,8 +313,9 @@ class StreamedSplit(record.Split):
     try:
       for positions in order:
         count = -(-len(positions) // _CHUNK)
+        parts = [next(iterator) for _ in range(count)]
         # One at least, for its shape: of the last batch a host may have none.
-        parts = [next(iterator) for _ in range(count)] or [decoding.empty()]
+        parts = parts or [decoding(_Encoded(positions, ()))]
         images, labels = zip(*parts, strict=True)
         yield np.concatenate(images), np.concatenate(labels)
     # Whatever a file makes the readers and decoders raise, here or there.
@@ -417,7 +417,9 @@ class _Decoding:
   def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
     from tensorflow_datasets.proto import tf_example_pb2
 
-    images, labels = self._arrays(len(encoded.records))
+    count = len(encoded.records)
+    shape = (count, self.num_crops, self.size, self.size, 3)
+    images, labels = np.empty(shape, np.uint8), np.empty(count, np.int32)
     for k, (position, raw) in enumerate(
       zip(encoded.positions, encoded.records, strict=True)
     ):
@@ -431,19 +433,7 @@ class _Decoding:
         )
       self._decode(image, int(position), images[k])
       labels[k] = label
-    return self._of_one_crop(images), labels
-
-  def empty(self) -> tuple[np.ndarray, np.ndarray]:
-    """What is made of no records."""
-    images, labels = self._arrays(0)
-    return self._of_one_crop(images), labels
-
-  def _arrays(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-    shape = (count, self.num_crops, self.size, self.size, 3)
-    return np.empty(shape, np.uint8), np.empty(count, np.int32)
-
-  def _of_one_crop(self, images: np.ndarray) -> np.ndarray:
-    return images[:, 0] if self.num_crops == 1 else images
+    return (images[:, 0] if self.num_crops == 1 else images), labels
 
   def _decode(self, encoded: bytes, position: int, crops_of: np.ndarray):
     """Fills uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
