@@ -1,11 +1,11 @@
 """What is measured; apart from the program, so that processes can import it."""
 
+import dataclasses
 import itertools
 import multiprocessing
 import pathlib
-import pickle
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,57 +13,118 @@ import numpy as np
 from resnet_flax import datasets, epochs
 from resnet_flax.datasets import streaming
 
-_BATCH = 16
-# As one, so that what is timed is more than what is decoded ahead.
-_EPOCHS = 5
+# Who decodes: processes of their own, or threads of the one that trains.
+WAYS = ("workers", "threads")
+_BATCH = 128
+# More images than two workers decode ahead.
+_WARM_UP = 1024
 
 
-def _decode_alone(
+class Alone:
+  """Processes that decode and cut images in plain loops.
+
+  The images are read into memory beforehand.
+  """
+
+  def __init__(self, split: streaming.StreamedSplit, num_processes: int):
+    context = multiprocessing.get_context("spawn")
+    self._processes = []
+    for positions in np.array_split(np.arange(len(split)), num_processes):
+      conn, theirs = context.Pipe()
+      process = context.Process(
+        target=_decode, args=(split, positions, theirs), daemon=True
+      )
+      process.start()
+      self._processes.append((process, conn))
+    for _, conn in self._processes:
+      conn.recv()
+
+  def measure(self, num_images: int) -> dict[str, float]:
+    """Decodes about as many images, by all processes together."""
+    # As the pipeline does: processors are faster for the first seconds.
+    self._decode(_WARM_UP)
+    each = num_images // len(self._processes)
+    times = self._decode(num_images)
+    images = each * len(times)
+    return {
+      "images_per_second": images / max(wall for wall, _ in times),
+      "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / images,
+    }
+
+  def _decode(self, num_images: int) -> list[tuple[float, float]]:
+    """Seconds and seconds of CPU time that each process took."""
+    for _, conn in self._processes:
+      conn.send(num_images // len(self._processes))
+    return [conn.recv() for _, conn in self._processes]
+
+  def close(self) -> None:
+    """Ends the processes."""
+    for process, conn in self._processes:
+      conn.send(0)
+      process.join()
+
+
+def _decode(
   split: streaming.StreamedSplit, positions: np.ndarray, conn: Any
 ) -> None:
-  """Decodes and cuts images in a plain loop, and says how long it took."""
+  """Decodes as many images as is asked for; says how long it took."""
   records = streaming._Records(split.shards, split.indices, [positions])
   decoding = streaming._Decoding(
     split.image_size, split.num_classes, split.crop, datasets.Draw(0, 0)
   )
-  # Read beforehand: it is decoding alone that is timed.
   positions, raw = records[0]
-  # What is imported and set up once is not.
+  number = itertools.count()
+  # What is imported and set up once is not timed.
   decoding(streaming._Encoded(positions[:16], raw[:16]))
   conn.send("ready")
-  conn.recv()
-  started = time.perf_counter()
-  cpu = time.process_time()
-  # As long as the pipeline: processors are faster for the first seconds.
-  for start in list(range(0, len(raw), 16)) * _EPOCHS:
-    part = slice(start, start + 16)
-    decoding(streaming._Encoded(positions[part], raw[part]))
-  conn.send((time.perf_counter() - started, time.process_time() - cpu))
+  while count := conn.recv():
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+      image = slice(k := next(number) % len(raw), k + 1)
+      decoding(streaming._Encoded(positions[image], raw[image]))
+    conn.send((time.perf_counter() - started, time.process_time() - cpu))
 
 
-def alone(split: streaming.StreamedSplit, workers: int) -> dict[str, float]:
-  """Plain loops in as many processes as the pipeline has workers."""
-  context = multiprocessing.get_context("spawn")
-  processes = []
-  for positions in np.array_split(np.arange(len(split)), workers):
-    ours, theirs = context.Pipe()
-    process = context.Process(
-      target=_decode_alone, args=(split, positions, theirs)
+class Pipeline:
+  """Batches of many epochs, one after the other."""
+
+  def __init__(self, split: streaming.StreamedSplit, way: str):
+    """Starts it.
+
+    Args:
+      split: what is read.
+      way: of `WAYS`.
+    """
+    if way == "threads":
+      split = dataclasses.replace(split, num_workers=0)
+    self._batches = split.batches(
+      _order(split, range(200)), datasets.Draw(0, 0)
     )
-    process.start()
-    processes.append((process, ours))
-  for _, conn in processes:
-    conn.recv()
-  for _, conn in processes:
-    conn.send("go")
-  times = [conn.recv() for _, conn in processes]
-  images = _EPOCHS * len(split)
-  for process, _ in processes:
-    process.join()
-  return {
-    "images_per_second": images / max(wall for wall, _ in times),
-    "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / images,
-  }
+
+  def measure(self, num_images: int) -> dict[str, float]:
+    """Takes about as many images, after those that were decoded ahead."""
+    self._take(_WARM_UP)
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    images = self._take(num_images)
+    seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+    # Until all are decoded ahead that will be while something else is timed.
+    time.sleep(2)
+    return {
+      "images_per_second": images / seconds,
+      "cpu_ms_per_image": 1000 * cpu / images,
+    }
+
+  def _take(self, num_images: int) -> int:
+    """Takes at least as many; returns how many."""
+    taken = 0
+    while taken < num_images:
+      taken += len(next(self._batches)[0])
+    return taken
+
+  def close(self) -> None:
+    """Ends its workers."""
+    assert isinstance(self._batches, Iterator)
+    self._batches.close()  # type: ignore[attr-defined]
 
 
 def memory() -> float:
@@ -85,64 +146,6 @@ def _cpu_seconds() -> float:
     user, system = fields.rpartition(")")[2].split()[11:13]
     total += (int(user) + int(system)) / 100
   return total
-
-
-def pipeline(split: streaming.StreamedSplit, round_: int) -> dict[str, float]:
-  """Some epochs; timed after the first batches, which wait for workers.
-
-  Args:
-    split: what is read.
-    round_: draws other epochs.
-
-  Returns:
-    Images/s, CPU time for an image, and the time until the first batch.
-  """
-  order = _order(split, range(_EPOCHS * round_, _EPOCHS * (round_ + 1)))
-  started = time.perf_counter()
-  batches = split.batches(order, datasets.Draw(0, round_))
-  first = next(batches)
-  waited = time.perf_counter() - started
-  # More than is decoded ahead, which is the same before and after.
-  warm_up = 16
-  for _ in itertools.islice(batches, warm_up - 1):
-    pass
-  timed = len(order) - 2 * warm_up
-  started, cpu = time.perf_counter(), _cpu_seconds()
-  for _ in itertools.islice(batches, timed):
-    pass
-  seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
-  # Workers that are done end, and their times with them.
-  remaining = sum(1 for _ in batches)
-  assert remaining == warm_up
-  images = timed * len(first[0])
-  return {
-    "images_per_second": images / seconds,
-    "cpu_ms_per_image": 1000 * cpu / images,
-    "first_batch_seconds": waited,
-  }
-
-
-def around_decoding(split: streaming.StreamedSplit) -> dict[str, float]:
-  """CPU time for an image of what is done besides decoding it, in ms.
-
-  Returns:
-    `read`: its record, from a file that is in memory. `pack`: it, to be sent to
-    another process, and unpacking it there; not the way.
-  """
-  count = min(len(split), 512)
-  chunks = np.array_split(np.arange(count), count // _BATCH)
-  records = streaming._Records(split.shards, split.indices, chunks)
-  records[0]  # Opens the files.
-  started = time.process_time()
-  for chunk in range(len(chunks)):
-    records[chunk]
-  read = time.process_time() - started
-  images = np.zeros((_BATCH, *split.image_shape), np.uint8)
-  started = time.process_time()
-  for _ in chunks:
-    pickle.loads(pickle.dumps((images, np.zeros(_BATCH, np.int32))))
-  pack = time.process_time() - started
-  return {"read": 1000 * read / count, "pack": 1000 * pack / count}
 
 
 def memory_over_epochs(

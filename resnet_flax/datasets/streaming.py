@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import operator
 import os
@@ -28,10 +29,12 @@ from resnet_flax.datasets import crops, files, prepared, record
 # Any other prepared copy is named by its folder: 'tfds/food101'.
 PREFIX = "tfds/"
 
-# Images that a worker hands over at once. What is decoded ahead is this times
-# workers times the buffers below.
-_CHUNK = 16
-_BUFFERED_CHUNKS = 2
+# What is handed over at once, as each time costs milliseconds: 64 images of
+# 224x224, or about as many bytes.
+_CHUNK = 64
+_CHUNK_BYTES = 10_000_000
+# Decoded ahead, by each worker or thread of this process.
+_BUFFERED_CHUNKS = 1
 # Where images are decoded in threads of this process.
 _THREADS = 2
 _ENCODINGS = ("JPEG", "PNG")
@@ -272,37 +275,34 @@ class StreamedSplit(record.Split):
       DataError: an image cannot be read, or a worker died.
     """
     grain = _import_grain()
+    num_crops = self.num_crops if draw is None else 1
+    image_bytes = num_crops * math.prod(self.image_shape)
+    size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
     chunks = [
-      positions[start : start + _CHUNK]
+      positions[start : start + size]
       for positions in order
-      for start in range(0, len(positions), _CHUNK)
+      for start in range(0, len(positions), size)
     ]
     workers = self.num_workers
     if workers < 0:
       workers = environment.num_cpu_threads()
     workers = min(workers, len(chunks))
     decoding = _Decoding(
-      self.image_size,
-      self.num_classes,
-      self.crop,
-      draw,
-      self.num_crops if draw is None else 1,
+      self.image_size, self.num_classes, self.crop, draw, num_crops
     )
-    decoded = (
+    # A worker decodes in a thread while it hands over what it has.
+    threads = 1 if workers else _THREADS
+    pipeline = grain.experimental.WithOptionsIterDataset(
       grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
       .map(decoding)
       .to_iter_dataset(
         grain.ReadOptions(
-          num_threads=0 if workers else _THREADS,
-          prefetch_buffer_size=0 if workers else _BUFFERED_CHUNKS * _THREADS,
+          num_threads=threads, prefetch_buffer_size=threads * _BUFFERED_CHUNKS
         )
-      )
-    )
-    # Through pipes: shared memory is scarce in containers, which kills workers,
-    # and outlives a process that is killed.
-    through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-    pipeline = grain.experimental.WithOptionsIterDataset(
-      decoded, through_pipes
+      ),
+      # Through pipes: shared memory is scarce in containers, which kills
+      # workers, and outlives a process that is killed.
+      grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
     ).mp_prefetch(
       grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=_BUFFERED_CHUNKS
@@ -312,7 +312,7 @@ class StreamedSplit(record.Split):
     iterator = iter(pipeline)
     try:
       for positions in order:
-        count = -(-len(positions) // _CHUNK)
+        count = -(-len(positions) // size)
         parts = [next(iterator) for _ in range(count)]
         # One at least, for its shape: of the last batch a host may have none.
         parts = parts or [decoding(_Encoded(positions, ()))]
@@ -443,8 +443,9 @@ class _Decoding:
       # Before it is decoded.
       if image.width * image.height > _MOST_PIXELS:
         raise ValueError(f"an image has {image.width} x {image.height} pixels")
-      # Some of ImageNet's are grey.
-      decoded = image.convert("RGB")
+      image.load()
+      # Some of ImageNet's are grey. The others need not be copied.
+      decoded = image if image.mode == "RGB" else image.convert("RGB")
     for k, box in enumerate(self._boxes(position, *decoded.size)):
       crops_of[k] = decoded.resize(
         (self.size, self.size), Image.Resampling.BILINEAR, box=box
