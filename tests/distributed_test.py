@@ -61,10 +61,13 @@ def start(workdirs, config_file, events, *flags):
   ]
 
 
-def ends(processes):
-  """Exit codes and standard errors."""
+def ends(processes, within=300):
+  """Exit codes and standard errors; all end soon after the last of them."""
+  *others, last = processes
   try:
-    outputs = [process.communicate(timeout=300) for process in processes]
+    last_output = last.communicate(timeout=300)
+    outputs = [other.communicate(timeout=within) for other in others]
+    outputs.append(last_output)
   finally:
     for process in processes:
       process.kill()
@@ -109,7 +112,8 @@ def test_two_processes_are_one_run(tiny_config, tmp_path):
       config_file,
       (never, (2, "SIGKILL")),
       "--heartbeat_timeout=10",
-    )
+    ),
+    within=60,
   )
   assert codes == [1, -signal.SIGKILL], texts
   assert "going on after step 7 of" in texts[0]
