@@ -18,6 +18,12 @@ _FEATURES = tuple(
     "image_feature.Image",
     "class_label_feature.ClassLabel",
     "text_feature.Text",
+    # Besides images and labels: boxes, numbers.
+    "bounding_boxes.BBoxFeature",
+    "labeled_image.LabeledImage",
+    "scalar.Scalar",
+    "sequence_feature.Sequence",
+    "tensor_feature.Tensor",
   )
 )
 

@@ -5,6 +5,7 @@ features `image` (JPEG or PNG) and `label`. Grain runs the worker processes;
 which image is read when is not its choice, so that a run can go on at any step.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -14,17 +15,20 @@ import multiprocessing
 import operator
 import os
 import pathlib
+import queue
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import environment, errors, randomness
 from resnet_flax.datasets import crops, files, prepared, record
+
+T = TypeVar("T")
 
 # Any other prepared copy is named by its folder: 'tfds/food101'.
 PREFIX = "tfds/"
@@ -119,7 +123,10 @@ def read_facts(folder: pathlib.Path) -> Facts:
     test = "validation" if "validation" in counts else "test"
     for split in ("train", test):
       if not 0 < counts.get(split, 0) <= _MOST_EXAMPLES:
-        raise ValueError(f"it has no images in the split {split!r}")
+        raise ValueError(
+          f"it has no images in the split {split!r}; 'train', and 'validation'"
+          " or 'test', are needed"
+        )
     names = prepared.label_names(folder)
     if not names:
       raise ValueError("label.labels.txt is empty")
@@ -186,6 +193,8 @@ def load(config: ConfigDict, augmentation: str) -> record.Dataset:
     if len(split) != sum(shard.take for shard in split.shards):
       error = ValueError(f"the split {name!r} has shards of another number")
       raise _damaged(folder, error)
+  _allow_open_files(sum(len(split.shards) for split in splits.values()))
+  for split in splits.values():
     # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
   return record.Dataset(
@@ -195,6 +204,39 @@ def load(config: ConfigDict, augmentation: str) -> record.Dataset:
     class_names=facts.class_names,
     source=source,
   )
+
+
+def _allow_open_files(count: int) -> None:
+  """Lets this process and its workers have as many files open as there may be.
+
+  The files of a set stay open once they have been read from: ImageNet has more
+  than a thousand, which is what shells usually allow.
+
+  Args:
+    count: of the files of a set.
+
+  Raises:
+    DataError: the system allows fewer.
+  """
+  try:
+    import resource
+  except ImportError:  # There is no such limit on Windows.
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # Besides, there are libraries, pipes, checkpoints.
+  needed = count + 256
+  if hard != resource.RLIM_INFINITY and hard < needed:
+    raise errors.DataError(
+      f"the data set has {count} files, which are open at the same time, but a"
+      f" process may open {hard} here. Have the hard limit (ulimit -Hn) raised"
+      f" to {needed} or more."
+    )
+  if soft != resource.RLIM_INFINITY:
+    # Of several seeds each has its own.
+    wanted = max(soft, 16 * needed)
+    if hard != resource.RLIM_INFINITY:
+      wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
@@ -311,18 +353,79 @@ class StreamedSplit(record.Split):
     )
     iterator = iter(pipeline)
     try:
+      following = _next_of_live_workers(iterator) if workers else iterator
       for positions in order:
         count = -(-len(positions) // size)
-        parts = [next(iterator) for _ in range(count)]
+        parts = [next(following) for _ in range(count)]
         # One at least, for its shape: of the last batch a host may have none.
         parts = parts or [decoding(_Encoded(positions, ()))]
         images, labels = zip(*parts, strict=True)
         yield np.concatenate(images), np.concatenate(labels)
+    except _WorkerDied as error:
+      # Not closed: that waits for the same.
+      iterator = None
+      raise errors.DataError(
+        f"a process that decoded images of {self.folder} was ended ({error}),"
+        " most likely for want of memory. Pass a smaller"
+        " --config.dataset.num_workers."
+      ) from error
+    except MemoryError:
+      raise
     # Whatever a file makes the readers and decoders raise, here or there.
     except Exception as error:
       raise _damaged(self.folder, error) from error
     finally:
-      iterator.close()
+      if iterator is not None:
+        iterator.close()
+
+
+class _WorkerDied(Exception):
+  """A worker was killed."""
+
+
+def _next_of_live_workers(iterator: Iterator[T]) -> Iterator[T]:
+  """What Grain's workers hand over, while all of them live.
+
+  For one that is killed amid handing over Grain waits for ever: its pipe has an
+  end in this process, too.
+
+  Raises:
+    _WorkerDied: one was killed.
+  """
+  workers: set[multiprocessing.process.BaseProcess] = set()
+  answers: queue.SimpleQueue[tuple[Any, BaseException | None]]
+  answers = queue.SimpleQueue()
+
+  def take() -> None:
+    try:
+      answers.put((next(iterator), None))
+    except BaseException as error:
+      answers.put((None, error))
+
+  def check_workers() -> None:
+    workers.update(
+      child
+      for child in multiprocessing.active_children()
+      if child.name.startswith("grain-process-prefetch")
+    )
+    for worker in workers:
+      if worker.exitcode:
+        raise _WorkerDied(f"exit code {worker.exitcode}")
+
+  while True:
+    threading.Thread(target=take, name="next images", daemon=True).start()
+    answer = None
+    while answer is None:
+      check_workers()
+      with contextlib.suppress(queue.Empty):
+        answer = answers.get(timeout=1)
+    part, error = answer
+    if isinstance(error, StopIteration):
+      return
+    if error is not None:
+      check_workers()  # Of some ends Grain knows, too.
+      raise error
+    yield part
 
 
 def _import_grain() -> Any:

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -339,6 +340,44 @@ def test_dataset_info_that_says_something_else(copy, change):
   refusal(copy)
 
 
+def test_features_besides_image_and_label_may_be_there(copy):
+  path = copy / "features.json"
+  features = json.loads(path.read_text())
+  core = "tensorflow_datasets.core.features"
+  number = {
+    "pythonClassName": f"{core}.scalar.Scalar",
+    "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
+  }
+  box = {
+    "pythonClassName": f"{core}.bounding_boxes.BBoxFeature",
+    "boundingBox": {"shape": {"dimensions": ["4"]}, "dtype": "float32"},
+  }
+  features["featuresDict"]["features"] |= {
+    "number": number,
+    "boxes": {
+      "pythonClassName": f"{core}.sequence_feature.Sequence",
+      "sequence": {"feature": box, "length": "-1"},
+    },
+  }
+  path.write_text(json.dumps(features))
+  assert len(read_all(copy)[0][1]) == 40
+
+
+def test_as_many_files_may_be_open_as_a_set_has(root, monkeypatch):
+  """ImageNet has more than the 1024 that shells allow."""
+  resource = pytest.importorskip("resource")
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    load(root)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+  monkeypatch.setattr(resource, "getrlimit", lambda which: (200, 200))
+  with pytest.raises(errors.DataError, match=r"may open 200 here.*ulimit -Hn"):
+    load(root)
+
+
 def test_files_of_other_folders_are_not_read(copy):
   path = copy / "dataset_info.json"
   info = json.loads(path.read_text())
@@ -461,6 +500,7 @@ def start(root, tmp_path):
     return subprocess.Popen(
       [sys.executable, "-W", "error", path, root, str(num_workers), *arguments],
       stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
       text=True,
       env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
@@ -506,3 +546,16 @@ def test_workers_end_with_the_process_that_is_killed(start):
   while any(pathlib.Path(f"/proc/{worker}/exe").exists() for worker in workers):
     assert time.monotonic() < deadline
     time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_is_killed_is_not_the_copys_fault(start):
+  with start(1, "endless") as process:
+    process.stdout.readline()
+    for child in children(process.pid):
+      if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+        os.kill(child, signal.SIGKILL)
+    _, text = process.communicate(timeout=60)
+  assert process.returncode == 1
+  last = text.splitlines()[-1]
+  assert re.search("was ended .*smaller --config.dataset.num_workers", last)
