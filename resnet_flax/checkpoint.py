@@ -347,10 +347,14 @@ class Checkpoints:
 
 
 class Elsewhere:
-  """Stands for `Checkpoints` that another process writes."""
+  """Stands for `Checkpoints` that another process writes.
 
-  def __init__(self) -> None:
-    self._steps: list[int] = []
+  Args:
+    steps: that are saved.
+  """
+
+  def __init__(self, steps: Iterable[int] = ()):
+    self._steps = list(steps)
 
   def save(self, state: train_step.TrainState, notes: Notes) -> None:
     """Takes note that the other process saves."""
@@ -361,7 +365,7 @@ class Elsewhere:
     """Nothing is written here."""
 
   def steps(self) -> list[int]:
-    """The steps that were saved since the start."""
+    """The steps that were saved: those given, and since then."""
     return self._steps
 
 

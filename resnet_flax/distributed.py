@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 # Seconds between tries to reach an address.
 _RETRY = 0.5
-# Seconds in which processes that end wait for the others to end as well.
+# Seconds in which processes that fail wait for the others to fail as well.
 _LEAVE = 15
 # What process 0 does for all may take as long as a download.
 _PATIENCE = 24 * 3600
@@ -54,6 +54,9 @@ _LOST = (
   " the same command in all processes again, and it goes on from there."
 )
 
+# How errors begin that are not about other processes.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
 # Names what is exchanged: processes do the same in the same order.
 _numbers = itertools.count()
 
@@ -66,11 +69,13 @@ class Cluster:
     coordinator_address: HOST:PORT of process 0.
     num_processes: all of them.
     process_id: this one's, from 0.
+    local_device_ids: those of its host's devices that it takes; None: all.
   """
 
   coordinator_address: str
   num_processes: int
   process_id: int
+  local_device_ids: tuple[int, ...] | None = None
 
 
 def find_cluster(
@@ -83,7 +88,8 @@ def find_cluster(
 
   What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, else from what JAX detects: TPU pods, Slurm, Open MPI and
-  Kubernetes.
+  Kubernetes. Where all is given a process takes all devices of its host, or
+  those of JAX_LOCAL_DEVICE_IDS.
 
   Args:
     coordinator_address: HOST:PORT of process 0.
@@ -104,8 +110,9 @@ def find_cluster(
   )
   if given[1] == 1 and given[2] in (None, 0):
     return None
+  local_device_ids = None
   if None in given:
-    given = _detected(given, timeout)
+    given, local_device_ids = _detected(given, timeout)
   address, count, index = given
   if given == (None, None, None) or (count == 1 and index in (None, 0)):
     return None
@@ -131,7 +138,7 @@ def find_cluster(
       f"coordinator_address={address!r} cannot be used; needed: HOST:PORT,"
       " for example 10.0.0.1:8476."
     )
-  return Cluster(address, count, index)
+  return Cluster(address, count, index, local_device_ids)
 
 
 def _integer(variable: str) -> int | None:
@@ -147,8 +154,8 @@ def _integer(variable: str) -> int | None:
 
 def _detected(
   given: tuple[Any, Any, Any], timeout: int
-) -> tuple[Any, Any, Any]:
-  """What is given, and for what is missing what JAX detects."""
+) -> tuple[tuple[Any, Any, Any], tuple[int, ...] | None]:
+  """What is given, and for what is missing what JAX detects; local devices."""
   # Not public. The public way, to initialize with what there is, also starts a
   # service where there is but one process.
   detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
@@ -156,7 +163,10 @@ def _detected(
     with warnings.catch_warnings():
       # That a package which could detect more is missing.
       warnings.simplefilter("ignore")
-      return detect(*given, None, None, timeout)[:3]
+      address, count, index, devices = detect(*given, None, None, timeout)
+      return (address, count, index), None if devices is None else tuple(
+        devices
+      )
   # Whatever is asked for, such as a cloud's metadata, fails in ways of its own.
   except Exception as error:
     _logger.warning(
@@ -165,7 +175,7 @@ def _detected(
       errors.one_line(error),
       _HOW,
     )
-    return given
+    return given, None
 
 
 @contextlib.contextmanager
@@ -238,6 +248,9 @@ def connected(
         address,
         cluster.num_processes,
         cluster.process_id,
+        cluster.local_device_ids,
+        # What there is to detect has been.
+        cluster_detection_method="deactivate",
         initialization_timeout=max(1, round(deadline - time.monotonic())),
         heartbeat_timeout_seconds=heartbeat_timeout,
         shutdown_timeout_seconds=_LEAVE,
@@ -253,12 +266,18 @@ def connected(
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
+    if str(error).startswith(_OWN_FAULTS):
+      raise
     # What is left of a computation that another process was part of.
     raise errors.UserError(f"{_LOST} ({errors.one_line(error)})") from error
-  except (errors.UserError, interruption.Stopped):
-    _leave()
+  except (errors.Interrupted, interruption.Stopped):
+    # All have been, and what process 0 saves may take long.
+    _leave(_PATIENCE)
     raise
-  _leave()
+  except errors.UserError:
+    _leave(_LEAVE)
+    raise
+  _leave(_PATIENCE)
 
 
 def _await_answer(address: str, deadline: float) -> None:
@@ -313,13 +332,17 @@ def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
   ctypes.CDLL(None).signal(int(signal.SIGABRT), _on_abort)
 
 
-def _leave() -> None:
+def _leave(seconds: int) -> None:
   """Waits for the others, if they are about to end as well, and disconnects.
 
-  Process 0 may not end before: its end would take the others for a failure.
+  Process 0 may not end before: its end would take the others for a failure. Nor
+  may the others, which while it saves would be missed.
+
+  Args:
+    seconds: how long, unless one dies meanwhile.
   """
   try:
-    _client().wait_at_barrier("resnet_flax/leave", _LEAVE * 1000)
+    _client().wait_at_barrier("resnet_flax/leave", seconds * 1000)
   except Exception:
     return  # They are not: what ends this process is its own.
   jax.distributed.shutdown()

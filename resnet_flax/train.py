@@ -120,6 +120,7 @@ def train_and_evaluate(
     goes_on, step, notes, kept = distributed.first(open_run)
     records += kept
     if isinstance(checkpoints, checkpoint.Elsewhere):
+      checkpoints = checkpoint.Elsewhere([step] if goes_on else [])
       stack.enter_context(_explain_interruption(workdir, checkpoints, signals))
     if len(records) == config.num_epochs:
       _logger.info("%s is finished: %d epochs.", workdir, len(records))

@@ -1,5 +1,6 @@
 """Several processes on this machine, as if each were a host."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -112,6 +113,7 @@ def test_two_processes_are_one_run(tiny_config, tmp_path):
       config_file,
       (never, (2, "SIGKILL")),
       "--heartbeat_timeout=10",
+      "--config.steps_per_call=2",
     ),
     within=60,
   )
@@ -197,6 +199,8 @@ def test_where_the_processes_are_found(monkeypatch):
   assert found is not None
   assert found.coordinator_address.startswith("node001:")
   assert (found.num_processes, found.process_id) == (2, 1)
+  # A task has the GPU of its own.
+  assert found.local_device_ids == (0,)
   assert distributed.find_cluster(num_processes=1) is None
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
@@ -205,6 +209,60 @@ def test_where_the_processes_are_found(monkeypatch):
   monkeypatch.setenv("JAX_PROCESS_ID", "two")
   with pytest.raises(errors.ConfigError, match="JAX_PROCESS_ID='two'"):
     distributed.find_cluster()
+
+
+def test_open_mpi_is_found(monkeypatch):
+  for name, value in {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "16",
+    "OMPI_COMM_WORLD_RANK": "9",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+  }.items():
+    monkeypatch.setenv(name, value)
+  found = distributed.find_cluster()
+  assert found is not None
+  assert found.coordinator_address.startswith("10.96.0.1:")
+  assert (found.num_processes, found.process_id) == (16, 9)
+  assert found.local_device_ids == (1,)
+
+
+@pytest.fixture
+def connected(monkeypatch):
+  """Inside `distributed.connected`, of one that does not connect."""
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+  monkeypatch.setattr(distributed, "_say_on_abort", lambda *_: None)
+  return distributed.connected(distributed.Cluster("127.0.0.1:1", 2, 0))
+
+
+@pytest.mark.parametrize(
+  ("text", "kind"),
+  [
+    ("UNAVAILABLE: connection reset", errors.UserError),
+    ("RESOURCE_EXHAUSTED: out of memory", jax.errors.JaxRuntimeError),
+  ],
+)
+def test_not_all_that_fails_is_another_processs_fault(connected, text, kind):
+  with pytest.raises(kind), connected:
+    raise jax.errors.JaxRuntimeError(text)
+
+
+@pytest.mark.parametrize(
+  ("error", "patient"),
+  [
+    (None, True),
+    (errors.Interrupted("saved", signal.SIGTERM), True),
+    (errors.ConfigError("of this process alone"), False),
+  ],
+)
+def test_processes_that_are_done_wait_for_what_process_0_saves(
+  connected, error, patient, monkeypatch
+):
+  waits = []
+  monkeypatch.setattr(distributed, "_leave", waits.append)
+  with contextlib.suppress(errors.UserError), connected:
+    if error:
+      raise error
+  assert waits == [distributed._PATIENCE if patient else distributed._LEAVE]
 
 
 def test_a_job_of_one_task_is_alone(monkeypatch):

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
   print(json.dumps(result, indent=2))
   if out:
     records.add(out, result)
+  compilation.check_transfers(result)
 
 
 if __name__ == "__main__":

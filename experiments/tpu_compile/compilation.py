@@ -266,6 +266,25 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
   }
 
 
+def check_transfers(described: dict[str, Any]) -> None:
+  """Checks that nothing goes through the host while a step runs.
+
+  Args:
+    described: from `describe`.
+
+  Raises:
+    UserError: something does.
+  """
+  for step in STEPS:
+    transfers = described[step]["host_transfers"]
+    if transfers:
+      raise errors.UserError(
+        f"the {step} step has {len(transfers)} transfers to or from the host,"
+        f" such as {transfers[0]}, which stop the device. Take out of the model"
+        " and the metrics what makes them, such as callbacks and prints."
+      )
+
+
 def _grouped(collectives: Sequence[hlo.Collective]) -> list[dict[str, Any]]:
   groups: dict[tuple[str, int, int], dict[str, Any]] = {}
   for each in collectives:

@@ -239,6 +239,13 @@ def record(make_tiny_config, tmp_path_factory):
   return {"arguments": arguments, **described}
 
 
+def test_transfers_are_refused(record):
+  compilation.check_transfers(record)
+  step = {**record["eval"], "host_transfers": ["%send.1"]}
+  with pytest.raises(errors.UserError, match=r"eval step has 1 .*%send\.1"):
+    compilation.check_transfers({**record, "eval": step})
+
+
 def test_description(record):
   assert record["num_devices"] == 2
   assert record["memory_bytes"] == 16e9
