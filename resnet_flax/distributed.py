@@ -13,6 +13,7 @@ for: the functions below then do what they are named after at once.
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import json
 import logging
@@ -57,6 +58,9 @@ _LOST = (
 # How errors begin that are not about other processes.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
+# Set by MPICH and its kin, and by Open MPI since version 5.
+_RANKS_OF_MPI = {"PMI_RANK", "PMIX_RANK"}
+
 # Names what is exchanged: processes do the same in the same order.
 _numbers = itertools.count()
 
@@ -87,9 +91,9 @@ def find_cluster(
   """The processes of this run.
 
   What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID, else from what JAX detects: TPU pods, Slurm, Open MPI and
-  Kubernetes. Where all is given a process takes all devices of its host, or
-  those of JAX_LOCAL_DEVICE_IDS.
+  JAX_PROCESS_ID, else from what JAX detects: TPU pods, Slurm, Open MPI 4,
+  Kubernetes and, with mpi4py, any other MPI. Where all is given a process takes
+  all devices of its host, or those of JAX_LOCAL_DEVICE_IDS.
 
   Args:
     coordinator_address: HOST:PORT of process 0.
@@ -163,10 +167,14 @@ def _detected(
     with warnings.catch_warnings():
       # That a package which could detect more is missing.
       warnings.simplefilter("ignore")
-      address, count, index, devices = detect(*given, None, None, timeout)
-      return (address, count, index), None if devices is None else tuple(
-        devices
-      )
+      *found, devices = detect(*given, None, None, timeout)
+      if None in found and _RANKS_OF_MPI & os.environ.keys():
+        *found, devices = detect(*given, None, _with_mpi4py(), timeout)
+    address, count, index = found
+    local = None if devices is None else tuple(devices)
+    return (address, count, index), local
+  except errors.ConfigError:
+    raise
   # Whatever is asked for, such as a cloud's metadata, fails in ways of its own.
   except Exception as error:
     _logger.warning(
@@ -176,6 +184,16 @@ def _detected(
       _HOW,
     )
     return given, None
+
+
+def _with_mpi4py() -> str:
+  """JAX's name for the way, which it takes only if asked for."""
+  if importlib.util.find_spec("mpi4py") is None:
+    raise errors.ConfigError(
+      "this process was started by MPI, whose other processes mpi4py finds: pip"
+      f" install mpi4py; or {_HOW}; or --num_processes=1 to work alone."
+    )
+  return "mpi4py"
 
 
 @contextlib.contextmanager

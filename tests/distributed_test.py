@@ -226,6 +226,15 @@ def test_open_mpi_is_found(monkeypatch):
   assert found.local_device_ids == (1,)
 
 
+def test_other_mpis_need_mpi4py(monkeypatch):
+  monkeypatch.setenv("PMI_RANK", "1")
+  assert distributed.find_cluster("host:1", 2, 1) is not None
+  assert distributed.find_cluster(num_processes=1) is None
+  monkeypatch.setitem(sys.modules, "mpi4py", None)
+  with pytest.raises(errors.ConfigError, match="pip install mpi4py; or pass"):
+    distributed.find_cluster()
+
+
 @pytest.fixture
 def connected(monkeypatch):
   """Inside `distributed.connected`, of one that does not connect."""
