@@ -45,6 +45,8 @@ _ENCODINGS = ("JPEG", "PNG")
 # ImageNet's largest has 61 million.
 _MOST_PIXELS = 2**26
 _MOST_EXAMPLES = 2**31 - 1
+# One in so many is scored where there is but one split.
+_HELD_OUT = 10
 
 
 class Shard(NamedTuple):
@@ -95,9 +97,9 @@ class Facts:
   """What a copy says of itself.
 
   Attributes:
-    num_train, num_test: images of the split 'train' and of the one that is
-      scored.
-    test: the latter's name: 'validation', or 'test' where there is none.
+    num_train, num_test: images that are trained on and that are scored.
+    test: the split of the latter: 'validation', or 'test' where there is none;
+      with neither, 'train', whose last tenth it is (TFDS has shuffled it).
     class_names: name of each label.
   """
 
@@ -120,17 +122,19 @@ def read_facts(folder: pathlib.Path) -> Facts:
       for split in info["splits"]
     }
     # ImageNet's 'test' has no labels.
-    test = "validation" if "validation" in counts else "test"
-    for split in ("train", test):
-      if not 0 < counts.get(split, 0) <= _MOST_EXAMPLES:
-        raise ValueError(
-          f"it has no images in the split {split!r}; 'train', and 'validation'"
-          " or 'test', are needed"
-        )
-    names = prepared.label_names(folder)
-    if not names:
+    named = (name for name in ("validation", "test") if name in counts)
+    test = next(named, "train")
+    num_train, num_test = counts.get("train", 0), counts.get(test, 0)
+    if test == "train":
+      num_test = -(-num_train // _HELD_OUT)
+      num_train -= num_test
+    for split, count in (("train", num_train), (test, num_test)):
+      if not 0 < count <= _MOST_EXAMPLES:
+        raise ValueError(f"it has no images in the split {split!r}")
+    labels = prepared.label_names(folder)
+    if not labels:
       raise ValueError("label.labels.txt is empty")
-    return Facts(counts["train"], counts[test], test, names)
+    return Facts(num_train, num_test, test, labels)
   # It may hold anything.
   except Exception as error:
     raise _damaged(folder, error) from error
@@ -166,7 +170,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def load(config: ConfigDict, augmentation: str) -> record.Dataset:
-  """Opens a prepared copy: its official splits.
+  """Opens a prepared copy: its official splits, or parts of its only one.
 
   Args:
     config: the `dataset` part of the configuration.
@@ -178,10 +182,15 @@ def load(config: ConfigDict, augmentation: str) -> record.Dataset:
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
   source = f"{config.name}-{folder.name}-{fingerprint(folder)[:16]}"
-  splits = {}
-  for name, crop in (("train", augmentation), (facts.test, "none")):
-    split = splits[name] = StreamedSplit(
-      indices=np.arange(facts.num_train if name == "train" else facts.num_test),
+  first_test = facts.num_train if facts.test == "train" else 0
+  parts = (
+    ("train", np.arange(facts.num_train), augmentation),
+    (facts.test, np.arange(facts.num_test) + first_test, "none"),
+  )
+  splits = []
+  for name, indices, crop in parts:
+    split = StreamedSplit(
+      indices=indices,
       folder=folder,
       shards=_shards(folder, name),
       image_size=config.image_size,
@@ -190,17 +199,19 @@ def load(config: ConfigDict, augmentation: str) -> record.Dataset:
       num_workers=config.num_workers,
       num_crops=config.test_crops,
     )
-    if len(split) != sum(shard.take for shard in split.shards):
+    splits.append(split)
+    size = 1 + max(part[1][-1] for part in parts if part[0] == name)
+    if sum(shard.take for shard in split.shards) != size:
       error = ValueError(f"the split {name!r} has shards of another number")
       raise _damaged(folder, error)
-  _allow_open_files(sum(len(split.shards) for split in splits.values()))
-  for split in splits.values():
+  _allow_open_files(sum(len(split.shards) for split in splits))
+  for split in splits:
     # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
   return record.Dataset(
-    train=splits["train"],
+    train=splits[0],
     validation=None,
-    test=splits[facts.test],
+    test=splits[1],
     class_names=facts.class_names,
     source=source,
   )

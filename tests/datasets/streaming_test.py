@@ -329,7 +329,8 @@ def test_fewer_examples_than_announced(copy):
   "change",
   [
     {"splits": []},
-    {"splits": [{"name": "train", "shardLengths": ["40"]}]},
+    {"splits": [{"name": "train", "shardLengths": ["1"]}]},
+    {"splits": [{"name": "test", "shardLengths": ["40"]}]},
     {"splits": [{"name": "train", "shardLengths": ["-1"]}]},
     {"splits": 3},
   ],
@@ -376,6 +377,18 @@ def test_as_many_files_may_be_open_as_a_set_has(root, monkeypatch):
   monkeypatch.setattr(resource, "getrlimit", lambda which: (200, 200))
   with pytest.raises(errors.DataError, match=r"may open 200 here.*ulimit -Hn"):
     load(root)
+
+
+def test_of_a_set_with_one_split_the_last_tenth_is_scored(copy):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text())
+  whole = load(copy.parent.parent).train
+  info["splits"] = [each for each in info["splits"] if each["name"] == "train"]
+  path.write_text(json.dumps(info))
+  dataset = load(copy.parent.parent)
+  assert (len(dataset.train), len(dataset.test)) == (36, 4)
+  equal([dataset.train.take(np.arange(36))], [whole.take(np.arange(36))])
+  equal([dataset.test.take(np.arange(4))], [whole.take(np.arange(36, 40))])
 
 
 def test_files_of_other_folders_are_not_read(copy):
