@@ -58,8 +58,8 @@ _LOST = (
 # How errors begin that are not about other processes.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
-# Set by MPICH and its kin, and by Open MPI since version 5.
-_RANKS_OF_MPI = {"PMI_RANK", "PMIX_RANK"}
+# Of MPICH and its kin; of Open MPI, of which JAX knows versions below 5.
+_SIZES_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 # Names what is exchanged: processes do the same in the same order.
 _numbers = itertools.count()
@@ -168,13 +168,6 @@ def _detected(
       # That a package which could detect more is missing.
       warnings.simplefilter("ignore")
       *found, devices = detect(*given, None, None, timeout)
-      if None in found and _RANKS_OF_MPI & os.environ.keys():
-        *found, devices = detect(*given, None, _with_mpi4py(), timeout)
-    address, count, index = found
-    local = None if devices is None else tuple(devices)
-    return (address, count, index), local
-  except errors.ConfigError:
-    raise
   # Whatever is asked for, such as a cloud's metadata, fails in ways of its own.
   except Exception as error:
     _logger.warning(
@@ -184,16 +177,50 @@ def _detected(
       _HOW,
     )
     return given, None
+  started = max(_integer(name) or 1 for name in _SIZES_OF_MPI)
+  if None in found and started > 1:
+    *found, devices = _found_by_mpi4py(given, started, timeout)
+  address, count, index = found
+  # JAX looks at the variable only where nothing else is said.
+  if devices is None or os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    return (address, count, index), None
+  return (address, count, index), tuple(devices)
 
 
-def _with_mpi4py() -> str:
-  """JAX's name for the way, which it takes only if asked for."""
+def _found_by_mpi4py(
+  given: tuple[Any, Any, Any], started: int, timeout: int
+) -> tuple[Any, Any, Any, Any]:
+  """What JAX finds with mpi4py, which it uses only if asked to.
+
+  Args:
+    given: what is not to be found.
+    started: processes, as the launcher says.
+    timeout: in seconds.
+
+  Raises:
+    ConfigError: mpi4py is missing, or of another MPI.
+  """
+  how = f"{_HOW}; or --num_processes=1 to work alone"
   if importlib.util.find_spec("mpi4py") is None:
     raise errors.ConfigError(
-      "this process was started by MPI, whose other processes mpi4py finds: pip"
-      f" install mpi4py; or {_HOW}; or --num_processes=1 to work alone."
+      f"MPI has started {started} processes, which mpi4py finds: pip install"
+      f" mpi4py; or {how}."
     )
-  return "mpi4py"
+  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+  try:
+    found = detect(*given, None, "mpi4py", timeout)
+  # It loads a library of MPI, which may not be there.
+  except Exception as error:
+    raise errors.ConfigError(
+      f"mpi4py does not work here ({errors.one_line(error)}): mend it; or"
+      f" {how}."
+    ) from error
+  if found[1] != started:
+    raise errors.ConfigError(
+      f"MPI has started {started} processes, but mpi4py finds {found[1]}: it is"
+      f" of another MPI. Build it with this one; or {how}."
+    )
+  return found
 
 
 @contextlib.contextmanager
@@ -288,12 +315,10 @@ def connected(
       raise
     # What is left of a computation that another process was part of.
     raise errors.UserError(f"{_LOST} ({errors.one_line(error)})") from error
-  except (errors.Interrupted, interruption.Stopped):
-    # All have been, and what process 0 saves may take long.
-    _leave(_PATIENCE)
-    raise
-  except errors.UserError:
-    _leave(_LEAVE)
+  except (errors.UserError, interruption.Stopped):
+    # What process 0 saves when all stop may take long. Else the others, who go
+    # on, may never come.
+    _leave(_PATIENCE if _JointAgreement.has_stopped else _LEAVE)
     raise
   _leave(_PATIENCE)
 
@@ -547,6 +572,9 @@ class _JointAgreement(Agreement):
   step's metrics are. So all know the same after the same step.
   """
 
+  # Whether the processes have agreed to stop.
+  has_stopped = False
+
   def __init__(
     self,
     signals: interruption.StopSignals,
@@ -579,6 +607,7 @@ class _JointAgreement(Agreement):
   def _stop_if(self, signal_number: int, overdue: int) -> None:
     del overdue
     if signal_number:
+      _JointAgreement.has_stopped = True
       raise interruption.Stopped(signal_number)
 
   def _vote(self) -> tuple[int, int]:

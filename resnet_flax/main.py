@@ -34,8 +34,8 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",
   None,
   "Several hosts: HOST:PORT of process 0; by default $JAX_COORDINATOR_ADDRESS."
-  " Not needed where JAX finds the processes by itself: on TPU pods, with Slurm"
-  " and with Open MPI.",
+  " Not needed where JAX finds the processes by itself: on TPU pods, with"
+  " Slurm, Open MPI 4 and, where mpi4py is installed, any other MPI.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes",

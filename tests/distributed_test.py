@@ -1,6 +1,7 @@
 """Several processes on this machine, as if each were a host."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import types
+from importlib import machinery
+from unittest import mock
 
 import jax
 import pytest
@@ -226,12 +230,36 @@ def test_open_mpi_is_found(monkeypatch):
   assert found.local_device_ids == (1,)
 
 
-def test_other_mpis_need_mpi4py(monkeypatch):
-  monkeypatch.setenv("PMI_RANK", "1")
+def test_other_mpis_are_found_with_mpi4py(monkeypatch):
+  monkeypatch.setenv("PMI_SIZE", "1")
+  assert distributed.find_cluster() is None
+  monkeypatch.setenv("PMI_SIZE", "4")
   assert distributed.find_cluster("host:1", 2, 1) is not None
   assert distributed.find_cluster(num_processes=1) is None
   monkeypatch.setitem(sys.modules, "mpi4py", None)
   with pytest.raises(errors.ConfigError, match="pip install mpi4py; or pass"):
+    distributed.find_cluster()
+  # It cannot be installed without an MPI.
+  world = mock.Mock(
+    **{
+      "Get_rank.return_value": 2,
+      "Get_size.return_value": 4,
+      "bcast.return_value": "host:61441",
+      "Split_type.return_value.Get_rank.return_value": 0,
+    }
+  )
+  mpi4py = types.ModuleType("mpi4py")
+  mpi4py.__spec__ = machinery.ModuleSpec("mpi4py", None)
+  mpi4py.MPI = mock.Mock(COMM_WORLD=world)
+  monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+  found = distributed.Cluster("host:61441", 4, 2, (0,))
+  assert distributed.find_cluster() == found
+  monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
+  assert distributed.find_cluster() == dataclasses.replace(
+    found, local_device_ids=None
+  )
+  world.Get_size.return_value = 1
+  with pytest.raises(errors.ConfigError, match="4 processes, but mpi4py finds"):
     distributed.find_cluster()
 
 
@@ -256,18 +284,21 @@ def test_not_all_that_fails_is_another_processs_fault(connected, text, kind):
 
 
 @pytest.mark.parametrize(
-  ("error", "patient"),
+  ("error", "agreed", "patient"),
   [
-    (None, True),
-    (errors.Interrupted("saved", signal.SIGTERM), True),
-    (errors.ConfigError("of this process alone"), False),
+    (None, False, True),
+    (errors.Interrupted("saved", signal.SIGTERM), True, True),
+    # Of this process alone, before the first step.
+    (errors.Interrupted("nothing saved", signal.SIGTERM), False, False),
+    (errors.ConfigError("wrong here"), False, False),
   ],
 )
 def test_processes_that_are_done_wait_for_what_process_0_saves(
-  connected, error, patient, monkeypatch
+  connected, error, agreed, patient, monkeypatch
 ):
   waits = []
   monkeypatch.setattr(distributed, "_leave", waits.append)
+  monkeypatch.setattr(distributed._JointAgreement, "has_stopped", agreed)
   with contextlib.suppress(errors.UserError), connected:
     if error:
       raise error

@@ -126,6 +126,8 @@ def read_facts(folder: pathlib.Path) -> Facts:
     test = next(named, "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
     if test == "train":
+      if len(counts) > 1 or info.get("disableShuffling"):
+        raise ValueError("it has no split 'validation' or 'test'")
       num_test = -(-num_train // _HELD_OUT)
       num_train -= num_test
     for split, count in (("train", num_train), (test, num_test)):
@@ -234,20 +236,23 @@ def _allow_open_files(count: int) -> None:
   except ImportError:  # There is no such limit on Windows.
     return
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  infinity = resource.RLIM_INFINITY
   # Besides, there are libraries, pipes, checkpoints.
   needed = count + 256
-  if hard != resource.RLIM_INFINITY and hard < needed:
+  # Of several seeds each has its own.
+  for wanted in (16 * needed, needed):
+    allowed = wanted if hard == infinity else min(wanted, hard)
+    if soft != infinity and soft < allowed:
+      # macOS has a limit besides.
+      with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+  if soft != infinity and soft < needed:
     raise errors.DataError(
       f"the data set has {count} files, which are open at the same time, but a"
-      f" process may open {hard} here. Have the hard limit (ulimit -Hn) raised"
+      f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
       f" to {needed} or more."
     )
-  if soft != resource.RLIM_INFINITY:
-    # Of several seeds each has its own.
-    wanted = max(soft, 16 * needed)
-    if hard != resource.RLIM_INFINITY:
-      wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
@@ -362,23 +367,21 @@ class StreamedSplit(record.Split):
       ),
       worker_init_fn=_start_worker,
     )
+    alive = _Workers()
     iterator = iter(pipeline)
     try:
-      following = _next_of_live_workers(iterator) if workers else iterator
       for positions in order:
         count = -(-len(positions) // size)
-        parts = [next(following) for _ in range(count)]
+        parts = [alive.next_of(iterator) for _ in range(count)]
         # One at least, for its shape: of the last batch a host may have none.
         parts = parts or [decoding(_Encoded(positions, ()))]
         images, labels = zip(*parts, strict=True)
         yield np.concatenate(images), np.concatenate(labels)
     except _WorkerDied as error:
-      # Not closed: that waits for the same.
-      iterator = None
       raise errors.DataError(
-        f"a process that decoded images of {self.folder} was ended ({error}),"
-        " most likely for want of memory. Pass a smaller"
-        " --config.dataset.num_workers."
+        f"a process that decodes images of {self.folder} was ended ({error});"
+        " if it says nothing itself, most likely for want of memory. Pass a"
+        " smaller --config.dataset.num_workers."
       ) from error
     except MemoryError:
       raise
@@ -386,57 +389,74 @@ class StreamedSplit(record.Split):
     except Exception as error:
       raise _damaged(self.folder, error) from error
     finally:
-      if iterator is not None:
-        iterator.close()
+      alive.close(iterator)
 
 
 class _WorkerDied(Exception):
   """A worker was killed."""
 
 
-def _next_of_live_workers(iterator: Iterator[T]) -> Iterator[T]:
-  """What Grain's workers hand over, while all of them live.
+class _Workers:
+  """The processes that Grain starts for an iterator.
 
   For one that is killed amid handing over Grain waits for ever: its pipe has an
   end in this process, too.
-
-  Raises:
-    _WorkerDied: one was killed.
   """
-  workers: set[multiprocessing.process.BaseProcess] = set()
-  answers: queue.SimpleQueue[tuple[Any, BaseException | None]]
-  answers = queue.SimpleQueue()
 
-  def take() -> None:
-    try:
-      answers.put((next(iterator), None))
-    except BaseException as error:
-      answers.put((None, error))
+  def __init__(self) -> None:
+    self._others = set(multiprocessing.active_children())
+    self._own: set[multiprocessing.process.BaseProcess] = set()
 
-  def check_workers() -> None:
-    workers.update(
+  def next_of(self, iterator: Iterator[T]) -> T:
+    """What comes next, while all workers live.
+
+    Raises:
+      _WorkerDied: one was killed.
+    """
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]]
+    answers = queue.SimpleQueue()
+
+    def take() -> None:
+      try:
+        answers.put((next(iterator), None))
+      except Exception as error:
+        answers.put((None, error))
+
+    threading.Thread(target=take, name="next images", daemon=True).start()
+    while True:
+      with contextlib.suppress(queue.Empty):
+        part, error = answers.get(timeout=0.2)
+        break
+      if died := self._died():
+        raise _WorkerDied(died)
+    # Often enough for none to end unseen.
+    died = self._died()
+    if error is None:
+      return part
+    # What Grain itself says of one.
+    if "terminated unexpectedly" in str(error):
+      died = died or errors.one_line(error)
+    if died:
+      raise _WorkerDied(died) from error
+    raise error
+
+  def _died(self) -> str:
+    self._own |= {
       child
       for child in multiprocessing.active_children()
       if child.name.startswith("grain-process-prefetch")
-    )
-    for worker in workers:
-      if worker.exitcode:
-        raise _WorkerDied(f"exit code {worker.exitcode}")
+    } - self._others
+    codes = [worker.exitcode for worker in self._own if worker.exitcode]
+    return f"exit code {codes[0]}" if codes else ""
 
-  while True:
-    threading.Thread(target=take, name="next images", daemon=True).start()
-    answer = None
-    while answer is None:
-      check_workers()
-      with contextlib.suppress(queue.Empty):
-        answer = answers.get(timeout=1)
-    part, error = answer
-    if isinstance(error, StopIteration):
+  def close(self, iterator: Any) -> None:
+    """Ends all of them, and the iterator."""
+    if not self._died():
+      iterator.close()
       return
-    if error is not None:
-      check_workers()  # Of some ends Grain knows, too.
-      raise error
-    yield part
+    # To close it would wait for those that died.
+    for worker in self._own:
+      worker.kill()
 
 
 def _import_grain() -> Any:
