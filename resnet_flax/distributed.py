@@ -61,6 +61,10 @@ _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 # Of MPICH and its kin; of Open MPI, of which JAX knows versions below 5.
 _SIZES_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
+# Not public. The public way, to initialize with what there is, also starts a
+# service where there is but one process.
+_detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+
 # Names what is exchanged: processes do the same in the same order.
 _numbers = itertools.count()
 
@@ -160,14 +164,11 @@ def _detected(
   given: tuple[Any, Any, Any], timeout: int
 ) -> tuple[tuple[Any, Any, Any], tuple[int, ...] | None]:
   """What is given, and for what is missing what JAX detects; local devices."""
-  # Not public. The public way, to initialize with what there is, also starts a
-  # service where there is but one process.
-  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
   try:
     with warnings.catch_warnings():
       # That a package which could detect more is missing.
       warnings.simplefilter("ignore")
-      *found, devices = detect(*given, None, None, timeout)
+      *found, devices = _detect(*given, None, None, timeout)
   # Whatever is asked for, such as a cloud's metadata, fails in ways of its own.
   except Exception as error:
     _logger.warning(
@@ -206,9 +207,8 @@ def _found_by_mpi4py(
       f"MPI has started {started} processes, which mpi4py finds: pip install"
       f" mpi4py; or {how}."
     )
-  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
   try:
-    found = detect(*given, None, "mpi4py", timeout)
+    found = _detect(*given, None, "mpi4py", timeout)
   # It loads a library of MPI, which may not be there.
   except Exception as error:
     raise errors.ConfigError(

@@ -5,7 +5,7 @@ import itertools
 import multiprocessing
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,19 +42,19 @@ class Alone:
   def measure(self, num_images: int) -> dict[str, float]:
     """Decodes about as many images, by all processes together."""
     # As the pipeline does: processors are faster for the first seconds.
-    self._decode(_WARM_UP)
-    each = num_images // len(self._processes)
-    times = self._decode(num_images)
-    images = each * len(times)
+    count = len(self._processes)
+    self._decode(_WARM_UP // count)
+    times = self._decode(num_images // count)
+    images = num_images // count * count
     return {
       "images_per_second": images / max(wall for wall, _ in times),
       "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / images,
     }
 
-  def _decode(self, num_images: int) -> list[tuple[float, float]]:
-    """Seconds and seconds of CPU time that each process took."""
+  def _decode(self, each: int) -> list[tuple[float, float]]:
+    """Seconds and seconds of CPU time that each process took for as many."""
     for _, conn in self._processes:
-      conn.send(num_images // len(self._processes))
+      conn.send(each)
     return [conn.recv() for _, conn in self._processes]
 
   def close(self) -> None:
@@ -123,7 +123,6 @@ class Pipeline:
 
   def close(self) -> None:
     """Ends its workers."""
-    assert isinstance(self._batches, Iterator)
     self._batches.close()  # type: ignore[attr-defined]
 
 

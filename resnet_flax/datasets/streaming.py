@@ -368,11 +368,13 @@ class StreamedSplit(record.Split):
       worker_init_fn=_start_worker,
     )
     alive = _Workers()
+    # Threads of this process do not die by themselves.
+    take = alive.next_of if workers else next
     iterator = iter(pipeline)
     try:
       for positions in order:
         count = -(-len(positions) // size)
-        parts = [alive.next_of(iterator) for _ in range(count)]
+        parts = [take(iterator) for _ in range(count)]
         # One at least, for its shape: of the last batch a host may have none.
         parts = parts or [decoding(_Encoded(positions, ()))]
         images, labels = zip(*parts, strict=True)
