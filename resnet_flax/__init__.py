@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
   # Imported on first use: the command line must be able to report a mistake,
   # or a Ctrl-C, before JAX and Flax are loaded.
   if name == "load_model":
-    from resnet_flax.inference import load_model
+    from resnet_flax.run.load import load_model
 
     return load_model
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

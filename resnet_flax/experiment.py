@@ -5,16 +5,13 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import (
+from resnet_flax import models, optimizer, schedule, step as train_step
+from resnet_flax.data import (
   augment,
-  models,
-  normalization,
-  optimizer,
+  loading,
+  normalize as normalization,
   randomness,
-  schedule,
-  train_step,
 )
-from resnet_flax.datasets import loading
 
 
 def build(config: ConfigDict) -> train_step.Experiment:

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax import errors, huge_pages, program
+from resnet_flax.run import errors, huge_pages, program
 
 # For --helpshort, which shows a program's own.
 flags.adopt_module_key_flags(program)
@@ -64,7 +64,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 
 def _find_cluster() -> Any:
-  from resnet_flax import distributed
+  from resnet_flax.parallel import hosts as distributed
 
   return distributed.find_cluster(
     _COORDINATOR_ADDRESS.value,
@@ -75,7 +75,9 @@ def _find_cluster() -> Any:
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
-  from resnet_flax import distributed, interruption, train
+  from resnet_flax import train
+  from resnet_flax.parallel import hosts as distributed
+  from resnet_flax.run import interruption
 
   with distributed.connected(
     _find_cluster(),
@@ -90,7 +92,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _print_results(config: ConfigDict, records: list[dict[str, Any]]) -> None:
-  from resnet_flax import metrics
+  from resnet_flax.run import metrics
 
   monitor = config.checkpoint.monitor
   _print_scores(
@@ -125,7 +127,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 
 def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
-  from resnet_flax import inference, interruption
+  from resnet_flax.run import interruption, load as inference
 
   with interruption.StopSignals(exits=True):
     scores = inference.evaluate_workdir(
@@ -143,7 +145,7 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
 
 
 def _run(argv: list[str]) -> None:
-  from resnet_flax import command_line
+  from resnet_flax.run import command_line
 
   command_line.set_up()
   if _MODE.value != "train" and (cluster := _find_cluster()):
@@ -164,7 +166,7 @@ def _run(argv: list[str]) -> None:
     return
   config, default_workdir = command_line.config_and_workdir()
   if _MODE.value == "summary":
-    from resnet_flax import summary
+    from resnet_flax.tools import summary
 
     print(summary.summarize(config), flush=True)
     return

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from resnet_flax import errors, leaves
+from resnet_flax.models.kernels import grouping as leaves
+from resnet_flax.run import errors
 
 PyTree = Any
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from resnet_flax import errors
+from resnet_flax.run import errors
 
 # What the rate does after a warm-up.
 NAMES = ("drops", "cosine")

@@ -15,26 +15,29 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import (
-  calls as calls_lib,
-  checkpoint,
-  config_rules,
-  datasets,
-  distributed,
-  epochs,
-  errors,
-  evaluate,
+  data as datasets,
   experiment as experiment_lib,
+  step as train_step,
+)
+from resnet_flax.data import normalize as normalization, randomness
+from resnet_flax.parallel import (
+  calls as calls_lib,
+  epochs,
+  evaluate,
+  hosts as distributed,
+  networks as seeds_lib,
+  resident,
+)
+from resnet_flax.run import (
+  checkpoint,
+  config as config_rules,
+  errors,
+  folder as workdir_lib,
   interruption,
   layer_norms,
   metrics,
-  normalization,
   progress as progress_lib,
-  randomness,
-  resident,
-  seeds as seeds_lib,
-  train_step,
   transfer,
-  workdir as workdir_lib,
 )
 
 _logger = logging.getLogger(__name__)

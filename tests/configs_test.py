@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from configs import base, he2015_depth20
 from experiments.input_pipeline import generated
-from resnet_flax import config_rules, datasets, experiment, train
+from resnet_flax import data as datasets, experiment, train
+from resnet_flax.run import config as config_rules
 
 FOLDER = pathlib.Path(base.__file__).parent
 NAMES = sorted(
@@ -110,7 +111,7 @@ def test_every_key_is_read_and_no_other(
 
   Reading what is not declared raises by itself: configurations are locked.
   """
-  from tests.datasets import archives
+  from tests.data import archives
 
   archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
   read = set()

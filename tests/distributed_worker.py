@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from resnet_flax import main, progress
+from resnet_flax import main
+from resnet_flax.run import progress
 
 
 def send_at(number, count):

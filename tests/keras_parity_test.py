@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from configs import base
-from resnet_flax import models, optimizer, train_step
+from resnet_flax import models, optimizer, step as train_step
 from tests.models.flax_batch_norm import FlaxBatchNorm
 
 keras = pytest.importorskip("keras", reason="needs the extra [parity]")

@@ -5,7 +5,8 @@ import optax
 import pytest
 
 from configs import base, he2015_depth20
-from resnet_flax import errors, optimizer
+from resnet_flax import optimizer
+from resnet_flax.run import errors
 
 
 @pytest.fixture

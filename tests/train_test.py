@@ -13,20 +13,19 @@ import numpy as np
 import pytest
 
 from resnet_flax import (
-  calls as calls_lib,
-  checkpoint,
-  datasets,
-  epochs,
-  errors,
-  evaluate,
+  data as datasets,
   experiment as experiment_lib,
-  mesh as mesh_lib,
-  metrics,
-  progress,
-  seeds,
+  step as train_step,
   train,
-  train_step,
 )
+from resnet_flax.parallel import (
+  calls as calls_lib,
+  epochs,
+  evaluate,
+  mesh as mesh_lib,
+  networks as seeds,
+)
+from resnet_flax.run import checkpoint, errors, metrics, progress
 
 
 def restore(config, workdir, step=None):

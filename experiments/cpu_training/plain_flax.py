@@ -12,8 +12,10 @@ from unittest import mock
 
 from jax import lax
 
-from resnet_flax import huge_pages, main, mesh
-from resnet_flax.models import batch_norm, convolution
+from resnet_flax import main
+from resnet_flax.models.kernels import batch_norm, convolution
+from resnet_flax.parallel import mesh
+from resnet_flax.run import huge_pages
 
 # The counterpart that the tests compare with.
 from tests.models.flax_batch_norm import FlaxBatchNorm

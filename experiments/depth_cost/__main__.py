@@ -23,16 +23,14 @@ import numpy as np
 from absl import app, flags, logging as absl_logging
 
 from configs import base
-from resnet_flax import (
-  config_rules,
+from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax.data import normalize as normalization, randomness
+from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.run import (
+  config as config_rules,
   environment,
-  experiment as experiment_lib,
+  folder as workdir,
   huge_pages,
-  mesh as mesh_lib,
-  normalization,
-  randomness,
-  train_step,
-  workdir,
 )
 
 MODES = {

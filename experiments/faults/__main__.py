@@ -26,7 +26,7 @@ from absl import app, flags
 
 from experiments.faults import harness, injections
 from experiments.faults.case import Case, Job
-from resnet_flax import command_line, environment, workdir as workdir_lib
+from resnet_flax.run import command_line, environment, folder as workdir_lib
 
 _KILLS = flags.DEFINE_integer("kills", 50, "Random kills that hit a process.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws times, signals, files, bytes.")

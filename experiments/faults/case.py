@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.faults import harness
-from resnet_flax import errors
+from resnet_flax.run import errors
 
 
 class Job:

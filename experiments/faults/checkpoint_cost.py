@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 
 from experiments.throughput.in_turn import in_turn
 from experiments.throughput.resident import prepare_on_data
-from resnet_flax import (
+from resnet_flax import experiment as experiment_lib
+from resnet_flax.run import (
   checkpoint,
   command_line,
   environment,
-  experiment as experiment_lib,
+  folder as workdir,
   huge_pages,
-  workdir,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after one to warm up.")

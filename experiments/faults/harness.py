@@ -14,12 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from resnet_flax import (
-  checkpoint,
-  experiment as experiment_lib,
-  metrics,
-  workdir as workdir_lib,
-)
+from resnet_flax import experiment as experiment_lib
+from resnet_flax.run import checkpoint, folder as workdir_lib, metrics
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _POLL_SECONDS = 0.005

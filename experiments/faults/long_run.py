@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.faults import harness
-from resnet_flax import command_line, workdir as workdir_lib
+from resnet_flax.run import command_line, folder as workdir_lib
 
 _FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Gets everything.")
 _MINUTES = flags.DEFINE_float(

@@ -16,7 +16,7 @@ import tempfile
 from absl import app, flags
 
 from experiments.fuzz import mutations, reading
-from resnet_flax import environment, workdir
+from resnet_flax.run import environment, folder as workdir
 
 _MINUTES = flags.DEFINE_float("minutes", 10.0, "How long to go on.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all inputs.")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from resnet_flax.datasets import archive
+from resnet_flax.data import archive
 
 # The official layout with two images in each of three files.
 SPEC = archive.ArchiveSpec(

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from experiments.fuzz import mutations
-from resnet_flax import errors
-from resnet_flax.datasets import archive, record
+from resnet_flax.data import archive, dataset as record
+from resnet_flax.run import errors
 
 # Seconds: what is tried here is far smaller than an official archive.
 TIME_LIMIT = 5.0

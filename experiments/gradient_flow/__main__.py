@@ -19,12 +19,12 @@ import jax
 from absl import app, flags
 
 from experiments.gradient_flow import measurement
-from resnet_flax import (
+from resnet_flax.run import (
   command_line,
   environment,
   errors,
+  folder as workdir,
   huge_pages,
-  workdir,
 )
 
 _FAMILIES = flags.DEFINE_list(

@@ -12,16 +12,12 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import base
-from resnet_flax import (
-  calls as calls_lib,
-  config_rules,
-  datasets,
-  epochs,
+from resnet_flax import data as datasets, experiment as experiment_lib, train
+from resnet_flax.parallel import calls as calls_lib, epochs, networks as seeds
+from resnet_flax.run import (
+  config as config_rules,
   errors,
-  experiment as experiment_lib,
   layer_norms,
-  seeds,
-  train,
   whole_file,
 )
 

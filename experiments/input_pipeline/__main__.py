@@ -12,8 +12,9 @@ from absl import app, flags
 from configs import imagenet_resnet50
 from experiments.input_pipeline import generated, measurement
 from experiments.throughput import spread_table
-from resnet_flax import datasets, environment, workdir
-from resnet_flax.datasets import streaming
+from resnet_flax import data as datasets
+from resnet_flax.data import streaming
+from resnet_flax.run import environment, folder as workdir
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the images are put.")
 _IMAGES = flags.DEFINE_integer(

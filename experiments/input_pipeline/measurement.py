@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from resnet_flax import datasets, epochs
-from resnet_flax.datasets import streaming
+from resnet_flax import data as datasets
+from resnet_flax.data import streaming
+from resnet_flax.parallel import epochs
 
 # Who decodes: processes of their own, or threads of the one that trains.
 WAYS = ("workers", "threads")

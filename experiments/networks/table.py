@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from configs import base
-from resnet_flax import models, summary
+from resnet_flax import models
+from resnet_flax.tools import summary
 
 README = pathlib.Path(__file__).parents[2] / "README.md"
 COMMAND = "python -m experiments.networks"

@@ -16,7 +16,13 @@ import jax
 from absl import app, flags
 
 from experiments.scaling import measurement
-from resnet_flax import command_line, environment, errors, huge_pages, workdir
+from resnet_flax.run import (
+  command_line,
+  environment,
+  errors,
+  folder as workdir,
+  huge_pages,
+)
 
 _DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices.")
 _PER_DEVICE = flags.DEFINE_integer(

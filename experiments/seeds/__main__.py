@@ -17,13 +17,13 @@ import jax
 from absl import app, flags
 
 from experiments.seeds import measurement
-from resnet_flax import (
+from resnet_flax.run import (
   command_line,
-  config_rules,
+  config as config_rules,
   environment,
   errors,
+  folder as workdir,
   huge_pages,
-  workdir,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of steps.")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from resnet_flax import errors, lock, program
+from resnet_flax.run import errors, lock, program
 
 flags.adopt_module_key_flags(program)
 _SWEEP = flags.DEFINE_string("sweep", "", "The sweep file.")
@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> None:
   import jax
 
   from experiments.sweep import definition, estimate, overview, scheduler
-  from resnet_flax import command_line
+  from resnet_flax.run import command_line
 
   command_line.set_up()
   if not _DRY_RUN.value:

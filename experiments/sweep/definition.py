@@ -25,7 +25,11 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import config_rules, errors, workdir as workdir_lib
+from resnet_flax.run import (
+  config as config_rules,
+  errors,
+  folder as workdir_lib,
+)
 
 _NAMES = ("CONFIG", "OVERRIDES", "GRID", "CPUS_PER_CELL", "GPUS_PER_CELL")
 

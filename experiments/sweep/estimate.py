@@ -15,15 +15,10 @@ from ml_collections import ConfigDict
 from experiments.sweep import overview
 from experiments.sweep.definition import Cell
 from experiments.throughput import resident
-from resnet_flax import (
-  errors,
-  experiment as experiment_lib,
-  metrics,
-  models,
-  summary,
-  workdir as workdir_lib,
-)
-from resnet_flax.datasets import loading
+from resnet_flax import experiment as experiment_lib, models
+from resnet_flax.data import loading
+from resnet_flax.run import errors, folder as workdir_lib, metrics
+from resnet_flax.tools import summary
 
 _COLUMNS = (
   *("epochs", "parameters", "FLOPs/image", "images", "TFLOP", "time", "cell"),

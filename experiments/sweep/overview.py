@@ -13,7 +13,7 @@ from rich.text import Text
 
 from experiments.sweep import task
 from experiments.sweep.definition import Cell
-from resnet_flax import errors, metrics, workdir as workdir_lib
+from resnet_flax.run import errors, folder as workdir_lib, metrics
 
 _COLUMNS = (
   *("state", "tries", "epochs", "test accuracy", "best", "images/s", "left"),

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.sweep import overview as overview_lib, task
 from experiments.sweep.definition import Cell, Resources
 from experiments.sweep.overview import State, Status
-from resnet_flax import environment, errors, interruption
+from resnet_flax.run import environment, errors, interruption
 
 # Seconds between looks at where the cells stand.
 _INTERVAL = 1.0

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from resnet_flax import errors, lock
+from resnet_flax.run import errors, lock
 
 STARTED = "sweep: started on "
 # A cell whose worker died needs a step and a save to end.

@@ -22,7 +22,7 @@ import sys
 from typing import Any
 
 from experiments.throughput import environments, report
-from resnet_flax import errors, workdir
+from resnet_flax.run import errors, folder as workdir
 
 # Program: its worker, and the environment it needs besides ours.
 PROGRAMS = {

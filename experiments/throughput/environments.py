@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import venv
 
-from resnet_flax import errors
+from resnet_flax.run import errors
 
 _FOLDER = pathlib.Path(__file__).parent
 ROOT = _FOLDER.parent.parent

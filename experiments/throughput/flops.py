@@ -9,7 +9,8 @@ import functools
 import math
 
 from configs import v1_depth20
-from resnet_flax import experiment as experiment_lib, models, summary
+from resnet_flax import experiment as experiment_lib, models
+from resnet_flax.tools import summary
 
 
 @functools.cache

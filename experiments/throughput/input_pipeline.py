@@ -26,11 +26,11 @@ from ml_collections import ConfigDict
 from experiments.throughput.in_turn import in_turn
 from experiments.throughput.resident import prepare_on_data
 from experiments.throughput.spread_table import spread_table
-from resnet_flax import (
+from resnet_flax.run import (
   command_line,
   environment,
+  folder as workdir,
   huge_pages,
-  workdir,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")

@@ -14,10 +14,8 @@ from absl import app, flags
 
 from configs import v1_depth20
 from experiments.throughput.resident import noise, prepare
-from resnet_flax import (
-  experiment as experiment_lib,
-  huge_pages,
-)
+from resnet_flax import experiment as experiment_lib
+from resnet_flax.run import huge_pages
 
 _BATCH_SIZE = flags.DEFINE_integer(
   # A batch of one would look like the operand of a weight gradient.

@@ -10,16 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import (
-  calls as calls_lib,
-  config_rules,
-  datasets,
-  epochs,
+  data as datasets,
   experiment as experiment_lib,
-  seeds,
+  step as train_step,
   train,
-  train_step,
 )
-from resnet_flax.datasets import record
+from resnet_flax.data import dataset as record
+from resnet_flax.parallel import calls as calls_lib, epochs, networks as seeds
+from resnet_flax.run import config as config_rules
 
 
 @dataclasses.dataclass

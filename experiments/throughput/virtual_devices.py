@@ -20,11 +20,9 @@ from absl import app, flags
 from configs import v1_depth20
 from experiments.throughput.in_turn import in_turn
 from experiments.throughput.resident import noise, prepare
-from resnet_flax import (
-  experiment as experiment_lib,
-  huge_pages,
-  mesh as mesh_lib,
-)
+from resnet_flax import experiment as experiment_lib
+from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.run import huge_pages
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Virtual CPU devices.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images, over all.")

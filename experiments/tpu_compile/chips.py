@@ -9,7 +9,7 @@ import dataclasses
 import re
 from typing import Any
 
-from resnet_flax import errors
+from resnet_flax.run import errors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,20 +16,17 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from experiments.tpu_compile import chips, hlo
-from resnet_flax import (
+from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax.data import loading, randomness
+from resnet_flax.parallel import (
   calls as calls_lib,
-  config_rules,
-  errors,
   evaluate,
-  experiment as experiment_lib,
   mesh as mesh_lib,
-  randomness,
+  networks as seeds,
   resident,
-  seeds,
-  summary,
-  train_step,
 )
-from resnet_flax.datasets import loading
+from resnet_flax.run import config as config_rules, errors
+from resnet_flax.tools import summary
 
 STEPS = ("train", "eval")
 

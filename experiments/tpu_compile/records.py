@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from resnet_flax import errors, whole_file
+from resnet_flax.run import errors, whole_file
 
 Record = dict[str, Any]
 

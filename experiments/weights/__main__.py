@@ -27,7 +27,8 @@ import numpy as np
 
 import resnet_flax
 from configs import base
-from resnet_flax import convert, errors, workdir
+from resnet_flax.run import errors, folder as workdir
+from resnet_flax.tools import convert
 
 _FOLDER = pathlib.Path(__file__).parent
 _ROOT = _FOLDER.parent.parent

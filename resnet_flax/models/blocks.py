@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models.batch_norm import Activation
+from resnet_flax.models.kernels.batch_norm import Activation
 
 ModuleDef = Callable[..., nn.Module]
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from resnet_flax.models import layers
-from resnet_flax.models.batch_norm import Activation
 from resnet_flax.models.blocks import ModuleDef
+from resnet_flax.models.kernels.batch_norm import Activation
 
 
 @dataclasses.dataclass(frozen=True)

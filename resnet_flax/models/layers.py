@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_flax import errors
-from resnet_flax.models import convolution
+from resnet_flax.models.kernels import convolution
+from resnet_flax.run import errors
 
 he_normal = nn.initializers.he_normal()
 

@@ -9,15 +9,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_flax import errors
-from resnet_flax.models import (
-  batch_norm,
-  blocks,
-  feedforward,
-  layers,
-  resnet,
-  stems,
-)
+from resnet_flax.models import blocks, feedforward, layers, resnet, stems
+from resnet_flax.models.kernels import batch_norm
+from resnet_flax.run import errors
 
 DTYPES = ("float32", "bfloat16")
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_flax.models import layers, stems
-from resnet_flax.models.batch_norm import Activation
 from resnet_flax.models.blocks import Block, ModuleDef
+from resnet_flax.models.kernels.batch_norm import Activation
 
 
 def run_as_loop(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.fuzz import mutations, reading
-from resnet_flax import errors
-from resnet_flax.datasets import archive
+from resnet_flax.data import archive
+from resnet_flax.run import errors
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.gradient_flow import measurement, plot
-from resnet_flax import errors
+from resnet_flax.run import errors
 
 LAYERS = ("stem_conv", "a/conv1", "a/gate_conv", "a/shortcut_conv", "head")
 

@@ -24,7 +24,7 @@ from experiments.sweep import (
   task,
 )
 from experiments.sweep.overview import State
-from resnet_flax import errors, lock, metrics, progress
+from resnet_flax.run import errors, lock, metrics, progress
 
 # How ml_collections loads config files.
 pytestmark = pytest.mark.filterwarnings(

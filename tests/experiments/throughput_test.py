@@ -13,7 +13,7 @@ from experiments.throughput import (
   report,
 )
 from experiments.throughput.workers import measure, ours, plain
-from resnet_flax import errors
+from resnet_flax.run import errors
 
 SETTING = (20, 32)
 

@@ -19,7 +19,8 @@ from experiments.tpu_compile import (
   records,
   table,
 )
-from resnet_flax import errors, seeds
+from resnet_flax.parallel import networks as seeds
+from resnet_flax.run import errors
 
 # In the manner of libtpu's text, with what a step on a TPU has and more.
 PROGRAM = """\

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from resnet_flax.models import batch_norm, blocks, layers
+from resnet_flax.models import blocks, layers
+from resnet_flax.models.kernels import batch_norm
 
 EPSILON = 1e-3
 CHANNELS = 4

@@ -11,14 +11,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import (
-  experiment as experiment_lib,
-  mesh as mesh_lib,
-  models,
-  normalization,
-  summary,
-  train_step,
-)
+from resnet_flax import experiment as experiment_lib, models, step as train_step
+from resnet_flax.data import normalize as normalization
+from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.tools import summary
 
 KEY = jax.random.key(0)
 SHAPE = (4, 8, 8, 3)

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_flax import errors
 from resnet_flax.models import layers
+from resnet_flax.run import errors
 
 
 def images(height, width):

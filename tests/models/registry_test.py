@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import errors, models, summary
+from resnet_flax import models
 from resnet_flax.models import registry
+from resnet_flax.run import errors
+from resnet_flax.tools import summary
 
 SHAPE = (32, 32, 3)
 LARGE = (224, 224, 3)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_flax.models import batch_norm, layers, stems
+from resnet_flax.models import layers, stems
+from resnet_flax.models.kernels import batch_norm
 
 PADS = {"same": (0, 1), "symmetric": (1, 1)}
 

@@ -9,13 +9,8 @@ import numpy as np
 from configs import v1_depth20
 from experiments.throughput.resident import prepare
 from experiments.throughput.workers import measure, plain
-from resnet_flax import (
-  config_rules,
-  environment,
-  experiment as experiment_lib,
-  huge_pages,
-  train_step,
-)
+from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax.run import config as config_rules, environment, huge_pages
 
 
 def build_experiment(task: measure.Task):

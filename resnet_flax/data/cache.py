@@ -1,0 +1,135 @@
+"""Decoded images on disk, memory-mapped, so that a second start is fast.
+
+An entry is a folder of .npy files and `index.json`, which is written last and
+holds their digests. Entries are built beside their final name and renamed, so
+a half-written one is never found; one that fails its check is built anew.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import platformdirs
+
+from resnet_flax.data import dataset as record, files
+from resnet_flax.run import errors
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 2
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def cache_dir(configured: str) -> pathlib.Path:
+  """The folder for cached data: as configured, else the user's own."""
+  chosen = configured or platformdirs.user_cache_dir("resnet_flax")
+  return files.resolve(chosen)
+
+
+def cached(
+  folder: pathlib.Path, key: str, build: Callable[[], record.Arrays]
+) -> record.Arrays:
+  """The arrays under `key`, memory-mapped; built and stored if need be.
+
+  Args:
+    folder: the cache folder.
+    key: names the entry: data set, version and fingerprint of the source.
+    build: makes the arrays.
+
+  Raises:
+    DataError: the folder cannot be written.
+  """
+  entry = folder / key
+  arrays = _open(entry)
+  if arrays is not None:
+    return arrays
+  built = build()
+  try:
+    _store(entry, built)
+  except OSError as error:
+    raise errors.DataError(
+      f"decoded images cannot be cached in {folder}: {error}. Set"
+      " --config.dataset.cache_dir to a directory with space."
+    ) from error
+  arrays = _open(entry)
+  if arrays is None:
+    raise errors.DataError(
+      f"{entry} was written but does not read back as written: the disk is"
+      " faulty. Set --config.dataset.cache_dir to another one."
+    )
+  return arrays
+
+
+def _open(entry: pathlib.Path) -> record.Arrays | None:
+  """The entry, if it is there and every byte of it is as it was written."""
+  try:
+    index = json.loads(files.read_text(entry / "index.json"))
+    if index["format"] != _FORMAT:
+      return None
+    names = index["class_names"]
+    if index["sha256"] != _digests(entry, names):
+      raise ValueError("it is not what was written")
+    arrays = {
+      # Unlike `np.load`, this opens nothing but .npy files; none of objects.
+      name: np.lib.format.open_memmap(entry / f"{name}.npy", mode="r")
+      for name in _ARRAYS
+    }
+    return record.Arrays(**arrays, class_names=tuple(names))
+  except FileNotFoundError:
+    return None
+  # Whatever else is wrong with it, it is built again.
+  except Exception as error:
+    _logger.warning(
+      "%s is damaged (%s): decoding again", entry, errors.one_line(error)
+    )
+    return None
+
+
+def _store(entry: pathlib.Path, arrays: record.Arrays) -> None:
+  entry.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(
+    tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent)
+  )
+  try:
+    for name in _ARRAYS:
+      np.save(temporary / f"{name}.npy", getattr(arrays, name))
+    names = list(arrays.class_names)
+    index = {
+      "format": _FORMAT,
+      "class_names": names,
+      "sha256": _digests(temporary, names),
+    }
+    (temporary / "index.json").write_text(json.dumps(index, indent=2))
+    # Another process may have stored the same entry meanwhile and be reading
+    # it: only a damaged one is replaced.
+    if os.path.lexists(entry) and _open(entry) is None:
+      os.replace(entry, temporary / "damaged")
+    if not os.path.lexists(entry):
+      os.replace(temporary, entry)
+      _remove(entry / "damaged")
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes whatever is there, if anything."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
+  """Of each array's file, and of the names."""
+  text = json.dumps(class_names).encode()
+  digests = {"class_names": hashlib.sha256(text).hexdigest()}
+  for name in _ARRAYS:
+    with files.open_regular(entry / f"{name}.npy") as file:
+      digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+  return digests

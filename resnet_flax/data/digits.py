@@ -1,0 +1,54 @@
+"""scikit-learn's handwritten digits as 32x32 colour images.
+
+1,797 real 8x8 scans with 17 grey levels (UCI "Optical Recognition of
+Handwritten Digits", test part), which ship with scikit-learn.
+"""
+
+import numpy as np
+
+from resnet_flax.data import dataset as record, randomness, splits
+from resnet_flax.run import errors
+
+_TEST_EXAMPLES = 360
+_ENLARGEMENT = 4
+
+
+def read() -> record.Arrays:
+  """The digits, with a fixed stratified test split of 360 images.
+
+  Raises:
+    DataError: scikit-learn is not installed.
+  """
+  try:
+    from sklearn.datasets import load_digits
+  except ImportError:
+    raise errors.DataError(
+      "dataset.name='digits' needs scikit-learn: pip install"
+      " 'resnet_flax[digits]'."
+    ) from None
+  digits = load_digits()
+  labels = digits.target.astype(np.int32)
+  grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+  images = np.stack([_enlarge(image) for image in grey])
+
+  rng = randomness.host_rng(0, randomness.Purpose.TEST_SPLIT)
+  quotas = splits.proportional_quotas(np.bincount(labels), _TEST_EXAMPLES)
+  test = splits.draw(labels, quotas, rng)
+  train = np.setdiff1d(np.arange(len(labels)), test)
+  return record.Arrays(
+    train_images=images[train],
+    train_labels=labels[train],
+    test_images=images[test],
+    test_labels=labels[test],
+    class_names=tuple(map(str, digits.target_names)),
+  )
+
+
+def _enlarge(grey: np.ndarray) -> np.ndarray:
+  from PIL import Image
+
+  height, width = (_ENLARGEMENT * size for size in grey.shape)
+  image = Image.fromarray(grey).resize(
+    (width, height), Image.Resampling.BILINEAR
+  )
+  return np.repeat(np.asarray(image)[:, :, None], 3, axis=2)

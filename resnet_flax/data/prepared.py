@@ -1,0 +1,130 @@
+"""Copies that TFDS has prepared, and anybody may have written."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from resnet_flax.data import files
+from resnet_flax.run import errors
+
+FILE_FORMAT = "array_record"
+# TFDS imports what features.json names, whatever it is.
+_FEATURES = tuple(
+  f"tensorflow_datasets.core.features.{name}"
+  for name in (
+    "features_dict.FeaturesDict",
+    "image_feature.Image",
+    "class_label_feature.ClassLabel",
+    "text_feature.Text",
+    # Besides images and labels: boxes, numbers.
+    "bounding_boxes.BBoxFeature",
+    "labeled_image.LabeledImage",
+    "scalar.Scalar",
+    "sequence_feature.Sequence",
+    "tensor_feature.Tensor",
+  )
+)
+
+
+def data_dir(configured: str) -> pathlib.Path:
+  """The TFDS data directory: as configured, else TFDS's own default."""
+  chosen = configured or os.environ.get("TFDS_DATA_DIR", "")
+  return files.resolve(chosen or "~/tensorflow_datasets")
+
+
+# What to do about a copy, for data sets that this program prepares itself.
+_OTHER_FOLDER = (
+  "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to another, also empty,"
+  " directory to have a copy prepared there."
+)
+_DELETE = "Delete it to have it prepared again."
+
+
+def find(
+  name: str, root: pathlib.Path, remedy: str = ""
+) -> pathlib.Path | None:
+  """The newest prepared version of a data set that can be read, if any.
+
+  Args:
+    name: of the data set.
+    root: the TFDS data directory.
+    remedy: what to do about one that cannot be read; by default what helps
+      where this program prepares copies itself.
+
+  Raises:
+    DataError: there is one, but damaged or in a format that needs TensorFlow.
+  """
+  formats = {}
+  try:
+    paths = list(root.glob(f"{name}/*/dataset_info.json"))
+  except OSError as error:
+    raise errors.DataError(
+      f"the data directory {root} cannot be read: {files.describe(error)}. Set"
+      " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
+    ) from error
+  for path in paths:
+    try:
+      version = tuple(map(int, path.parent.name.split(".")))
+    except ValueError:
+      continue  # Not a version that TFDS has finished writing.
+    try:
+      info = json.loads(files.read_text(path))
+      if not isinstance(info, dict):
+        raise ValueError("it holds no JSON object")
+      # Files written before TFDS had a choice do not name their format.
+      file_format = info.get("fileFormat", "tfrecord")
+      if not isinstance(file_format, str):
+        raise ValueError("its fileFormat is no text")
+      formats[version] = file_format, path.parent, ""
+    # Brackets in brackets are a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
+      formats[version] = "", path.parent, errors.one_line(error)
+  for _, (file_format, folder, _) in sorted(formats.items(), reverse=True):
+    if file_format == FILE_FORMAT:
+      return folder
+  if not formats:
+    return None
+  _, (file_format, folder, damage) = max(formats.items())
+  if damage:
+    raise damaged(folder, f"dataset_info.json: {damage}", remedy or _DELETE)
+  raise errors.DataError(
+    f"{folder} is prepared as {file_format[:50]}, which needs TensorFlow to"
+    f" read; needed: {FILE_FORMAT}. {remedy or _OTHER_FOLDER}"
+  )
+
+
+def damaged(
+  folder: pathlib.Path, problem: str, remedy: str = _DELETE
+) -> errors.DataError:
+  """The error for a copy that cannot be read."""
+  return errors.DataError(f"{folder} cannot be read ({problem}). {remedy}")
+
+
+def check_features(folder: pathlib.Path) -> None:
+  """Checks that features.json names no code but that of the features known.
+
+  Raises:
+    OSError, ValueError, RecursionError: it is no such file.
+  """
+  features = json.loads(files.read_text(folder / "features.json"))
+  for name in _class_names(features):
+    if name not in _FEATURES:
+      raise ValueError(f"features.json names {name!r:.100}")
+
+
+def label_names(folder: pathlib.Path) -> tuple[str, ...]:
+  """The labels' names, in order; for want of them TFDS takes numbers."""
+  lines = files.read_text(folder / "label.labels.txt").split("\n")
+  return tuple(line.strip() for line in lines if line.strip())
+
+
+def _class_names(node: Any) -> Iterator[Any]:
+  children = node if isinstance(node, list) else []
+  if isinstance(node, dict):
+    # The second is how older versions of TFDS wrote it.
+    yield from (node[key] for key in ("pythonClassName", "type") if key in node)
+    children = list(node.values())
+  for child in children:
+    yield from _class_names(child)

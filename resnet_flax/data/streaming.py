@@ -1,0 +1,610 @@
+"""Data sets that are larger than memory, read and decoded while training.
+
+Any image classification set that TFDS has prepared as ArrayRecord, with the
+features `image` (JPEG or PNG) and `label`. Grain runs the worker processes;
+which image is read when is not its choice, so that a run can go on at any step.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import operator
+import os
+import pathlib
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax.data import (
+  crops,
+  dataset as record,
+  files,
+  prepared,
+  randomness,
+)
+from resnet_flax.run import environment, errors
+
+T = TypeVar("T")
+
+# Any other prepared copy is named by its folder: 'tfds/food101'.
+PREFIX = "tfds/"
+
+# What is handed over at once, as each time costs milliseconds: 64 images of
+# 224x224, or about as many bytes.
+_CHUNK = 64
+_CHUNK_BYTES = 10_000_000
+# Decoded ahead, by each worker or thread of this process.
+_BUFFERED_CHUNKS = 1
+# Where images are decoded in threads of this process.
+_THREADS = 2
+_ENCODINGS = ("JPEG", "PNG")
+# ImageNet's largest has 61 million.
+_MOST_PIXELS = 2**26
+_MOST_EXAMPLES = 2**31 - 1
+# One in so many is scored where there is but one split.
+_HELD_OUT = 10
+
+
+class Shard(NamedTuple):
+  """A file of records; the names are those that ArrayRecord's reader wants.
+
+  Attributes:
+    filename: its path.
+    skip: records before the first one.
+    take: records.
+    examples_in_shard: all of them.
+  """
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
+def find(name: str, configured_dir: str) -> pathlib.Path:
+  """The folder of a prepared copy.
+
+  Args:
+    name: `dataset.name`.
+    configured_dir: `dataset.data_dir`.
+
+  Raises:
+    DataError: there is none that can be read.
+  """
+  name = name.removeprefix(PREFIX)
+  root = prepared.data_dir(configured_dir)
+  command = (
+    "Prepare it with TFDS and TensorFlow, on any machine: import"
+    f" tensorflow_datasets as tfds; tfds.builder({name!r})"
+    f".download_and_prepare(file_format={prepared.FILE_FORMAT!r})."
+  )
+  folder = prepared.find(name, root, command)
+  if folder is None:
+    raise errors.DataError(
+      f"there is no prepared {name} in {root / name}. Set"
+      " --config.dataset.data_dir (or TFDS_DATA_DIR) to the TFDS data directory"
+      f" that holds one. {command}"
+    )
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What a copy says of itself.
+
+  Attributes:
+    num_train, num_test: images that are trained on and that are scored.
+    test: the split of the latter: 'validation', or 'test' where there is none;
+      with neither, 'train', whose last tenth it is (TFDS has shuffled it).
+    class_names: name of each label.
+  """
+
+  num_train: int
+  num_test: int
+  test: str
+  class_names: tuple[str, ...]
+
+
+def read_facts(folder: pathlib.Path) -> Facts:
+  """Reads how many images and classes a copy has; opens none of its shards.
+
+  Raises:
+    DataError: it does not say so.
+  """
+  try:
+    info = json.loads(files.read_text(folder / "dataset_info.json"))
+    counts = {
+      str(split["name"]): sum(map(int, split["shardLengths"]))
+      for split in info["splits"]
+    }
+    # ImageNet's 'test' has no labels.
+    named = (name for name in ("validation", "test") if name in counts)
+    test = next(named, "train")
+    num_train, num_test = counts.get("train", 0), counts.get(test, 0)
+    if test == "train":
+      if len(counts) > 1 or info.get("disableShuffling"):
+        raise ValueError("it has no split 'validation' or 'test'")
+      num_test = -(-num_train // _HELD_OUT)
+      num_train -= num_test
+    for split, count in (("train", num_train), (test, num_test)):
+      if not 0 < count <= _MOST_EXAMPLES:
+        raise ValueError(f"it has no images in the split {split!r}")
+    labels = prepared.label_names(folder)
+    if not labels:
+      raise ValueError("label.labels.txt is empty")
+    return Facts(num_train, num_test, test, labels)
+  # It may hold anything.
+  except Exception as error:
+    raise _damaged(folder, error) from error
+
+
+def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
+  return prepared.damaged(
+    folder, errors.one_line(error), "Prepare it again, or take another copy."
+  )
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+  """A digest of the small files of a copy, and of the names and sizes of all.
+
+  The shards are not read: they may have hundreds of gigabytes.
+
+  Raises:
+    DataError: a file cannot be read.
+  """
+  digest = hashlib.sha256()
+  try:
+    for path in sorted(folder.iterdir()):
+      if path.is_dir():
+        continue
+      size = path.stat().st_size
+      name = path.name.encode(errors="surrogateescape")
+      digest.update(name + b"\0%d\0" % size)
+      if path.suffix in (".json", ".txt"):
+        digest.update(files.read_text(path).encode())
+  except (OSError, ValueError) as error:
+    raise _damaged(folder, error) from error
+  return digest.hexdigest()
+
+
+def load(config: ConfigDict, augmentation: str) -> record.Dataset:
+  """Opens a prepared copy: its official splits, or parts of its only one.
+
+  Args:
+    config: the `dataset` part of the configuration.
+    augmentation: `augment.name`, for the training split.
+
+  Raises:
+    DataError: it cannot be read, or is not of labelled images.
+  """
+  folder = find(config.name, config.data_dir)
+  facts = read_facts(folder)
+  source = f"{config.name}-{folder.name}-{fingerprint(folder)[:16]}"
+  first_test = facts.num_train if facts.test == "train" else 0
+  parts = (
+    ("train", np.arange(facts.num_train), augmentation),
+    (facts.test, np.arange(facts.num_test) + first_test, "none"),
+  )
+  splits = []
+  for name, indices, crop in parts:
+    split = StreamedSplit(
+      indices=indices,
+      folder=folder,
+      shards=_shards(folder, name),
+      image_size=config.image_size,
+      num_classes=len(facts.class_names),
+      crop=crop if crop in crops.RANDOM else "none",
+      num_workers=config.num_workers,
+      num_crops=config.test_crops,
+    )
+    splits.append(split)
+    size = 1 + max(part[1][-1] for part in parts if part[0] == name)
+    if sum(shard.take for shard in split.shards) != size:
+      error = ValueError(f"the split {name!r} has shards of another number")
+      raise _damaged(folder, error)
+  _allow_open_files(sum(len(split.shards) for split in splits))
+  for split in splits:
+    # What is wrong with all images is said before anything is compiled.
+    dataclasses.replace(split, num_workers=0).take(np.arange(1))
+  return record.Dataset(
+    train=splits[0],
+    validation=None,
+    test=splits[1],
+    class_names=facts.class_names,
+    source=source,
+  )
+
+
+def _allow_open_files(count: int) -> None:
+  """Lets this process and its workers have as many files open as there may be.
+
+  The files of a set stay open once they have been read from: ImageNet has more
+  than a thousand, which is what shells usually allow.
+
+  Args:
+    count: of the files of a set.
+
+  Raises:
+    DataError: the system allows fewer.
+  """
+  try:
+    import resource
+  except ImportError:  # There is no such limit on Windows.
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  infinity = resource.RLIM_INFINITY
+  # Besides, there are libraries, pipes, checkpoints.
+  needed = count + 256
+  # Of several seeds each has its own.
+  for wanted in (16 * needed, needed):
+    allowed = wanted if hard == infinity else min(wanted, hard)
+    if soft != infinity and soft < allowed:
+      # macOS has a limit besides.
+      with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+  if soft != infinity and soft < needed:
+    raise errors.DataError(
+      f"the data set has {count} files, which are open at the same time, but a"
+      f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
+      f" to {needed} or more."
+    )
+
+
+def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
+  """The files of a split, which are looked at but not opened."""
+  import tensorflow_datasets as tfds
+
+  try:
+    prepared.check_features(folder)
+    info = tfds.builder_from_directory(folder).info
+    for feature, kind in (
+      ("image", tfds.features.Image),
+      ("label", tfds.features.ClassLabel),
+    ):
+      features = dict(info.features.items())
+      if not isinstance(features.get(feature), kind):
+        raise ValueError(f"it has no feature {feature!r} of that kind")
+    shards = []
+    for each in info.splits[split].file_instructions:
+      path = pathlib.Path(each.filename)
+      if path.parent != folder:
+        raise ValueError(f"dataset_info.json leads to {path}")
+      files.open_regular(path).close()
+      shards.append(
+        Shard(str(path), each.skip, each.take, each.examples_in_shard)
+      )
+    return tuple(shards)
+  # TFDS has kinds of its own.
+  except Exception as error:
+    raise _damaged(folder, error) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit(record.Split):
+  """Images in the files of a prepared copy.
+
+  Attributes:
+    indices: int64[N], the images of this split, by record.
+    folder: of the copy, for messages.
+    shards: the files, in order.
+    image_size: height and width of what is cut out of the images.
+    num_classes: labels are below.
+    crop: how training images are cut, of `crops.RANDOM`; 'none': the central
+      square, as without `draw`.
+    num_workers: processes that decode; 0: threads of this one, -1: as many as
+      it may use CPU threads.
+    num_crops: 1, or 10, of each image where nothing is drawn.
+  """
+
+  indices: np.ndarray
+  folder: pathlib.Path
+  shards: tuple[Shard, ...]
+  image_size: int
+  num_classes: int
+  crop: str
+  num_workers: int
+  num_crops: int = 1
+
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """See `Split`."""
+    return self.image_size, self.image_size, 3
+
+  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Split`; the central crop of each image."""
+    one_crop = dataclasses.replace(self, num_crops=1)
+    return record.Split.take(one_crop, positions)
+
+  def subset(self, positions: np.ndarray) -> "StreamedSplit":
+    """See `Split`."""
+    return dataclasses.replace(self, indices=self.indices[positions])
+
+  def batches(
+    self, order: Sequence[np.ndarray], draw: record.Draw | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `record.Split`; workers live until the iterator ends or is closed.
+
+    Raises:
+      DataError: an image cannot be read, or a worker died.
+    """
+    grain = _import_grain()
+    num_crops = self.num_crops if draw is None else 1
+    image_bytes = num_crops * math.prod(self.image_shape)
+    size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
+    chunks = [
+      positions[start : start + size]
+      for positions in order
+      for start in range(0, len(positions), size)
+    ]
+    workers = self.num_workers
+    if workers < 0:
+      workers = environment.num_cpu_threads()
+    workers = min(workers, len(chunks))
+    decoding = _Decoding(
+      self.image_size, self.num_classes, self.crop, draw, num_crops
+    )
+    # A worker decodes in a thread while it hands over what it has.
+    threads = 1 if workers else _THREADS
+    pipeline = grain.experimental.WithOptionsIterDataset(
+      grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
+      .map(decoding)
+      .to_iter_dataset(
+        grain.ReadOptions(
+          num_threads=threads, prefetch_buffer_size=threads * _BUFFERED_CHUNKS
+        )
+      ),
+      # Through pipes: shared memory is scarce in containers, which kills
+      # workers, and outlives a process that is killed.
+      grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
+    ).mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=_BUFFERED_CHUNKS
+      ),
+      worker_init_fn=_start_worker,
+    )
+    alive = _Workers()
+    # Threads of this process do not die by themselves.
+    take = alive.next_of if workers else next
+    iterator = iter(pipeline)
+    try:
+      for positions in order:
+        count = -(-len(positions) // size)
+        parts = [take(iterator) for _ in range(count)]
+        # One at least, for its shape: of the last batch a host may have none.
+        parts = parts or [decoding(_Encoded(positions, ()))]
+        images, labels = zip(*parts, strict=True)
+        yield np.concatenate(images), np.concatenate(labels)
+    except _WorkerDied as error:
+      raise errors.DataError(
+        f"a process that decodes images of {self.folder} was ended ({error});"
+        " if it says nothing itself, most likely for want of memory. Pass a"
+        " smaller --config.dataset.num_workers."
+      ) from error
+    except MemoryError:
+      raise
+    # Whatever a file makes the readers and decoders raise, here or there.
+    except Exception as error:
+      raise _damaged(self.folder, error) from error
+    finally:
+      alive.close(iterator)
+
+
+class _WorkerDied(Exception):
+  """A worker was killed."""
+
+
+class _Workers:
+  """The processes that Grain starts for an iterator.
+
+  For one that is killed amid handing over Grain waits for ever: its pipe has an
+  end in this process, too.
+  """
+
+  def __init__(self) -> None:
+    self._others = set(multiprocessing.active_children())
+    self._own: set[multiprocessing.process.BaseProcess] = set()
+
+  def next_of(self, iterator: Iterator[T]) -> T:
+    """What comes next, while all workers live.
+
+    Raises:
+      _WorkerDied: one was killed.
+    """
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]]
+    answers = queue.SimpleQueue()
+
+    def take() -> None:
+      try:
+        answers.put((next(iterator), None))
+      except Exception as error:
+        answers.put((None, error))
+
+    threading.Thread(target=take, name="next images", daemon=True).start()
+    while True:
+      with contextlib.suppress(queue.Empty):
+        part, error = answers.get(timeout=0.2)
+        break
+      if died := self._died():
+        raise _WorkerDied(died)
+    # Often enough for none to end unseen.
+    died = self._died()
+    if error is None:
+      return part
+    # What Grain itself says of one.
+    if "terminated unexpectedly" in str(error):
+      died = died or errors.one_line(error)
+    if died:
+      raise _WorkerDied(died) from error
+    raise error
+
+  def _died(self) -> str:
+    self._own |= {
+      child
+      for child in multiprocessing.active_children()
+      if child.name.startswith("grain-process-prefetch")
+    } - self._others
+    codes = [worker.exitcode for worker in self._own if worker.exitcode]
+    return f"exit code {codes[0]}" if codes else ""
+
+  def close(self, iterator: Any) -> None:
+    """Ends all of them, and the iterator."""
+    if not self._died():
+      iterator.close()
+      return
+    # To close it would wait for those that died.
+    for worker in self._own:
+      worker.kill()
+
+
+def _import_grain() -> Any:
+  """Grain, where it is needed: it takes a second or two."""
+  import grain
+  from absl import flags
+
+  # It reads flags of its own, which absl refuses in a program that has parsed
+  # none, such as a notebook. This lets them have their defaults.
+  if not flags.FLAGS.is_parsed():
+    for name in flags.FLAGS:
+      if name.startswith("grain_"):
+        flags.FLAGS[name].present = 1
+  return grain
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Ties a worker to the process that it works for."""
+  del index, count
+  # Ctrl-C and schedulers signal all processes of a job. The parent decides
+  # when to stop, and still needs batches for its last step.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+
+  def follow() -> None:
+    parent.join()
+    os._exit(1)
+
+  # One that was killed closes nothing.
+  threading.Thread(target=follow, name="parent", daemon=True).start()
+
+
+class _Encoded(NamedTuple):
+  """Records as they are in the files.
+
+  Attributes:
+    positions: int64[K], in the split.
+    records: the serialised `tf.train.Example`s.
+  """
+
+  positions: np.ndarray
+  records: Sequence[bytes]
+
+
+class _Records:
+  """What Grain reads from: chunk k is that of position k in the given order."""
+
+  def __init__(
+    self,
+    shards: Sequence[Shard],
+    indices: np.ndarray,
+    chunks: Sequence[np.ndarray],
+  ):
+    self._shards = shards
+    self._chunks = chunks
+    # Only those of the chunks: they are sent to every worker.
+    self._rows = [indices[chunk] for chunk in chunks]
+    self._source: Any = None
+
+  def __repr__(self) -> str:
+    return f"records of {len(self._shards)} files"
+
+  def __len__(self) -> int:
+    return len(self._chunks)
+
+  def __getitem__(self, index: int) -> _Encoded:
+    if self._source is None:
+      from array_record.python import array_record_data_source
+
+      self._source = array_record_data_source.ArrayRecordDataSource(
+        list(self._shards)
+      )
+    rows = [int(row) for row in self._rows[index]]
+    return _Encoded(self._chunks[index], self._source.__getitems__(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+  """Makes arrays of records: uint8 images and int32[K] labels.
+
+  Images are [K, S, S, 3], of several crops [K, crops, S, S, 3].
+  """
+
+  size: int
+  num_classes: int
+  crop: str
+  draw: record.Draw | None
+  num_crops: int = 1
+
+  def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    count = len(encoded.records)
+    shape = (count, self.num_crops, self.size, self.size, 3)
+    images, labels = np.empty(shape, np.uint8), np.empty(count, np.int32)
+    for k, (position, raw) in enumerate(
+      zip(encoded.positions, encoded.records, strict=True)
+    ):
+      example = tf_example_pb2.Example.FromString(raw)
+      feature = example.features.feature
+      (image,) = feature["image"].bytes_list.value
+      (label,) = feature["label"].int64_list.value
+      if not 0 <= operator.index(label) < self.num_classes:
+        raise ValueError(
+          f"an image has label {label}; needed: 0 to {self.num_classes - 1}"
+        )
+      self._decode(image, int(position), images[k])
+      labels[k] = label
+    return (images[:, 0] if self.num_crops == 1 else images), labels
+
+  def _decode(self, encoded: bytes, position: int, crops_of: np.ndarray):
+    """Fills uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
+      # Before it is decoded.
+      if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"an image has {image.width} x {image.height} pixels")
+      image.load()
+      # Some of ImageNet's are grey. The others need not be copied.
+      decoded = image if image.mode == "RGB" else image.convert("RGB")
+    for k, box in enumerate(self._boxes(position, *decoded.size)):
+      crops_of[k] = decoded.resize(
+        (self.size, self.size), Image.Resampling.BILINEAR, box=box
+      )
+    if self.num_crops > 1:
+      half = self.num_crops // 2
+      crops_of[half:] = crops_of[:half, :, ::-1]
+
+  def _boxes(self, position: int, width: int, height: int) -> list[crops.Box]:
+    if self.num_crops > 1:
+      return crops.corners_and_centre(width, height)
+    if self.draw is None or self.crop == "none":
+      return [crops.central(width, height)]
+    rng = randomness.host_rng(
+      self.draw.seed,
+      randomness.Purpose.HOST_CROP,
+      self.draw.epoch,
+      position,
+    )
+    return [crops.RANDOM[self.crop](rng, width, height)]

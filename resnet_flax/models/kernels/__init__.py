@@ -1,0 +1,1 @@
+"""Fast convolution, normalisation and grouping: need not be read."""

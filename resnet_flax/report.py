@@ -1,0 +1,6 @@
+"""The command `python -m resnet_flax.report`: see `tools/report/command.py`."""
+
+from resnet_flax.tools.report import command
+
+if __name__ == "__main__":
+  command.run()

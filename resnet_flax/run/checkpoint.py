@@ -1,0 +1,504 @@
+"""Checkpoints over Orbax: when they are due, what they hold, which are kept.
+
+A checkpoint is a train state and a manifest, `manifest.json`: the forms of all
+arrays, a few numbers of the epoch in progress, and the SHA-256 of every file of
+the state. Orbax restores a flipped bit silently; here files are checked first.
+
+Orbax is given one vector for each dtype, which holds the arrays end to end in
+the manifest's order: for every single array TensorStore would take a
+millisecond and some memory, which it never gives back.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from resnet_flax import step as train_step
+from resnet_flax.run import errors
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 2
+_MANIFEST = "manifest.json"
+# The name of Orbax's item: a folder.
+_STATE = "state"
+# What Orbax writes last; without it nothing can be read.
+_MERGED = "manifest.ocdbt"
+# The latest one, and one to fall back on.
+_LATEST = 2
+# Orbax writes what it saves, then once more as it merges its files; asked
+# beforehand, since its threads meet a full disk in many noisy ways.
+_SPACE_FACTOR = 3
+
+# What goes with a state, such as the seconds an epoch has taken so far: JSON.
+Notes = dict[str, Any]
+
+
+class Timer:
+  """Says when the next checkpoint is due, besides the end of an epoch."""
+
+  def __init__(
+    self,
+    every_steps: int,
+    every_minutes: float,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Starts to count.
+
+    Args:
+      every_steps: due after every step that it divides; 0 turns it off.
+      every_minutes: due so long after the last one; 0 turns it off.
+      clock: seconds; one that is never set back.
+    """
+    self._every_steps = every_steps
+    self._seconds = every_minutes * 60
+    self._clock = clock
+    self.reset()
+
+  def due(self, step: int) -> bool:
+    """Whether to save after `step` steps."""
+    return self.due_at(step) or self.overdue()
+
+  def due_at(self, step: int) -> bool:
+    """Whether `every_steps` says so."""
+    return bool(self._every_steps) and step % self._every_steps == 0
+
+  def overdue(self) -> bool:
+    """Whether `every_minutes` says so."""
+    return bool(self._seconds) and self._clock() - self._last >= self._seconds
+
+  def reset(self) -> None:
+    """Takes note that a checkpoint was saved."""
+    self._last = self._clock()
+
+
+class _Kept(policies.PreservationPolicy):
+  """Which checkpoints outlive the next: the latest ones and the best."""
+
+  def __init__(self, best_steps: Callable[[], Collection[int]]):
+    self._best_steps = best_steps
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> Sequence[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*self._best_steps(), *sorted(steps)[-_LATEST:]}
+    return [step in kept for step in steps]
+
+
+class _Damaged(errors.WorkdirError):
+  """A checkpoint that is not what was saved."""
+
+
+class Checkpoints:
+  """The checkpoints of one workdir: the latest two and the best epochs'.
+
+  A context manager; leaving it waits for what is still being written.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    best_steps: Callable[[], Collection[int]] = tuple,
+    read_only: bool = False,
+  ):
+    """Opens `workdir`/checkpoints.
+
+    Args:
+      workdir: the run's folder.
+      best_steps: the steps of the best epochs so far, which are kept.
+      read_only: neither create nor clean up nor save anything, so that a run
+        can be read while it goes on.
+    """
+    self._folder = (workdir / "checkpoints").absolute()
+    self._damaged = workdir / "damaged"
+    self._read_only = read_only
+    self._manifest: dict[str, Any] = {}
+    if not read_only and self._folder.exists():
+      # A killed run's half-written checkpoint is of no use to anyone. Orbax's
+      # own cleanup would outlive a run that fails at once, in a thread.
+      for unfinished in ocp.utils.tmp_checkpoints(self._folder):
+        shutil.rmtree(unfinished.get(), ignore_errors=True)
+    if not read_only:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    process = jax.process_index()
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=_Kept(best_steps),
+        create=False,
+        read_only=read_only,
+        save_interval_steps=0 if read_only else 1,
+        # One process has all of the state: no other is waited for.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=process, active_processes={process}
+        ),
+        async_options=ocp.AsyncOptions(
+          # Before the checkpoint gets its final name: one with that name has
+          # its manifest.
+          post_finalization_callback=self._write_manifest
+        ),
+      ),
+      item_names=(_STATE,),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    self._stack = contextlib.ExitStack()
+    self._stack.enter_context(_quiet_threads())
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    with self._stack:
+      try:
+        self._manager.close()
+      except Exception:
+        # What is being reported already is also what closing finds.
+        if exception == (None, None, None):
+          raise
+    if not self._read_only:
+      # A run that failed before its first checkpoint leaves nothing.
+      with contextlib.suppress(OSError):
+        self._folder.rmdir()
+
+  def save(self, state: train_step.TrainState, notes: Notes) -> None:
+    """Starts to save a state under its step; returns at once.
+
+    Args:
+      state: what to save, of all seeds (see `seeds.stack`); may be donated as
+        soon as this returns.
+      notes: finite numbers that `restore` gives back.
+
+    Raises:
+      WorkdirError: the disk has no room for it.
+      OSError: this one or the one before could not be written.
+    """
+    needed = _SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if free < needed:
+      raise errors.WorkdirError(
+        f"no space left for a checkpoint in {self._folder}: it needs"
+        f" {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. The checkpoints"
+        " there are good; make room, and the same command goes on from them."
+      )
+    # The manifest is written by Orbax's thread, that of the last one too.
+    self.wait()
+    packed = _pack(state)
+    self._manifest = {
+      "format": _FORMAT,
+      "notes": notes,
+      "arrays": _forms(state),
+    }
+    with _only_os_errors():
+      self._manager.save(
+        int(np.ravel(state.step)[0]),
+        args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(packed)}),
+      )
+
+  def wait(self) -> None:
+    """Waits until everything that was saved is on disk.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with _only_os_errors():
+      self._manager.wait_until_finished()
+
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def restore(
+    self, step: int, like: train_step.TrainState
+  ) -> tuple[train_step.TrainState, Notes]:
+    """Reads a checkpoint and checks it.
+
+    Args:
+      step: one of `steps()`.
+      like: the tree of shapes and dtypes, for example from `jax.eval_shape`.
+
+    Returns:
+      The state, as NumPy arrays, and its notes, as they were saved.
+
+    Raises:
+      WorkdirError: the checkpoint is damaged, of another network or of an
+        older version.
+    """
+    path = self._folder / str(step)
+    if (path / "default").is_dir():
+      raise errors.WorkdirError(
+        f"checkpoint {path} was saved by an older version of this program,"
+        " which this one cannot read. Go on with that version, or start again"
+        " in another --workdir."
+      )
+    manifest = _checked_manifest(path)
+    if manifest["format"] != _FORMAT:
+      raise errors.WorkdirError(
+        f"checkpoint {path} has format {manifest['format']}; this version of"
+        f" the program reads format {_FORMAT}. Use the version that saved it."
+      )
+    _check_same_arrays(path, manifest["arrays"], _forms(like))
+    # NumPy arrays, as which they come back.
+    sizes: collections.Counter[str] = collections.Counter()
+    for leaf in jax.tree.leaves(like):
+      sizes[str(leaf.dtype)] += math.prod(leaf.shape)
+    target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
+    try:
+      packed = self._manager.restore(
+        step,
+        args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)}),
+      )[_STATE]
+    except MemoryError:
+      raise  # Says nothing of the checkpoint.
+    # Orbax and TensorStore raise many kinds, according to what is wrong.
+    except Exception as error:
+      raise _damaged(path, errors.one_line(error)) from error
+    return _unpack(packed, manifest["arrays"], like), manifest["notes"]
+
+  def restore_latest(
+    self, like: train_step.TrainState
+  ) -> tuple[train_step.TrainState, Notes] | None:
+    """Restores the newest checkpoint that is good, if there are any.
+
+    Newer ones that are damaged are moved to `workdir`/damaged, with a warning.
+
+    Args:
+      like: see `restore`.
+
+    Returns:
+      The state and its notes, or None where there is no checkpoint.
+
+    Raises:
+      WorkdirError: there are checkpoints but none is good; nothing was moved.
+        Or one is of another network or version.
+    """
+    damaged: dict[int, _Damaged] = {}
+    for step in reversed(self.steps()):
+      try:
+        restored = self.restore(step, like)
+      except _Damaged as error:
+        damaged[step] = error
+        continue
+      for bad_step, reason in damaged.items():
+        _logger.warning("warning: %s", reason)
+        self._set_aside(bad_step)
+      if damaged:
+        _logger.warning(
+          "warning: going back to the checkpoint of step %d; what is damaged"
+          " is now in %s",
+          step,
+          self._damaged,
+        )
+        self._manager.reload()
+      return restored
+    if damaged:
+      raise errors.WorkdirError(
+        f"no checkpoint in {self._folder} is good: "
+        + "; ".join(str(error) for error in damaged.values())
+        + ". Nothing was changed. Restore one of these folders, or start again"
+        " in another --workdir."
+      )
+    return None
+
+  def has_fallen_back(self, step: int) -> bool:
+    """Whether a checkpoint of a later step was damaged and set aside."""
+    if not self._damaged.is_dir():
+      return False
+    names = [path.name.partition("-")[0] for path in self._damaged.iterdir()]
+    return any(int(name) > step for name in names if name.isdecimal())
+
+  def _write_manifest(self) -> None:
+    # Under a temporary name until Orbax, whose thread this is, renames it.
+    unfinished = ocp.utils.tmp_checkpoints(self._folder)
+    if len(unfinished) != 1:
+      raise FileNotFoundError(f"{self._folder} was changed by someone else")
+    folder = pathlib.Path(unfinished[0].get())
+    if not (folder / _STATE / _MERGED).is_file():
+      raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
+    files = {
+      str(path.relative_to(folder)): digest_of(path)
+      for path in sorted((folder / _STATE).rglob("*"))
+      if path.is_file()
+    }
+    manifest = self._manifest | {"files": files}
+    manifest["sha256"] = _seal(manifest)
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+  def _set_aside(self, step: int) -> None:
+    self._damaged.mkdir(exist_ok=True)
+    target, count = self._damaged / str(step), 1
+    while target.exists():
+      target, count = self._damaged / f"{step}-{count}", count + 1
+    (self._folder / str(step)).rename(target)
+
+
+class Elsewhere:
+  """Stands for `Checkpoints` that another process writes.
+
+  Args:
+    steps: that are saved.
+  """
+
+  def __init__(self, steps: Iterable[int] = ()):
+    self._steps = list(steps)
+
+  def save(self, state: train_step.TrainState, notes: Notes) -> None:
+    """Takes note that the other process saves."""
+    del notes
+    self._steps.append(int(np.ravel(state.step)[0]))
+
+  def wait(self) -> None:
+    """Nothing is written here."""
+
+  def steps(self) -> list[int]:
+    """The steps that were saved: those given, and since then."""
+    return self._steps
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+  """Keeps saves that fail from printing tracebacks of their own.
+
+  Orbax leaves its event loop at the first error, which it raises; TensorStore's
+  threads then report the others to a loop that is closed.
+  """
+  unraisable, uncaught = sys.unraisablehook, sys.excepthook
+  # Some of the threads use one hook, some the other.
+  noise = "Event loop is closed"
+
+  def on_unraisable(report: Any) -> None:
+    if str(report.exc_value) != noise:
+      unraisable(report)
+
+  def on_uncaught(kind: Any, error: BaseException, traceback: Any) -> None:
+    if str(error) != noise:
+      uncaught(kind, error, traceback)
+
+  sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
+  try:
+    yield
+  finally:
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+
+
+@contextlib.contextmanager
+def _only_os_errors() -> Iterator[None]:
+  """Orbax and TensorStore have many kinds for what a disk can do."""
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:
+    raise OSError(str(error)) from error
+
+
+def _damaged(path: pathlib.Path, what: str) -> _Damaged:
+  return _Damaged(f"checkpoint {path} is damaged: {what}")
+
+
+def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
+  """The manifest of a checkpoint whose files are as they were saved."""
+  try:
+    manifest = json.loads((path / _MANIFEST).read_bytes())
+    if manifest.pop("sha256") != _seal(manifest):
+      raise _damaged(path, f"{_MANIFEST} is not as it was written")
+    for name, digest in manifest["files"].items():
+      if digest_of(path / name) != digest:
+        raise _damaged(path, f"{name} is not as it was written")
+  except FileNotFoundError as error:
+    missing = pathlib.Path(error.filename).relative_to(path)
+    raise _damaged(path, f"{missing} is missing") from error
+  except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    raise _damaged(path, errors.one_line(error)) from error
+  return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+  """The digest of a manifest, which it carries itself."""
+  return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def digest_of(path: pathlib.Path) -> str:
+  """The SHA-256 of a file."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named_arrays(state: train_step.TrainState) -> dict[str, Any]:
+  """The arrays of a state, or their shapes, by path: 'params/head/bias'."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(state)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in flat
+  }
+
+
+def _pack(state: train_step.TrainState) -> dict[str, np.ndarray]:
+  """All arrays end to end, in the order of the tree: a vector per dtype."""
+  parts: dict[str, list[np.ndarray]] = {}
+  for leaf in jax.tree.leaves(jax.device_get(state)):
+    parts.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
+  return {dtype: np.concatenate(arrays) for dtype, arrays in parts.items()}
+
+
+def _unpack(
+  packed: dict[str, np.ndarray],
+  names: Iterable[str],
+  like: train_step.TrainState,
+) -> train_step.TrainState:
+  """What `_pack` was given, as NumPy arrays.
+
+  Args:
+    packed: from `_pack`.
+    names: of the arrays, in the order in which they were packed.
+    like: the tree of their shapes and dtypes.
+  """
+  forms = named_arrays(like)
+  taken = dict.fromkeys(packed, 0)
+  arrays = {}
+  for name in names:
+    shape, dtype = forms[name].shape, str(forms[name].dtype)
+    start = taken[dtype]
+    taken[dtype] += math.prod(shape)
+    arrays[name] = packed[dtype][start : taken[dtype]].reshape(shape)
+  return jax.tree.unflatten(
+    jax.tree.structure(like), [arrays[name] for name in forms]
+  )
+
+
+def _forms(state: train_step.TrainState) -> dict[str, str]:
+  """For the path of every array its form, as in 'float32[16, 10]'."""
+  return {
+    name: f"{leaf.dtype}{list(leaf.shape)}"
+    for name, leaf in named_arrays(state).items()
+  }
+
+
+def _check_same_arrays(
+  path: pathlib.Path, saved: dict[str, str], like: dict[str, str]
+) -> None:
+  # In the order of the state, so that parameters come before what is derived.
+  for name in [*like, *saved]:
+    there = saved.get(name, "no such array")
+    here = like.get(name, "no such array")
+    if here != there:
+      raise errors.WorkdirError(
+        f"checkpoint {path} is of another network: {name} is {there} there,"
+        f" {here} here. Pass the configuration it was trained with, or another"
+        " --workdir."
+      )

@@ -1,0 +1,267 @@
+"""Turns published weights into the workdir of a run that has not begun.
+
+python -m resnet_flax.convert --source=FILE --config=configs/v1_depth20.py
+  [--workdir=DIR] [--config.model.depth=56 ...]
+
+FILE is of Keras (.keras, .weights.h5, .h5) or of PyTorch (.safetensors, .pt,
+.pth, .th). Every array in it is used exactly once, or nothing is written.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import tempfile
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from resnet_flax import (
+  data as datasets,
+  experiment as experiment_lib,
+  step as train_step,
+  train,
+)
+from resnet_flax.data import normalize as normalization
+from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.run import (
+  checkpoint,
+  config as config_rules,
+  environment,
+  errors,
+  folder as workdir_lib,
+  interruption,
+  program,
+)
+from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
+
+_IDENTIFY = {
+  "keras": keras_names.identify,
+  "pytorch": pytorch_names.identify,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+  """What was done.
+
+  Attributes:
+    title: what the file holds.
+    num_arrays: how many of its arrays were used: all that are weights.
+    passed_over: names of what is no weight, as counters and optimizer states.
+    config: the configuration of the workdir.
+  """
+
+  title: str
+  num_arrays: int
+  passed_over: tuple[str, ...]
+  config: ConfigDict
+
+
+def convert(
+  source: str | os.PathLike[str],
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+) -> Conversion:
+  """Makes a workdir whose state before the first step has a file's weights.
+
+  Args:
+    source: the file; see `weights.files.read`.
+    config: every key of `configs/base.py`, of a network that computes what the
+      file's does. `model.num_classes` is set to the size of the file's head if
+      that is not the data set's.
+    workdir: a folder that does not exist or is empty.
+
+  Raises:
+    ConfigError: a value that cannot be used, or one with which our network
+      would compute something else; names what is needed.
+    WeightsError: the file cannot be read, or its arrays are not the network's.
+    WorkdirError: the workdir holds something, or cannot be written.
+    DataError: the normalization is to be measured and the data cannot be had.
+  """
+  source = pathlib.Path(source)
+  # Where a link leads: the link itself cannot be replaced by a folder. Unlike
+  # Path.resolve, this leaves it to _check_is_new to find a loop of links.
+  workdir = pathlib.Path(os.path.realpath(workdir))
+  config = ConfigDict(config.to_dict())
+  config_rules.check(config, num_devices=1)
+  if config.num_seeds > 1:
+    raise errors.ConfigError(
+      f"num_seeds={config.num_seeds} cannot be used here: the file holds one"
+      " network. Leave it 1; a run of several seeds can start from the workdir"
+      " (init_from)."
+    )
+  if config.init_from:
+    raise errors.ConfigError(
+      f"init_from={config.init_from} cannot be used here: the weights are"
+      " those of --source. Leave it empty."
+    )
+  _check_is_new(workdir)
+
+  file = files.read(source)
+  kind = _identify(file)
+  mapping.check_config(file, kind, config)
+  _set_num_classes(file, kind, config)
+  # The head's size is the file's, and has a limit as well.
+  config_rules.check(config, num_devices=1)
+  experiment = experiment_lib.build(config)
+  like = experiment_lib.abstract_state(config, experiment)
+  variables = mapping.variables(
+    file, kind, {"params": like.params, "batch_stats": like.batch_stats}
+  )
+  scale, data = _normalization(config, experiment)
+  state = train_step.state_of(experiment, variables, scale)
+
+  described = environment.describe(jax.devices()) | {
+    "data": data,
+    "converted": {
+      "source": source.name,
+      "sha256": checkpoint.digest_of(source),
+      "holds": kind.title,
+      "passed_over": len(file.passed_over),
+    },
+  }
+  _write(workdir, config.lock(), described, state)
+  return Conversion(kind.title, len(file.arrays), file.passed_over, config)
+
+
+def _check_is_new(workdir: pathlib.Path) -> None:
+  workdir_lib.check_name(workdir)
+  try:
+    is_new = not any(workdir.iterdir())
+  except FileNotFoundError:
+    is_new = True
+  except OSError as error:
+    raise errors.WorkdirError(
+      f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
+      " one with --workdir."
+    ) from error
+  if not is_new:
+    raise _holds_something(workdir)
+
+
+def _holds_something(workdir: pathlib.Path) -> errors.WorkdirError:
+  return errors.WorkdirError(
+    f"workdir {workdir} holds something already, and nothing is overwritten."
+    " Pass a new one with --workdir."
+  )
+
+
+def _identify(file: files.WeightsFile) -> mapping.Source:
+  try:
+    return _IDENTIFY[file.library](file)
+  except errors.UserError:
+    raise
+  # What a file says of its layers may lack anything, and be of any type.
+  except Exception as error:
+    raise errors.WeightsError(
+      f"{file.path} is damaged, or its layers are not described as in files of"
+      f" {file.library}: {errors.one_line(error)}. Pass one that"
+      " the library has saved with --source."
+    ) from error
+
+
+def _set_num_classes(
+  file: files.WeightsFile, kind: mapping.Source, config: ConfigDict
+) -> None:
+  if kind.num_classes == experiment_lib.num_classes(config):
+    return
+  # No configuration could have such a head; the check of shapes says the rest.
+  if kind.num_classes < 1:
+    return
+  if config.model.num_classes:
+    raise errors.ConfigError(
+      f"model.num_classes={config.model.num_classes} but {file.path} has a head"
+      f" of {kind.num_classes} classes. Leave it 0 to take these."
+    )
+  config.model.num_classes = kind.num_classes
+
+
+def _normalization(
+  config: ConfigDict, experiment: train_step.Experiment
+) -> tuple[train_step.Normalization, str | None]:
+  """The normalisation, and the data it was measured on if it was."""
+  if config.normalization in normalization.UNMEASURED:
+    scale = normalization.fixed(config.normalization, experiment.image_shape)
+    return scale, None
+  dataset = datasets.load(config.dataset)
+  return (
+    normalization.measure(config.normalization, dataset.train),
+    dataset.source,
+  )
+
+
+def _write(
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  described: dict[str, object],
+  state: train_step.TrainState,
+) -> None:
+  """Writes a workdir beside its place, then puts it there as a whole."""
+  mesh = mesh_lib.create_mesh(jax.devices()[:1])
+  state = jax.device_put(state, mesh_lib.replicated(mesh))
+  try:
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      dir=workdir.parent, prefix=".converting-"
+    ) as folder:
+      unfinished = pathlib.Path(folder) / "workdir"
+      unfinished.mkdir()
+      workdir_lib.write_json(unfinished / "environment.json", described)
+      workdir_lib.write_json(unfinished / "config.json", config.to_dict())
+      with checkpoint.Checkpoints(unfinished) as checkpoints:
+        checkpoints.save(state, train.NEW_EPOCH)
+      _check_is_new(workdir)
+      # An empty folder is replaced, one that was filled meanwhile is not.
+      os.rename(unfinished, workdir)
+  except OSError as error:
+    raise errors.WorkdirError(
+      f"workdir {workdir} cannot be written:"
+      f" {error.strerror or errors.one_line(error)}. Nothing was left there;"
+      " pass another one with --workdir."
+    ) from error
+
+
+def _run(argv: list[str]) -> None:
+  del argv
+  from resnet_flax.run import command_line
+
+  command_line.set_up()
+  source = flags.FLAGS["source"].value
+  if not source:
+    raise errors.ConfigError(
+      "no --source: pass the file of weights, for example"
+      " --source=resnet50.safetensors."
+    )
+  config, default_workdir = command_line.config_and_workdir()
+  workdir = program.WORKDIR.value or default_workdir
+  # What is half written is removed before the process ends.
+  with interruption.StopSignals():
+    done = convert(source, config, workdir)
+  print(f"Source: {done.title}")
+  print(
+    f"Arrays: {done.num_arrays} used, each once; {len(done.passed_over)} passed"
+    " over that are no weights"
+  )
+  print(f"Workdir: {workdir}")
+  with contextlib.suppress(errors.ConfigError):
+    config_rules.check_labels(done.config)
+    return
+  print(
+    f"Its head has {done.config.model.num_classes} classes, not those of"
+    f" {done.config.dataset.name}: it can be used (load_model) and be trained"
+    " with a new head (init_from), but not be scored."
+  )
+
+
+def run() -> None:
+  """Runs the command line; mistakes and signals end in one line."""
+  flags.DEFINE_string(
+    "source",
+    "",
+    "File of weights: .keras, .weights.h5 or .h5 of Keras, .safetensors, .pt,"
+    " .pth or .th of PyTorch.",
+  )
+  flags.adopt_module_key_flags(program)
+  program.run(_run)

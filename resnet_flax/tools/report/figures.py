@@ -1,0 +1,410 @@
+"""Figures that are read in print, in black and white and by the colour-blind.
+
+Colours are those of Okabe and Ito (2008); what they tell apart, markers or
+lines do as well. The same input gives the same bytes.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from resnet_flax.tools.report import runs as runs_lib, scores as scores_lib
+
+# Without their yellow, which is lost on white.
+_COLORS = (
+  "#000000",
+  "#e69f00",
+  "#0072b2",
+  "#d55e00",
+  "#009e73",
+  "#cc79a7",
+)
+_MARKERS = ("o", "s", "^", "X", "D", "v")
+# What can be told apart in one pair of axes.
+_MOST_CURVES = len(_COLORS)
+_MARKERS_OF_A_CURVE = 8
+# As in the papers, the first epochs are cut off at the top, so that the last
+# ones can be compared: at this multiple of the worst final value.
+_CUT_AT = 3.0
+# Counts are legible up to this many classes.
+_MOST_NUMBERED_CLASSES = 20
+_MISTAKES_IN_A_ROW = 5
+
+_STYLE = {
+  "font.size": 10.0,
+  "axes.grid": True,
+  "grid.alpha": 0.3,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "legend.frameon": False,
+  # Names of elements; random otherwise.
+  "svg.hashsalt": "resnet_flax",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+  """A figure as it is written.
+
+  Attributes:
+    name: of its files, without suffix.
+    text: what it shows, for those who do not see it.
+    caption: what one must know to read it.
+    png: the file's bytes.
+    svg: the file's bytes.
+  """
+
+  name: str
+  text: str
+  caption: str
+  png: bytes
+  svg: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """What a learning curve shows.
+
+  Attributes:
+    name: of the records' keys, after `train_` and `test_`.
+    title: of the axis, with the unit.
+    file: of the figure's files.
+  """
+
+  name: str
+  title: str
+  file: str
+
+  def values(self, group: runs_lib.Group, split: str) -> np.ndarray:
+    """float64[n, num_epochs] of 'train' or 'test', in the axis's unit."""
+    curves = group.curves(f"{split}_{self.name}")
+    return 100 * (1 - curves) if self.name == "accuracy" else curves
+
+
+ERROR = Metric("accuracy", "error (%)", "learning_curves_error")
+LOSS = Metric("loss", "cross-entropy (nats)", "learning_curves_loss")
+
+
+def learning_curves(
+  groups: Sequence[runs_lib.Group], metric: Metric
+) -> list[Rendered]:
+  """Curves over the epochs, a few groups in each figure, on the same axes.
+
+  Args:
+    groups: those without an epoch are left out.
+    metric: what is drawn.
+  """
+  groups = [group for group in groups if group.num_epochs]
+  num_epochs = max((group.num_epochs for group in groups), default=0)
+  limits = _limits(
+    [metric.values(group, "test") for group in groups],
+    [metric.values(group, "train") for group in groups],
+  )
+  rendered = []
+  for first in range(0, len(groups), _MOST_CURVES):
+    part = groups[first : first + _MOST_CURVES]
+    with _style():
+      figure = Figure((7.2, 4.6 + 0.2 * len(part)), layout="constrained")
+      axes = figure.add_subplot()
+      for position, group in enumerate(part):
+        _draw_curves(axes, group, metric, position)
+      margin = 0.02 * num_epochs + 0.1
+      axes.set_xlim(1 - margin, num_epochs + margin)
+      axes.set_ylim(limits)
+      axes.set_xlabel("epochs of training")
+      axes.set_ylabel(metric.title)
+      axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+      _legend(
+        figure,
+        [
+          *_handles(part),
+          Line2D([], [], color="gray", linewidth=2.4, label="test"),
+          Line2D(
+            [], [], color="gray", linewidth=0.9, dashes=(5, 2), label="train"
+          ),
+        ],
+      )
+      names = "; ".join(group.name for group in part)
+      number = (
+        f"_{first // _MOST_CURVES + 1}" if len(groups) > len(part) else ""
+      )
+      rendered.append(
+        _render(
+          figure,
+          metric.file + number,
+          text=f"Curves of {metric.title} over the epochs for {names}. The"
+          " tables hold the final values.",
+          caption="Test bold, train dashed; mean over the seeds, shaded ±"
+          " their standard deviation where there are several. Training values"
+          " are means over an epoch, while the network changes. What is above"
+          " the axes is cut off.",
+        )
+      )
+  return rendered
+
+
+def _limits(
+  test: Sequence[np.ndarray], train: Sequence[np.ndarray]
+) -> tuple[float, float]:
+  """The ends of the axis for curves of shape [n, num_epochs]."""
+  if not test:
+    return 0.0, 1.0
+  final = max(float(curve[:, -1].max()) for curve in test)
+  lowest = min(float(curve.min()) for curve in [*test, *train])
+  highest = max(float(curve.max()) for curve in [*test, *train])
+  # Of a network that makes no mistake something is still to be seen.
+  top = max(min(_CUT_AT * final, 1.05 * highest), 0.1 * highest, 1e-9)
+  # From zero, unless that would leave most of the figure empty.
+  return (0.0 if lowest < top / 3 else 0.9 * lowest), top
+
+
+def _draw_curves(
+  axes: Any, group: runs_lib.Group, metric: Metric, position: int
+) -> None:
+  epochs = np.arange(1, group.num_epochs + 1)
+  color, marker = _COLORS[position], _MARKERS[position]
+  every = math.ceil(group.num_epochs / _MARKERS_OF_A_CURVE)
+  # Markers of like curves do not hide each other.
+  offset = position * every // _MOST_CURVES
+  of_split: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 0.9, "dashes": (5, 2), "markersize": 3},
+    "test": {"linewidth": 2.4, "markersize": 8, "markeredgecolor": "white"},
+  }
+  for split, line in of_split.items():
+    curves = metric.values(group, split)
+    mean = curves.mean(axis=0)
+    axes.plot(
+      epochs,
+      mean,
+      color=color,
+      marker=marker,
+      markevery=(offset, every),
+      **line,
+    )
+    if len(curves) > 1:
+      std = curves.std(axis=0, ddof=1)
+      axes.fill_between(
+        epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0
+      )
+
+
+def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
+  """Final test error against depth; one line for what differs in depth alone.
+
+  Args:
+    groups: those that are not finished are left out.
+
+  Returns:
+    None if no line has two depths.
+  """
+  families: dict[str, list[runs_lib.Group]] = {}
+  for group in groups:
+    if group.num_epochs and group.finished:
+      key = repr(sorted(_without_depth(group).items()))
+      families.setdefault(key, []).append(group)
+  lines = list(families.values())
+  if all(len(line) < 2 for line in lines):
+    return None
+  names = [
+    name
+    for name, _ in runs_lib.labels([_without_depth(line[0]) for line in lines])
+  ]
+  depths = sorted({g.config["model.depth"] for line in lines for g in line})
+  with _style():
+    figure = Figure((7.2, 4.4 + 0.2 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    for position, line in enumerate(lines):
+      line.sort(key=lambda group: group.config["model.depth"])
+      errors = [ERROR.values(group, "test")[:, -1] for group in line]
+      axes.errorbar(
+        [group.config["model.depth"] for group in line],
+        [error.mean() for error in errors],
+        yerr=[error.std(ddof=1) if len(error) > 1 else 0.0 for error in errors],
+        capsize=4,
+        linewidth=1.6,
+        **_line_style(position),
+      )
+    if depths[-1] > 10 * depths[0]:
+      axes.set_xscale("log")
+    axes.set_xticks(depths, [str(d) for d in depths])
+    axes.minorticks_off()
+    axes.set_xlabel("depth (weighted layers)")
+    axes.set_ylabel("test error after the last epoch (%)")
+    _legend(
+      figure,
+      [
+        Line2D([], [], label=_plain(name), **_line_style(position))
+        for position, name in enumerate(names)
+      ],
+    )
+    return _render(
+      figure,
+      "depth",
+      text=f"Final test error against depths {depths} for {'; '.join(names)}."
+      " The table of accuracies holds the values.",
+      caption="After the last epoch, so that nothing was chosen; finished"
+      " groups only. Bars are ± one standard deviation over the seeds; a point"
+      " without a bar is of one seed.",
+    )
+
+
+def _without_depth(group: runs_lib.Group) -> dict[str, Any]:
+  return {k: v for k, v in group.config.items() if k != "model.depth"}
+
+
+def _line_style(position: int) -> dict[str, Any]:
+  """Tells apart more lines than there are colours."""
+  again = position // len(_COLORS)
+  position %= len(_COLORS)
+  return {
+    "color": _COLORS[position],
+    "marker": _MARKERS[position],
+    "markersize": 6,
+    "linestyle": ("-", "--", ":", "-.")[again % 4],
+  }
+
+
+def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
+  """The confusion matrix, shaded by the share of the true class.
+
+  Args:
+    scores: of a checkpoint.
+    name: of the figure's files.
+    what: the checkpoint, for people.
+  """
+  matrix = scores.confusion
+  classes = len(matrix)
+  of_class = matrix.sum(axis=1, keepdims=True)
+  share = 100 * matrix / np.maximum(of_class, 1)
+  numbered = classes <= _MOST_NUMBERED_CLASSES
+  with _style():
+    size = 3.4 + 0.4 * classes if numbered else 8.0
+    figure = Figure((size, size - 0.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(False)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("share of the true class (%)")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    labels = [_plain(label) for label in scores.class_names]
+    turned = max(map(len, labels)) > 2
+    size_of_text = 10 if numbered else 4
+    axes.set_xticks(
+      range(classes), labels, rotation=90 * turned, fontsize=size_of_text
+    )
+    axes.set_yticks(range(classes), labels, fontsize=size_of_text)
+    if numbered:
+      for i, j in np.ndindex(matrix.shape):
+        axes.text(
+          j,
+          i,
+          str(matrix[i, j]),
+          ha="center",
+          va="center",
+          fontsize=8,
+          color="white" if share[i, j] > 50 else "black",
+          # What is not there is no news.
+          alpha=1.0 if matrix[i, j] else 0.35,
+        )
+    return _render(
+      figure,
+      name,
+      text=f"Confusion matrix of {what}: {scores.num_correct} of"
+      f" {scores.num_images} test images are on the diagonal. The tables below"
+      " hold the accuracy of each class and what is confused most often.",
+      caption="Rows are true classes, columns predicted ones; "
+      + ("numbers are test images; " if numbered else "")
+      + "the shade is the share of the true class.",
+    )
+
+
+def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
+  """A sheet of the most confident mistakes, of which there is at least one.
+
+  Args:
+    scores: of a checkpoint.
+    name: of the figure's files.
+    what: the checkpoint, for people.
+  """
+  wrong = scores.mistakes
+  rows = math.ceil(len(wrong) / _MISTAKES_IN_A_ROW)
+  with _style():
+    figure = Figure((7.2, 2.05 * rows), layout="constrained")
+    cells = figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).ravel()
+    for cell in cells:
+      cell.axis("off")
+    for k, cell in enumerate(cells[: len(wrong)]):
+      true = _plain(scores.class_names[wrong.labels[k]])
+      confidence = f"{wrong.confidences[k]:.1%}"
+      predicted = _plain(scores.class_names[wrong.predicted[k]])
+      cell.imshow(wrong.images[k], interpolation="none")
+      cell.set_title(
+        f"true: {true}\npredicted: {predicted}\nwith {confidence}",
+        fontsize=7.5,
+      )
+    return _render(
+      figure,
+      name,
+      text=f"The {len(wrong)} most confident mistakes of {what}; their labels"
+      " are in the table of mistakes.",
+      caption="Above each test image its label, then what was predicted and"
+      " with which probability; the most confident first.",
+    )
+
+
+def _handles(groups: Sequence[runs_lib.Group]) -> list[Line2D]:
+  return [
+    Line2D(
+      [],
+      [],
+      color=_COLORS[position],
+      marker=_MARKERS[position],
+      markersize=8,
+      markeredgecolor="white",
+      linewidth=2.4,
+      label=_plain(group.name) + ("" if group.finished else " (unfinished)"),
+    )
+    for position, group in enumerate(groups)
+  ]
+
+
+def _legend(figure: Figure, handles: list[Line2D]) -> None:
+  wide = any(len(str(handle.get_label())) > 30 for handle in handles)
+  figure.legend(
+    handles=handles,
+    loc="outside lower center",
+    ncols=1 if wide and len(handles) < 4 else 2,
+    fontsize=9,
+  )
+
+
+def _plain(text: str) -> str:
+  """Text in which a dollar sign begins no formula."""
+  return text.replace("$", r"\$")
+
+
+def _style() -> Any:
+  # Not the user's own settings, which differ between machines.
+  return style.context(["default", _STYLE])
+
+
+def _render(figure: Figure, name: str, *, text: str, caption: str) -> Rendered:
+  files = {}
+  for kind in ("png", "svg"):
+    file = io.BytesIO()
+    # Neither the time nor the version of the library.
+    unstamped = (
+      {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    )
+    figure.savefig(file, format=kind, dpi=150, metadata=unstamped)
+    files[kind] = file.getvalue()
+  return Rendered(name, text, caption, **files)

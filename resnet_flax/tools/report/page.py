@@ -1,0 +1,52 @@
+"""One HTML page that has everything in it: no script, no other file."""
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+
+import jinja2
+
+from resnet_flax.tools.report import (
+  figures as figures_lib,
+  tables as tables_lib,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A part of the page under one heading.
+
+  Attributes:
+    title: the heading.
+    notes: paragraphs of plain text.
+    figures: shown below them.
+    tables: shown last.
+  """
+
+  title: str
+  notes: Sequence[str] = ()
+  figures: Sequence[figures_lib.Rendered] = ()
+  tables: Sequence[tables_lib.Table] = ()
+
+
+def render(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
+  """The page as HTML.
+
+  Args:
+    num_runs: workdirs that the report is of.
+    num_groups: groups of them.
+    sections: in their order.
+  """
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("resnet_flax.tools.report", ""),
+    # Names of folders and values of configurations are anyone's.
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters["base64"] = lambda raw: base64.b64encode(raw).decode()
+  template = environment.get_template("page.html.jinja")
+  return template.render(
+    num_runs=num_runs, num_groups=num_groups, sections=sections
+  )

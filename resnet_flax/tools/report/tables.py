@@ -1,0 +1,115 @@
+"""Tables for people, as Markdown and HTML cells, and for programs, as CSV."""
+
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+
+from resnet_flax.tools.report import runs as runs_lib
+
+Cell = str | int | float | runs_lib.Statistic | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One column.
+
+  Attributes:
+    title: its name with the unit, for example 'error (%)'.
+    digits: decimals of a number, for people; CSV has ten digits.
+    statistic: whether its cells are statistics; CSV has three columns of them.
+  """
+
+  title: str
+  digits: int = 0
+  statistic: bool = False
+
+  def show(self, cell: Cell) -> str:
+    """A cell as people read it."""
+    if cell is None:
+      return "–"
+    if isinstance(cell, runs_lib.Statistic):
+      text = f"{cell.mean:.{self.digits}f}"
+      if cell.std is not None:
+        text += f" ± {cell.std:.{self.digits}f}"
+      return f"{text} (n = {cell.n})"
+    if isinstance(cell, float):
+      return f"{cell:.{self.digits}f}"
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table.
+
+  Attributes:
+    name: of its files, without suffix.
+    caption: one sentence.
+    columns: the columns.
+    rows: as many cells in each as there are columns.
+    folded: it is long, and of use to few: the page shows it when asked to.
+  """
+
+  name: str
+  caption: str
+  columns: Sequence[Column]
+  rows: Sequence[Sequence[Cell]]
+  folded: bool = False
+
+  @property
+  def numeric(self) -> list[bool]:
+    """Which columns hold numbers."""
+    return [
+      any(not isinstance(row[position], str | None) for row in self.rows)
+      for position in range(len(self.columns))
+    ]
+
+  def shown_rows(self) -> list[list[str]]:
+    """All cells as people read them."""
+    return [
+      [
+        column.show(cell)
+        for column, cell in zip(self.columns, row, strict=True)
+      ]
+      for row in self.rows
+    ]
+
+  def to_markdown(self) -> str:
+    """The table in GitHub's Markdown."""
+    titles = [column.title for column in self.columns]
+    rules = ["---:" if right else "---" for right in self.numeric]
+    lines = [
+      f"| {' | '.join(map(_escape, titles))} |",
+      f"| {' | '.join(rules)} |",
+      *(f"| {' | '.join(map(_escape, row))} |" for row in self.shown_rows()),
+    ]
+    return f"{_escape(self.caption)}\n\n" + "\n".join(lines) + "\n"
+
+  def to_csv(self) -> str:
+    """The table for programs: statistics take three columns."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    titles: list[str] = []
+    for column in self.columns:
+      parts = ("mean", "std", "n") if column.statistic else ()
+      titles += [f"{column.title} {part}" for part in parts] or [column.title]
+    writer.writerow(titles)
+    for row in self.rows:
+      cells: list[str | int | float | None] = []
+      for column, cell in zip(self.columns, row, strict=True):
+        if isinstance(cell, runs_lib.Statistic):
+          cells += [cell.mean, cell.std, cell.n]
+        elif column.statistic:
+          cells += [None, None, 0]
+        else:
+          cells.append(cell)
+      writer.writerow(
+        # Ten digits: the others are rounding errors.
+        [f"{c:.10g}" if isinstance(c, float) else c for c in cells]
+      )
+    return file.getvalue()
+
+
+def _escape(text: str) -> str:
+  return re.sub(r"([\\|<>*`\[\]])", r"\\\1", text)

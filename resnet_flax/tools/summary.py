@@ -1,0 +1,107 @@
+"""What an experiment is, as text: nothing is loaded or compiled."""
+
+import functools
+import math
+import shutil
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax.run import config as config_rules
+
+
+class Size(NamedTuple):
+  """How large a network is.
+
+  Attributes:
+    total: parameters and running statistics together, as Keras counts.
+    trainable: parameters alone.
+    multiply_adds: of the convolutions and dense layers for one image:
+      output positions times kernel size, padding not subtracted; the count
+      that papers call FLOPs. Normalisation, activations, additions and pooling
+      are left out.
+  """
+
+  total: int
+  trainable: int
+  multiply_adds: int
+
+
+def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
+  """Counts without computing: the shapes are traced.
+
+  Args:
+    model: a network.
+    image_shape: (H, W, C).
+  """
+  multiply_adds = 0
+
+  def count(next_call, args, kwargs, context):
+    nonlocal multiply_adds
+    result = next_call(*args, **kwargs)
+    if context.method_name == "__call__" and isinstance(
+      context.module, nn.Conv | nn.Dense
+    ):
+      kernel = context.module.variables["params"]["kernel"]
+      # The kernel's last axis are the outputs' channels, counted already.
+      multiply_adds += math.prod(result.shape) * math.prod(kernel.shape[:-1])
+    return result
+
+  with nn.intercept_methods(count):
+    variables = jax.eval_shape(
+      functools.partial(model.init, train=False),
+      jax.random.key(0),
+      jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+    )
+  sizes = {
+    name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(collection))
+    for name, collection in variables.items()
+  }
+  return Size(sum(sizes.values()), sizes["params"], multiply_adds)
+
+
+def summarize(config: ConfigDict) -> str:
+  """The network as a table, its size, its optimizer and its schedule.
+
+  Args:
+    config: every key of `configs/base.py`.
+
+  Raises:
+    ConfigError: a value that cannot be used.
+  """
+  config_rules.check(config, num_devices=1)
+  experiment = experiment_lib.build(config)
+  table = _table(experiment).strip()
+  return "\n".join([table, *_facts(config, experiment)])
+
+
+def _table(experiment: train_step.Experiment) -> str:
+  return nn.tabulate(
+    experiment.model,
+    jax.random.key(0),
+    depth=2,
+    console_kwargs={
+      "width": max(shutil.get_terminal_size((160, 0)).columns, 120),
+      "force_terminal": False,
+    },
+  )(jnp.zeros((1, *experiment.image_shape)), train=False)
+
+
+def _facts(config: ConfigDict, experiment: train_step.Experiment) -> list[str]:
+  size = measure_size(experiment.model, experiment.image_shape)
+  steps = experiment.learning_rate.steps_per_epoch
+  return [
+    f"Model: {config.model.name}, depth {config.model.depth}",
+    f"Total parameters: {size.total:,}",
+    f"Trainable parameters: {size.trainable:,}",
+    f"Forward FLOPs per image: {2 * size.multiply_adds:,}",
+    "Optimizer:",
+    *(f"  {link}" for link in experiment.optimizer.links),
+    f"Learning rate, by 0-based epoch ({config.num_epochs} epochs of"
+    f" {steps} steps):",
+    *(f"  {line}" for line in experiment.learning_rate.describe()),
+  ]

@@ -1,0 +1,343 @@
+"""Files of weights, as flat dictionaries of arrays; no code in them is run."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from resnet_flax.run import errors
+from resnet_flax.tools.weights import hdf5
+
+# What a file may hold besides weights.
+_COUNTER = "num_batches_tracked"
+# Where training scripts put the state dict.
+_STATE_DICT_KEYS = ("state_dict", "model")
+_PARALLEL_PREFIX = "module."
+# Before, code could be run in spite of weights_only (CVE-2025-32434).
+_LEAST_TORCH = (2, 6)
+
+# How many times larger than its archive a member may be: float32 weights hardly
+# shrink, and what is larger is there to fill the memory.
+_MOST_GROWTH = 16
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
+_SIGNATURES = {
+  _HDF5: "an HDF5 file",
+  _ZIP: "a zip archive",
+  _PICKLE: "a pickle",
+  b"\x1f\x8b": "a gzip file",
+  b"version https://git-lfs": "a pointer of Git LFS",
+  b"<": "a web page",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """What a Keras file says of a layer.
+
+  Attributes:
+    kind: the name of its class, for example 'Conv2D'.
+    name: its own.
+    settings: its arguments, as JSON has them.
+  """
+
+  kind: str
+  name: str
+  settings: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+  """What a file holds.
+
+  Attributes:
+    path: the file.
+    library: 'pytorch' or 'keras', whose names the arrays have.
+    arrays: by name; 'layer1.0.conv1.weight' in PyTorch, 'conv2d_3/kernel' in
+      Keras.
+    passed_over: what is no weight: PyTorch's counters, the variables of Keras's
+      optimizers and random generators.
+    has_layer_names: False for files of older Keras 3, where layers are only
+      numbered in the order of `model.layers`, apart for each class.
+    layers: of a whole Keras model; empty where a file holds weights alone.
+  """
+
+  path: pathlib.Path
+  library: str
+  arrays: Mapping[str, np.ndarray]
+  passed_over: tuple[str, ...]
+  has_layer_names: bool = True
+  layers: tuple[Layer, ...] = ()
+
+
+def read(path: pathlib.Path) -> WeightsFile:
+  """Reads a file of weights; its extension says which kind it is.
+
+  Args:
+    path: .safetensors, .pt, .pth or .th with PyTorch's names; .keras,
+      .weights.h5 or .h5 of Keras.
+
+  Raises:
+    WeightsError: it is no such file, is damaged, holds code or more than it
+      has room for, or needs a library that is not installed.
+  """
+  if path.suffix not in _READERS:
+    raise errors.WeightsError(
+      f"{path}: unknown extension {path.suffix!r}; known:"
+      f" {', '.join(sorted(_READERS))}."
+    )
+  try:
+    with path.open("rb") as file:
+      start = file.read(64)
+  except OSError as error:
+    raise errors.WeightsError(
+      f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
+      " --source."
+    ) from error
+  reader, is_right = _READERS[path.suffix]
+  if not is_right(start):
+    what = "empty" if not start else "something else"
+    what = next(
+      (v for k, v in _SIGNATURES.items() if start.startswith(k)), what
+    )
+    raise errors.WeightsError(
+      f"{path} is not what its extension says: it is {what}."
+    )
+  try:
+    return reader(path)
+  except errors.UserError:
+    raise
+  # The libraries raise many kinds, according to what is wrong.
+  except Exception as error:
+    raise errors.WeightsError(
+      f"{path} is damaged, or is not what its extension says:"
+      f" {errors.one_line(error)}."
+    ) from error
+
+
+def _read_safetensors(path: pathlib.Path) -> WeightsFile:
+  from safetensors import numpy as safetensors_numpy
+
+  return _pytorch(path, safetensors_numpy.load_file(path))
+
+
+def _read_torch(path: pathlib.Path) -> WeightsFile:
+  try:
+    import torch
+  except ImportError:
+    raise errors.WeightsError(
+      f"{path} can be read only with PyTorch, which is not installed: pip"
+      " install 'resnet_flax[torch]'. Or save it where PyTorch is with"
+      " safetensors.torch.save_file(state_dict, 'weights.safetensors')."
+    ) from None
+  version = re.match(r"(\d{1,4})\.(\d{1,4})", torch.__version__)
+  if version is None or tuple(map(int, version.groups())) < _LEAST_TORCH:
+    raise errors.WeightsError(
+      f"{path} can be read only with PyTorch {'.'.join(map(str, _LEAST_TORCH))}"
+      f" or later, and {torch.__version__} is installed, in which a file could"
+      " run code: pip install --upgrade 'resnet_flax[torch]'."
+    )
+  try:
+    # Anything but tensors and plain containers is refused.
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:
+    # PyTorch's own text is long and explains how to run the code.
+    raise errors.WeightsError(
+      f"{path} is damaged, or holds more than tensors, which is not loaded"
+      f" since it could run code ({type(error).__name__}). Save the state dict"
+      " alone: torch.save(model.state_dict(), PATH)."
+    ) from error
+  for key in _STATE_DICT_KEYS:
+    if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+      loaded = loaded[key]
+      break
+  is_state_dict = isinstance(loaded, Mapping) and all(
+    isinstance(value, torch.Tensor) for value in loaded.values()
+  )
+  if not is_state_dict:
+    raise errors.WeightsError(
+      f"{path} holds no state dict: needed is a dictionary of tensors, or one"
+      f" that has it as {' or '.join(map(repr, _STATE_DICT_KEYS))}."
+    )
+  return _pytorch(
+    path, {str(name): _to_numpy(path, name, t) for name, t in loaded.items()}
+  )
+
+
+def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
+  import torch
+
+  if tensor.layout != torch.strided or tensor.is_quantized:
+    raise errors.WeightsError(
+      f"{path}: {name} is sparse or quantized; needed: plain tensors."
+    )
+  stored = tensor.untyped_storage().nbytes()
+  if tensor.numel() * tensor.element_size() > stored:
+    raise errors.WeightsError(
+      f"{path}: {name} claims the shape {list(tensor.shape)} but has {stored}"
+      " bytes."
+    )
+  if tensor.dtype == torch.bfloat16:
+    tensor = tensor.float()
+  return tensor.detach().numpy()
+
+
+def _pytorch(
+  path: pathlib.Path, arrays: Mapping[str, np.ndarray]
+) -> WeightsFile:
+  if arrays and all(name.startswith(_PARALLEL_PREFIX) for name in arrays):
+    # DataParallel wraps the network.
+    prefix = len(_PARALLEL_PREFIX)
+    arrays = {name[prefix:]: array for name, array in arrays.items()}
+  counters = [name for name in arrays if name.rpartition(".")[2] == _COUNTER]
+  weights = {k: v for k, v in arrays.items() if k not in set(counters)}
+  return WeightsFile(path, "pytorch", weights, tuple(counters))
+
+
+def _read_keras(path: pathlib.Path) -> WeightsFile:
+  with zipfile.ZipFile(path) as archive:
+    weights = _member(path, archive, "model.weights.h5")
+    config = json.loads(_member(path, archive, "config.json"))
+  with tempfile.TemporaryDirectory() as folder:
+    content = pathlib.Path(folder) / "model.weights.h5"
+    content.write_bytes(weights)
+    tree = hdf5.read_apart(path, content)
+  return _keras(path, tree, _layers(config))
+
+
+def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
+  try:
+    info = archive.getinfo(name)
+  except KeyError:
+    raise errors.WeightsError(
+      f"{path} is no .keras file: it has no {name}."
+    ) from None
+  if info.file_size > _MOST_GROWTH * path.stat().st_size:
+    raise errors.WeightsError(
+      f"{path}: {name} claims {info.file_size} bytes, more than"
+      f" {_MOST_GROWTH} times the whole file."
+    )
+  return archive.read(info)
+
+
+def _read_hdf5(path: pathlib.Path) -> WeightsFile:
+  tree = hdf5.read_apart(path, path)
+  layers = _layers(json.loads(tree.model)) if tree.model else ()
+  return _keras(path, tree, layers)
+
+
+def _keras(
+  path: pathlib.Path, tree: hdf5.Tree, layers: tuple[Layer, ...]
+) -> WeightsFile:
+  """Gives the arrays of both of Keras's layouts the same names."""
+  names = {**_layer_names(layers), **tree.layer_names}
+  arrays: dict[str, np.ndarray] = {}
+  has_layer_names = True
+  for key, array in tree.arrays.items():
+    layer, variable = _layer_and_variable(key)
+    if key.startswith("layers/"):
+      has_layer_names &= layer in names
+      layer = names.get(layer, layer)
+    name = f"{layer}/{variable}"
+    if name in arrays:
+      raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
+    arrays[name] = array
+  return WeightsFile(
+    path, "keras", arrays, tree.passed_over, has_layer_names, layers
+  )
+
+
+# Keras 3 numbers the variables of a layer in the order they are made in.
+_VARIABLES = {
+  "conv2d": ("kernel", "bias"),
+  "dense": ("kernel", "bias"),
+  "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+}
+
+
+def layer_class(name: str) -> str:
+  """'conv2d' of 'conv2d_7': an automatic name without its number."""
+  return re.sub(r"_\d+$", "", name)
+
+
+def _layer_and_variable(key: str) -> tuple[str, str]:
+  parts = key.split("/")
+  if parts[0] != "layers":
+    # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
+    parts = parts[1:] if parts[0] == "model_weights" else parts
+    return parts[0], parts[-1].removesuffix(":0")
+  # layers/conv2d_7/vars/0
+  if len(parts) == 4 and parts[2] == "vars" and parts[3].isdecimal():
+    variables = _VARIABLES.get(layer_class(parts[1]), ())
+    number = int(parts[3][:3])
+    if number < len(variables):
+      return parts[1], variables[number]
+  return parts[1], "/".join(parts[2:])
+
+
+def _layers(config: Any) -> tuple[Layer, ...]:
+  """The layers of a model, in the order of `model.layers`."""
+  return tuple(
+    Layer(
+      str(layer["class_name"]),
+      str(layer["config"]["name"]),
+      dict(layer["config"]),
+    )
+    for layer in config["config"]["layers"]
+  )
+
+
+def _layer_names(layers: tuple[Layer, ...]) -> dict[str, str]:
+  """For a layer's place in a file of Keras 3, its own name."""
+  classes = {
+    "Conv2D": "conv2d",
+    "Dense": "dense",
+    "BatchNormalization": "batch_normalization",
+  }
+  counts = dict.fromkeys(classes, 0)
+  names = {}
+  for layer in layers:
+    if layer.kind in classes:
+      count = counts[layer.kind]
+      counts[layer.kind] += 1
+      key = classes[layer.kind] + (f"_{count}" if count else "")
+      names[key] = layer.name
+  return names
+
+
+def _is_safetensors(start: bytes) -> bool:
+  # The length of a JSON header comes before it.
+  return start[8:9] == b"{"
+
+
+def _is_torch(start: bytes) -> bool:
+  # Before version 1.6 PyTorch wrote pickles without an archive around them.
+  return start.startswith((_ZIP, _PICKLE))
+
+
+def _is_zip(start: bytes) -> bool:
+  return start.startswith(_ZIP)
+
+
+def _is_hdf5(start: bytes) -> bool:
+  return start.startswith(_HDF5)
+
+
+# For each extension what reads the file, and what its first bytes must be.
+_READERS: dict[
+  str,
+  tuple[Callable[[pathlib.Path], WeightsFile], Callable[[bytes], bool]],
+] = {
+  ".safetensors": (_read_safetensors, _is_safetensors),
+  **dict.fromkeys((".pt", ".pth", ".th"), (_read_torch, _is_torch)),
+  ".keras": (_read_keras, _is_zip),
+  **dict.fromkeys((".h5", ".hdf5"), (_read_hdf5, _is_hdf5)),
+}

@@ -1,0 +1,231 @@
+"""Reads HDF5 files of strangers: only what is in the file, only once.
+
+HDF5 has links to other files, links in circles and arrays that claim to be
+larger than anything; none of it occurs in what Keras writes. And its library
+can be made to loop for ever by a few wrong bytes, so a process of its own,
+which can be ended, reads the file and hands over what it found.
+
+  python -m resnet_flax.weights.hdf5 FILE FOLDER
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from resnet_flax.run import errors
+
+# Deeper than any model nests layers.
+_DEEPEST = 16
+# Longer than any layer's name; names are read whole.
+_LONGEST_NAME = 4096
+
+# How long a file may take: much longer than a good one does.
+_SECONDS = 30.0
+_SECONDS_PER_BYTE = 1e-7
+# How much memory it may take, besides the arrays and their copies.
+_MEMORY = 2**29
+_COPIES = 3
+
+# What the process hands over, in a folder.
+_ARRAYS = "arrays.safetensors"
+_REST = "rest.json"
+
+_OPTIMIZER = ("optimizer", "optimizer_weights")
+_RANDOM = "seed_generator"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+  """The arrays of a file.
+
+  Attributes:
+    arrays: float arrays by path, for example 'layers/conv2d/vars/0'.
+    passed_over: paths of optimizers' and random generators' variables.
+    layer_names: for the group 'conv2d_1' of 'layers' the layer's own name,
+      where the file tells.
+    model: the JSON text of the whole model, if the file holds one.
+  """
+
+  arrays: Mapping[str, np.ndarray]
+  passed_over: tuple[str, ...]
+  layer_names: Mapping[str, str]
+  model: str
+
+
+def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
+  """Reads all weights, in a process of its own.
+
+  Args:
+    path: what errors call the file.
+    content: the HDF5 file itself.
+
+  Raises:
+    WeightsError: something in the file is not as Keras writes it, or is
+      damaged.
+  """
+  from safetensors import numpy as safetensors_numpy
+
+  root = pathlib.Path(__file__).parents[3]
+  limit = _SECONDS + _SECONDS_PER_BYTE * content.stat().st_size
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    try:
+      process = subprocess.run(
+        [sys.executable, "-m", __name__, content.absolute(), folder],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=limit,
+        check=False,
+      )
+    except subprocess.TimeoutExpired:
+      raise errors.WeightsError(
+        f"{path} is damaged: the HDF5 library had not read it after"
+        f" {limit:.0f} s."
+      ) from None
+    if process.returncode or not (folder / _REST).exists():
+      raise errors.WeightsError(
+        f"{path} is damaged: the HDF5 library ended with status"
+        f" {process.returncode}."
+      )
+    rest = json.loads((folder / _REST).read_text())
+    if "error" in rest:
+      raise errors.WeightsError(f"{path}{rest['error']}")
+    arrays = safetensors_numpy.load_file(folder / _ARRAYS)
+  return Tree(
+    arrays, tuple(rest["passed_over"]), rest["layer_names"], rest["model"]
+  )
+
+
+def _hand_over(content: pathlib.Path, folder: pathlib.Path) -> None:
+  """What the process does."""
+  from safetensors import numpy as safetensors_numpy
+
+  try:
+    with content.open("rb") as file:
+      _limit_memory(content.stat().st_size)
+      tree = read(file)
+    safetensors_numpy.save_file(dict(tree.arrays), folder / _ARRAYS)
+    rest = {
+      "passed_over": tree.passed_over,
+      "layer_names": tree.layer_names,
+      "model": tree.model,
+    }
+    text = json.dumps(rest)
+  except errors.WeightsError as error:
+    text = json.dumps({"error": str(error)})
+  # h5py raises many kinds, according to what is wrong.
+  except Exception as error:
+    text = json.dumps({"error": f" is damaged: {errors.one_line(error)}."})
+  (folder / _REST).write_text(text)
+
+
+def _limit_memory(size: int) -> None:
+  """Keeps what a file claims from filling the memory, where that can be."""
+  with contextlib.suppress(ImportError, OSError, ValueError):
+    import resource
+
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + _MEMORY + _COPIES * size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def read(file: BinaryIO) -> Tree:
+  """Reads all weights.
+
+  Args:
+    file: open for reading.
+
+  Raises:
+    WeightsError: something in the file is not as Keras writes it; the message
+      is to follow the file's name.
+    Exception: whatever h5py raises where the file is damaged.
+  """
+  import h5py
+
+  walk = _Walk()
+  with h5py.File(file, "r") as root:
+    walk.group(root, "", 0)
+    model = root.attrs.get("model_config", "")
+  # Older versions of h5py wrote bytes.
+  model = model.decode() if isinstance(model, bytes) else str(model)
+  return Tree(walk.arrays, tuple(walk.passed_over), walk.layer_names, model)
+
+
+class _Walk:
+  """What has been found on the way through a file."""
+
+  def __init__(self) -> None:
+    self._seen: set[int] = set()
+    self.arrays: dict[str, np.ndarray] = {}
+    self.passed_over: list[str] = []
+    self.layer_names: dict[str, str] = {}
+
+  def group(self, group: Any, prefix: str, depth: int) -> None:
+    import h5py
+
+    if depth > _DEEPEST:
+      raise self._bad(prefix, f"is nested deeper than {_DEEPEST} groups")
+    for name in group:
+      key = f"{prefix}{name}"
+      if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
+        raise self._bad(key, "is a link to another place or file")
+      member = group[name]
+      address = h5py.h5o.get_info(member.id).addr
+      if address in self._seen:
+        raise self._bad(key, "is in the file under two names")
+      self._seen.add(address)
+      if isinstance(member, h5py.Group):
+        self._note_layer_name(member, key)
+        self.group(member, f"{key}/", depth + 1)
+      elif not isinstance(member, h5py.Dataset):
+        raise self._bad(key, "is neither a group nor an array")
+      elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
+        self.passed_over.append(key)
+      else:
+        self.arrays[key] = self._array(member, key)
+
+  def _array(self, dataset: Any, key: str) -> np.ndarray:
+    if dataset.is_virtual or dataset.external:
+      raise self._bad(key, "has its values in another file")
+    shape, dtype = dataset.shape, dataset.dtype
+    if shape is None or dtype.kind != "f":
+      raise self._bad(key, f"holds {dtype}; needed: numbers with a fraction")
+    claimed = math.prod(shape) * dtype.itemsize
+    stored = dataset.id.get_storage_size()
+    if claimed > stored:
+      raise self._bad(
+        key, f"claims {claimed} bytes as {list(shape)} but stores {stored}"
+      )
+    return np.asarray(dataset[()])
+
+  def _note_layer_name(self, group: Any, key: str) -> None:
+    parts = key.split("/")
+    if len(parts) != 3 or parts[0] != "layers" or parts[2] != "vars":
+      return
+    if "name" not in group.attrs:
+      return
+    if group.attrs.get_id("name").get_storage_size() > _LONGEST_NAME:
+      raise self._bad(key, "has a name that is too long")
+    self.layer_names[parts[1]] = str(group.attrs["name"])
+
+  def _bad(self, key: str, what: str) -> errors.WeightsError:
+    return errors.WeightsError(
+      f": {key[:200]} {what}, which Keras never writes."
+    )
+
+
+if __name__ == "__main__":
+  _hand_over(*map(pathlib.Path, sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""From a library's arrays to our variables: every array exactly once."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax.run import config as config_rules, errors
+from resnet_flax.tools.weights import files
+
+# Of ours: ('params', 'stage1_block1', 'conv1', 'kernel').
+Path = tuple[str, ...]
+Layout = Callable[[np.ndarray], np.ndarray]
+
+# How many names an error lists of those that are left over, and of the others.
+_MOST_LISTED = 30
+
+
+def as_it_is(array: np.ndarray) -> np.ndarray:
+  """The layout of what both sides keep in the same order."""
+  return array
+
+
+def width(found: int, usual: int) -> tuple[int, ...]:
+  """What `model.num_filters` can be; 0 stands for the family's usual one."""
+  return (0, found) if found == usual else (found,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """Where one of our arrays comes from.
+
+  Attributes:
+    name: of the library's array.
+    layout: brings it into our order of dimensions.
+  """
+
+  name: str
+  layout: Layout = as_it_is
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A kind of network that a library has, as found in a file.
+
+  Attributes:
+    title: what to call it.
+    needed: for keys of the configuration the values, the first of which is
+      recommended, with which our network computes what theirs does.
+    num_classes: size of its head.
+    origin: where our array of a path comes from.
+  """
+
+  title: str
+  needed: Mapping[str, tuple[Any, ...]]
+  num_classes: int
+  origin: Callable[[Path], Origin]
+
+
+def check_config(
+  file: files.WeightsFile, source: Source, config: ConfigDict
+) -> None:
+  """Checks that our network computes what the file's does.
+
+  Most of it shapes cannot show: a wrong epsilon gives wrong logits.
+
+  Raises:
+    ConfigError: it does not; names the values that are needed.
+  """
+  flat = config_rules.to_flat(config)
+  wrong = [
+    f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"
+    for key, allowed in source.needed.items()
+    if flat[key] not in allowed
+  ]
+  if wrong:
+    raise errors.ConfigError(
+      f"{file.path} holds {source.title}, of which the configuration is not:"
+      f" needed are {', '.join(wrong)}."
+    )
+
+
+def _flag(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def variables(
+  file: files.WeightsFile, source: Source, like: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Our variables with the file's values.
+
+  Args:
+    file: the arrays.
+    source: what they are of.
+    like: {'params': ..., 'batch_stats': ...} of `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    float32 arrays in the tree of `like`.
+
+  Raises:
+    WeightsError: arrays of the file are left over, are missing, have another
+      shape, or hold what no trained network does.
+  """
+  leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+  paths = [tuple(str(key.key) for key in path) for path, _ in leaves]
+  origins = [source.origin(path) for path in paths]
+  _check_one_to_one(file, source, paths, origins, [leaf for _, leaf in leaves])
+  values = []
+  wrong = []
+  for path, origin, (_, leaf) in zip(paths, origins, leaves, strict=True):
+    array = file.arrays[origin.name]
+    value = _in_our_layout(array, origin, leaf)
+    if value is None:
+      wrong.append(
+        f"{_shown(origin.name, array.shape)} for {_shown('/'.join(path), leaf)}"
+      )
+    else:
+      values.append(_checked(file, origin, path, value))
+  if wrong:
+    raise errors.WeightsError(
+      f"{file.path} ({source.title}) has arrays of other shapes than the"
+      f" network: {_listed(wrong)}."
+    )
+  return jax.tree_util.tree_unflatten(structure, values)
+
+
+def _check_one_to_one(
+  file: files.WeightsFile,
+  source: Source,
+  paths: list[Path],
+  origins: list[Origin],
+  leaves: list[Any],
+) -> None:
+  names = {origin.name for origin in origins}
+  assert len(names) == len(origins), "an array would be used twice"
+  left_over = [
+    _shown(name, array.shape)
+    for name, array in file.arrays.items()
+    if name not in names
+  ]
+  missing = [
+    f"{origin.name} for {_shown('/'.join(path), leaf)}"
+    for path, origin, leaf in zip(paths, origins, leaves, strict=True)
+    if origin.name not in file.arrays
+  ]
+  if left_over or missing:
+    raise errors.WeightsError(
+      f"{file.path} ({source.title}) and the network do not have the same"
+      f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
+    )
+
+
+def _in_our_layout(
+  array: np.ndarray, origin: Origin, leaf: Any
+) -> np.ndarray | None:
+  if array.ndim != leaf.ndim:
+    return None
+  value = origin.layout(array)
+  return value if value.shape == leaf.shape else None
+
+
+def _checked(
+  file: files.WeightsFile, origin: Origin, path: Path, value: np.ndarray
+) -> np.ndarray:
+  if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
+    raise errors.WeightsError(
+      f"{file.path}: {origin.name} is {value.dtype}; needed: float32, float16,"
+      " bfloat16 or float64."
+    )
+  # A float64 that float32 does not hold becomes infinite, which is found here.
+  with np.errstate(over="ignore"):
+    value = np.ascontiguousarray(value, np.float32)
+  if not np.isfinite(value).all():
+    raise errors.WeightsError(
+      f"{file.path}: {origin.name} holds values that are not finite in float32."
+    )
+  if path[0] == "batch_stats" and path[-1] == "var" and (value < 0).any():
+    raise errors.WeightsError(
+      f"{file.path}: {origin.name} holds negative variances."
+    )
+  return value
+
+
+def _shown(name: str, form: Any) -> str:
+  return f"{name}{list(getattr(form, 'shape', form))}"
+
+
+def _listed(names: list[str]) -> str:
+  if not names:
+    return "none"
+  more = len(names) - _MOST_LISTED
+  return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" * (more > 0))

@@ -1,0 +1,248 @@
+"""PyTorch's names: torchvision's networks and the CIFAR ResNets.
+
+Sources: the state dicts of torchvision's resnet.py, vgg.py and alexnet.py, and
+of the ResNets for CIFAR-10 that are widely used with PyTorch, whose blocks are
+named like torchvision's and whose head is called `linear`.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from resnet_flax.models import registry
+from resnet_flax.run import errors
+from resnet_flax.tools.weights import files
+from resnet_flax.tools.weights.mapping import (
+  Layout,
+  Origin,
+  Path,
+  Source,
+  as_it_is,
+  width,
+)
+
+_NORM = {
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+
+# (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
+# only in their blocks.
+_IMAGENET_DEPTHS = {
+  (sizes, depth >= registry.FIRST_BOTTLENECK): depth
+  for depth, sizes in registry.IMAGENET_SIZES.items()
+}
+
+# The convolutions' places in `features`.
+_VGG19 = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)
+_VGG19_BN = (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49)
+_ALEXNET = (0, 3, 6, 8, 10)
+# And of the dense layers in `classifier`.
+_VGG_DENSE = {"dense1": 0, "dense2": 3, "head": 6}
+_ALEXNET_DENSE = {"dense1": 1, "dense2": 4, "head": 6}
+
+_COMMON = {"model.batch_norm_epsilon": (1e-5,)}
+
+
+def identify(file: files.WeightsFile) -> Source:
+  """What a file with PyTorch's names is of.
+
+  Raises:
+    WeightsError: none of the networks that are known.
+  """
+  names = file.arrays.keys()
+  if "classifier.6.weight" in names and "features.0.weight" in names:
+    return _feedforward(file)
+  if "conv1.weight" in names and "layer1.0.conv1.weight" in names:
+    if "fc.weight" in names:
+      return _torchvision_resnet(file)
+    if "linear.weight" in names and not _blocks(names)[3:]:
+      return _cifar_resnet(file)
+  some = ", ".join(sorted(names)[:5])
+  raise errors.WeightsError(
+    f"{file.path} is of no network that is known: with PyTorch's names these"
+    " are torchvision's ResNet-18 to 152, VGG-19 and AlexNet, and CIFAR"
+    f" ResNets with three stages and a head 'linear'. It has: {some or 'none'}."
+  )
+
+
+def _blocks(names: Any) -> tuple[int, ...]:
+  """How many blocks layer1, layer2, ... have."""
+  stages: dict[int, set[int]] = {}
+  for name in names:
+    if match := re.match(r"layer(\d{1,2})\.(\d{1,4})\.", name):
+      stages.setdefault(int(match[1]), set()).add(int(match[2]))
+  return tuple(len(stages[stage]) for stage in sorted(stages))
+
+
+def _torchvision_resnet(file: files.WeightsFile) -> Source:
+  sizes = _blocks(file.arrays)
+  has_bottlenecks = "layer1.0.conv3.weight" in file.arrays
+  depth = _IMAGENET_DEPTHS.get((sizes, has_bottlenecks))
+  if depth is None:
+    raise errors.WeightsError(
+      f"{file.path} is a ResNet with {sizes} blocks, which is none of"
+      " torchvision's ResNet-18, 34, 50, 101 and 152."
+    )
+  needed: dict[str, tuple[Any, ...]] = {
+    "model.name": ("resnet_imagenet",),
+    "model.depth": (depth,),
+    "model.num_filters": width(_rows(file, "conv1.weight"), usual=64),
+    "model.shortcut": ("B", "default"),
+    **_COMMON,
+    "model.padding": ("symmetric",),
+    "model.conv_bias": (False,),
+    "normalization": ("imagenet",),
+  }
+  if has_bottlenecks:
+    needed["model.stride_in_3x3"] = (True,)
+  return Source(
+    f"torchvision's ResNet-{depth}",
+    needed,
+    _rows(file, "fc.weight"),
+    functools.partial(_resnet_origin, "fc", "downsample"),
+  )
+
+
+def _cifar_resnet(file: files.WeightsFile) -> Source:
+  blocks = _blocks(file.arrays)
+  depth = 6 * blocks[0] + 2
+  has_projections = any(".shortcut.0." in name for name in file.arrays)
+  shortcut = "B" if has_projections else "A"
+  return Source(
+    f"a PyTorch CIFAR ResNet-{depth} with option {shortcut} shortcuts",
+    {
+      "model.name": ("resnet_v1",),
+      "model.depth": (depth,),
+      "model.num_filters": width(_rows(file, "conv1.weight"), usual=16),
+      "model.shortcut": (shortcut,),
+      "model.batch_norm": (True,),
+      **_COMMON,
+      "model.padding": ("symmetric",),
+      "model.conv_bias": (False,),
+      # Not the mean image: PyTorch's recipes normalise by channel.
+      "normalization": ("imagenet", "channel", "none"),
+    },
+    _rows(file, "linear.weight"),
+    functools.partial(_resnet_origin, "linear", "shortcut"),
+  )
+
+
+def _feedforward(file: files.WeightsFile) -> Source:
+  has_norm = any(name.endswith(".running_mean") for name in file.arrays)
+  is_alexnet = "classifier.1.weight" in file.arrays
+  places = _ALEXNET if is_alexnet else _VGG19_BN if has_norm else _VGG19
+  convs = sum(1 for array in file.arrays.values() if array.ndim == 4)
+  if convs != len(places):
+    raise errors.WeightsError(
+      f"{file.path} has {convs} convolutions and three dense layers, as neither"
+      " torchvision's VGG-19 nor its AlexNet has."
+    )
+  title = "AlexNet" if is_alexnet else "VGG-19" + " with BN" * has_norm
+  needed: dict[str, tuple[Any, ...]] = {
+    "model.name": ("alexnet" if is_alexnet else "vgg",),
+    "model.depth": (8 if is_alexnet else 19,),
+    "model.conv_bias": (True,),
+    "normalization": ("imagenet",),
+  }
+  if not is_alexnet:
+    needed["model.batch_norm"] = (has_norm,)
+  if has_norm:
+    needed |= _COMMON
+  return Source(
+    f"torchvision's {title}",
+    needed,
+    _rows(file, "classifier.6.weight"),
+    functools.partial(
+      _feedforward_origin,
+      places,
+      _ALEXNET_DENSE if is_alexnet else _VGG_DENSE,
+      _rows(file, f"features.{places[-1]}.weight"),
+    ),
+  )
+
+
+def _rows(file: files.WeightsFile, name: str) -> int:
+  """The units or channels that come out of a layer; 0 if it is not there."""
+  shape = file.arrays[name].shape if name in file.arrays else ()
+  return shape[0] if shape else 0
+
+
+def _resnet_origin(head: str, shortcut: str, path: Path) -> Origin:
+  """Where an array of a ResNet comes from.
+
+  Args:
+    head: what the dense layer is called.
+    shortcut: what a block's projection is called.
+    path: of ours.
+  """
+  *block, layer, leaf = path[1:]
+  if not block:
+    stems = {"stem_conv": "conv1", "stem_bn": "bn1", "head": head}
+    return _leaf(stems[layer], layer, leaf)
+  stage, number = _stage_and_block(block[0])
+  parts = {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1"}
+  part = parts.get(layer, layer)
+  return _leaf(f"layer{stage}.{number - 1}.{part}", layer, leaf)
+
+
+def _stage_and_block(name: str) -> tuple[int, int]:
+  """(3, 1) of 'stage3_block1'."""
+  stage, block = name.split("_")
+  return int(stage.removeprefix("stage")), int(block.removeprefix("block"))
+
+
+def _feedforward_origin(
+  places: tuple[int, ...],
+  dense: Mapping[str, int],
+  channels: int,
+  path: Path,
+) -> Origin:
+  """Where an array of a VGG or an AlexNet comes from.
+
+  Args:
+    places: the convolutions' in `features`.
+    dense: the dense layers' in `classifier`.
+    channels: of what the first dense layer sees.
+    path: of ours.
+  """
+  layer, leaf = path[1:]
+  if layer in dense:
+    origin = _leaf(f"classifier.{dense[layer]}", layer, leaf)
+    if (layer, leaf) == ("dense1", "kernel"):
+      return Origin(origin.name, functools.partial(_flattened, channels))
+    return origin
+  kind, number = re.fullmatch(r"(conv|bn)(\d+)", layer).groups()  # type: ignore
+  place = places[int(number) - 1] + (kind == "bn")
+  return _leaf(f"features.{place}", layer, leaf)
+
+
+def _leaf(module: str, layer: str, leaf: str) -> Origin:
+  """Where the kernel, bias, ... of one of our layers comes from."""
+  if leaf == "kernel":
+    layout: Layout = _conv if "conv" in layer else np.transpose
+    return Origin(f"{module}.weight", layout)
+  if "bn" in layer:
+    return Origin(f"{module}.{_NORM[leaf]}")
+  return Origin(f"{module}.{leaf}", as_it_is)
+
+
+def _conv(array: np.ndarray) -> np.ndarray:
+  """OIHW as HWIO."""
+  return np.transpose(array, (2, 3, 1, 0))
+
+
+def _flattened(channels: int, array: np.ndarray) -> np.ndarray:
+  """[out, C*H*W] as [H*W*C, out]: what a dense layer after a flatten sees."""
+  units, inputs = array.shape
+  side = math.isqrt(inputs // max(channels, 1))
+  if channels * side * side != inputs:
+    return np.transpose(array)
+  array = array.reshape(units, channels, side, side)
+  return np.transpose(array, (2, 3, 1, 0)).reshape(inputs, units)

@@ -1,0 +1,75 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_flax.data import dataset as record, normalize as normalization
+from resnet_flax.run import errors
+
+
+@pytest.fixture
+def split(random_images):
+  images = random_images(10)
+  images[..., 2] //= 3
+  whole = record.whole_split(images, np.zeros(10, np.int32))
+  return whole.subset(np.array([1, 4, 7]))
+
+
+def test_pixel_mean(split):
+  measured = normalization.measure("pixel_mean", split)
+  images = split.take(np.arange(3))[0] / 255
+  np.testing.assert_allclose(measured.mean, images.mean(0), rtol=1e-6)
+  assert measured.mean.shape == (32, 32, 3)
+  np.testing.assert_array_equal(measured.std, 1)
+
+
+def test_channel(split):
+  measured = normalization.measure("channel", split)
+  images = split.take(np.arange(3))[0] / 255
+  np.testing.assert_allclose(
+    np.ravel(measured.mean), images.mean((0, 1, 2)), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    np.ravel(measured.std), images.std((0, 1, 2)), rtol=1e-6
+  )
+
+
+def test_constant_channel_does_not_divide_by_zero():
+  images = np.full((2, 4, 4, 3), 7, np.uint8)
+  split = record.whole_split(images, np.zeros(2, np.int32))
+  assert np.all(normalization.measure("channel", split).std > 0)
+
+
+def test_none(split):
+  measured = normalization.measure("none", split)
+  assert np.all(measured.mean == 0)
+  assert np.all(measured.std == 1)
+
+
+@pytest.mark.parametrize("name", normalization.NAMES)
+def test_placeholder_has_the_same_shapes(split, name):
+  measured = normalization.measure(name, split)
+  placeholder = normalization.placeholder(name, (32, 32, 3))
+  assert placeholder.mean.shape == measured.mean.shape
+  assert placeholder.std.shape == measured.std.shape
+
+
+def test_unknown_name(split):
+  with pytest.raises(errors.ConfigError, match="Did you mean 'pixel_mean'"):
+    normalization.measure("pixelmean", split)
+
+
+@pytest.mark.parametrize(
+  ("name", "white"),
+  [
+    # (1 - mean) / std of each channel; 255 less Caffe's means.
+    ("imagenet", [2.2489, 2.4286, 2.6400]),
+    ("caffe", [131.32, 138.221, 151.061]),
+    ("none", [1.0, 1.0, 1.0]),
+  ],
+)
+def test_fixed_ones_need_no_data(name, white):
+  images = jnp.full((1, 4, 4, 3), 255, jnp.uint8)
+  result = normalization.fixed(name, (4, 4, 3))(images)
+  expected = np.broadcast_to(np.array(white, np.float32), (1, 4, 4, 3))
+  np.testing.assert_allclose(result, expected, rtol=1e-4)
+  assert name in normalization.UNMEASURED

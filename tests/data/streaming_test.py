@@ -1,0 +1,572 @@
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from configs import imagenet_resnet50
+from experiments.input_pipeline import generated
+from resnet_flax import data as datasets, experiment as experiment_lib, train
+from resnet_flax.data import crops, loading, streaming
+from resnet_flax.parallel import epochs, evaluate, networks as seeds
+from resnet_flax.run import config as config_rules, errors, load as inference
+from tests.data import damage
+
+COUNTS = {"train": 40, "validation": 10}
+TRAIN_FILE = "imagenet2012-train.array_record-00000-of-00001"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """A TFDS directory with a tiny ImageNet; not to be changed."""
+  folder = tmp_path_factory.mktemp("tfds")
+  generated.prepare(folder, COUNTS, num_classes=4, width=60, height=45)
+  return folder
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+  """The folder of a copy that may be changed."""
+  shutil.copytree(root, tmp_path / "data é")
+  return tmp_path / "data é" / "imagenet2012" / "5.1.0"
+
+
+def make_config(root, num_workers=0):
+  config = imagenet_resnet50.get_config()
+  config.dataset.data_dir = str(root)
+  config.dataset.image_size = 64
+  config.dataset.num_workers = num_workers
+  config.batch_size = config.eval_batch_size = 8
+  config.num_epochs = 2
+  config.model.update({"depth": 18, "num_filters": 4})
+  config.log.tensorboard = False
+  return config
+
+
+def load(root, augmentation="random_resized_crop", **changes):
+  config = make_config(root).dataset
+  config.update(changes)
+  return loading.load(config, augmentation)
+
+
+def equal(ours, theirs):
+  assert len(ours) == len(theirs)
+  for (images, labels), (other_images, other_labels) in zip(
+    ours, theirs, strict=True
+  ):
+    np.testing.assert_array_equal(images, other_images)
+    np.testing.assert_array_equal(labels, other_labels)
+
+
+def test_images_are_cut_as_pillow_cuts_them(root):
+  dataset = load(root)
+  assert (len(dataset.train), len(dataset.test)) == (40, 10)
+  assert dataset.validation is None
+  assert dataset.class_names == tuple(f"n0000000{k}" for k in range(4))
+  assert dataset.source.startswith("imagenet2012-5.1.0-")
+  path = root / "imagenet2012" / "5.1.0" / TRAIN_FILE
+  reader = array_record_module.ArrayRecordReader(str(path))
+  raw = [tf_example_pb2.Example.FromString(r) for r in reader.read_all()]
+  feature = raw[17].features.feature
+  encoded = feature["image"].bytes_list.value[0]
+  with Image.open(io.BytesIO(encoded)) as image:
+    assert image.size == (60, 45)
+    expected = image.resize(
+      (64, 64), Image.Resampling.BILINEAR, box=crops.central(60, 45)
+    )
+  images, labels = dataset.train.take(np.array([17, 3]))
+  np.testing.assert_array_equal(images[0], np.asarray(expected))
+  assert labels[0] == feature["label"].int64_list.value[0]
+  assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+  assert images.shape == (2, *dataset.train.image_shape)
+
+
+def test_images_depend_on_seed_epoch_and_position_alone(root):
+  train_split = load(root).train
+  order = list(np.random.default_rng(0).permutation(40).reshape(2, 20))
+  draw = datasets.Draw(0, 1)
+  whole = list(train_split.batches(order, draw))
+  # What another of two processes asks for.
+  parts = list(train_split.batches([rows[12:] for rows in order], draw))
+  equal(parts, [(images[12:], labels[12:]) for images, labels in whole])
+  # After a resume.
+  equal(list(train_split.batches(order[1:], draw)), whole[1:])
+  for other in (datasets.Draw(0, 2), datasets.Draw(1, 1), None):
+    (images, labels), *_ = train_split.batches(order, other)
+    np.testing.assert_array_equal(labels, whole[0][1])
+    assert not (images == whole[0][0]).all(axis=(1, 2, 3)).any()
+
+
+def test_epochs_are_permutations_that_any_step_can_be_taken_from(
+  root, one_device
+):
+  split = load(root).train
+  layout = seeds.Layout.create(make_config(root), one_device)
+
+  def epoch(number, first=0):
+    batches = epochs.batches(split, 8, number, layout, first=first)
+    return [tuple(map(np.asarray, batch)) for batch in batches]
+
+  whole = epoch(3)
+  assert len(whole) == 5
+  equal(epoch(3, first=2), whole[2:])
+  everything = split.take(np.arange(40))[1]
+  labels = np.concatenate([labels for _, labels in whole])
+  assert sorted(labels) == sorted(everything)
+  assert (labels != np.concatenate([labels for _, labels in epoch(4)])).any()
+
+
+def test_evaluation_takes_every_image_once(root):
+  split = load(root).test
+  images, labels, masks = zip(
+    *evaluate.padded_batches(split, 4, np.arange(4)), strict=True
+  )
+  mask = np.concatenate(masks)
+  assert mask.sum() == 10
+  equal(
+    [(np.concatenate(images)[mask], np.concatenate(labels)[mask])],
+    [split.take(np.arange(10))],
+  )
+
+
+def test_of_a_batch_beyond_the_last_image_there_is_nothing(root):
+  # What is left for the second of two hosts.
+  for crops_of, shape in ((1, (64, 64, 3)), (10, (10, 64, 64, 3))):
+    split = load(root, test_crops=crops_of).test
+    (images, labels), _ = split.batches([np.arange(0), np.arange(2)])
+    assert images.shape == (0, *shape)
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+    assert labels.shape == (0,)
+
+
+def test_ten_crops_are_five_and_their_mirror_images(root):
+  split = load(root, test_crops=10).test
+  ((ten, labels),) = split.batches([np.arange(3)])
+  assert ten.shape == (3, 10, 64, 64, 3)
+  central, true = split.take(np.arange(3))
+  np.testing.assert_array_equal(labels, true)
+  np.testing.assert_array_equal(ten[:, 4], central)
+  np.testing.assert_array_equal(ten[:, 5:], ten[:, :5, :, ::-1])
+  for one, other in itertools.combinations(range(10), 2):
+    assert (ten[:, one] != ten[:, other]).any()
+  # While training an image is cut once.
+  training = load(root, test_crops=10).train
+  ((images, _),) = training.batches([np.arange(3)], datasets.Draw(0, 0))
+  assert images.shape == (3, 64, 64, 3)
+
+
+def test_parts_of_the_training_split(root):
+  dataset = load(root, validation_examples=8, train_examples=12)
+  assert (len(dataset.validation), len(dataset.train)) == (8, 12)
+  assert not set(dataset.validation.indices) & set(dataset.train.indices)
+  fewer = load(root, validation_examples=8, train_examples=5).train
+  assert set(fewer.indices) < set(dataset.train.indices)
+  other = load(root, validation_examples=8, split_seed=1).validation
+  assert set(other.indices) != set(dataset.validation.indices)
+  positions = np.arange(12)
+  equal(
+    [dataset.train.take(positions)],
+    [load(root).train.take(dataset.train.indices)],
+  )
+
+
+def test_any_prepared_set_can_be_named(root, tmp_path):
+  (tmp_path / "flowers").mkdir()
+  generated.prepare(
+    tmp_path,
+    {"train": 5, "test": 3},
+    name="flowers",
+    num_classes=2,
+    width=20,
+    height=30,
+  )
+  config = make_config(tmp_path)
+  config.dataset.name = "tfds/flowers"
+  config.batch_size = 4
+  config_rules.check(config, 1)
+  info = loading.info(config.dataset)
+  assert info == loading.DatasetInfo(2, (64, 64, 3), 5, 3)
+  assert len(loading.load(config.dataset).test) == 3
+  config.dataset.name = "tfds/trees"
+  with pytest.raises(errors.DataError, match=r"trees\. Set .*data_dir.*Prep"):
+    config_rules.check(config, 1)
+
+
+def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
+  config = imagenet_resnet50.get_config()
+  config.dataset.data_dir = str(tmp_path)
+  config_rules.check(config, 1)
+  experiment = experiment_lib.build(config)
+  assert experiment.learning_rate.steps_per_epoch == 1_281_167 // 256
+  with pytest.raises(errors.DataError, match="no prepared imagenet2012 in"):
+    loading.load(config.dataset)
+
+
+@pytest.mark.parametrize(
+  ("name", "key", "value", "message"),
+  [
+    ("imagenet2012", "normalization", "channel", "caffe, imagenet, none"),
+    ("cifar10", "augment.name", "scale_crop", "Needed: crop_flip"),
+    ("tfds/../x", "seed", 0, "dataset.name='tfds/../x' is not known"),
+    ("imagenet2012", "dataset.num_workers", -2, "from -1 to 256"),
+    ("imagenet2012", "dataset.image_size", 0, "from 1 to 2048"),
+    ("imagenet2012", "dataset.image_size", 16, "too small"),
+  ],
+)
+def test_what_does_not_go_together(root, name, key, value, message):
+  config = make_config(root)
+  config.dataset.name = name
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.ConfigError, match=message):
+    config_rules.check(config, 1)
+
+
+def refusal(copy):
+  """The one line that a copy is refused with."""
+  with pytest.raises(errors.DataError, match="Prepare it") as caught:
+    read_all(copy)
+  message = str(caught.value)
+  assert message.isprintable()
+  assert "imagenet2012/5.1.0" in message
+  assert len(message) < 1000
+  return message
+
+
+def read_all(copy):
+  """All that is done with a copy."""
+  dataset = load(copy.parent.parent)
+  return [
+    split.take(np.arange(len(split))) for split in (dataset.train, dataset.test)
+  ]
+
+
+def encode(mode="RGB", size=(60, 45), encoding="JPEG"):
+  buffer = io.BytesIO()
+  Image.new(mode, size).save(buffer, encoding)
+  return buffer.getvalue()
+
+
+def write_train_split(folder, image, label=3, count=40):
+  """Replaces the training split: the last of its images is the given one."""
+  path = folder / TRAIN_FILE
+  path.unlink()
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  for k in range(count):
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    last = k == count - 1
+    feature["image"].bytes_list.value.append(image if last else encode())
+    feature["label"].int64_list.value.append(label if last else 0)
+    writer.write(example.SerializeToString())
+  writer.close()
+
+
+@pytest.mark.parametrize(
+  "image",
+  [
+    encode("L"),
+    encode("CMYK"),
+    encode("RGBA", encoding="PNG"),
+    encode("1", (1, 1), "PNG"),
+  ],
+)
+def test_images_of_other_kinds_are_read(copy, image):
+  write_train_split(copy, image)
+  images, _ = read_all(copy)[0]
+  assert images.shape == (40, 64, 64, 3)
+
+
+# Its header announces 9,000 x 9,000 pixels.
+BOMB = bytearray(encode(size=(1, 1), encoding="PNG"))
+BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
+
+
+@pytest.mark.parametrize(
+  ("image", "label", "message"),
+  [
+    (b"", 0, "cannot identify image"),
+    (encode()[:-200], 0, "OSError"),
+    (bytes(BOMB), 0, "Error"),
+    (encode(encoding="EPS"), 0, "cannot identify image"),
+    (encode(), 4, "label 4; needed: 0 to 3"),
+    (encode(), -1, "label -1"),
+  ],
+)
+def test_examples_that_are_none(copy, image, label, message):
+  write_train_split(copy, image, label)
+  assert message in refusal(copy)
+
+
+def test_fewer_examples_than_announced(copy):
+  write_train_split(copy, encode(), count=39)
+  refusal(copy)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"splits": []},
+    {"splits": [{"name": "train", "shardLengths": ["1"]}]},
+    {"splits": [{"name": "test", "shardLengths": ["40"]}]},
+    {"splits": [{"name": "train", "shardLengths": ["-1"]}]},
+    {"splits": 3},
+  ],
+)
+def test_dataset_info_that_says_something_else(copy, change):
+  path = copy / "dataset_info.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  refusal(copy)
+
+
+def test_features_besides_image_and_label_may_be_there(copy):
+  path = copy / "features.json"
+  features = json.loads(path.read_text())
+  core = "tensorflow_datasets.core.features"
+  number = {
+    "pythonClassName": f"{core}.scalar.Scalar",
+    "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
+  }
+  box = {
+    "pythonClassName": f"{core}.bounding_boxes.BBoxFeature",
+    "boundingBox": {"shape": {"dimensions": ["4"]}, "dtype": "float32"},
+  }
+  features["featuresDict"]["features"] |= {
+    "number": number,
+    "boxes": {
+      "pythonClassName": f"{core}.sequence_feature.Sequence",
+      "sequence": {"feature": box, "length": "-1"},
+    },
+  }
+  path.write_text(json.dumps(features))
+  assert len(read_all(copy)[0][1]) == 40
+
+
+def test_as_many_files_may_be_open_as_a_set_has(root, monkeypatch):
+  """ImageNet has more than the 1024 that shells allow."""
+  resource = pytest.importorskip("resource")
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
+    load(root)
+    after = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert after == (min(16 * (2 + 256), before[1]), before[1])
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+  monkeypatch.setattr(resource, "getrlimit", lambda which: (200, 200))
+  with pytest.raises(errors.DataError, match=r"may open 200 here.*ulimit -Hn"):
+    load(root)
+
+
+def test_of_a_set_with_one_split_the_last_tenth_is_scored(copy):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text())
+  whole = load(copy.parent.parent).train
+  info["splits"] = [each for each in info["splits"] if each["name"] == "train"]
+  path.write_text(json.dumps(info))
+  dataset = load(copy.parent.parent)
+  assert (len(dataset.train), len(dataset.test)) == (36, 4)
+  equal([dataset.train.take(np.arange(36))], [whole.take(np.arange(36))])
+  equal([dataset.test.take(np.arange(4))], [whole.take(np.arange(36, 40))])
+
+
+def test_files_of_other_folders_are_not_read(copy):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text())
+  for split in info["splits"]:
+    split["filepathTemplate"] = "../{DATASET}-{SPLIT}.{FILEFORMAT}"
+  path.write_text(json.dumps(info))
+  assert "leads to" in refusal(copy)
+
+
+def test_a_shard_that_is_missing_or_a_pipe(copy):
+  (copy / TRAIN_FILE).unlink()
+  assert "FileNotFoundError" in refusal(copy)
+  os.mkfifo(copy / TRAIN_FILE)
+  assert "not a regular file" in refusal(copy)
+
+
+def test_a_copy_that_needs_tensorflow(copy):
+  path = copy / "dataset_info.json"
+  info = json.loads(path.read_text()) | {"fileFormat": "tfrecord"}
+  path.write_text(json.dumps(info))
+  assert "prepared as tfrecord" in refusal(copy)
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(data=st.data(), edits=damage.edits(100_000), cut=damage.cuts(100_000))
+def test_any_damage_is_one_line_or_harmless(root, data, edits, cut):
+  intact = root / "imagenet2012" / "5.1.0"
+  name = data.draw(st.sampled_from(sorted(p.name for p in intact.iterdir())))
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder) / "imagenet2012" / "5.1.0"
+    shutil.copytree(intact, copy)
+    damage.apply(copy / name, edits, cut)
+    try:
+      (images, labels), _ = read_all(copy)
+    except errors.DataError:
+      refusal(copy)
+    else:
+      assert images.shape[1:] == (64, 64, 3)
+      assert len(labels) == len(images)
+
+
+def test_fingerprints_tell_copies_apart(copy, root):
+  before = streaming.fingerprint(copy)
+  assert before == streaming.fingerprint(root / "imagenet2012" / "5.1.0")
+  with (copy / TRAIN_FILE).open("ab") as file:
+    file.write(b"x")
+  assert streaming.fingerprint(copy) != before
+
+
+def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
+  config = make_config(root)
+  # Compiled sooner.
+  config.dataset.image_size = 32
+  config.model.update({"name": "resnet_v1", "depth": 8, "stride_in_3x3": True})
+  undisturbed = train.train_and_evaluate(
+    config, tmp_path / "undisturbed", devices=one_device
+  )
+  config.checkpoint.every_steps = 1
+
+  class Signals(train.interruption.StopSignals):
+    """Asks to stop after seven steps, two into the second epoch."""
+
+    steps = 0
+
+    @property
+    def requested(self):
+      self.steps += 1
+      return self.steps > 7
+
+    def check(self):
+      if self.steps >= 7:
+        raise train.interruption.Stopped(signal.SIGTERM)
+
+  with pytest.raises(errors.Interrupted, match="saved up to step 7"):
+    train.train_and_evaluate(
+      config, tmp_path / "resumed", devices=one_device, signals=Signals()
+    )
+  resumed = train.train_and_evaluate(
+    config, tmp_path / "resumed", devices=one_device
+  )
+  timed = ("epoch_seconds", "images_per_second")
+  for ours, theirs in zip(resumed, undisturbed, strict=True):
+    for key in ours.keys() - set(timed):
+      assert ours[key] == theirs[key], key
+  # Scored by ten crops, whatever it was scored by while training.
+  config.dataset.test_crops = 10
+  ten = inference.evaluate_workdir(
+    tmp_path / "resumed", "latest", config=config, devices=one_device
+  )
+  assert ten["step"] == resumed[-1]["step"]
+  assert 0 < abs(ten["loss"] - resumed[-1]["test_loss"]) < 1
+  with pytest.raises(errors.WorkdirError, match=r"test_crops \(1 there, 10"):
+    train.train_and_evaluate(config, tmp_path / "resumed", devices=one_device)
+
+
+PROGRAM = """
+  import sys
+  import numpy as np
+  from resnet_flax import datasets
+  from tests.data import streaming_test
+
+  if __name__ == "__main__":
+    split = streaming_test.load(sys.argv[1], num_workers=int(sys.argv[2])).train
+    order = list(np.random.default_rng(0).permutation(40).reshape(2, 20))
+    endless = sys.argv[3] != "once"
+    for images, labels in split.batches(
+      order * (100_000 if endless else 1), datasets.Draw(0, 1)
+    ):
+      print(images.sum(), labels.sum(), flush=True)
+      if sys.argv[3] == "paused":
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def start(root, tmp_path):
+  """Starts a program that prints of each batch what it sums to."""
+  path = tmp_path / "program.py"
+  path.write_text(textwrap.dedent(PROGRAM))
+
+  def run(num_workers, *arguments):
+    return subprocess.Popen(
+      [sys.executable, "-W", "error", path, root, str(num_workers), *arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+
+  return run
+
+
+def children(pid):
+  """The processes that a process has started."""
+  path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+  tasks = path.parent.parent.glob("*/children")
+  return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def test_workers_make_the_same_batches(root, start):
+  # More workers than chunks.
+  with start(5, "once") as process:
+    lines = process.stdout.read().splitlines()
+  assert process.returncode == 0
+  order = list(np.random.default_rng(0).permutation(40).reshape(2, 20))
+  split = load(root).train
+  assert lines == [
+    f"{images.sum()} {labels.sum()}"
+    for images, labels in split.batches(order, datasets.Draw(0, 1))
+  ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_the_process_that_is_killed(start):
+  with start(1, "endless") as process:
+    process.stdout.readline()
+    workers = children(process.pid)
+    # Grain's worker and the standard library's resource tracker.
+    assert workers
+    # A signal to the whole job is the parent's to act on.
+    for worker in workers:
+      os.kill(worker, signal.SIGINT)
+      os.kill(worker, signal.SIGTERM)
+    for _ in range(5):
+      assert process.stdout.readline()
+    process.kill()
+  deadline = time.monotonic() + 60
+  while any(pathlib.Path(f"/proc/{worker}/exe").exists() for worker in workers):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_is_killed_is_not_the_copys_fault(start):
+  with start(1, "paused") as process:
+    process.stdout.readline()
+    # Until it waits amid handing over.
+    time.sleep(2)
+    for child in children(process.pid):
+      if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+        os.kill(child, signal.SIGKILL)
+    _, text = process.communicate("\n" * 100, timeout=60)
+  assert process.returncode == 1
+  last = text.splitlines()[-1]
+  assert re.search(r"was ended \(exit code -9\).*smaller --config", last)

@@ -1,0 +1,180 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from configs import base
+from resnet_flax import (
+  data as datasets,
+  experiment as experiment_lib,
+  step as train_step,
+)
+from resnet_flax.data import dataset as record, normalize as normalization
+from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks as seeds
+
+
+def split_of(count, size=2):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+  labels = rng.integers(0, 10, count).astype(np.int32)
+  return record.whole_split(images, labels)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 8))
+def test_every_image_is_in_exactly_one_batch(count, batch_size, num_devices):
+  split = split_of(count)
+  size = evaluate.call_size(split, batch_size, num_devices)
+  assert size % num_devices == 0
+  # As of two hosts, one of which has the first rows.
+  every, own = np.arange(size), np.arange(size // 2)
+  parts = (own, every[len(own) :]) if num_devices > 1 else (every,)
+  seen = [[] for _ in range(-(-count // size))]
+  for rows in parts:
+    batches = list(evaluate.padded_batches(split, size, rows))
+    assert len(batches) == len(seen)
+    for batch, (images, labels, mask) in zip(seen, batches, strict=True):
+      # One size, so that one program serves all.
+      assert len(images) == len(labels) == len(mask) == len(rows)
+      batch.append((images[mask], labels[mask]))
+  images, labels = zip(*(part for batch in seen for part in batch), strict=True)
+  np.testing.assert_array_equal(np.concatenate(images), split.images)
+  np.testing.assert_array_equal(np.concatenate(labels), split.labels)
+
+
+def test_crops_count_as_images_of_a_call():
+  split = split_of(40)
+  assert evaluate.call_size(split, 30, 4) == 32
+  ten_crops = type("TenCrops", (record.ArraySplit,), {"num_crops": 10})
+  split = ten_crops(split.images, split.labels, split.indices)
+  assert evaluate.call_size(split, 30, 4) == 4
+  assert evaluate.call_size(split, 5, 1) == 1
+
+
+@pytest.fixture(scope="module")
+def scored():
+  """A network, a split and its scores computed image by image."""
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4})
+  experiment = experiment_lib.build(config)
+  state = train_step.create_train_state(
+    experiment,
+    jax.random.key(0),
+    normalization.placeholder("pixel_mean", (32, 32, 3)),
+  )
+  split = split_of(21, 32)
+  logits = train_step.apply_eval(
+    experiment.model, state, jnp.asarray(split.images)
+  )
+  rows = np.arange(len(split))
+  losses = -np.asarray(jax.nn.log_softmax(logits))[rows, split.labels]
+  expected = {
+    "loss": losses.mean(),
+    "objective": losses.mean() + experiment.optimizer.penalty(state.params),
+    "accuracy": np.mean(np.argmax(logits, -1) == split.labels),
+  }
+  return experiment, state, split, expected
+
+
+def layout_of(num_devices, num_seeds=1):
+  mesh = mesh_lib.create_mesh(jax.devices()[:num_devices], num_seeds)
+  per_call = mesh.shape[mesh_lib.SEED]
+  return seeds.Layout(tuple(range(num_seeds)), mesh, per_call)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [5, 8, 21, 100])
+def test_scores_do_not_depend_on_batches_or_devices(
+  scored, batch_size, num_devices
+):
+  experiment, state, split, expected = scored
+  layout = layout_of(num_devices)
+  scores = evaluate.evaluate(
+    evaluate.jit_eval_step(experiment, layout),
+    layout.put([state]),
+    split,
+    batch_size,
+    layout,
+  )
+  assert scores.ensemble is None
+  (of_network,) = scores.networks
+  assert of_network.keys() == expected.keys()
+  for name, value in expected.items():
+    assert of_network[name] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_a_lost_image_is_noticed(scored):
+  experiment, state, split, _ = scored
+  layout = layout_of(1)
+  step = evaluate.jit_eval_step(experiment, layout)
+
+  def losing(state, images, labels, mask):
+    return step(state, images, labels, mask.at[0].set(False))
+
+  with pytest.raises(AssertionError, match="scored 20 of 21 images"):
+    evaluate.evaluate(losing, state, split, 100, layout)
+
+
+def test_the_real_test_split_is_counted_whole(cifar_data_dir):
+  config = base.get_config()
+  config.dataset.data_dir = cifar_data_dir
+  split = datasets.load(config.dataset).test
+  batches = evaluate.padded_batches(split, 128, np.arange(128))
+  assert sum(mask.sum() for _, _, mask in batches) == 10_000
+
+
+def test_evaluation_compiles_once(scored):
+  experiment, state, split, _ = scored
+  traced = []
+
+  def counting(*arguments):
+    traced.append(1)
+    return train_step.eval_step(experiment, *arguments)
+
+  evaluate.evaluate(jax.jit(counting), state, split, 8, layout_of(1))
+  assert len(traced) == 1
+
+
+def test_eval_step_is_the_pure_function(scored):
+  experiment, state, split, expected = scored
+  images, labels = split.take(np.arange(len(split)))
+  sums, _ = functools.partial(train_step.eval_step, experiment)(
+    state, jnp.asarray(images), jnp.asarray(labels), jnp.ones(21, bool)
+  )
+  assert float(sums.loss) / 21 == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_an_ensemble_averages_probabilities(scored, num_devices):
+  experiment, state, split, expected = scored
+  # So that the head of the second one prefers other classes.
+  head = state.params["head"] | {"bias": jnp.linspace(-2, 2, 10)}
+  other = state.replace(params=state.params | {"head": head})
+  layout = layout_of(num_devices, num_seeds=3)
+  states = [state, other, state]
+  scores = evaluate.evaluate(
+    evaluate.jit_eval_step(experiment, layout),
+    layout.put(states),
+    split,
+    5,
+    layout,
+  )
+  for name, value in expected.items():
+    assert scores.networks[0][name] == pytest.approx(float(value), rel=1e-5)
+  assert scores.networks[2] == scores.networks[0]
+  assert scores.networks[1] != scores.networks[0]
+  logits = [
+    train_step.apply_eval(experiment.model, each, jnp.asarray(split.images))
+    for each in states
+  ]
+  mean = np.mean([jax.nn.softmax(each) for each in logits], axis=0)
+  chosen = mean[np.arange(len(split)), split.labels]
+  assert scores.ensemble["loss"] == pytest.approx(
+    -np.log(chosen).mean(), rel=1e-5
+  )
+  assert scores.ensemble["accuracy"] == pytest.approx(
+    np.mean(mean.argmax(-1) == split.labels)
+  )

@@ -1,0 +1,218 @@
+import json
+import os
+import shutil
+
+import jax
+import pytest
+
+from configs import base
+from resnet_flax.run import errors, folder as workdir_lib
+
+
+def start(folder, config):
+  workdir_lib.check(folder, config)
+  workdir_lib.record_start(folder, config, jax.devices()[:1], "data-1")
+
+
+@pytest.mark.parametrize(
+  ("path", "overrides", "expected"),
+  [
+    ("configs/v1_depth20.py", {}, "v1_depth20"),
+    ("v1_depth20.py", {"model.depth": 56}, "v1_depth20,model.depth=56"),
+    (
+      "a.py",
+      {"schedule.drop_inclusive": True, "batch_size": 8},
+      "a,batch_size=8,schedule.drop_inclusive=True",
+    ),
+  ],
+)
+def test_default_name(path, overrides, expected):
+  assert workdir_lib.default_name(path, overrides) == expected
+
+
+def test_default_names_differ_even_where_they_cannot_be_spelled_out():
+  cases = [
+    {"a": "x/y"},
+    {"a": "x y"},
+    {"a": "x_y"},
+    {"a": (1, 2)},
+    {"a": (1, 3)},
+  ]
+  cases += [{f"key{k}": "v" * 40 for k in range(9)} | {"z": z} for z in (1, 2)]
+  names = [workdir_lib.default_name("a.py", case) for case in cases]
+  assert len(set(names)) == len(cases)
+  assert all(len(name) < 200 and "/" not in name for name in names)
+
+
+def test_config_comes_back(tmp_path):
+  config = base.get_config()
+  start(tmp_path, config)
+  stored = workdir_lib.load_config(tmp_path)
+  assert stored.is_locked
+  assert stored.model.depth == 20
+  assert tuple(stored.schedule.drop_percents) == (40, 60, 80, 90)
+  # Tuples are lists in JSON; that is no difference.
+  start(tmp_path, config)
+
+
+@pytest.mark.parametrize("written", ["config.json", "environment.json"])
+def test_a_run_killed_between_its_first_files_goes_on(tmp_path, written):
+  config = base.get_config()
+  start(tmp_path, config)
+  for path in list(tmp_path.iterdir()):
+    if path.name != written:
+      path.unlink()
+  start(tmp_path, config)
+  assert {path.name for path in tmp_path.iterdir()} == {
+    "config.json",
+    "environment.json",
+  }
+  assert workdir_lib.load_config(tmp_path).to_dict() == json.loads(
+    json.dumps(config.to_dict())
+  )
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+  config = base.get_config()
+  start(tmp_path, config)
+  path = tmp_path / "config.json"
+  stored = json.loads(path.read_text())
+  for key in ("num_seeds", "seed_execution", "steps_per_call"):
+    del stored[key]
+  del stored["model"]["batch_norm_groups"]
+  path.write_text(json.dumps(stored))
+  workdir_lib.check_same(tmp_path, config)
+  assert workdir_lib.load_config(tmp_path).steps_per_call == 0
+  config.model.batch_norm_groups = 2
+  with pytest.raises(errors.WorkdirError, match=r"groups \(1 there, 2 here\)"):
+    workdir_lib.check_same(tmp_path, config)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[", os.fsdecode(b"caf\xe9")])
+def test_paths_that_checkpoints_cannot_have_are_refused(tmp_path, name):
+  folder = tmp_path / name / "run"
+  with (
+    pytest.raises(errors.WorkdirError, match="cannot hold checkpoints"),
+    workdir_lib.use(folder, base.get_config()),
+  ):
+    pass
+  assert not folder.parent.exists()
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+  with (
+    pytest.raises(errors.WorkdirError, match="cannot be written: File name"),
+    workdir_lib.use(tmp_path / ("x" * 300), base.get_config()),
+  ):
+    pass
+
+
+def test_a_workdir_that_was_not_used_is_removed(tmp_path):
+  folder = tmp_path / "run"
+  with workdir_lib.use(folder, base.get_config()):
+    assert (folder / "lock").exists()
+  assert not folder.exists()
+  with workdir_lib.use(folder, base.get_config()):
+    start(folder, base.get_config())
+  assert (folder / "config.json").exists()
+  # One that was there before stays.
+  (tmp_path / "mine").mkdir()
+  with workdir_lib.use(tmp_path / "mine", base.get_config()):
+    pass
+  assert (tmp_path / "mine").exists()
+
+
+def test_removing_the_workdir_meanwhile_is_no_error(tmp_path):
+  with workdir_lib.use(tmp_path / "run", base.get_config()):
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_environment(tmp_path):
+  start(tmp_path, base.get_config())
+  environment = json.loads((tmp_path / "environment.json").read_text())
+  assert environment["libraries"]["jax"] == jax.__version__
+  assert environment["devices"] == ["cpu"]
+  assert environment["cpu_threads"] >= 1
+  for key in ("git_commit", "git_clean", "python", "cpu_model", "platform"):
+    assert key in environment
+  assert "resumed" not in environment
+
+
+def test_change_of_environment_is_warned_about_and_noted(tmp_path, caplog):
+  start(tmp_path, base.get_config())
+  path = tmp_path / "environment.json"
+  first = json.loads(path.read_text()) | {"cpu_threads": 99}
+  path.write_text(json.dumps(first))
+  for _ in range(2):
+    start(tmp_path, base.get_config())
+  assert "cpu_threads: 99 -> " in caplog.text
+  stored = json.loads(path.read_text())
+  assert stored["cpu_threads"] == 99
+  # Once, not at every start.
+  assert len(stored["resumed"]) == 1
+
+
+def test_other_pixels_are_refused(tmp_path):
+  start(tmp_path, base.get_config())
+  with pytest.raises(errors.WorkdirError, match="data-1 there, data-2 here"):
+    workdir_lib.record_start(
+      tmp_path, base.get_config(), jax.devices()[:1], "data-2"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{"])
+def test_damaged_environment_is_one_line(tmp_path, text):
+  start(tmp_path, base.get_config())
+  (tmp_path / "environment.json").write_text(text)
+  with pytest.raises(errors.WorkdirError, match=r"environment\.json"):
+    start(tmp_path, base.get_config())
+
+
+def test_another_configuration_is_refused(tmp_path):
+  start(tmp_path, base.get_config())
+  before = (tmp_path / "config.json").read_text()
+  other = base.get_config()
+  other.model.depth = 56
+  other.optimizer.learning_rate = 0.1
+  with pytest.raises(errors.WorkdirError) as caught:
+    workdir_lib.check(tmp_path, other)
+  assert "model.depth (20 there, 56 here)" in str(caught.value)
+  assert "optimizer.learning_rate (0.001 there, 0.1 here)" in str(caught.value)
+  assert (tmp_path / "config.json").read_text() == before
+
+
+def test_keys_outside_the_mathematics_may_differ(tmp_path):
+  start(tmp_path, base.get_config())
+  other = base.get_config()
+  other.eval_batch_size = 7
+  other.dataset.data_dir = "/elsewhere"
+  other.log.tensorboard = False
+  other.model.remat = other.model.scan = True
+  other.checkpoint.every_steps = 7
+  other.checkpoint.every_minutes = 0.5
+  workdir_lib.check(tmp_path, other)
+
+
+def test_unwritable_workdir(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.WorkdirError, match="--workdir"):
+    workdir_lib.check(tmp_path / "file" / "run", base.get_config())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_workdir(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(errors.WorkdirError, match="Permission denied"):
+    workdir_lib.check(tmp_path, base.get_config())
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a', "nonsense"])
+def test_damaged_config_is_one_line(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(errors.WorkdirError, match=r"config\.json"):
+    workdir_lib.check(tmp_path, base.get_config())
+
+
+def test_not_a_workdir(tmp_path):
+  with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
+    workdir_lib.load_config(tmp_path)

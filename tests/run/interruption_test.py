@@ -1,0 +1,134 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from resnet_flax.run import interruption
+
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def send(number):
+  os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_without_hold_it_is_raised_at_once(number):
+  before = [signal.getsignal(each) for each in SIGNALS]
+  with interruption.StopSignals() as signals:
+    with pytest.raises(interruption.Stopped) as caught:
+      send(number)
+    assert caught.value.number == number
+    assert str(caught.value) == signal.Signals(number).name
+    assert signals.requested
+  assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_waits_for_check(number):
+  with interruption.StopSignals() as signals, signals.hold():
+    signals.check()
+    assert not signals.requested
+    send(number)
+    assert signals.requested
+    with pytest.raises(interruption.Stopped) as caught:
+      signals.check()
+    assert caught.value.number == number
+
+
+def test_what_comes_after_all_is_done_is_no_error():
+  with interruption.StopSignals() as signals:
+    with signals.hold():
+      pass
+    send(signal.SIGTERM)
+    assert signals.requested
+  with interruption.StopSignals() as signals:
+    with contextlib.suppress(ValueError), signals.hold():
+      raise ValueError
+    with pytest.raises(interruption.Stopped):
+      send(signal.SIGTERM)
+
+
+def test_the_second_does_not_wait():
+  with interruption.StopSignals() as signals, signals.hold():
+    send(signal.SIGTERM)
+    with pytest.raises(interruption.Stopped) as caught:
+      send(signal.SIGINT)
+    assert caught.value.number == signal.SIGTERM
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with interruption.StopSignals() as signals:
+    send(signal.SIGINT)
+    send(signal.SIGINT)
+    signals.check()
+    with pytest.raises(interruption.Stopped):
+      send(signal.SIGTERM)
+
+
+def test_other_threads_have_no_signals():
+  done = []
+
+  def work():
+    with interruption.StopSignals(exits=True) as signals:
+      signals.check()
+    done.append(True)
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert done
+
+
+def test_a_command_leaves_no_thread_behind():
+  before = threading.active_count()
+  with interruption.StopSignals(exits=True):
+    assert threading.active_count() == before + 1
+  deadline = time.monotonic() + 10
+  while threading.active_count() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert threading.active_count() == before
+
+
+BUSY = """
+import contextlib, ctypes, sys
+from resnet_flax import interruption
+with interruption.StopSignals(exits=True) as signals:
+  signals.say_on_exit(lambda: "where it stands")
+  with signals.hold() if "hold" in sys.argv else contextlib.nullcontext():
+    libc = ctypes.CDLL(None)
+    mutex = (ctypes.c_char * 128)()
+    libc.pthread_mutex_lock(mutex)
+    print("busy", flush=True)
+    # In C for ever, as it seems while XLA compiles: no Python handler can run.
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(
+  ("arguments", "count"), [([], 1), ([], 2), (["hold"], 2)]
+)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_busy_command_is_ended_from_outside(arguments, count, number):
+  with subprocess.Popen(
+    [sys.executable, "-c", BUSY, *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == "busy\n"
+    time.sleep(0.2)
+    for _ in range(count):
+      process.send_signal(number)
+      time.sleep(0.1)
+    _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + number
+  assert stderr == "error: where it stands\n"

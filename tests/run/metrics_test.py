@@ -1,0 +1,196 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from resnet_flax.run import errors, metrics
+
+RECORD = {"epoch": 0, "step": 4, "train_loss": 1.5, "test_accuracy": 0.5}
+
+
+@pytest.fixture
+def log(tmp_path):
+  return metrics.MetricsLog(tmp_path)
+
+
+def test_append_and_read(log):
+  assert log.read() == []
+  log.append(RECORD)
+  log.append({**RECORD, "epoch": 1})
+  assert [record["epoch"] for record in log.read()] == [0, 1]
+
+
+@pytest.mark.parametrize("torn", ['{"epoch": 1, "ste', "{}", "\xff\n"])
+def test_torn_line_is_left_out(log, tmp_path, torn):
+  log.append(RECORD)
+  with (tmp_path / "metrics.jsonl").open("a", encoding="latin-1") as file:
+    file.write(torn)
+  assert log.read() == [RECORD]
+  # The next record does not run into the torn one.
+  log.cut_back(4, 4, fallen_back=False)
+  log.append({**RECORD, "epoch": 1})
+  assert len(log.read()) == 2
+
+
+@pytest.mark.parametrize(
+  ("epochs", "step", "kept"),
+  [
+    (0, 0, 0),
+    (0, 3, 0),  # In the first epoch.
+    (0, 4, 0),  # Trained, not evaluated.
+    (1, 4, 1),
+    (1, 0, 0),  # The record was ahead of its checkpoint.
+    (1, 3, 0),
+    (2, 4, 1),
+    (2, 9, 2),
+    (1, 8, 1),
+  ],
+)
+def test_cut_back(log, epochs, step, kept):
+  for epoch in range(epochs):
+    log.append({**RECORD, "epoch": epoch})
+  assert len(log.cut_back(step, 4, fallen_back=False)) == kept
+  assert [record["epoch"] for record in log.read()] == list(range(kept))
+
+
+@pytest.mark.parametrize(
+  ("epochs", "step"),
+  [
+    (0, 5),
+    (0, 8),
+    (1, 9),  # A gap.
+    (4, 0),  # As when the checkpoints were not copied along.
+    (3, 7),
+  ],
+)
+def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
+  for epoch in range(epochs):
+    log.append({**RECORD, "epoch": epoch})
+  with pytest.raises(errors.WorkdirError, match=f"has {epochs} epochs but"):
+    log.cut_back(step, 4, fallen_back=False)
+  assert len(log.read()) == epochs
+
+
+def test_cut_back_as_far_as_the_checkpoints_went(log):
+  for epoch in range(4):
+    log.append({**RECORD, "epoch": epoch})
+  assert len(log.cut_back(4, 4, fallen_back=True)) == 1
+
+
+def test_cut_back_makes_no_file(log, tmp_path):
+  assert log.cut_back(0, 4, fallen_back=False) == []
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number_is_never_written(log):
+  with pytest.raises(ValueError, match="train_loss is nan"):
+    log.append({**RECORD, "train_loss": float("nan")})
+  assert log.read() == []
+
+
+@pytest.mark.parametrize(
+  ("monitor", "best"), [("accuracy", 1), ("loss", 0), ("objective", 0)]
+)
+def test_best_record(monitor, best):
+  key = f"test_{monitor}"
+  records = [{"epoch": k, key: value} for k, value in enumerate([1, 3, 3, 1])]
+  # Of two equally good ones the first.
+  assert metrics.best_record(records, monitor)["epoch"] == best
+  for record, value in zip(records, [2, 1, 3, 1], strict=True):
+    record[f"val_{monitor}"] = value
+  expected = 2 if monitor == "accuracy" else 1
+  assert metrics.best_record(records, monitor)["epoch"] == expected
+
+
+def all_events(folder):
+  """Every event in the event files of a folder."""
+  for path in sorted(pathlib.Path(folder).iterdir()):
+    raw, position = path.read_bytes(), 0
+    while position < len(raw):
+      # TFRecord: length, its checksum, data, its checksum.
+      length = int(np.frombuffer(raw, np.uint64, 1, position)[0])
+      yield event_pb2.Event.FromString(raw[position + 12 :][:length])
+      position += 16 + length
+
+
+def events(folder):
+  """(step, tag, value) of every scalar in the event files of a folder."""
+  return [
+    (event.step, value.tag, value.simple_value)
+    for event in all_events(folder)
+    for value in event.summary.value
+  ]
+
+
+def test_tensorboard(tmp_path):
+  with metrics.TensorBoard(tmp_path, 0, enabled=True) as board:
+    board.write(RECORD)
+  assert sorted(events(tmp_path / "tensorboard")) == [
+    (4, "run/epoch", 0.0),
+    (4, "test/accuracy", 0.5),
+    (4, "train/loss", 1.5),
+  ]
+
+
+def test_tensorboard_has_each_seed_beside_the_means(tmp_path):
+  record = {
+    "step": 4,
+    "test_accuracy": 0.5,
+    "test_accuracy_std": 0.25,
+    "test_ensemble_accuracy": 0.75,
+    "seeds": [
+      {"seed": 3, "test_accuracy": 0.25},
+      {"seed": 4, "test_accuracy": 0.75},
+    ],
+  }
+  with metrics.TensorBoard(tmp_path, 0, enabled=True) as board:
+    board.write(record)
+  assert sorted(events(tmp_path / "tensorboard")) == [
+    (4, "seed_3/test/accuracy", 0.25),
+    (4, "seed_4/test/accuracy", 0.75),
+    (4, "test/accuracy", 0.5),
+    (4, "test/accuracy_std", 0.25),
+    (4, "test/ensemble_accuracy", 0.75),
+  ]
+
+
+def test_tensorboard_hides_what_a_killed_run_wrote(tmp_path):
+  """TensorBoard drops events from a session's first step on."""
+  with metrics.TensorBoard(tmp_path, 8, enabled=True):
+    pass
+  starts = [
+    event.step
+    for event in all_events(tmp_path / "tensorboard")
+    if event.session_log.status == event_pb2.SessionLog.START
+  ]
+  assert starts == [8]
+
+
+def write_often(board):
+  for _ in range(100):
+    board.write(RECORD)
+
+
+def test_tensorboard_on_a_disk_that_is_full_for_a_while(small_disk):
+  """The error is raised where it happens, and later writes do not hang."""
+  board = metrics.TensorBoard(small_disk.folder, 0, enabled=True)
+  small_disk.fill()
+  with pytest.raises(OSError, match="No space"):
+    write_often(board)
+  small_disk.free()
+  write_often(board)
+  board.__exit__(None, None, None)
+
+
+def test_tensorboard_off(tmp_path):
+  with metrics.TensorBoard(tmp_path, 0, enabled=False) as board:
+    board.write(RECORD)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_records_are_lines_of_json(log, tmp_path):
+  log.append(RECORD)
+  (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(line) == RECORD

@@ -1,0 +1,153 @@
+import io
+import logging
+import sys
+import types
+
+import pytest
+
+from resnet_flax.run import progress
+
+RECORD = {
+  "train_loss": 1.25,
+  "train_accuracy": 0.5,
+  "test_loss": 1.5,
+  "test_accuracy": 0.25,
+  "images_per_second": 123.4,
+}
+
+
+def step_metrics(step, images=8):
+  """Of the 0-based step of a run; each had so many images."""
+  count = (step + 1) * images
+  sums = types.SimpleNamespace(loss=2.0 * count, correct=count / 4, count=count)
+  return [types.SimpleNamespace(step=step, sums=sums)]
+
+
+class Clock:
+  """A clock that tests move."""
+
+  def __init__(self, monkeypatch):
+    self.now = 1000.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  return Clock(monkeypatch)
+
+
+def test_plain_lines_without_a_terminal(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(2, 4, batch_size=8, interval_seconds=30)
+  shown.start_epoch(0, 0)
+  for step in range(4):
+    clock.now += 20
+    shown.step(step_metrics(step))
+  shown.end_epoch(RECORD, evaluation=10)
+  lines = [record.message for record in caplog.records]
+  # After 40 s, the first time that 30 s have gone by, and after 80 s.
+  assert lines[0] == (
+    "epoch 1/2 step 2/4: loss 2.0000, accuracy 0.2500, 0 images/s, 0:02:00 left"
+  )
+  assert lines[1].startswith("epoch 1/2 step 4/4")
+  assert lines[2] == (
+    "epoch 1/2: loss 1.2500, accuracy 0.5000; test loss 1.5000, accuracy"
+    " 0.2500; 123 images/s; 0:01:30 left"
+  )
+  assert len(lines) == 3
+
+
+def test_last_line_has_no_time_left(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(1, 1, batch_size=8, interval_seconds=30)
+  shown.start_epoch(0, 0)
+  clock.now += 1
+  shown.step(step_metrics(0))
+  shown.end_epoch({**RECORD, "val_loss": 1.0, "val_accuracy": 0.75}, 10)
+  assert "left" not in caplog.text
+  assert "val loss 1.0000, accuracy 0.7500; test loss" in caplog.text
+
+
+def test_calls_of_several_steps(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(2, 10, batch_size=8, interval_seconds=0)
+  shown.start_epoch(1, 0)
+  for step in (13, 17):
+    clock.now += 4
+    shown.step(step_metrics(step))
+  assert [text.partition(":")[0] for text in caplog.messages] == [
+    "epoch 2/2 step 4/10",
+    "epoch 2/2 step 8/10",
+  ]
+  assert "8 images/s, 0:00:02 left" in caplog.messages[1]
+
+
+def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(1, 2, batch_size=8, interval_seconds=0)
+  shown.start_epoch(0, 0)
+  clock.now += 1
+  one, other = (step_metrics(0)[0] for _ in range(2))
+  other.sums.loss *= 2
+  shown.step([one, other])
+  assert caplog.messages == [
+    "epoch 1/1 step 1/2: loss 3.0000 ± 1.4142, accuracy 0.2500 ± 0.0000, 16"
+    " images/s, 0:00:01 left"
+  ]
+  clock.now += 1
+  shown.step([step_metrics(1)[0]] * 2)
+  seeds = [RECORD, {**RECORD, "test_accuracy": 0.75}]
+  record = {**RECORD, "seeds": seeds, "test_ensemble_accuracy": 0.875}
+  record |= {"epoch": 0, "step": 2, "epoch_seconds": 2.0}
+  shown.end_epoch(record, 10)
+  assert caplog.messages[-1] == (
+    "epoch 1/1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"
+    " 1.5000 ± 0.0000, accuracy 0.5000 ± 0.3536, ensemble 0.8750; 123 images/s"
+  )
+
+
+def test_going_on_within_an_epoch(clock, caplog):
+  caplog.set_level(logging.INFO)
+  shown = progress.Progress(1, 100, batch_size=8, interval_seconds=0)
+  shown.start_epoch(0, 98)
+  clock.now += 1
+  shown.step(step_metrics(98))
+  # The speed is that of the steps taken here.
+  assert caplog.messages == [
+    "epoch 1/1 step 99/100: loss 2.0000, accuracy 0.2500, 8 images/s,"
+    " 0:00:01 left"
+  ]
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_bar_on_a_terminal(clock, monkeypatch, caplog):
+  caplog.set_level(logging.INFO)
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  shown = progress.Progress(2, 4, batch_size=8, interval_seconds=0)
+  shown.start_epoch(0, 0)
+  for step in range(4):
+    clock.now += 1
+    shown.step(step_metrics(step))
+  shown._bar.refresh()
+  shown.close()
+  text = terminal.getvalue()
+  assert "epoch 1/2 100%|" in text
+  for field in ("loss 2.0000", "accuracy 0.2500", "8 images/s", "0:00:04 left"):
+    assert field in text
+  assert caplog.records == []
+
+
+def test_log_to_stderr(capsys):
+  logger = logging.getLogger("resnet_flax")
+  saved = logger.handlers, logger.level, logger.propagate
+  try:
+    progress.log_to_stderr()
+    logging.getLogger("resnet_flax.train").info("compiling")
+    assert capsys.readouterr().err == "compiling\n"
+  finally:
+    logger.handlers, logger.level, logger.propagate = saved

@@ -1,0 +1,269 @@
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax.data import normalize as normalization
+from resnet_flax.models import feedforward
+
+
+def make_experiment(name="resnet_v1", depth=8):
+  config = base.get_config()
+  config.model.update({"name": name, "depth": depth, "num_filters": 4})
+  config.augment.name = "none"
+  config.batch_size = 4
+  return experiment_lib.build(config)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+  return make_experiment()
+
+
+def create_state(experiment):
+  return train_step.create_train_state(
+    experiment,
+    jax.random.key(0),
+    normalization.placeholder("pixel_mean", experiment.image_shape),
+  )
+
+
+def batch(count=4):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+  return jnp.asarray(images), jnp.asarray(np.arange(count) % 10, jnp.int32)
+
+
+def test_normalization():
+  mean = jnp.full((32, 32, 3), 0.25)
+  std = jnp.full((1, 1, 3), 0.5)
+  images = jnp.full((2, 32, 32, 3), 255, jnp.uint8)
+  result = train_step.Normalization(mean, std)(images)
+  assert result.dtype == jnp.float32
+  np.testing.assert_allclose(result, 1.5)
+
+
+def test_sums_of_the_epoch(experiment):
+  """They add up within an epoch and start anew with the next."""
+  state = create_state(experiment)
+  steps = experiment.learning_rate.steps_per_epoch
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  key = jax.random.key(0)
+  state, first = step(state, images, labels, key)
+  state, second = step(state, images, labels, key)
+  assert int(first.sums.count) == 4
+  assert int(second.sums.count) == 8
+  assert float(second.sums.loss) > float(first.sums.loss) > 0
+  state, _ = step(state.replace(step=jnp.asarray(steps)), images, labels, key)
+  assert int(state.epoch_sums.count) == 4
+  assert int(state.step) == steps + 1
+
+
+def test_objective_is_loss_plus_penalty(experiment):
+  state = create_state(experiment)
+  images, labels = batch()
+  _, step_metrics = train_step.train_step(
+    experiment, state, images, labels, jax.random.key(0)
+  )
+  penalty = experiment.optimizer.penalty(state.params)
+  np.testing.assert_allclose(
+    step_metrics.sums.objective,
+    step_metrics.sums.loss + 4 * penalty,
+    rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
+def test_non_finite_state_is_reported(experiment, part):
+  state = create_state(experiment)
+  poisoned = jax.tree.map(
+    lambda x: (
+      jnp.full_like(x, jnp.inf) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    ),
+    getattr(state, part),
+  )
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  _, good = step(state, images, labels, jax.random.key(0))
+  assert bool(good.finite)
+  _, bad = step(
+    state.replace(**{part: poisoned}), images, labels, jax.random.key(0)
+  )
+  assert not bool(bad.finite)
+
+
+def test_randomness_depends_on_the_step_alone():
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4})
+  config.batch_size = 4
+  experiment = experiment_lib.build(config)
+  state = create_state(experiment)
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, experiment))
+
+  def loss_at(number):
+    start = state.replace(step=jnp.asarray(number))
+    return float(step(start, images, labels, jax.random.key(0))[1].sums.loss)
+
+  assert loss_at(0) == loss_at(0)
+  assert loss_at(0) != loss_at(1562)
+
+
+@pytest.fixture(scope="module")
+def dropping_experiment():
+  """A small network that drops units and has no statistics."""
+  config = base.get_config()
+  config.model.update({"name": "vgg", "depth": 19, "input_size": 64})
+  config.model.batch_norm = False
+  config.augment.name = "none"
+  config.batch_size = 4
+  experiment = experiment_lib.build(config)
+  model = experiment.model.clone(
+    features=(feedforward.Conv(4), feedforward.Pool(2)),
+    pooled_size=2,
+    hidden_sizes=(32, 32),
+    input_size=0,
+    input_sizes=(8, 64),
+  )
+  return dataclasses.replace(experiment, model=model)
+
+
+def test_dropout_depends_on_the_step_alone(dropping_experiment):
+  state = create_state(dropping_experiment)
+  images, labels = batch()
+  step = jax.jit(functools.partial(train_step.train_step, dropping_experiment))
+
+  def loss_at(number, seed=0):
+    start = state.replace(step=jnp.asarray(number))
+    key = jax.random.key(seed)
+    return float(step(start, images, labels, key)[1].sums.loss)
+
+  assert loss_at(0) == loss_at(0)
+  # The first steps of two epochs, which start their sums anew.
+  assert loss_at(0) != loss_at(12_500)
+  assert loss_at(0) != loss_at(0, seed=1)
+
+
+def test_network_without_statistics_trains(dropping_experiment):
+  state = create_state(dropping_experiment)
+  assert state.batch_stats == {}
+  images, labels = batch()
+  step = functools.partial(train_step.train_step, dropping_experiment)
+  new, step_metrics = jax.jit(step)(state, images, labels, jax.random.key(0))
+  assert bool(step_metrics.finite)
+  assert new.batch_stats == {}
+  moved = jax.tree.map(
+    lambda a, b: bool(jnp.any(a != b)), state.params, new.params
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_smoothed_labels_are_those_of_szegedy_et_al(experiment):
+  images, labels = batch()
+  state = create_state(experiment)
+  smoothed = dataclasses.replace(experiment, label_smoothing=0.1)
+
+  def loss(experiment):
+    value, (logits, _) = train_step.loss_fn(
+      experiment.model,
+      state.params,
+      state.batch_stats,
+      state.normalization(images),
+      labels,
+      jax.random.key(0),
+      label_smoothing=experiment.label_smoothing,
+    )
+    return float(value), np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+  (hard, log_p), (soft, _) = loss(experiment), loss(smoothed)
+  # 90 % of the label's share stay, 10 % go to the ten classes alike.
+  expected = 0.9 * hard - 0.1 * log_p.mean()
+  assert soft == pytest.approx(expected, rel=1e-5)
+  assert abs(soft - hard) > 1e-3
+  key = jax.random.key(0)
+  step = functools.partial(train_step.train_step, smoothed)
+  _, reported = jax.jit(step)(state, images, labels, key)
+  assert float(reported.sums.loss) / 4 == pytest.approx(soft, rel=1e-5)
+
+
+def test_probabilities_of_crops_are_averaged(experiment):
+  crops, _ = batch(6)
+  crops = crops.reshape(2, 3, *crops.shape[1:])
+  labels = jnp.array([1, 2])
+  state = create_state(experiment)
+  mask = jnp.array([True, False])
+  sums, probabilities = train_step.eval_step(
+    experiment, state, crops, labels, mask
+  )
+  expected = np.mean(
+    [
+      jax.nn.softmax(
+        train_step.apply_eval(experiment.model, state, crops[:, k])
+      )
+      for k in range(3)
+    ],
+    axis=0,
+  )
+  np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+  assert int(sums.count) == 1
+  assert float(sums.loss) == pytest.approx(-np.log(expected[0, 1]), rel=1e-5)
+  # Not what the mean of the logits gives.
+  means = train_step.apply_eval(
+    experiment.model, state, crops.reshape(-1, 32, 32, 3)
+  ).reshape(2, 3, -1)
+  assert np.abs(jax.nn.softmax(means.mean(1)) - expected).max() > 1e-6
+
+
+def test_keys_of_a_step_differ():
+  keys = [
+    jax.random.key_data(key).tolist()
+    for step in (0, 1, 2**31 - 1)
+    for key in train_step.step_keys(jax.random.key(0), step).values()
+  ]
+  assert len({tuple(key) for key in keys}) == 6
+
+
+def test_eval_step_counts_what_the_mask_lets_through(experiment):
+  state = create_state(experiment)
+  images, labels = batch(6)
+  mask = jnp.asarray([True, True, False, True, False, True])
+  score = functools.partial(train_step.eval_step, experiment, state)
+  masked, _ = score(images, labels, mask)
+  kept, _ = score(images[mask], labels[mask], jnp.ones(4, bool))
+  assert int(masked.count) == 4
+  assert int(masked.correct) == int(kept.correct)
+  np.testing.assert_allclose(masked.loss, kept.loss, rtol=1e-5)
+  np.testing.assert_allclose(masked.objective, kept.objective, rtol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize(
+  ("name", "depth"), [("resnet_v1", 8), ("resnet_v2", 11)]
+)
+def test_step_lowers_for_accelerators(name, depth, platform):
+  experiment = make_experiment(name, depth)
+  state = jax.eval_shape(lambda: create_state(experiment))
+  exported = jax.export.export(
+    jax.jit(
+      functools.partial(train_step.train_step, experiment), donate_argnums=0
+    ),
+    platforms=[platform],
+  )(
+    state,
+    jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8),
+    jax.ShapeDtypeStruct((4,), jnp.int32),
+    jax.eval_shape(lambda: jax.random.key(0)),
+  )
+  assert exported.platforms == (platform,)
+  text = exported.mlir_module()
+  kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
+  # Forward and weight gradient of each, input gradient of all but the stem.
+  convolutions = len(re.findall(r"stablehlo\.convolution", text))
+  assert convolutions == 3 * kernels - 1

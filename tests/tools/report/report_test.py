@@ -1,0 +1,251 @@
+import errno
+import html.parser
+import json
+import logging
+import pathlib
+import shutil
+
+import pytest
+
+from resnet_flax import data as datasets
+from resnet_flax.run import errors
+from resnet_flax.tools.report import report, scores
+from tests.tools.report import workdirs
+
+VOID = {"img", "link", "meta"}
+
+
+class Page(html.parser.HTMLParser):
+  """A page's elements and text; fails where they are not nested."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.elements, self.texts, self._open = [], [], []
+    self.feed(pathlib.Path(path).read_text())
+    assert not self._open
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+    if tag not in VOID:
+      self._open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self._open.pop() == tag
+
+  def handle_data(self, data):
+    self.texts.append(data.strip())
+
+  @property
+  def text(self):
+    return "\n".join(self.texts)
+
+  def of(self, tag):
+    return [attributes for name, attributes in self.elements if name == tag]
+
+
+def listed(folder):
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+  """A folder with two runs without checkpoints."""
+  workdirs.write(tmp_path / "runs" / "deep", model__depth=56)
+  workdirs.write(tmp_path / "runs" / "shallow", model__depth=20)
+  return tmp_path / "runs"
+
+
+def test_everything_is_there(trained, tmp_path):
+  done = report.make([trained], tmp_path / "out")
+  assert (done.num_runs, done.num_groups) == (1, 1)
+  names = ["learning_curves_error", "learning_curves_loss"]
+  names += ["confusion_group1", "mistakes_group1"]
+  tables = ["accuracy", "time", "same", "runs", "classes_group1"]
+  tables += ["confused_group1", "confusion_group1", "mistakes_group1"]
+  files = listed(tmp_path / "out")
+  assert files.keys() == {
+    "index.html",
+    *(f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")),
+    *(f"tables/{name}.{kind}" for name in tables for kind in ("md", "csv")),
+  }
+  page = Page(done.page)
+  assert len(page.of("img")) == len(names)
+  assert len(page.of("table")) == len(tables)
+  records = [
+    json.loads(line)
+    for line in (trained / "metrics.jsonl").read_text().splitlines()
+  ]
+  best = max(record["test_accuracy"] for record in records)
+  assert f"{100 * best:.2f} (n = 1)" in page.texts
+  assert f"({best:.2%})" in page.text
+  assert f"{100 * best:.10g}".encode() in files["tables/accuracy.csv"]
+  assert "chosen on the test split" in page.text
+  # Again, to the same bytes.
+  report.make([trained], tmp_path / "again")
+  assert listed(tmp_path / "again") == files
+
+
+def test_page_is_by_itself_and_accessible(two_runs, tmp_path):
+  page = Page(report.make([two_runs], tmp_path / "out").page)
+  assert page.of("html") == [{"lang": "en"}]
+  assert not page.of("script")
+  links = [a["src"] for a in page.of("img")]
+  links += [a["href"] for a in page.of("a") + page.of("link")]
+  assert all(link.startswith(("data:", "#section-")) for link in links)
+  targets = {f"#{a['id']}" for _, a in page.elements if "id" in a}
+  assert {link for link in links if link.startswith("#")} <= targets
+  assert all(len(a["alt"]) > 20 for a in page.of("img"))
+  assert all(a.get("scope") for a in page.of("th"))
+  # What tells the groups apart.
+  assert {"model.depth", "group 1", "20", "56"} <= set(page.texts)
+
+
+def test_hostile_names_are_text(tmp_path):
+  name = "<script>alert(1)<\x1b$ &amp; '\""
+  workdirs.write(tmp_path / name, init_from="</style><b>$x")
+  workdirs.write(tmp_path / "other", init_from="${")
+  page = Page(report.make([tmp_path], tmp_path / "out").page)
+  assert not page.of("script")
+  assert not page.of("b")
+  assert name.replace("\x1b", r"\x1b") in page.texts
+  assert "init_from=</style><b>$x" in page.text
+
+
+def test_unfinished_and_empty_runs_are_listed(tmp_path):
+  workdirs.write(tmp_path / "begun", [0.5])
+  workdirs.write(tmp_path / "empty", [], model__depth=56)
+  workdirs.write(tmp_path / "done", seed=1)
+  workdirs.write(tmp_path / "also", [0.2, 0.3], seed=2)
+  page = Page(report.make([tmp_path], tmp_path / "out").page)
+  assert "1 of 3, unfinished" in page.texts
+  assert "0 of 3, unfinished" in page.texts
+  assert "Unfinished: group 2. " in page.text
+  assert "Unfinished runs of finished groups are not counted: 2." in page.text
+
+
+def test_no_epoch_at_all(tmp_path):
+  workdirs.write(tmp_path / "empty", [])
+  page = Page(report.make([tmp_path], tmp_path / "out").page)
+  assert "No run has finished an epoch yet." in page.texts
+  assert not page.of("img")
+
+
+def test_chosen_on_validation(tmp_path):
+  folder = workdirs.write(tmp_path / "run", [0.5])
+  record = workdirs.make_record(0, 0.5, val_accuracy=0.4)
+  (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+  page = Page(report.make([tmp_path], tmp_path / "out").page)
+  assert "val_accuracy" in page.texts
+  assert "test split, as there is no" not in page.text
+
+
+def test_ensembles_of_several_seeds(tmp_path, caplog):
+  accuracies = [[0.5, 0.6], [0.7, 0.9], [0.6, 0.8]]
+  workdirs.write(tmp_path / "run", accuracies, seed=3, num_seeds=2)
+  with caplog.at_level(logging.WARNING):
+    page = Page(report.make([tmp_path], tmp_path / "out").page)
+  # Mean and deviation over the seeds, though it is one run.
+  assert "80.00 ± 14.14 (n = 2)" in page.texts
+  assert {"3–4", "95.00"} <= set(page.texts)
+  assert "has no best checkpoint" in page.text
+  assert "has no best checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("scored", "groups"), [("best", [2, 3]), ("each", [1, 2, 3]), ("none", [])]
+)
+def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
+  workdirs.write(tmp_path / "a", [0.4, 0.5], model__name="plain")
+  workdirs.write(tmp_path / "b", [0.6, 0.5], seed=1)
+  workdirs.write(tmp_path / "c", [0.5, 0.7], seed=2)
+  workdirs.write(tmp_path / "d", [0.1], model__name="plain", model__depth=56)
+  for name, data in (("a", 10), ("b", 10), ("c", 10), ("d", 100)):
+    path = tmp_path / name / "config.json"
+    config = json.loads(path.read_text())
+    config["dataset"]["name"] = f"cifar{data}"
+    path.write_text(json.dumps(config))
+  asked = []
+
+  def score(run, seed):
+    assert seed in run.seeds
+    asked.append(run.name)
+    raise errors.DataError("none here.")
+
+  monkeypatch.setattr(scores, "score", score)
+  page = Page(report.make([tmp_path], tmp_path / "out", scored).page)
+  assert page.text.count("This could not be made: none here.") == len(groups)
+  # Of a group the best run.
+  names = {1: "a", 2: "d", 3: "c"}
+  assert asked == [names[number] for number in groups]
+
+
+def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
+  def load(config):
+    raise errors.DataError(f"{config.name} is not here.")
+
+  monkeypatch.setattr(datasets, "load", load)
+  with caplog.at_level(logging.WARNING):
+    page = Page(report.make([trained], tmp_path / "out").page)
+  assert "This could not be made: digits is not here." in page.texts
+  assert len(page.of("img")) == 2
+  (record,) = [r for r in caplog.records if r.name == report.__name__]
+  assert "group 1: digits is not here." in record.getMessage()
+
+
+def test_other_files_are_left_alone(two_runs, tmp_path):
+  out = tmp_path / "out"
+  (out / "figures").mkdir(parents=True)
+  (out / "figures" / "mine.png").write_text("mine")
+  (out / "index.html").write_text("old")
+  report.make([two_runs], out)
+  assert (out / "figures" / "mine.png").read_text() == "mine"
+  assert Page(out / "index.html").of("h1")
+  assert not list(out.rglob("*.tmp"))
+
+
+def test_a_mistake_changes_nothing(two_runs, tmp_path):
+  report.make([two_runs], tmp_path / "out")
+  before = listed(tmp_path / "out")
+  (two_runs / "deep" / "metrics.jsonl").write_text("{\n{\n")
+  with pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl, line 1"):
+    report.make([two_runs], tmp_path / "out")
+  assert listed(tmp_path / "out") == before
+  with pytest.raises(errors.ConfigError, match="Did you mean 'best'"):
+    report.make([two_runs], tmp_path / "out", "bset")
+
+
+def test_folder_that_cannot_be_written(two_runs, tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  # Found before anything is computed.
+  monkeypatch.setattr(report, "_checkpoints", None)
+  with pytest.raises(errors.WorkdirError, match=r"--out=.*file cannot be"):
+    report.make([two_runs], tmp_path / "file")
+
+
+def test_full_disk_leaves_whole_files(two_runs, tmp_path, monkeypatch):
+  out = tmp_path / "out"
+  report.make([two_runs], out)
+  before = listed(out)
+  shutil.rmtree(two_runs / "deep")
+  write = pathlib.Path.write_bytes
+  room = [3]
+
+  def fill(path, content):
+    room[0] -= 1
+    if room[0] < 0:
+      write(path, content[:100])
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return write(path, content)
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", fill)
+  with pytest.raises(errors.WorkdirError, match="No space left on device"):
+    report.make([two_runs], out)
+  after = listed(out)
+  # The page is the old one, and nothing is torn.
+  assert after.keys() == before.keys()
+  assert after["index.html"] == before["index.html"]
+  assert sum(after[name] != before[name] for name in before) == 3

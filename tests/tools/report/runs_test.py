@@ -1,0 +1,302 @@
+import json
+import os
+
+import pytest
+
+from resnet_flax.run import errors
+from resnet_flax.tools.report import runs
+from tests.tools.report import workdirs
+
+
+def read(*folders):
+  return runs.read(runs.find(folders))
+
+
+def groups_of(*folders):
+  return runs.group(read(*folders))
+
+
+def test_statistic():
+  assert runs.Statistic.of([0.5]) == runs.Statistic(0.5, None, 1)
+  statistic = runs.Statistic.of([1.0, 2.0, 3.0, 6.0])
+  assert (statistic.mean, statistic.n) == (3.0, 4)
+  # Of the sample: the sum of squares is 14, divided by 3.
+  assert statistic.std == pytest.approx((14 / 3) ** 0.5)
+  assert statistic.scaled(100).std == pytest.approx(100 * (14 / 3) ** 0.5)
+
+
+def test_find_is_recursive_and_in_order(tmp_path):
+  for name in ("b/one", "a", "b/deep/er/two", ".converting-x/workdir"):
+    workdirs.write(tmp_path / name)
+  # What a workdir holds is its own.
+  workdirs.write(tmp_path / "a" / "damaged" / "copy")
+  expected = [tmp_path / "a", tmp_path / "b/deep/er/two", tmp_path / "b/one"]
+  assert runs.find([tmp_path]) == expected
+  # Each once, however it is reached.
+  (tmp_path / "link").symlink_to(tmp_path / "b" / "one")
+  again = [tmp_path / "link", tmp_path, tmp_path / "a"]
+  assert runs.find(again) == [tmp_path / "link", *expected[:2]]
+  assert [run.name for run in read(tmp_path)] == ["a", "b/deep/er/two", "b/one"]
+
+
+def test_name_of_a_single_run(tmp_path):
+  workdirs.write(tmp_path / "run")
+  (run,) = read(tmp_path / "run")
+  assert run.name == "run"
+
+
+def test_folder_without_a_run(tmp_path):
+  workdirs.write(tmp_path / "run")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(errors.WorkdirError, match=r"no run lies in .*empty"):
+    runs.find([tmp_path, tmp_path / "empty"])
+  with pytest.raises(errors.WorkdirError, match="missing is no folder"):
+    runs.find([tmp_path / "missing"])
+
+
+def test_name_that_is_no_text(tmp_path):
+  folder = tmp_path / os.fsdecode(b"\xff\n<b>")
+  workdirs.write(folder)
+  workdirs.write(tmp_path / "other")
+  names = [run.name for run in read(tmp_path)]
+  assert names == ["other", r"\udcff\n<b>"]
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("{", "config.json cannot be read"),
+    ("[]", "no JSON object"),
+    ("{}", "seed is missing"),
+    ('{"seed": -1}', "seed=-1"),
+  ],
+)
+def test_damaged_config(tmp_path, text, message):
+  workdirs.write(tmp_path / "run")
+  (tmp_path / "run" / "config.json").write_text(text)
+  with pytest.raises(errors.WorkdirError, match=message) as caught:
+    read(tmp_path)
+  assert str(tmp_path / "run" / "config.json") in str(caught.value)
+
+
+def test_config_with_seeds_that_cannot_be(tmp_path):
+  workdirs.write(tmp_path / "run", num_seeds=0)
+  with pytest.raises(errors.WorkdirError, match="num_seeds=0"):
+    read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("{", "no JSON object"),
+    ("[]", "no JSON object"),
+    (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2, not 1"),
+    (json.dumps(workdirs.make_record(1, float("nan"))), "test_accuracy=nan"),
+    (json.dumps(workdirs.make_record(1, 1.0, epoch_seconds=0)), "seconds=0"),
+    (json.dumps(workdirs.make_record(1, 1.0, test_loss="1")), "test_loss='1'"),
+    (json.dumps(workdirs.make_record(1, 1.0, step=None)), "step=None"),
+  ],
+)
+def test_damaged_record(tmp_path, line, message):
+  workdirs.write(tmp_path / "run")
+  path = tmp_path / "run" / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join([lines[0], line, lines[2]]) + "\n")
+  with pytest.raises(errors.WorkdirError, match=message) as caught:
+    read(tmp_path)
+  assert f"{path}, line 2: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"seeds": None}, "not the 2 of num_seeds"),
+    ({"seeds": [{"seed": 5}]}, "not the 2 of num_seeds"),
+    ({"seeds": ["a", "b"]}, "no JSON object"),
+    ({"seeds": [{"seed": 5}, {"seed": 6}]}, "test_accuracy=None"),
+  ],
+)
+def test_damaged_record_of_seeds(tmp_path, change, message):
+  workdirs.write(tmp_path / "run", [[0.5, 0.6]], seed=5, num_seeds=2)
+  path = tmp_path / "run" / "metrics.jsonl"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
+  with pytest.raises(errors.WorkdirError, match=message):
+    read(tmp_path)
+
+
+def test_seeds_of_another_order(tmp_path):
+  workdirs.write(tmp_path / "run", [[0.5, 0.6]], seed=5, num_seeds=2)
+  path = tmp_path / "run" / "metrics.jsonl"
+  record = json.loads(path.read_text())
+  record["seeds"].reverse()
+  path.write_text(json.dumps(record) + "\n")
+  with pytest.raises(errors.WorkdirError, match="seed=6, not 5"):
+    read(tmp_path)
+
+
+def test_torn_last_line_is_left_out(tmp_path):
+  workdirs.write(tmp_path / "run")
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.write('{"epoch": 3, "st')
+  (run,) = read(tmp_path)
+  assert len(run.records) == 3
+
+
+def test_damaged_environment(tmp_path):
+  workdirs.write(tmp_path / "run")
+  (tmp_path / "run" / "environment.json").write_text("[]")
+  with pytest.raises(errors.WorkdirError, match=r"environment\.json"):
+    read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("environment", "device"),
+  [
+    (
+      {"devices": ["cpu"], "cpu_model": "EPYC", "cpu_threads": 2},
+      "EPYC, 2 threads",
+    ),
+    ({"devices": ["TPU v4", "TPU v4"]}, "2 x TPU v4"),
+    ({"devices": []}, ""),
+  ],
+)
+def test_device(tmp_path, environment, device):
+  workdirs.write(tmp_path / "run")
+  path = tmp_path / "run" / "environment.json"
+  path.write_text(json.dumps(environment))
+  assert read(tmp_path)[0].device == device
+
+
+def test_time_and_speed(tmp_path):
+  workdirs.write(tmp_path / "run")
+  (run,) = read(tmp_path)
+  assert run.training_seconds == 10 + 11 + 12
+  # All images by all seconds, not the mean of the epochs' speeds.
+  assert run.images_per_second == pytest.approx(3 * 3200 / 33)
+
+
+def test_groups_differ_in_more_than_seeds(tmp_path):
+  workdirs.write(tmp_path / "a", [0.1, 0.2, 0.3], seed=0)
+  workdirs.write(
+    tmp_path / "b", [0.1, 0.2, 0.5], seed=1, log__tensorboard=False
+  )
+  workdirs.write(tmp_path / "c", model__depth=110)
+  workdirs.write(tmp_path / "d", model__depth=56, model__name="plain")
+  plain, shallow, deep = groups_of(tmp_path)
+  assert [group.name for group in (plain, shallow, deep)] == [
+    "1: plain, depth=56",
+    "2: resnet_v1, depth=20",
+    # By size: as text, 110 would come before 20.
+    "3: resnet_v1, depth=110",
+  ]
+  assert plain.label == "model.name=plain, model.depth=56"
+  assert shallow.final("test_accuracy") == runs.Statistic.of([0.3, 0.5])
+  assert shallow.final("test_accuracy").n == 2
+  assert deep.final("test_accuracy").std is None
+
+
+def test_one_group_is_called_by_its_network(tmp_path):
+  workdirs.write(tmp_path / "a")
+  (group,) = groups_of(tmp_path)
+  assert group.name == "1: resnet_v1, depth=20"
+
+
+def test_key_that_older_workdirs_lack(tmp_path):
+  workdirs.write(tmp_path / "a")
+  workdirs.write(tmp_path / "b", seed=1)
+  path = tmp_path / "b" / "config.json"
+  config = json.loads(path.read_text())
+  del config["num_seeds"]
+  path.write_text(json.dumps(config))
+  assert len(groups_of(tmp_path)) == 1
+  del config["augment"]
+  path.write_text(json.dumps(config))
+  labels = {group.label for group in groups_of(tmp_path)}
+  assert labels == {
+    "augment.flip=None, augment.name=None",
+    "augment.flip=true, augment.name=shift_flip",
+  }
+
+
+def test_short_names_stay_clear_and_short():
+  configs = [
+    {"model.name": "plain", "optimizer.name": name, "a.b1": 1, "c.b1": k}
+    for k, name in enumerate(["adam", "sgd"])
+  ]
+  configs[0]["a.b1"] = 2
+  assert runs.labels(configs)[0] == (
+    "a.b1=2, c.b1=0, optimizer=adam",
+    "a.b1=2, c.b1=0, optimizer.name=adam",
+  )
+  long = [{"init_from": "x" * 100 + str(k), "seed": k} for k in range(2)]
+  for name, _ in runs.labels(long):
+    assert len(name) < 50
+    assert name.endswith("…")
+
+
+def test_same_seed_twice_is_counted_once(tmp_path):
+  workdirs.write(tmp_path / "a", [0.1], seed=7)
+  workdirs.write(tmp_path / "b", [0.1, 0.2, 0.4], seed=7)
+  workdirs.write(tmp_path / "c", [0.1, 0.2, 0.4], seed=7)
+  (group,) = groups_of(tmp_path)
+  assert [r.run.name for r in group.repetitions] == ["b"]
+  assert group.final("test_accuracy") == runs.Statistic(0.4, None, 1)
+  assert [run.name for run in group.runs] == ["a", "b", "c"]
+  assert [run.name for run in group.counted_runs] == ["b"]
+
+
+def test_unfinished_runs(tmp_path):
+  workdirs.write(tmp_path / "a", [0.3], seed=0)
+  workdirs.write(tmp_path / "b", [0.5, 0.1], seed=1)
+  workdirs.write(tmp_path / "c", [], seed=2)
+  (group,) = groups_of(tmp_path)
+  # None is finished: what all that have begun have.
+  assert (group.finished, group.num_epochs) == (False, 1)
+  assert group.final("test_accuracy") == runs.Statistic.of([0.3, 0.5])
+  # Once one is finished, the others are not compared with it.
+  workdirs.write(tmp_path / "d", [0.1, 0.2, 0.6], seed=3)
+  (group,) = groups_of(tmp_path)
+  assert (group.finished, group.num_epochs) == (True, 3)
+  assert group.final("test_accuracy") == runs.Statistic(0.6, None, 1)
+
+
+def test_nothing_yet(tmp_path):
+  workdirs.write(tmp_path / "a", [])
+  (group,) = groups_of(tmp_path)
+  assert group.final("test_accuracy") is None
+  assert group.best("test_accuracy") is None
+  assert group.runs[0].chosen_by is None
+  assert not group.finished
+
+
+def test_best_epoch_is_chosen_by_the_monitor(tmp_path):
+  workdirs.write(tmp_path / "run", [0.5, 0.7, 0.6])
+  (group,) = groups_of(tmp_path)
+  assert group.runs[0].chosen_by == "test_accuracy"
+  assert group.best("test_accuracy").mean == 0.7
+  path = tmp_path / "run" / "metrics.jsonl"
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  for record, validation in zip(records, [0.1, 0.2, 0.3], strict=True):
+    record["val_accuracy"] = validation
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  (group,) = groups_of(tmp_path)
+  assert group.runs[0].chosen_by == "val_accuracy"
+  assert group.best("test_accuracy").mean == 0.6
+
+
+def test_several_seeds_in_one_run(tmp_path):
+  accuracies = [[0.1, 0.9], [0.6, 0.6], [0.5, 0.6]]
+  workdirs.write(tmp_path / "a", accuracies, seed=3, num_seeds=2)
+  workdirs.write(tmp_path / "b", [0.1, 0.2, 0.8], seed=5)
+  (group,) = groups_of(tmp_path)
+  assert [(r.run.name, r.seed) for r in group.repetitions] == [
+    ("a", 3),
+    ("a", 4),
+    ("b", 5),
+  ]
+  assert group.final("test_accuracy") == runs.Statistic.of([0.5, 0.6, 0.8])
+  # Each seed at its own best epoch, as if it had been trained alone.
+  assert group.best("test_accuracy") == runs.Statistic.of([0.6, 0.9, 0.8])
+  assert group.curves("train_accuracy").shape == (3, 3)
+  # One program: its time is not counted twice.
+  assert [run.name for run in group.counted_runs] == ["a", "b"]

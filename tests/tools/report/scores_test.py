@@ -1,0 +1,118 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import resnet_flax
+from resnet_flax import data as datasets, train
+from resnet_flax.data import dataset as record
+from resnet_flax.run import errors, metrics
+from resnet_flax.tools.report import runs, scores
+
+
+def read(folder):
+  (run,) = runs.read([folder])
+  return run
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+  """A copy of a trained workdir, to be changed."""
+  shutil.copytree(trained, tmp_path / "run")
+  return tmp_path / "run"
+
+
+def test_summarize():
+  images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+  probabilities = np.array(
+    [
+      [0.6, 0.3, 0.1],  # Wrong.
+      [0.2, 0.7, 0.1],
+      [0.1, 0.0, 0.9],  # Wrong, and surer of it.
+      [0.6, 0.2, 0.2],  # Wrong, as sure as the first one.
+      [0.0, 0.1, 0.9],
+    ],
+    np.float32,
+  )
+  labels = np.array([1, 1, 0, 1, 2], np.int32)
+  scored = scores.summarize(
+    record.whole_split(images, labels),
+    labels,
+    probabilities,
+    class_names=("a", "b", "c"),
+    step=7,
+  )
+  np.testing.assert_array_equal(
+    scored.confusion, [[0, 0, 1], [2, 1, 0], [0, 0, 1]]
+  )
+  assert (scored.num_correct, scored.num_images, scored.step) == (2, 5, 7)
+  wrong = scored.mistakes
+  assert wrong.positions.tolist() == [2, 0, 3]
+  assert wrong.images.ravel().tolist() == [2, 0, 3]
+  assert wrong.labels.tolist() == [0, 1, 1]
+  assert wrong.predicted.tolist() == [2, 0, 0]
+  np.testing.assert_allclose(wrong.confidences, [0.9, 0.6, 0.6])
+  assert scored.confused(9) == [(1, 0, 2), (0, 2, 1)]
+  assert scored.confused(1) == [(1, 0, 2)]
+
+
+def test_most_confident_are_kept():
+  count = 100
+  confidence = np.linspace(0.51, 0.99, count, dtype=np.float32)
+  scored = scores.summarize(
+    record.whole_split(
+      np.zeros((count, 1, 1, 1), np.uint8), np.ones(count, np.int32)
+    ),
+    np.ones(count, np.int32),
+    np.stack([confidence, 1 - confidence], axis=1),
+    class_names=("a", "b"),
+    step=1,
+  )
+  assert scored.mistakes.positions.tolist() == list(range(99, 74, -1))
+
+
+def test_score_is_that_of_the_record(trained):
+  run = read(trained)
+  scored = scores.score(run, run.seeds[0])
+  best = metrics.best_record(run.records, "accuracy")
+  assert scored.step == best["step"]
+  assert scored.num_images == 360
+  assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])
+  # The most confident mistake is one, by the network itself.
+  loaded = resnet_flax.load_model(trained)
+  dataset = datasets.load(loaded.config.dataset)
+  position = scored.mistakes.positions[:1]
+  images, labels = dataset.test.take(position)
+  np.testing.assert_array_equal(images, scored.mistakes.images[:1])
+  probabilities = loaded.predict(images)[0]
+  assert np.argmax(probabilities) == scored.mistakes.predicted[0] != labels[0]
+  assert max(probabilities) == pytest.approx(
+    scored.mistakes.confidences[0], rel=1e-5
+  )
+
+
+def test_no_checkpoint(copied):
+  shutil.rmtree(copied / "checkpoints")
+  with pytest.raises(errors.WorkdirError, match="no best checkpoint"):
+    scores.score(read(copied), 0)
+
+
+def test_other_data(copied):
+  path = copied / "environment.json"
+  environment = json.loads(path.read_text()) | {"data": "cifar10-1-ab"}
+  path.write_text(json.dumps(environment))
+  with pytest.raises(errors.DataError, match="trained on cifar10-1-ab, but"):
+    scores.score(read(copied), 0)
+
+
+def test_several_seeds(make_tiny_config, tmp_path, one_device):
+  config = make_tiny_config(tmp_path / "cache")
+  config.num_seeds = 2
+  config.num_epochs = 1
+  train.train_and_evaluate(config, tmp_path / "run", devices=one_device)
+  run = read(tmp_path / "run")
+  for seed in run.seeds:
+    best = run.best_record(seed, 1)
+    scored = scores.score(run, seed)
+    assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])

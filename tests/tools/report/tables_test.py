@@ -1,0 +1,55 @@
+import csv
+import io
+
+from resnet_flax.tools.report import runs, tables
+
+TABLE = tables.Table(
+  "name",
+  "A caption.",
+  [
+    tables.Column("#"),
+    tables.Column("what"),
+    tables.Column("accuracy (%)", 2, statistic=True),
+    tables.Column("speed", 1),
+  ],
+  [
+    [1, "a|b", runs.Statistic(92.163, 0.118, 5), 1234.56],
+    [2, "<b>", runs.Statistic(91.0, None, 1), 70.13000000000001],
+    [3, "*", None, None],
+  ],
+)
+
+
+def test_markdown():
+  assert TABLE.to_markdown() == (
+    "A caption.\n\n"
+    "| # | what | accuracy (%) | speed |\n"
+    "| ---: | --- | ---: | ---: |\n"
+    r"| 1 | a\|b | 92.16 ± 0.12 (n = 5) | 1234.6 |"
+    "\n"
+    r"| 2 | \<b\> | 91.00 (n = 1) | 70.1 |"
+    "\n"
+    r"| 3 | \* | – | – |"
+    "\n"
+  )
+
+
+def test_csv():
+  rows = list(csv.DictReader(io.StringIO(TABLE.to_csv())))
+  assert rows[0] == {
+    "#": "1",
+    "what": "a|b",
+    "accuracy (%) mean": "92.163",
+    "accuracy (%) std": "0.118",
+    "accuracy (%) n": "5",
+    "speed": "1234.56",
+  }
+  # No standard deviation of a single value, not one of zero.
+  assert rows[1]["accuracy (%) std"] == ""
+  assert rows[1]["speed"] == "70.13"
+  assert rows[2]["accuracy (%) mean"] == rows[2]["speed"] == ""
+  assert rows[2]["accuracy (%) n"] == "0"
+
+
+def test_large_counts_are_legible():
+  assert tables.Column("images").show(10_000) == "10,000"
