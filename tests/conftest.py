@@ -31,6 +31,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+  """Compiled programs go with the file that needed them: workers stay small."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def ctrl_c():
   """Ctrl-C works, here and in child processes, even in a background job."""
