@@ -44,6 +44,7 @@ _LATEST = 2
 # beforehand, since its threads meet a full disk in many noisy ways.
 _SPACE_FACTOR = 3
 
+NEW_EPOCH: dict[str, Any] = {"learning_rate": [], "epoch_seconds": 0.0}
 # What goes with a state, such as the seconds an epoch has taken so far: JSON.
 Notes = dict[str, Any]
 
@@ -117,6 +118,7 @@ class Checkpoints:
     *,
     best_steps: Callable[[], Collection[int]] = tuple,
     read_only: bool = False,
+    on_event: Callable[[str], None] = lambda name: None,
   ):
     """Opens `workdir`/checkpoints.
 

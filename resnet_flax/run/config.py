@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import optimizer, schedule
+from resnet_flax import optim
 from resnet_flax.data import (
   augment,
   crops,
@@ -22,7 +22,7 @@ from resnet_flax.data import (
   streaming,
 )
 from resnet_flax.models import layers, registry
-from resnet_flax.parallel import mesh, networks as seeds
+from resnet_flax.parallel import mesh
 from resnet_flax.run import errors, metrics
 
 Rule = Callable[[str, Any], None]
@@ -183,7 +183,7 @@ _NOT_NEGATIVE = _number(0)
 RULES: dict[str, Rule] = {
   "seed": _integer(0, 2**32 - 1),
   "num_seeds": _integer(1, _MOST_SEEDS),
-  "seed_execution": _name(("auto", *seeds.EXECUTIONS)),
+  "seed_execution": _name(("auto", "in_turn", "vectorized")),
   "batch_size": _integer(1),
   "steps_per_call": _integer(0),
   "num_epochs": _integer(1),
@@ -222,15 +222,15 @@ RULES: dict[str, Rule] = {
   "model.batch_norm_groups": _integer(1),
   "model.remat": _boolean,
   "model.scan": _boolean,
-  "optimizer.name": _name(optimizer.NAMES),
+  "optimizer.name": _name(optim.OPTIMIZERS),
   "optimizer.learning_rate": _POSITIVE,
   "optimizer.b1": _number(0, 1),
   "optimizer.b2": _number(0, 1),
   "optimizer.epsilon": _POSITIVE,
   "optimizer.momentum": _number(0, 1),
   "optimizer.l2": _NOT_NEGATIVE,
-  "optimizer.l2_weights": _name(optimizer.L2_WEIGHTS),
-  "schedule.name": _name(schedule.NAMES),
+  "optimizer.l2_weights": _name(optim.L2_WEIGHTS),
+  "schedule.name": _name(optim.SCHEDULES),
   "schedule.linear_warmup_epochs": _NOT_NEGATIVE,
   "schedule.drop_percents": _sequence(_integer(1, 100)),
   "schedule.drop_factors": _sequence(_POSITIVE),
@@ -404,7 +404,7 @@ def _check_warmup(config: ConfigDict) -> None:
     )
   ends = [config.num_epochs]
   if config.schedule.name == "drops":
-    ends += schedule.drop_epochs(
+    ends += optim.drop_epochs(
       config.num_epochs,
       config.schedule.drop_percents,
       config.schedule.drop_inclusive,

@@ -116,8 +116,8 @@ class Progress:
 
   def _text(self, of_seeds: Sequence[train_step.StepMetrics]) -> str:
     sums = [each.sums for each in of_seeds]
-    losses = [float(each.loss / each.count) for each in sums]
-    accuracies = [float(each.correct / each.count) for each in sums]
+    losses = [float(each["loss"] / each["count"]) for each in sums]
+    accuracies = [float(each["accuracy"] / each["count"]) for each in sums]
     images = len(sums) * self._batch_size
     text = f"loss {_mean(losses)}, accuracy {_mean(accuracies)},"
     text += f" {images / self._seconds_per_step:.0f} images/s"
