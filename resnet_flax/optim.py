@@ -78,20 +78,13 @@ def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """An Optax chain together with the L2 term that it adds to the gradient.
+  """An Optax chain together with the L2 term that it adds to the gradient."""
 
-  Attributes:
-    tx: the chain; `tx.update(grads, opt_state, params, learning_rate=...)`.
-      The gradients it takes are those of the cross-entropy alone.
-    l2: the objective's coefficient of sum(w**2).
-    l2_weights: a key of `L2_WEIGHTS`.
-    links: what the chain's links are, for people.
-  """
-
+  # Takes the gradients of the cross-entropy alone, and `learning_rate=`.
   tx: optax.GradientTransformationExtraArgs
-  l2: float
-  l2_weights: str
-  links: tuple[str, ...]
+  l2: float  # The objective's coefficient of sum(w**2).
+  l2_weights: str  # A key of `L2_WEIGHTS`.
+  links: tuple[str, ...]  # The chain's links, for people.
 
   def update(
     self,
@@ -174,15 +167,10 @@ def drop_epochs(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The rate before plateau and warm-up by training error.
+  """The rate before plateau and warm-up by training error."""
 
-  Attributes:
-    rate: maps an int32[] step, 0-based, to a float32[] rate.
-    lines: what it does, for people.
-  """
-
-  rate: optax.Schedule
-  lines: list[str]
+  rate: optax.Schedule  # Of the int32[] step, 0-based.
+  lines: list[str]  # What it does, for people.
 
 
 def _drops(config: ConfigDict, steps_per_epoch: int, warmup: int) -> Schedule:
@@ -227,15 +215,12 @@ SCHEDULES: dict[str, Callable[[ConfigDict, int, int], Schedule]] = {
 
 
 class RateState(flax.struct.PyTreeNode):
-  """What the rate depends on besides the step; () where a rule is off.
+  """What the rate depends on besides the step; () where a rule is off."""
 
-  Attributes:
-    plateau: state of `optax.contrib.reduce_on_plateau`, one update an epoch.
-    warmup_error: float32[], running estimate of the training error; set to 0
-      for good once it has fallen under the threshold.
-  """
-
+  # State of `optax.contrib.reduce_on_plateau`, one update an epoch.
   plateau: Any
+  # float32[], running estimate of the training error; set to 0 for good once it
+  # has fallen under the threshold.
   warmup_error: Any
 
 
@@ -246,20 +231,14 @@ _ERROR_DECAY = 0.98
 
 @dataclasses.dataclass(frozen=True)
 class LearningRate:
-  """The rate of one experiment.
+  """The rate of one experiment."""
 
-  Attributes:
-    schedule: the rate by the step alone, linear warm-up included.
-    steps_per_epoch: steps of an epoch.
-    warmup: (rate, error) of the warm-up by training error, or None: that rate
-      until the error falls under the threshold (He et al. 2015, section 4.2).
-    plateau: the `plateau` part of the configuration, or None.
-  """
-
-  schedule: Schedule
+  schedule: Schedule  # By the step alone, linear warm-up included.
   steps_per_epoch: int
+  # (rate, error): that rate until the training error falls under the threshold
+  # (He et al. 2015, section 4.2).
   warmup: tuple[float, float] | None
-  plateau: ConfigDict | None
+  plateau: ConfigDict | None  # That part of the configuration.
 
   def init(self) -> RateState:
     """The state before the first step."""

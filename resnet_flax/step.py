@@ -24,86 +24,51 @@ MetricSums = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """Everything that training carries from one step to the next.
+  """Everything that training carries from one step to the next."""
 
-  Attributes:
-    step: int32[], steps done.
-    params: the network's parameters, float32.
-    batch_stats: running means and variances of batch normalisation, float32.
-    opt_state: state of the Optax chain.
-    rate_state: what the learning rate depends on besides the step.
-    epoch_sums: training metrics of the epoch so far; a checkpoint can be
-      resumed with more or fewer of them.
-    normalization: applied to images before the network sees them.
-  """
-
-  step: jax.Array
-  params: PyTree
-  batch_stats: PyTree
-  opt_state: PyTree
+  step: jax.Array  # int32[], steps done.
+  params: PyTree  # float32
+  batch_stats: PyTree  # Running means and variances, float32.
+  opt_state: PyTree  # Of the Optax chain.
   rate_state: optim.RateState
+  # Of the epoch so far. A checkpoint may have more or fewer of them.
   epoch_sums: MetricSums
   normalization: normalize.Normalization
 
 
 class StepMetrics(flax.struct.PyTreeNode):
-  """What one training step reports.
+  """What one training step reports."""
 
-  Attributes:
-    step: int32[], its number, 0-based.
-    sums: training metrics of the epoch so far, this step included.
-    learning_rate: float32[], used by this step.
-    finite: bool[], whether the objective and the new state are finite.
-  """
-
-  step: jax.Array
-  sums: MetricSums
-  learning_rate: jax.Array
-  finite: jax.Array
+  step: jax.Array  # int32[], 0-based.
+  sums: MetricSums  # Of the epoch so far, this step included.
+  learning_rate: jax.Array  # float32[], used by this step.
+  finite: jax.Array  # bool[]: the objective and the new state are.
 
 
 class Backward(NamedTuple):
-  """What a step computes on its way.
+  """What a step computes on its way."""
 
-  Attributes:
-    gradient: of the mean cross-entropy, like the parameters.
-    collections: what the network's modules wrote into Flax's collections.
-  """
-
-  gradient: PyTree
-  collections: Mapping[str, PyTree]
+  gradient: PyTree  # Of the mean cross-entropy, like the parameters.
+  collections: Mapping[str, PyTree]  # What Flax modules wrote.
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The fixed parts of an experiment, which the steps close over.
+  """The fixed parts of an experiment, which the steps close over."""
 
-  Attributes:
-    model: called as `model.apply(variables, images, train=...)`.
-    optimizer: the Optax chain and its L2 term.
-    learning_rate: the rate as a function of step and rate state.
-    augment: maps (key, normalised images, targets) to images and targets.
-    image_shape: (H, W, C) of one image.
-    num_classes: size of the network's head.
-    label_smoothing: share of each label that goes to all classes alike while
-      training (Szegedy et al. 2015, section 7).
-  """
-
-  model: nn.Module
+  model: nn.Module  # Called as model.apply(variables, images, train=...).
   optimizer: optim.Optimizer
   learning_rate: optim.LearningRate
-  augment: augment.Augment
-  image_shape: tuple[int, int, int]
-  num_classes: int
+  augment: augment.Augment  # Maps (key, images, targets) to the last two.
+  image_shape: tuple[int, int, int]  # (H, W, C)
+  num_classes: int  # Of the network's head.
+  # Share of each label that goes to all classes alike in training (Szegedy et
+  # al. 2015, section 7).
   label_smoothing: float = 0.0
 
 
 def build(config: ConfigDict) -> Experiment:
-  """Builds model, optimizer, schedule and augmentation; loads no data.
-
-  Args:
-    config: a configuration that `rules.check` has passed.
-  """
+  """Builds model, optimizer, schedule and augmentation; loads no data."""
   # The last, smaller batch is dropped; every epoch drops other images.
   steps_per_epoch = data.num_train_examples(config.dataset) // config.batch_size
   classes = num_classes(config)
@@ -164,11 +129,9 @@ def state_of(
 
 
 def abstract_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-  """The shapes and dtypes of the train state; computes nothing.
+  """The `jax.ShapeDtypeStruct`s of the train state; computes nothing.
 
-  Returns:
-    A `TrainState` of `jax.ShapeDtypeStruct`s; with several seeds as a
-    checkpoint has it, [seeds, ...].
+  With several seeds as a checkpoint has it, [seeds, ...].
   """
   one = jax.eval_shape(
     functools.partial(create_train_state, experiment),
@@ -194,10 +157,7 @@ def cross_entropy(
 ) -> jax.Array:
   """The cross-entropy of each image, float32[B].
 
-  Args:
-    logits: float32[B, classes].
-    targets: int32[B] labels, or float[B, classes] probabilities.
-    label_smoothing: see `Experiment`.
+  Targets are int32[B] labels or float[B, classes] probabilities.
   """
   if targets.ndim == 1 and not label_smoothing:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -218,14 +178,8 @@ def metric_sums(
   """The metrics of a batch, in training and in evaluation.
 
   Each entry is a sum over the images that `mask`, bool[B], lets count; its mean
-  is recorded and drawn for every split under its name.
-
-  Args:
-    loss: float32[], sum of cross-entropies.
-    objective: float32[], the same with the L2 term.
-    logits: float32[B, classes].
-    labels: int32[B].
-    mask: bool[B].
+  is recorded and drawn for every split under its name. `loss` is the sum of
+  cross-entropies, `objective` the same with the L2 term.
   """
   sums = {
     "loss": loss,
@@ -240,12 +194,7 @@ def metric_sums(
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
-  """The key[] of a step for 'augmentation', and the one for 'dropout'.
-
-  Args:
-    key: key[], the same at every step.
-    step: the number of steps before it.
-  """
+  """The key[] of a 0-based step for 'augmentation', and for 'dropout'."""
   # No step has this number.
   dropout_key = jax.random.fold_in(key, 2**32 - 1)
   return {
@@ -263,16 +212,9 @@ def loss_fn(
   dropout_key: jax.Array,
   collections: Sequence[str] = (),
 ) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, PyTree]]]:
-  """The mean cross-entropy of a batch, in training mode.
+  """The mean cross-entropy of a normalised and augmented batch.
 
-  Args:
-    experiment: the fixed parts.
-    params: the network's parameters.
-    batch_stats: running statistics before the batch.
-    images: float32[B, H, W, C], normalised and augmented.
-    targets: int32[B] labels, or float[B, classes] probabilities.
-    dropout_key: key[], for networks that draw.
-    collections: what modules may write to besides 'batch_stats'.
+  `collections` are those that modules may write to besides 'batch_stats'.
 
   Returns:
     float32[] loss, and (float32[B, classes] logits, the collections that were
@@ -304,9 +246,6 @@ def train_step(
     images: uint8[B, H, W, C].
     labels: int32[B].
     key: key[], the same at every step; the step is folded in here.
-
-  Returns:
-    The new state and what to report.
   """
   return train_step_with_backward(experiment, state, images, labels, key)[:2]
 
@@ -319,12 +258,7 @@ def train_step_with_backward(
   key: jax.Array,
   collections: Sequence[str] = (),
 ) -> tuple[TrainState, StepMetrics, Backward]:
-  """`train_step`, with what it computes on its way.
-
-  Args:
-    experiment, state, images, labels, key: see `train_step`.
-    collections: what the network's modules may write to.
-  """
+  """`train_step`, with what it computes on its way."""
   keys = step_keys(key, state.step)
   # In the recipe's order: the shift fills edges with normalised pixels.
   images, targets = experiment.augment(
@@ -410,15 +344,14 @@ def eval_step(
 
   Args:
     experiment: the fixed parts.
-    state: the network that is scored.
+    state: of the network.
     images: uint8[B, H, W, C]; or several crops of each image, uint8[B, crops,
       H, W, C], whose probabilities are averaged.
     labels: int32[B].
     mask: bool[B], False for padding.
 
   Returns:
-    Sums over the images that `mask` lets count, and the float32[B, classes]
-    probabilities.
+    `metric_sums`, and the float32[B, classes] probabilities.
   """
   crops = images.reshape(-1, *images.shape[-3:])
   logits = apply_eval(experiment.model, state, crops)

@@ -101,23 +101,14 @@ def train_and_evaluate(
 
 
 class _Setup(NamedTuple):
-  """What the loop works with.
-
-  Attributes:
-    state: of all networks.
-    layout: where they are.
-    program: the compiled step and its batches.
-    eval_step: scores a batch.
-    splits: the splits that are scored, by name.
-    hooks: called before each call of the step with the number of steps done,
-      the state and the batch.
-  """
+  """What the loop works with."""
 
   state: networks.Networks
   layout: networks.Layout
   program: program.Program
   eval_step: evaluate.EvalStep
-  splits: dict[str, data.Split]
+  splits: dict[str, data.Split]  # That are scored.
+  # Called before each call of the step with the steps done, state and batch.
   hooks: list[Callable[[int, networks.Networks, program.Batch], None]]
 
 
@@ -190,11 +181,7 @@ def _choose(
   devices: Sequence[jax.Device],
   run: session.Session,
 ) -> tuple[networks.Layout, int]:
-  """Chooses what the configuration leaves open; once for all starts of a run.
-
-  Returns:
-    The layout of the networks and the steps of a call.
-  """
+  """Chooses layout and steps of a call, once for all starts of a run."""
   execution = config.seed_execution
   if execution == "auto":
     on_cpu = devices[0].platform == "cpu"
@@ -225,12 +212,7 @@ def initial_state(
 ) -> networks.Networks:
   """The state of all networks before the first step.
 
-  Args:
-    config: the experiment's.
-    experiment: the fixed parts.
-    train: what the normalization is measured on.
-    layout: where the networks are.
-    source: from `load.load_source`, to start from instead of random weights.
+  `source`, from `load.load_source`, replaces random weights.
   """
   normalization = normalize.measure(config.normalization, train)
 
@@ -288,11 +270,7 @@ def _record(
   scores: Mapping[str, evaluate.Scores],
   layout: networks.Layout,
 ) -> metrics.Record:
-  """The record of an epoch of all networks.
-
-  Raises:
-    NonFiniteError: the loss of a split is not finite.
-  """
+  """The record of an epoch; a loss that is not finite is an error."""
   epoch_sums = layout.get(layout.map(lambda one: one.epoch_sums, state))
   of_seeds = []
   for k, seed in enumerate(layout.seeds):

@@ -215,16 +215,17 @@ def call_ends(
     yield done
 
 
+def memory_limit(device: jax.Device) -> int | None:
+  """A device's memory in bytes; None on CPUs, which hold the split already."""
+  return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def _num_bytes(split: data.Split) -> int:
   return len(split) * math.prod(split.image_shape)
 
 
 def _fits(split: data.Split, layout: Layout, shards: int) -> bool:
   """Whether a part of the split, one of so many, fits on every device."""
-  # None on CPUs, whose memory is the host's: it holds the split already.
-  limits = [
-    (device.memory_stats() or {}).get("bytes_limit")
-    for device in layout.mesh.local_devices
-  ]
+  limits = [memory_limit(device) for device in layout.mesh.local_devices]
   needed = _num_bytes(split) / shards
   return all(limit is None or needed <= _SHARE * limit for limit in limits)

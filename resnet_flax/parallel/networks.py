@@ -26,9 +26,8 @@ PyTree = Any
 class Networks(flax.struct.PyTreeNode):
   """A tree of arrays for each network, on the devices.
 
-  Attributes:
-    chunks: for each chunk the trees of its networks as one tree of arrays
-      [networks, ...]; where chunks have one network, its tree as it is.
+  `chunks` has for each chunk the trees of its networks as one tree of arrays
+  [networks, ...]; where chunks have one network, its tree as it is.
   """
 
   chunks: tuple[PyTree, ...]
@@ -42,17 +41,11 @@ class Networks(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Which network is trained where, and in which chunk.
+  """Which network is trained where, and in which chunk."""
 
-  Attributes:
-    seeds: one for each network.
-    mesh: the devices.
-    chunk_size: networks of a chunk; the last one may be filled up with copies
-      whose results are ignored.
-  """
-
-  seeds: tuple[int, ...]
+  seeds: tuple[int, ...]  # One for each network.
   mesh: Mesh
+  # The last chunk may be filled up with copies, whose results are ignored.
   chunk_size: int
 
   @classmethod
@@ -62,10 +55,9 @@ class Layout:
     devices: Sequence[jax.Device] | None = None,
     execution: str = "in_turn",
   ) -> "Layout":
-    """The layout of `seed`, `num_seeds` on these devices, by default on all.
+    """The layout of `num_seeds` seeds on these devices, by default on all.
 
-    Args:
-      execution: 'in_turn' or 'vectorized', for seeds that share a group.
+    Those that share a group are trained 'in_turn' or 'vectorized'.
     """
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     mesh = mesh_lib.create_mesh(devices, len(seeds))
@@ -155,15 +147,10 @@ class Layout:
     of_seed: Callable[[int], Iterable[tuple[np.ndarray, ...]]],
     batch_size: int,
   ) -> Iterator[tuple[Networks, ...]]:
-    """The batches of all seeds, on the devices.
+    """The batches of all seeds, tuples of arrays, on the devices.
 
-    Args:
-      of_seed: gives the batches of a seed, tuples of arrays that have the
-        `rows` of each.
-      batch_size: images of a batch of one seed, over all devices.
-
-    Yields:
-      The arrays of a batch.
+    `of_seed` gives those of a seed, arrays that have the `rows` of each;
+    `batch_size` counts the images of one seed over all devices.
     """
     for batches in zip(*map(of_seed, self.seeds), strict=True):
       chunks = []
@@ -191,9 +178,7 @@ class Layout:
   ) -> Callable[..., PyTree]:
     """A function of one network's trees as one of a chunk's, to be compiled.
 
-    Args:
-      function: of trees, returning one.
-      num_shared: how many of its last arguments are the same for all networks.
+    Its last `num_shared` arguments are the same for all networks.
     """
     if not self.is_stacked:
       return function

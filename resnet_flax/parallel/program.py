@@ -20,31 +20,22 @@ _logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-  """What one call of the step takes besides the state.
+  """What one call of the step takes besides the state."""
 
-  Attributes:
-    num_steps: training steps of the call.
-    arguments: of the compiled step, after the state.
-    images_and_labels: makes those of the call's first step, on the devices:
-      uint8[B, H, W, C] and int32[B] of all networks.
-  """
-
-  num_steps: int
-  arguments: tuple[Any, ...]
+  num_steps: int  # Training steps of the call.
+  arguments: tuple[Any, ...]  # Of the compiled step, after the state.
+  # Makes those of the call's first step: uint8[B, H, W, C] and int32[B].
   images_and_labels: Callable[[], tuple[Networks, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The training of a run on its devices.
+  """The training of a run on its devices."""
 
-  Attributes:
-    step: maps the networks' states, which are donated, and a `Batch` to new
-      states and `StepMetrics`, those of the call's last step.
-    batches: the batches of a 0-based epoch from its 0-based step `first` on.
-  """
-
+  # Maps the networks' states, which are donated, and a batch to new states and
+  # the `StepMetrics` of the call's last step.
   step: Callable[[Networks, Batch], tuple[Networks, ...]]
+  # The batches of a 0-based epoch from its 0-based step `first` on.
   batches: Callable[[int, int], Iterator[Batch]]
 
 
@@ -58,13 +49,8 @@ def create(
 ) -> Program:
   """The program that takes one step in a call.
 
-  Args:
-    config: the experiment's.
-    experiment: the fixed parts.
-    state: only its shapes are used.
-    split: the training images.
-    key: the augmentation key[] of each network.
-    layout: where the networks are.
+  Of `state` only the shapes are used; `key` is the augmentation key[] of each
+  network.
   """
   compiled = compile_step(
     "training step",
@@ -91,12 +77,10 @@ def create(
 def order(
   num_examples: int, batch_size: int, seed: int, epoch: int
 ) -> np.ndarray:
-  """Which images each step of an epoch takes, as (seed, epoch) decide.
+  """Which images each step of an epoch takes: int64[steps, B].
 
-  A last, smaller batch is dropped.
-
-  Returns:
-    int64[steps, B], positions in the training split.
+  Positions in the training split, as (seed, epoch) decide. A last, smaller
+  batch is dropped.
   """
   rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
   steps = num_examples // batch_size
@@ -112,10 +96,9 @@ def epoch_batches(
   *,
   first: int = 0,
 ) -> Iterator[tuple[Networks, ...]]:
-  """The batches of one epoch from step `first` on, on the devices.
+  """The batches of an epoch from step `first` on: images and labels.
 
-  Yields:
-    uint8[B, H, W, C] and int32[B] of all networks.
+  uint8[B, H, W, C] and int32[B] of all networks, on the devices.
   """
   rows = layout.rows(batch_size)
 
@@ -144,7 +127,7 @@ def trace(
   Args:
     function: of trees, returning a tuple of trees.
     layout: where the networks are.
-    own: the arguments that each network has for itself; only shapes are used.
+    own: the arguments that each network has for itself.
     shared: arguments after those, the same for all networks.
     donate: whether the memory of the first is for the result.
   """
@@ -166,11 +149,7 @@ def compile_function(
   *,
   donate: bool = False,
 ) -> Callable[..., tuple[Networks, ...]]:
-  """Compiles what `trace` traces; says so under `title`.
-
-  Returns:
-    The function of all networks' trees.
-  """
+  """Compiles what `trace` traces, as a function of all networks' trees."""
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
   traced = trace(function, layout, own, shared, donate=donate)
