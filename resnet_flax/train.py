@@ -183,13 +183,12 @@ def _choose(
 ) -> tuple[networks.Layout, int]:
   """Chooses layout and steps of a call, once for all starts of a run."""
   execution = config.seed_execution
-  if execution == "auto":
-    on_cpu = devices[0].platform == "cpu"
-    # As experiments/seeds measured it on CPUs; accelerators that take several
-    # networks in one call wait less for the host.
-    execution = "in_turn" if on_cpu or config.num_seeds == 1 else "vectorized"
+  if execution == "auto" and config.num_seeds > 1:
     stored = run.stored("seed_execution")
-    execution = stored if stored not in (None, "auto") else execution
+    # As experiments/seeds measured it on CPUs; elsewhere several networks in
+    # one call wait less for the host.
+    chosen = "in_turn" if devices[0].platform == "cpu" else "vectorized"
+    execution = chosen if stored in (None, "auto") else stored
   layout = networks.Layout.create(config, devices, execution)
   wanted = config.steps_per_call or run.stored("steps_per_call") or 0
   size = max(config.model.input_size, *experiment.image_shape[:2])
