@@ -18,7 +18,7 @@ def build(config: ConfigDict) -> train_step.Experiment:
   """Builds model, optimizer, schedule and augmentation; loads no data.
 
   Args:
-    config: a configuration that `config_rules.check` has passed.
+    config: a configuration that `rules.check` has passed.
   """
   info = loading.info(config.dataset)
   num_train = loading.num_train_examples(config.dataset)

@@ -37,6 +37,7 @@ from resnet_flax.run import (
   layer_norms,
   metrics,
   progress as progress_lib,
+  rules,
   transfer,
 )
 
@@ -80,8 +81,8 @@ def train_and_evaluate(
     Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
   """
   devices = list(devices or jax.devices())
-  config_rules.check(config, num_devices=len(devices))
-  config_rules.check_labels(config)
+  rules.check(config, num_devices=len(devices))
+  rules.check_labels(config)
   distributed.check_same("the configuration", _shared_keys(config))
   workdir = pathlib.Path(workdir).absolute()
   experiment = experiment_lib.build(config)

@@ -401,7 +401,7 @@ def train_steps(
     pending = step_metrics
     if until(step):
       break
-  assert pending is not None  # `config_rules` leaves no empty epoch.
+  assert pending is not None  # `run.rules` leaves no empty epoch.
   last = _read(pending, layout)
   on_call(last)
   return state, last

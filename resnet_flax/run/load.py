@@ -24,10 +24,10 @@ from resnet_flax.parallel import (
 )
 from resnet_flax.run import (
   checkpoint,
-  config as config_rules,
   errors,
   folder as workdir_lib,
   metrics,
+  rules,
 )
 
 CHECKPOINTS = ("best", "latest")
@@ -149,7 +149,7 @@ def evaluate_workdir(
   if config is not None:
     workdir_lib.check_same(workdir, config, free=["dataset.test_crops"])
   config, experiment, states = _restore(workdir, which, config)
-  config_rules.check_labels(config)
+  rules.check_labels(config)
   dataset = datasets.load(config.dataset)
   layout = seeds_lib.Layout.create(config, devices)
   scores = evaluate.evaluate(
@@ -188,7 +188,7 @@ def _restore(
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
   config = config or workdir_lib.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"

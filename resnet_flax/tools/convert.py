@@ -27,12 +27,13 @@ from resnet_flax.data import normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   checkpoint,
-  config as config_rules,
+  command_line,
   environment,
   errors,
   folder as workdir_lib,
   interruption,
   program,
+  rules,
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
@@ -85,7 +86,7 @@ def convert(
   # Path.resolve, this leaves it to _check_is_new to find a loop of links.
   workdir = pathlib.Path(os.path.realpath(workdir))
   config = ConfigDict(config.to_dict())
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   if config.num_seeds > 1:
     raise errors.ConfigError(
       f"num_seeds={config.num_seeds} cannot be used here: the file holds one"
@@ -104,7 +105,7 @@ def convert(
   mapping.check_config(file, kind, config)
   _set_num_classes(file, kind, config)
   # The head's size is the file's, and has a limit as well.
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   like = experiment_lib.abstract_state(config, experiment)
   variables = mapping.variables(
@@ -225,8 +226,6 @@ def _write(
 
 def _run(argv: list[str]) -> None:
   del argv
-  from resnet_flax.run import command_line
-
   command_line.set_up()
   source = flags.FLAGS["source"].value
   if not source:
@@ -246,7 +245,7 @@ def _run(argv: list[str]) -> None:
   )
   print(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
-    config_rules.check_labels(done.config)
+    rules.check_labels(done.config)
     return
   print(
     f"Its head has {done.config.model.num_classes} classes, not those of"
@@ -264,4 +263,5 @@ def run() -> None:
     " .pth or .th of PyTorch.",
   )
   flags.adopt_module_key_flags(program)
+  flags.adopt_module_key_flags(command_line)
   program.run(_run)
