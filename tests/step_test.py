@@ -112,7 +112,7 @@ def dropping_experiment():
   """A small network that drops units and has no statistics."""
   config = base.get_config()
   config.model.update({"name": "vgg", "depth": 19, "input_size": 64})
-  config.model.batch_norm = False
+  config.model.norm = "none"
   config.augment.name = "none"
   config.batch_size = 4
   experiment = step_lib.build(config)

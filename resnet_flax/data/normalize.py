@@ -61,7 +61,7 @@ def measure(name: str, train: datasets.Split) -> Normalization:
     raise errors.unknown_name("normalization", name, NAMES)
   if name in UNMEASURED:
     return fixed(name, train.image_shape)
-  # Streamed sets are refused by `config_rules`.
+  # Streamed sets are refused by `run.rules`.
   images, _ = train.take(np.arange(len(train)))
   if name == "pixel_mean":
     # Integer sums: exact, whatever the order and the number of threads.

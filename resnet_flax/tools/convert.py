@@ -25,12 +25,13 @@ from resnet_flax.data import normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   checkpoint,
-  config as config_rules,
+  command_line,
   environment,
   errors,
   folder as workdir_lib,
   interruption,
   program,
+  rules,
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
@@ -83,7 +84,7 @@ def convert(
   # Path.resolve, this leaves it to _check_is_new to find a loop of links.
   workdir = pathlib.Path(os.path.realpath(workdir))
   config = ConfigDict(config.to_dict())
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   if config.num_seeds > 1:
     raise errors.ConfigError(
       f"num_seeds={config.num_seeds} cannot be used here: the file holds one"
@@ -102,7 +103,7 @@ def convert(
   mapping.check_config(file, kind, config)
   _set_num_classes(file, kind, config)
   # The head's size is the file's, and has a limit as well.
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   experiment = step_lib.build(config)
   like = step_lib.abstract_state(config, experiment)
   variables = mapping.variables(
@@ -223,8 +224,6 @@ def _write(
 
 def _run(argv: list[str]) -> None:
   del argv
-  from resnet_flax.run import command_line
-
   command_line.set_up()
   source = flags.FLAGS["source"].value
   if not source:
@@ -244,7 +243,7 @@ def _run(argv: list[str]) -> None:
   )
   print(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
-    config_rules.check_labels(done.config)
+    rules.check_labels(done.config)
     return
   print(
     f"Its head has {done.config.model.num_classes} classes, not those of"
@@ -261,5 +260,6 @@ def run() -> None:
     "File of weights: .keras, .weights.h5 or .h5 of Keras, .safetensors, .pt,"
     " .pth or .th of PyTorch.",
   )
+  flags.adopt_module_key_flags(command_line)
   flags.adopt_module_key_flags(program)
   program.run(_run)

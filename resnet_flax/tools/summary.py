@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.run import config as config_rules
+from resnet_flax.run import rules
 
 
 class Size(NamedTuple):
@@ -73,7 +73,7 @@ def summarize(config: ConfigDict) -> str:
   Raises:
     ConfigError: a value that cannot be used.
   """
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   experiment = step_lib.build(config)
   table = _table(experiment).strip()
   return "\n".join([table, *_facts(config, experiment)])

@@ -13,9 +13,9 @@ from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.parallel import program
 from resnet_flax.run import (
-  config as config_rules,
   errors,
   layer_norms,
+  rules,
 )
 from tests.helpers import (
   Programs,
@@ -94,9 +94,9 @@ def leaf(tree, name):
 
 
 @functools.cache
-def by_hand(name, batch_norm):
+def by_hand(name, norm):
   """Gradient, outputs and new parameters, without what is tested."""
-  experiment = make_experiment(name, batch_norm=batch_norm)
+  experiment = make_experiment(name, norm=norm)
   state, images, labels, key = arguments(experiment)
 
   @jax.jit
@@ -129,7 +129,7 @@ def by_hand(name, batch_norm):
   [
     ("resnet_v1", {}),
     ("resnet_v1", {"scan": True, "remat": True}),
-    ("highway", {"batch_norm": False, "scan": True}),
+    ("highway", {"norm": "none", "scan": True}),
   ],
   ids=["plain", "scan+remat", "scan without batch norm"],
 )
@@ -139,7 +139,7 @@ def test_norms_are_those_by_hand(name, model):
   step = jax.jit(functools.partial(layer_norms.measured_step, experiment))
   new_state, _, norms = step(*arguments(experiment))
   before, gradient, outputs, after = by_hand(
-    name, model.get("batch_norm", True)
+    name, model.get("norm", "batch_norm")
   )
   expected = {"gradient": [], "activation": [], "update_ratio": []}
   for layer in LAYERS[name]:
@@ -191,9 +191,9 @@ def test_tags():
 def test_needs_tensorboard(tiny_config):
   tiny_config.log_layer_norms_every = 3
   with pytest.raises(errors.ConfigError, match=r"=3 writes .* log.tensorboard"):
-    config_rules.check(tiny_config, num_devices=1)
+    rules.check(tiny_config, num_devices=1)
   tiny_config.log.tensorboard = True
-  config_rules.check(tiny_config, num_devices=1)
+  rules.check(tiny_config, num_devices=1)
 
 
 def test_training_is_the_same_with_and_without(
