@@ -23,9 +23,13 @@ import numpy as np
 import pytest
 
 from configs import base
+from resnet_flax.models.kernels import onednn
 
 NUM_DEVICES = 8
 
+# The compilation cache cannot keep programs with oneDNN's convolution, which the
+# tests of kernels/convolution.py turn on.
+onednn.enabled = False
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

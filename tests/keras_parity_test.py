@@ -5,6 +5,7 @@ paths of our parameters as their names, so that weights are copied by name.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -250,7 +251,7 @@ def test_ten_training_steps(pair):
   def our_step(variables, images, labels):
     grad_fn = jax.value_and_grad(step_lib.loss_fn, argnums=1, has_aux=True)
     (loss, (logits, updated)), grads = grad_fn(
-      pair.ours,
+      types.SimpleNamespace(model=pair.ours, label_smoothing=0.0),
       variables["params"],
       variables["batch_stats"],
       images,
@@ -260,7 +261,10 @@ def test_ten_training_steps(pair):
     # The first link of the chain is the L2 term.
     params = variables["params"]
     decay = optax.add_decayed_weights(
-      2 * L2, mask=optim.L2_WEIGHTS["conv_kernels"]
+      2 * L2,
+      mask=lambda params: jax.tree_util.tree_map_with_path(
+        optim.L2_WEIGHTS["conv_kernels"], params
+      ),
     )
     grads, _ = decay.update(grads, decay.init(params), params)
     objective = loss + pair.optimizer.penalty(params)

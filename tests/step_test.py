@@ -121,7 +121,6 @@ def dropping_experiment():
     pooled_size=2,
     hidden_sizes=(32, 32),
     input_size=0,
-    input_sizes=(8, 64),
   )
   return dataclasses.replace(experiment, model=model)
 

@@ -7,14 +7,14 @@ Convolution, normalisation and activation are injected.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models.kernels.batch_norm import Activation
-
 ModuleDef = Callable[..., nn.Module]
+Activation = Callable[[jax.Array], jax.Array]
 
 # 'keras', 'A' and 'B' differ where a block changes the shape, and are the
 # identity elsewhere; 'C' projects everywhere (He et al. 2015, section 3.3).
@@ -26,11 +26,7 @@ def subsample_and_pad(
 ) -> jax.Array:
   """The parameter-free shortcut: option A of He et al. 2015, section 3.3.
 
-  Args:
-    x: float[B, H, W, C].
-    strides: every how many pixels one is kept.
-    num_filters: channels of the result; the new ones are zero, half of them
-      before and half after the old ones.
+  New channels are zero, half of them before and half after the old ones.
 
   Returns:
     float[B, ceil(H / strides), ceil(W / strides), num_filters].
@@ -41,29 +37,41 @@ def subsample_and_pad(
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 
+class Context(NamedTuple):
+  """What a block may use besides its input; differs from block to block."""
+
+  # key[] for random draws in training; None elsewhere.
+  key: jax.Array | None = None
+  # float32[] in (0, 1]: the block's number, from 1, over the number of blocks.
+  fraction: jax.Array | None = None
+
+
+_NO_CONTEXT = Context()
+
+
 class Block(nn.Module):
   """What every block is told; subclasses say what it computes.
 
-  Attributes:
-    inner_filters: channels inside the block.
-    num_filters: channels that come out.
-    strides: of one of the block's convolutions and of its shortcut.
-    first_in_network: whether the block follows the stem.
-    conv, norm, act: what to build it from.
-    shortcut: one of `SHORTCUTS`, or 'none' for a plain network.
+  A block is called with x and, where something in it draws or depends on how
+  deep it lies, a `Context`. In a loop (`model.scan`) blocks may differ in
+  nothing else.
   """
 
-  inner_filters: int
-  num_filters: int
-  strides: int
-  first_in_network: bool
+  inner_filters: int  # Channels inside the block.
+  num_filters: int  # Channels that come out.
+  strides: int  # Of one of the block's convolutions and of its shortcut.
+  first_in_network: bool  # Whether the block follows the stem.
   conv: ModuleDef
   norm: ModuleDef
   act: Activation
-  shortcut: str
+  shortcut: str  # One of `SHORTCUTS`, or 'none' for a plain network.
+  train: bool = False
+  # Changes the branch before the sum: called as branch(train=..., name=...)
+  # (y, context), for example to drop or to scale it. None: nothing.
+  branch: ModuleDef | None = None
 
-  def bring(self, x: jax.Array) -> jax.Array:
-    """The block's input in the shape of its output, by its shortcut."""
+  def apply_shortcut(self, x: jax.Array) -> jax.Array:
+    """The block's input in the shape of its output."""
     same_shape = self.strides == 1 and x.shape[-1] == self.num_filters
     if same_shape and self.shortcut != "C":
       return x
@@ -76,6 +84,21 @@ class Block(nn.Module):
       return x
     return self.norm(name="shortcut_bn")(x)
 
+  def apply_branch(self, y: jax.Array, context: Context) -> jax.Array:
+    """The branch as it is added to the shortcut."""
+    if self.branch is None:
+      return y
+    return self.branch(train=self.train, name="branch")(y, context)
+
+  def norm_add_act(
+    self, name: str, y: jax.Array, residual: jax.Array | None, context: Context
+  ) -> jax.Array:
+    """act(residual + branch(norm(y))), in one pass where nothing is between."""
+    if self.branch is None:
+      return self.norm(act=self.act, name=name)(y, residual)
+    y = self.apply_branch(self.norm(name=name)(y), context)
+    return self.act(y if residual is None else residual + y)
+
 
 class BasicBlock(Block):
   """conv-BN-ReLU, conv-BN, add, ReLU (He et al. 2015, figure 2).
@@ -84,27 +107,26 @@ class BasicBlock(Block):
   """
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
     """Maps float[B, H, W, C] to the block's output."""
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
-    residual = None if self.shortcut == "none" else self.bring(x)
-    return self.norm(act=self.act, name="bn2")(y, residual)
+    residual = None if self.shortcut == "none" else self.apply_shortcut(x)
+    return self.norm_add_act("bn2", y, residual, context)
 
 
 class BottleneckBlock(Block):
   """1x1, 3x3, 1x1, each with BN, add, ReLU (He et al. 2015, figure 5).
 
-  Attributes:
-    stride_in_3x3: the 3x3 convolution carries the stride, as in torchvision
-      ('ResNet v1.5'); otherwise the first 1x1 does, as in the paper.
+  With `stride_in_3x3` the 3x3 convolution carries the stride, as in torchvision
+  ('ResNet v1.5'); otherwise the first 1x1 does, as in the paper.
   """
 
   stride_in_3x3: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
     """Maps float[B, H, W, C] to the block's output."""
     first, second = self.strides, 1
     if self.stride_in_3x3:
@@ -114,7 +136,7 @@ class BottleneckBlock(Block):
     y = self.conv(self.inner_filters, (3, 3), second, name="conv2")(y)
     y = self.norm(act=self.act, name="bn2")(y)
     y = self.conv(self.num_filters, (1, 1), 1, name="conv3")(y)
-    return self.norm(act=self.act, name="bn3")(y, self.bring(x))
+    return self.norm_add_act("bn3", y, self.apply_shortcut(x), context)
 
 
 class HighwayBlock(Block):
@@ -122,17 +144,14 @@ class HighwayBlock(Block):
 
   g is the transform gate and 1 - g the carry gate of Srivastava et al. 2015,
   F the basic block's two convolutions: 'exclusive gating' of He et al. 2016,
-  section 3.1.
-
-  Attributes:
-    gate_bias: where the gate's bias starts; the more negative, the nearer is
-      the block to its shortcut.
+  section 3.1. `gate_bias` is where the gate's bias starts; the more negative,
+  the nearer is the block to its shortcut.
   """
 
   gate_bias: float = -2.0
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
     """Maps float[B, H, W, C] to the block's output."""
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
     y = self.norm(act=self.act, name="bn1")(y)
@@ -148,7 +167,8 @@ class HighwayBlock(Block):
       name="gate_conv",
     )(x)
     gate = nn.sigmoid(gate)
-    return self.act((1 - gate) * self.bring(x) + gate * y)
+    y = self.apply_branch(y, context)
+    return self.act((1 - gate) * self.apply_shortcut(x) + gate * y)
 
 
 class PreActBlock(Block):
@@ -159,7 +179,7 @@ class PreActBlock(Block):
   """
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
     """Maps float[B, H, W, C] to the block's output."""
     y = x
     if not self.first_in_network:
@@ -167,7 +187,7 @@ class PreActBlock(Block):
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(y)
     y = self.norm(act=self.act, name="bn2")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
-    return self.bring(x) + y
+    return self.apply_shortcut(x) + self.apply_branch(y, context)
 
 
 class PreActBottleneckBlock(Block):
@@ -179,7 +199,7 @@ class PreActBottleneckBlock(Block):
   """
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
     """Maps float[B, H, W, C] to the block's output."""
     y = x
     if not self.first_in_network:
@@ -189,4 +209,4 @@ class PreActBottleneckBlock(Block):
     y = self.conv(self.inner_filters, (3, 3), 1, name="conv2")(y)
     y = self.norm(act=self.act, name="bn3")(y)
     y = self.conv(self.num_filters, (1, 1), 1, name="conv3")(y)
-    return self.bring(x) + y
+    return self.apply_shortcut(x) + self.apply_branch(y, context)

@@ -7,43 +7,33 @@ torchvision's layout.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resnet_flax.models import layers
-from resnet_flax.models.blocks import ModuleDef
-from resnet_flax.models.kernels.batch_norm import Activation
+from resnet_flax.models.blocks import Activation, ModuleDef
 
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-  """A convolution, what the network normalises with, and an activation.
-
-  Attributes:
-    num_filters: channels that come out.
-    size: height and width of the kernel.
-    strides: in both directions.
-    pad: zeros on every side.
-  """
+  """A convolution, a normalisation and an activation."""
 
   num_filters: int
-  size: int = 3
+  size: int = 3  # Height and width of the kernel.
   strides: int = 1
-  pad: int = 1
+  pad: int = 1  # Zeros on every side.
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-  """A max pool at stride 2, without padding.
+  """A max pool at stride 2, without padding."""
 
-  Attributes:
-    size: height and width of the window.
-  """
-
-  size: int
+  size: int  # Height and width of the window.
 
 
 VGG19 = tuple(
@@ -73,48 +63,32 @@ ALEXNET = (
 class FeedForward(nn.Module):
   """Convolutions and pools, an average pool, two hidden dense layers, a head.
 
-  Attributes:
-    features: the convolutions and pools.
-    pooled_size: height and width of what the dense layers see.
-    hidden_sizes: units of the hidden dense layers.
-    dropped: for each dense layer and then the head, whether its input is
-      dropped out.
-    dropout: the share of units that are dropped.
-    num_classes: size of the head.
-    conv, norm, dense: partials, as of `resnet.ResNet`.
-    input_size, input_sizes: see `layers.fit`.
-    act: the activation function.
+  `conv`, `norm` and `dense` are partials, as of `resnet.ResNet`.
   """
 
   features: Sequence[Conv | Pool]
-  pooled_size: int
-  hidden_sizes: Sequence[int]
+  pooled_size: int  # Height and width of what the dense layers see.
+  hidden_sizes: Sequence[int]  # Units of the hidden dense layers.
+  # For each dense layer and then the head, whether its input is dropped out.
   dropped: Sequence[bool]
-  dropout: float
+  dropout: float  # Share of the units that are dropped.
   num_classes: int
   conv: ModuleDef
   norm: ModuleDef
   dense: ModuleDef
-  input_size: int
-  input_sizes: tuple[int, int]
+  input_size: int  # See `layers.resize`.
   act: Activation = nn.relu
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Classifies normalised images.
+    """Classifies normalised images, float[B, H, W, C], 224x224 in the papers.
 
-    Args:
-      images: float[B, H, W, C], 224x224 in the papers.
-      train: batch statistics (updating `batch_stats`) or running ones, and
-        whether units are dropped, which takes a `dropout` key.
+    In training units are dropped, which takes a `dropout` key.
 
     Returns:
       float32[B, num_classes] logits.
-
-    Raises:
-      ConfigError: the network is not made for images of this size.
     """
-    x = layers.fit(images, self.input_size, self.input_sizes)
+    x = layers.resize(images, self.input_size)
     number = 0
     for layer in self.features:
       if isinstance(layer, Pool):
@@ -131,7 +105,7 @@ class FeedForward(nn.Module):
       x = self.norm(
         use_running_average=not train, act=self.act, name=f"bn{number}"
       )(x)
-    x = layers.adaptive_average_pool(x, self.pooled_size)
+    x = adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)
     drop = functools.partial(
       nn.Dropout(self.dropout).__call__, deterministic=not train
@@ -141,3 +115,31 @@ class FeedForward(nn.Module):
       x = self.act(self.dense(size, name=f"dense{k + 1}")(x))
     x = drop(x) if self.dropped[-1] else x
     return self.dense(self.num_classes, name="head")(x).astype(jnp.float32)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+  """The means over a grid of size x size windows that cover the image.
+
+  Window i of a side of length n goes from floor(i * n / size) to
+  ceil((i + 1) * n / size), as in PyTorch: whatever the image's size, what
+  comes after has the same shape, and an image of that size stays as it is.
+
+  Returns:
+    float[B, size, size, C].
+  """
+  if x.shape[1:3] == (size, size):
+    return x
+  rows, columns = (_window_means(length, size) for length in x.shape[1:3])
+  pooled = jnp.einsum(
+    "ph,bhwc,qw->bpqc", rows, x, columns, precision=jax.lax.Precision.HIGHEST
+  )
+  return pooled.astype(x.dtype)
+
+
+def _window_means(length: int, size: int) -> np.ndarray:
+  """float32[size, length]: the weight of each pixel in each mean."""
+  weights = np.zeros((size, length), np.float32)
+  for i in range(size):
+    start, stop = i * length // size, math.ceil((i + 1) * length / size)
+    weights[i, start:stop] = 1 / (stop - start)
+  return weights

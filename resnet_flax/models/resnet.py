@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_flax.models import layers, stems
-from resnet_flax.models.blocks import Block, ModuleDef
-from resnet_flax.models.kernels.batch_norm import Activation
+from resnet_flax.models.blocks import Activation, Block, Context, ModuleDef
 
 
 def run_as_loop(
-  blocks: Sequence[Block], x: jax.Array, *, remat: bool
+  blocks: Sequence[Block], x: jax.Array, contexts: Context, *, remat: bool
 ) -> jax.Array:
   """Applies blocks one after the other as the one body of a loop.
 
@@ -33,18 +32,17 @@ def run_as_loop(
     blocks: bound blocks that differ in nothing but their names and variables
       and change neither the shape nor the dtype of x.
     x: float[B, H, W, C].
+    contexts: of all blocks, with a leading axis of blocks.
     remat: keep only each block's input for the backward pass.
-
-  Returns:
-    Like x.
   """
   # In the loop's body there is no module to belong to.
   detached = blocks[0].copy(parent=None)
   assert blocks[0].scope is not None  # They are bound.
   mutable = blocks[0].scope.mutable or []
 
-  def body(x, variables):
-    return detached.apply(variables, x, mutable=mutable)
+  def body(x, of_block):
+    variables, context = of_block
+    return detached.apply(variables, x, context, mutable=mutable)
 
   if remat:
     # XLA does not share results between the forward and the backward loop, so
@@ -53,7 +51,7 @@ def run_as_loop(
   stacked = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *(block.variables for block in blocks)
   )
-  x, updated = lax.scan(body, x, stacked)
+  x, updated = lax.scan(body, x, (stacked, contexts))
   for k, block in enumerate(blocks):
     new = jax.tree.map(operator.itemgetter(k), updated)
     for collection, written in new.items():
@@ -63,51 +61,37 @@ def run_as_loop(
 
 
 @nn.remat
-def _run_with_remat(block: Block, x: jax.Array) -> jax.Array:
-  return block(x)
+def _run_with_remat(block: Block, x: jax.Array, context: Context) -> jax.Array:
+  return block(x, context)
 
 
 class ResNet(nn.Module):
   """Stem, stages of residual blocks, average pool, dense head.
 
-  Attributes:
-    stage_sizes: blocks of each stage; all stages but the first halve the
-      resolution.
-    stage_filters: (inner, outer) channels of each stage's blocks.
-    stem: what comes before the blocks, called with images, `stem_filters`,
-      `conv` and `norm`.
-    stem_filters: channels of the stem.
-    num_classes: size of the head.
-    block_cls: what makes a block: a subclass of `Block`, or a partial of one.
-    final_norm_act: BN-ReLU before the pool, which pre-activation needs.
-    conv, norm, dense: partials; `norm` also takes `use_running_average` and
-      `act`, and what it makes is called with x and, where there is one, the
-      residual.
-    shortcut: one of `blocks.SHORTCUTS`, or 'none' for a plain network.
-    input_size, input_sizes: see `layers.fit`.
-    act: the activation function.
-    remat: keep only each block's input for the backward pass, which computes
-      the block again. On a CPU, XLA computes it again too early to need less
-      memory, except in a loop.
-    scan: run those blocks of a stage that are alike, all but its first, as
-      one loop. Variables are the same and have the same names.
+  `conv`, `norm` and `dense` are partials. `norm` also takes
+  `use_running_average` and `act`, and what it makes is called with x and, where
+  there is one, the residual.
   """
 
-  stage_sizes: Sequence[int]
-  stage_filters: Sequence[tuple[int, int]]
+  stage_sizes: Sequence[int]  # All stages but the first halve the resolution.
+  stage_filters: Sequence[tuple[int, int]]  # (inner, outer) of each stage.
   stem: stems.Stem
   stem_filters: int
   num_classes: int
   block_cls: Callable[..., Block]
-  final_norm_act: bool
+  final_norm_act: bool  # BN-ReLU before the pool, as pre-activation needs.
   conv: ModuleDef
   norm: ModuleDef
   dense: ModuleDef
-  shortcut: str
-  input_size: int
-  input_sizes: tuple[int, int]
+  shortcut: str  # One of `blocks.SHORTCUTS`, or 'none' for a plain network.
+  input_size: int  # See `layers.resize`.
   act: Activation = nn.relu
+  # Keep only each block's input for the backward pass, which computes the block
+  # again. On a CPU, XLA computes it again too early to need less memory, except
+  # in a loop.
   remat: bool = False
+  # Run those blocks of a stage that are alike, all but its first, as one loop.
+  # Variables are the same and have the same names.
   scan: bool = False
 
   @nn.compact
@@ -120,14 +104,10 @@ class ResNet(nn.Module):
 
     Returns:
       float32[B, num_classes] logits.
-
-    Raises:
-      ConfigError: the stem is not made for images of this size.
     """
     norm = functools.partial(self.norm, use_running_average=not train)
-    x = layers.fit(images, self.input_size, self.input_sizes)
     x = self.stem(
-      x,
+      layers.resize(images, self.input_size),
       self.stem_filters,
       conv=self.conv,
       norm=functools.partial(norm, act=self.act),
@@ -135,6 +115,8 @@ class ResNet(nn.Module):
     # Initialisation has no backward pass, and a loop cannot make variables.
     remat = self.remat and not self.is_initializing()
     scan = self.scan and not self.is_initializing()
+    contexts = self._contexts(train)
+    first = 0  # Of the stage's blocks, among all.
     stages = zip(self.stage_sizes, self.stage_filters, strict=True)
     for stage, (num_blocks, (inner_filters, num_filters)) in enumerate(stages):
       blocks = [
@@ -147,17 +129,30 @@ class ResNet(nn.Module):
           norm=norm,
           act=self.act,
           shortcut=self.shortcut,
+          train=train,
           name=f"stage{stage + 1}_block{block + 1}",
         )
         for block in range(num_blocks)
       ]
       # All but the first are alike; a loop of one would only be slower.
       num_unrolled = 1 if scan and num_blocks > 2 else num_blocks
-      for block in blocks[:num_unrolled]:
-        x = _run_with_remat(block, x) if remat else block(x)
+      for k, block in enumerate(blocks[:num_unrolled]):
+        context = jax.tree.map(operator.itemgetter(first + k), contexts)
+        x = _run_with_remat(block, x, context) if remat else block(x, context)
       if blocks[num_unrolled:]:
-        x = run_as_loop(blocks[num_unrolled:], x, remat=remat)
+        rest = slice(first + num_unrolled, first + num_blocks)
+        context = jax.tree.map(operator.itemgetter(rest), contexts)
+        x = run_as_loop(blocks[num_unrolled:], x, context, remat=remat)
+      first += num_blocks
     if self.final_norm_act:
       x = norm(act=self.act, name="final_bn")(x)
     x = jnp.mean(x, axis=(1, 2))
     return self.dense(self.num_classes, name="head")(x).astype(jnp.float32)
+
+  def _contexts(self, train: bool) -> Context:
+    """The contexts of all blocks, with a leading axis of blocks."""
+    count = sum(self.stage_sizes)
+    keys = None
+    if train and self.has_rng("dropout"):
+      keys = jax.random.split(self.make_rng("dropout"), count)
+    return Context(keys, jnp.arange(1, count + 1, dtype=jnp.float32) / count)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from configs import base
+from resnet_flax import models
 from resnet_flax.models import blocks, layers
 from resnet_flax.models.kernels import batch_norm
 
@@ -194,3 +196,83 @@ def test_shut_gates_carry():
 def test_preact(block_cls, reference, first):
   block = make(block_cls, shortcut="keras", strides=2, filters=6, first=first)
   assert_same(block, reference, "keras", first=first)
+
+
+class DropBranch(nn.Module):
+  """Stochastic depth by the linear rule (Huang et al. 2016, section 3)."""
+
+  train: bool
+
+  def __call__(self, y, context):
+    if not self.train:
+      return y
+    kept = jax.random.bernoulli(context.key, 1 - 0.5 * context.fraction)
+    return jnp.where(kept, y, 0)
+
+
+class SqueezeExcite(nn.Module):
+  """Hu et al. 2017, section 3, with a reduction by 2."""
+
+  train: bool
+
+  @nn.compact
+  def __call__(self, y, context):
+    del context
+    means = jnp.mean(y, axis=(1, 2), keepdims=True)
+    hidden = nn.relu(nn.Dense(y.shape[-1] // 2, name="reduce")(means))
+    return y * nn.sigmoid(nn.Dense(y.shape[-1], name="expand")(hidden))
+
+
+@pytest.mark.parametrize(
+  ("name", "branch"),
+  [
+    ("resnet_v1", DropBranch),
+    ("resnet_v1", SqueezeExcite),
+    pytest.param("resnet_v2", DropBranch, marks=pytest.mark.slow),
+    pytest.param("highway", SqueezeExcite, marks=pytest.mark.slow),
+  ],
+)
+def test_a_branch_can_be_changed_in_loops_as_well(name, branch):
+  """The same draws, gradients and variables with and without loops."""
+  config = base.get_config().model
+  depth = 29 if name == "resnet_v2" else 20
+  config.update({"name": name, "depth": depth, "num_filters": 4})
+
+  def gradients(**switches):
+    config.update(switches)
+    model = models.create_model(config, 10)
+    model = model.clone(
+      block_cls=functools.partial(model.block_cls, branch=branch),
+      stage_sizes=(4, 1),
+      stage_filters=model.stage_filters[:2],
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)))
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(0), x)
+    assert ("branch" in variables["params"]["stage1_block1"]) == (
+      branch is SqueezeExcite
+    )
+
+    @jax.jit
+    def loss(params, key):
+      logits, _ = model.apply(
+        variables | {"params": params},
+        x,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": key},
+      )
+      return jnp.mean(jnp.square(logits))
+
+    grads = jax.jit(jax.grad(loss))(variables["params"], jax.random.key(3))
+    losses = [loss(variables["params"], jax.random.key(k)) for k in range(8)]
+    return losses, grads
+
+  losses, plain = gradients()
+  assert (len({float(x) for x in losses}) > 1) == (branch is DropBranch)
+  _, looped = gradients(scan=True, remat=True)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    looped,
+    plain,
+  )

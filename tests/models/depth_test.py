@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ def shapes_of(model):
 
 def loss(model, params, batch_stats, shape=SHAPE):
   images, labels = images_and_labels(shape)
-  return step_lib.loss_fn(model, params, batch_stats, images, labels, KEY)
+  experiment = types.SimpleNamespace(model=model, label_smoothing=0.0)
+  return step_lib.loss_fn(experiment, params, batch_stats, images, labels, KEY)
 
 
 def outcome(model, variables):
@@ -250,7 +252,9 @@ def test_step_on_a_batch_sharded_over_devices():
   labels = np.arange(16, dtype=np.int32) % 10
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharded = mesh_lib.put((images, labels), mesh_lib.batch_sharding(mesh))
+  sharded = mesh_lib.put(
+    (images, labels), mesh_lib.sharding(mesh, mesh_lib.DATA)
+  )
   ours, program = take_step(*sharded, remat=True, scan=True)
   assert "all-gather" not in program
   plain, _ = take_step(images, labels)

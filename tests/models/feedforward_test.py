@@ -24,7 +24,6 @@ def make(name="vgg", **overrides):
     features=(Conv(4), Pool(2), Conv(6, size=5, strides=2, pad=1), Pool(3)),
     pooled_size=2,
     hidden_sizes=(8, 12),
-    input_sizes=(8, 64),
   )
 
 

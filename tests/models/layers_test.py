@@ -2,8 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_flax.models import layers
-from resnet_flax.run import errors
+from resnet_flax.models import feedforward, layers
 
 
 def images(height, width):
@@ -23,7 +22,7 @@ def test_adaptive_average_pool(height, width, size):
       rows = slice(i * height // size, -(-(i + 1) * height // size))
       columns = slice(j * width // size, -(-(j + 1) * width // size))
       expected[:, i, j] = x[:, rows, columns].mean((1, 2))
-  pooled = layers.adaptive_average_pool(jnp.asarray(x), size)
+  pooled = feedforward.adaptive_average_pool(jnp.asarray(x), size)
   np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -32,25 +31,17 @@ def test_window_pads():
   assert layers.window_pads("symmetric", (7, 3)) == [(3, 3), (1, 1)]
 
 
-def test_fit_resizes():
+def test_resize():
   """A constant stays one; a gradient stays between its ends and monotone."""
   ramp = jnp.broadcast_to(jnp.arange(8.0)[None, None, :, None], (1, 8, 8, 1))
-  resized = np.asarray(layers.fit(ramp, 16, (1, 32)))
+  resized = np.asarray(layers.resize(ramp, 16))
   assert resized.shape == (1, 16, 16, 1)
   # Half-pixel centres: the first new pixel lies outside of the first old one.
   np.testing.assert_allclose(resized[0, 0, :4, 0], [0, 0.25, 0.75, 1.25])
   assert (np.diff(resized[0, 0, :, 0]) >= 0).all()
 
 
-def test_fit_leaves_the_right_size_alone():
+def test_resize_leaves_the_right_size_alone():
   x = jnp.asarray(images(8, 8))
-  np.testing.assert_array_equal(layers.fit(x, 8, (1, 32)), x)
-  np.testing.assert_array_equal(layers.fit(x, 0, (1, 32)), x)
-
-
-@pytest.mark.parametrize(
-  ("height", "width", "message"), [(16, 8, "too small"), (40, 20, "too large")]
-)
-def test_fit_refuses(height, width, message):
-  with pytest.raises(errors.ConfigError, match=message):
-    layers.fit(jnp.asarray(images(height, width)), 0, (10, 32))
+  np.testing.assert_array_equal(layers.resize(x, 8), x)
+  np.testing.assert_array_equal(layers.resize(x, 0), x)

@@ -31,12 +31,15 @@ _IS_THERE = (
   and platform.machine() == "x86_64"
 )
 
+# Set to False to have XLA's own convolutions, before anything is traced.
+enabled = True
+
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def can_convolve(dtype: jnp.dtype) -> bool:
   """Whether `convolve` works here, and for this dtype."""
-  return _IS_THERE and dtype == jnp.float32
+  return enabled and _IS_THERE and dtype == jnp.float32
 
 
 def convolve(
@@ -48,18 +51,8 @@ def convolve(
 ) -> jax.Array:
   """The convolution of NHWC images with an HWIO kernel, on a CPU.
 
-  It has no derivative and no partitioning rule of its own.
-
-  Args:
-    x: float32[N, H, W, C].
-    kernel: float32[KH, KW, C, D].
-    strides: down and to the right.
-    pads: zeros before and after, for rows and for columns; where negative, so
-      many are cut off instead.
-    dilation: distance of the kernel's elements, down and to the right.
-
-  Returns:
-    float32[N, H', W', D].
+  It has no derivative and no partitioning rule of its own. Where pads are
+  negative, so many rows or columns are cut off.
   """
   if min(pads[0] + pads[1]) < 0:
     # All of it at once: a cut alone may be of more than there is.

@@ -190,7 +190,7 @@ def test_groups_on_devices_of_their_own_are_not_sent():
   x[:3] += 1
   module = our_batch_norm(False, act=nn.relu, groups=8)
   call = jax.jit(functools.partial(outcome, module))
-  sharding = mesh_lib.batch_sharding(mesh_lib.create_mesh())
+  sharding = mesh_lib.sharding(mesh_lib.create_mesh(), mesh_lib.DATA)
   sharded = mesh_lib.put((x, residual, g), sharding)
   assert_close(
     call(*sharded, params, stats), call(x, residual, g, params, stats)
@@ -225,7 +225,9 @@ def test_statistics_are_those_of_a_batch_sharded_over_devices():
   expected = call(x, residual, g, params, stats)
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharded = mesh_lib.put((x, residual, g), mesh_lib.batch_sharding(mesh))
+  sharded = mesh_lib.put(
+    (x, residual, g), mesh_lib.sharding(mesh, mesh_lib.DATA)
+  )
   assert_close(call(*sharded, params, stats), expected)
   text = call.lower(*sharded, params, stats).compile().as_text()
   assert "all-gather" not in text

@@ -96,11 +96,12 @@ def forget_traced_functions():
 def onednn_or_not(request):
   """Every test with oneDNN's convolution, where it is, and without it."""
   if request.param == "onednn":
-    if not onednn.can_convolve(jnp.dtype(np.float32)):
-      pytest.skip("this jaxlib is not known to bring oneDNN")
-    yield True
+    with patched(onednn, enabled=True):
+      if not onednn.can_convolve(jnp.dtype(np.float32)):
+        pytest.skip("this jaxlib is not known to bring oneDNN")
+      yield True
   else:
-    with patched(onednn, _IS_THERE=False):
+    with patched(onednn, enabled=False):
       yield False
 
 
@@ -272,15 +273,15 @@ def loss_gradients(conv):
 
 def test_sharded_batch_is_not_gathered():
   mesh = mesh_lib.create_mesh()
-  x = mesh_lib.put(normal((64, 8, 8, 4)), mesh_lib.batch_sharding(mesh))
-  kernel = jax.device_put(
-    normal((3, 3, 4, 5), seed=1), mesh_lib.replicated(mesh)
+  x = mesh_lib.put(
+    normal((64, 8, 8, 4)), mesh_lib.sharding(mesh, mesh_lib.DATA)
   )
+  kernel = jax.device_put(normal((3, 3, 4, 5), seed=1), mesh_lib.sharding(mesh))
   text = loss_gradients(ours).lower(x, kernel).compile().as_text()
   assert "all-gather" not in text
   assert len(re.findall(r"all-reduce(?:-start)?\(", text)) == 1
   mine, theirs = (loss_gradients(conv)(x, kernel) for conv in (ours, plain))
-  assert mine[0].sharding == mesh_lib.batch_sharding(mesh)
+  assert mine[0].sharding == mesh_lib.sharding(mesh, mesh_lib.DATA)
   for a, b in zip(mine, theirs, strict=True):
     assert_close(a, b)
 

@@ -44,7 +44,7 @@ def test_has_a_gradient():
 def test_same_on_several_devices():
   mesh = mesh_lib.create_mesh()
   arrays = make(70)
-  replicated = jax.device_put(arrays, mesh_lib.replicated(mesh))
+  replicated = jax.device_put(arrays, mesh_lib.sharding(mesh))
   np.testing.assert_array_equal(sums(replicated), sums(arrays))
 
 
