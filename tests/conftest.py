@@ -27,8 +27,8 @@ from resnet_flax.models.kernels import onednn
 
 NUM_DEVICES = 8
 
-# The compilation cache cannot keep programs with oneDNN's convolution, which the
-# tests of kernels/convolution.py turn on.
+# The compilation cache cannot keep programs with oneDNN's convolution: the
+# tests of kernels/convolution.py turn it on.
 onednn.enabled = False
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")

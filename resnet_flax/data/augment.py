@@ -1,7 +1,9 @@
-"""Data augmentation on the device: pure functions of (key, images).
+"""Data augmentation on the device: pure functions of (key, images, targets).
 
-Images are float[B, H, W, C], already normalised: the recipe subtracts the
-mean before it shifts, so edges are filled with normalised pixels.
+Images are float[B, H, W, C], already normalised: the recipe subtracts the mean
+before it shifts, so edges are filled with normalised pixels. Targets are
+int32[B] labels or float[B, classes] probabilities, which an augmentation that
+mixes images changes as well.
 """
 
 import functools
@@ -12,9 +14,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_flax.data import crops
-from resnet_flax.run import errors
 
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Augment = Callable[
+  [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
+]
 
 # The recipe's width_shift_range and height_shift_range, as a fraction.
 _SHIFT_RANGE = 0.1
@@ -26,14 +29,8 @@ def translate(images: jax.Array, shifts: jax.Array) -> jax.Array:
   """Moves each image by a continuous shift.
 
   Linear interpolation, edges filled with the nearest pixel: what
-  `scipy.ndimage.shift(order=1, mode="nearest")` does.
-
-  Args:
-    images: float[B, H, W, C].
-    shifts: float[B, 2], pixels down and to the right.
-
-  Returns:
-    float[B, H, W, C].
+  `scipy.ndimage.shift(order=1, mode="nearest")` does. `shifts` are float[B, 2],
+  pixels down and to the right.
   """
   # A translation is separable: one small matrix for the rows, one for the
   # columns. Matrix products suit every accelerator, gathers do not.
@@ -58,14 +55,8 @@ def _interpolation_matrices(
 def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
   """Pads each image with zeros and cuts a window of the original size.
 
-  Args:
-    images: float[B, H, W, C].
-    offsets: int32[B, 2], the window's top left corner in the padded image,
-      from 0 to 2 * padding.
-    padding: zeros added on each side, in pixels.
-
-  Returns:
-    float[B, H, W, C].
+  `offsets`, int32[B, 2], are the window's top left corner in the padded image,
+  from 0 to 2 * padding.
   """
   padded = jnp.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
 
@@ -81,63 +72,66 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
   return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def _random_shift(key: jax.Array, images: jax.Array) -> jax.Array:
+# ---- Augmentations
+
+
+def random_shift(key, images, targets):
+  """The recipe's: a continuous shift by up to 10 % of height and width."""
   size = jnp.asarray(images.shape[1:3], jnp.float32)
   fractions = jax.random.uniform(
     key, (images.shape[0], 2), minval=-_SHIFT_RANGE, maxval=_SHIFT_RANGE
   )
-  return translate(images, fractions * size[None])
+  return translate(images, fractions * size[None]), targets
 
 
-def _random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
+def random_crop(key, images, targets):
+  """He et al. 2015, section 4.2: pad with zeros, cut at random."""
   offsets = jax.random.randint(
     key, (images.shape[0], 2), 0, 2 * _CROP_PADDING + 1
   )
-  return crop(images, offsets, _CROP_PADDING)
+  return crop(images, offsets, _CROP_PADDING), targets
 
 
-def _identity(key: jax.Array, images: jax.Array) -> jax.Array:
+def random_flip(key, images, targets):
+  """Mirrors half of the images."""
+  return flip(
+    images, jax.random.bernoulli(key, shape=images.shape[:1])
+  ), targets
+
+
+def nothing(key, images, targets):
+  """Leaves images as they are."""
   del key
-  return images
+  return images, targets
 
 
-# Each moves the image; the flip that follows is common to them.
-_MOVES: dict[str, Augment] = {
-  "shift_flip": _random_shift,
-  "crop_flip": _random_crop,
+# For `augment.name`: what is done before the flip.
+MOVES: dict[str, Augment] = {
+  "shift_flip": random_shift,
+  "crop_flip": random_crop,
   # These have been cut on the host, as they were decoded.
-  **dict.fromkeys(crops.RANDOM, _identity),
+  **dict.fromkeys(crops.RANDOM, nothing),
 }
 
-NAMES = (*_MOVES, "none")
+NAMES = (*MOVES, "none")
 
 
 def create_augment(config: ConfigDict) -> Augment:
-  """The augmentation that `config.augment` names.
-
-  Args:
-    config: the `augment` part of the configuration.
-
-  Returns:
-    A function of (key, float[B, H, W, C]) that returns float[B, H, W, C].
-
-  Raises:
-    ConfigError: the name is unknown.
-  """
+  """The augmentation that `config.augment` describes."""
   if config.name == "none":
-    return lambda key, images, targets: (images, targets)
-  if config.name not in _MOVES:
-    raise errors.unknown_name("augment.name", config.name, NAMES)
-  move = _MOVES[config.name]
-  with_flip = config.flip
+    return nothing
+  # In this order, each with a key of its own by its place. More are added at
+  # the end.
+  return compose(MOVES[config.name], random_flip if config.flip else nothing)
+
+
+def compose(*augmentations: Augment) -> Augment:
+  """One augmentation after the other; each draws from a key of its own."""
 
   def augment(key, images, targets):
-    move_key, flip_key = jax.random.split(key)
-    images = move(move_key, images)
-    if not with_flip:
-      return images, targets
-    return flip(
-      images, jax.random.bernoulli(flip_key, shape=images.shape[:1])
-    ), targets
+    keys = jax.random.split(key, len(augmentations))
+    for key, augmentation in zip(keys, augmentations, strict=True):
+      images, targets = augmentation(key, images, targets)
+    return images, targets
 
   return augment

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import platformdirs
 
-from resnet_flax.data import dataset as record, files
+from resnet_flax.data import prepared, types
 from resnet_flax.run import errors
 
 _logger = logging.getLogger(__name__)
@@ -29,12 +29,12 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: as configured, else the user's own."""
   chosen = configured or platformdirs.user_cache_dir("resnet_flax")
-  return files.resolve(chosen)
+  return prepared.resolve(chosen)
 
 
 def cached(
-  folder: pathlib.Path, key: str, build: Callable[[], record.Arrays]
-) -> record.Arrays:
+  folder: pathlib.Path, key: str, build: Callable[[], types.Arrays]
+) -> types.Arrays:
   """The arrays under `key`, memory-mapped; built and stored if need be.
 
   Args:
@@ -66,10 +66,10 @@ def cached(
   return arrays
 
 
-def _open(entry: pathlib.Path) -> record.Arrays | None:
+def _open(entry: pathlib.Path) -> types.Arrays | None:
   """The entry, if it is there and every byte of it is as it was written."""
   try:
-    index = json.loads(files.read_text(entry / "index.json"))
+    index = json.loads(prepared.read_text(entry / "index.json"))
     if index["format"] != _FORMAT:
       return None
     names = index["class_names"]
@@ -80,7 +80,7 @@ def _open(entry: pathlib.Path) -> record.Arrays | None:
       name: np.lib.format.open_memmap(entry / f"{name}.npy", mode="r")
       for name in _ARRAYS
     }
-    return record.Arrays(**arrays, class_names=tuple(names))
+    return types.Arrays(**arrays, class_names=tuple(names))
   except FileNotFoundError:
     return None
   # Whatever else is wrong with it, it is built again.
@@ -91,7 +91,7 @@ def _open(entry: pathlib.Path) -> record.Arrays | None:
     return None
 
 
-def _store(entry: pathlib.Path, arrays: record.Arrays) -> None:
+def _store(entry: pathlib.Path, arrays: types.Arrays) -> None:
   entry.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(
     tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent)
@@ -130,6 +130,6 @@ def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
   text = json.dumps(class_names).encode()
   digests = {"class_names": hashlib.sha256(text).hexdigest()}
   for name in _ARRAYS:
-    with files.open_regular(entry / f"{name}.npy") as file:
+    with prepared.open_regular(entry / f"{name}.npy") as file:
       digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
   return digests

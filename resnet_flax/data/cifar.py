@@ -1,17 +1,23 @@
-"""CIFAR-10 and CIFAR-100 through TFDS, as ArrayRecord, without TensorFlow."""
+"""CIFAR-10 and CIFAR-100 through TFDS, as ArrayRecord, without TensorFlow.
 
+The official archives, binary version, are read only if their digest is right.
+Layout: https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+import dataclasses
 import hashlib
 import io
 import logging
 import operator
 import pathlib
 import sys
+import tarfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from resnet_flax.data import archive, dataset as record, files, prepared
+from resnet_flax.data import prepared, types
 from resnet_flax.run import errors
 
 _logger = logging.getLogger(__name__)
@@ -20,35 +26,168 @@ _IMAGE_SHAPE = (32, 32, 3)
 # What the encoded images may be. PIL knows many more, of which some start
 # other programs.
 _ENCODINGS = ("PNG", "JPEG")
-# URLs and digests are those that TFDS records for its own downloads.
+# Seconds without an answer or without a byte before a download is given up.
+TIMEOUT = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+  """An official archive; URL, size and digest as TFDS records them."""
+
+  url: str
+  num_bytes: int
+  sha256: str
+  folder: str  # Of all its members.
+  files: dict[str, tuple[str, ...]]  # Of the splits 'train' and 'test'.
+  # For each label byte of an image, in order, the text file with its names.
+  labels: dict[str, str]
+
+
 ARCHIVES = {
-  "cifar10": archive.ArchiveSpec(
+  "cifar10": Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    num_bytes=170_052_171,
     sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     folder="cifar-10-batches-bin",
     files={
       "train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
       "test": ("test_batch.bin",),
     },
-    images_per_file={"train": 10_000, "test": 10_000},
-    labels=("label",),
-    label_names={"label": "batches.meta.txt"},
-    num_names={"label": 10},
+    labels={"label": "batches.meta.txt"},
   ),
-  "cifar100": archive.ArchiveSpec(
+  "cifar100": Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    num_bytes=168_513_733,
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     folder="cifar-100-binary",
     files={"train": ("train.bin",), "test": ("test.bin",)},
-    images_per_file={"train": 50_000, "test": 10_000},
-    labels=("coarse_label", "label"),
-    label_names={
+    labels={
       "coarse_label": "coarse_label_names.txt",
       "label": "fine_label_names.txt",
     },
-    num_names={"coarse_label": 20, "label": 100},
   ),
 }
+
+
+# ---- The official archives
+
+
+def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
+  """Downloads an archive into `folder`, unless a good copy is there.
+
+  Shows progress on a terminal. A failed or wrong download leaves no file.
+
+  Raises:
+    DataError: no network, a slow server, one that sends too much, a wrong
+      digest, no space.
+  """
+  import pooch
+  import requests
+
+  name = archive.url.rsplit("/", 1)[-1]
+  pooch.get_logger().setLevel("ERROR")
+  http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
+
+  def download(url: str, target: str, caller: Any) -> None:
+    with open(target, "wb") as file:
+      http(url, _Limited(file, archive.num_bytes), caller)
+
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.DataError(
+      f"the data directory {folder.parent} cannot be written:"
+      f" {error.strerror}. Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
+      " another one."
+    ) from error
+  if (folder / name).exists() and not (folder / name).is_file():
+    # Pooch would wait for what a pipe holds.
+    raise errors.DataError(f"{folder / name} is no file. Delete it.")
+  try:
+    path = pooch.retrieve(
+      archive.url, f"sha256:{archive.sha256}", name, folder, downloader=download
+    )
+  except (requests.RequestException, OSError, ValueError) as error:
+    raise errors.DataError(
+      f"could not download {archive.url} ({errors.one_line(error)})."
+      f" Ways out: fetch {name} elsewhere and pass"
+      " --config.dataset.archive=FILE; or point --config.dataset.data_dir (or"
+      " TFDS_DATA_DIR) to a directory with a prepared ArrayRecord copy; or try"
+      " --config=configs/quickstart.py, which needs no download."
+    ) from error
+  return pathlib.Path(path)
+
+
+class _Limited:
+  """A file to write to, which a server without end cannot make fill a disk."""
+
+  def __init__(self, file: BinaryIO, limit: int):
+    self._left, self._write, self.flush = limit, file.write, file.flush
+
+  def write(self, data: bytes) -> None:
+    """Writes, unless it would go beyond the limit: that is a ValueError."""
+    self._left -= len(data)
+    if self._left < 0:
+      raise ValueError("it sends more than the official archive has")
+    self._write(data)
+
+
+def verify(archive: Archive, path: pathlib.Path) -> None:
+  """Checks that a local file is the official archive.
+
+  Raises:
+    DataError: it cannot be read, or its size or SHA-256 differs.
+  """
+  try:
+    with prepared.open_regular(path) as file:
+      found = f"has {file.seek(0, 2)} bytes, not {archive.num_bytes}"
+      is_good = file.tell() == archive.num_bytes
+      if is_good:
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = f"has the SHA-256 {digest}, not {archive.sha256}"
+        is_good = digest == archive.sha256
+  except OSError as error:
+    raise errors.DataError(
+      f"dataset.archive={str(path)!r} cannot be read: {error.strerror}."
+    ) from error
+  if not is_good:
+    raise errors.DataError(
+      f"dataset.archive={str(path)!r} is not the official archive: it {found}."
+      f" Fetch the binary version again from {archive.url}."
+    )
+
+
+class Contents(NamedTuple):
+  """What an archive holds."""
+
+  # For each split uint8[N, 32, 32, 3] images and uint8[N, L] labels.
+  splits: dict[str, tuple[np.ndarray, np.ndarray]]
+  names: dict[str, list[str]]  # Of each of the L labels.
+
+
+def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
+  """Reads all images and labels of an archive whose digest is right."""
+  members = {}
+  with tarfile.open(path, "r:gz") as tar:
+    for member in tar:
+      if (file := tar.extractfile(member)) is not None:
+        members[member.name] = file.read()
+  names = {
+    label: members[f"{archive.folder}/{name}"].decode().split()
+    for label, name in archive.labels.items()
+  }
+  splits = {}
+  num_labels = len(archive.labels)
+  for split, file_names in archive.files.items():
+    raw = b"".join(members[f"{archive.folder}/{name}"] for name in file_names)
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
+    planes = rows[:, num_labels:].reshape(-1, 3, 32, 32)
+    splits[split] = planes.transpose(0, 2, 3, 1), rows[:, :num_labels]
+  return Contents(splits, names)
+
+
+# ---- The prepared copy
 
 
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
@@ -67,17 +206,18 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   Raises:
     DataError: the archive cannot be had, or the directory not be written.
   """
-  spec = ARCHIVES[name]
+  archive = ARCHIVES[name]
   if local_archive:
-    path = files.resolve(local_archive)
-    archive.verify(spec, path)
+    path = prepared.resolve(local_archive)
+    verify(archive, path)
   else:
-    _logger.info("no prepared %s in %s: downloading %s", name, root, spec.url)
-    path = archive.fetch(spec, root / "downloads")
-  contents = archive.read(spec, path)
+    _logger.info(
+      "no prepared %s in %s: downloading %s", name, root, archive.url
+    )
+    path = fetch(archive, root / "downloads")
   _logger.info("preparing %s in %s", name, root)
   try:
-    builder = _make_builder(name, contents, root)
+    builder = _make_builder(name, read_archive(archive, path), root)
     builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
   # TFDS and ArrayRecord have kinds of their own for what a disk can do.
   except Exception as error:
@@ -89,9 +229,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   return pathlib.Path(builder.data_dir)
 
 
-def _make_builder(
-  name: str, contents: archive.ArchiveContents, root: pathlib.Path
-) -> Any:
+def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
   import tensorflow_datasets as tfds
   from PIL import Image
   from tensorflow_datasets.core import registered
@@ -114,13 +252,13 @@ def _make_builder(
         del dl_manager
         for label, names in contents.names.items():
           self.info.features[label].names = names
-        return {split: self._examples(split) for split in contents.images}
+        return {split: self._examples(split) for split in contents.splits}
 
       def _generate_examples(self, *args, **kwargs):
         raise AssertionError("examples come from _split_generators")
 
       def _examples(self, split):
-        rows = zip(contents.images[split], contents.labels[split], strict=True)
+        rows = zip(*contents.splits[split], strict=True)
         for index, (image, labels) in enumerate(rows):
           # PIL images are encoded by PIL; arrays would be by TensorFlow.
           yield (
@@ -136,36 +274,8 @@ def _make_builder(
   return ArchiveBuilder(data_dir=root)
 
 
-def fingerprint(folder: pathlib.Path) -> str:
-  """A digest of a prepared folder's files: names and contents.
-
-  Two copies of one version may hold different pixels, for example if one was
-  encoded with losses.
-
-  Raises:
-    DataError: a file cannot be read.
-  """
-  digest = hashlib.sha256()
-  try:
-    for path in sorted(folder.iterdir()):
-      if path.is_dir():
-        continue
-      with files.open_regular(path) as file:
-        digest.update(path.name.encode(errors="surrogateescape") + b"\0")
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-  except OSError as error:
-    raise prepared.damaged(folder, errors.one_line(error)) from error
-  return digest.hexdigest()
-
-
-def read(
-  folder: pathlib.Path, num_examples: Mapping[str, int]
-) -> record.Arrays:
-  """Decodes a prepared folder.
-
-  Args:
-    folder: of one version.
-    num_examples: how many each of the splits 'train' and 'test' must have.
+def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
+  """Decodes a prepared folder whose splits must have so many examples.
 
   Raises:
     DataError: TFDS or the image decoder cannot read it, or it holds something
@@ -202,12 +312,10 @@ def read(
     names = prepared.label_names(folder)
     if names != tuple(builder.info.features["label"].names):
       raise ValueError(f"label.labels.txt has {len(names)} names")
-    decoded = record.Arrays(**arrays, class_names=names)
-    record.check(decoded, folder.parent.name, _IMAGE_SHAPE)
+    return types.Arrays(**arrays, class_names=names)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:
     raise prepared.damaged(folder, errors.one_line(error)) from error
-  return decoded
 
 
 def _decode(encoded: bytes) -> np.ndarray:

@@ -78,14 +78,9 @@ def scale(rng: np.random.Generator, width: int, height: int) -> Box:
 def _square(
   width: int, height: int, shorter: float, across: float, down: float
 ) -> Box:
-  """A square of side 1 of an image whose shorter side is resized.
+  """A square of side 1 of an image whose shorter side becomes `shorter`.
 
-  Args:
-    width: of the image.
-    height: of the image.
-    shorter: its shorter side in units of the square's, at least 1.
-    across: where it lies, from 0 (left) to 1 (right).
-    down: the same from top to bottom.
+  It lies from 0 (left, top) to 1 (right, bottom) `across` and `down`.
   """
   side = min(width, height) / shorter
   left, upper = across * (width - side), down * (height - side)

@@ -1,181 +1,200 @@
-"""What a data set is to the rest of the program."""
+"""Data sets by name: what is known of each, and one `load` for all."""
 
-import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from resnet_flax.data import (
+  cache,
+  cifar,
+  digits,
+  prepared,
+  splits,
+  streaming,
+  types,
+)
 from resnet_flax.run import errors
 
 
-class Draw(NamedTuple):
-  """What the random crops of an epoch depend on.
-
-  Attributes:
-    seed: the experiment's.
-    epoch: 0-based.
-  """
-
-  seed: int
-  epoch: int
-
-
-class Split(abc.ABC):
-  """Labelled images, in a fixed order.
-
-  Attributes:
-    indices: int64[N], the images of this split, by position in the official
-      split.
-    num_crops: of each image, where it is scored.
-  """
-
-  indices: np.ndarray
-  num_crops: int = 1
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  @property
-  @abc.abstractmethod
-  def image_shape(self) -> tuple[int, ...]:
-    """(H, W, C) of every image."""
-
-  @abc.abstractmethod
-  def batches(
-    self, order: Sequence[np.ndarray], draw: Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reads one batch after the other.
-
-    What an image looks like depends on its position and `draw` alone: of a
-    batch that several processes share, each may ask for its own part.
-
-    Args:
-      order: for each batch int64[B], positions in this split.
-      draw: for training; splits that cut images as they decode them do it at
-        random then. None: the central part.
-
-    Yields:
-      uint8[B, H, W, C] images and int32[B] labels. A split that is scored by
-      several crops of each image gives uint8[B, crops, H, W, C] without `draw`.
-    """
-
-  @abc.abstractmethod
-  def subset(self, positions: np.ndarray) -> "Split":
-    """The split of the images at the given positions of this one."""
-
-  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8[B, H, W, C] images and int32[B] labels at these positions."""
-    ((images, labels),) = self.batches([positions])
-    return images, labels
-
-
 @dataclasses.dataclass(frozen=True)
-class ArraySplit(Split):
-  """Images in memory, or memory-mapped.
+class DatasetInfo:
+  """What is known of a data set without opening it."""
 
-  Attributes:
-    images: uint8[M, H, W, C], may be memory-mapped.
-    labels: int32[M].
-    indices: int64[N], the images of this split, by position in `images`.
-  """
-
-  images: np.ndarray
-  labels: np.ndarray
-  indices: np.ndarray
-
-  @property
-  def image_shape(self) -> tuple[int, ...]:
-    """See `Split`."""
-    return self.images.shape[1:]
-
-  def batches(
-    self, order: Sequence[np.ndarray], draw: Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """See `Split`."""
-    del draw
-    for positions in order:
-      rows = self.indices[positions]
-      yield self.images[rows], self.labels[rows]
-
-  def subset(self, positions: np.ndarray) -> "ArraySplit":
-    """See `Split`."""
-    return dataclasses.replace(self, indices=self.indices[positions])
+  num_classes: int
+  image_shape: tuple[int, int, int]  # (H, W, C) of every image.
+  num_train: int  # Images of the official training split.
+  num_test: int
+  # Of a set that is held in memory: makes its arrays and names their source, by
+  # the `dataset` part of the configuration.
+  read: Callable[[ConfigDict], tuple[types.Arrays, str]] | None = None
 
 
-def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
-  """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
-  return ArraySplit(images, labels, np.arange(len(labels)))
+def _read_cifar(config: ConfigDict) -> tuple[types.Arrays, str]:
+  root = prepared.data_dir(config.data_dir)
+  folder = prepared.find(config.name, root)
+  if folder is None:
+    folder = cifar.prepare(config.name, root, config.archive)
+  known = DATASETS[config.name]
+  counts = {"train": known.num_train, "test": known.num_test}
+  try:
+    digest = prepared.fingerprint(folder, read_all=True)
+  except (OSError, ValueError) as error:
+    raise prepared.damaged(folder, errors.one_line(error)) from error
+  key = f"{config.name}-{folder.name}-{digest[:16]}"
+  arrays = cache.cached(
+    cache.cache_dir(config.cache_dir), key, lambda: cifar.read(folder, counts)
+  )
+  return arrays, key
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """A data set ready for training.
-
-  Attributes:
-    train: what is trained on.
-    validation: held-out part of the training images, or None.
-    test: the official test split.
-    class_names: name of each label.
-    source: names the pixels exactly: data set, version, and fingerprint of
-      the copy that they come from.
-  """
-
-  train: Split
-  validation: Split | None
-  test: Split
-  class_names: tuple[str, ...]
-  source: str
+def _read_digits(config: ConfigDict) -> tuple[types.Arrays, str]:
+  del config
+  return digits.read(), "digits"
 
 
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-  """A source, decoded: the official splits and the labels' names.
+# Sets that are held in memory.
+DATASETS = {
+  "cifar10": DatasetInfo(10, (32, 32, 3), 50_000, 10_000, _read_cifar),
+  "cifar100": DatasetInfo(100, (32, 32, 3), 50_000, 10_000, _read_cifar),
+  "digits": DatasetInfo(10, (32, 32, 3), 1_437, 360, _read_digits),
+}
 
-  Attributes:
-    train_images, test_images: uint8[N, H, W, C].
-    train_labels, test_labels: int32[N].
-    class_names: name of each label.
-  """
+# Larger than memory: read while training. What is known without a copy, so that
+# a network can be looked at and loaded where there is none: classes, training
+# and test images.
+_STREAMED = {"imagenet2012": (1000, 1_281_167, 50_000)}
 
-  train_images: np.ndarray
-  train_labels: np.ndarray
-  test_images: np.ndarray
-  test_labels: np.ndarray
-  class_names: tuple[str, ...]
+NAMES = (*DATASETS, *_STREAMED)
 
 
-def check(arrays: Arrays, name: str, image_shape: tuple[int, ...]) -> None:
-  """Checks that arrays have the form that the program relies on.
+def is_streamed(name: str) -> bool:
+  """Whether a data set is decoded while training."""
+  return name in _STREAMED or name.startswith(streaming.PREFIX)
 
-  Args:
-    arrays: what a source gave.
-    name: of the data set, for messages.
-    image_shape: (H, W, C) that every image must have.
+
+def info(config: ConfigDict) -> DatasetInfo:
+  """What is known of the set that `config.dataset` names, without opening it.
 
   Raises:
-    DataError: an empty split, a wrong shape or dtype, or a label out of range.
+    ConfigError: an unknown data set.
+    DataError: only its prepared copy can tell, and there is none.
   """
-  for split in ("train", "test"):
+  if config.name in DATASETS:
+    return DATASETS[config.name]
+  if not is_streamed(config.name):
+    raise errors.unknown_name("dataset.name", config.name, NAMES)
+  shape = (config.image_size, config.image_size, 3)
+  try:
+    facts = streaming.read_facts(streaming.find(config.name, config.data_dir))
+  except errors.DataError:
+    # `load` says what is wrong with the copy.
+    if config.name not in _STREAMED:
+      raise
+    classes, num_train, num_test = _STREAMED[config.name]
+    return DatasetInfo(classes, shape, num_train, num_test)
+  return DatasetInfo(
+    len(facts.class_names), shape, facts.num_train, facts.num_test
+  )
+
+
+def num_train_examples(config: ConfigDict) -> int:
+  """How many images an experiment with this `config.dataset` trains on.
+
+  Raises:
+    ConfigError: an unknown data set, or parts larger than the whole.
+    DataError: see `info`.
+  """
+  whole = info(config).num_train
+  rest = whole - config.validation_examples
+  if rest <= 0:
+    raise errors.ConfigError(
+      f"dataset.validation_examples={config.validation_examples} leaves no"
+      f" training image: {config.name} has {whole}."
+    )
+  if config.train_examples > rest:
+    raise errors.ConfigError(
+      f"dataset.train_examples={config.train_examples} is more than the"
+      f" {rest} training images that {config.name} has"
+      + (" after validation_examples." if config.validation_examples else ".")
+    )
+  return config.train_examples or rest
+
+
+def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
+  """Opens the set that `config.dataset` names, preparing it if need be.
+
+  Args:
+    config: the `dataset` part of the configuration.
+    augmentation: `augment.name`, if it is to be trained on.
+
+  Returns:
+    The data set with its validation part held out and the training part cut
+    to `train_examples`; class-balanced but for streamed sets, whose labels
+    are not known before they are read.
+
+  Raises:
+    ConfigError: see `num_train_examples`.
+    DataError: the data cannot be had, or is damaged or of another form.
+  """
+  num_train = num_train_examples(config)
+  if is_streamed(config.name):
+    dataset, labels = streaming.load(config, augmentation), None
+  else:
+    known = DATASETS[config.name]
+    assert known.read is not None
+    arrays, source = known.read(config)
+    check_arrays(arrays, known, source)
+    labels = arrays.train_labels
+    dataset = types.Dataset(
+      train=types.whole_split(arrays.train_images, labels),
+      validation=None,
+      test=types.whole_split(arrays.test_images, arrays.test_labels),
+      class_names=arrays.class_names,
+      source=source,
+    )
+  kept, held_out = splits.choose(
+    len(dataset.train),
+    labels,
+    num_train,
+    config.validation_examples,
+    config.split_seed,
+  )
+  return dataclasses.replace(
+    dataset,
+    train=dataset.train.subset(kept),
+    validation=dataset.train.subset(held_out) if len(held_out) else None,
+  )
+
+
+def check_arrays(arrays: types.Arrays, known: DatasetInfo, source: str) -> None:
+  """Checks that arrays have the form that the program relies on.
+
+  Raises:
+    DataError: a wrong shape or dtype, or a label out of range.
+  """
+  classes = len(arrays.class_names)
+  if classes != known.num_classes:
+    raise errors.DataError(
+      f"{source} has {classes} classes; it must have {known.num_classes}."
+    )
+  for split, count in (("train", known.num_train), ("test", known.num_test)):
     images = getattr(arrays, f"{split}_images")
     labels = getattr(arrays, f"{split}_labels")
-    where = f"{name}: the {split} split"
-    if labels.ndim != 1 or labels.dtype != np.int32:
+    form = count, *known.image_shape
+    if images.shape != form or images.dtype != np.uint8:
       raise errors.DataError(
-        f"{where} has labels of {labels.dtype}{list(labels.shape)}; needed:"
-        " int32[N]."
+        f"{source}: the {split} images are {images.dtype}{list(images.shape)};"
+        f" they must be uint8{list(form)}."
       )
-    if len(labels) == 0:
-      raise errors.DataError(f"{where} is empty.")
-    if images.shape != (len(labels), *image_shape) or images.dtype != np.uint8:
+    if labels.shape != (count,) or labels.dtype != np.int32:
       raise errors.DataError(
-        f"{where} has {len(labels)} labels and images of {images.dtype}"
-        f"{list(images.shape)}; needed: uint8{[len(labels), *image_shape]}."
+        f"{source}: the {split} labels are {labels.dtype}{list(labels.shape)};"
+        f" they must be int32[{count}]."
       )
-    low, high = labels.min(), labels.max()
-    if low < 0 or high >= len(arrays.class_names):
+    if labels.min() < 0 or labels.max() >= classes:
       raise errors.DataError(
-        f"{where} has labels from {low} to {high}; needed: 0 to"
-        f" {len(arrays.class_names) - 1}."
+        f"{source}: the {split} labels are from {labels.min()} to"
+        f" {labels.max()}; they must be from 0 to {classes - 1}."
       )

@@ -6,14 +6,14 @@ Handwritten Digits", test part), which ship with scikit-learn.
 
 import numpy as np
 
-from resnet_flax.data import dataset as record, randomness, splits
+from resnet_flax.data import randomness, splits, types
 from resnet_flax.run import errors
 
 _TEST_EXAMPLES = 360
 _ENLARGEMENT = 4
 
 
-def read() -> record.Arrays:
+def read() -> types.Arrays:
   """The digits, with a fixed stratified test split of 360 images.
 
   Raises:
@@ -35,7 +35,7 @@ def read() -> record.Arrays:
   quotas = splits.proportional_quotas(np.bincount(labels), _TEST_EXAMPLES)
   test = splits.draw(labels, quotas, rng)
   train = np.setdiff1d(np.arange(len(labels)), test)
-  return record.Arrays(
+  return types.Arrays(
     train_images=images[train],
     train_labels=labels[train],
     test_images=images[test],

@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_flax import data as datasets
-from resnet_flax.run import errors
+from resnet_flax.data import types
 
 # Mean and standard deviation of red, green and blue that published weights
 # were trained with: torchvision's, and Caffe's, which divides by nothing. Both
@@ -19,10 +18,9 @@ _FIXED = {
   ),
 }
 
-NAMES = ("pixel_mean", "channel", "none", *_FIXED)
-
-# Those that need no data.
+# Those that need no data, and all.
 UNMEASURED = ("none", *_FIXED)
+NAMES = ("pixel_mean", "channel", *UNMEASURED)
 
 
 class Normalization(flax.struct.PyTreeNode):
@@ -45,23 +43,15 @@ class Normalization(flax.struct.PyTreeNode):
 _MIN_STD = 1e-6
 
 
-def measure(name: str, train: datasets.Split) -> Normalization:
-  """Measures the normalisation called `name`.
+def measure(name: str, train: types.Split) -> Normalization:
+  """Measures the normalisation called `name` on the images trained on.
 
-  Args:
-    name: 'pixel_mean' (the recipe: the mean image, [H, W, C]), 'channel'
-      (mean and standard deviation of each channel, [1, 1, C]), or one of
-      `UNMEASURED`, see `fixed`.
-    train: the images trained on; held-out images are not among them.
-
-  Raises:
-    ConfigError: an unknown name.
+  'pixel_mean' is the recipe's: the mean image, [H, W, C]; 'channel' has mean
+  and standard deviation of each channel, [1, 1, C]; others see `fixed`.
   """
-  if name not in NAMES:
-    raise errors.unknown_name("normalization", name, NAMES)
   if name in UNMEASURED:
     return fixed(name, train.image_shape)
-  # Streamed sets are refused by `run.rules`.
+  # Streamed sets are refused by `run/rules.py`.
   images, _ = train.take(np.arange(len(train)))
   if name == "pixel_mean":
     # Integer sums: exact, whatever the order and the number of threads.
@@ -87,14 +77,10 @@ def measure(name: str, train: datasets.Split) -> Normalization:
 
 
 def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
-  """A normalisation that does not depend on the data.
+  """A normalisation that does not depend on the data: one of `UNMEASURED`.
 
-  Args:
-    name: 'none'; 'imagenet', by the channels' mean and standard deviation that
-      torchvision's networks and many others were trained with; 'caffe', by the
-      means alone in units of 1/255, as He et al. published and
-      `keras.applications` wants.
-    image_shape: (H, W, C), with three channels but for 'none'.
+  'imagenet' is torchvision's; 'caffe', by the means alone in units of 1/255, is
+  He et al.'s and that of `keras.applications`.
   """
   if name == "none":
     return placeholder(name, image_shape)

@@ -1,12 +1,15 @@
 """Copies that TFDS has prepared, and anybody may have written."""
 
+import errno
+import hashlib
+import io
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Any
 
-from resnet_flax.data import files
 from resnet_flax.run import errors
 
 FILE_FORMAT = "array_record"
@@ -31,7 +34,7 @@ _FEATURES = tuple(
 def data_dir(configured: str) -> pathlib.Path:
   """The TFDS data directory: as configured, else TFDS's own default."""
   chosen = configured or os.environ.get("TFDS_DATA_DIR", "")
-  return files.resolve(chosen or "~/tensorflow_datasets")
+  return resolve(chosen or "~/tensorflow_datasets")
 
 
 # What to do about a copy, for data sets that this program prepares itself.
@@ -47,11 +50,8 @@ def find(
 ) -> pathlib.Path | None:
   """The newest prepared version of a data set that can be read, if any.
 
-  Args:
-    name: of the data set.
-    root: the TFDS data directory.
-    remedy: what to do about one that cannot be read; by default what helps
-      where this program prepares copies itself.
+  `remedy` says what to do about one that cannot be read; by default what helps
+  where this program prepares copies itself.
 
   Raises:
     DataError: there is one, but damaged or in a format that needs TensorFlow.
@@ -61,7 +61,7 @@ def find(
     paths = list(root.glob(f"{name}/*/dataset_info.json"))
   except OSError as error:
     raise errors.DataError(
-      f"the data directory {root} cannot be read: {files.describe(error)}. Set"
+      f"the data directory {root} cannot be read: {error.strerror}. Set"
       " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
     ) from error
   for path in paths:
@@ -70,7 +70,7 @@ def find(
     except ValueError:
       continue  # Not a version that TFDS has finished writing.
     try:
-      info = json.loads(files.read_text(path))
+      info = json.loads(read_text(path))
       if not isinstance(info, dict):
         raise ValueError("it holds no JSON object")
       # Files written before TFDS had a choice do not name their format.
@@ -108,7 +108,7 @@ def check_features(folder: pathlib.Path) -> None:
   Raises:
     OSError, ValueError, RecursionError: it is no such file.
   """
-  features = json.loads(files.read_text(folder / "features.json"))
+  features = json.loads(read_text(folder / "features.json"))
   for name in _class_names(features):
     if name not in _FEATURES:
       raise ValueError(f"features.json names {name!r:.100}")
@@ -116,7 +116,7 @@ def check_features(folder: pathlib.Path) -> None:
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
   """The labels' names, in order; for want of them TFDS takes numbers."""
-  lines = files.read_text(folder / "label.labels.txt").split("\n")
+  lines = read_text(folder / "label.labels.txt").split("\n")
   return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -128,3 +128,67 @@ def _class_names(node: Any) -> Iterator[Any]:
     children = list(node.values())
   for child in children:
     yield from _class_names(child)
+
+
+def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
+  """A digest of the names and contents of a folder's files.
+
+  Without `read_all`, of the contents of the small ones and the sizes of all:
+  the shards of a streamed set may have hundreds of gigabytes.
+
+  Raises:
+    OSError, ValueError: a file cannot be read.
+  """
+  digest = hashlib.sha256()
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      continue
+    digest.update(path.name.encode(errors="surrogateescape") + b"\0")
+    if not read_all:
+      digest.update(b"%d\0" % path.stat().st_size)
+    if read_all:
+      with open_regular(path) as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    elif path.suffix in (".json", ".txt"):
+      digest.update(read_text(path).encode())
+  return digest.hexdigest()
+
+
+# ---- Files that somebody else has put there
+
+
+def open_regular(path: pathlib.Path) -> io.BufferedReader:
+  """Opens a file for reading, but no pipe, which may keep one waiting.
+
+  Raises:
+    OSError: it cannot be opened, or is a folder, a pipe or a device.
+  """
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+  return path.open("rb")
+
+
+def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
+  """A text file, UTF-8, of at most `limit` bytes.
+
+  Raises:
+    OSError: see `open_regular`.
+    ValueError: too long, or not UTF-8.
+  """
+  with open_regular(path) as file:
+    raw = file.read(limit + 1)
+  if len(raw) > limit:
+    raise ValueError(f"it has more than {limit} bytes")
+  return raw.decode()
+
+
+def resolve(path: str) -> pathlib.Path:
+  """A path as users write it, absolute.
+
+  One that cannot be resolved, for want of the user that it names or for links
+  that go round in circles, is left as it is: opening it says why.
+  """
+  try:
+    return pathlib.Path(path).expanduser().resolve()
+  except (RuntimeError, OSError):
+    return pathlib.Path(path).absolute()

@@ -25,9 +25,7 @@ class Purpose(enum.IntEnum):
 def device_key(seed: int, purpose: Purpose) -> jax.Array:
   """A typed JAX key, shape (), for draws made inside compiled code.
 
-  Args:
-    seed: the experiment's seed, 0 ≤ seed < 2**32.
-    purpose: what the key is for; fold the step in where it is used.
+  The step is folded in where it is used. 0 ≤ seed < 2**32.
   """
   return jax.random.fold_in(jax.random.key(seed), purpose)
 
@@ -35,9 +33,6 @@ def device_key(seed: int, purpose: Purpose) -> jax.Array:
 def host_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
   """A NumPy generator for draws made on the host.
 
-  Args:
-    seed: the experiment's seed, non-negative.
-    purpose: what the draws are for.
-    *numbers: anything else the draw depends on, such as the epoch.
+  `numbers` are anything else that the draw depends on, such as the epoch.
   """
   return np.random.Generator(np.random.PCG64([seed, purpose, *numbers]))

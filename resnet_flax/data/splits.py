@@ -2,6 +2,41 @@
 
 import numpy as np
 
+from resnet_flax.data import randomness
+
+
+def choose(
+  size: int,
+  labels: np.ndarray | None,
+  num_train: int,
+  num_held_out: int,
+  split_seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which images of a training split are trained on, and which held out.
+
+  With int32[size] labels, the held-out part is stratified and the other one
+  class-balanced; without, both are drawn from all images alike.
+
+  Returns:
+    int64[num_train] and int64[num_held_out] positions, ascending.
+  """
+  order = np.arange(size)
+  rng = randomness.host_rng(split_seed, randomness.Purpose.VALIDATION_SPLIT)
+  held_out = order[:0]
+  if num_held_out and labels is None:
+    held_out = np.sort(rng.permutation(size)[:num_held_out])
+  elif num_held_out:
+    quotas = proportional_quotas(np.bincount(labels), num_held_out)
+    held_out = draw(labels, quotas, rng)
+  kept = np.setdiff1d(order, held_out)
+  rng = randomness.host_rng(0, randomness.Purpose.TRAIN_SUBSET)
+  if num_train < len(kept) and labels is None:
+    kept = kept[np.sort(rng.permutation(len(kept))[:num_train])]
+  elif num_train < len(kept):
+    quotas = equal_quotas(np.bincount(labels[kept]), num_train)
+    kept = kept[draw(labels[kept], quotas, rng)]
+  return kept, held_out
+
 
 def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
   """As many images from each class, as far as the classes last.

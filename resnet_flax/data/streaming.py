@@ -7,7 +7,6 @@ which image is read when is not its choice, so that a run can go on at any step.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -27,10 +26,9 @@ from ml_collections import ConfigDict
 
 from resnet_flax.data import (
   crops,
-  dataset as record,
-  files,
   prepared,
   randomness,
+  types,
 )
 from resnet_flax.run import environment, errors
 
@@ -56,27 +54,16 @@ _HELD_OUT = 10
 
 
 class Shard(NamedTuple):
-  """A file of records; the names are those that ArrayRecord's reader wants.
-
-  Attributes:
-    filename: its path.
-    skip: records before the first one.
-    take: records.
-    examples_in_shard: all of them.
-  """
+  """A file of records; the names are those that ArrayRecord's reader wants."""
 
   filename: str
-  skip: int
+  skip: int  # Records before the first one.
   take: int
   examples_in_shard: int
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
-  """The folder of a prepared copy.
-
-  Args:
-    name: `dataset.name`.
-    configured_dir: `dataset.data_dir`.
+  """The folder of a prepared copy of `dataset.name`.
 
   Raises:
     DataError: there is none that can be read.
@@ -100,17 +87,12 @@ def find(name: str, configured_dir: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What a copy says of itself.
+  """What a copy says of itself."""
 
-  Attributes:
-    num_train, num_test: images that are trained on and that are scored.
-    test: the split of the latter: 'validation', or 'test' where there is none;
-      with neither, 'train', whose last tenth it is (TFDS has shuffled it).
-    class_names: name of each label.
-  """
-
-  num_train: int
-  num_test: int
+  num_train: int  # Images that are trained on.
+  num_test: int  # Images that are scored.
+  # Their split: 'validation', or 'test' where there is none; with neither,
+  # 'train', whose last tenth it is (TFDS has shuffled it).
   test: str
   class_names: tuple[str, ...]
 
@@ -122,7 +104,7 @@ def read_facts(folder: pathlib.Path) -> Facts:
     DataError: it does not say so.
   """
   try:
-    info = json.loads(files.read_text(folder / "dataset_info.json"))
+    info = json.loads(prepared.read_text(folder / "dataset_info.json"))
     counts = {
       str(split["name"]): sum(map(int, split["shardLengths"]))
       for split in info["splits"]
@@ -154,42 +136,19 @@ def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
   )
 
 
-def fingerprint(folder: pathlib.Path) -> str:
-  """A digest of the small files of a copy, and of the names and sizes of all.
-
-  The shards are not read: they may have hundreds of gigabytes.
-
-  Raises:
-    DataError: a file cannot be read.
-  """
-  digest = hashlib.sha256()
-  try:
-    for path in sorted(folder.iterdir()):
-      if path.is_dir():
-        continue
-      size = path.stat().st_size
-      name = path.name.encode(errors="surrogateescape")
-      digest.update(name + b"\0%d\0" % size)
-      if path.suffix in (".json", ".txt"):
-        digest.update(files.read_text(path).encode())
-  except (OSError, ValueError) as error:
-    raise _damaged(folder, error) from error
-  return digest.hexdigest()
-
-
-def load(config: ConfigDict, augmentation: str) -> record.Dataset:
+def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   """Opens a prepared copy: its official splits, or parts of its only one.
-
-  Args:
-    config: the `dataset` part of the configuration.
-    augmentation: `augment.name`, for the training split.
 
   Raises:
     DataError: it cannot be read, or is not of labelled images.
   """
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
-  source = f"{config.name}-{folder.name}-{fingerprint(folder)[:16]}"
+  try:
+    digest = prepared.fingerprint(folder, read_all=False)
+  except (OSError, ValueError) as error:
+    raise _damaged(folder, error) from error
+  source = f"{config.name}-{folder.name}-{digest[:16]}"
   first_test = facts.num_train if facts.test == "train" else 0
   parts = (
     ("train", np.arange(facts.num_train), augmentation),
@@ -216,7 +175,7 @@ def load(config: ConfigDict, augmentation: str) -> record.Dataset:
   for split in splits:
     # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
-  return record.Dataset(
+  return types.Dataset(
     train=splits[0],
     validation=None,
     test=splits[1],
@@ -230,9 +189,6 @@ def _allow_open_files(count: int) -> None:
 
   The files of a set stay open once they have been read from: ImageNet has more
   than a thousand, which is what shells usually allow.
-
-  Args:
-    count: of the files of a set.
 
   Raises:
     DataError: the system allows fewer.
@@ -280,7 +236,7 @@ def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
       path = pathlib.Path(each.filename)
       if path.parent != folder:
         raise ValueError(f"dataset_info.json leads to {path}")
-      files.open_regular(path).close()
+      prepared.open_regular(path).close()
       shards.append(
         Shard(str(path), each.skip, each.take, each.examples_in_shard)
       )
@@ -291,11 +247,11 @@ def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedSplit(record.Split):
+class StreamedSplit(types.Split):
   """Images in the files of a prepared copy.
 
   Attributes:
-    indices: int64[N], the images of this split, by record.
+    indices: int64[N], the images of this split, by types.
     folder: of the copy, for messages.
     shards: the files, in order.
     image_size: height and width of what is cut out of the images.
@@ -324,16 +280,16 @@ class StreamedSplit(record.Split):
   def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """See `Split`; the central crop of each image."""
     one_crop = dataclasses.replace(self, num_crops=1)
-    return record.Split.take(one_crop, positions)
+    return types.Split.take(one_crop, positions)
 
   def subset(self, positions: np.ndarray) -> "StreamedSplit":
     """See `Split`."""
     return dataclasses.replace(self, indices=self.indices[positions])
 
   def batches(
-    self, order: Sequence[np.ndarray], draw: record.Draw | None = None
+    self, order: Sequence[np.ndarray], draw: types.Draw | None = None
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """See `record.Split`; workers live until the iterator ends or is closed.
+    """See `types.Split`; workers live until the iterator ends or is closed.
 
     Raises:
       DataError: an image cannot be read, or a worker died.
@@ -500,7 +456,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Encoded(NamedTuple):
-  """Records as they are in the files.
+  """Records as they are in the prepared.
 
   Attributes:
     positions: int64[K], in the split.
@@ -553,7 +509,7 @@ class _Decoding:
   size: int
   num_classes: int
   crop: str
-  draw: record.Draw | None
+  draw: types.Draw | None
   num_crops: int = 1
 
   def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:

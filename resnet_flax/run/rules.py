@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from resnet_flax import optim
-from resnet_flax.data import crops, loading, normalize
+from resnet_flax.data import crops, dataset, normalize
 from resnet_flax.models import registry
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
@@ -14,12 +14,12 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
   Raises:
     ConfigError: the first thing that is wrong, and what would work.
-    DataError: see `loading.info`.
+    DataError: see `dataset.info`.
   """
   config_keys.check_values(config)
   _check_model(config.model)
   _check_streaming(config)
-  info = loading.info(config.dataset)
+  info = dataset.info(config.dataset)
   registry.check_input_size(config.model, info.image_shape)
   steps = _check_batch_size(config, num_devices)
   _check_schedule(config)
@@ -43,7 +43,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
 def check_labels(config: ConfigDict) -> None:
   """Checks that a network to be trained or scored has the data's classes."""
   name, num_classes = config.dataset.name, config.model.num_classes
-  classes = loading.info(config.dataset).num_classes
+  classes = dataset.info(config.dataset).num_classes
   _require(
     num_classes in (0, classes),
     f"model.num_classes={num_classes} but dataset.name={name} has {classes}"
@@ -84,7 +84,7 @@ def _check_model(model: ConfigDict) -> None:
 def _check_streaming(config: ConfigDict) -> None:
   """Checks what depends on whether images are decoded while training."""
   name, crop = config.dataset.name, config.augment.name
-  is_streamed, num_crops = loading.is_streamed(name), config.dataset.test_crops
+  is_streamed, num_crops = dataset.is_streamed(name), config.dataset.test_crops
   _require(
     not is_streamed or config.normalization in normalize.UNMEASURED,
     f"normalization={config.normalization} is measured on images in memory, but"
@@ -105,7 +105,7 @@ def _check_streaming(config: ConfigDict) -> None:
 def _check_batch_size(config: ConfigDict, num_devices: int) -> int:
   """Checks that batches fill an epoch, devices and groups; steps per epoch."""
   size = config.batch_size
-  num_train = loading.num_train_examples(config.dataset)
+  num_train = dataset.num_train_examples(config.dataset)
   _require(
     size <= num_train,
     f"batch_size={size} is more than the {num_train} training images; at most"

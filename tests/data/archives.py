@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 
-from resnet_flax.data import cifar, loading
+from resnet_flax.data import cifar, dataset
 
 IMAGES_PER_FILE = 4
 
@@ -42,7 +42,7 @@ def contents(spec, num_classes, images_per_file=IMAGES_PER_FILE):
       labels[split].append(label[:, -1])
     images[split] = np.concatenate(images[split])
     labels[split] = np.concatenate(labels[split])
-  for label, name in spec.label_names.items():
+  for label, name in spec.labels.items():
     count = 20 if label == "coarse_label" else num_classes
     text = "\n".join(class_names(count)) + "\n"
     members[f"{spec.folder}/{name}"] = text.encode()
@@ -63,19 +63,19 @@ def install(monkeypatch, name, path, url=None):
     The images and the labels in it, for each split.
   """
   spec = cifar.ARCHIVES[name]
-  num_classes = loading.DATASETS[name].num_classes
+  num_classes = dataset.DATASETS[name].num_classes
   members, images, labels = contents(spec, num_classes)
   write(path, members)
   replaced = dataclasses.replace(
     spec,
     url=url or spec.url,
     sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-    images_per_file=dict.fromkeys(spec.files, IMAGES_PER_FILE),
+    num_bytes=path.stat().st_size,
   )
   monkeypatch.setitem(cifar.ARCHIVES, name, replaced)
-  info = loading.DATASETS[name]
+  info = dataset.DATASETS[name]
   monkeypatch.setitem(
-    loading.DATASETS,
+    dataset.DATASETS,
     name,
     dataclasses.replace(
       info, num_train=len(labels["train"]), num_test=len(labels["test"])

@@ -6,7 +6,6 @@ import scipy.ndimage
 
 from configs import base
 from resnet_flax.data import augment
-from resnet_flax.run import errors
 
 
 def images_of(count=16, size=32):
@@ -14,10 +13,14 @@ def images_of(count=16, size=32):
   return rng.normal(size=(count, size, size, 3)).astype(np.float32)
 
 
+LABELS = jnp.zeros(8, jnp.int32)
+
+
 def create(name, flip=True):
   config = base.get_config().augment
   config.update({"name": name, "flip": flip})
-  return augment.create_augment(config)
+  created = augment.create_augment(config)
+  return lambda key, images: created(key, images, LABELS)[0]
 
 
 def test_translate_is_scipys_shift():
@@ -111,6 +114,23 @@ def test_same_key_same_images_other_key_others(name):
   assert (np.asarray(first) != np.asarray(other)).any()
 
 
-def test_unknown_name_is_an_error():
-  with pytest.raises(errors.ConfigError, match="Did you mean 'crop_flip'"):
-    create("crop-flip")
+def test_augmentations_compose_in_order_and_may_change_targets():
+  """Each draws from a key of its own by its place."""
+  keys = []
+
+  def halve(key, images, targets):
+    keys.append(jax.random.key_data(key).tolist())
+    return images / 2, targets
+
+  def add_one(key, images, targets):
+    keys.append(jax.random.key_data(key).tolist())
+    return images + 1, jax.nn.one_hot(targets, 10)
+
+  both = augment.compose(halve, add_one)
+  images, targets = both(
+    jax.random.key(0), jnp.ones((2, 4, 4, 3)), jnp.arange(2)
+  )
+  np.testing.assert_array_equal(images, 1.5)
+  np.testing.assert_array_equal(targets, np.eye(10)[:2])
+  expected = jax.random.key_data(jax.random.split(jax.random.key(0)))
+  assert keys == expected.tolist()

@@ -5,13 +5,13 @@ import threading
 import numpy as np
 import pytest
 
-from resnet_flax.data import dataset as record
+from resnet_flax.data import types
 
 
 @pytest.fixture
 def arrays(random_images):
   """Six training images and three test images, all different."""
-  return record.Arrays(
+  return types.Arrays(
     train_images=random_images(6),
     train_labels=np.arange(6, dtype=np.int32),
     test_images=random_images(3),

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_flax.data import dataset as record, normalize as normalization
+from resnet_flax.data import normalize as normalization, types
 from resnet_flax.run import errors
 
 
@@ -10,7 +10,7 @@ from resnet_flax.run import errors
 def split(random_images):
   images = random_images(10)
   images[..., 2] //= 3
-  whole = record.whole_split(images, np.zeros(10, np.int32))
+  whole = types.whole_split(images, np.zeros(10, np.int32))
   return whole.subset(np.array([1, 4, 7]))
 
 
@@ -35,7 +35,7 @@ def test_channel(split):
 
 def test_constant_channel_does_not_divide_by_zero():
   images = np.full((2, 4, 4, 3), 7, np.uint8)
-  split = record.whole_split(images, np.zeros(2, np.int32))
+  split = types.whole_split(images, np.zeros(2, np.int32))
   assert np.all(normalization.measure("channel", split).std > 0)
 
 

@@ -22,8 +22,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from configs import imagenet_resnet50
 from experiments.input_pipeline import generated
 from resnet_flax import data as datasets, step as step_lib, train
-from resnet_flax.data import crops, loading, streaming
-from resnet_flax.parallel import epochs, evaluate, networks as seeds
+from resnet_flax.data import crops, dataset as dataset_lib, prepared
+from resnet_flax.parallel import evaluate, networks, program
 from resnet_flax.run import errors, load as inference, rules
 from tests.data import damage
 
@@ -61,7 +61,7 @@ def make_config(root, num_workers=0):
 def load(root, augmentation="random_resized_crop", **changes):
   config = make_config(root).dataset
   config.update(changes)
-  return loading.load(config, augmentation)
+  return dataset_lib.load(config, augmentation)
 
 
 def equal(ours, theirs):
@@ -116,10 +116,10 @@ def test_epochs_are_permutations_that_any_step_can_be_taken_from(
   root, one_device
 ):
   split = load(root).train
-  layout = seeds.Layout.create(make_config(root), one_device)
+  layout = networks.Layout.create(make_config(root), one_device)
 
   def epoch(number, first=0):
-    batches = epochs.batches(split, 8, number, layout, first=first)
+    batches = program.epoch_batches(split, 8, number, layout, first=first)
     return [tuple(map(np.asarray, batch)) for batch in batches]
 
   whole = epoch(3)
@@ -199,9 +199,9 @@ def test_any_prepared_set_can_be_named(root, tmp_path):
   config.dataset.name = "tfds/flowers"
   config.batch_size = 4
   rules.check(config, 1)
-  info = loading.info(config.dataset)
-  assert info == loading.DatasetInfo(2, (64, 64, 3), 5, 3)
-  assert len(loading.load(config.dataset).test) == 3
+  info = dataset_lib.info(config.dataset)
+  assert info == dataset_lib.DatasetInfo(2, (64, 64, 3), 5, 3)
+  assert len(dataset_lib.load(config.dataset).test) == 3
   config.dataset.name = "tfds/trees"
   with pytest.raises(errors.DataError, match=r"trees\. Set .*data_dir.*Prep"):
     rules.check(config, 1)
@@ -214,7 +214,7 @@ def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   experiment = step_lib.build(config)
   assert experiment.learning_rate.steps_per_epoch == 1_281_167 // 256
   with pytest.raises(errors.DataError, match="no prepared imagenet2012 in"):
-    loading.load(config.dataset)
+    dataset_lib.load(config.dataset)
 
 
 @pytest.mark.parametrize(
@@ -426,11 +426,13 @@ def test_any_damage_is_one_line_or_harmless(root, data, edits, cut):
 
 
 def test_fingerprints_tell_copies_apart(copy, root):
-  before = streaming.fingerprint(copy)
-  assert before == streaming.fingerprint(root / "imagenet2012" / "5.1.0")
+  before = prepared.fingerprint(copy, read_all=False)
+  assert before == prepared.fingerprint(
+    root / "imagenet2012" / "5.1.0", read_all=False
+  )
   with (copy / TRAIN_FILE).open("ab") as file:
     file.write(b"x")
-  assert streaming.fingerprint(copy) != before
+  assert prepared.fingerprint(copy, read_all=False) != before
 
 
 def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):

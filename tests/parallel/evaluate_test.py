@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from configs import base
 from resnet_flax import data, step as step_lib
-from resnet_flax.data import dataset as record, normalize
+from resnet_flax.data import normalize, types
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
 
 
@@ -14,7 +14,7 @@ def split_of(count, size=2):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
   labels = rng.integers(0, 10, count).astype(np.int32)
-  return record.whole_split(images, labels)
+  return types.whole_split(images, labels)
 
 
 @settings(deadline=None, max_examples=50)
@@ -42,7 +42,7 @@ def test_every_image_is_in_exactly_one_batch(count, batch_size, num_devices):
 def test_crops_count_as_images_of_a_call():
   split = split_of(40)
   assert evaluate.call_size(split, 30, 4) == 32
-  ten_crops = type("TenCrops", (record.ArraySplit,), {"num_crops": 10})
+  ten_crops = type("TenCrops", (types.ArraySplit,), {"num_crops": 10})
   split = ten_crops(split.images, split.labels, split.indices)
   assert evaluate.call_size(split, 30, 4) == 4
   assert evaluate.call_size(split, 5, 1) == 1

@@ -1,1 +1,0 @@
-"""Hostile archives, made by the thousand and given to the archive reader."""

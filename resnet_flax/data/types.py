@@ -1,0 +1,114 @@
+"""What a data set is to the rest of the program."""
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Draw(NamedTuple):
+  """What the random crops of an epoch depend on."""
+
+  seed: int  # The experiment's.
+  epoch: int  # 0-based.
+
+
+class Split(abc.ABC):
+  """Labelled images, in a fixed order."""
+
+  # int64[N], the images of this split, by position in the official split.
+  indices: np.ndarray
+  num_crops: int = 1  # Of each image, where it is scored.
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  @property
+  @abc.abstractmethod
+  def image_shape(self) -> tuple[int, ...]:
+    """(H, W, C) of every image."""
+
+  @abc.abstractmethod
+  def batches(
+    self, order: Sequence[np.ndarray], draw: Draw | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Reads one batch after the other.
+
+    What an image looks like depends on its position and `draw` alone: of a
+    batch that several processes share, each may ask for its own part.
+
+    Args:
+      order: for each batch int64[B], positions in this split.
+      draw: for training; splits that cut images as they decode them do it at
+        random then. None: the central part.
+
+    Yields:
+      uint8[B, H, W, C] images and int32[B] labels. A split that is scored by
+      several crops of each image gives uint8[B, crops, H, W, C] without `draw`.
+    """
+
+  @abc.abstractmethod
+  def subset(self, positions: np.ndarray) -> "Split":
+    """The split of the images at the given positions of this one."""
+
+  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8[B, H, W, C] images and int32[B] labels at these positions."""
+    ((images, labels),) = self.batches([positions])
+    return images, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySplit(Split):
+  """Images in memory, or memory-mapped."""
+
+  images: np.ndarray  # uint8[M, H, W, C]
+  labels: np.ndarray  # int32[M]
+  indices: np.ndarray
+
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """See `Split`."""
+    return self.images.shape[1:]
+
+  def batches(
+    self, order: Sequence[np.ndarray], draw: Draw | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `Split`."""
+    del draw
+    for positions in order:
+      rows = self.indices[positions]
+      yield self.images[rows], self.labels[rows]
+
+  def subset(self, positions: np.ndarray) -> "ArraySplit":
+    """See `Split`."""
+    return dataclasses.replace(self, indices=self.indices[positions])
+
+
+def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
+  """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
+  return ArraySplit(images, labels, np.arange(len(labels)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A data set ready for training."""
+
+  train: Split
+  validation: Split | None  # Held-out part of the training images.
+  test: Split
+  class_names: tuple[str, ...]
+  # Names the pixels exactly: data set, version, fingerprint of the copy.
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """A source, decoded: the official splits and the labels' names."""
+
+  train_images: np.ndarray  # uint8[N, H, W, C]
+  train_labels: np.ndarray  # int32[N]
+  test_images: np.ndarray
+  test_labels: np.ndarray
+  class_names: tuple[str, ...]
