@@ -146,8 +146,6 @@ def evaluate_workdir(
     ConfigError, WorkdirError: see `load_model`.
     DataError: the data cannot be had.
   """
-  if config is not None:
-    workdir_lib.check_same(workdir, config, free=["dataset.test_crops"])
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
   dataset = datasets.load(config.dataset)
@@ -186,9 +184,12 @@ def _restore(
   """What a workdir holds; the state of each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  config = config or workdir_lib.load_config(workdir)
+  given = config
+  config = given or workdir_lib.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
+  if given is not None:
+    workdir_lib.check_same(workdir, given, free=["dataset.test_crops"])
   experiment = experiment_lib.build(config)
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"
