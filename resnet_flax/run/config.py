@@ -277,6 +277,8 @@ def default_config() -> ConfigDict:
 
 def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
   """A configuration as JSON holds it, with defaults for keys that it lacks."""
+  if "seed" not in stored:  # As every version has it.
+    raise errors.ConfigError("seed is missing: this is no configuration")
   # In JSON tuples are lists.
   defaults = json.loads(json.dumps(default_config().to_dict()))
   filled = defaults | dict(stored)

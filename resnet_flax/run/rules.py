@@ -26,7 +26,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   last = config_keys.LAST_SEED + 1 - config.num_seeds
   _require(
     config.seed <= last,
-    f"seed={config.seed} must be at most {last} with {config.num_seeds} seeds.",
+    f"seed={config.seed}, with num_seeds={config.num_seeds}, must be at most"
+    f" {last}.",
   )
   most = keys.LARGEST_INTEGER // steps
   _require(
@@ -85,10 +86,11 @@ def _check_streaming(config: ConfigDict) -> None:
   """Checks what depends on whether images are decoded while training."""
   name, crop = config.dataset.name, config.augment.name
   is_streamed, num_crops = loading.is_streamed(name), config.dataset.test_crops
+  fixed = sorted(normalize.UNMEASURED)
   _require(
-    not is_streamed or config.normalization in normalize.UNMEASURED,
+    not is_streamed or config.normalization in fixed,
     f"normalization={config.normalization} is measured on images in memory, but"
-    f" dataset.name={name} is not. Known: {', '.join(normalize.UNMEASURED)}.",
+    f" dataset.name={name} is not there. It must be one of {', '.join(fixed)}.",
   )
   _require(
     is_streamed or crop not in crops.RANDOM,
