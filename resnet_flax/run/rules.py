@@ -19,8 +19,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   config_keys.check_values(config)
   _check_model(config.model)
   _check_streaming(config)
-  info = loading.info(config.dataset)
-  registry.check_input_size(config.model, info.image_shape)
+  shape = loading.info(config.dataset).image_shape
+  registry.check_input_size(config.model, shape)
   steps = _check_batch_size(config, num_devices)
   _check_schedule(config)
   last = config_keys.LAST_SEED + 1 - config.num_seeds
@@ -36,8 +36,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   )
   _require(
     config.log.tensorboard or not config.log_layer_norms_every,
-    f"log_layer_norms_every={config.log_layer_norms_every} needs"
-    " log.tensorboard=True. Set that, or log_layer_norms_every=0.",
+    f"log_layer_norms_every={config.log_layer_norms_every} writes to"
+    " TensorBoard, but log.tensorboard=False. Set both, or neither.",
   )
 
 

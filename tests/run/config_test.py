@@ -62,7 +62,7 @@ LARGE = {
       {"seed": 2**32 - 1, "num_seeds": 2},
       "seed=4294967295, .* at most 4294967294",
     ),
-    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set that, or"),
+    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set both, or"),
     ({"dataset.name": "tfds/"}, "is not known"),
     ({"model.gate_bias": -3.0}, "=resnet_v1; it is for highway. Leave it -2.0"),
     ({"model.dropout": 0.0}, "does nothing .* it is for vgg, alexnet"),
