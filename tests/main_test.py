@@ -149,9 +149,24 @@ def test_help_needs_no_jax(module, shown, hidden):
   )
   assert (result.returncode, result.stderr) == (0, "")
   words = result.stdout.split()
-  assert f"{module}" in words
+  assert module in words
   assert set(shown) <= set(words)
   assert not set(hidden) & set(words)
+
+
+def test_help_of_convert():
+  result = subprocess.run(
+    [sys.executable, "-m", "resnet_flax.convert", "--help"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert (result.returncode, result.stderr) == (0, "")
+  lines = result.stdout.splitlines()
+  assert {"  --source", "  --workdir", "  --config"} <= set(lines)
+  assert "  model.depth=20" in lines
+  assert "  --mode=train" not in lines
 
 
 LYING_DISK = """
