@@ -1,4 +1,4 @@
-"""The command line: flags and what is printed of them, nothing else.
+"""Trains residual networks, scores a trained one, or prints what one is.
 
 python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
   [--mode=train|eval|summary] [--config.model.depth=56 ...]
@@ -12,42 +12,35 @@ from ml_collections import ConfigDict
 
 from resnet_flax.run import command_line, errors, huge_pages, program
 
-# --help shows these, too.
+# For --help.
 flags.adopt_module_key_flags(program)
 flags.adopt_module_key_flags(command_line)
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval", "summary"],
-  "train: train, or go on training. eval: score a checkpoint of --workdir on"
+  "train: train, or resume training. eval: score a checkpoint of --workdir on"
   " the test split; needs no --config. summary: print the network, optimizer"
   " and schedule.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  "checkpoint",
-  "best",
-  ["best", "latest"],
-  "Which checkpoint --mode=eval takes.",
+  "checkpoint", "best", ["best", "latest"], "Which one --mode=eval scores."
 )
-
-
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",
   None,
-  "Several hosts: HOST:PORT of process 0; by default $JAX_COORDINATOR_ADDRESS."
-  " Not needed where JAX finds the processes by itself: on TPU pods, with"
-  " Slurm, Open MPI 4 and, where mpi4py is installed, any other MPI.",
+  "Several hosts: HOST:PORT of process 0, or $JAX_COORDINATOR_ADDRESS. Not"
+  " needed where JAX finds the processes by itself: on TPU pods, with Slurm,"
+  " Open MPI 4 and, where mpi4py is installed, any other MPI.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes",
   None,
-  "Several hosts: processes of the run; by default $JAX_NUM_PROCESSES. 1: this"
-  " process alone, wherever it runs.",
+  "Several hosts: processes of the run, or $JAX_NUM_PROCESSES. 1: this process"
+  " alone, wherever it runs.",
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id",
-  None,
-  "Several hosts: which one this is, from 0; by default $JAX_PROCESS_ID.",
+  "process_id", None, "Several hosts: number from 0, or $JAX_PROCESS_ID."
 )
 _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
   "initialization_timeout",
@@ -58,36 +51,24 @@ _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
   "heartbeat_timeout",
   60,
-  "Several hosts: seconds after which a process that is not heard of counts as"
-  " dead, which ends the others.",
+  "Several hosts: seconds after which a silent process counts as dead, which"
+  " ends the others.",
   lower_bound=5,
 )
 
 
-def _find_cluster() -> Any:
-  from resnet_flax.parallel import hosts as distributed
-
-  return distributed.find_cluster(
-    _COORDINATOR_ADDRESS.value,
-    _NUM_PROCESSES.value,
-    _PROCESS_ID.value,
-    timeout=_INITIALIZATION_TIMEOUT.value,
-  )
-
-
-def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _train(config: ConfigDict, workdir: pathlib.Path, cluster: Any) -> None:
   from resnet_flax import train
   from resnet_flax.parallel import hosts as distributed
   from resnet_flax.run import interruption
 
   with distributed.connected(
-    _find_cluster(),
+    cluster,
     timeout=_INITIALIZATION_TIMEOUT.value,
     heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
   ):
-    records = train.train_and_evaluate(
-      config, workdir, signals=interruption.StopSignals(exits=True)
-    )
+    signals = interruption.StopSignals(exits=True)
+    records = train.train_and_evaluate(config, workdir, signals=signals)
     if distributed.is_first():
       _print_results(config, records)
 
@@ -95,45 +76,36 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _print_results(config: ConfigDict, records: list[dict[str, Any]]) -> None:
   from resnet_flax.run import metrics
 
+  _print_scores(records[-1], "test_")
   monitor = config.checkpoint.monitor
-  _print_scores(
-    {
-      key.removeprefix("test_"): value
-      for key, value in records[-1].items()
-      if key.startswith("test_")
-    }
-  )
-  for seed, best in enumerate(
-    metrics.best_records(records, monitor), config.seed
-  ):
-    text = f"Best epoch: {best['epoch']} (0-based), test accuracy"
-    text += f" {best['test_accuracy']:.4f}, chosen "
-    chosen_by = metrics.monitored(best, monitor)
-    if chosen_by == "test_accuracy":
-      text += "on the test split"
-    else:
-      split = {"val": "validation", "test": "test"}[chosen_by.partition("_")[0]]
-      text += f"by {split} {monitor} {best[chosen_by]:.4f}"
+  best_records = metrics.best_records(records, monitor)
+  for seed, best in enumerate(best_records, config.seed):
+    by = metrics.monitored(best, monitor)
+    split = "validation" if by.startswith("val_") else "test"
+    chosen = f"by {split} {monitor} {best[by]:.4f}"
+    text = (
+      f"Best epoch: {best['epoch']} (0-based), test accuracy"
+      f" {best['test_accuracy']:.4f}, chosen"
+      f" {'on the test split' if by == 'test_accuracy' else chosen}"
+    )
     print(f"Seed {seed}: {text}" if config.num_seeds > 1 else text)
 
 
-def _print_scores(scores: dict[str, Any]) -> None:
+def _print_scores(scores: dict[str, Any], prefix: str = "") -> None:
   """Prints loss and accuracy; of several seeds also what goes with them."""
   for metric in ("loss", "accuracy"):
-    text = f"Test {metric}: {scores[metric]:.4f}"
-    if f"{metric}_std" in scores:
-      text += f" ± {scores[f'{metric}_std']:.4f}, ensemble"
-      text += f" {scores[f'ensemble_{metric}']:.4f}"
+    text = f"Test {metric}: {scores[prefix + metric]:.4f}"
+    if f"{prefix}{metric}_std" in scores:
+      text += f" ± {scores[f'{prefix}{metric}_std']:.4f}, ensemble"
+      text += f" {scores[f'{prefix}ensemble_{metric}']:.4f}"
     print(text)
 
 
 def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
-  from resnet_flax.run import interruption, load as inference
+  from resnet_flax.run import interruption, load
 
   with interruption.StopSignals(exits=True):
-    scores = inference.evaluate_workdir(
-      workdir, _CHECKPOINT.value, config=config
-    )
+    scores = load.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
   for each in scores.get("seeds", [scores]):
     epoch = each.get("epoch")
     when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
@@ -147,29 +119,35 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
 
 def _run(argv: list[str]) -> None:
   command_line.set_up()
-  if _MODE.value != "train" and (cluster := _find_cluster()):
+  from resnet_flax.parallel import hosts as distributed
+
+  mode, workdir = _MODE.value, program.WORKDIR.value
+  if mode == "eval" and not workdir:
+    raise errors.ConfigError("--mode=eval needs --workdir=DIR, a run's folder.")
+  config = None
+  if mode != "eval" or command_line.has_config():
+    config, default_workdir = command_line.config_and_workdir()
+    workdir = workdir or default_workdir
+  cluster = distributed.find_cluster(
+    _COORDINATOR_ADDRESS.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    timeout=_INITIALIZATION_TIMEOUT.value,
+  )
+  if mode == "train":
+    _train(config, pathlib.Path(workdir), cluster)
+  elif cluster:
     raise errors.ConfigError(
-      f"--mode={_MODE.value} runs in one process, but num_processes is"
+      f"--mode={mode} runs in one process, but num_processes is"
       f" {cluster.num_processes}. Start it once; --num_processes=1 makes a"
       " process of a cluster work alone."
     )
-  if _MODE.value == "eval":
-    if not program.WORKDIR.value:
-      raise errors.ConfigError(
-        "--mode=eval needs --workdir=DIR, a run's folder."
-      )
-    config = None
-    if command_line.has_config():
-      config, _ = command_line.config_and_workdir()
-    _evaluate(config, pathlib.Path(program.WORKDIR.value))
-    return
-  config, default_workdir = command_line.config_and_workdir()
-  if _MODE.value == "summary":
+  elif mode == "eval":
+    _evaluate(config, pathlib.Path(workdir))
+  else:
     from resnet_flax.tools import summary
 
     print(summary.summarize(config), flush=True)
-    return
-  _train(config, pathlib.Path(program.WORKDIR.value or default_workdir))
 
 
 def run() -> None:

@@ -78,8 +78,9 @@ _KEYS = (
     " classes differ. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
-    "Of images / 255. Measured on the training split: pixel_mean (mean image),"
-    " channel. Fixed: imagenet (torchvision's), caffe (He et al.'s)."
+    "How images / 255 are normalised. Measured on the training split:"
+    " pixel_mean (mean image), channel. Fixed: imagenet (torchvision's), caffe"
+    " (He et al.'s)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
     "imagenet2012 and tfds/NAME, a set that TFDS has as ArrayRecord with the"
@@ -107,11 +108,11 @@ _KEYS = (
     " section 4.1); only for images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
-    "Train on a fixed, class-balanced subset of this many images. 0: all."
+    "Train on a fixed subset of this many, class-balanced if in memory. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
-    "Training images to hold out, stratified. 0: the best checkpoint is chosen"
-    " on the test split, as in the recipe."
+    "Training images to hold out, stratified if in memory. 0: the best"
+    " checkpoint is chosen on the test split, as in the recipe."
   ),
   Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
     "Chooses the held-out images, apart from `seed`."
@@ -277,6 +278,8 @@ def default_config() -> ConfigDict:
 
 def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
   """A configuration as JSON holds it, with defaults for keys that it lacks."""
+  if "seed" not in stored:  # As every version has it.
+    raise errors.ConfigError("seed is missing: this is no configuration")
   # In JSON tuples are lists.
   defaults = json.loads(json.dumps(default_config().to_dict()))
   filled = defaults | dict(stored)

@@ -58,7 +58,7 @@ def show_if_asked(argv: list[str]) -> None:
       modules = flags.FLAGS.flags_by_module_dict()
       # A tool is started through a module that defines no flags.
       tools = [name for name in modules if ".tools." in name]
-      program = argv[0] if argv[0] in modules else tools[0]
+      program = argv[0] if argv[0] in modules else (tools or argv)[0]
       print(program_help(match[1] or "", program), flush=True)
       sys.exit(0)
 
@@ -84,16 +84,16 @@ def program_help(wanted: str, program: str) -> str:
     or [entry for entry in entries if word == entry.name.removeprefix("--")]
     or [e for e in entries if word in e.name or word in e.text.lower()]
   )
-  if not chosen:
+  if wanted and not chosen:
     raise errors.ConfigError(
       f"--help={wanted}: no name and no meaning has this word. Parts: {parts}."
     )
   lines = []
   for part in dict.fromkeys(entry.part for entry in chosen):
-    is_key = (
+    how = (
       "" if part == "flags" else ", set by --config.KEY=VALUE after --config"
     )
-    lines += ["", f"{part}{is_key}:"]
+    lines += ["", f"{part}{how}:"]
     lines += [str(entry) for entry in chosen if entry.part == part]
   if not wanted:
     module = sys.modules.get(program) or sys.modules["__main__"]

@@ -147,8 +147,6 @@ def evaluate_workdir(
     ConfigError, WorkdirError: see `load_model`.
     DataError: the data cannot be had.
   """
-  if config is not None:
-    folder.check_same(workdir, config, free=["dataset.test_crops"])
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
   dataset = data.load(config.dataset)
@@ -185,9 +183,12 @@ def _restore(
   """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  config = config or folder.load_config(workdir)
+  given = config
+  config = given or folder.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
+  if given is not None:
+    folder.check_same(workdir, given, free=["dataset.test_crops"])
   experiment = step_lib.build(config)
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"

@@ -19,14 +19,15 @@ def check(config: ConfigDict, num_devices: int) -> None:
   config_keys.check_values(config)
   _check_model(config.model)
   _check_streaming(config)
-  info = dataset.info(config.dataset)
-  registry.check_input_size(config.model, info.image_shape)
+  shape = dataset.info(config.dataset).image_shape
+  registry.check_input_size(config.model, shape)
   steps = _check_batch_size(config, num_devices)
   _check_schedule(config)
   last = config_keys.LAST_SEED + 1 - config.num_seeds
   _require(
     config.seed <= last,
-    f"seed={config.seed} must be at most {last} with {config.num_seeds} seeds.",
+    f"seed={config.seed}, with num_seeds={config.num_seeds}, must be at most"
+    f" {last}.",
   )
   most = keys.LARGEST_INTEGER // steps
   _require(
@@ -35,8 +36,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   )
   _require(
     config.log.tensorboard or not config.log_layer_norms_every,
-    f"log_layer_norms_every={config.log_layer_norms_every} needs"
-    " log.tensorboard=True. Set that, or log_layer_norms_every=0.",
+    f"log_layer_norms_every={config.log_layer_norms_every} writes to"
+    " TensorBoard, but log.tensorboard=False. Set both, or neither.",
   )
 
 
@@ -85,10 +86,11 @@ def _check_streaming(config: ConfigDict) -> None:
   """Checks what depends on whether images are decoded while training."""
   name, crop = config.dataset.name, config.augment.name
   is_streamed, num_crops = dataset.is_streamed(name), config.dataset.test_crops
+  fixed = sorted(normalize.UNMEASURED)
   _require(
-    not is_streamed or config.normalization in normalize.UNMEASURED,
+    not is_streamed or config.normalization in fixed,
     f"normalization={config.normalization} is measured on images in memory, but"
-    f" dataset.name={name} is not. Known: {', '.join(normalize.UNMEASURED)}.",
+    f" dataset.name={name} is not there. It must be one of {', '.join(fixed)}.",
   )
   _require(
     is_streamed or crop not in crops.RANDOM,

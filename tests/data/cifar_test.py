@@ -198,21 +198,6 @@ def test_wrong_archive_is_not_prepared(config, monkeypatch, tmp_path):
   assert not pathlib.Path(config.cache_dir).exists()
 
 
-def test_label_without_a_name_is_not_prepared(config, monkeypatch, tmp_path):
-  """Though its digest is right, as if the official archive were damaged."""
-  path = tmp_path / "archive.tar.gz"
-  archives.install(monkeypatch, "cifar10", path)
-  spec = cifar.ARCHIVES["cifar10"]
-  members, _, _ = archives.contents(spec, 10)
-  first = f"{spec.folder}/data_batch_1.bin"
-  members[first] = b"\x0a" + members[first][1:]
-  archives.write(path, members)
-  monkeypatch.setattr(archive, "verify", lambda *_: None)
-  with pytest.raises(errors.DataError, match="has a label of 10"):
-    cifar.prepare("cifar10", pathlib.Path(config.data_dir), str(path))
-  assert not pathlib.Path(config.data_dir).exists()
-
-
 @pytest.mark.parametrize("path", ["~no_such_user/data", "x" * 300])
 def test_paths_that_lead_nowhere(config, path):
   config.archive = path

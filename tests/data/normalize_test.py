@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from resnet_flax.data import normalize as normalization, types
-from resnet_flax.run import errors
 
 
 @pytest.fixture
@@ -51,28 +50,6 @@ def test_placeholder_has_the_same_shapes(split, name):
   placeholder = normalization.placeholder(name, (32, 32, 3))
   assert placeholder.mean.shape == measured.mean.shape
   assert placeholder.std.shape == measured.std.shape
-
-
-def test_unknown_name(split):
-  with pytest.raises(errors.ConfigError, match="Did you mean 'pixel_mean'"):
-    normalization.measure("pixelmean", split)
-
-
-@pytest.mark.parametrize(
-  ("name", "white"),
-  [
-    # (1 - mean) / std of each channel; 255 less Caffe's means.
-    ("imagenet", [2.2489, 2.4286, 2.6400]),
-    ("caffe", [131.32, 138.221, 151.061]),
-    ("none", [1.0, 1.0, 1.0]),
-  ],
-)
-def test_fixed_ones_need_no_data(name, white):
-  images = jnp.full((1, 4, 4, 3), 255, jnp.uint8)
-  result = normalization.fixed(name, (4, 4, 3))(images)
-  expected = np.broadcast_to(np.array(white, np.float32), (1, 4, 4, 3))
-  np.testing.assert_allclose(result, expected, rtol=1e-4)
-  assert name in normalization.UNMEASURED
 
 
 def test_normalization():

@@ -221,7 +221,7 @@ def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   ("name", "key", "value", "message"),
   [
     ("imagenet2012", "normalization", "channel", "caffe, imagenet, none"),
-    ("cifar10", "augment.name", "scale_crop", "Needed: crop_flip"),
+    ("cifar10", "augment.name", "scale_crop", "It must be crop_flip"),
     ("tfds/../x", "seed", 0, "dataset.name='tfds/../x' is not known"),
     ("imagenet2012", "dataset.num_workers", -2, "from -1 to 256"),
     ("imagenet2012", "dataset.image_size", 0, "from 1 to 2048"),

@@ -58,8 +58,11 @@ LARGE = {
     ({"model.padding": "SAME"}, "Did you mean 'same'|Known: same, symmetric"),
     ({"model.conv_bias": 1}, "true or false"),
     ({"model.batch_norm_momentum": 1.0}, "below 1"),
-    ({"seed": 2**32 - 1, "num_seeds": 2}, "seed=4294967295 must be at most"),
-    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set that, or"),
+    (
+      {"seed": 2**32 - 1, "num_seeds": 2},
+      "seed=4294967295, .* at most 4294967294",
+    ),
+    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set both, or"),
     ({"dataset.name": "tfds/"}, "is not known"),
     ({"model.gate_bias": -3.0}, "=resnet_v1; it is for highway. Leave it -2.0"),
     ({"model.dropout": 0.0}, "does nothing .* it is for vgg, alexnet"),
@@ -289,15 +292,18 @@ def test_keys_that_are_no_text():
 
 
 def test_stored_configurations_get_keys_that_came_later():
-  stored = {"batch_size": 8, "model": {"depth": 8}, "schedule": {}}
+  stored = {"seed": 1, "model": {"depth": 8}, "schedule": {}}
   filled = config_keys.with_defaults(stored)
-  assert stored == {"batch_size": 8, "model": {"depth": 8}, "schedule": {}}
+  assert stored == {"seed": 1, "model": {"depth": 8}, "schedule": {}}
   flat = config_keys.flatten(filled)
   # As JSON stores them.
   defaults = json.loads(json.dumps(config_keys.default_config().to_dict()))
   expected = config_keys.flatten(defaults)
-  assert flat == expected | {"batch_size": 8, "model.depth": 8}
+  assert flat == expected | {"seed": 1, "model.depth": 8}
   rules.check(ConfigDict(filled), num_devices=1)
+  # What is no configuration does not become the default one.
+  with pytest.raises(errors.ConfigError, match="seed is missing"):
+    config_keys.with_defaults({"model": {"depth": 8}})
 
 
 @pytest.mark.parametrize(

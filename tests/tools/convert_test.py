@@ -180,7 +180,7 @@ def test_arrays_that_do_not_fit(source, config, tmp_path, name, array, message):
 def test_a_head_that_no_configuration_has(source, config, tmp_path):
   path = changed(source, "linear.weight", np.ones((10**6 + 1, 1), np.float32))
   message = refused(path, config, tmp_path / "run", errors.ConfigError)
-  assert "model.num_classes=1000001 cannot be used" in message
+  assert "model.num_classes=1000001 must be an integer" in message
 
 
 def keras_file(path, layer):

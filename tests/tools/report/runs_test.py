@@ -211,11 +211,7 @@ def test_key_that_older_workdirs_lack(tmp_path):
   assert len(groups_of(tmp_path)) == 1
   del config["augment"]
   path.write_text(json.dumps(config))
-  labels = {group.label for group in groups_of(tmp_path)}
-  assert labels == {
-    "augment.flip=None, augment.name=None",
-    "augment.flip=true, augment.name=shift_flip",
-  }
+  assert len(groups_of(tmp_path)) == 1
 
 
 def test_short_names_stay_clear_and_short():

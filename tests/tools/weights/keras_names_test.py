@@ -240,7 +240,7 @@ def test_epsilons_that_cannot_be_used(saved, epsilon):
       settings["epsilon"] = epsilon
     return files.Layer(kind, name, settings)
 
-  with pytest.raises(errors.WeightsError, match="cannot be used; needed: a nu"):
+  with pytest.raises(errors.WeightsError, match="must be a number from 1e-37"):
     read_layers(saved, change)
 
 
