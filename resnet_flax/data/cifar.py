@@ -286,6 +286,9 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
   try:
     prepared.check_features(folder)
     builder = tfds.builder_from_directory(folder)
+    names = prepared.label_names(folder)
+    if names != tuple(builder.info.features["label"].names):
+      raise ValueError(f"label.labels.txt has {len(names)} names")
     arrays: dict[str, np.ndarray] = {}
     for split, count in num_examples.items():
       for path in builder.info.splits[split].filepaths:
@@ -307,11 +310,13 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
         example = source[index]
         images[index] = _decode(example["image"])
         labels[index] = operator.index(example["label"])
+      if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(
+          f"it has labels from {labels.min()} to {labels.max()}, but names for"
+          f" 0 to {len(names) - 1}"
+        )
       arrays[f"{split}_images"] = images
       arrays[f"{split}_labels"] = labels
-    names = prepared.label_names(folder)
-    if names != tuple(builder.info.features["label"].names):
-      raise ValueError(f"label.labels.txt has {len(names)} names")
     return types.Arrays(**arrays, class_names=names)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:

@@ -38,10 +38,7 @@ def _read_cifar(config: ConfigDict) -> tuple[types.Arrays, str]:
     folder = cifar.prepare(config.name, root, config.archive)
   known = DATASETS[config.name]
   counts = {"train": known.num_train, "test": known.num_test}
-  try:
-    digest = prepared.fingerprint(folder, read_all=True)
-  except (OSError, ValueError) as error:
-    raise prepared.damaged(folder, errors.one_line(error)) from error
+  digest = prepared.fingerprint(folder, read_all=True)
   key = f"{config.name}-{folder.name}-{digest[:16]}"
   arrays = cache.cached(
     cache.cache_dir(config.cache_dir), key, lambda: cifar.read(folder, counts)

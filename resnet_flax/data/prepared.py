@@ -42,7 +42,8 @@ _OTHER_FOLDER = (
   "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to another, also empty,"
   " directory to have a copy prepared there."
 )
-_DELETE = "Delete it to have it prepared again."
+DELETE = "Delete it to have it prepared again."
+PREPARE_AGAIN = "Prepare it again, or take another copy."
 
 
 def find(
@@ -88,7 +89,7 @@ def find(
     return None
   _, (file_format, folder, damage) = max(formats.items())
   if damage:
-    raise damaged(folder, f"dataset_info.json: {damage}", remedy or _DELETE)
+    raise damaged(folder, f"dataset_info.json: {damage}", remedy or DELETE)
   raise errors.DataError(
     f"{folder} is prepared as {file_format[:50]}, which needs TensorFlow to"
     f" read; needed: {FILE_FORMAT}. {remedy or _OTHER_FOLDER}"
@@ -96,7 +97,7 @@ def find(
 
 
 def damaged(
-  folder: pathlib.Path, problem: str, remedy: str = _DELETE
+  folder: pathlib.Path, problem: str, remedy: str = DELETE
 ) -> errors.DataError:
   """The error for a copy that cannot be read."""
   return errors.DataError(f"{folder} cannot be read ({problem}). {remedy}")
@@ -137,20 +138,24 @@ def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
   the shards of a streamed set may have hundreds of gigabytes.
 
   Raises:
-    OSError, ValueError: a file cannot be read.
+    DataError: a file cannot be read.
   """
   digest = hashlib.sha256()
-  for path in sorted(folder.iterdir()):
-    if path.is_dir():
-      continue
-    digest.update(path.name.encode(errors="surrogateescape") + b"\0")
-    if not read_all:
+  try:
+    for path in sorted(folder.iterdir()):
+      if path.is_dir():
+        continue
+      digest.update(path.name.encode(errors="surrogateescape") + b"\0")
+      if read_all:
+        with open_regular(path) as file:
+          digest.update(hashlib.file_digest(file, "sha256").digest())
+        continue
       digest.update(b"%d\0" % path.stat().st_size)
-    if read_all:
-      with open_regular(path) as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    elif path.suffix in (".json", ".txt"):
-      digest.update(read_text(path).encode())
+      if path.suffix in (".json", ".txt"):
+        digest.update(read_text(path).encode())
+  except (OSError, ValueError) as error:
+    remedy = DELETE if read_all else PREPARE_AGAIN
+    raise damaged(folder, errors.one_line(error), remedy) from error
   return digest.hexdigest()
 
 

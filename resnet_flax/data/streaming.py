@@ -132,7 +132,7 @@ def read_facts(folder: pathlib.Path) -> Facts:
 
 def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
   return prepared.damaged(
-    folder, errors.one_line(error), "Prepare it again, or take another copy."
+    folder, errors.one_line(error), prepared.PREPARE_AGAIN
   )
 
 
@@ -144,10 +144,7 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   """
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
-  try:
-    digest = prepared.fingerprint(folder, read_all=False)
-  except (OSError, ValueError) as error:
-    raise _damaged(folder, error) from error
+  digest = prepared.fingerprint(folder, read_all=False)
   source = f"{config.name}-{folder.name}-{digest[:16]}"
   first_test = facts.num_train if facts.test == "train" else 0
   parts = (

@@ -323,7 +323,7 @@ def test_images_that_are_none_or_of_another_kind(copy, image, message):
 @pytest.mark.parametrize(
   ("label", "message"),
   [
-    (10, "labels from 10 to 10; needed: 0 to 9"),
+    (10, "labels from 10 to 10, but names for 0 to 9"),
     (-1, "labels from -1 to -1"),
     (2**32 + 3, "OverflowError"),
     (None, "label"),

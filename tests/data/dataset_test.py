@@ -146,7 +146,7 @@ def test_wrong_number_of_images_is_an_error(config, monkeypatch):
   monkeypatch.setitem(
     dataset_lib.DATASETS, "digits", dataclasses.replace(info, num_train=1_400)
   )
-  with pytest.raises(errors.DataError, match="needed: 1400"):
+  with pytest.raises(errors.DataError, match=r"must be uint8\[1400"):
     dataset_lib.load(config)
 
 
