@@ -10,10 +10,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax.run import errors, huge_pages, program
+from resnet_flax.run import errors, process
 
 # For --helpshort, which shows a program's own.
-flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(process)
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
@@ -77,7 +77,7 @@ def _find_cluster() -> Any:
 def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
   from resnet_flax import train
   from resnet_flax.parallel import hosts as distributed
-  from resnet_flax.run import interruption
+  from resnet_flax.run import signals
 
   with distributed.connected(
     _find_cluster(),
@@ -85,7 +85,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
     heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
   ):
     records = train.train_and_evaluate(
-      config, workdir, signals=interruption.StopSignals(exits=True)
+      config, workdir, signals=signals.StopSignals(exits=True)
     )
     if distributed.is_first():
       _print_results(config, records)
@@ -127,9 +127,9 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 
 def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
-  from resnet_flax.run import interruption, load as inference
+  from resnet_flax.run import load as inference, signals
 
-  with interruption.StopSignals(exits=True):
+  with signals.StopSignals(exits=True):
     scores = inference.evaluate_workdir(
       workdir, _CHECKPOINT.value, config=config
     )
@@ -155,14 +155,14 @@ def _run(argv: list[str]) -> None:
       " process of a cluster work alone."
     )
   if _MODE.value == "eval":
-    if not program.WORKDIR.value:
+    if not process.WORKDIR.value:
       raise errors.ConfigError(
         "--mode=eval needs --workdir=DIR, a run's folder."
       )
     config = None
     if command_line.has_config():
       config, _ = command_line.config_and_workdir()
-    _evaluate(config, pathlib.Path(program.WORKDIR.value))
+    _evaluate(config, pathlib.Path(process.WORKDIR.value))
     return
   config, default_workdir = command_line.config_and_workdir()
   if _MODE.value == "summary":
@@ -170,14 +170,14 @@ def _run(argv: list[str]) -> None:
 
     print(summary.summarize(config), flush=True)
     return
-  _train(config, pathlib.Path(program.WORKDIR.value or default_workdir))
+  _train(config, pathlib.Path(process.WORKDIR.value or default_workdir))
 
 
 def run() -> None:
   """Runs the command line; mistakes and signals end in one line."""
-  program.run(_run)
+  process.run(_run)
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   run()

@@ -33,10 +33,10 @@ from resnet_flax.run import (
   config as config_rules,
   errors,
   folder as workdir_lib,
-  interruption,
   layer_norms,
   metrics,
   progress as progress_lib,
+  signals as signals_lib,
   transfer,
 )
 
@@ -54,7 +54,7 @@ def train_and_evaluate(
   workdir: pathlib.Path,
   *,
   devices: Sequence[jax.Device] | None = None,
-  signals: interruption.StopSignals | None = None,
+  signals: signals_lib.StopSignals | None = None,
 ) -> list[metrics.Record]:
   """Trains as the configuration says; goes on with what the workdir holds.
 
@@ -93,7 +93,7 @@ def train_and_evaluate(
     return {record["step"] for record in best}
 
   with contextlib.ExitStack() as stack:
-    signals = stack.enter_context(signals or interruption.StopSignals())
+    signals = stack.enter_context(signals or signals_lib.StopSignals())
     checkpoints: checkpoint.Checkpoints | checkpoint.Elsewhere
     checkpoints = checkpoint.Elsewhere()
     log: metrics.MetricsLog | metrics.LogElsewhere = metrics.LogElsewhere()
@@ -218,7 +218,7 @@ def train_and_evaluate(
       # So that the run depends no longer on what becomes of its source.
       checkpoints.save(seeds_lib.stack(layout.get(state)), notes)
       del source
-    timer = checkpoint.Timer(
+    timer = signals_lib.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
     agreement = distributed.agreement(signals, timer, devices)
@@ -612,7 +612,7 @@ def _after_epoch(
 def _explain_interruption(
   workdir: pathlib.Path,
   checkpoints: checkpoint.Checkpoints | checkpoint.Elsewhere,
-  signals: interruption.StopSignals,
+  signals: signals_lib.StopSignals,
 ) -> Iterator[None]:
   """A signal to stop ends in a line that says where the run stands."""
   signals.say_on_exit(
@@ -623,7 +623,7 @@ def _explain_interruption(
   )
   try:
     yield
-  except interruption.Stopped as stopped:
+  except signals_lib.Stopped as stopped:
     step = max(checkpoints.steps(), default=0)
     raise errors.Interrupted(
       f"stopped by {stopped}; saved up to step {step} in {workdir}. The same"

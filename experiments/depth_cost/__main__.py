@@ -30,7 +30,7 @@ from resnet_flax.run import (
   config as config_rules,
   environment,
   folder as workdir,
-  huge_pages,
+  process,
 )
 
 MODES = {
@@ -225,5 +225,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main)

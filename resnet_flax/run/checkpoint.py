@@ -1,4 +1,4 @@
-"""Checkpoints over Orbax: when they are due, what they hold, which are kept.
+"""Checkpoints over Orbax: what they hold, which are kept.
 
 A checkpoint is a train state and a manifest, `manifest.json`: the forms of all
 arrays, a few numbers of the epoch in progress, and the SHA-256 of every file of
@@ -18,7 +18,6 @@ import math
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -46,44 +45,6 @@ _SPACE_FACTOR = 3
 
 # What goes with a state, such as the seconds an epoch has taken so far: JSON.
 Notes = dict[str, Any]
-
-
-class Timer:
-  """Says when the next checkpoint is due, besides the end of an epoch."""
-
-  def __init__(
-    self,
-    every_steps: int,
-    every_minutes: float,
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    """Starts to count.
-
-    Args:
-      every_steps: due after every step that it divides; 0 turns it off.
-      every_minutes: due so long after the last one; 0 turns it off.
-      clock: seconds; one that is never set back.
-    """
-    self._every_steps = every_steps
-    self._seconds = every_minutes * 60
-    self._clock = clock
-    self.reset()
-
-  def due(self, step: int) -> bool:
-    """Whether to save after `step` steps."""
-    return self.due_at(step) or self.overdue()
-
-  def due_at(self, step: int) -> bool:
-    """Whether `every_steps` says so."""
-    return bool(self._every_steps) and step % self._every_steps == 0
-
-  def overdue(self) -> bool:
-    """Whether `every_minutes` says so."""
-    return bool(self._seconds) and self._clock() - self._last >= self._seconds
-
-  def reset(self) -> None:
-    """Takes note that a checkpoint was saved."""
-    self._last = self._clock()
 
 
 class _Kept(policies.PreservationPolicy):

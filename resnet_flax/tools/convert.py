@@ -31,8 +31,8 @@ from resnet_flax.run import (
   environment,
   errors,
   folder as workdir_lib,
-  interruption,
-  program,
+  process,
+  signals,
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
@@ -235,9 +235,9 @@ def _run(argv: list[str]) -> None:
       " --source=resnet50.safetensors."
     )
   config, default_workdir = command_line.config_and_workdir()
-  workdir = program.WORKDIR.value or default_workdir
+  workdir = process.WORKDIR.value or default_workdir
   # What is half written is removed before the process ends.
-  with interruption.StopSignals():
+  with signals.StopSignals():
     done = convert(source, config, workdir)
   print(f"Source: {done.title}")
   print(
@@ -263,5 +263,5 @@ def run() -> None:
     "File of weights: .keras, .weights.h5 or .h5 of Keras, .safetensors, .pt,"
     " .pth or .th of PyTorch.",
   )
-  flags.adopt_module_key_flags(program)
-  program.run(_run)
+  flags.adopt_module_key_flags(process)
+  process.run(_run)

@@ -97,21 +97,6 @@ def test_saving_does_not_lose_memory(tmp_path, state):
   assert after - before < 1000
 
 
-def test_timer():
-  now = [0.0]
-  timer = checkpoint.Timer(3, 2.0, clock=lambda: now[0])
-  assert [step for step in range(1, 10) if timer.due(step)] == [3, 6, 9]
-  now[0] = 119.0
-  assert not timer.due(1)
-  now[0] = 121.0
-  assert timer.due(1)
-  timer.reset()
-  assert not timer.due(1)
-  never = checkpoint.Timer(0, 0.0, clock=lambda: now[0])
-  now[0] = 1e9
-  assert not any(never.due(step) for step in range(100))
-
-
 @pytest.mark.parametrize(
   ("steps", "best", "kept"),
   [
