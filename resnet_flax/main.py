@@ -10,10 +10,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax.run import errors, process
+from resnet_flax.run import command_line, errors, process
 
-# For --helpshort, which shows a program's own.
+# --help shows these, too.
 flags.adopt_module_key_flags(process)
+flags.adopt_module_key_flags(command_line)
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
@@ -145,8 +146,6 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
 
 
 def _run(argv: list[str]) -> None:
-  from resnet_flax.run import command_line
-
   command_line.set_up()
   if _MODE.value != "train" and (cluster := _find_cluster()):
     raise errors.ConfigError(

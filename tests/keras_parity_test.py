@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from configs import base
-from resnet_flax import models, optimizer, step as train_step
+from resnet_flax import models, optim, step as step_lib
 from tests.models.flax_batch_norm import FlaxBatchNorm
 
 keras = pytest.importorskip("keras", reason="needs the extra [parity]")
@@ -148,7 +148,7 @@ class Pair:
     config = base.get_config()
     config.model.update({"name": name, "depth": depth})
     self.ours = models.create_model(config.model, 10)
-    self.optimizer = optimizer.create_optimizer(config.optimizer)
+    self.optimizer = optim.create_optimizer(config.optimizer)
     self.trainable = [v.value for v in self.theirs.trainable_variables]
     rng = np.random.default_rng(0)
     # Statistics and affine parameters that are not their initial 0 and 1.
@@ -248,7 +248,7 @@ def test_ten_training_steps(pair):
 
   @jax.jit
   def our_step(variables, images, labels):
-    grad_fn = jax.value_and_grad(train_step.loss_fn, argnums=1, has_aux=True)
+    grad_fn = jax.value_and_grad(step_lib.loss_fn, argnums=1, has_aux=True)
     (loss, (logits, updated)), grads = grad_fn(
       pair.ours,
       variables["params"],
@@ -260,7 +260,7 @@ def test_ten_training_steps(pair):
     # The first link of the chain is the L2 term.
     params = variables["params"]
     decay = optax.add_decayed_weights(
-      2 * L2, mask=optimizer.L2_WEIGHTS["conv_kernels"]
+      2 * L2, mask=optim.L2_WEIGHTS["conv_kernels"]
     )
     grads, _ = decay.update(grads, decay.init(params), params)
     objective = loss + pair.optimizer.penalty(params)

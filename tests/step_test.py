@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import experiment as experiment_lib, step as train_step
-from resnet_flax.data import normalize as normalization
+from resnet_flax import step as step_lib
+from resnet_flax.data import normalize
 from resnet_flax.models import feedforward
 
 
@@ -18,7 +18,7 @@ def make_experiment(name="resnet_v1", depth=8):
   config.model.update({"name": name, "depth": depth, "num_filters": 4})
   config.augment.name = "none"
   config.batch_size = 4
-  return experiment_lib.build(config)
+  return step_lib.build(config)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def experiment():
 
 
 def create_state(experiment):
-  return train_step.create_train_state(
+  return step_lib.create_train_state(
     experiment,
     jax.random.key(0),
-    normalization.placeholder("pixel_mean", experiment.image_shape),
+    normalize.placeholder("pixel_mean", experiment.image_shape),
   )
 
 
@@ -40,42 +40,33 @@ def batch(count=4):
   return jnp.asarray(images), jnp.asarray(np.arange(count) % 10, jnp.int32)
 
 
-def test_normalization():
-  mean = jnp.full((32, 32, 3), 0.25)
-  std = jnp.full((1, 1, 3), 0.5)
-  images = jnp.full((2, 32, 32, 3), 255, jnp.uint8)
-  result = train_step.Normalization(mean, std)(images)
-  assert result.dtype == jnp.float32
-  np.testing.assert_allclose(result, 1.5)
-
-
 def test_sums_of_the_epoch(experiment):
   """They add up within an epoch and start anew with the next."""
   state = create_state(experiment)
   steps = experiment.learning_rate.steps_per_epoch
   images, labels = batch()
-  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  step = jax.jit(functools.partial(step_lib.train_step, experiment))
   key = jax.random.key(0)
   state, first = step(state, images, labels, key)
   state, second = step(state, images, labels, key)
-  assert int(first.sums.count) == 4
-  assert int(second.sums.count) == 8
-  assert float(second.sums.loss) > float(first.sums.loss) > 0
+  assert int(first.sums["count"]) == 4
+  assert int(second.sums["count"]) == 8
+  assert float(second.sums["loss"]) > float(first.sums["loss"]) > 0
   state, _ = step(state.replace(step=jnp.asarray(steps)), images, labels, key)
-  assert int(state.epoch_sums.count) == 4
+  assert int(state.epoch_sums["count"]) == 4
   assert int(state.step) == steps + 1
 
 
 def test_objective_is_loss_plus_penalty(experiment):
   state = create_state(experiment)
   images, labels = batch()
-  _, step_metrics = train_step.train_step(
+  _, step_metrics = step_lib.train_step(
     experiment, state, images, labels, jax.random.key(0)
   )
   penalty = experiment.optimizer.penalty(state.params)
   np.testing.assert_allclose(
-    step_metrics.sums.objective,
-    step_metrics.sums.loss + 4 * penalty,
+    step_metrics.sums["objective"],
+    step_metrics.sums["loss"] + 4 * penalty,
     rtol=1e-5,
   )
 
@@ -90,7 +81,7 @@ def test_non_finite_state_is_reported(experiment, part):
     getattr(state, part),
   )
   images, labels = batch()
-  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  step = jax.jit(functools.partial(step_lib.train_step, experiment))
   _, good = step(state, images, labels, jax.random.key(0))
   assert bool(good.finite)
   _, bad = step(
@@ -103,14 +94,14 @@ def test_randomness_depends_on_the_step_alone():
   config = base.get_config()
   config.model.update({"depth": 8, "num_filters": 4})
   config.batch_size = 4
-  experiment = experiment_lib.build(config)
+  experiment = step_lib.build(config)
   state = create_state(experiment)
   images, labels = batch()
-  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  step = jax.jit(functools.partial(step_lib.train_step, experiment))
 
   def loss_at(number):
     start = state.replace(step=jnp.asarray(number))
-    return float(step(start, images, labels, jax.random.key(0))[1].sums.loss)
+    return float(step(start, images, labels, jax.random.key(0))[1].sums["loss"])
 
   assert loss_at(0) == loss_at(0)
   assert loss_at(0) != loss_at(1562)
@@ -121,10 +112,10 @@ def dropping_experiment():
   """A small network that drops units and has no statistics."""
   config = base.get_config()
   config.model.update({"name": "vgg", "depth": 19, "input_size": 64})
-  config.model.batch_norm = False
+  config.model.norm = "none"
   config.augment.name = "none"
   config.batch_size = 4
-  experiment = experiment_lib.build(config)
+  experiment = step_lib.build(config)
   model = experiment.model.clone(
     features=(feedforward.Conv(4), feedforward.Pool(2)),
     pooled_size=2,
@@ -138,12 +129,12 @@ def dropping_experiment():
 def test_dropout_depends_on_the_step_alone(dropping_experiment):
   state = create_state(dropping_experiment)
   images, labels = batch()
-  step = jax.jit(functools.partial(train_step.train_step, dropping_experiment))
+  step = jax.jit(functools.partial(step_lib.train_step, dropping_experiment))
 
   def loss_at(number, seed=0):
     start = state.replace(step=jnp.asarray(number))
     key = jax.random.key(seed)
-    return float(step(start, images, labels, key)[1].sums.loss)
+    return float(step(start, images, labels, key)[1].sums["loss"])
 
   assert loss_at(0) == loss_at(0)
   # The first steps of two epochs, which start their sums anew.
@@ -155,7 +146,7 @@ def test_network_without_statistics_trains(dropping_experiment):
   state = create_state(dropping_experiment)
   assert state.batch_stats == {}
   images, labels = batch()
-  step = functools.partial(train_step.train_step, dropping_experiment)
+  step = functools.partial(step_lib.train_step, dropping_experiment)
   new, step_metrics = jax.jit(step)(state, images, labels, jax.random.key(0))
   assert bool(step_metrics.finite)
   assert new.batch_stats == {}
@@ -171,14 +162,13 @@ def test_smoothed_labels_are_those_of_szegedy_et_al(experiment):
   smoothed = dataclasses.replace(experiment, label_smoothing=0.1)
 
   def loss(experiment):
-    value, (logits, _) = train_step.loss_fn(
-      experiment.model,
+    value, (logits, _) = step_lib.loss_fn(
+      experiment,
       state.params,
       state.batch_stats,
       state.normalization(images),
       labels,
       jax.random.key(0),
-      label_smoothing=experiment.label_smoothing,
     )
     return float(value), np.asarray(jax.nn.log_softmax(logits), np.float64)
 
@@ -188,9 +178,39 @@ def test_smoothed_labels_are_those_of_szegedy_et_al(experiment):
   assert soft == pytest.approx(expected, rel=1e-5)
   assert abs(soft - hard) > 1e-3
   key = jax.random.key(0)
-  step = functools.partial(train_step.train_step, smoothed)
+  step = functools.partial(step_lib.train_step, smoothed)
   _, reported = jax.jit(step)(state, images, labels, key)
-  assert float(reported.sums.loss) / 4 == pytest.approx(soft, rel=1e-5)
+  assert float(reported.sums["loss"]) / 4 == pytest.approx(soft, rel=1e-5)
+
+
+def test_targets_may_be_probabilities(experiment):
+  """As labels that are mixed are: one-hot ones count as labels do."""
+  images, labels = batch()
+  state = create_state(experiment)
+
+  def step(augment):
+    mixed = dataclasses.replace(experiment, augment=augment)
+    _, reported = step_lib.train_step(
+      mixed, state, images, labels, jax.random.key(0)
+    )
+    return reported.sums
+
+  plain = step(lambda key, images, labels: (images, labels))
+  one_hot = step(lambda key, images, labels: (images, jnp.eye(10)[labels]))
+  for name, value in plain.items():
+    np.testing.assert_allclose(one_hot[name], value, rtol=1e-5)
+
+  def mix(key, images, labels):
+    targets = jnp.eye(10)[labels]
+    return images, 0.75 * targets + 0.25 * targets[::-1]
+
+  logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+  _, targets = mix(None, images, labels)
+  expected = -(targets * jax.nn.log_softmax(logits)).sum(-1)
+  np.testing.assert_allclose(
+    step_lib.cross_entropy(jnp.asarray(logits), targets), expected, rtol=1e-5
+  )
+  assert np.isfinite(step(mix)["loss"])
 
 
 def test_probabilities_of_crops_are_averaged(experiment):
@@ -199,23 +219,21 @@ def test_probabilities_of_crops_are_averaged(experiment):
   labels = jnp.array([1, 2])
   state = create_state(experiment)
   mask = jnp.array([True, False])
-  sums, probabilities = train_step.eval_step(
+  sums, probabilities = step_lib.eval_step(
     experiment, state, crops, labels, mask
   )
   expected = np.mean(
     [
-      jax.nn.softmax(
-        train_step.apply_eval(experiment.model, state, crops[:, k])
-      )
+      jax.nn.softmax(step_lib.apply_eval(experiment.model, state, crops[:, k]))
       for k in range(3)
     ],
     axis=0,
   )
   np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
-  assert int(sums.count) == 1
-  assert float(sums.loss) == pytest.approx(-np.log(expected[0, 1]), rel=1e-5)
+  assert int(sums["count"]) == 1
+  assert float(sums["loss"]) == pytest.approx(-np.log(expected[0, 1]), rel=1e-5)
   # Not what the mean of the logits gives.
-  means = train_step.apply_eval(
+  means = step_lib.apply_eval(
     experiment.model, state, crops.reshape(-1, 32, 32, 3)
   ).reshape(2, 3, -1)
   assert np.abs(jax.nn.softmax(means.mean(1)) - expected).max() > 1e-6
@@ -225,7 +243,7 @@ def test_keys_of_a_step_differ():
   keys = [
     jax.random.key_data(key).tolist()
     for step in (0, 1, 2**31 - 1)
-    for key in train_step.step_keys(jax.random.key(0), step).values()
+    for key in step_lib.step_keys(jax.random.key(0), step).values()
   ]
   assert len({tuple(key) for key in keys}) == 6
 
@@ -234,13 +252,13 @@ def test_eval_step_counts_what_the_mask_lets_through(experiment):
   state = create_state(experiment)
   images, labels = batch(6)
   mask = jnp.asarray([True, True, False, True, False, True])
-  score = functools.partial(train_step.eval_step, experiment, state)
+  score = functools.partial(step_lib.eval_step, experiment, state)
   masked, _ = score(images, labels, mask)
   kept, _ = score(images[mask], labels[mask], jnp.ones(4, bool))
-  assert int(masked.count) == 4
-  assert int(masked.correct) == int(kept.correct)
-  np.testing.assert_allclose(masked.loss, kept.loss, rtol=1e-5)
-  np.testing.assert_allclose(masked.objective, kept.objective, rtol=1e-5)
+  assert int(masked["count"]) == 4
+  assert int(masked["accuracy"]) == int(kept["accuracy"])
+  np.testing.assert_allclose(masked["loss"], kept["loss"], rtol=1e-5)
+  np.testing.assert_allclose(masked["objective"], kept["objective"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -252,7 +270,7 @@ def test_step_lowers_for_accelerators(name, depth, platform):
   state = jax.eval_shape(lambda: create_state(experiment))
   exported = jax.export.export(
     jax.jit(
-      functools.partial(train_step.train_step, experiment), donate_argnums=0
+      functools.partial(step_lib.train_step, experiment), donate_argnums=0
     ),
     platforms=[platform],
   )(

@@ -12,81 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_flax import (
-  data as datasets,
-  experiment as experiment_lib,
-  step as train_step,
-  train,
+from resnet_flax import data, step as step_lib, train
+from resnet_flax.parallel import evaluate, program
+from resnet_flax.run import checkpoint, errors, load, metrics, progress
+from tests.helpers import (
+  Programs,
+  assert_identical,
+  assert_same_run,
+  at_event,
+  die,
+  initial,
+  layout_of,
+  restore,
+  saved_steps,
 )
-from resnet_flax.parallel import (
-  calls as calls_lib,
-  epochs,
-  evaluate,
-  mesh as mesh_lib,
-  networks as seeds,
-)
-from resnet_flax.run import checkpoint, errors, metrics, progress
 
-
-def restore(config, workdir, step=None):
-  """A checkpoint of a run, by default the latest, as a tree of arrays."""
-  experiment = experiment_lib.build(config)
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    state, _ = checkpoints.restore(
-      step or checkpoints.steps()[-1],
-      experiment_lib.abstract_state(config, experiment),
-    )
-  return state
-
-
-def saved_steps(workdir):
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.steps()
-
-
-def assert_identical(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def assert_same_run(config, one, other):
-  """Checkpoints and records are the same, to the bit."""
-  assert metrics.untimed(metrics.MetricsLog(one).read()) == metrics.untimed(
-    metrics.MetricsLog(other).read()
-  )
-  assert saved_steps(one)[-1] == saved_steps(other)[-1]
-  for step in {saved_steps(one)[-1], best_step(one)}:
-    assert_identical(restore(config, one, step), restore(config, other, step))
-
-
-def best_step(workdir):
-  records = metrics.MetricsLog(workdir).read()
-  return metrics.best_record(records, "accuracy")["step"]
-
-
-def die_at(monkeypatch, module, name, call):
-  """As a kill would: an exception that nobody expects, at the given call."""
-  calls = itertools.count(1)
-  original = getattr(module, name)
-
-  def dying(*arguments, **keywords):
-    if next(calls) == call:
-      raise SystemExit
-    return original(*arguments, **keywords)
-
-  monkeypatch.setattr(module, name, dying)
-
-
-def signal_at_step(monkeypatch, number, step):
-  """A signal comes after the given step of this process has been read."""
-  calls = itertools.count(1)
-  original = calls_lib._read
-
-  def read(*arguments):
-    if next(calls) == step:
-      os.kill(os.getpid(), number)
-    return original(*arguments)
-
-  monkeypatch.setattr(calls_lib, "_read", read)
+slow = pytest.mark.slow
 
 
 def test_a_run_leaves_its_numbers(tiny_config, tmp_path, one_device):
@@ -99,12 +40,12 @@ def test_a_run_leaves_its_numbers(tiny_config, tmp_path, one_device):
     "epoch",
     "step",
     "learning_rate",
+    "train_accuracy",
     "train_loss",
     "train_objective",
-    "train_accuracy",
+    "test_accuracy",
     "test_loss",
     "test_objective",
-    "test_accuracy",
     "epoch_seconds",
     "images_per_second",
   ]
@@ -131,134 +72,93 @@ def long_config(make_tiny_config, tmp_path_factory):
   return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once():
-  """Runs of `long_config` take hundreds of steps, compiled once a mesh."""
-  programs = {}
+@pytest.fixture(scope="module")
+def programs():
+  return Programs()
 
-  def remember(function, key):
-    def remembering(*arguments):
-      experiment = arguments[0]
-      if experiment.learning_rate.steps_per_epoch != 4 or not (
-        experiment.learning_rate.warmup
-      ):
-        return function(*arguments)
-      name = (function, key(*arguments))
-      if name not in programs:
-        programs[name] = function(*arguments)
-      return programs[name]
 
-    return remembering
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      calls_lib,
-      "compile_train_step",
-      remember(calls_lib.compile_train_step, lambda *arguments: arguments[-1]),
-    )
-    patch.setattr(
-      evaluate,
-      "jit_eval_step",
-      remember(evaluate.jit_eval_step, lambda *arguments: arguments[-1]),
-    )
-    yield
+@pytest.fixture
+def run(long_config, one_device, programs):
+  """Trains `long_config` in a workdir; to be given events."""
+  return functools.partial(programs.train, long_config, devices=one_device)
 
 
 @pytest.fixture(scope="module")
-def straight(long_config, tmp_path_factory):
+def straight(long_config, tmp_path_factory, programs):
   """The workdir of the uninterrupted run."""
   workdir = tmp_path_factory.mktemp("straight")
-  train.train_and_evaluate(long_config, workdir, devices=jax.devices()[:1])
+  programs.train(long_config, workdir, devices=jax.devices()[:1])
   return workdir
 
 
 @pytest.mark.parametrize(
-  ("number", "code", "at", "saved"),
+  ("number", "code", "step"),
   [
-    # Read one step late: the next one is under way, finished and saved.
-    (signal.SIGINT, 130, 1, 2),
-    (signal.SIGTERM, 143, 1, 2),
-    (signal.SIGTERM, 143, 2, 3),
-    # Saved and read at once, at the end of an epoch and within one.
-    (signal.SIGTERM, 143, 4, 4),
-    (signal.SIGTERM, 143, 6, 6),
-    (signal.SIGTERM, 143, 11, 12),
+    (signal.SIGINT, 130, 1),
+    pytest.param(signal.SIGTERM, 143, 1, marks=slow),
+    pytest.param(signal.SIGTERM, 143, 2, marks=slow),
+    # At the end of an epoch, and where a checkpoint is due anyway.
+    (signal.SIGTERM, 143, 4),
+    pytest.param(signal.SIGTERM, 143, 6, marks=slow),
+    pytest.param(signal.SIGTERM, 143, 12, marks=slow),
   ],
 )
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
-  straight,
-  long_config,
-  tmp_path,
-  monkeypatch,
-  one_device,
-  number,
-  code,
-  at,
-  saved,
+def test_a_signal_saves_and_the_run_resumes_bit_identically(
+  straight, long_config, run, tmp_path, number, code, step
 ):
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  with monkeypatch.context() as patch:
-    signal_at_step(patch, number, at)
-    with pytest.raises(errors.Interrupted) as caught:
-      run(long_config, tmp_path)
+  raise_signal = functools.partial(os.kill, os.getpid(), number)
+  with pytest.raises(errors.Interrupted) as caught:
+    run(tmp_path, on_event=at_event("step", step, raise_signal))
   assert caught.value.exit_code == code
   assert f"stopped by {signal.Signals(number).name}" in str(caught.value)
-  assert f"saved up to step {saved} in" in str(caught.value)
-  assert saved_steps(tmp_path)[-1] == saved
-  run(long_config, tmp_path)
+  assert f"saved up to step {step} in" in str(caught.value)
+  assert saved_steps(tmp_path)[-1] == step
+  run(tmp_path)
   assert_same_run(long_config, tmp_path, straight)
 
 
 @pytest.mark.parametrize(
-  ("module", "name", "call"),
+  ("event", "count"),
   [
-    (calls_lib, "_read", 1),
-    (calls_lib, "_read", 6),
-    (calls_lib, "_read", 12),
-    (evaluate._Totals, "add", 1),
-    (evaluate._Totals, "add", 6),
-    (train, "_record", 2),
-    (metrics.MetricsLog, "append", 1),
-    (metrics.MetricsLog, "append", 3),
-    (checkpoint.Checkpoints, "save", 1),
-    (checkpoint.Checkpoints, "save", 5),
-    (checkpoint.Checkpoints, "_write_manifest", 3),
-    (metrics.TensorBoard, "write", 1),
-    (metrics.TensorBoard, "write", 3),
-    (progress.Progress, "end_epoch", 2),
+    pytest.param("compile", 1, marks=slow),
+    pytest.param("step", 1, marks=slow),
+    ("step", 6),
+    pytest.param("step", 12, marks=slow),
+    pytest.param("save", 1, marks=slow),
+    ("save", 5),
+    ("manifest", 3),
+    pytest.param("evaluate", 1, marks=slow),
+    ("evaluate", 6),
+    ("record", 2),
+    pytest.param("record", 3, marks=slow),
   ],
 )
-def test_a_run_that_died_goes_on_to_the_same_bits(
-  long_config, straight, tmp_path, monkeypatch, one_device, module, name, call
+def test_a_run_that_died_resumes_bit_identically(
+  long_config, straight, run, tmp_path, event, count
 ):
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  with monkeypatch.context() as patch:
-    die_at(patch, module, name, call)
-    with pytest.raises((SystemExit, errors.WorkdirError)):
-      run(long_config, tmp_path)
-  run(long_config, tmp_path)
+  # In Orbax's thread, whose errors are found when it is waited for.
+  with pytest.raises((SystemExit, errors.WorkdirError)):
+    run(tmp_path, on_event=at_event(event, count, die))
+  run(tmp_path)
   assert_same_run(long_config, tmp_path, straight)
 
 
 def test_record_without_its_checkpoint_is_cut_off(
-  long_config, straight, tmp_path, monkeypatch, one_device
+  long_config, straight, run, tmp_path
 ):
   """As after a kill while the checkpoint was on its way to the disk."""
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  with monkeypatch.context() as patch:
-    die_at(patch, calls_lib, "_read", 6)
-    with pytest.raises(SystemExit):
-      run(long_config, tmp_path)
+  with pytest.raises(SystemExit):
+    run(tmp_path, on_event=at_event("step", 7, die))
   log = metrics.MetricsLog(tmp_path)
   log.append({**log.read()[0], "epoch": 1})
-  run(long_config, tmp_path)
+  run(tmp_path)
   assert_same_run(long_config, tmp_path, straight)
 
 
 @pytest.mark.parametrize("damaged", [1, 2])
-def test_damaged_checkpoints_are_trained_again_to_the_same_bits(
-  long_config, straight, tmp_path, one_device, damaged, caplog
+def test_damaged_checkpoints_are_trained_again_bit_identically(
+  long_config, straight, run, tmp_path, damaged, caplog
 ):
   workdir = tmp_path / "run"
   shutil.copytree(straight, workdir)
@@ -272,22 +172,22 @@ def test_damaged_checkpoints_are_trained_again_to_the_same_bits(
     path.write_bytes(path.read_bytes()[:-1])
   if damaged == len(steps):
     with pytest.raises(errors.WorkdirError, match="is good"):
-      train.train_and_evaluate(long_config, workdir, devices=one_device)
+      run(workdir)
     return
-  train.train_and_evaluate(long_config, workdir, devices=one_device)
+  run(workdir)
   assert "is damaged" in caplog.text
   assert_same_run(long_config, workdir, straight)
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 8), (8, 1)])
-def test_a_run_goes_on_with_other_devices(
-  long_config, straight, tmp_path, monkeypatch, first, then
+@pytest.mark.parametrize(
+  ("first", "then"), [(1, 8), pytest.param(8, 1, marks=slow)]
+)
+def test_a_run_resumes_on_other_devices(
+  long_config, straight, programs, tmp_path, first, then
 ):
-  run = functools.partial(train.train_and_evaluate, long_config, tmp_path)
-  with monkeypatch.context() as patch:
-    die_at(patch, calls_lib, "_read", 6)
-    with pytest.raises(SystemExit):
-      run(devices=jax.devices()[:first])
+  run = functools.partial(programs.train, long_config, tmp_path)
+  with pytest.raises(SystemExit):
+    run(devices=jax.devices()[:first], on_event=at_event("step", 7, die))
   records = run(devices=jax.devices()[:then])
   expected = metrics.MetricsLog(straight).read()
   for record, reference in zip(records, expected, strict=True):
@@ -297,46 +197,44 @@ def test_a_run_goes_on_with_other_devices(
     )
 
 
+@slow
 def test_a_clock_that_is_set_back_does_not_matter(
-  long_config, straight, tmp_path, monkeypatch, one_device
+  long_config, straight, run, tmp_path, monkeypatch
 ):
   times = itertools.count(2e9, -3600)
   monkeypatch.setattr(time, "time", lambda: next(times))
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  with monkeypatch.context() as patch:
-    die_at(patch, calls_lib, "_read", 6)
-    with pytest.raises(SystemExit):
-      run(long_config, tmp_path)
-  run(long_config, tmp_path)
+  with pytest.raises(SystemExit):
+    run(tmp_path, on_event=at_event("step", 7, die))
+  run(tmp_path)
   assert_same_run(long_config, tmp_path, straight)
 
 
 def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device):
   tiny_config.checkpoint.every_minutes = 1e-9
-  with pytest.MonkeyPatch.context() as patch:
-    die_at(patch, calls_lib, "_read", 3)
-    with pytest.raises(SystemExit):
-      train.train_and_evaluate(tiny_config, tmp_path, devices=one_device)
+  with pytest.raises(SystemExit):
+    train.train_and_evaluate(
+      *(tiny_config, tmp_path),
+      devices=one_device,
+      on_event=at_event("step", 3, die),
+    )
   assert saved_steps(tmp_path) == [1, 2]
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(
-  tiny_config, tmp_path, monkeypatch, one_device
+  tiny_config, tmp_path, one_device
 ):
-  run = functools.partial(train.train_and_evaluate, tiny_config, tmp_path)
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path, devices=one_device
+  )
   seen = []
 
-  def other(*arguments):
+  def other():
     with pytest.raises(errors.WorkdirError, match="in use by process") as error:
-      run(devices=one_device)
+      run()
     seen.append(error)
-    return original(*arguments)
 
-  original = calls_lib._read
-  with monkeypatch.context() as patch:
-    patch.setattr(calls_lib, "_read", other)
-    run(devices=one_device)
-  assert len(seen) == 8
+  run(on_event=at_event("step", 3, other))
+  assert len(seen) == 1
   assert len(metrics.MetricsLog(tmp_path).read()) == 2
 
 
@@ -373,63 +271,42 @@ def frozen():
   thaw()
 
 
-def at_step(monkeypatch, step, action):
-  """Does something after the given step of this process has been read."""
-  calls = itertools.count(1)
-  original = calls_lib._read
-
-  def read(*arguments):
-    if next(calls) == step:
-      action()
-    return original(*arguments)
-
-  monkeypatch.setattr(calls_lib, "_read", read)
-
-
 @orbax_leaves_coroutines
-@pytest.mark.parametrize("noticed", ["beforehand", "while saving"])
+@pytest.mark.parametrize(
+  "noticed", ["beforehand", pytest.param("while saving", marks=slow)]
+)
 def test_full_disk(
-  long_config,
-  straight,
-  small_disk,
-  monkeypatch,
-  one_device,
-  noticed,
+  long_config, straight, run, small_disk, monkeypatch, noticed
 ):
   workdir = small_disk.folder / "run"
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
   with monkeypatch.context() as patch:
     if noticed == "while saving":
-      patch.setattr(checkpoint, "_SPACE_FACTOR", 0)
-    at_step(patch, 7, lambda: small_disk.fill())
+      patch.setattr(checkpoint, "SPACE_FACTOR", 0)
     with pytest.raises(errors.WorkdirError, match="no space left") as caught:
-      run(long_config, workdir)
+      run(workdir, on_event=at_event("step", 8, small_disk.fill))
   assert "\n" not in str(caught.value)
   small_disk.free()
-  # That of step 6 may have been on its way, and one or two more find room where
-  # an old one is removed.
+  # The one of step 6 may have been on its way, and one or two more find room
+  # where an old one is removed.
   assert saved_steps(workdir)[-1] >= 4
-  run(long_config, workdir)
+  run(workdir)
   assert_same_run(long_config, workdir, straight)
 
 
 @orbax_leaves_coroutines
 def test_workdir_becomes_read_only(
-  long_config, straight, tmp_path, monkeypatch, one_device, frozen
+  long_config, straight, run, tmp_path, frozen
 ):
   workdir = tmp_path / "run"
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
   message = "(?i)permission.denied|not permitted"
-  with monkeypatch.context() as patch:
-    at_step(patch, 8, lambda: frozen(workdir))
-    with pytest.raises(errors.WorkdirError, match=message) as caught:
-      run(long_config, workdir)
+  with pytest.raises(errors.WorkdirError, match=message) as caught:
+    run(workdir, on_event=at_event("step", 8, lambda: frozen(workdir)))
   assert "\n" not in str(caught.value)
   with pytest.raises(errors.WorkdirError, match=message):
-    run(long_config, workdir)
+    run(workdir)
   frozen.thaw()
   assert saved_steps(workdir)[-1] in (4, 6)
-  run(long_config, workdir)
+  run(workdir)
   assert_same_run(long_config, workdir, straight)
 
 
@@ -440,20 +317,24 @@ def remove(folder):
 
 
 @orbax_leaves_coroutines
-@pytest.mark.parametrize("step", [5, 6, 8, 12])
-def test_workdir_is_removed(
-  long_config, straight, tmp_path, monkeypatch, one_device, step
-):
+@pytest.mark.parametrize(
+  ("event", "count"),
+  [
+    pytest.param("step", 6, marks=slow),
+    ("step", 8),
+    pytest.param("step", 12, marks=slow),
+    ("record", 2),
+  ],
+)
+def test_workdir_is_removed(long_config, straight, run, tmp_path, event, count):
+  """It is not made anew, as Orbax would with its next checkpoint."""
   workdir = tmp_path / "run"
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  with monkeypatch.context() as patch:
-    at_step(patch, step, lambda: remove(workdir))
-    with pytest.raises(
-      errors.WorkdirError, match="removed or emptied"
-    ) as caught:
-      run(long_config, workdir)
+  on_event = at_event(event, count, lambda: remove(workdir))
+  with pytest.raises(errors.WorkdirError, match="removed or emptied") as caught:
+    run(workdir, on_event=on_event)
   assert "\n" not in str(caught.value)
-  run(long_config, workdir)
+  assert not (workdir / "metrics.jsonl").exists()
+  run(workdir)
   assert_same_run(long_config, workdir, straight)
 
 
@@ -463,7 +344,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(
   def load(config, augmentation):
     raise errors.DataError("no data")
 
-  monkeypatch.setattr(datasets, "load", load)
+  monkeypatch.setattr(data, "load", load)
   with pytest.raises(errors.DataError):
     train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
   assert not (tmp_path / "run").exists()
@@ -475,7 +356,7 @@ def test_finished_run_is_not_trained_again(
   tiny_config.num_epochs = 1
   run = functools.partial(train.train_and_evaluate, devices=one_device)
   records = run(tiny_config, tmp_path / "run")
-  monkeypatch.setattr(datasets, "load", None)
+  monkeypatch.setattr(data, "load", None)
   assert run(tiny_config, tmp_path / "run") == records
 
 
@@ -495,7 +376,7 @@ def test_validation_chooses_the_best_epoch(
     """Validation gets worse with every epoch, test better."""
     sizes.append(len(split))
     sign = -1 if len(split) == 50 else 1
-    accuracy = 0.5 + sign * int(state.step) / 100
+    accuracy = 0.5 + sign * state.step / 100
     return one_score(loss=1.0, accuracy=accuracy)
 
   monkeypatch.setattr(evaluate, "evaluate", opposite)
@@ -516,7 +397,7 @@ def test_the_monitored_metric_chooses_the_best_epoch(
 
   def scripted(eval_step, state, *arguments, **keywords):
     """The loss is best after the first epoch, the accuracy after the last."""
-    step = int(state.step)
+    step = state.step
     return one_score(loss=step / 10, accuracy=step / 100)
 
   monkeypatch.setattr(evaluate, "evaluate", scripted)
@@ -537,7 +418,7 @@ def test_non_finite_evaluation_stops_and_is_never_saved(
 
 
 def test_non_finite_step_is_never_saved_and_can_be_reproduced(
-  tiny_config, tmp_path, one_device, dataset, monkeypatch
+  tiny_config, tmp_path, one_device, monkeypatch
 ):
   tiny_config.optimizer.name = "sgd"
   tiny_config.optimizer.learning_rate = 1e30
@@ -555,23 +436,16 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   assert (failure["epoch"], failure["step_in_epoch"]) == divmod(step, 4)
   assert saved_steps(workdir)[-1] == failure["latest_checkpoint_step"] == step
   # From the last finite state, by these indexes and this key.
-  experiment = experiment_lib.build(tiny_config)
-  mesh = mesh_lib.create_mesh(one_device)
+  experiment = step_lib.build(tiny_config)
+  split = data.load(tiny_config.dataset).train
   key = jax.random.wrap_key_data(
     jnp.asarray(failure["augmentation_key"], jnp.uint32)
   )
   monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
-  _, step_metrics = jax.jit(
-    functools.partial(train_step.train_step, experiment)
-  )(
+  _, step_metrics = jax.jit(functools.partial(step_lib.train_step, experiment))(
     restore(tiny_config, workdir),
-    *mesh_lib.put(
-      (
-        dataset.train.images[failure["batch_indexes"]],
-        dataset.train.labels[failure["batch_indexes"]],
-      ),
-      mesh_lib.batch_sharding(mesh),
-    ),
+    split.images[failure["batch_indexes"]],
+    split.labels[failure["batch_indexes"]],
     key,
   )
   assert not step_metrics.finite
@@ -583,59 +457,27 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   assert json.loads((workdir / "nonfinite_step.json").read_text()) == failure
 
 
-def test_full_disk_is_one_line_and_keeps_what_was_saved(
-  tiny_config, tmp_path, monkeypatch, one_device
+@pytest.mark.parametrize(
+  ("error", "raised"),
+  [
+    (OSError(28, "No space left on device"), errors.WorkdirError),
+    # A mistake in the program is not disguised.
+    (RuntimeError("a mistake"), RuntimeError),
+  ],
+)
+def test_an_error_while_recording(
+  tiny_config, tmp_path, one_device, error, raised
 ):
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  append = metrics.MetricsLog.append
+  def fail():
+    raise error
 
-  def failing(self, record):
-    if record["epoch"] == 1:
-      raise OSError(28, "No space left on device")
-    append(self, record)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(metrics.MetricsLog, "append", failing)
-    with pytest.raises(errors.WorkdirError, match="no space left on the disk"):
-      run(tiny_config, tmp_path / "run")
-  assert len(run(tiny_config, tmp_path / "run")) == 2
-
-
-def test_removed_workdir_is_not_made_anew(
-  tiny_config, tmp_path, monkeypatch, one_device
-):
-  """As Orbax would with its next checkpoint."""
-  workdir = tmp_path / "run"
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  append = metrics.MetricsLog.append
-
-  def remove(self, record):
-    append(self, record)
-    shutil.rmtree(workdir)
-    (workdir / "checkpoints").mkdir(parents=True)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(metrics.MetricsLog, "append", remove)
-    with pytest.raises(errors.WorkdirError, match="was removed or emptied"):
-      run(tiny_config, workdir)
-  assert not (workdir / "metrics.jsonl").exists()
-  assert len(run(tiny_config, workdir)) == 2
-
-
-def test_other_errors_are_not_disguised(
-  tiny_config, tmp_path, monkeypatch, one_device
-):
-  def broken(self, record):
-    raise RuntimeError("a mistake in the program")
-
-  monkeypatch.setattr(metrics.MetricsLog, "append", broken)
-  with pytest.raises(RuntimeError, match="a mistake in the program"):
-    train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
-
-
-@pytest.fixture
-def dataset(tiny_config):
-  return datasets.load(tiny_config.dataset)
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path, devices=one_device
+  )
+  match = "no space left on the disk|a mistake"
+  with pytest.raises(raised, match=match):
+    run(on_event=at_event("record", 2, fail))
+  assert len(run()) == 2
 
 
 def test_bfloat16_learns_with_float32_parameters(
@@ -652,27 +494,76 @@ def test_bfloat16_learns_with_float32_parameters(
     assert leaf.dtype == jnp.float32
 
 
-@pytest.fixture
-def layout(tiny_config, one_device):
-  return seeds.Layout.create(tiny_config, one_device)
-
-
-def test_donated_state_does_not_reach_a_checkpoint(
-  tiny_config, tmp_path, dataset, layout
-):
+def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
   """Saving is asynchronous, and the next step takes the buffers over."""
-  experiment = experiment_lib.build(tiny_config)
-  state = train.initial_state(tiny_config, experiment, dataset.train, layout)
-  key = train.augmentation_key(layout)
-  compiled = calls_lib.compile_train_step(experiment, state, 8, key, layout)
-  (batch, *_) = epochs.batches(dataset.train, 8, 0, layout)
+  layout = layout_of(tiny_config)
+  experiment, split, state, key = initial(tiny_config, layout)
+  training = program.create(tiny_config, experiment, state, split, key, layout)
+  batch = next(training.batches(0, 0))
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     for _ in range(5):
-      state, _ = compiled(state, *batch, key)
-      copy = jax.tree.map(lambda x: np.array(x, copy=True), state)
-      checkpoints.save(state, {})
+      state, _ = training.step(state, batch)
+      (copy,) = layout.get(state)
+      copy = jax.tree.map(lambda x: np.array(x, copy=True), copy)
+      checkpoints.save(layout.get(state)[0], {})
       for _ in range(3):
-        state, _ = compiled(state, *batch, key)
+        state, _ = training.step(state, batch)
       checkpoints.wait()
-      step = int(copy.step)
-      assert_identical(checkpoints.restore(step, state)[0], copy)
+      assert_identical(checkpoints.restore(int(copy.step), copy)[0], copy)
+
+
+def test_metrics_are_read_one_step_late(tiny_config, tmp_path, one_device):
+  """The devices have the next step to work on meanwhile."""
+  events = []
+
+  def on_event(name):
+    events.append(name)
+
+  with pytest.MonkeyPatch.context() as patch:
+    step = progress.Progress.step
+
+    def reading(self, of_seeds):
+      events.append(f"read {int(of_seeds[0].step)}")
+      step(self, of_seeds)
+
+    patch.setattr(progress.Progress, "step", reading)
+    train.train_and_evaluate(
+      tiny_config, tmp_path, devices=one_device, on_event=on_event
+    )
+  first_epoch = events[: events.index("save")]
+  assert first_epoch == [
+    *("compile", "step", "step", "read 0", "step", "read 1", "step", "read 2"),
+    "read 3",
+  ]
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_metric_that_a_checkpoint_lacks(
+  tiny_config, tmp_path, one_device, monkeypatch, num_seeds
+):
+  """It resumes; the record of the epoch in progress leaves the metric out."""
+  tiny_config.num_seeds = num_seeds
+  tiny_config.checkpoint.every_steps = 2
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path, devices=one_device
+  )
+  with pytest.raises(SystemExit):
+    run(on_event=at_event("step", 3, die))
+  metric_sums = step_lib.metric_sums
+
+  def with_confidence(loss, objective, logits, labels, mask):
+    sums = metric_sums(loss, objective, logits, labels, mask)
+    highest = jnp.max(jax.nn.softmax(logits), axis=-1)
+    return sums | {"confidence": jnp.sum(highest * mask)}
+
+  monkeypatch.setattr(step_lib, "metric_sums", with_confidence)
+  first, second = run()
+  assert "train_confidence" not in first
+  assert 0.1 < first["test_confidence"] <= 1
+  assert 0.1 < second["train_confidence"] <= 1
+  if num_seeds > 1:
+    assert "train_confidence_std" in second
+  # And a checkpoint with more metrics than the program knows.
+  monkeypatch.undo()
+  tiny_config.num_epochs = 2
+  assert load.load_model(tmp_path, "latest").step == 8

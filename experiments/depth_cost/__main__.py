@@ -27,10 +27,10 @@ from resnet_flax import experiment as experiment_lib, step as train_step
 from resnet_flax.data import normalize as normalization, randomness
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
-  config as config_rules,
   environment,
   folder as workdir,
   process,
+  rules,
 )
 
 MODES = {
@@ -80,7 +80,7 @@ def measure(
   config = base.get_config()
   config.batch_size = batch_size
   config.model.update({"name": name, "depth": depth, **MODES[mode]})
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   key = randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION)
   create = functools.partial(train_step.create_train_state, experiment)

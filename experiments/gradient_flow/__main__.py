@@ -39,7 +39,7 @@ _INIT_DEPTHS = flags.DEFINE_list(
   "init_depths", ["326"], "Depths that are measured at initialisation only."
 )
 _BATCH_NORM = flags.DEFINE_list(
-  "batch_norm", ["true", "false"], "Values of model.batch_norm."
+  "batch_norm", ["true", "false"], "Whether networks have batch norm."
 )
 _SEEDS = flags.DEFINE_integer(
   "seeds", 1, "Networks of each kind, of seeds 0, 1, ...", lower_bound=1

@@ -15,9 +15,9 @@ from configs import base
 from resnet_flax import data as datasets, experiment as experiment_lib, train
 from resnet_flax.parallel import calls as calls_lib, epochs, networks as seeds
 from resnet_flax.run import (
-  config as config_rules,
   errors,
   layer_norms,
+  rules,
   whole_file,
 )
 
@@ -42,7 +42,7 @@ class Cell:
   Attributes:
     family: `model.name`.
     depth: `model.depth`.
-    batch_norm: `model.batch_norm`.
+    batch_norm: whether `model.norm` is batch_norm.
     num_seeds: networks with the seeds 0, 1, ...
     batch_size: images of a step.
     measure_at: numbers of steps done, ascending; it is trained up to the last.
@@ -62,7 +62,7 @@ class Cell:
     config.batch_size = self.batch_size
     config.model.name = self.family
     config.model.depth = self.depth
-    config.model.batch_norm = self.batch_norm
+    config.model.norm = "batch_norm" if self.batch_norm else "none"
     if self.depth >= _LOOPED_DEPTH:
       config.model.scan = config.model.remat = True
     return config
@@ -88,7 +88,7 @@ def cells(
     families: values of `model.name`.
     depths: of networks that are trained.
     init_depths: of networks that are measured at initialisation only.
-    batch_norm: values of `model.batch_norm`.
+    batch_norm: whether `model.norm` is batch_norm, in turn.
     num_seeds: networks of each.
     batch_size: images of a step.
     measure_at: numbers of steps done.
@@ -105,7 +105,7 @@ def cells(
     for family in families
   ]
   for cell in found:
-    config_rules.check(cell.config(), num_devices=jax.device_count())
+    rules.check(cell.config(), num_devices=jax.device_count())
   return found
 
 

@@ -151,7 +151,7 @@ LARGE = (
     "vgg",
     {19: ("143,667,240", "19.6 G")},
     f"{_TORCHVISION}, {_HE}",
-    batch_norm=False,
+    norm="none",
   ),
   *_series("vgg", {19: ("143,678,248", "")}, _TORCHVISION),
   *_series("alexnet", {8: ("61,100,840", "")}, _TORCHVISION),

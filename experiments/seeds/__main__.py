@@ -19,11 +19,11 @@ from absl import app, flags
 from experiments.seeds import measurement
 from resnet_flax.run import (
   command_line,
-  config as config_rules,
   environment,
   errors,
   folder as workdir,
   process,
+  rules,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of steps.")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
   del argv
   command_line.set_up()
   config, _ = command_line.config_and_workdir()
-  config_rules.check(config, num_devices=jax.device_count())
+  rules.check(config, num_devices=jax.device_count())
   if config.num_seeds < 2:
     raise errors.ConfigError("num_seeds=1 cannot be used; needed: at least 2.")
   arguments = [each for each in sys.argv[1:] if each.startswith("--config")]

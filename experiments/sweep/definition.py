@@ -29,6 +29,7 @@ from resnet_flax.run import (
   config as config_rules,
   errors,
   folder as workdir_lib,
+  rules,
 )
 
 _NAMES = ("CONFIG", "OVERRIDES", "GRID", "CPUS_PER_CELL", "GPUS_PER_CELL")
@@ -214,8 +215,8 @@ def _cell(
   ]
   try:
     config = _parse(config_path, overrides_given)
-    config_rules.check(config, num_devices)
-    config_rules.check_labels(config)
+    rules.check(config, num_devices)
+    rules.check_labels(config)
   except errors.ConfigError as error:
     raise errors.ConfigError(f"cell {workdir.name}: {error}") from error
   arguments = (f"--config={config_path}", *overrides_given)

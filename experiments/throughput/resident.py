@@ -17,7 +17,7 @@ from resnet_flax import (
 )
 from resnet_flax.data import dataset as record
 from resnet_flax.parallel import calls as calls_lib, epochs, networks as seeds
-from resnet_flax.run import config as config_rules
+from resnet_flax.run import rules
 
 
 @dataclasses.dataclass
@@ -105,7 +105,7 @@ def prepare_on_data(
     the batches of an epoch and of all that follow.
   """
   devices = list(devices or jax.devices())
-  config_rules.check(config, num_devices=len(devices))
+  rules.check(config, num_devices=len(devices))
   layout = seeds.Layout.create(config, devices, execution)
   dataset = datasets.load(config.dataset)
 

@@ -25,7 +25,7 @@ from resnet_flax.parallel import (
   networks as seeds,
   resident,
 )
-from resnet_flax.run import config as config_rules, errors
+from resnet_flax.run import errors, rules
 from resnet_flax.tools import summary
 
 STEPS = ("train", "eval")
@@ -72,8 +72,8 @@ def trace(
     ConfigError: a value that cannot be used, for example a batch that the
       devices do not divide.
   """
-  config_rules.check(config, num_devices=len(devices))
-  config_rules.check_labels(config)
+  rules.check(config, num_devices=len(devices))
+  rules.check_labels(config)
   experiment = experiment_lib.build(config)
   layout = seeds.Layout.create(config, devices, _execution(config))
   one = ConfigDict(config.to_dict() | {"num_seeds": 1})

@@ -64,7 +64,7 @@ def _feedforward(name: str, depth: int, norm: bool) -> dict[str, Any]:
     **_TORCH,
     **_LARGE,
     "model.conv_bias": True,
-    "model.batch_norm": norm,
+    "model.norm": "batch_norm" if norm else "none",
   }
 
 

@@ -125,17 +125,19 @@ def create_augment(config: ConfigDict) -> Augment:
     ConfigError: the name is unknown.
   """
   if config.name == "none":
-    return _identity
+    return lambda key, images, targets: (images, targets)
   if config.name not in _MOVES:
     raise errors.unknown_name("augment.name", config.name, NAMES)
   move = _MOVES[config.name]
   with_flip = config.flip
 
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+  def augment(key, images, targets):
     move_key, flip_key = jax.random.split(key)
     images = move(move_key, images)
     if not with_flip:
-      return images
-    return flip(images, jax.random.bernoulli(flip_key, shape=images.shape[:1]))
+      return images, targets
+    return flip(
+      images, jax.random.bernoulli(flip_key, shape=images.shape[:1])
+    ), targets
 
   return augment

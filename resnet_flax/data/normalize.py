@@ -1,9 +1,11 @@
 """What is subtracted from images: measured on the training split, or fixed."""
 
+import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_flax import data as datasets, step as train_step
+from resnet_flax import data as datasets
 from resnet_flax.run import errors
 
 # Mean and standard deviation of red, green and blue that published weights
@@ -22,11 +24,28 @@ NAMES = ("pixel_mean", "channel", "none", *_FIXED)
 # Those that need no data.
 UNMEASURED = ("none", *_FIXED)
 
+
+class Normalization(flax.struct.PyTreeNode):
+  """What is done to images / 255: subtract `mean`, divide by `std`.
+
+  Part of the train state, so that a checkpoint can score images by itself.
+  Both are float32 and broadcast against [H, W, C].
+  """
+
+  mean: jax.Array
+  std: jax.Array
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps uint8[B, H, W, C] to float32[B, H, W, C]."""
+    images = images.astype(jnp.float32) / 255
+    return (images - self.mean[None]) / self.std[None]
+
+
 # Keeps a constant channel from dividing by zero.
 _MIN_STD = 1e-6
 
 
-def measure(name: str, train: datasets.Split) -> train_step.Normalization:
+def measure(name: str, train: datasets.Split) -> Normalization:
   """Measures the normalisation called `name`.
 
   Args:
@@ -42,7 +61,7 @@ def measure(name: str, train: datasets.Split) -> train_step.Normalization:
     raise errors.unknown_name("normalization", name, NAMES)
   if name in UNMEASURED:
     return fixed(name, train.image_shape)
-  # Streamed sets are refused by `config_rules`.
+  # Streamed sets are refused by `run.rules`.
   images, _ = train.take(np.arange(len(train)))
   if name == "pixel_mean":
     # Integer sums: exact, whatever the order and the number of threads.
@@ -62,12 +81,12 @@ def measure(name: str, train: datasets.Split) -> train_step.Normalization:
     variance = (histograms * squares).sum(axis=0) / (count * 255**2) - mean**2
     std = np.maximum(np.sqrt(np.maximum(variance, 0)), _MIN_STD)
     mean, std = mean[None, None], std[None, None]
-  return train_step.Normalization(
+  return Normalization(
     mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32)
   )
 
 
-def fixed(name: str, image_shape: tuple[int, ...]) -> train_step.Normalization:
+def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """A normalisation that does not depend on the data.
 
   Args:
@@ -80,14 +99,12 @@ def fixed(name: str, image_shape: tuple[int, ...]) -> train_step.Normalization:
   if name == "none":
     return placeholder(name, image_shape)
   mean, std = (jnp.asarray(x, jnp.float32)[None, None] for x in _FIXED[name])
-  return train_step.Normalization(mean=mean, std=std)
+  return Normalization(mean=mean, std=std)
 
 
-def placeholder(
-  name: str, image_shape: tuple[int, ...]
-) -> train_step.Normalization:
+def placeholder(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """What `measure` returns in shape, without any data: no change at all."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])
-  return train_step.Normalization(
+  return Normalization(
     mean=jnp.zeros(shape), std=jnp.ones((1, 1, image_shape[-1]))
   )

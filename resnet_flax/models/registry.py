@@ -248,7 +248,7 @@ MODELS = {
     functools.partial(_small_resnet, block_cls=blocks.BasicBlock),
     blocks.SHORTCUTS,
     16,
-    ("num_filters", "batch_norm"),
+    ("num_filters", "norm"),
     _SMALL_IMAGES,
   ),
   "resnet_v2": Family(
@@ -261,7 +261,7 @@ MODELS = {
     ),
     ("keras",),
     16,
-    ("num_filters", "batch_norm"),
+    ("num_filters", "norm"),
     _SMALL_IMAGES,
   ),
   "plain": Family(
@@ -269,7 +269,7 @@ MODELS = {
     functools.partial(_small_resnet, block_cls=blocks.BasicBlock),
     ("none",),
     16,
-    ("num_filters", "batch_norm"),
+    ("num_filters", "norm"),
     _SMALL_IMAGES,
   ),
   "preact": Family(
@@ -279,7 +279,7 @@ MODELS = {
     ),
     ("A", "keras"),
     16,
-    ("num_filters", "batch_norm"),
+    ("num_filters", "norm"),
     _SMALL_IMAGES,
   ),
   "highway": Family(
@@ -287,7 +287,7 @@ MODELS = {
     _highway,
     ("A", "keras", "B"),
     16,
-    ("num_filters", "batch_norm", "gate_bias"),
+    ("num_filters", "norm", "gate_bias"),
     _SMALL_IMAGES,
   ),
   "resnet_imagenet": Family(
@@ -313,7 +313,7 @@ MODELS = {
     _vgg,
     ("none",),
     0,
-    ("batch_norm", "dropout"),
+    ("norm", "dropout"),
     _LARGE_IMAGES,
   ),
   "alexnet": Family(
@@ -327,7 +327,7 @@ OWN_KEYS = {
   "num_filters": 0,
   "stride_in_3x3": True,
   "gate_bias": -2.0,
-  "batch_norm": True,
+  "norm": "batch_norm",
   "dropout": 0.5,
 }
 
@@ -434,7 +434,7 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       use_bias=config.conv_bias,
       dtype=dtype,
     ),
-    norm=_norm(config, has_batch_norm=config.batch_norm),
+    norm=_norm(config, has_batch_norm=config.norm == "batch_norm"),
     dense=functools.partial(
       nn.Dense, kernel_init=layers.he_normal, dtype=dtype
     ),

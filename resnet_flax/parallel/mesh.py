@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+PyTree = Any
+
 SEED, DATA = "seed", "data"
 
 
@@ -38,39 +40,27 @@ def create_mesh(
   )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """A copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
+def sharding(mesh: Mesh, *axes: str) -> NamedSharding:
+  """Leading array axes divided over mesh axes; without any, a copy on each."""
+  return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: its leading axis divided over the devices.
-
-  Devices of other seeds have the same batch.
-  """
-  return NamedSharding(mesh, PartitionSpec(DATA))
-
-
-def seed_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of what each seed has: the leading axis is that of seeds."""
-  return NamedSharding(mesh, PartitionSpec(SEED))
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+  """What XLA is told when it compiles a training step for these devices."""
+  if mesh.devices.flat[0].platform != "cpu":
+    return {}
+  # oneDNN's convolutions use all threads: two at a time, as this scheduler
+  # arranges them, are slower than one after the other and need more memory.
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
-def seed_batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch for each seed, [seeds, B, ...]."""
-  return NamedSharding(mesh, PartitionSpec(SEED, DATA))
+# ---- Between host and devices. With several processes, each puts its own part.
 
 
 def put(
-  tree: Any, sharding: NamedSharding, *, may_alias: bool | None = None
-) -> Any:
-  """Puts arrays on devices; those of other processes are put there by them.
-
-  Args:
-    tree: of arrays, the same in all processes.
-    sharding: where each of them goes.
-    may_alias: see `jax.device_put`.
-  """
+  tree: PyTree, sharding: NamedSharding, *, may_alias: bool | None = None
+) -> PyTree:
+  """Puts arrays, the same in all processes, on devices."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding, may_alias=may_alias)
 
@@ -83,28 +73,13 @@ def put(
   return jax.tree.map(put_own, tree)
 
 
-def _put_parts(
-  sharding: NamedSharding,
-  shape: tuple[int, ...],
-  part: Callable[[Any], np.ndarray],
-) -> jax.Array:
-  """An array of what `part` gives for each own device's index."""
-  # Each device its own copy: a step is given its state's memory.
-  return jax.make_array_from_callback(
-    shape, sharding, lambda index: np.array(part(index))
-  )
-
-
 def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
-  """Which images of a batch the devices of this process take.
+  """int64[rows], ascending: images of a batch for this process's devices.
 
   Args:
     sharding: of the batch.
     batch_size: images over all devices.
     axis: that of images, before which there may be one of seeds.
-
-  Returns:
-    int64[rows], ascending.
   """
   if sharding.is_fully_addressable:
     return np.arange(batch_size)
@@ -116,16 +91,9 @@ def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
 
 
 def put_rows(
-  tree: Any, sharding: NamedSharding, batch_size: int, axis: int
-) -> Any:
-  """Puts a batch on the devices, of which each process has its own rows.
-
-  Args:
-    tree: of arrays, which along `axis` have what `own_rows` names.
-    sharding: of the batch.
-    batch_size: images over all devices.
-    axis: that of images.
-  """
+  tree: PyTree, sharding: NamedSharding, batch_size: int, axis: int
+) -> PyTree:
+  """Puts on devices arrays that hold, along `axis`, the `own_rows` of each."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
   rows = own_rows(sharding, batch_size, axis)
@@ -144,31 +112,22 @@ def put_rows(
   return jax.tree.map(put_own, tree)
 
 
-def get(tree: Any, mesh: Mesh) -> Any:
-  """Fetches arrays of these devices, as NumPy arrays.
+def _put_parts(
+  sharding: NamedSharding,
+  shape: tuple[int, ...],
+  part: Callable[[Any], np.ndarray],
+) -> jax.Array:
+  # Each device its own copy: a step is given its state's memory.
+  return jax.make_array_from_callback(
+    shape, sharding, lambda index: np.array(part(index))
+  )
 
-  All processes of the mesh must do so: what one lacks the others have.
 
-  Args:
-    tree: of arrays.
-    mesh: their devices.
-  """
+def get(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Arrays of these devices as NumPy arrays; in all processes together."""
   if mesh.is_multi_process and not all(
     leaf.is_fully_addressable or leaf.is_fully_replicated
     for leaf in jax.tree.leaves(tree)
   ):
-    tree = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
+    tree = jax.jit(lambda tree: tree, out_shardings=sharding(mesh))(tree)
   return jax.device_get(tree)
-
-
-def _identity(tree: Any) -> Any:
-  return tree
-
-
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
-  """What XLA is told when it compiles a training step for these devices."""
-  if mesh.devices.flat[0].platform != "cpu":
-    return {}
-  # oneDNN's convolutions use all threads: two at a time, as this scheduler
-  # arranges them, are slower than one after the other and need more memory.
-  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}

@@ -1,9 +1,10 @@
-"""Several networks of one configuration, trained in one program.
+"""The networks of a run, one for each seed, and where they are trained.
 
-They differ in their seeds. Devices are divided into groups, each of which
-trains some of the seeds (see `mesh`); those of one group are trained in turn,
-one call of the step after the other, or vectorised, in one call. A seed in turn
-computes what it would alone on the devices of its group, to the bit.
+Devices are divided into groups (see `mesh`), each of which trains some of the
+seeds. The networks that one call of a compiled function works on are a chunk:
+one network of each group, or, where seeds that share a group are vectorized,
+all of them. Chunks are worked on in turn. A seed in turn computes what it would
+alone on the devices of its group, bit-identically.
 """
 
 import dataclasses
@@ -14,51 +15,38 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from resnet_flax.parallel import mesh as mesh_lib
 
 PyTree = Any
 
-# How seeds that share a device are trained.
-EXECUTIONS = ("in_turn", "vectorized")
-
 
 class Networks(flax.struct.PyTreeNode):
-  """A tree of arrays for each of several networks, on the devices.
+  """A tree of arrays for each network, on the devices.
 
-  Attributes:
-    calls: for each call of a step the trees of its networks, as one tree of
-      arrays [networks, ...]; as it is where a call has only one.
+  `chunks` has for each chunk the trees of its networks as one tree of arrays
+  [networks, ...]; where chunks have one network, its tree as it is.
   """
 
-  calls: tuple[PyTree, ...]
+  chunks: tuple[PyTree, ...]
 
   @property
-  def step(self) -> jax.Array:
-    """int32[], the steps that these train states have done."""
-    # The same in all networks, of which other processes may have some.
-    return jnp.ravel(self.calls[0].step.addressable_data(0))[0]
+  def step(self) -> int:
+    """The steps that these train states have done, the same in all."""
+    # Of which other processes may have some.
+    return int(np.ravel(self.chunks[0].step.addressable_data(0))[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Which network is trained where, and in which call of a step.
+  """Which network is trained where, and in which chunk."""
 
-  One network is a plain tree, several are `Networks`; what is said of those
-  below holds for either.
-
-  Attributes:
-    seeds: one for each network.
-    mesh: the devices.
-    per_call: networks of one call; the last one's may be filled up with copies
-      whose results are ignored.
-  """
-
-  seeds: tuple[int, ...]
+  seeds: tuple[int, ...]  # One for each network.
   mesh: Mesh
-  per_call: int
+  # The last chunk may be filled up with copies, whose results are ignored.
+  chunk_size: int
 
   @classmethod
   def create(
@@ -67,175 +55,175 @@ class Layout:
     devices: Sequence[jax.Device] | None = None,
     execution: str = "in_turn",
   ) -> "Layout":
-    """The layout of an experiment.
+    """The layout of `num_seeds` seeds on these devices, by default on all.
 
-    Args:
-      config: its `seed` and `num_seeds` are used.
-      devices: by default all devices.
-      execution: one of `EXECUTIONS`.
+    Those that share a group are trained 'in_turn' or 'vectorized'.
     """
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     mesh = mesh_lib.create_mesh(devices, len(seeds))
     groups = mesh.shape[mesh_lib.SEED]
-    at_once = 1
-    if execution == "vectorized":
-      at_once = -(-len(seeds) // groups)
+    at_once = -(-len(seeds) // groups) if execution == "vectorized" else 1
     return cls(seeds, mesh, groups * at_once)
 
   @property
-  def num_calls(self) -> int:
-    """Calls of one step."""
-    return -(-len(self.seeds) // self.per_call)
+  def is_stacked(self) -> bool:
+    """Whether the trees of a chunk have a leading axis of networks."""
+    return self.chunk_size > 1
 
   @property
-  def is_stacked(self) -> bool:
-    """Whether the trees of a call have a leading axis of networks."""
-    return self.per_call > 1
+  def sharding(self) -> NamedSharding:
+    """Of the trees of a chunk."""
+    axes = (mesh_lib.SEED,) if self.is_stacked else ()
+    return mesh_lib.sharding(self.mesh, *axes)
 
-  def put(self, trees: Sequence[PyTree]) -> PyTree:
-    """Puts a tree for each seed on the devices.
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    """Of the batches of a chunk: images divided over the devices of a group."""
+    axes = (mesh_lib.SEED,) if self.is_stacked else ()
+    return mesh_lib.sharding(self.mesh, *axes, mesh_lib.DATA)
 
-    Args:
-      trees: of one structure, one for each seed.
+  def _chunks(self) -> list[list[int]]:
+    """For each chunk, which seed each of its networks has or copies."""
+    last = len(self.seeds) - 1
+    return [
+      [min(start + k, last) for k in range(self.chunk_size)]
+      for start in range(0, len(self.seeds), self.chunk_size)
+    ]
+
+  def put(self, trees: Sequence[PyTree]) -> Networks:
+    """Puts the tree of each seed on the devices."""
+
+    def put_chunk(members: list[int]) -> PyTree:
+      tree = trees[members[0]]
+      if self.is_stacked:
+        tree = jax.tree.map(
+          lambda *arrays: jnp.stack(arrays), *(trees[k] for k in members)
+        )
+      # A step is given its state's memory, which must not be another's too.
+      return mesh_lib.put(tree, self.sharding, may_alias=False)
+
+    return Networks(tuple(map(put_chunk, self._chunks())))
+
+  def get(self, networks: Networks) -> list[PyTree]:
+    """The tree of each seed, as NumPy arrays."""
+    trees: list[PyTree] = []
+    for chunk in mesh_lib.get(networks.chunks, self.mesh):
+      trees += unstack(chunk, self.chunk_size)
+    return trees[: len(self.seeds)]
+
+  def shapes(self, tree: PyTree) -> Networks:
+    """`put` of such a tree for each seed, as shapes with shardings.
+
+    The devices need not exist.
     """
-    calls = tuple(
-      self._put_call([trees[position] for position in positions])
-      for positions in self._positions()
-    )
-    return calls[0] if len(self.seeds) == 1 else Networks(calls)
-
-  def shapes(self, tree: PyTree) -> PyTree:
-    """What `put` makes of a tree for each seed, as shapes without values.
-
-    Args:
-      tree: of one seed; only its shapes and dtypes are used.
-
-    Returns:
-      `jax.ShapeDtypeStruct`s with shardings, on devices that need not exist.
-    """
-    leading = (self.per_call,) if self.is_stacked else ()
-    sharding = self.call_sharding()
-    call = jax.tree.map(
+    leading = (self.chunk_size,) if self.is_stacked else ()
+    chunk = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
-        (*leading, *leaf.shape), leaf.dtype, sharding=sharding
+        (*leading, *leaf.shape), leaf.dtype, sharding=self.sharding
       ),
       tree,
     )
-    return call if len(self.seeds) == 1 else Networks((call,) * self.num_calls)
+    return Networks((chunk,) * len(self._chunks()))
 
-  def get(self, networks: PyTree) -> list[PyTree]:
-    """The tree of each seed, as NumPy arrays."""
-    if len(self.seeds) == 1:
-      return [mesh_lib.get(networks, self.mesh)]
-    trees: list[PyTree] = []
-    for call in mesh_lib.get(networks.calls, self.mesh):
-      trees += unstack(call, self.per_call)
-    return trees[: len(self.seeds)]
-
-  def each(self, function: Callable[..., PyTree], *networks: PyTree) -> PyTree:
-    """What a function makes of the trees of each call."""
-    if len(self.seeds) == 1:
-      return function(*networks)
-    calls = zip(*(each.calls for each in networks), strict=True)
-    return Networks(tuple(function(*trees) for trees in calls))
+  def batch_shape(self, shape: Sequence[int], dtype: Any) -> Networks:
+    """Batches of each network, (B, ...), as `shapes` gives states."""
+    leading = (self.chunk_size,) if self.is_stacked else ()
+    chunk = jax.ShapeDtypeStruct(
+      (*leading, *shape), dtype, sharding=self.batch_sharding
+    )
+    return Networks((chunk,) * len(self._chunks()))
 
   def rows(self, batch_size: int) -> np.ndarray:
-    """Which images of a batch this process feeds to its devices.
+    """Which images of a batch this process feeds to its devices, int64[rows].
 
-    Args:
-      batch_size: images of a batch of one seed, over all devices.
-
-    Returns:
-      int64[rows], ascending; all of them but on several hosts.
+    All of them but on several hosts.
     """
     return mesh_lib.own_rows(
-      self._batch_sharding(), batch_size, int(self.is_stacked)
+      self.batch_sharding, batch_size, int(self.is_stacked)
     )
 
   def batches(
     self,
     of_seed: Callable[[int], Iterable[tuple[np.ndarray, ...]]],
     batch_size: int,
-  ) -> Iterator[tuple[Any, ...]]:
-    """The batches of all seeds, on the devices.
+  ) -> Iterator[tuple[Networks, ...]]:
+    """The batches of all seeds, tuples of arrays, on the devices.
 
-    Args:
-      of_seed: gives the batches of a seed, tuples of arrays [rows, ...] of what
-        `rows` says.
-      batch_size: images of a batch of one seed, over all devices.
-
-    Yields:
-      The arrays of a batch, for all seeds.
+    `of_seed` gives those of a seed, arrays that have the `rows` of each;
+    `batch_size` counts the images of one seed over all devices.
     """
     for batches in zip(*map(of_seed, self.seeds), strict=True):
-      yield self._put_batches(batches, batch_size)
+      chunks = []
+      for members in self._chunks():
+        chunk = batches[members[0]]
+        if self.is_stacked:
+          parts = zip(*(batches[k] for k in members), strict=True)
+          chunk = tuple(map(np.stack, parts))
+        chunks.append(
+          mesh_lib.put_rows(
+            chunk, self.batch_sharding, batch_size, int(self.is_stacked)
+          )
+        )
+      yield tuple(Networks(arrays) for arrays in zip(*chunks, strict=True))
 
-  def over_networks(
-    self, function: Callable[..., PyTree], shared: int = 0
+  def map(
+    self, function: Callable[..., PyTree], *networks: Networks
+  ) -> Networks:
+    """Applies a function of trees to each chunk."""
+    chunks = zip(*(each.chunks for each in networks), strict=True)
+    return Networks(tuple(function(*trees) for trees in chunks))
+
+  def of_chunk(
+    self, function: Callable[..., PyTree], num_shared: int = 0
   ) -> Callable[..., PyTree]:
-    """A function of one network's trees, as one of a call's.
+    """A function of one network's trees as one of a chunk's, to be compiled.
 
-    Args:
-      function: of trees, returning one; not of `Networks`.
-      shared: how many of its last arguments are the same for all networks.
-
-    Returns:
-      The function to be compiled.
+    Its last `num_shared` arguments are the same for all networks.
     """
     if not self.is_stacked:
       return function
     groups = self.mesh.shape[mesh_lib.SEED]
-    at_once = self.per_call // groups
 
     def of_group(*arguments: PyTree) -> PyTree:
-      own = arguments[: len(arguments) - shared]
-      others = arguments[len(arguments) - shared :]
-      if at_once == 1:
-        # As alone, to the bit.
-        own = jax.tree.map(lambda leaf: leaf[0], own)
-        return jax.tree.map(lambda leaf: leaf[None], function(*own, *others))
-      axes = (0,) * len(own) + (None,) * shared
+      num_own = len(arguments) - num_shared
+      if self.chunk_size == groups:
+        # As alone, bit-identically.
+        own = jax.tree.map(lambda leaf: leaf[0], arguments[:num_own])
+        result = function(*own, *arguments[num_own:])
+        return jax.tree.map(lambda leaf: leaf[None], result)
+      axes = (0,) * num_own + (None,) * num_shared
       return jax.vmap(function, in_axes=axes)(*arguments)
 
     if groups == 1:
       return of_group
 
-    def of_call(*arguments: PyTree) -> PyTree:
-      own = (PartitionSpec(mesh_lib.SEED),) * (len(arguments) - shared)
+    def of_chunk(*arguments: PyTree) -> PyTree:
+      own = (PartitionSpec(mesh_lib.SEED),) * (len(arguments) - num_shared)
       return jax.shard_map(
         of_group,
         mesh=self.mesh,
-        in_specs=own + (PartitionSpec(),) * shared,
+        in_specs=own + (PartitionSpec(),) * num_shared,
         out_specs=PartitionSpec(mesh_lib.SEED),
         axis_names={mesh_lib.SEED},
         # The branches for platforms would have to agree on what varies.
         check_vma=False,
       )(*arguments)
 
-    return of_call
+    return of_chunk
 
   def in_turn(
-    self, compiled: Callable[..., PyTree], shared: int = 0
-  ) -> Callable[..., PyTree]:
-    """A compiled function of a call's trees, as one of `Networks`.
+    self, compiled: Callable[..., tuple[PyTree, ...]], num_shared: int = 0
+  ) -> Callable[..., tuple[Networks, ...]]:
+    """A compiled function of a chunk's trees as one of all networks'."""
 
-    Args:
-      compiled: from `over_networks`; returns a tree or a tuple of trees.
-      shared: see there.
-    """
-    if len(self.seeds) == 1:
-      return compiled
-
-    def run(*arguments: PyTree) -> PyTree:
-      own = arguments[: len(arguments) - shared]
-      others = arguments[len(arguments) - shared :]
+    def run(*arguments: Any) -> tuple[Networks, ...]:
+      num_own = len(arguments) - num_shared
+      own = [networks.chunks for networks in arguments[:num_own]]
       results = [
-        compiled(*(networks.calls[call] for networks in own), *others)
-        for call in range(self.num_calls)
+        compiled(*trees, *arguments[num_own:])
+        for trees in zip(*own, strict=True)
       ]
-      if isinstance(results[0], tuple):
-        return tuple(Networks(parts) for parts in zip(*results, strict=True))
-      return Networks(tuple(results))
+      return tuple(Networks(parts) for parts in zip(*results, strict=True))
 
     return run
 
@@ -243,78 +231,16 @@ class Layout:
     """' of seed N' for messages; nothing where there is only one."""
     return f" of seed {seed}" if len(self.seeds) > 1 else ""
 
-  def call_sharding(self) -> jax.sharding.NamedSharding:
-    """The sharding of the trees of a call."""
-    if self.is_stacked:
-      return mesh_lib.seed_sharding(self.mesh)
-    return mesh_lib.replicated(self.mesh)
-
-  def batch_shape(
-    self, shape: Sequence[int], dtype: Any
-  ) -> jax.ShapeDtypeStruct:
-    """The batches of a call.
-
-    Args:
-      shape: of one network's, (B, ...).
-      dtype: of all.
-    """
-    if self.is_stacked:
-      shape = (self.per_call, *shape)
-    return jax.ShapeDtypeStruct(
-      tuple(shape), dtype, sharding=self._batch_sharding()
-    )
-
-  def _batch_sharding(self) -> jax.sharding.NamedSharding:
-    if self.is_stacked:
-      return mesh_lib.seed_batch_sharding(self.mesh)
-    return mesh_lib.batch_sharding(self.mesh)
-
-  def _positions(self) -> list[list[int]]:
-    """For each call, which seed each of its networks has or copies."""
-    last = len(self.seeds) - 1
-    starts = range(0, self.num_calls * self.per_call, self.per_call)
-    return [
-      [min(start + place, last) for place in range(self.per_call)]
-      for start in starts
-    ]
-
-  def _put_call(self, trees: Sequence[PyTree]) -> PyTree:
-    tree = trees[0]
-    if self.is_stacked:
-      tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    # A step is given its state's memory, which must not be another's too.
-    return mesh_lib.put(tree, self.call_sharding(), may_alias=False)
-
-  def _put_batches(
-    self, batches: Sequence[tuple[np.ndarray, ...]], batch_size: int
-  ) -> tuple[Any, ...]:
-    sharding = self._batch_sharding()
-    calls = []
-    for positions in self._positions():
-      parts = [batches[position] for position in positions]
-      call = parts[0]
-      if self.is_stacked:
-        call = tuple(np.stack(arrays) for arrays in zip(*parts, strict=True))
-      calls.append(
-        mesh_lib.put_rows(call, sharding, batch_size, int(self.is_stacked))
-      )
-    if len(self.seeds) == 1:
-      return calls[0]
-    return tuple(Networks(arrays) for arrays in zip(*calls, strict=True))
-
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
   """One tree of NumPy arrays [seeds, ...]; of a single tree itself."""
   if len(trees) == 1:
     return trees[0]
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
 
 
 def unstack(tree: PyTree, count: int) -> list[PyTree]:
-  """What `stack` was given: so many trees."""
+  """The trees that `stack` was given."""
   if count == 1:
     return [tree]
-  return [
-    jax.tree.map(lambda leaf, place=place: leaf[place], tree)
-    for place in range(count)
-  ]
+  return [jax.tree.map(lambda array, k=k: array[k], tree) for k in range(count)]

@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from resnet_flax import step as train_step
+from resnet_flax import step as step_lib
 from resnet_flax.run import errors
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ _LATEST = 2
 # beforehand, since its threads meet a full disk in many noisy ways.
 _SPACE_FACTOR = 3
 
+NEW_EPOCH: dict[str, Any] = {"learning_rate": [], "epoch_seconds": 0.0}
 # What goes with a state, such as the seconds an epoch has taken so far: JSON.
 Notes = dict[str, Any]
 
@@ -78,6 +79,7 @@ class Checkpoints:
     *,
     best_steps: Callable[[], Collection[int]] = tuple,
     read_only: bool = False,
+    on_event: Callable[[str], None] = lambda name: None,
   ):
     """Opens `workdir`/checkpoints.
 
@@ -137,7 +139,7 @@ class Checkpoints:
       with contextlib.suppress(OSError):
         self._folder.rmdir()
 
-  def save(self, state: train_step.TrainState, notes: Notes) -> None:
+  def save(self, state: step_lib.TrainState, notes: Notes) -> None:
     """Starts to save a state under its step; returns at once.
 
     Args:
@@ -185,8 +187,8 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def restore(
-    self, step: int, like: train_step.TrainState
-  ) -> tuple[train_step.TrainState, Notes]:
+    self, step: int, like: step_lib.TrainState
+  ) -> tuple[step_lib.TrainState, Notes]:
     """Reads a checkpoint and checks it.
 
     Args:
@@ -232,8 +234,8 @@ class Checkpoints:
     return _unpack(packed, manifest["arrays"], like), manifest["notes"]
 
   def restore_latest(
-    self, like: train_step.TrainState
-  ) -> tuple[train_step.TrainState, Notes] | None:
+    self, like: step_lib.TrainState
+  ) -> tuple[step_lib.TrainState, Notes] | None:
     """Restores the newest checkpoint that is good, if there are any.
 
     Newer ones that are damaged are moved to `workdir`/damaged, with a warning.
@@ -318,7 +320,7 @@ class Elsewhere:
   def __init__(self, steps: Iterable[int] = ()):
     self._steps = list(steps)
 
-  def save(self, state: train_step.TrainState, notes: Notes) -> None:
+  def save(self, state: step_lib.TrainState, notes: Notes) -> None:
     """Takes note that the other process saves."""
     del notes
     self._steps.append(int(np.ravel(state.step)[0]))
@@ -400,7 +402,7 @@ def digest_of(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def named_arrays(state: train_step.TrainState) -> dict[str, Any]:
+def named_arrays(state: step_lib.TrainState) -> dict[str, Any]:
   """The arrays of a state, or their shapes, by path: 'params/head/bias'."""
   flat, _ = jax.tree_util.tree_flatten_with_path(state)
   return {
@@ -409,7 +411,7 @@ def named_arrays(state: train_step.TrainState) -> dict[str, Any]:
   }
 
 
-def _pack(state: train_step.TrainState) -> dict[str, np.ndarray]:
+def _pack(state: step_lib.TrainState) -> dict[str, np.ndarray]:
   """All arrays end to end, in the order of the tree: a vector per dtype."""
   parts: dict[str, list[np.ndarray]] = {}
   for leaf in jax.tree.leaves(jax.device_get(state)):
@@ -420,8 +422,8 @@ def _pack(state: train_step.TrainState) -> dict[str, np.ndarray]:
 def _unpack(
   packed: dict[str, np.ndarray],
   names: Iterable[str],
-  like: train_step.TrainState,
-) -> train_step.TrainState:
+  like: step_lib.TrainState,
+) -> step_lib.TrainState:
   """What `_pack` was given, as NumPy arrays.
 
   Args:
@@ -442,7 +444,7 @@ def _unpack(
   )
 
 
-def _forms(state: train_step.TrainState) -> dict[str, str]:
+def _forms(state: step_lib.TrainState) -> dict[str, str]:
   """For the path of every array its form, as in 'float32[16, 10]'."""
   return {
     name: f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,23 +1,14 @@
 """Parses the command line so that every mistake ends in one line."""
 
-import hashlib
 import os
 import re
-import warnings
+from typing import Any
 
-import jax
-from absl import flags, logging as absl_logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from resnet_flax.data import cache
-from resnet_flax.run import (
-  config as config_rules,
-  environment,
-  errors,
-  folder as workdir,
-  progress,
-)
+from resnet_flax.run import config as config_keys, errors, help_text
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -27,34 +18,75 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 
 
+class _ConfigFile(ConfigFileFlagParser):
+  """Executes a config file, once per start, and checks names of overrides."""
+
+  def __init__(self, argv: list[str]):
+    super().__init__("config")
+    end = argv.index("--") if "--" in argv else len(argv)
+    override = re.compile(r"--?(?:no)?config\.([^=]*)")
+    matches = map(override.match, argv[1:end])
+    self._overrides = [match[1] for match in matches if match]
+    self.before: dict[str, Any] = {}  # Without overrides, as {'seed': 0, ...}.
+
+  def parse(self, path: str) -> ConfigDict:
+    if not os.path.isfile(path.partition(":")[0]):
+      raise errors.ConfigError(
+        f"--config={path}: there is no such file; see the repository's"
+        " folder configs/."
+      )
+    try:
+      config = super().parse(path)
+    except KeyboardInterrupt:
+      raise
+    # Whatever a config file raises, also to leave the program, is the user's to
+    # see, in one line.
+    except BaseException as error:
+      text = (
+        f"--config={path} fails: {type(error).__name__}: {_last_line(error)}"
+      )
+      if isinstance(error, ModuleNotFoundError):
+        text += ". Run from the repository's top folder."
+      raise errors.ConfigError(text) from error
+    if not isinstance(config, ConfigDict):
+      raise errors.ConfigError(
+        f"--config={path}: get_config() returns {type(config).__name__}; it"
+        " must return an ml_collections.ConfigDict."
+      )
+    self.before = config_keys.to_flat(config)
+    for name in self._overrides:
+      if name not in self.before:
+        raise errors.unknown_name("config key", name, self.before)
+    return config
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; for `app.run(flags_parser=...)`.
 
-  Args:
-    argv: the program's name and its arguments.
-
   Returns:
-    The arguments that are no flags.
+    The program's name; other arguments that are no flags are refused.
 
   Raises:
     ConfigError: an unknown flag or key, a value of the wrong type, a config
       file that is missing or fails.
+    SystemExit: help was asked for and printed.
   """
-  path = _config_path(argv)
-  if path is not None:
-    _check_keys(argv, _load(path))
+  flags.FLAGS["config"].parser = _ConfigFile(argv)
+  help_text.show_if_asked(argv)
   try:
     rest = flags.FLAGS(argv)
   # The parsers of values raise what Python's own parser does.
   except Exception as error:
+    if isinstance(error.__context__, errors.ConfigError):
+      raise error.__context__ from None
     hint = ""
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
-    raise errors.ConfigError(_one_line(error) + hint) from error
+    raise errors.ConfigError(_last_line(error) + hint) from error
   if len(rest) > 1:
     raise errors.ConfigError(
       f"unexpected argument {rest[1]!r}: every argument is --flag=value. Try"
-      " --helpshort."
+      " --help."
     )
   return rest
 
@@ -65,7 +97,7 @@ def has_config() -> bool:
 
 
 def config_and_workdir() -> tuple[ConfigDict, str]:
-  """The configuration of the command line and its default workdir.
+  """The configuration, whose values are not checked, and its default workdir.
 
   Raises:
     ConfigError: no --config was given.
@@ -75,28 +107,42 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
       "no --config: pass a config file, for example"
       " --config=configs/v1_depth20.py (--mode=eval needs only --workdir)."
     )
+  from resnet_flax.run import folder
+
   flag = flags.FLAGS["config"]
-  path = config_flags.get_config_filename(flag)
-  config_rules.check_values(_CONFIG.value)
-  original = config_rules.to_flat(_load(path))
-  current = config_rules.to_flat(_CONFIG.value)
+  assert isinstance(flag.parser, _ConfigFile)  # Of `parse_flags`.
   overrides = {
     key: value
-    for key, value in current.items()
-    if value != original.get(key) and key not in config_rules.FREE_KEYS
+    for key, value in config_keys.to_flat(_CONFIG.value).items()
+    if value != flag.parser.before.get(key)
+    and key not in config_keys.MAY_DIFFER
   }
   # A path may have bytes that are no text.
+  path = config_flags.get_config_filename(flag)
   name = path.encode(errors="backslashreplace").decode()
-  return _CONFIG.value, f"runs/{workdir.default_name(name, overrides)}"
+  try:
+    name = folder.default_name(name, overrides)
+  except ValueError:  # An integer of thousands of digits: no key takes it.
+    name = "refused"
+  return _CONFIG.value, f"runs/{name}"
 
 
 def set_up() -> None:
   """Sets up messages and the compilation cache, before JAX is first used."""
+  import hashlib
+  import warnings
+
+  import jax
+  from absl import logging as absl_logging
+
+  from resnet_flax.data import cache
+  from resnet_flax.run import environment, progress
+
   progress.log_to_stderr()
   # The libraries' own messages are about their internals; what matters of
   # them comes as an exception.
   absl_logging.set_verbosity(absl_logging.FATAL)
-  # What uses oneDNN's convolution cannot be kept; see models/onednn.py.
+  # What uses oneDNN's convolution cannot be kept; see models/kernels/onednn.py.
   warnings.filterwarnings(
     "ignore", "Error writing persistent compilation cache entry.*MemoryError"
   )
@@ -107,54 +153,7 @@ def set_up() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _config_path(argv: list[str]) -> str | None:
-  for position, argument in enumerate(argv):
-    if argument in ("--config", "-config"):
-      return argv[position + 1] if position + 1 < len(argv) else None
-    if match := re.match(r"--?config=(.*)", argument, re.DOTALL):
-      return match[1]
-  return None
-
-
-def _load(path: str) -> ConfigDict:
-  file = path.partition(":")[0]
-  if not os.path.isfile(file):
-    raise errors.ConfigError(
-      f"--config={path}: there is no such file; see the repository's"
-      " folder configs/."
-    )
-  try:
-    config = ConfigFileFlagParser("config").parse(path)
-  except KeyboardInterrupt:
-    raise
-  # Whatever a config file raises, also to leave the program, is the user's to
-  # see, in one line.
-  except BaseException as error:
-    hint = ""
-    if isinstance(error, ModuleNotFoundError):
-      hint = ". Run from the repository's top folder."
-    raise errors.ConfigError(
-      f"--config={path} fails: {type(error).__name__}: {_one_line(error)}{hint}"
-    ) from error
-  if not isinstance(config, ConfigDict):
-    raise errors.ConfigError(
-      f"--config={path}: get_config() returns {type(config).__name__}; needed:"
-      " an ml_collections.ConfigDict."
-    )
-  return config
-
-
-def _check_keys(argv: list[str], config: ConfigDict) -> None:
-  known = config_rules.to_flat(config)
-  for argument in argv[1:]:
-    if argument == "--":
-      return
-    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-    if match and match[1] not in known:
-      raise errors.unknown_name("config key", match[1], known)
-
-
-def _one_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
   """The last line of a message: the others are a library's traceback."""
   lines = [line for line in str(error).splitlines() if line.strip()]
   line = lines[-1].strip() if lines else type(error).__name__

@@ -1,281 +1,299 @@
-"""Which values each configuration key can have, checked before anything runs.
+"""Every configuration key, stated once: default, values, meaning.
 
-`configs/base.py` declares the keys and their defaults; this is what the
-package can work with, whoever made the configuration. A test holds the two
-lists of keys together.
+`configs/base.py`, the checks of values, `--help` and `docs/configuration.md`
+are made from `KEYS`. Constraints between keys are in `run/rules.py`.
 """
 
-import os
-import re
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import optimizer, schedule
-from resnet_flax.data import (
-  augment,
-  crops,
-  loading,
-  normalize as normalization,
-  streaming,
-)
-from resnet_flax.models import layers, registry
-from resnet_flax.parallel import mesh, networks as seeds
-from resnet_flax.run import errors, metrics
-
-Rule = Callable[[str, Any], None]
-
-# Keys that do not change the mathematics: they may differ when a run goes on.
-FREE_KEYS = (
-  "seed_execution",
-  "steps_per_call",
-  "eval_batch_size",
-  "log_layer_norms_every",
-  "dataset.data_dir",
-  "dataset.archive",
-  "dataset.cache_dir",
-  "dataset.num_workers",
-  "model.remat",
-  "model.scan",
-  "checkpoint.every_steps",
-  "checkpoint.every_minutes",
-  "log.tensorboard",
-  "log.interval_seconds",
+from resnet_flax.run import errors
+from resnet_flax.run.keys import (
+  BOOLEAN,
+  PATH,
+  Key,
+  choice,
+  integer,
+  number,
+  positive,
+  tuple_of,
 )
 
-# Keys that came later, each with the value that stands for what was done before
-# there was one: for the stored configurations of older runs.
-_ADDED_KEYS = {
-  "num_seeds": 1,
-  "seed_execution": "auto",
-  "log_layer_norms_every": 0,
-  "steps_per_call": 0,
-  "dataset.image_size": 224,
-  "dataset.num_workers": -1,
-  "model.batch_norm_groups": 1,
-  "label_smoothing": 0.0,
-  "schedule.name": "drops",
-  "schedule.linear_warmup_epochs": 0.0,
-  "dataset.test_crops": 1,
-}
-
-_LARGEST_INTEGER = 2**31 - 1
-# Twice the largest is still a finite float32; the least is not taken for zero.
-_LARGEST_NUMBER = 1e38
-_LEAST_POSITIVE = 1e-37
-# He et al. go to 1202 layers. What is larger than these would take hours, or
-# all memory, before it fails.
-_LARGEST_DEPTH = 2000
-_LARGEST_WIDTH = 1024
-_LARGEST_NUM_CLASSES = 10**6
-_LARGEST_INPUT = 2048
-_LARGEST_EVAL_BATCH = 2**16
-_MOST_SEEDS = 1000
-_MOST_WORKERS = 256
-_TFDS_NAME = re.compile(
-  re.escape(streaming.PREFIX) + r"\w{1,100}(/[\w-]{1,100})?"
+LAST_SEED = 2**32 - 1
+_SMALL = ("resnet_v1", "resnet_v2", "plain", "preact", "highway")
+_RESNETS = (*_SMALL, "resnet_imagenet", "plain_imagenet")
+_NORMED = (*_SMALL, "vgg")
+_NORMALIZATION = choice("pixel_mean", "channel", "imagenet", "caffe", "none")
+_DATASET = choice(
+  *("cifar10", "cifar100", "digits", "imagenet2012"), prefix="tfds/"
 )
-_LONGEST_SEQUENCE = 100
-_LONGEST_PATH = 4096
+_AUGMENT = choice(
+  *("shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none")
+)
+_EXECUTION = choice("auto", "in_turn", "vectorized")
+_L2_WEIGHTS = choice("conv_kernels", "kernels", "all")
+_MONITOR = choice("accuracy", "loss", "objective")
+_PERCENTS, _FACTORS = tuple_of(integer(1, 100)), tuple_of(positive())
+_SHORTCUT = choice("default", "keras", "A", "B", "C", "none")
+
+_KEYS = (
+  Key("seed", 0, integer(0, LAST_SEED)).means(
+    "Seeds the initial weights, the order of images and augmentation."
+  ),
+  Key("num_seeds", 1, integer(1, 1000)).means(
+    "Networks trained in one program, with the seeds seed, seed + 1, ... They"
+    " share the devices; each takes batch_size images per step."
+  ),
+  Key("seed_execution", "auto", _EXECUTION, may_differ=True).means(
+    "How networks on one device are trained. in_turn: each bit-identical to its"
+    " run alone. vectorized: in one call. auto: the faster; on CPUs in_turn."
+  ),
+  Key("batch_size", 32, integer(1)).means(
+    "Images per step, over all devices. A last, smaller batch is dropped."
+  ),
+  Key("steps_per_call", 0, integer(0), may_differ=True).means(
+    "Training steps in one call. Several need the training split on the devices"
+    " and delay signals and timed saves to a call's end. 0: 1 on CPUs and for"
+    " images of over 64 pixels a side, else 32 if the split fits."
+  ),
+  Key("num_epochs", 200, integer(1)).means(
+    "Passes over the training split. The schedule scales with them."
+  ),
+  Key("eval_batch_size", 500, integer(1, 2**16), may_differ=True).means(
+    "Images per evaluation call. Does not change any result."
+  ),
+  Key("log_layer_norms_every", 0, integer(0), may_differ=True).means(
+    "Write each layer's norms (run/layer_norms.py) to TensorBoard before every"
+    " step that this divides, in about a step's time. 0: never."
+  ),
+  Key("label_smoothing", 0.0, number(0, 1)).means(
+    "Share of each label that all classes get alike, in training only (Szegedy"
+    " et al. 2015, section 7). Scores use the true labels."
+  ),
+  Key("init_from", "", PATH).means(
+    "Workdir whose best checkpoint gives the first weights, with a new head if"
+    " classes differ. Empty: random weights."
+  ),
+  Key("normalization", "pixel_mean", _NORMALIZATION).means(
+    "Of images / 255. Measured on the training split: pixel_mean (mean image),"
+    " channel. Fixed: imagenet (torchvision's), caffe (He et al.'s)."
+  ),
+  Key("dataset.name", "cifar10", _DATASET).means(
+    "imagenet2012 and tfds/NAME, a set that TFDS has as ArrayRecord with the"
+    " features image and label, are decoded while training; others are in"
+    " memory."
+  ),
+  Key("dataset.data_dir", "", PATH, may_differ=True).means(
+    "TFDS data directory. Empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets."
+  ),
+  Key("dataset.archive", "", PATH, may_differ=True).means(
+    "Official archive, to be used instead of a download."
+  ),
+  Key("dataset.cache_dir", "", PATH, may_differ=True).means(
+    "Where decoded images are cached. Empty: the user's cache directory."
+  ),
+  Key("dataset.image_size", 224, integer(1, 2048)).means(
+    "Height and width of images that are decoded while training."
+  ),
+  Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
+    "Processes that decode images while training, per seed. -1: one per CPU"
+    " thread. 0: two threads. Does not change any result."
+  ),
+  Key("dataset.test_crops", 1, choice(1, 10)).means(
+    "10: score by the mean probabilities of ten crops (Krizhevsky et al. 2012,"
+    " section 4.1); only for images that are decoded while training."
+  ),
+  Key("dataset.train_examples", 0, integer(0)).means(
+    "Train on a fixed, class-balanced subset of this many images. 0: all."
+  ),
+  Key("dataset.validation_examples", 0, integer(0)).means(
+    "Training images to hold out, stratified. 0: the best checkpoint is chosen"
+    " on the test split, as in the recipe."
+  ),
+  Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
+    "Chooses the held-out images, apart from `seed`."
+  ),
+  Key("augment.name", "shift_flip", _AUGMENT).means(
+    "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
+    " none: nothing at all. Only for images that are decoded while training:"
+    " scale_crop (He et al. 2015: shorter side 256 to 480 for crops of 224),"
+    " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
+  ),
+  Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
+  Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
+    "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
+    " resnet_v2 (9n+2). For large ones: resnet_imagenet (18, 34, 50, 101, 152),"
+    " plain_imagenet (18, 34), vgg (19), alexnet (8)."
+  ),
+  Key("model.depth", 20, integer(1, 2000)).means(
+    "Weighted layers, shortcuts not counted."
+  ),
+  Key("model.num_filters", 0, integer(0, 1024), _RESNETS).means(
+    "Channels of the stem. 0: 16, or 64 for large images."
+  ),
+  Key("model.num_classes", 0, integer(0, 10**6)).means(
+    "Size of the head. 0: the data set's classes; with another size a network"
+    " can be loaded and used, but neither trained nor scored."
+  ),
+  Key("model.input_size", 0, integer(0, 2048)).means(
+    "Side in pixels to which the device resizes images. 0: it does not."
+  ),
+  Key("model.dtype", "float32", choice("float32", "bfloat16")).means(
+    "What is computed in. Parameters and statistics stay float32."
+  ),
+  Key("model.shortcut", "default", _SHORTCUT).means(
+    "Where a block changes shape. keras: 1x1 convolution. A: strided identity"
+    " and zero channels. B: 1x1 convolution with batch norm. C: B in every"
+    " block. default: keras (resnet_v1, resnet_v2), A (preact, highway), B"
+    " (resnet_imagenet)."
+  ),
+  Key("model.stride_in_3x3", True, BOOLEAN, ("resnet_imagenet",)).means(
+    "From depth 50 on, the stride is in a bottleneck's 3x3 convolution"
+    " (torchvision, v1.5), not in its first 1x1 (the paper)."
+  ),
+  Key("model.gate_bias", -2.0, number(-100, 100), ("highway",)).means(
+    "Initial bias of the transform gates; the papers have -1 to -7."
+  ),
+  Key("model.norm", "batch_norm", choice("batch_norm", "none"), _NORMED).means(
+    "The normalisation layers."
+  ),
+  Key("model.dropout", 0.5, number(0, 1), ("vgg", "alexnet")).means(
+    "Share of the units that are dropped before dense layers."
+  ),
+  Key("model.padding", "same", choice("same", "symmetric")).means(
+    "At stride 2: same pads (0, 1), symmetric (1, 1) as the paper's code."
+  ),
+  Key("model.conv_bias", True, BOOLEAN).means(
+    "Whether convolutions have a bias, as in the Keras example."
+  ),
+  Key("model.batch_norm_momentum", 0.99, number(0, 1)).means(
+    "Share of the old running statistics that is kept at each step."
+  ),
+  Key("model.batch_norm_epsilon", 1e-3, positive()).means(
+    "Added to the variance (Keras's value, not Flax's)."
+  ),
+  Key("model.batch_norm_groups", 1, integer(1), (*_RESNETS, "vgg")).means(
+    "Parts of a batch that have their own statistics, as with pmap; running"
+    " statistics take their mean. A multiple of the devices saves waiting."
+  ),
+  Key("model.remat", False, BOOLEAN, _RESNETS, may_differ=True).means(
+    "Compute a block's inside again in the backward pass, not keep it: saves"
+    " memory for about one forward pass. On CPUs only with scan."
+  ),
+  Key("model.scan", False, BOOLEAN, _RESNETS, may_differ=True).means(
+    "Run the like blocks of a stage as a loop, so that deep networks compile"
+    " faster. Slow on CPUs without oneDNN. Checkpoints are the same."
+  ),
+  Key("optimizer.name", "adam", choice("adam", "sgd")).means("The update."),
+  Key("optimizer.learning_rate", 1e-3, positive()).means("The initial rate."),
+  Key("optimizer.b1", 0.9, number(0, 1)).means("Adam's first decay."),
+  Key("optimizer.b2", 0.999, number(0, 1)).means("Adam's second decay."),
+  Key("optimizer.epsilon", 1e-7, positive()).means(
+    "Added to the root of Adam's second moment (Keras's value, not Optax's)."
+  ),
+  Key("optimizer.momentum", 0.9, number(0, 1)).means("SGD's momentum."),
+  Key("optimizer.l2", 1e-4, number(0)).means(
+    "The objective adds l2 * sum(w**2): the gradient gains 2 * l2 * w."
+  ),
+  Key("optimizer.l2_weights", "conv_kernels", _L2_WEIGHTS).means(
+    "conv_kernels: as the Keras example. kernels: also of dense layers. all:"
+    " also biases and batch norms (He et al.)."
+  ),
+  Key("schedule.name", "drops", choice("drops", "cosine")).means(
+    "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."
+  ),
+  Key("schedule.linear_warmup_epochs", 0.0, number(0)).means(
+    "Epochs in which the rate rises from 0 in equal steps."
+  ),
+  Key("schedule.drop_percents", (40, 60, 80, 90), _PERCENTS).means(
+    "Drop k comes at the first 0-based epoch after drop_percents[k] % of"
+    " num_epochs: 81, 121, 161 and 181 of 200."
+  ),
+  Key("schedule.drop_factors", (0.1, 0.01, 1e-3, 5e-4), _FACTORS).means(
+    "The rate is learning_rate * drop_factors[k] from drop k on."
+  ),
+  Key("schedule.drop_inclusive", False, BOOLEAN).means(
+    "Drop at the epoch that the percentage names, not after it."
+  ),
+  Key("schedule.warmup_learning_rate", 0.0, number(0)).means(
+    "Rate of deep networks until the training error is below warmup_error (He"
+    " et al. 2015, section 4.2). 0: off."
+  ),
+  Key("schedule.warmup_error", 0.8, positive(1)).means(
+    "The error, a fraction, of about the last 50 batches."
+  ),
+  Key("schedule.warmup_min_depth", 110, integer(0)).means(
+    "Shallower networks do not use warmup_learning_rate."
+  ),
+  Key("plateau.enabled", False, BOOLEAN).means(
+    "Also multiply the rate by plateau.factor when the loss with L2 stalls."
+    " Off: in the Keras example the schedule undoes it at the next epoch."
+  ),
+  Key("plateau.factor", 0.31622776601683794, positive(1)).means(
+    "What the rate is multiplied by, by default the root of 0.1."
+  ),
+  Key("plateau.patience", 5, integer(1)).means(
+    "Epochs without improvement before the rate is reduced."
+  ),
+  Key("plateau.cooldown", 0, integer(0)).means(
+    "Epochs after a reduction that do not count (Keras counts the last one)."
+  ),
+  Key("plateau.min_delta", 1e-4, positive()).means("The least improvement."),
+  Key("plateau.min_lr", 5e-7, number(0)).means("The least rate it leaves."),
+  Key("checkpoint.every_steps", 0, integer(0), may_differ=True).means(
+    "Also save after every step that this divides. 0: do not."
+  ),
+  Key("checkpoint.every_minutes", 10.0, number(0), may_differ=True).means(
+    "Also save when the last checkpoint is older. 0: do not."
+  ),
+  Key("checkpoint.monitor", "accuracy", _MONITOR).means(
+    "Chooses the best epoch, on the validation split if there is one, else on"
+    " the test split. objective: the loss with its L2 term."
+  ),
+  Key("log.tensorboard", True, BOOLEAN, may_differ=True).means(
+    "Write TensorBoard event files to the workdir."
+  ),
+  Key("log.interval_seconds", 30.0, number(0), may_differ=True).means(
+    "Without a terminal: seconds between lines of progress within an epoch."
+  ),
+)
+
+KEYS = {key.name: key for key in _KEYS}
+# Do not change what is computed: a run can be resumed with other values.
+MAY_DIFFER = tuple(key.name for key in _KEYS if key.may_differ)
 
 
-def _wrong(key: str, value: Any, needed: str) -> errors.ConfigError:
-  return errors.ConfigError(
-    f"{key}={_shown(value)} cannot be used; needed: {needed}."
-  )
+def default_config() -> ConfigDict:
+  """All keys with their defaults, locked: the Keras CIFAR-10 recipe."""
+  nested: dict[str, Any] = {}
+  for key in KEYS.values():
+    part, _, name = key.name.rpartition(".")
+    (nested.setdefault(part, {}) if part else nested)[name] = key.default
+  return ConfigDict(nested).lock()
 
 
-def _shown(value: Any) -> str:
-  try:
-    text = repr(value)
-  # Integers of thousands of digits have none, nor has what a config file made.
-  except Exception:
-    return f"({type(value).__name__})"
-  return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _integer(low: int, high: int = _LARGEST_INTEGER) -> Rule:
-  """An integer, by default one that int32 holds."""
-  needed = f"an integer from {low} to {high}"
-
-  def check(key: str, value: Any) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or not low <= value <= high:
-      raise _wrong(key, value, needed)
-
-  return check
-
-
-def _number(low: float, high: float = _LARGEST_NUMBER) -> Rule:
-  """A number in [low, high), also when it is rounded to float32."""
-  needed = f"a number from {low:g} and below {high:g}"
-
-  def check(key: str, value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-      not is_number
-      # The first comparison also ends what float32 cannot hold, and NaN.
-      or not low <= value < high
-      or not np.float32(low) <= np.float32(value) < np.float32(high)
-    ):
-      raise _wrong(key, value, needed)
-
-  return check
-
-
-def _one_of(*values: int) -> Rule:
-  needed = " or ".join(map(str, values))
-
-  def check(key: str, value: Any) -> None:
-    if isinstance(value, bool) or value not in values:
-      raise _wrong(key, value, needed)
-
-  return check
-
-
-def _sequence(rule: Rule) -> Rule:
-  needed = f"a tuple of at most {_LONGEST_SEQUENCE}, on the command line 1,2,3"
-
-  def check(key: str, value: Any) -> None:
-    if not isinstance(value, tuple | list) or len(value) > _LONGEST_SEQUENCE:
-      raise _wrong(key, value, needed)
-    for element in value:
-      rule(key, element)
-
-  return check
-
-
-def _name(known: Any) -> Rule:
-  def check(key: str, value: Any) -> None:
-    if not isinstance(value, str):
-      raise _wrong(key, value, "a name")
-    if value not in known:
-      raise errors.unknown_name(key, value, known)
-
-  return check
-
-
-def _dataset_name(key: str, value: Any) -> None:
-  if not isinstance(value, str) or not _TFDS_NAME.fullmatch(value):
-    _name(loading.NAMES)(key, value)
-
-
-def _boolean(key: str, value: Any) -> None:
-  if not isinstance(value, bool):
-    raise _wrong(key, value, "true or false")
-
-
-def _path(key: str, value: Any) -> None:
-  try:
-    usable = len(os.fsencode(value)) <= _LONGEST_PATH and "\0" not in value
-  # No text, or one with half a character in it.
-  except (TypeError, ValueError):
-    usable = False
-  if not isinstance(value, str) or not usable:
-    raise _wrong(key, value, "a path")
-
-
-_POSITIVE = _number(_LEAST_POSITIVE)
-_NOT_NEGATIVE = _number(0)
-
-RULES: dict[str, Rule] = {
-  "seed": _integer(0, 2**32 - 1),
-  "num_seeds": _integer(1, _MOST_SEEDS),
-  "seed_execution": _name(("auto", *seeds.EXECUTIONS)),
-  "batch_size": _integer(1),
-  "steps_per_call": _integer(0),
-  "num_epochs": _integer(1),
-  "eval_batch_size": _integer(1, _LARGEST_EVAL_BATCH),
-  "log_layer_norms_every": _integer(0),
-  "label_smoothing": _number(0, 1),
-  "init_from": _path,
-  "normalization": _name(normalization.NAMES),
-  "dataset.name": _dataset_name,
-  "dataset.data_dir": _path,
-  "dataset.archive": _path,
-  "dataset.cache_dir": _path,
-  "dataset.image_size": _integer(1, _LARGEST_INPUT),
-  "dataset.num_workers": _integer(-1, _MOST_WORKERS),
-  "dataset.test_crops": _one_of(1, crops.NUM_TEN),
-  "dataset.train_examples": _integer(0),
-  "dataset.validation_examples": _integer(0),
-  "dataset.split_seed": _integer(0, 2**32 - 1),
-  "augment.name": _name(augment.NAMES),
-  "augment.flip": _boolean,
-  "model.name": _name(registry.MODELS),
-  "model.depth": _integer(1, _LARGEST_DEPTH),
-  "model.num_filters": _integer(0, _LARGEST_WIDTH),
-  "model.num_classes": _integer(0, _LARGEST_NUM_CLASSES),
-  "model.input_size": _integer(0, _LARGEST_INPUT),
-  "model.dtype": _name(registry.DTYPES),
-  "model.shortcut": _name(registry.SHORTCUTS),
-  "model.stride_in_3x3": _boolean,
-  "model.gate_bias": _number(-100, 100),
-  "model.batch_norm": _boolean,
-  "model.dropout": _number(0, 1),
-  "model.padding": _name(layers.PADDINGS),
-  "model.conv_bias": _boolean,
-  "model.batch_norm_momentum": _number(0, 1),
-  "model.batch_norm_epsilon": _POSITIVE,
-  "model.batch_norm_groups": _integer(1),
-  "model.remat": _boolean,
-  "model.scan": _boolean,
-  "optimizer.name": _name(optimizer.NAMES),
-  "optimizer.learning_rate": _POSITIVE,
-  "optimizer.b1": _number(0, 1),
-  "optimizer.b2": _number(0, 1),
-  "optimizer.epsilon": _POSITIVE,
-  "optimizer.momentum": _number(0, 1),
-  "optimizer.l2": _NOT_NEGATIVE,
-  "optimizer.l2_weights": _name(optimizer.L2_WEIGHTS),
-  "schedule.name": _name(schedule.NAMES),
-  "schedule.linear_warmup_epochs": _NOT_NEGATIVE,
-  "schedule.drop_percents": _sequence(_integer(1, 100)),
-  "schedule.drop_factors": _sequence(_POSITIVE),
-  "schedule.drop_inclusive": _boolean,
-  "schedule.warmup_learning_rate": _NOT_NEGATIVE,
-  "schedule.warmup_error": _number(_LEAST_POSITIVE, 1),
-  "schedule.warmup_min_depth": _integer(0),
-  "plateau.enabled": _boolean,
-  "plateau.factor": _number(_LEAST_POSITIVE, 1),
-  "plateau.patience": _integer(1),
-  "plateau.cooldown": _integer(0),
-  "plateau.min_delta": _POSITIVE,
-  "plateau.min_lr": _NOT_NEGATIVE,
-  "checkpoint.every_steps": _integer(0),
-  "checkpoint.every_minutes": _NOT_NEGATIVE,
-  "checkpoint.monitor": _name(metrics.MONITORED),
-  "log.tensorboard": _boolean,
-  "log.interval_seconds": _NOT_NEGATIVE,
-}
-
-
-def with_added_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
-  """A configuration that an older version stored, with what it did not know.
-
-  Args:
-    stored: a configuration as nested dictionaries; is not changed.
-  """
-  config = dict(stored)
-  for key, value in _ADDED_KEYS.items():
-    part, _, name = key.rpartition(".")
-    if not part:
-      config.setdefault(key, value)
-    elif isinstance(config.get(part), Mapping):
-      config[part] = {name: value} | config[part]
-  return config
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+  """A configuration as JSON holds it, with defaults for keys that it lacks."""
+  # In JSON tuples are lists.
+  defaults = json.loads(json.dumps(default_config().to_dict()))
+  filled = defaults | dict(stored)
+  for part, values in defaults.items():
+    if isinstance(values, dict) and isinstance(filled[part], Mapping):
+      filled[part] = values | dict(filled[part])
+  return filled
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """A nested dictionary as {'model.depth': 20, ...}."""
   flat: dict[str, Any] = {}
   for key, value in config.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
+    is_part = isinstance(value, Mapping)
+    flat |= (
+      flatten(value, f"{prefix}{key}.") if is_part else {prefix + key: value}
+    )
   return flat
 
 
@@ -283,7 +301,7 @@ def to_flat(config: ConfigDict) -> dict[str, Any]:
   """A configuration as {'model.depth': 20, ...}.
 
   Raises:
-    ConfigError: it has values that cannot be had, or keys that are no text.
+    ConfigError: a value cannot be computed, or a key is no text.
   """
   try:
     return flatten(config.to_dict())
@@ -295,168 +313,15 @@ def to_flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_values(config: ConfigDict) -> None:
-  """Checks each key and value by itself.
-
-  Raises:
-    ConfigError: the first thing that is wrong, and what would work.
-  """
+  """Raises a `ConfigError` that says what would work, unless all values do."""
   flat = to_flat(config)
-  for key in sorted(flat.keys() - RULES.keys()):
-    raise errors.unknown_name("config key", key, RULES)
-  missing = sorted(RULES.keys() - flat.keys())
+  for name in sorted(flat.keys() - KEYS.keys()):
+    raise errors.unknown_name("config key", name, KEYS)
+  missing = sorted(KEYS.keys() - flat.keys())
   if missing:
     raise errors.ConfigError(
       f"the configuration lacks {', '.join(missing)}: it was made by another"
       " version of this program. Start from configs/base.py."
     )
-  for key, rule in RULES.items():
-    rule(key, flat[key])
-
-
-def check(config: ConfigDict, num_devices: int) -> None:
-  """Checks a configuration as a whole.
-
-  Args:
-    config: every key of `configs/base.py`.
-    num_devices: devices of the run.
-
-  Raises:
-    ConfigError: the first thing that is wrong, and what would work.
-    DataError: see `loading.info`.
-  """
-  check_values(config)
-
-  # Constraints between keys.
-  _check_streaming(config)
-  registry.create_model(config.model, num_classes=1)
-  registry.check_input_size(
-    config.model, loading.info(config.dataset).image_shape
-  )
-  num_train = loading.num_train_examples(config.dataset)
-  if config.batch_size > num_train:
-    raise errors.ConfigError(
-      f"batch_size={config.batch_size} is more than the {num_train} training"
-      f" images; at most {num_train} makes an epoch of at least one step."
-    )
-  # Those that share a batch.
-  num_devices //= mesh.num_groups(num_devices, config.num_seeds)
-  if config.batch_size % num_devices:
-    nearest = max(config.batch_size // num_devices, 1) * num_devices
-    raise errors.ConfigError(
-      f"batch_size={config.batch_size} cannot be divided over {num_devices}"
-      f" devices; for example {nearest} or {nearest + num_devices} can."
-    )
-  groups = config.model.batch_norm_groups
-  if config.batch_size % groups:
-    nearest = max(config.batch_size // groups, 1) * groups
-    raise errors.ConfigError(
-      f"batch_size={config.batch_size} has no"
-      f" model.batch_norm_groups={groups} equal parts; for example {nearest} or"
-      f" {nearest + groups} has."
-    )
-  if config.seed + config.num_seeds > 2**32:
-    raise errors.ConfigError(
-      f"seed={config.seed} and num_seeds={config.num_seeds} go beyond the last"
-      f" seed, {2**32 - 1}; needed: a seed of at most"
-      f" {2**32 - config.num_seeds}."
-    )
-  steps = num_train // config.batch_size
-  if config.num_epochs * steps > _LARGEST_INTEGER:
-    raise errors.ConfigError(
-      f"num_epochs={config.num_epochs} of {steps} steps are more steps than can"
-      f" be counted; at most {_LARGEST_INTEGER // steps} are not."
-    )
-  if config.log_layer_norms_every and not config.log.tensorboard:
-    raise errors.ConfigError(
-      f"log_layer_norms_every={config.log_layer_norms_every} writes to"
-      " TensorBoard, but log.tensorboard=False; set log.tensorboard=True, or"
-      " log_layer_norms_every=0."
-    )
-  percents = tuple(config.schedule.drop_percents)
-  factors = tuple(config.schedule.drop_factors)
-  if len(percents) != len(factors) or percents != tuple(sorted(percents)):
-    raise errors.ConfigError(
-      f"schedule.drop_percents={percents} must ascend and have as many values"
-      f" as schedule.drop_factors={factors}."
-    )
-  _check_warmup(config)
-  largest = config.optimizer.learning_rate * max(factors, default=1)
-  if largest >= _LARGEST_NUMBER:
-    raise errors.ConfigError(
-      f"optimizer.learning_rate={config.optimizer.learning_rate} times"
-      f" {max(factors)} of schedule.drop_factors is a rate of {largest:g};"
-      f" needed: one below {_LARGEST_NUMBER:g}."
-    )
-
-
-def _check_warmup(config: ConfigDict) -> None:
-  """Checks that a linear warm-up is over before the rate falls."""
-  epochs = config.schedule.linear_warmup_epochs
-  if not epochs:
-    return
-  key = f"schedule.linear_warmup_epochs={epochs:g}"
-  is_deep = config.model.depth >= config.schedule.warmup_min_depth
-  if config.schedule.warmup_learning_rate and is_deep:
-    raise errors.ConfigError(
-      f"{key} and schedule.warmup_learning_rate="
-      f"{config.schedule.warmup_learning_rate:g} are two warm-ups; set one of"
-      " them to 0."
-    )
-  ends = [config.num_epochs]
-  if config.schedule.name == "drops":
-    ends += schedule.drop_epochs(
-      config.num_epochs,
-      config.schedule.drop_percents,
-      config.schedule.drop_inclusive,
-    )
-  if epochs >= min(ends):
-    raise errors.ConfigError(
-      f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run"
-      f" ends, at epoch {min(ends)}; needed: less, or more num_epochs."
-    )
-
-
-def _check_streaming(config: ConfigDict) -> None:
-  """Checks what only sets that are decoded while training can do, or cannot."""
-  if not loading.is_streamed(config.dataset.name):
-    if config.augment.name in crops.RANDOM:
-      raise errors.ConfigError(
-        f"augment.name={config.augment.name} cuts images as they are decoded,"
-        f" while training; dataset.name={config.dataset.name} has them in"
-        " memory. Needed: crop_flip, shift_flip or none."
-      )
-    if config.dataset.test_crops != 1:
-      raise errors.ConfigError(
-        f"dataset.test_crops={config.dataset.test_crops} cuts images as they"
-        f" are decoded; dataset.name={config.dataset.name} has them in memory."
-        " Needed: 1."
-      )
-  elif config.normalization not in normalization.UNMEASURED:
-    raise errors.ConfigError(
-      f"normalization={config.normalization} is measured on all training"
-      f" images, but dataset.name={config.dataset.name} is not held in memory;"
-      f" needed: {', '.join(sorted(normalization.UNMEASURED))}."
-    )
-
-
-def check_labels(config: ConfigDict) -> None:
-  """Checks that the network's head has the data set's classes.
-
-  A network with another head can be loaded and used, but neither trained nor
-  scored.
-
-  Args:
-    config: what `check` has passed.
-
-  Raises:
-    ConfigError: it has another number of classes.
-  """
-  classes = loading.info(config.dataset).num_classes
-  if config.model.num_classes not in (0, classes):
-    raise errors.ConfigError(
-      f"model.num_classes={config.model.num_classes} but"
-      f" dataset.name={config.dataset.name} has {classes} classes: the network"
-      " can be loaded (load_model), but neither trained nor scored on these."
-      " To train it with a new head, pass --config.init_from=WORKDIR and a"
-      " --workdir of its own."
-    )
+  for name, key in KEYS.items():
+    key.check(flat[name])

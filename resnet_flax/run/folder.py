@@ -61,7 +61,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     stored = json.loads(path.read_text())
     if not isinstance(stored, dict):
       raise ValueError("it holds no JSON object")
-    return ConfigDict(config_rules.with_added_keys(stored)).lock()
+    return ConfigDict(config_rules.with_defaults(stored)).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
@@ -168,7 +168,7 @@ def check_same(
     f"{key} ({stored.get(key)!r} there, {given.get(key)!r} here)"
     for key in sorted(stored.keys() | given.keys())
     if stored.get(key) != given.get(key)
-    and key not in (*config_rules.FREE_KEYS, *free)
+    and key not in (*config_rules.MAY_DIFFER, *free)
   ]
   if differing:
     raise errors.WorkdirError(

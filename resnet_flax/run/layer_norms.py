@@ -5,15 +5,19 @@ the way through it (Glorot and Bengio 2010, He et al. 2015, section 1).
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from resnet_flax import step as train_step
-from resnet_flax.models.kernels import grouping as leaves
+from resnet_flax import step as step_lib
+from resnet_flax.models.kernels import grouping
+from resnet_flax.parallel import networks, program
+from resnet_flax.run import metrics
 
 # Flax's collection for what is measured in the forward pass.
 _COLLECTION = "layer_norms"
@@ -37,11 +41,8 @@ class LayerNorms(flax.struct.PyTreeNode):
   update_ratio: jax.Array
 
 
-def layer_names(experiment: train_step.Experiment) -> tuple[str, ...]:
+def layer_names(experiment: step_lib.Experiment) -> tuple[str, ...]:
   """The layers that have kernels, in the order of the forward pass.
-
-  Args:
-    experiment: the fixed parts.
 
   Returns:
     For example 'stem_conv', 'stage1_block1/conv1', ..., 'head'; projections of
@@ -50,7 +51,7 @@ def layer_names(experiment: train_step.Experiment) -> tuple[str, ...]:
   return tuple("/".join(path) for path in _paths(experiment))
 
 
-def _paths(experiment: train_step.Experiment) -> list[tuple[str, ...]]:
+def _paths(experiment: step_lib.Experiment) -> list[tuple[str, ...]]:
   paths = []
 
   def note(next_call, args, kwargs, context):
@@ -72,27 +73,54 @@ def _has_kernel(context: nn.module.InterceptorContext) -> bool:
   return is_layer and context.method_name == "__call__"
 
 
+def create_hook(
+  config: ConfigDict,
+  experiment: step_lib.Experiment,
+  state: networks.Networks,
+  key: networks.Networks,
+  layout: networks.Layout,
+  write: Callable[[int, Mapping[str, float]], None],
+) -> Callable[[int, networks.Networks, program.Batch], None]:
+  """A hook of the loop that writes norms where `log_layer_norms_every` says.
+
+  Args:
+    config: the experiment's.
+    experiment: the fixed parts.
+    state: only its shapes are used.
+    key: the augmentation key[] of each network.
+    layout: where the networks are.
+    write: called with the step and numbers by their tags.
+  """
+  names = layer_names(experiment)
+  measure = program.compile_step(
+    "measurement of layer norms",
+    lambda *arguments: measured_step(*arguments)[2:],
+    *(experiment, state, config.batch_size, key, layout),
+  )
+
+  def hook(step: int, state: networks.Networks, batch: program.Batch) -> None:
+    if step % config.log_layer_norms_every:
+      return
+    (norms,) = measure(state, *batch.images_and_labels(), key)
+    for seed, of_seed in zip(layout.seeds, layout.get(norms), strict=True):
+      values = scalars(names, of_seed)
+      if len(layout.seeds) > 1:
+        values = {metrics.seed_tag(seed, tag): v for tag, v in values.items()}
+      write(step, values)
+
+  return hook
+
+
 def measured_step(
-  experiment: train_step.Experiment,
-  state: train_step.TrainState,
+  experiment: step_lib.Experiment,
+  state: step_lib.TrainState,
   images: jax.Array,
   labels: jax.Array,
   key: jax.Array,
-) -> tuple[train_step.TrainState, train_step.StepMetrics, LayerNorms]:
-  """`train_step.train_step`, and the norms in it.
-
-  Args:
-    experiment: the fixed parts.
-    state: before the step.
-    images: uint8[B, H, W, C].
-    labels: int32[B].
-    key: key[], the same at every step; the step is folded in here.
-
-  Returns:
-    The new state, what to report, and the norms before and of the step.
-  """
+) -> tuple[step_lib.TrainState, step_lib.StepMetrics, LayerNorms]:
+  """`step.train_step`, and the norms before and of the step."""
   with nn.intercept_methods(_note_output):
-    new_state, step_metrics, computed = train_step.backpropagated_step(
+    new_state, step_metrics, backward = step_lib.train_step_with_backward(
       experiment, state, images, labels, key, collections=[_COLLECTION]
     )
   paths = _paths(experiment)
@@ -110,31 +138,20 @@ def measured_step(
   after = of_layers(new_state.params, "kernel")
   changes = [new - old for new, old in zip(after, before, strict=True)]
   norms = LayerNorms(
-    gradient=leaves.reduce_each(norm, of_layers(computed.gradient, "kernel")),
+    gradient=grouping.reduce_each(norm, of_layers(backward.gradient, "kernel")),
     activation=jnp.stack(
-      of_layers(computed.collections[_COLLECTION], "activation")
+      of_layers(backward.collections[_COLLECTION], "activation")
     ),
-    update_ratio=leaves.reduce_each(norm, changes)
-    / leaves.reduce_each(norm, before),
+    update_ratio=grouping.reduce_each(norm, changes)
+    / grouping.reduce_each(norm, before),
   )
   return new_state, step_metrics, norms
-
-
-def measure(
-  experiment: train_step.Experiment,
-  state: train_step.TrainState,
-  images: jax.Array,
-  labels: jax.Array,
-  key: jax.Array,
-) -> LayerNorms:
-  """The norms of the step that would be taken; arguments as of the step."""
-  return measured_step(experiment, state, images, labels, key)[2]
 
 
 def _note_output(next_call, args, kwargs, context):
   outputs = next_call(*args, **kwargs)
   if _has_kernel(context):
-    (size,) = leaves.reduce_each(norm, [jax.lax.stop_gradient(outputs)])
+    (size,) = grouping.reduce_each(norm, [jax.lax.stop_gradient(outputs)])
     context.module.sow(
       _COLLECTION,
       "activation",
@@ -159,12 +176,7 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def scalars(names: tuple[str, ...], norms: LayerNorms) -> dict[str, float]:
-  """The norms by their tags, such as 'layers/gradient/stem_conv'.
-
-  Args:
-    names: from `layer_names`.
-    norms: on the host.
-  """
+  """The norms by their tags, such as 'layers/gradient/stem_conv'."""
   return {
     f"layers/{kind}/{name}": float(value)
     for kind in ("gradient", "activation", "update_ratio")

@@ -1,10 +1,11 @@
-"""Trained networks from their workdirs: for notebooks and for scoring."""
+"""Trained networks from their workdirs: to use, to score, to start from."""
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,25 +13,28 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-  data as datasets,
-  experiment as experiment_lib,
-  step as train_step,
-)
-from resnet_flax.parallel import (
-  evaluate,
-  mesh as mesh_lib,
-  networks as seeds_lib,
-)
-from resnet_flax.run import (
-  checkpoint,
-  config as config_rules,
-  errors,
-  folder as workdir_lib,
-  metrics,
-)
+from resnet_flax import data, models, step as step_lib
+from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
+from resnet_flax.run import checkpoint, errors, folder, metrics, rules
+
+_logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ("best", "latest")
+
+_HEAD = "head"
+
+# Keys of `model` that may differ from the run that weights come from: they do
+# not change what the network computes.
+_MAY_DIFFER = (
+  "num_classes",
+  "input_size",
+  "dtype",
+  "remat",
+  "scan",
+  "dropout",
+  "gate_bias",
+  "batch_norm_momentum",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ class LoadedModel:
       probabilities; normalises as in training.
     config: the configuration it was trained with.
     step: the training step of the checkpoint.
-    seed: what it was trained with.
+    seed: of its training.
   """
 
   model: nn.Module
@@ -65,7 +69,7 @@ def load_model(
   """Loads a network from its workdir.
 
   Args:
-    workdir: the run's folder, or what `resnet_flax.convert` made.
+    workdir: the run's folder, or a folder that `resnet_flax.convert` made.
     which: 'best' (the epoch that is best by `checkpoint.monitor`; before the
       first one, converted weights) or 'latest'.
     seed: which network of a run of several seeds; by default the first.
@@ -76,20 +80,17 @@ def load_model(
   """
   config, experiment, states = _restore(pathlib.Path(workdir), which)
   seed = config.seed if seed is None else seed
-  place = seed - config.seed
-  if not 0 <= place < len(states):
+  if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
     raise errors.ConfigError(
-      f"seed={seed} was not trained in {workdir}; needed: one from"
+      f"seed={seed} was not trained in {workdir}: it must be from"
       f" {config.seed} to {last}."
     )
   state = jax.device_put(
-    states[place],
-    mesh_lib.replicated(mesh_lib.create_mesh(jax.local_devices())),
+    states[seed - config.seed],
+    mesh_lib.sharding(mesh_lib.create_mesh(jax.local_devices())),
   )
-  logits_fn = jax.jit(
-    functools.partial(train_step.apply_eval, experiment.model)
-  )
+  logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
 
   def predict(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
@@ -100,17 +101,17 @@ def load_model(
         f" {expected[1]}, {expected[2]}]; got {images.dtype}"
         f"{list(images.shape)}."
       )
-    batch = config.eval_batch_size
+    size = config.eval_batch_size
     parts = [
-      np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + batch])))
-      for i in range(0, len(images), batch)
+      np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + size])))
+      for i in range(0, len(images), size)
     ]
-    classes = experiment_lib.num_classes(config)
-    return np.concatenate([np.empty((0, classes), np.float32), *parts])
+    none = np.empty((0, experiment.num_classes), np.float32)
+    return np.concatenate([none, *parts])
 
   return LoadedModel(
     model=experiment.model,
-    variables={"params": state.params, "batch_stats": state.batch_stats},
+    variables=step_lib.scored_variables(state),
     predict=predict,
     config=config,
     step=int(state.step),
@@ -133,7 +134,7 @@ def evaluate_workdir(
     config: replaces the stored configuration; only keys that do not change
       the mathematics may differ, for example where the data is, and
       `dataset.test_crops`.
-    devices: what to compute on, by default all devices.
+    devices: by default all devices.
 
   Returns:
     `loss`, `accuracy` (a fraction), the `step` of the checkpoint (steps done)
@@ -147,26 +148,23 @@ def evaluate_workdir(
     DataError: the data cannot be had.
   """
   if config is not None:
-    workdir_lib.check_same(workdir, config, free=["dataset.test_crops"])
+    folder.check_same(workdir, config, free=["dataset.test_crops"])
   config, experiment, states = _restore(workdir, which, config)
-  config_rules.check_labels(config)
-  dataset = datasets.load(config.dataset)
-  layout = seeds_lib.Layout.create(config, devices)
+  rules.check_labels(config)
+  dataset = data.load(config.dataset)
+  layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(
-    evaluate.jit_eval_step(experiment, layout),
+    evaluate.create_eval_step(experiment, layout),
     layout.put(states),
     dataset.test,
     config.eval_batch_size,
     layout,
   )
   of_seeds = []
-  for state, score in zip(states, scores.networks, strict=True):
+  for state, means in zip(states, scores.networks, strict=True):
     step = int(state.step)
-    values = {
-      "loss": score["loss"],
-      "accuracy": score["accuracy"],
-      "step": step,
-    }
+    values = {k: v for k, v in means.items() if k != "objective"}
+    values["step"] = step
     if step:
       values["epoch"] = (step - 1) // experiment.learning_rate.steps_per_epoch
     of_seeds.append(values)
@@ -175,21 +173,22 @@ def evaluate_workdir(
   ensemble = {f"ensemble_{key}": v for key, v in scores.ensemble.items()}
   result = metrics.summarize({}, layout.seeds, of_seeds, ensemble)
   # Each seed has its own.
-  return {k: v for k, v in result.items() if k not in ("step", "epoch")}
+  own = ("step", "epoch", "step_std", "epoch_std")
+  return {k: v for k, v in result.items() if k not in own}
 
 
 def _restore(
   workdir: pathlib.Path,
   which: str,
   config: ConfigDict | None = None,
-) -> tuple[ConfigDict, train_step.Experiment, list[train_step.TrainState]]:
-  """What a workdir holds; the state of each seed, as NumPy arrays."""
+) -> tuple[ConfigDict, step_lib.Experiment, list[step_lib.TrainState]]:
+  """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  config = config or workdir_lib.load_config(workdir)
+  config = config or folder.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
-  config_rules.check(config, num_devices=1)
-  experiment = experiment_lib.build(config)
+  rules.check(config, num_devices=1)
+  experiment = step_lib.build(config)
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"
     " first epoch, the latest one after checkpoint.every_minutes."
@@ -200,14 +199,14 @@ def _restore(
     steps = _choose_steps(workdir, which, config, checkpoints.steps())
     if not steps:
       raise missing
-    like = experiment_lib.abstract_state(config, experiment)
+    like = step_lib.abstract_state(config, experiment)
     restored = {
-      step: seeds_lib.unstack(
+      step: networks.unstack(
         checkpoints.restore(step, like)[0], config.num_seeds
       )
       for step in set(steps)
     }
-  states = [restored[step][place] for place, step in enumerate(steps)]
+  states = [restored[step][k] for k, step in enumerate(steps)]
   return config, experiment, states
 
 
@@ -229,3 +228,81 @@ def _choose_steps(
     return [0] * config.num_seeds if 0 in steps else []
   best = metrics.best_records(records, config.checkpoint.monitor)
   return [record["step"] for record in best]
+
+
+# ---- Starting from another run's weights
+
+
+def load_source(config: ConfigDict) -> dict[str, Any]:
+  """The variables of the network that `config.init_from` names.
+
+  Args:
+    config: of the run that starts from it.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...} of its best checkpoint.
+
+  Raises:
+    ConfigError: they do not stand for the same function here.
+    WorkdirError: there is no readable run or no checkpoint there.
+  """
+  workdir = pathlib.Path(config.init_from)
+  if not workdir.is_dir():
+    raise errors.WorkdirError(
+      f"init_from={workdir} is not a folder. Pass a run's workdir;"
+      " resnet_flax.convert makes one of a file of weights."
+    )
+  try:
+    source = load_model(workdir)
+  except errors.UserError as error:
+    raise errors.WorkdirError(
+      f"init_from={workdir} cannot be used: {error}"
+    ) from error
+  differing = [
+    f"model.{key} ({there!r} there, {here!r} here)"
+    for key in sorted(config.model.keys())
+    if key not in _MAY_DIFFER
+    and (there := _value(source.config.model, key))
+    != (here := _value(config.model, key))
+  ]
+  if differing:
+    raise errors.ConfigError(
+      f"init_from={workdir} holds another network, which differs in"
+      f" {', '.join(differing)}. Pass its values, or another init_from."
+    )
+  if config.normalization != source.config.normalization:
+    _logger.warning(
+      "warning: normalization=%s, but the weights of init_from were trained"
+      " with %s",
+      config.normalization,
+      source.config.normalization,
+    )
+  _logger.info("starting from step %d of %s", source.step, workdir)
+  return source.variables
+
+
+def _value(config: ConfigDict, key: str) -> object:
+  # What is left to the family may be spelt out there, and not here.
+  if key == "shortcut":
+    return models.shortcut(config)
+  if key == "num_filters":
+    return models.num_filters(config)
+  return config[key]
+
+
+def initialize(
+  state: step_lib.TrainState, variables: Mapping[str, Any]
+) -> step_lib.TrainState:
+  """A new state with another network's parameters and statistics.
+
+  Its head stays as it was drawn if it has other classes.
+
+  Args:
+    state: before the first step.
+    variables: from `load`.
+  """
+  params = dict(variables["params"])
+  if params[_HEAD]["bias"].shape != state.params[_HEAD]["bias"].shape:
+    params[_HEAD] = state.params[_HEAD]
+    _logger.info("the head of init_from has other classes: it starts anew")
+  return state.replace(params=params, batch_stats=variables["batch_stats"])

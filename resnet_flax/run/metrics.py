@@ -199,7 +199,7 @@ class TensorBoard:
     enabled: if not, nothing is written.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, enabled: bool):
+  def __init__(self, workdir: pathlib.Path, step: int, enabled: bool = True):
     self._writer: Any = None
     if not enabled:
       return

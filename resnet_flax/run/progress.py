@@ -10,7 +10,7 @@ from typing import Any
 
 import tqdm
 
-from resnet_flax import step as train_step
+from resnet_flax import step as step_lib
 from resnet_flax.run import metrics
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Progress:
       disable=self._without_bar,
     )
 
-  def step(self, of_seeds: Sequence[train_step.StepMetrics]) -> None:
+  def step(self, of_seeds: Sequence[step_lib.StepMetrics]) -> None:
     """Takes in the metrics of a step of each seed, on the host."""
     taken = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
     new_steps, self._step = taken - self._step, taken
@@ -114,10 +114,10 @@ class Progress:
   def _title(self) -> str:
     return f"epoch {self._epoch + 1}/{self._num_epochs}"
 
-  def _text(self, of_seeds: Sequence[train_step.StepMetrics]) -> str:
+  def _text(self, of_seeds: Sequence[step_lib.StepMetrics]) -> str:
     sums = [each.sums for each in of_seeds]
-    losses = [float(each.loss / each.count) for each in sums]
-    accuracies = [float(each.correct / each.count) for each in sums]
+    losses = [float(each["loss"] / each["count"]) for each in sums]
+    accuracies = [float(each["accuracy"] / each["count"]) for each in sums]
     images = len(sums) * self._batch_size
     text = f"loss {_mean(losses)}, accuracy {_mean(accuracies)},"
     text += f" {images / self._seconds_per_step:.0f} images/s"

@@ -19,19 +19,18 @@ from ml_collections import ConfigDict
 
 from resnet_flax import (
   data as datasets,
-  experiment as experiment_lib,
-  step as train_step,
-  train,
+  step as step_lib,
 )
 from resnet_flax.data import normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   checkpoint,
-  config as config_rules,
+  command_line,
   environment,
   errors,
   folder as workdir_lib,
   process,
+  rules,
   signals,
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
@@ -85,7 +84,7 @@ def convert(
   # Path.resolve, this leaves it to _check_is_new to find a loop of links.
   workdir = pathlib.Path(os.path.realpath(workdir))
   config = ConfigDict(config.to_dict())
-  config_rules.check(config, num_devices=1)
+  rules.check(config, num_devices=1)
   if config.num_seeds > 1:
     raise errors.ConfigError(
       f"num_seeds={config.num_seeds} cannot be used here: the file holds one"
@@ -104,14 +103,14 @@ def convert(
   mapping.check_config(file, kind, config)
   _set_num_classes(file, kind, config)
   # The head's size is the file's, and has a limit as well.
-  config_rules.check(config, num_devices=1)
-  experiment = experiment_lib.build(config)
-  like = experiment_lib.abstract_state(config, experiment)
+  rules.check(config, num_devices=1)
+  experiment = step_lib.build(config)
+  like = step_lib.abstract_state(config, experiment)
   variables = mapping.variables(
     file, kind, {"params": like.params, "batch_stats": like.batch_stats}
   )
   scale, data = _normalization(config, experiment)
-  state = train_step.state_of(experiment, variables, scale)
+  state = step_lib.state_of(experiment, variables, scale)
 
   described = environment.describe(jax.devices()) | {
     "data": data,
@@ -165,7 +164,7 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
 def _set_num_classes(
   file: files.WeightsFile, kind: mapping.Source, config: ConfigDict
 ) -> None:
-  if kind.num_classes == experiment_lib.num_classes(config):
+  if kind.num_classes == step_lib.num_classes(config):
     return
   # No configuration could have such a head; the check of shapes says the rest.
   if kind.num_classes < 1:
@@ -179,8 +178,8 @@ def _set_num_classes(
 
 
 def _normalization(
-  config: ConfigDict, experiment: train_step.Experiment
-) -> tuple[train_step.Normalization, str | None]:
+  config: ConfigDict, experiment: step_lib.Experiment
+) -> tuple[normalization.Normalization, str | None]:
   """The normalisation, and the data it was measured on if it was."""
   if config.normalization in normalization.UNMEASURED:
     scale = normalization.fixed(config.normalization, experiment.image_shape)
@@ -196,11 +195,11 @@ def _write(
   workdir: pathlib.Path,
   config: ConfigDict,
   described: dict[str, object],
-  state: train_step.TrainState,
+  state: step_lib.TrainState,
 ) -> None:
   """Writes a workdir beside its place, then puts it there as a whole."""
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
-  state = jax.device_put(state, mesh_lib.replicated(mesh))
+  state = jax.device_put(state, mesh_lib.sharding(mesh))
   try:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -211,7 +210,7 @@ def _write(
       workdir_lib.write_json(unfinished / "environment.json", described)
       workdir_lib.write_json(unfinished / "config.json", config.to_dict())
       with checkpoint.Checkpoints(unfinished) as checkpoints:
-        checkpoints.save(state, train.NEW_EPOCH)
+        checkpoints.save(state, checkpoint.NEW_EPOCH)
       _check_is_new(workdir)
       # An empty folder is replaced, one that was filled meanwhile is not.
       os.rename(unfinished, workdir)
@@ -225,8 +224,6 @@ def _write(
 
 def _run(argv: list[str]) -> None:
   del argv
-  from resnet_flax.run import command_line
-
   command_line.set_up()
   source = flags.FLAGS["source"].value
   if not source:
@@ -246,7 +243,7 @@ def _run(argv: list[str]) -> None:
   )
   print(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
-    config_rules.check_labels(done.config)
+    rules.check_labels(done.config)
     return
   print(
     f"Its head has {done.config.model.num_classes} classes, not those of"
@@ -263,5 +260,6 @@ def run() -> None:
     "File of weights: .keras, .weights.h5 or .h5 of Keras, .safetensors, .pt,"
     " .pth or .th of PyTorch.",
   )
+  flags.adopt_module_key_flags(command_line)
   flags.adopt_module_key_flags(process)
   process.run(_run)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_flax import experiment as experiment_lib, step as train_step
-from resnet_flax.run import config as config_rules
+from resnet_flax import step as step_lib
+from resnet_flax.run import rules
 
 
 class Size(NamedTuple):
@@ -73,13 +73,13 @@ def summarize(config: ConfigDict) -> str:
   Raises:
     ConfigError: a value that cannot be used.
   """
-  config_rules.check(config, num_devices=1)
-  experiment = experiment_lib.build(config)
+  rules.check(config, num_devices=1)
+  experiment = step_lib.build(config)
   table = _table(experiment).strip()
   return "\n".join([table, *_facts(config, experiment)])
 
 
-def _table(experiment: train_step.Experiment) -> str:
+def _table(experiment: step_lib.Experiment) -> str:
   return nn.tabulate(
     experiment.model,
     jax.random.key(0),
@@ -91,7 +91,7 @@ def _table(experiment: train_step.Experiment) -> str:
   )(jnp.zeros((1, *experiment.image_shape)), train=False)
 
 
-def _facts(config: ConfigDict, experiment: train_step.Experiment) -> list[str]:
+def _facts(config: ConfigDict, experiment: step_lib.Experiment) -> list[str]:
   size = measure_size(experiment.model, experiment.image_shape)
   steps = experiment.learning_rate.steps_per_epoch
   return [

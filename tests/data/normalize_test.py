@@ -73,3 +73,12 @@ def test_fixed_ones_need_no_data(name, white):
   expected = np.broadcast_to(np.array(white, np.float32), (1, 4, 4, 3))
   np.testing.assert_allclose(result, expected, rtol=1e-4)
   assert name in normalization.UNMEASURED
+
+
+def test_normalization():
+  mean = jnp.full((32, 32, 3), 0.25)
+  std = jnp.full((1, 1, 3), 0.5)
+  images = jnp.full((2, 32, 32, 3), 255, jnp.uint8)
+  result = normalization.Normalization(mean, std)(images)
+  assert result.dtype == jnp.float32
+  np.testing.assert_allclose(result, 1.5)

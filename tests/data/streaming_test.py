@@ -21,10 +21,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import imagenet_resnet50
 from experiments.input_pipeline import generated
-from resnet_flax import data as datasets, experiment as experiment_lib, train
+from resnet_flax import data as datasets, step as step_lib, train
 from resnet_flax.data import crops, loading, streaming
 from resnet_flax.parallel import epochs, evaluate, networks as seeds
-from resnet_flax.run import config as config_rules, errors, load as inference
+from resnet_flax.run import errors, load as inference, rules
 from tests.data import damage
 
 COUNTS = {"train": 40, "validation": 10}
@@ -198,20 +198,20 @@ def test_any_prepared_set_can_be_named(root, tmp_path):
   config = make_config(tmp_path)
   config.dataset.name = "tfds/flowers"
   config.batch_size = 4
-  config_rules.check(config, 1)
+  rules.check(config, 1)
   info = loading.info(config.dataset)
   assert info == loading.DatasetInfo(2, (64, 64, 3), 5, 3)
   assert len(loading.load(config.dataset).test) == 3
   config.dataset.name = "tfds/trees"
   with pytest.raises(errors.DataError, match=r"trees\. Set .*data_dir.*Prep"):
-    config_rules.check(config, 1)
+    rules.check(config, 1)
 
 
 def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   config = imagenet_resnet50.get_config()
   config.dataset.data_dir = str(tmp_path)
-  config_rules.check(config, 1)
-  experiment = experiment_lib.build(config)
+  rules.check(config, 1)
+  experiment = step_lib.build(config)
   assert experiment.learning_rate.steps_per_epoch == 1_281_167 // 256
   with pytest.raises(errors.DataError, match="no prepared imagenet2012 in"):
     loading.load(config.dataset)
@@ -233,7 +233,7 @@ def test_what_does_not_go_together(root, name, key, value, message):
   config.dataset.name = name
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.ConfigError, match=message):
-    config_rules.check(config, 1)
+    rules.check(config, 1)
 
 
 def refusal(copy):

@@ -57,7 +57,7 @@ def test_cells():
   assert {cell.measure_at for cell in cells[:4]} == {(0, 4)}
   assert {cell.measure_at for cell in cells[4:]} == {(0,)}
   config = cells[3].config()
-  assert (config.model.name, config.model.batch_norm) == ("resnet_v2", False)
+  assert (config.model.name, config.model.norm) == ("resnet_v2", "none")
   assert not config.model.scan
   (deep,) = make_cells(
     families=["preact"], depths=[], init_depths=[326], batch_norm=[True]
@@ -100,7 +100,7 @@ def test_other_files_are_refused(tmp_path, text):
 
 def test_measurement(tiny_config, one_device):
   tiny_config.model.name = "highway"
-  tiny_config.model.batch_norm = False
+  tiny_config.model.norm = "none"
   measured = measurement.measure(tiny_config, [0, 5], one_device)
   (of_seed,) = measured["seeds"]
   assert of_seed["seed"] == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import experiment as experiment_lib, models, step as train_step
+from resnet_flax import models, step as step_lib
 from resnet_flax.data import normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.tools import summary
@@ -78,7 +78,7 @@ def shapes_of(model):
 
 def loss(model, params, batch_stats, shape=SHAPE):
   images, labels = images_and_labels(shape)
-  return train_step.loss_fn(model, params, batch_stats, images, labels, KEY)
+  return step_lib.loss_fn(model, params, batch_stats, images, labels, KEY)
 
 
 def outcome(model, variables):
@@ -226,15 +226,15 @@ def take_step(images, labels, **switches):
   config = base.get_config()
   config.model.update({"num_filters": 4, "conv_bias": False, **switches})
   config.augment.name = "none"
-  experiment = experiment_lib.build(config)
+  experiment = step_lib.build(config)
   experiment = dataclasses.replace(experiment, model=shorten(experiment.model))
   key = jax.random.key(0)
-  state = train_step.create_train_state(
+  state = step_lib.create_train_state(
     experiment,
     key,
     normalization.placeholder("pixel_mean", experiment.image_shape),
   )
-  step = jax.jit(functools.partial(train_step.train_step, experiment))
+  step = jax.jit(functools.partial(step_lib.train_step, experiment))
   compiled = step.lower(state, images, labels, key).compile()
   new_state, step_metrics = compiled(state, images, labels, key)
   # Adam's first step is little more than the gradient's sign; its moments
@@ -261,16 +261,16 @@ def reductions_in_main(depth):
   """Reductions that the step's program has outside of other functions."""
   config = base.get_config()
   config.model.update({"depth": depth, "remat": True, "scan": True})
-  experiment = experiment_lib.build(config)
+  experiment = step_lib.build(config)
   key = jax.random.key(0)
   state = jax.eval_shape(
-    functools.partial(train_step.create_train_state, experiment),
+    functools.partial(step_lib.create_train_state, experiment),
     key,
     normalization.placeholder("pixel_mean", experiment.image_shape),
   )
   images = jax.ShapeDtypeStruct((4, 32, 32, 3), np.uint8)
   labels = jax.ShapeDtypeStruct((4,), np.int32)
-  step = functools.partial(train_step.train_step, experiment)
+  step = functools.partial(step_lib.train_step, experiment)
   program = jax.jit(step).lower(state, images, labels, key).as_text()
   main = re.search(r"func\.func public @main\(.*?\n  }", program, re.DOTALL)
   return main[0].count("stablehlo.reduce(")

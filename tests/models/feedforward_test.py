@@ -30,7 +30,7 @@ def make(name="vgg", **overrides):
 
 def plain(name):
   """Without batch norm, which AlexNet never has."""
-  return make(name) if name == "alexnet" else make(name, batch_norm=False)
+  return make(name) if name == "alexnet" else make(name, norm="none")
 
 
 def images(batch=3):
@@ -98,7 +98,7 @@ def test_what_is_dropped(name, dropped):
 
 
 def test_dropout_is_off_at_inference_and_keyed_in_training():
-  model = make(batch_norm=False)
+  model = make(norm="none")
   variables = init(model)
 
   def train(seed):
@@ -112,7 +112,7 @@ def test_dropout_is_off_at_inference_and_keyed_in_training():
   )
   np.testing.assert_array_equal(train(0), train(0))
   assert np.abs(train(0) - train(1)).max() > 0
-  without = make(batch_norm=False, dropout=0.0)
+  without = make(norm="none", dropout=0.0)
   np.testing.assert_array_equal(
     without.apply(
       variables, images(), train=True, rngs={"dropout": jax.random.key(0)}
@@ -144,7 +144,7 @@ def test_alexnet_is_torchvisions():
 
 def test_pools_take_the_largest():
   """At stride 2, without padding."""
-  model = make(batch_norm=False).clone(
+  model = make(norm="none").clone(
     features=(Conv(2, size=1, pad=0), Pool(3)), pooled_size=9
   )
   variables = init(model)

@@ -64,7 +64,7 @@ def test_parameter_counts(name, depth):
 @pytest.mark.parametrize(("name", "depth"), IMAGENET_PARAMETERS)
 def test_imagenet_parameter_counts(name, depth):
   has_bias = name in ("vgg", "alexnet")
-  batch_norm = {"batch_norm": False} if name == "vgg" else {}
+  batch_norm = {"norm": "none"} if name == "vgg" else {}
   model = make(name, depth, 1000, conv_bias=has_bias, **batch_norm)
   size = summary.measure_size(model, LARGE)
   assert size.trainable == IMAGENET_PARAMETERS[name, depth]
@@ -90,10 +90,10 @@ def test_small_networks_without_batch_norm(name, depth, shortcut):
   """The other parameters are the same, with the same initial values."""
   images = jnp.zeros((1, 8, 8, 3))
   with_norm, without = (
-    make(
-      name, depth, shortcut=shortcut, num_filters=4, batch_norm=has_norm
-    ).init(jax.random.key(0), images, train=False)
-    for has_norm in (True, False)
+    make(name, depth, shortcut=shortcut, num_filters=4, norm=norm).init(
+      jax.random.key(0), images, train=False
+    )
+    for norm in ("batch_norm", "none")
   )
   assert set(without) == {"params"}
   kept = {
@@ -202,8 +202,8 @@ def test_shortcut_that_the_family_lacks_is_an_error():
     (
       "resnet_imagenet",
       18,
-      "batch_norm",
-      False,
+      "norm",
+      "none",
       "resnet_v1, resnet_v2, plain, preact, highway, vgg",
     ),
     ("resnet_v1", 8, "dropout", 0.0, "vgg, alexnet"),

@@ -1,7 +1,6 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from resnet_flax.parallel import mesh as mesh_lib
 
@@ -18,6 +17,25 @@ class OfAnotherHost:
   def addressable_devices_indices_map(self, shape):
     indices = self._sharding.devices_indices_map(shape)
     return {d: index for d, index in indices.items() if d.id in self._own}
+
+
+@pytest.mark.parametrize(
+  ("num_devices", "num_seeds", "groups"),
+  [
+    (1, 1, 1),
+    (1, 5, 1),
+    (8, 1, 1),
+    (8, 2, 2),
+    (8, 3, 4),
+    (8, 5, 8),
+    (8, 30, 8),
+    (6, 2, 2),
+    (6, 4, 6),
+    (7, 2, 7),
+  ],
+)
+def test_groups_of_devices(num_devices, num_seeds, groups):
+  assert mesh_lib.num_groups(num_devices, num_seeds) == groups
 
 
 @pytest.fixture
@@ -43,7 +61,9 @@ def put(monkeypatch):
 )
 def test_each_host_feeds_the_rows_of_its_devices(put, own, rows):
   whole = np.arange(16 * 3).reshape(16, 3)
-  sharding = OfAnotherHost(mesh_lib.batch_sharding(mesh_lib.create_mesh()), own)
+  sharding = OfAnotherHost(
+    mesh_lib.sharding(mesh_lib.create_mesh(), mesh_lib.DATA), own
+  )
   found = mesh_lib.own_rows(sharding, 16, axis=0)
   np.testing.assert_array_equal(found, list(rows))
   parts = put(whole[found], sharding, 16, axis=0)
@@ -55,7 +75,7 @@ def test_each_host_feeds_the_rows_of_its_devices(put, own, rows):
 def test_rows_of_several_seeds(put):
   """Two seeds on four devices each, of which this host has two of either."""
   mesh = mesh_lib.create_mesh(num_seeds=2)
-  sharding = NamedSharding(mesh, PartitionSpec(mesh_lib.SEED, mesh_lib.DATA))
+  sharding = mesh_lib.sharding(mesh, mesh_lib.SEED, mesh_lib.DATA)
   sharding = OfAnotherHost(sharding, {2, 3, 6, 7})
   rows = mesh_lib.own_rows(sharding, 8, axis=1)
   np.testing.assert_array_equal(rows, [4, 5, 6, 7])
@@ -68,7 +88,7 @@ def test_rows_of_several_seeds(put):
 
 
 def test_one_host_feeds_all():
-  sharding = mesh_lib.batch_sharding(mesh_lib.create_mesh())
+  sharding = mesh_lib.sharding(mesh_lib.create_mesh(), mesh_lib.DATA)
   rows = mesh_lib.own_rows(sharding, 8, axis=0)
   np.testing.assert_array_equal(rows, range(8))
   placed = mesh_lib.put_rows(np.arange(8), sharding, 8, axis=0)

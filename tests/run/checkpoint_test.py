@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax import step as step_lib
 from resnet_flax.data import normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import checkpoint, errors
@@ -20,8 +20,8 @@ NOTES = {"learning_rate": 0.1, "epoch_seconds": 2.5}
 def make_state(depth=8, step=0, num_filters=4):
   config = base.get_config()
   config.model.update({"depth": depth, "num_filters": num_filters})
-  experiment = experiment_lib.build(config)
-  state = train_step.create_train_state(
+  experiment = step_lib.build(config)
+  state = step_lib.create_train_state(
     experiment,
     jax.random.key(step),
     normalization.placeholder("pixel_mean", (32, 32, 3)),

@@ -1,14 +1,25 @@
 """Config files and overrides as hostile as they come, within this process."""
 
+import importlib
 import os
 import pathlib
+import re
 import sys
 
 import pytest
 from absl import flags
 from hypothesis import given, settings, strategies as st
 
-from resnet_flax.run import command_line, config as config_rules, errors
+from resnet_flax import main  # noqa: F401, for its flags.
+from resnet_flax.models import registry
+from resnet_flax.run import (
+  command_line,
+  config as config_keys,
+  errors,
+  help_text,
+  rules,
+)
+from resnet_flax.tools import summary
 
 # How ml_collections loads config files.
 pytestmark = pytest.mark.filterwarnings(
@@ -22,14 +33,18 @@ CONFIG = str(ROOT / "configs" / "v1_depth20.py")
 def parse(*arguments, config=CONFIG):
   """What the program makes of a command line; leaves no flags behind."""
   known = set(flags.FLAGS)
-  argv = ["main", f"--config={config}", *arguments]
+  argv = [
+    "resnet_flax.main",
+    *([] if config is None else [f"--config={config}"]),
+    *arguments,
+  ]
   with pytest.MonkeyPatch.context() as patch:
     # ml_collections looks for overrides there.
     patch.setattr(sys, "argv", argv)
     try:
       command_line.parse_flags(argv)
       parsed, workdir = command_line.config_and_workdir()
-      config_rules.check(parsed, num_devices=1)
+      rules.check(parsed, num_devices=1)
       return parsed, workdir
     finally:
       flags.FLAGS.unparse_flags()
@@ -65,10 +80,16 @@ def test_overrides():
   ("override", "message"),
   [
     ("num_epochs=1e5", "num_epochs"),
+    ("num_epochs=0", "num_epochs=0 must be"),
+    ("model.dept=20", "Did you mean 'model.depth'"),
+    ("model.depth=21", "nearest: 20 and 26"),
+    ("model.depth=deep", "deep"),
+    ("model.depth=20.5", "20.5"),
+    ("augment.flip=perhaps", "perhaps"),
     ("num_epochs=1000000000000", "from 1 to 2147483647"),
     ("seed=-1", "seed=-1"),
     ("seed=" + "9" * 5000, "integer string conversion"),
-    ("seed=0x" + "f" * 5000, r"seed=(int) cannot be used"),
+    ("seed=0x" + "f" * 5000, "seed=(int) must be"),
     ("batch_size=", "batch_size"),
     ("batch_size", "Missing value"),
     ("optimizer.learning_rate=nan", "learning_rate=nan"),
@@ -79,7 +100,7 @@ def test_overrides():
     ("schedule.drop_percents=" + "1," * 5000, "at most 100"),
     ("schedule.drop_percents=1,2", "as many values"),
     ("schedule.drop_percents=__import__('os')", "drop_percents="),
-    ("schedule.drop_factors=None", "drop_factors=None"),
+    ("schedule.drop_factors=None", "drop_factors=(None,)"),
     ("schedule.drop_factors=(1,(2,))", "drop_factors="),
     ("augment.flip=", "augment.flip"),
     ("model.name=", "model.name=''"),
@@ -89,11 +110,135 @@ def test_overrides():
     ("model=1", "is not known"),
     ("=1", "is not known"),
     ("x" * 100_000 + "=1", "is not known"),
-    ("dataset.data_dir=\0", "needed: a path"),
+    ("dataset.data_dir=\0", "must be a path"),
   ],
 )
 def test_overrides_that_cannot_be_used(override, message):
   assert message in refusal(f"--config.{override}")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "no --config: pass a config file"),
+    (["--config=configs/v1_depth21.py"], "there is no such file"),
+    (["--config"], "Missing value"),
+    (
+      ["--config.model.depth=20", f"--config={CONFIG}"],
+      "before a value for --config",
+    ),
+    (["--cnofig=configs/v1_depth20.py"], "Unknown command line flag"),
+    (["--mode=trian"], "trian"),
+    (["configs/v1_depth20.py"], "unexpected argument 'configs/v1_depth20.py'"),
+    (["--help=nonsense"], "has this word. Parts: flags, run, dataset, augment"),
+  ],
+)
+def test_arguments_that_cannot_be_used(arguments, message):
+  assert message in refusal(*arguments, config=None)
+
+
+def test_a_start_does_everything_once(tmp_path, monkeypatch):
+  """One execution of the config file, one check, one network."""
+  log = tmp_path / "log"
+  path = tmp_path / "config.py"
+  path.write_text(
+    "from configs import quickstart\n"
+    "def get_config():\n"
+    f"  with open({str(log)!r}, 'a') as file:\n"
+    "    file.write('executed ')\n"
+    "  return quickstart.get_config()\n"
+  )
+  monkeypatch.setattr(rules, "check", lambda *_, **__: None)
+  config, workdir = parse("--config.model.num_filters=4", config=path)
+  monkeypatch.undo()
+  assert workdir == "runs/config,model.num_filters=4"
+  assert log.read_text() == "executed "
+  counted = {
+    function.__code__: 0
+    for function in (config_keys.check_values, registry.create_model)
+  }
+
+  def count(frame, event, argument):
+    del argument
+    if event == "call" and frame.f_code in counted:
+      counted[frame.f_code] += 1
+
+  sys.setprofile(count)
+  try:
+    summary.summarize(config)
+  finally:
+    sys.setprofile(None)
+  assert list(counted.values()) == [1, 1]
+
+
+def test_help_has_every_flag_and_key(capsys):
+  with pytest.raises(SystemExit) as caught:
+    command_line.parse_flags(["resnet_flax.main", "--nonsense", "--help"])
+  assert caught.value.code == 0
+  assert "  --mode=train\n" in capsys.readouterr().out
+  text = help_text.program_help("", "resnet_flax.main")
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= 80
+  for flag in (
+    *("mode", "checkpoint", "workdir", "config", "coordinator_address"),
+    *("num_processes", "process_id", "initialization_timeout"),
+    "heartbeat_timeout",
+  ):
+    assert [ln for ln in lines if re.fullmatch(rf"  --{flag}(=\w+)?", ln)], flag
+  words = " ".join(text.split())
+  for key in config_keys.KEYS.values():
+    assert re.search(rf"^  {re.escape(key.name)}(=|$)", text, re.MULTILINE)
+    assert f"{key.meaning} Values: {key.values.text}." in words
+  assert "  model.depth=20\n" in text
+  assert "  augment.flip=true\n" in text
+  assert "  schedule.drop_percents=40,60,80,90\n" in text
+  assert "Read by vgg, alexnet." in words
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "-?", "--helpshort"])
+def test_flags_that_ask_for_help(flag, capsys):
+  with pytest.raises(SystemExit):
+    command_line.parse_flags(["resnet_flax.main", f"{flag}=model.depth"])
+  shown = [ln for ln in capsys.readouterr().out.splitlines() if ln[:3] == "  m"]
+  assert shown == ["  model.depth=20"]
+  # After -- everything is an argument.
+  assert "--help" in refusal("--", flag.replace(flag, "--help"))
+
+
+@pytest.mark.parametrize(
+  ("word", "names"),
+  [
+    ("optimizer", [k for k in config_keys.KEYS if k.startswith("optimizer.")]),
+    ("run", [k for k in config_keys.KEYS if "." not in k]),
+    ("model.depth", ["model.depth"]),
+    ("config.model.depth", ["model.depth"]),
+    ("--workdir", ["--workdir"]),
+    ("Gate_Bias", ["model.gate_bias"]),
+    ("ArrayRecord", ["dataset.name"]),
+  ],
+)
+def test_help_on_a_word(word, names):
+  text = help_text.program_help(word, "resnet_flax.main")
+  shown = re.findall(r"^  ([-\w.]+)(?:=.*)?$", text, re.MULTILINE)
+  assert shown == names
+
+
+@pytest.mark.parametrize(
+  ("program", "has_keys"),
+  [
+    ("resnet_flax.main", True),
+    ("resnet_flax.tools.report.command", False),
+  ],
+)
+def test_only_programs_with_a_config_show_keys(program, has_keys):
+  importlib.import_module(program)
+  assert ("model.depth=" in help_text.program_help("", program)) == has_keys
+
+
+def test_documentation_is_made_from_the_table():
+  """If not: python -m resnet_flax.run.help_text > docs/configuration.md."""
+  path = ROOT / "docs" / "configuration.md"
+  assert path.read_text() == help_text.page()
 
 
 TEXTS = st.one_of(
@@ -107,7 +252,7 @@ TEXTS = st.one_of(
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(
   st.lists(
-    st.tuples(st.sampled_from(sorted(config_rules.RULES)), TEXTS), max_size=3
+    st.tuples(st.sampled_from(sorted(config_keys.KEYS)), TEXTS), max_size=3
   )
 )
 def test_any_overrides_are_used_or_refused_in_one_line(overrides):
@@ -134,6 +279,8 @@ class Unusual(BaseException):
 @pytest.mark.parametrize(
   ("body", "message"),
   [
+    ("import no_such_module", "No module named 'no_such_module'. Run from"),
+    ("raise ValueError('my reason')", "my reason"),
     ("raise SystemExit", "fails: SystemExit"),
     ("raise SystemExit('bye')", "bye"),
     ("import os, sys; sys.exit(0)", "SystemExit"),
@@ -169,7 +316,7 @@ class Unusual(BaseException):
     (
       "from configs import base; c = base.get_config().unlock();"
       " c.seed = 10**5000; return c",
-      "seed=(int) cannot be used",
+      "seed=(int) must be",
     ),
     (
       "from configs import base; c = base.get_config();"
@@ -185,7 +332,17 @@ def test_config_files_that_fail(tmp_path, body, message):
 
 
 @pytest.mark.parametrize(
-  "content", [b"", b"\0" * 100, b"\xff\xfe", b"(" * 10_000, b"1/0", b"\x7fELF"]
+  "content",
+  [
+    b"",
+    b"x = 1",
+    b"def get_config(:",
+    b"\0" * 100,
+    b"\xff\xfe",
+    b"(" * 10_000,
+    b"1/0",
+    b"\x7fELF",
+  ],
 )
 def test_config_files_that_are_none(tmp_path, content):
   path = tmp_path / "config.py"

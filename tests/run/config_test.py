@@ -1,3 +1,5 @@
+import itertools
+import json
 import math
 
 import numpy as np
@@ -5,14 +7,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
-from resnet_flax import experiment
-from resnet_flax.run import config as config_rules, errors
+from resnet_flax import optim
+from resnet_flax.data import augment, crops, loading, normalize
+from resnet_flax.models import layers, registry
+from resnet_flax.parallel import networks
+from resnet_flax.run import config as config_keys, errors, metrics, rules
 
 
 def check(changes, num_devices=1):
   """Checks the defaults with changes; returns the configuration."""
-  flat = config_rules.flatten(base.get_config().to_dict()) | changes
+  flat = config_keys.to_flat(config_keys.default_config()) | changes
   nested = {}
   for key, value in flat.items():
     *parts, last = key.split(".")
@@ -21,19 +25,26 @@ def check(changes, num_devices=1):
       node = node.setdefault(part, {})
     node[last] = value
   config = ConfigDict(nested)
-  config_rules.check(config, num_devices)
+  rules.check(config, num_devices)
   return config
+
+
+LARGE = {
+  "model.name": "resnet_imagenet",
+  "model.depth": 18,
+  "model.input_size": 224,
+}
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"num_epochs": 0}, "num_epochs=0 cannot be used; needed: an integer from"),
+    ({"num_epochs": 0}, "num_epochs=0 must be an integer from 1 to"),
     ({"num_epochs": 1.5}, "num_epochs=1.5"),
     ({"batch_size": True}, "batch_size=True"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"batch_size": 50_001}, "more than the 50000 training images"),
-    ({"seed": -1}, "needed: an integer from 0 to 4294967295"),
+    ({"seed": -1}, "seed=-1 must be an integer from 0 to 4294967295"),
     ({"seed": 2**32}, "seed=4294967296"),
     ({"model.depth": 21}, "nearest: 20 and 26"),
     ({"model.depth": "20"}, "model.depth='20'"),
@@ -47,18 +58,35 @@ def check(changes, num_devices=1):
     ({"model.padding": "SAME"}, "Did you mean 'same'|Known: same, symmetric"),
     ({"model.conv_bias": 1}, "true or false"),
     ({"model.batch_norm_momentum": 1.0}, "below 1"),
+    ({"seed": 2**32 - 1, "num_seeds": 2}, "seed=4294967295 must be at most"),
+    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set that, or"),
+    ({"dataset.name": "tfds/"}, "is not known"),
+    ({"model.gate_bias": -3.0}, "=resnet_v1; it is for highway. Leave it -2.0"),
+    ({"model.dropout": 0.0}, "does nothing .* it is for vgg, alexnet"),
+    (LARGE | {"model.norm": "none"}, "resnet_v2, plain, preact, highway, vgg"),
+    (
+      LARGE | {"model.name": "vgg", "model.depth": 19, "model.scan": True},
+      "scan",
+    ),
+    (
+      {"model.name": "resnet_imagenet", "model.depth": 18},
+      "32x32 .* too small",
+    ),
     ({"model.remat": 0}, "true or false"),
     ({"model.scan": "yes"}, "true or false"),
     ({"model.batch_norm_epsilon": 0.0}, "from 1e-37"),
     ({"model.batch_norm_groups": 0}, "from 1"),
-    ({"model.batch_norm_groups": 3}, "batch_size=32 .* 30 or 33 has"),
     (
-      {"model.batch_norm_groups": 2, "model.batch_norm": False},
+      {"model.batch_norm_groups": 3},
+      "divisible by model.batch_norm_groups=3; .* 30 or 33",
+    ),
+    (
+      {"model.batch_norm_groups": 2, "model.norm": "none"},
       "does nothing without batch norm",
     ),
     ({"dataset.name": "cifar"}, "Did you mean"),
     ({"dataset.validation_examples": 50_000}, "leaves no training image"),
-    ({"dataset.data_dir": "a\0b"}, "needed: a path"),
+    ({"dataset.data_dir": "a\0b"}, "must be a path"),
     ({"augment.name": "shift"}, "Known: crop_flip, none, random_"),
     (
       {"normalization": "mean"},
@@ -82,11 +110,11 @@ def check(changes, num_devices=1):
         "schedule.warmup_learning_rate": 0.01,
         "model.depth": 110,
       },
-      "two warm-ups",
+      "one must be 0",
     ),
-    ({"dataset.test_crops": 5}, "test_crops=5 .* needed: 1 or 10"),
+    ({"dataset.test_crops": 5}, "test_crops=5 must be 1 or 10"),
     ({"dataset.test_crops": True}, "test_crops=True"),
-    ({"dataset.test_crops": 10}, "has them in memory. Needed: 1"),
+    ({"dataset.test_crops": 10}, "has them in memory. It must be 1"),
     ({"schedule.drop_percents": (40, 20, 80, 90)}, "must ascend"),
     ({"schedule.drop_percents": (40,)}, "as many values"),
     ({"schedule.drop_percents": 40}, "a tuple"),
@@ -100,18 +128,18 @@ def check(changes, num_devices=1):
       "checkpoint.every_minutes=nan",
     ),
     ({"modle.depth": 20}, "Did you mean 'model.depth'"),
-    ({"seed": 10**5000}, r"seed=\(int\) cannot be used"),
+    ({"seed": 10**5000}, r"seed=\(int\) must be"),
     ({"seed": np.int64(0)}, "seed="),
-    ({"num_epochs": 10**12}, "needed: an integer from 1 to 2147483647"),
-    ({"num_epochs": 2**31 - 1}, r"of 1562 steps .*; at most 1374829 are not"),
+    ({"num_epochs": 10**12}, "must be an integer from 1 to 2147483647"),
+    ({"num_epochs": 2**31 - 1}, "of 1562 steps must be at most 1374829"),
     ({"eval_batch_size": 10**9}, "from 1 to 65536"),
     ({"dataset.split_seed": 2**32}, "split_seed=4294967296"),
     ({"dataset.train_examples": 50_001}, "more than the 50000"),
     ({"dataset.train_examples": 10**30}, "from 0 to 2147483647"),
-    ({"dataset.archive": "\ud800"}, "needed: a path"),
-    ({"dataset.cache_dir": "x" * 5000}, r"x\.\.\. cannot be used"),
-    ({"dataset.data_dir": b"x"}, "needed: a path"),
-    ({"model.depth": 10**9 + 4}, "needed: an integer from 1 to 2000"),
+    ({"dataset.archive": "\ud800"}, "must be a path"),
+    ({"dataset.cache_dir": "x" * 5000}, r"x\.\.\. must be a path"),
+    ({"dataset.data_dir": b"x"}, "must be a path"),
+    ({"model.depth": 10**9 + 4}, "must be an integer from 1 to 2000"),
     ({"model.num_filters": 10**9}, "from 0 to 1024"),
     ({"model.name": ""}, "model.name='' is not known"),
     ({"model.name": "\x1b[2J\n" * 100}, "model.name="),
@@ -122,7 +150,7 @@ def check(changes, num_devices=1):
         "optimizer.learning_rate": 1e30,
         "schedule.drop_factors": (0.1, 1e10, 1, 1),
       },
-      r"is a rate of 1e\+40; needed: one below 1e\+38",
+      r"is a rate of 1e\+40; it must be below 1e\+38",
     ),
     # As float32 these are 0, 1 and 1.
     ({"optimizer.epsilon": 1e-50}, "epsilon=1e-50"),
@@ -130,8 +158,8 @@ def check(changes, num_devices=1):
     ({"plateau.factor": 1 - 1e-12}, "below 1"),
     ({"optimizer.l2": -(10**400)}, "from 0"),
     ({"schedule.drop_factors": (0.1,) * 101}, "at most 100"),
-    ({"schedule.drop_factors": (0.1, math.nan, 0.1, 0.1)}, "drop_factors=nan"),
-    ({"schedule.drop_percents": ("x", None, 1, 2)}, "drop_percents='x'"),
+    ({"schedule.drop_factors": (0.1, math.nan, 0.1, 0.1)}, "0.1, nan, 0.1"),
+    ({"schedule.drop_percents": ("x", None, 1, 2)}, r"drop_percents=\('x'"),
     ({"schedule.drop_percents": "1234"}, "a tuple"),
   ],
 )
@@ -142,11 +170,11 @@ def test_wrong_values_are_named(changes, message):
 
 
 def test_missing_key_is_named():
-  config = base.get_config()
+  config = config_keys.default_config()
   with config.unlocked():
     del config.model["depth"]
   with pytest.raises(errors.ConfigError, match=r"lacks model\.depth"):
-    config_rules.check(config, 1)
+    rules.check(config, 1)
 
 
 @pytest.mark.parametrize(
@@ -184,21 +212,53 @@ VALUES = st.one_of(
 @settings(deadline=None, derandomize=True, max_examples=500)
 @given(
   st.dictionaries(
-    st.sampled_from(sorted(config_rules.RULES)), VALUES, max_size=3
+    st.sampled_from(sorted(config_keys.KEYS)), VALUES, max_size=3
   ),
   st.integers(1, 8),
 )
 def test_any_values_pass_or_end_in_one_line(changes, num_devices):
   try:
-    experiment.build(check(changes, num_devices))
+    config = check(changes, num_devices)
   except errors.ConfigError as error:
     message = str(error)
     assert message.isprintable()
     assert 0 < len(message) < 500
+  else:
+    registry.create_model(config.model, num_classes=10)
+
+
+@pytest.mark.parametrize(
+  ("name", "depth"),
+  [
+    *(("resnet_v1", 8), ("resnet_v2", 11), ("plain", 8), ("preact", 8)),
+    *(("highway", 8), ("resnet_imagenet", 18), ("resnet_imagenet", 50)),
+    *(("plain_imagenet", 18), ("vgg", 19), ("alexnet", 8)),
+  ],
+)
+def test_networks_that_pass_can_be_built(name, depth):
+  """Rules look at a network without building it."""
+  choices = {
+    "model.shortcut": ("default", "A", "B", "C", "keras", "none"),
+    "model.norm": ("batch_norm", "none"),
+    "model.batch_norm_groups": (1, 2),
+    "model.remat": (False, True),
+    "model.dropout": (0.5, 0.0),
+  }
+  size = 224 if depth in (18, 19, 50) or name == "alexnet" else 0
+  network = {"model.name": name, "model.depth": depth, "model.input_size": size}
+  passed = 0
+  for values in itertools.product(*choices.values()):
+    try:
+      config = check(network | dict(zip(choices, values, strict=True)))
+    except errors.ConfigError:
+      continue
+    registry.create_model(config.model, num_classes=10)
+    passed += 1
+  assert passed >= 2
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(st.sampled_from(sorted(config_rules.RULES)), st.integers(1, 60))
+@given(st.sampled_from(sorted(config_keys.KEYS)), st.integers(1, 60))
 def test_what_passes_is_of_a_size_that_can_be_had(key, exponent):
   """No key lets any number through."""
   for value in (10**exponent, float(10**exponent)):
@@ -211,32 +271,72 @@ def test_what_passes_is_of_a_size_that_can_be_had(key, exponent):
 
 
 def test_values_that_cannot_be_had():
-  config = ConfigDict(base.get_config().to_dict())
+  config = ConfigDict(config_keys.default_config().to_dict())
   config.seed = config_dict.required_placeholder(int)
   with pytest.raises(errors.ConfigError, match="cannot be read: Required"):
-    config_rules.check(config, 1)
-  config = ConfigDict(base.get_config().to_dict())
+    rules.check(config, 1)
+  config = ConfigDict(config_keys.default_config().to_dict())
   config.seed = config.get_ref("num_epochs") // config.get_ref("batch_size")
   config.batch_size = 0
   with pytest.raises(errors.ConfigError, match="ZeroDivisionError"):
-    config_rules.check(config, 1)
+    rules.check(config, 1)
 
 
 def test_keys_that_are_no_text():
-  config = ConfigDict(base.get_config().to_dict() | {1: 2})
+  config = ConfigDict(config_keys.default_config().to_dict() | {1: 2})
   with pytest.raises(errors.ConfigError, match="cannot be read"):
-    config_rules.check(config, 1)
+    rules.check(config, 1)
 
 
-def test_keys_that_came_later_mean_what_was_done_before():
-  """Each is the default, so that an older run is the same as it was."""
-  declared = config_rules.flatten(base.get_config().to_dict())
-  for key, value in config_rules._ADDED_KEYS.items():
-    assert declared[key] == value
-  stored = {"batch_size": 8, "model": {"depth": 8}}
-  filled = config_rules.flatten(config_rules.with_added_keys(stored))
-  assert filled["model.batch_norm_groups"] == 1
-  assert filled["model.depth"] == 8
-  assert stored == {"batch_size": 8, "model": {"depth": 8}}
-  with_value = config_rules.with_added_keys({"num_seeds": 3})
-  assert with_value["num_seeds"] == 3
+def test_stored_configurations_get_keys_that_came_later():
+  stored = {"batch_size": 8, "model": {"depth": 8}, "schedule": {}}
+  filled = config_keys.with_defaults(stored)
+  assert stored == {"batch_size": 8, "model": {"depth": 8}, "schedule": {}}
+  flat = config_keys.flatten(filled)
+  # As JSON stores them.
+  defaults = json.loads(json.dumps(config_keys.default_config().to_dict()))
+  expected = config_keys.flatten(defaults)
+  assert flat == expected | {"batch_size": 8, "model.depth": 8}
+  rules.check(ConfigDict(filled), num_devices=1)
+
+
+@pytest.mark.parametrize(
+  ("key", "known"),
+  [
+    ("seed_execution", {"auto", *networks.EXECUTIONS}),
+    ("normalization", normalize.NAMES),
+    ("dataset.name", loading.NAMES),
+    ("augment.name", augment.NAMES),
+    ("model.name", registry.MODELS),
+    ("model.dtype", registry.DTYPES),
+    ("model.shortcut", registry.SHORTCUTS),
+    ("model.norm", {"batch_norm", "none"}),
+    ("model.padding", layers.PADDINGS),
+    ("optimizer.name", optim.OPTIMIZERS),
+    ("optimizer.l2_weights", optim.L2_WEIGHTS),
+    ("schedule.name", optim.SCHEDULES),
+    ("checkpoint.monitor", metrics.MONITORED),
+    ("dataset.test_crops", {1, crops.NUM_TEN}),
+  ],
+)
+def test_choices_are_what_is_built(key, known):
+  assert set(config_keys.KEYS[key].values.choices) == set(known)
+
+
+def test_every_choice_was_compared():
+  compared = test_choices_are_what_is_built.pytestmark[0].args[1]
+  with_choices = {k.name for k in config_keys.KEYS.values() if k.values.choices}
+  assert {key for key, _ in compared} == with_choices
+
+
+def test_families_exist():
+  families = {f for key in config_keys.KEYS.values() for f in key.families}
+  assert families <= set(registry.MODELS)
+
+
+def test_defaults_can_be_used():
+  config = config_keys.default_config()
+  assert config.is_locked
+  config_keys.check_values(config)
+  for key in config_keys.KEYS.values():
+    assert key.meaning.endswith((".", ")"))

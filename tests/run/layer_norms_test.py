@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +9,22 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import experiment as experiment_lib, step as train_step, train
-from resnet_flax.data import normalize as normalization
-from resnet_flax.parallel import calls as calls_lib, networks as seeds
+from resnet_flax import step as step_lib
+from resnet_flax.data import normalize
+from resnet_flax.parallel import program
 from resnet_flax.run import (
-  checkpoint,
-  config as config_rules,
   errors,
   layer_norms,
-  metrics,
+  rules,
+)
+from tests.helpers import (
+  Programs,
+  assert_identical,
+  at_event,
+  die,
+  layout_of,
+  restore,
+  untimed,
 )
 from tests.run.metrics_test import all_events, events
 
@@ -62,7 +68,7 @@ def make_experiment(name, **model):
   config = base.get_config()
   config.model.update({"name": name, "depth": 20, "num_filters": 4, **model})
   config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "l2": 0.01})
-  experiment = experiment_lib.build(config)
+  experiment = step_lib.build(config)
   filters = experiment.model.stage_filters[:2]
   return dataclasses.replace(
     experiment,
@@ -73,10 +79,10 @@ def make_experiment(name, **model):
 
 def arguments(experiment):
   """State, images, labels and key of a step."""
-  state = train_step.create_train_state(
+  state = step_lib.create_train_state(
     experiment,
     jax.random.key(0),
-    normalization.placeholder("none", experiment.image_shape),
+    normalize.placeholder("none", experiment.image_shape),
   )
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (6, *experiment.image_shape), np.uint8)
@@ -88,16 +94,16 @@ def leaf(tree, name):
 
 
 @functools.cache
-def by_hand(name, batch_norm):
+def by_hand(name, norm):
   """Gradient, outputs and new parameters, without what is tested."""
-  experiment = make_experiment(name, batch_norm=batch_norm)
+  experiment = make_experiment(name, norm=norm)
   state, images, labels, key = arguments(experiment)
 
   @jax.jit
   def compute(state):
-    keys = train_step.step_keys(key, 0)
-    augmented = experiment.augment(
-      keys["augmentation"], state.normalization(images)
+    keys = step_lib.step_keys(key, 0)
+    augmented, _ = experiment.augment(
+      keys["augmentation"], state.normalization(images), labels
     )
 
     def loss(params):
@@ -112,7 +118,7 @@ def by_hand(name, batch_norm):
       return -jnp.mean(chosen), updated["intermediates"]
 
     gradient, outputs = jax.grad(loss, has_aux=True)(state.params)
-    new_state, _ = train_step.train_step(experiment, state, images, labels, key)
+    new_state, _ = step_lib.train_step(experiment, state, images, labels, key)
     return gradient, outputs, new_state.params
 
   return jax.device_get((state.params, *compute(state)))
@@ -123,7 +129,7 @@ def by_hand(name, batch_norm):
   [
     ("resnet_v1", {}),
     ("resnet_v1", {"scan": True, "remat": True}),
-    ("highway", {"batch_norm": False, "scan": True}),
+    ("highway", {"norm": "none", "scan": True}),
   ],
   ids=["plain", "scan+remat", "scan without batch norm"],
 )
@@ -133,7 +139,7 @@ def test_norms_are_those_by_hand(name, model):
   step = jax.jit(functools.partial(layer_norms.measured_step, experiment))
   new_state, _, norms = step(*arguments(experiment))
   before, gradient, outputs, after = by_hand(
-    name, model.get("batch_norm", True)
+    name, model.get("norm", "batch_norm")
   )
   expected = {"gradient": [], "activation": [], "update_ratio": []}
   for layer in LAYERS[name]:
@@ -185,63 +191,32 @@ def test_tags():
 def test_needs_tensorboard(tiny_config):
   tiny_config.log_layer_norms_every = 3
   with pytest.raises(errors.ConfigError, match=r"=3 writes .* log.tensorboard"):
-    config_rules.check(tiny_config, num_devices=1)
+    rules.check(tiny_config, num_devices=1)
   tiny_config.log.tensorboard = True
-  config_rules.check(tiny_config, num_devices=1)
-
-
-def compile_once(monkeypatch):
-  """Runs of one configuration share their training step."""
-  programs = []
-  compile_train_step = calls_lib.compile_train_step
-
-  def remember(*arguments):
-    if not programs:
-      programs.append(compile_train_step(*arguments))
-    return programs[0]
-
-  monkeypatch.setattr(calls_lib, "compile_train_step", remember)
-
-
-def state_at(config, workdir, step):
-  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.restore(step, like)[0]
+  rules.check(tiny_config, num_devices=1)
 
 
 def test_training_is_the_same_with_and_without(
-  tiny_config, tmp_path, monkeypatch, one_device
+  tiny_config, tmp_path, one_device
 ):
   """To the bit, also where a run that logs is killed and goes on."""
-  compile_once(monkeypatch)
   tiny_config.log.tensorboard = True
   tiny_config.checkpoint.every_steps = 3
   straight, logging = tmp_path / "straight", tmp_path / "logging"
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
+  run = functools.partial(Programs().train, devices=one_device)
   expected = run(tiny_config, straight)
 
   tiny_config.log_layer_norms_every = 3
-  reads, read = itertools.count(1), calls_lib._read
-
-  def dying(*arguments):
-    # The last checkpoint is that of step 6.
-    if next(reads) == 7:
-      raise SystemExit
-    return read(*arguments)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(calls_lib, "_read", dying)
-    with pytest.raises(SystemExit):
-      run(tiny_config, logging)
+  # The last checkpoint is the one of step 6.
+  with pytest.raises(SystemExit):
+    run(tiny_config, logging, on_event=at_event("step", 7, die))
   records = run(tiny_config, logging)
-  assert metrics.untimed(records) == metrics.untimed(expected)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    state_at(tiny_config, logging, 8),
-    state_at(tiny_config, straight, 8),
+  assert untimed(records) == untimed(expected)
+  assert_identical(
+    restore(tiny_config, logging, 8), restore(tiny_config, straight, 8)
   )
 
-  names = layer_norms.layer_names(experiment_lib.build(tiny_config))
+  names = layer_norms.layer_names(step_lib.build(tiny_config))
   found = [e for e in events(logging / "tensorboard") if "layers/" in e[1]]
   assert {(step, tag) for step, tag, _ in found} == {
     (step, f"layers/{quantity}/{name}")
@@ -262,37 +237,27 @@ def test_training_is_the_same_with_and_without(
   ]
 
 
-class Board:
-  """Keeps what is written."""
-
-  def __init__(self):
-    self.written = {}
-
-  def write_scalars(self, step, values):
-    self.written.setdefault(step, {}).update(values)
-
-
-def test_several_seeds_have_tags_of_their_own(
-  tiny_config, monkeypatch, one_device
-):
+def test_several_seeds_have_tags_of_their_own(tiny_config, monkeypatch):
   tiny_config.seed = 4
-  tiny_config.num_seeds = 2
   tiny_config.log_layer_norms_every = 2
-  layout = seeds.Layout.create(tiny_config, one_device)
-  experiment = experiment_lib.build(tiny_config)
+  layout = layout_of(tiny_config, num_seeds=2)
+  experiment = step_lib.build(tiny_config)
   names = layer_norms.layer_names(experiment)
 
   def measured(state, images, labels, key):
     rows = [jnp.full(len(names), seed, jnp.float32) for seed in layout.seeds]
-    return layout.put([layer_norms.LayerNorms(row, row, row) for row in rows])
+    norms = [layer_norms.LayerNorms(row, row, row) for row in rows]
+    return (layout.put(norms),)
 
-  monkeypatch.setattr(calls_lib, "compile_step", lambda *_, **__: measured)
-  write = train._layer_norms_writer(tiny_config, experiment, None, None, layout)
-  board = Board()
+  monkeypatch.setattr(program, "compile_step", lambda *_, **__: measured)
+  written = {}
+  hook = layer_norms.create_hook(
+    *(tiny_config, experiment, None, None, layout),
+    write=lambda step, values: written.setdefault(step, {}).update(values),
+  )
   for step in range(4):
-    call = calls_lib.Call(1, (None, None, None), lambda: (None, None))
-    write(board, step, None, call)
-  assert set(board.written) == {0, 2}
-  assert len(board.written[0]) == 2 * 3 * len(names)
-  assert board.written[0]["seed_4/layers/gradient/head"] == 4
-  assert board.written[2]["seed_5/layers/activation/stem_conv"] == 5
+    hook(step, None, program.Batch(1, (), lambda: (None, None)))
+  assert set(written) == {0, 2}
+  assert len(written[0]) == 2 * 3 * len(names)
+  assert written[0]["seed_4/layers/gradient/head"] == 4
+  assert written[2]["seed_5/layers/activation/stem_conv"] == 5

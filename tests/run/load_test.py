@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import resnet_flax
-from resnet_flax import data as datasets, train
-from resnet_flax.run import errors, load as inference, metrics
+from resnet_flax import data, step as step_lib, train
+from resnet_flax.run import errors, load, metrics
+from tests.helpers import assert_identical, initial, layout_of, untimed
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_evaluation_gives_what_training_logged(run, which):
     metrics.best_record(records, "accuracy") if which == "best" else records[-1]
   )
   for devices in (jax.devices()[:1], jax.devices()):
-    scores = inference.evaluate_workdir(workdir, which, devices=devices)
+    scores = load.evaluate_workdir(workdir, which, devices=devices)
     assert scores["epoch"] == record["epoch"]
     assert scores["accuracy"] == record["test_accuracy"]
     assert scores["loss"] == pytest.approx(record["test_loss"], rel=1e-5)
@@ -43,7 +46,7 @@ def test_evaluation_leaves_the_workdir_alone(run):
   _, workdir, _ = run
   unfinished = workdir / "checkpoints" / "99.orbax-checkpoint-tmp"
   unfinished.mkdir()
-  inference.evaluate_workdir(workdir, devices=jax.devices()[:1])
+  load.evaluate_workdir(workdir, devices=jax.devices()[:1])
   assert unfinished.exists()
   unfinished.rmdir()
 
@@ -54,19 +57,19 @@ def test_evaluation_may_look_for_the_data_elsewhere(run):
   moved.eval_batch_size = 7
   moved.model.scan = True
   devices = jax.devices()[:1]
-  scores = inference.evaluate_workdir(
+  scores = load.evaluate_workdir(
     workdir, "latest", config=moved, devices=devices
   )
   assert scores["accuracy"] == records[-1]["test_accuracy"]
   moved.seed = 5
   with pytest.raises(errors.WorkdirError, match="seed"):
-    inference.evaluate_workdir(workdir, config=moved, devices=devices)
+    load.evaluate_workdir(workdir, config=moved, devices=devices)
 
 
 def test_load_model_predicts(run):
   config, workdir, records = run
   loaded = resnet_flax.load_model(workdir)
-  images, labels = datasets.load(config.dataset).test.take(np.arange(360))
+  images, labels = data.load(config.dataset).test.take(np.arange(360))
   probabilities = loaded.predict(images)
   assert probabilities.shape == (360, 10)
   assert probabilities.dtype == np.float32
@@ -101,6 +104,27 @@ def test_unknown_checkpoint(run):
     resnet_flax.load_model(run[1], "last")
 
 
+def test_other_weights_than_the_latest_are_scored_in_one_place(
+  run, monkeypatch
+):
+  """Evaluation, `predict` and `variables` all take `step.scored_variables`."""
+  _, workdir, _ = run
+  monkeypatch.setattr(
+    step_lib,
+    "scored_variables",
+    lambda state: {
+      "params": jax.tree.map(jnp.zeros_like, state.params),
+      "batch_stats": state.batch_stats,
+    },
+  )
+  scores = load.evaluate_workdir(workdir, devices=jax.devices()[:1])
+  assert scores["loss"] == pytest.approx(np.log(10), rel=1e-5)
+  loaded = load.load_model(workdir)
+  assert not np.any(loaded.variables["params"]["head"]["kernel"])
+  images = np.zeros((1, 32, 32, 3), np.uint8)
+  np.testing.assert_allclose(loaded.predict(images), 0.1, rtol=1e-5)
+
+
 def test_no_checkpoint_yet(run, tmp_path):
   (tmp_path / "config.json").write_text((run[1] / "config.json").read_text())
   with pytest.raises(errors.WorkdirError, match="has no best checkpoint: "):
@@ -110,3 +134,121 @@ def test_no_checkpoint_yet(run, tmp_path):
 def test_package_has_nothing_else():
   with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
     _ = resnet_flax.load_modle
+
+
+# ---- Runs that start from another run's weights
+
+
+@pytest.fixture(scope="module")
+def source(make_tiny_config, tmp_path_factory):
+  """The workdir of a finished tiny run."""
+  folder = tmp_path_factory.mktemp("source")
+  config = make_tiny_config(folder / "cache")
+  config.num_epochs = 1
+  train.train_and_evaluate(config, folder / "run", devices=jax.devices()[:1])
+  return folder / "run"
+
+
+def start_from(source, config, **model):
+  """The state as drawn, and the one that a run of this configuration has."""
+  config.init_from = str(source)
+  config.model.update(model)
+  layout = layout_of(config)
+  _, _, state, _ = initial(config, layout)
+  (state,) = layout.get(state)
+  return state, load.initialize(state, load.load_source(config))
+
+
+def test_takes_parameters_and_statistics(source, tiny_config):
+  drawn, state = start_from(source, tiny_config)
+  trained = load.load_model(source)
+  assert_identical(state.params, trained.variables["params"])
+  assert_identical(state.batch_stats, trained.variables["batch_stats"])
+  # Nothing else: neither the step nor moments nor the normalisation.
+  assert_identical(
+    state.replace(params={}, batch_stats={}),
+    drawn.replace(params={}, batch_stats={}),
+  )
+
+
+def test_other_classes_get_a_new_head(source, tiny_config):
+  drawn, state = start_from(source, tiny_config, num_classes=7)
+  trained = load.load_model(source).variables["params"]
+  assert_identical(state.params["head"], drawn.params["head"])
+  assert state.params["head"]["bias"].shape == (7,)
+  assert_identical(state.params["stem_conv"], trained["stem_conv"])
+
+
+def test_trains_from_there(source, tiny_config, tmp_path):
+  tiny_config.init_from = str(source)
+  tiny_config.num_epochs = 1
+  # So small that the result is where it started.
+  tiny_config.optimizer.learning_rate = 1e-30
+  tiny_config.model.batch_norm_momentum = 0.999999
+  workdir = tmp_path / "run"
+  one = jax.devices()[:1]
+  (record,) = train.train_and_evaluate(tiny_config, workdir, devices=one)
+  scores = load.evaluate_workdir(source, devices=one)
+  assert record["test_loss"] == pytest.approx(scores["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("model", "message"),
+  [
+    ({"padding": "symmetric"}, r"padding \('same' there, 'symmetric' here\)"),
+    ({"shortcut": "A"}, r"shortcut \('keras' there, 'A' here\)"),
+    ({"num_filters": 6}, r"num_filters \(4 there, 6 here\)"),
+    ({"depth": 14}, r"depth \(8 there, 14 here\)"),
+  ],
+)
+def test_another_network_is_refused(source, tiny_config, model, message):
+  tiny_config.init_from = str(source)
+  tiny_config.model.update(model)
+  with pytest.raises(errors.ConfigError, match=message):
+    load.load_source(tiny_config)
+
+
+def test_what_does_not_change_the_function_may_differ(source, tiny_config):
+  tiny_config.init_from = str(source)
+  tiny_config.model.update({"shortcut": "keras", "remat": True})
+  load.load_source(tiny_config)
+
+
+def test_run_does_not_depend_on_what_becomes_of_its_source(
+  source, tiny_config, tmp_path, one_device
+):
+  """It starts with a checkpoint, from which an interrupted one goes on."""
+  tiny_config.num_epochs = 1
+  copy, workdir = tmp_path / "source", tmp_path / "run"
+  shutil.copytree(source, copy)
+  tiny_config.init_from = str(copy)
+  records = train.train_and_evaluate(tiny_config, workdir, devices=one_device)
+  # As if it had been killed before the next checkpoint.
+  (workdir / "metrics.jsonl").unlink()
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  shutil.rmtree(copy)
+  again = train.train_and_evaluate(tiny_config, workdir, devices=one_device)
+  assert untimed(again) == untimed(records)
+
+
+def test_folder_without_a_run(tiny_config, tmp_path):
+  tiny_config.init_from = str(tmp_path)
+  with pytest.raises(errors.WorkdirError, match=r"init_from=.*not the workdir"):
+    load.load_source(tiny_config)
+
+
+def test_no_run_there(tiny_config, tmp_path):
+  tiny_config.init_from = str(tmp_path / "nothing")
+  workdir = tmp_path / "run"
+  with pytest.raises(
+    errors.WorkdirError, match=r"init_from=.* is not a folder"
+  ):
+    train.train_and_evaluate(tiny_config, workdir)
+  assert not workdir.exists()
+
+
+def test_another_normalization_is_warned_about(source, tiny_config, caplog):
+  tiny_config.init_from = str(source)
+  tiny_config.normalization = "channel"
+  load.load_source(tiny_config)
+  assert "normalization=channel" in caplog.text

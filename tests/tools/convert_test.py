@@ -238,7 +238,7 @@ def test_null_is_no_stride(config, tmp_path):
     ("model.shortcut", "B", "--config.model.shortcut=A (now B)"),
     ("model.padding", "same", "--config.model.padding=symmetric (now same)"),
     ("model.conv_bias", True, "--config.model.conv_bias=false (now true)"),
-    ("model.batch_norm", False, "--config.model.batch_norm=true (now false)"),
+    ("model.norm", "none", "--config.model.norm=batch_norm (now none)"),
     (
       "model.batch_norm_epsilon",
       1e-3,

@@ -10,7 +10,7 @@ from configs import v1_depth20
 from experiments.throughput.resident import prepare
 from experiments.throughput.workers import measure, plain
 from resnet_flax import experiment as experiment_lib, step as train_step
-from resnet_flax.run import config as config_rules, environment, process
+from resnet_flax.run import environment, process, rules
 
 
 def build_experiment(task: measure.Task):
@@ -21,7 +21,7 @@ def build_experiment(task: measure.Task):
   # The programs compute on the same pixels / 255, as they are.
   config.augment.name = "none"
   config.normalization = "none"
-  config_rules.check(config, num_devices=jax.device_count())
+  rules.check(config, num_devices=jax.device_count())
   return config, experiment_lib.build(config)
 
 

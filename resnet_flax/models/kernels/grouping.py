@@ -7,6 +7,8 @@ operations. So arrays are taken in groups, each of which is a computation of its
 own.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +20,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 # Arrays of one group. Much larger ones take longer to compile; smaller ones
 # are more calls, which in an ordinary network is one.
 _GROUP_SIZE = 64
+# Modules of one group of `by_modules`.
+_MODULES = 16
 
 T = TypeVar("T")
 Reduction = Callable[[jax.Array], jax.Array]
@@ -39,6 +43,57 @@ def reduce_each(reduction: Reduction, leaves: Sequence[jax.Array]) -> jax.Array:
 
   return jnp.concatenate(
     [apart(reduce_group, *group) for group in in_groups(leaves, _GROUP_SIZE)]
+  )
+
+
+def by_modules(
+  update: Callable[..., Any],
+  grads: dict[str, Any],
+  opt_state: Any,
+  params: dict[str, Any],
+  *others: Any,
+) -> tuple[Any, Any]:
+  """Updates some modules of a network at a time.
+
+  Right only for an update that looks at each array by itself.
+
+  Args:
+    update: maps (grads, opt_state, params, *others) to new parameters and the
+      new state.
+    grads, params: dicts of the network's modules.
+    opt_state: a tree in which a dict of all modules stands for their arrays.
+    *others: the same for all.
+  """
+
+  def is_like_params(node):
+    return isinstance(node, dict) and node.keys() == params.keys()
+
+  def select(tree, names):
+    return jax.tree.map(
+      lambda node: (
+        {name: node[name] for name in names} if is_like_params(node) else node
+      ),
+      tree,
+      is_leaf=is_like_params,
+    )
+
+  results = [
+    apart(
+      update,
+      *(select(tree, names) for tree in (grads, opt_state, params)),
+      *others,
+    )
+    for names in in_groups(list(params), _MODULES)
+  ]
+
+  def merge(node, *parts):
+    if not is_like_params(node):
+      return parts[0]  # A count, which all have.
+    return functools.reduce(operator.or_, parts)
+
+  # Parts end where the whole has something like the parameters.
+  return jax.tree.map(
+    merge, (params, opt_state), *results, is_leaf=is_like_params
   )
 
 

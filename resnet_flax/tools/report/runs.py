@@ -23,7 +23,7 @@ from resnet_flax.run import (
 )
 
 # Runs that differ in these alone are repetitions of one experiment.
-_REPETITION_KEYS = ("seed", "num_seeds", *config_rules.FREE_KEYS)
+_REPETITION_KEYS = ("seed", "num_seeds", *config_rules.MAY_DIFFER)
 
 # What every record of an epoch must have, besides what chooses the best one.
 _RECORD_KEYS = (
@@ -305,7 +305,7 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     for key in _CONFIG_KEYS:
       if key not in config:
         raise errors.ConfigError(f"{key} is missing.")
-      config_rules.RULES[key](key, config[key])
+      config_rules.KEYS[key].check(config[key])
   except errors.ConfigError as error:
     raise errors.WorkdirError(
       f"{path} is not the configuration of a run: {error} Restore it, or leave"

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from resnet_flax import data as datasets
-from resnet_flax.run import config as config_rules, errors, load as inference
+from resnet_flax.run import errors, load as inference, rules
 from resnet_flax.tools.report import runs as runs_lib
 
 # Rows of five, as many as can be looked through.
@@ -90,7 +90,7 @@ def score(run: runs_lib.Run, seed: int) -> Scores:
   """
   # Before the data, which takes longer.
   loaded = inference.load_model(run.folder, seed=seed)
-  config_rules.check_labels(loaded.config)
+  rules.check_labels(loaded.config)
   dataset = datasets.load(loaded.config.dataset)
   if run.data is not None and run.data != dataset.source:
     raise errors.DataError(

@@ -113,7 +113,7 @@ def _example(file: files.WeightsFile) -> Source:
       "model.shortcut": ("keras", "default"),
       "model.padding": ("same",),
       "model.conv_bias": (True,),
-      "model.batch_norm": (True,),
+      "model.norm": ("batch_norm",),
       "model.batch_norm_epsilon": (_epsilon(file, usual=1e-3),),
       # What the example has a switch for.
       "normalization": ("pixel_mean", "none"),
@@ -336,7 +336,7 @@ def _epsilon(file: files.WeightsFile, usual: float) -> float:
   }
   for epsilon in found:
     try:
-      config_rules.RULES["model.batch_norm_epsilon"]("epsilon", epsilon)
+      config_rules.KEYS["model.batch_norm_epsilon"].check(epsilon)
     except errors.ConfigError as error:
       raise errors.WeightsError(
         f"{file.path} has a batch norm that ours cannot be: {error}"

@@ -122,7 +122,7 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
       "model.depth": (depth,),
       "model.num_filters": width(_rows(file, "conv1.weight"), usual=16),
       "model.shortcut": (shortcut,),
-      "model.batch_norm": (True,),
+      "model.norm": ("batch_norm",),
       **_COMMON,
       "model.padding": ("symmetric",),
       "model.conv_bias": (False,),
@@ -152,7 +152,7 @@ def _feedforward(file: files.WeightsFile) -> Source:
     "normalization": ("imagenet",),
   }
   if not is_alexnet:
-    needed["model.batch_norm"] = (has_norm,)
+    needed["model.norm"] = ("batch_norm" if has_norm else "none",)
   if has_norm:
     needed |= _COMMON
   return Source(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import experiment
+from resnet_flax import step as step_lib
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, keras_names, mapping
 
@@ -93,8 +93,8 @@ def check_logits(path, reference):
   source = keras_names.identify(file)
   config = our_config(source)
   mapping.check_config(file, source, config)
-  parts = experiment.build(config)
-  like = experiment.abstract_state(config, parts)
+  parts = step_lib.build(config)
+  like = step_lib.abstract_state(config, parts)
   variables = mapping.variables(
     file, source, {"params": like.params, "batch_stats": like.batch_stats}
   )
@@ -275,7 +275,7 @@ def test_applications(head):
   assert source.needed["model.batch_norm_epsilon"] == (1.001e-5,)
   config = our_config(source)
   config.model.input_size = 64
-  like = experiment.abstract_state(config, experiment.build(config))
+  like = step_lib.abstract_state(config, step_lib.build(config))
   tree = {"params": like.params, "batch_stats": like.batch_stats}
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   paths = [tuple(key.key for key in path) for path, _ in flat]

@@ -1,9 +1,136 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import base, he2015_depth20
-from resnet_flax import schedule
+from resnet_flax import optim
+
+
+@pytest.fixture
+def params():
+  rng = np.random.default_rng(0)
+  return {
+    "conv": {
+      "kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32),
+      "bias": jnp.asarray(rng.normal(size=4), jnp.float32),
+    },
+    "bn": {"scale": jnp.ones(4), "bias": jnp.zeros(4)},
+    "head": {"kernel": jnp.asarray(rng.normal(size=(4, 10)), jnp.float32)},
+  }
+
+
+def test_penalty_takes_convolution_kernels_only(params):
+  ours = optim.create_optimizer(base.get_config().optimizer)
+  expected = 1e-4 * np.sum(np.square(params["conv"]["kernel"]))
+  np.testing.assert_allclose(ours.penalty(params), expected, rtol=1e-6)
+
+
+def test_paper_decays_all_weights(params):
+  ours = optim.create_optimizer(he2015_depth20.get_config().optimizer)
+  # The gradient of the penalty is the paper's 1e-4 * w.
+  grads = jax.grad(ours.penalty)(params)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, 1e-4 * w, rtol=1e-5),
+    grads,
+    params,
+  )
+
+
+def test_chain_adds_the_gradient_of_the_penalty(params):
+  """Two steps of Adam by hand, with L2 going through the moments."""
+  config = base.get_config().optimizer
+  config.l2 = 0.1
+  ours = optim.create_optimizer(config)
+  state = ours.tx.init(params)
+  rng = np.random.default_rng(1)
+  m = jax.tree.map(np.zeros_like, params)
+  v = jax.tree.map(np.zeros_like, params)
+  for step in (1, 2):
+    grads = jax.tree.map(lambda w: rng.normal(size=w.shape) * 1.0, params)
+    rate = 0.01 * step
+    updates, state = ours.tx.update(
+      jax.tree.map(jnp.asarray, grads), state, params, learning_rate=rate
+    )
+    decay = jax.grad(ours.penalty)(params)
+    total = jax.tree.map(lambda g, d: g + np.asarray(d), grads, decay)
+    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, total)
+    v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, total)
+    expected = jax.tree.map(
+      lambda m, v, step=step, rate=rate: (
+        -rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-7)
+      ),
+      m,
+      v,
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8),
+      updates,
+      expected,
+    )
+
+
+def test_sgd_is_heavy_ball(params):
+  config = he2015_depth20.get_config().optimizer
+  config.l2 = 0.0
+  ours = optim.create_optimizer(config)
+  state = ours.tx.init(params)
+  grads = jax.tree.map(jnp.ones_like, params)
+  for expected in (-0.1, -0.19):
+    updates, state = ours.tx.update(grads, state, params, learning_rate=0.1)
+    for update in jax.tree.leaves(updates):
+      np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [base, he2015_depth20])
+def test_update_in_groups_is_the_chain(recipe):
+  ours = optim.create_optimizer(recipe.get_config().optimizer)
+  rng = np.random.default_rng(0)
+  params, grads = (
+    {
+      f"module{k}": {
+        "kernel": jnp.asarray(rng.normal(size=(1, 1, 2, 3)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=3), jnp.float32),
+      }
+      for k in range(40)
+    }
+    for _ in range(2)
+  )
+  state = ours.tx.init(params)
+  update = jax.jit(ours.update)
+  for _ in range(2):
+    updates, expected_state = ours.tx.update(
+      grads, state, params, learning_rate=0.1
+    )
+    expected = optax.apply_updates(params, updates), expected_state
+    params, state = update(grads, state, params, 0.1)
+    assert jax.tree.structure((params, state)) == jax.tree.structure(expected)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      (params, state),
+      expected,
+    )
+
+
+def test_a_transformation_that_looks_at_all_arrays_sees_all():
+  """The norm of a deep network's gradient is clipped as a whole."""
+  ours = optim.create_optimizer(he2015_depth20.get_config().optimizer)
+  clip = optax.clip_by_global_norm(1.0)
+  ours = dataclasses.replace(
+    ours,
+    tx=optax.with_extra_args_support(optax.chain(clip, ours.tx)),
+    links=("clip_by_global_norm(1)", *ours.links),
+    l2=0.0,
+  )
+  params = {f"module{k}": {"kernel": jnp.zeros(4)} for k in range(40)}
+  grads = jax.tree.map(jnp.ones_like, params)
+  new, _ = jax.jit(ours.update)(grads, ours.tx.init(params), params, 1.0)
+  norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(new)))
+  assert norm == pytest.approx(1.0, rel=1e-5)
+
 
 KERAS = (40, 60, 80, 90)
 
@@ -13,11 +140,11 @@ KERAS = (40, 60, 80, 90)
   [(200, (81, 121, 161, 181)), (20, (9, 13, 17, 19)), (1, (1, 1, 1, 1))],
 )
 def test_keras_drops(num_epochs, expected):
-  assert schedule.drop_epochs(num_epochs, KERAS, False) == expected
+  assert optim.drop_epochs(num_epochs, KERAS, False) == expected
 
 
 def test_paper_drops():
-  assert schedule.drop_epochs(164, (50, 75), True) == (82, 123)
+  assert optim.drop_epochs(164, (50, 75), True) == (82, 123)
 
 
 def keras_rate(epoch):
@@ -29,7 +156,7 @@ def keras_rate(epoch):
 
 
 def test_rate_of_every_epoch():
-  rate = schedule.create_learning_rate(base.get_config(), steps_per_epoch=3)
+  rate = optim.create_learning_rate(base.get_config(), steps_per_epoch=3)
   state = rate.init()
   for epoch in range(200):
     for step in (3 * epoch, 3 * epoch + 2):
@@ -40,7 +167,7 @@ def test_rate_of_every_epoch():
 def test_short_run_takes_the_later_of_two_drops_at_one_epoch():
   config = base.get_config()
   config.num_epochs = 3
-  rate = schedule.create_learning_rate(config, steps_per_epoch=1)
+  rate = optim.create_learning_rate(config, steps_per_epoch=1)
   values = [float(rate(jnp.asarray(e), rate.init())) for e in range(3)]
   np.testing.assert_allclose(values, [1e-3, 1e-3, 1e-5], rtol=1e-6)
 
@@ -86,7 +213,7 @@ def test_plateau_is_keras_rule():
     plateau.min_delta,
     plateau.min_lr,
   )
-  ours = schedule.create_learning_rate(config, steps_per_epoch=1)
+  ours = optim.create_learning_rate(config, steps_per_epoch=1)
   state = ours.init()
   rng = np.random.default_rng(0)
   losses = np.concatenate([[2, 1.5, 1.2, 1.1], 1.1 + rng.normal(0, 0.05, 40)])
@@ -107,7 +234,7 @@ def test_plateau_multiplies_the_schedule():
   config.num_epochs = 20
   config.schedule.drop_percents = (50,)
   config.schedule.drop_factors = (0.1,)
-  rate = schedule.create_learning_rate(config, steps_per_epoch=1)
+  rate = optim.create_learning_rate(config, steps_per_epoch=1)
   state = rate.init()
   for loss in [1.0] * 6:
     state = rate.after_epoch(state, loss)
@@ -119,14 +246,14 @@ def test_plateau_multiplies_the_schedule():
 def test_floor_does_not_raise_the_schedules_own_rate():
   config = plateau_config()
   config.plateau.min_lr = 1.0
-  rate = schedule.create_learning_rate(config, steps_per_epoch=1)
+  rate = optim.create_learning_rate(config, steps_per_epoch=1)
   assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(1e-3)
 
 
 def test_warm_up_ends_for_good_when_the_error_has_fallen():
   config = he2015_depth20.get_config()
   config.model.depth = 110
-  rate = schedule.create_learning_rate(config, steps_per_epoch=10**6)
+  rate = optim.create_learning_rate(config, steps_per_epoch=10**6)
   state = rate.init()
 
   def value():
@@ -148,13 +275,13 @@ def test_warm_up_ends_for_good_when_the_error_has_fallen():
 
 def test_no_warm_up_below_its_depth():
   config = he2015_depth20.get_config()
-  rate = schedule.create_learning_rate(config, steps_per_epoch=390)
+  rate = optim.create_learning_rate(config, steps_per_epoch=390)
   assert rate.warmup is None
   assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(0.1)
 
 
 def rates(config, steps_per_epoch):
-  rate = schedule.create_learning_rate(config, steps_per_epoch)
+  rate = optim.create_learning_rate(config, steps_per_epoch)
   steps = jnp.arange(config.num_epochs * steps_per_epoch + 1)
   return np.array([float(rate(step, rate.init())) for step in steps])
 
@@ -168,7 +295,7 @@ def test_half_a_cosine_ends_at_zero():
   np.testing.assert_allclose(rates(config, 4), 1 + np.cos(angles), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", schedule.NAMES)
+@pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_the_rate_rises_in_equal_steps_before_that(name):
   config = base.get_config()
   config.num_epochs = 10
@@ -190,7 +317,7 @@ def test_describe_names_the_cosine_and_its_warm_up():
   config = base.get_config()
   config.schedule.name = "cosine"
   config.schedule.linear_warmup_epochs = 5.0
-  assert schedule.create_learning_rate(config, 1).describe() == [
+  assert optim.create_learning_rate(config, 1).describe() == [
     "warm-up: from 0 in 5 epochs",
     "epoch 0: 0.001, by half a cosine to 0 at epoch 200",
   ]
@@ -201,7 +328,7 @@ def test_describe_names_every_rule():
   config.schedule.warmup_learning_rate = 1e-4
   config.model.depth = 110
   text = "\n".join(
-    schedule.create_learning_rate(config, steps_per_epoch=1).describe()
+    optim.create_learning_rate(config, steps_per_epoch=1).describe()
   )
   assert "epoch 0: 0.001" in text
   assert "warm-up: 0.0001" in text

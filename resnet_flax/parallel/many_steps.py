@@ -1,0 +1,231 @@
+"""Several training steps in one call, on a training split on the devices.
+
+On accelerators a small network's step may be over before the next one is
+dispatched. A program of many steps needs the host only to begin it; it gathers
+its batches from the split, in the order that the host draws for each epoch.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import data, step as step_lib
+from resnet_flax.parallel import hosts, mesh as mesh_lib, program
+from resnet_flax.parallel.networks import Layout, Networks
+from resnet_flax.run import errors
+
+# Chosen for accelerators and images of at most so many pixels a side. Steps of
+# larger ones take long enough, and a signal waits for a call's end.
+STEPS_PER_CALL = 32
+_LARGEST_SMALL_IMAGE = 64
+
+# Of a device's memory that the split may take; the rest is the network's.
+_SHARE = 0.25
+
+
+def choose(
+  wanted: int, split: data.Split, layout: Layout, image_size: int
+) -> int:
+  """How many training steps a call does.
+
+  Args:
+    wanted: `steps_per_call` of the configuration; 0 chooses.
+    split: the training images.
+    layout: where the networks are.
+    image_size: the larger side of the images that the networks see.
+
+  Raises:
+    ConfigError: more than one was asked for, and the split is not in memory or
+      the devices' memory has no room for it.
+  """
+  if wanted == 1:
+    return 1
+  if not isinstance(split, data.ArraySplit):
+    if not wanted:
+      return 1
+    raise errors.ConfigError(
+      f"steps_per_call={wanted} needs a training split in memory, but this one"
+      " is decoded while training. Pass --config.steps_per_call=1."
+    )
+  on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+  if not wanted and (on_cpu or image_size > _LARGEST_SMALL_IMAGE):
+    return 1
+  shards = layout.mesh.shape[mesh_lib.DATA]
+  if _fits(split, layout, shards):
+    return wanted or STEPS_PER_CALL
+  if not wanted:
+    return 1
+  raise errors.ConfigError(
+    f"steps_per_call={wanted} needs the {_num_bytes(split) / 1e9:.1f} GB of the"
+    f" training split on the devices: over {shards} that share it, it is more"
+    f" than {_SHARE:.0%} of their memory. Pass --config.steps_per_call=1."
+  )
+
+
+def create(
+  config: ConfigDict,
+  experiment: step_lib.Experiment,
+  state: Networks,
+  split: data.Split,
+  key: Networks,
+  layout: Layout,
+  *,
+  steps_per_call: int,
+) -> program.Program:
+  """The program that takes several steps in a call; see `program.create`."""
+  size = config.batch_size
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  shared = (*put_split(split, layout), np.int32(0))
+  compiled = program.compile_function(
+    "training steps",
+    functools.partial(train_steps, experiment),
+    layout,
+    (state, layout.batch_shape((size, steps_per_epoch), np.int32), key),
+    shared,
+    donate=True,
+  )
+
+  def step(state: Networks, batch: program.Batch) -> tuple[Networks, ...]:
+    return compiled(state, *batch.arguments)
+
+  def batches(epoch: int, first: int = 0) -> Iterator[program.Batch]:
+    order = put_order(split, size, epoch, layout)
+    start = epoch * steps_per_epoch
+    # Calls end where something is done between two steps.
+    multiples = config.checkpoint.every_steps, config.log_layer_norms_every
+    done = start + first
+    for end in call_ends(
+      done, start + steps_per_epoch, steps_per_call, multiples
+    ):
+
+      def images_and_labels(first=done - start):
+        return next(
+          program.epoch_batches(split, size, epoch, layout, first=first)
+        )
+
+      num_steps = end - done
+      arguments = order, key, *shared[:-1], np.int32(num_steps)
+      yield program.Batch(num_steps, arguments, images_and_labels)
+      done = end
+
+  return program.Program(step, batches)
+
+
+def train_steps(
+  experiment: step_lib.Experiment,
+  state: step_lib.TrainState,
+  order: jax.Array,
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  num_steps: jax.Array,
+) -> tuple[step_lib.TrainState, step_lib.StepMetrics]:
+  """Several steps of one epoch, each as `step.train_step` does it.
+
+  How many is not part of the program, so where calls end changes no bit.
+
+  Args:
+    experiment: the fixed parts.
+    state: before the first of them.
+    order: int32[B, steps per epoch], positions in the split of each batch.
+    key: key[], the same at every step.
+    images: uint8[M, H, W, C], the training split.
+    labels: int32[M].
+    num_steps: int32[], at least one.
+
+  Returns:
+    The new state, and the metrics of the last step, or of the first whose
+    result is not finite.
+  """
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+
+  def one(_, carry):
+    state, reported = carry
+    positions = jnp.take(order, state.step % steps_per_epoch, axis=1)
+    state, new = step_lib.train_step(
+      experiment, state, images[positions], labels[positions], key
+    )
+    reported = jax.tree.map(
+      lambda old, new: jnp.where(reported.finite, new, old), reported, new
+    )
+    return state, reported
+
+  nothing = step_lib.StepMetrics(
+    step=state.step,
+    sums=state.epoch_sums,
+    learning_rate=jnp.zeros((), jnp.float32),
+    finite=jnp.asarray(True),
+  )
+  return jax.lax.fori_loop(0, num_steps, one, (state, nothing))
+
+
+def put_split(split: data.Split, layout: Layout) -> tuple[jax.Array, jax.Array]:
+  """Images, uint8[M, H, W, C], and labels, int32[M], on the devices.
+
+  A copy on each where it fits, since then no step needs another device's
+  images; otherwise divided over the devices that share a batch, with padding
+  that no position names.
+  """
+  images, labels = split.take(np.arange(len(split)))
+  sharding = mesh_lib.sharding(layout.mesh)
+  # Decided by one process for all.
+  if not hosts.first(lambda: _fits(split, layout, 1)):
+    sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
+    missing = -len(labels) % layout.mesh.shape[mesh_lib.DATA]
+    images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(labels, (0, missing))
+  return mesh_lib.put((images, labels), sharding)
+
+
+def put_order(
+  split: data.Split, batch_size: int, epoch: int, layout: Layout
+) -> Networks:
+  """The order of an epoch, int32[B, steps per epoch] of each network."""
+  rows = layout.rows(batch_size)
+
+  def of_seed(seed: int) -> list[tuple[np.ndarray]]:
+    # Put on the devices like a batch, whose axis comes first.
+    order = program.order(len(split), batch_size, seed, epoch).T[rows]
+    return [(np.ascontiguousarray(order, np.int32),)]
+
+  ((order,),) = layout.batches(of_seed, batch_size)
+  return order
+
+
+def call_ends(
+  first: int, last: int, steps: int, multiples: Sequence[int]
+) -> Iterator[int]:
+  """The number of steps done after each call.
+
+  Args:
+    first: steps done before the first call.
+    last: steps done after the last one.
+    steps: of a call, at most.
+    multiples: calls end at every multiple of these; 0 stands for none.
+  """
+  done = first
+  while done < last:
+    ends = [(done // each + 1) * each for each in multiples if each]
+    done = min(done + steps, last, *ends)
+    yield done
+
+
+def memory_limit(device: jax.Device) -> int | None:
+  """A device's memory in bytes; None on CPUs, which hold the split already."""
+  return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _num_bytes(split: data.Split) -> int:
+  return len(split) * math.prod(split.image_shape)
+
+
+def _fits(split: data.Split, layout: Layout, shards: int) -> bool:
+  """Whether a part of the split, one of so many, fits on every device."""
+  limits = [memory_limit(device) for device in layout.mesh.local_devices]
+  needed = _num_bytes(split) / shards
+  return all(limit is None or needed <= _SHARE * limit for limit in limits)

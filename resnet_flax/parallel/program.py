@@ -1,0 +1,189 @@
+"""What training repeats: the compiled step and the batches of an epoch."""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import data, step as step_lib
+from resnet_flax.data import randomness
+from resnet_flax.parallel import hosts, mesh as mesh_lib
+from resnet_flax.parallel.networks import Layout, Networks
+
+_logger = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+  """What one call of the step takes besides the state."""
+
+  num_steps: int  # Training steps of the call.
+  arguments: tuple[Any, ...]  # Of the compiled step, after the state.
+  # Makes those of the call's first step: uint8[B, H, W, C] and int32[B].
+  images_and_labels: Callable[[], tuple[Networks, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The training of a run on its devices."""
+
+  # Maps the networks' states, which are donated, and a batch to new states and
+  # the `StepMetrics` of the call's last step.
+  step: Callable[[Networks, Batch], tuple[Networks, ...]]
+  # The batches of a 0-based epoch from its 0-based step `first` on.
+  batches: Callable[[int, int], Iterator[Batch]]
+
+
+def create(
+  config: ConfigDict,
+  experiment: step_lib.Experiment,
+  state: Networks,
+  split: data.Split,
+  key: Networks,
+  layout: Layout,
+) -> Program:
+  """The program that takes one step in a call.
+
+  Of `state` only the shapes are used; `key` is the augmentation key[] of each
+  network.
+  """
+  compiled = compile_step(
+    "training step",
+    step_lib.train_step,
+    *(experiment, state, config.batch_size, key, layout),
+    donate=True,
+  )
+
+  def step(state: Networks, batch: Batch) -> tuple[Networks, ...]:
+    return compiled(state, *batch.arguments)
+
+  def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
+    for batch in epoch_batches(
+      split, config.batch_size, epoch, layout, first=first
+    ):
+      yield Batch(1, (*batch, key), lambda batch=batch: batch)
+
+  return Program(step, batches)
+
+
+# ---- The order of images
+
+
+def order(
+  num_examples: int, batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+  """Which images each step of an epoch takes: int64[steps, B].
+
+  Positions in the training split, as (seed, epoch) decide. A last, smaller
+  batch is dropped.
+  """
+  rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
+  steps = num_examples // batch_size
+  order = rng.permutation(num_examples)
+  return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def epoch_batches(
+  split: data.Split,
+  batch_size: int,
+  epoch: int,
+  layout: Layout,
+  *,
+  first: int = 0,
+) -> Iterator[tuple[Networks, ...]]:
+  """The batches of an epoch from step `first` on: images and labels.
+
+  uint8[B, H, W, C] and int32[B] of all networks, on the devices.
+  """
+  rows = layout.rows(batch_size)
+
+  def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    positions = order(len(split), batch_size, seed, epoch)[first:, rows]
+    return split.batches(list(positions), data.Draw(seed, epoch))
+
+  return layout.batches(of_seed, batch_size)
+
+
+# ---- Compilation
+
+
+def trace(
+  function: Callable[..., tuple[Any, ...]],
+  layout: Layout,
+  own: Sequence[Networks],
+  shared: Sequence[Any] = (),
+  *,
+  donate: bool = False,
+) -> jax.stages.Traced:
+  """Traces a function of one network's trees for a chunk of networks.
+
+  Needs no device: `Layout.shapes` and `Layout.batch_shape` stand for arrays.
+
+  Args:
+    function: of trees, returning a tuple of trees.
+    layout: where the networks are.
+    own: the arguments that each network has for itself.
+    shared: arguments after those, the same for all networks.
+    donate: whether the memory of the first is for the result.
+  """
+  jitted = jax.jit(
+    layout.of_chunk(function, len(shared)),
+    donate_argnums=0 if donate else (),
+    out_shardings=layout.sharding,
+  )
+  # All chunks are alike.
+  return jitted.trace(*(networks.chunks[0] for networks in own), *shared)
+
+
+def compile_function(
+  title: str,
+  function: Callable[..., tuple[Any, ...]],
+  layout: Layout,
+  own: Sequence[Networks],
+  shared: Sequence[Any] = (),
+  *,
+  donate: bool = False,
+) -> Callable[..., tuple[Networks, ...]]:
+  """Compiles what `trace` traces, as a function of all networks' trees."""
+  started = time.perf_counter()
+  _logger.info("compiling the %s", title)
+  traced = trace(function, layout, own, shared, donate=donate)
+  options = mesh_lib.compiler_options(layout.mesh)
+  compiled = traced.lower().compile(options)
+  hosts.meet()
+  _logger.info("compiled in %.1f s", time.perf_counter() - started)
+  return layout.in_turn(compiled, len(shared))
+
+
+def step_arguments(
+  experiment: step_lib.Experiment,
+  state: Networks,
+  batch_size: int,
+  key: Networks,
+  layout: Layout,
+) -> tuple[Networks, ...]:
+  """The shapes that a function like `step.train_step` takes."""
+  images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
+  return state, images, layout.batch_shape((batch_size,), np.int32), key
+
+
+def compile_step(
+  title: str,
+  function: Callable[..., tuple[Any, ...]],
+  experiment: step_lib.Experiment,
+  state: Networks,
+  batch_size: int,
+  key: Networks,
+  layout: Layout,
+  *,
+  donate: bool = False,
+) -> Callable[..., tuple[Networks, ...]]:
+  """Compiles a function with the arguments of `step.train_step`."""
+  own = step_arguments(experiment, state, batch_size, key, layout)
+  function = functools.partial(function, experiment)
+  return compile_function(title, function, layout, own, donate=donate)

@@ -1,0 +1,148 @@
+"""Flags and keys as text, for `--help` and for the documentation.
+
+python -m resnet_flax.run.help_text > docs/configuration.md
+"""
+
+import re
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from resnet_flax.run import errors
+from resnet_flax.run.config import KEYS
+
+_PAGE = """\
+# Configuration
+
+Every key with its default, as `python -m resnet_flax.run.help_text` prints them
+from the table in [`resnet_flax/run/config.py`](../resnet_flax/run/config.py). A
+config file sets keys, and after `--config` so does the command line:
+`--config.model.depth=56`. `--help` shows the keys, too, `--help=model` a part.
+
+A run is resumed with the configuration that it was begun with; keys that may
+differ do not change what is computed. A key that only some networks
+(`model.name`) read must keep its default in the others.
+"""
+_TABLE = """
+## {}
+
+| key | default | values | meaning | may differ | read by |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+class _Entry(NamedTuple):
+  part: str
+  name: str
+  default: str
+  text: str
+
+  def __str__(self) -> str:
+    title = f"{self.name}={self.default}".removesuffix("=")
+    text = textwrap.wrap(self.text, 80 - 6)
+    return f"  {title}\n" + textwrap.indent("\n".join(text), " " * 6)
+
+
+def show_if_asked(argv: list[str]) -> None:
+  """Prints help and ends the program with code 0, if an argument asks for it.
+
+  Raises:
+    ConfigError: --help=WORD, and nothing has this word.
+  """
+  end = argv.index("--") if "--" in argv else len(argv)
+  for argument in argv[1:end]:
+    match = re.fullmatch(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?", argument)
+    if match:
+      modules = flags.FLAGS.flags_by_module_dict()
+      # A tool is started through a module that defines no flags.
+      tools = [name for name in modules if ".tools." in name]
+      program = argv[0] if argv[0] in modules else tools[0]
+      print(program_help(match[1] or "", program), flush=True)
+      sys.exit(0)
+
+
+def program_help(wanted: str, program: str) -> str:
+  """A program's flags and, if one of them is --config, the keys.
+
+  Args:
+    wanted: a part, a name, or a word of names and meanings; '' for everything.
+    program: the module whose key flags are the program's.
+
+  Returns:
+    Lines of at most 80 columns.
+
+  Raises:
+    ConfigError: nothing has this word.
+  """
+  entries = _entries(program)
+  parts = ", ".join(dict.fromkeys(entry.part for entry in entries))
+  word = wanted.removeprefix("--").removeprefix("config.").lower()
+  chosen = (
+    [entry for entry in entries if word in ("", entry.part)]
+    or [entry for entry in entries if word == entry.name.removeprefix("--")]
+    or [e for e in entries if word in e.name or word in e.text.lower()]
+  )
+  if not chosen:
+    raise errors.ConfigError(
+      f"--help={wanted}: no name and no meaning has this word. Parts: {parts}."
+    )
+  lines = []
+  for part in dict.fromkeys(entry.part for entry in chosen):
+    is_key = (
+      "" if part == "flags" else ", set by --config.KEY=VALUE after --config"
+    )
+    lines += ["", f"{part}{is_key}:"]
+    lines += [str(entry) for entry in chosen if entry.part == part]
+  if not wanted:
+    module = sys.modules.get(program) or sys.modules["__main__"]
+    more = f"--help=WORD shows a part ({parts}), or what has this word."
+    lines = [
+      (module.__doc__ or "").strip(),
+      *lines,
+      "",
+      textwrap.fill(more, 80),
+    ]
+  return "\n".join(lines).strip()
+
+
+def _entries(program: str) -> list[_Entry]:
+  program_flags = flags.FLAGS.get_key_flags_for_module(program)
+  entries = [
+    _Entry("flags", f"--{flag.name}", _typed(flag.default), flag.help)
+    for flag in program_flags
+  ]
+  if all(flag.name != "config" for flag in program_flags):
+    return entries
+  for key in KEYS.values():
+    text = f"{key.meaning} Values: {key.values.text}."
+    text += " May differ when a run is resumed." * key.may_differ
+    text += f" Read by {', '.join(key.families)}." * bool(key.families)
+    entries.append(_Entry(key.part, key.name, _typed(key.default), text))
+  return entries
+
+
+def _typed(value: Any) -> str:
+  """A default as it is typed on the command line."""
+  if isinstance(value, tuple):
+    return ",".join(map(str, value))
+  text = "" if value is None else str(value)
+  return text.lower() if isinstance(value, bool) else text
+
+
+def page() -> str:
+  """The page of the documentation, in Markdown."""
+  text = _PAGE
+  for part in dict.fromkeys(key.part for key in KEYS.values()):
+    text += _TABLE.format(part)
+    for key in (key for key in KEYS.values() if key.part == part):
+      default = f"`{_typed(key.default)}`" if key.default != "" else ""
+      cells = [f"`{key.name}`", default, key.values.text, key.meaning]
+      cells += ["yes" if key.may_differ else "", ", ".join(key.families)]
+      text += f"| {' | '.join(cells)} |\n"
+  return text
+
+
+if __name__ == "__main__":
+  print(page(), end="")

@@ -1,0 +1,142 @@
+"""What a configuration key is, and which values it can have."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from resnet_flax.run import errors
+
+LARGEST_INTEGER = 2**31 - 1  # Of int32.
+# Twice the largest number is still finite in float32.
+LARGEST_NUMBER = 1e38
+_SMALLEST_POSITIVE = 1e-37  # In float32 it is not zero.
+_LONGEST_TUPLE = 100
+_LONGEST_PATH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+  """The values that a key can have.
+
+  Attributes:
+    text: continues a sentence that ends in "must be".
+    accept: whether a value, of any type, is one of them.
+    choices: all of them, where they can be listed.
+  """
+
+  text: str
+  accept: Callable[[Any], bool]
+  choices: tuple[Any, ...] = ()
+
+
+def integer(low: int, high: int = LARGEST_INTEGER) -> Values:
+  """Integers in [low, high]."""
+  return Values(
+    f"an integer from {low} to {high}",
+    lambda value: type(value) is int and low <= value <= high,
+  )
+
+
+def number(low: float, high: float = LARGEST_NUMBER) -> Values:
+  """Numbers in [low, high), also after they are rounded to float32."""
+  return Values(
+    f"a number from {low:g} to below {high:g}",
+    lambda value: (
+      type(value) in (int, float)
+      # First, since NumPy cannot round every integer.
+      and low <= value < high
+      and bool(np.float32(low) <= np.float32(value) < np.float32(high))
+    ),
+  )
+
+
+def positive(high: float = LARGEST_NUMBER) -> Values:
+  """Numbers in (0, high) that float32 can tell from both."""
+  return number(_SMALLEST_POSITIVE, high)
+
+
+def choice(*choices: Any, prefix: str = "") -> Values:
+  """Values of one type; with a prefix also PREFIXNAME or PREFIXNAME/NAME."""
+  names = [*map(str, choices), *([f"{prefix}NAME"] if prefix else [])]
+  pattern = rf"{re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
+  return Values(
+    f"{', '.join(names[:-1])} or {names[-1]}",
+    lambda value: (
+      type(value) is type(choices[0])
+      and (
+        value in choices
+        or (bool(prefix) and re.fullmatch(pattern, value) is not None)
+      )
+    ),
+    choices,
+  )
+
+
+def tuple_of(each: Values) -> Values:
+  """Tuples; lists, too, since JSON makes lists of them."""
+  return Values(
+    f"a tuple (on the command line 1,2,3) of at most {_LONGEST_TUPLE} values,"
+    f" each {each.text}",
+    lambda value: (
+      isinstance(value, tuple | list)
+      and len(value) <= _LONGEST_TUPLE
+      and all(map(each.accept, value))
+    ),
+  )
+
+
+def _is_path(value: Any) -> bool:
+  try:
+    return "\0" not in value and len(os.fsencode(value)) <= _LONGEST_PATH
+  except UnicodeError:  # Half a character.
+    return False
+
+
+BOOLEAN = Values("true or false", lambda value: type(value) is bool)
+PATH = Values("a path", lambda value: type(value) is str and _is_path(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """A configuration key.
+
+  Attributes:
+    families: the values of `model.name` whose networks read it, () for all; for
+      the other networks it must be the default.
+    may_differ: whether a run can be resumed with another value, because it does
+      not change what is computed.
+  """
+
+  name: str
+  default: Any
+  values: Values
+  families: tuple[str, ...] = ()
+  may_differ: bool = False
+  meaning: str = ""
+
+  def means(self, meaning: str) -> "Key":
+    """The key with its meaning."""
+    return dataclasses.replace(self, meaning=meaning)
+
+  @property
+  def part(self) -> str:
+    """'model' of 'model.depth', and 'run' for keys without a part."""
+    return self.name.rpartition(".")[0] or "run"
+
+  def check(self, value: Any) -> None:
+    """Raises a `ConfigError` if the key cannot have this value, of any type."""
+    if self.values.accept(value):
+      return
+    if isinstance(value, str) and self.values.choices:
+      raise errors.unknown_name(self.name, value, self.values.choices)
+    try:
+      text = repr(value)
+    # An integer of thousands of digits has none, nor may what a file made.
+    except Exception:
+      text = f"({type(value).__name__})"
+    text = text if len(text) <= 100 else f"{text[:100]}..."
+    raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")

@@ -1,0 +1,156 @@
+"""Constraints between configuration keys, checked before anything runs."""
+
+from ml_collections import ConfigDict
+
+from resnet_flax import optim
+from resnet_flax.data import crops, loading, normalize
+from resnet_flax.models import registry
+from resnet_flax.parallel import mesh
+from resnet_flax.run import config as config_keys, errors, keys
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Checks a configuration as a whole, before a run on so many devices.
+
+  Raises:
+    ConfigError: the first thing that is wrong, and what would work.
+    DataError: see `loading.info`.
+  """
+  config_keys.check_values(config)
+  _check_model(config.model)
+  _check_streaming(config)
+  info = loading.info(config.dataset)
+  registry.check_input_size(config.model, info.image_shape)
+  steps = _check_batch_size(config, num_devices)
+  _check_schedule(config)
+  last = config_keys.LAST_SEED + 1 - config.num_seeds
+  _require(
+    config.seed <= last,
+    f"seed={config.seed} must be at most {last} with {config.num_seeds} seeds.",
+  )
+  most = keys.LARGEST_INTEGER // steps
+  _require(
+    config.num_epochs <= most,
+    f"num_epochs={config.num_epochs} of {steps} steps must be at most {most}.",
+  )
+  _require(
+    config.log.tensorboard or not config.log_layer_norms_every,
+    f"log_layer_norms_every={config.log_layer_norms_every} needs"
+    " log.tensorboard=True. Set that, or log_layer_norms_every=0.",
+  )
+
+
+def check_labels(config: ConfigDict) -> None:
+  """Checks that a network to be trained or scored has the data's classes."""
+  name, num_classes = config.dataset.name, config.model.num_classes
+  classes = loading.info(config.dataset).num_classes
+  _require(
+    num_classes in (0, classes),
+    f"model.num_classes={num_classes} but dataset.name={name} has {classes}"
+    " classes: the network can be loaded, but neither trained nor scored. For a"
+    " new head pass --config.init_from=WORKDIR and a --workdir of its own.",
+  )
+
+
+def _require(holds: bool, message: str) -> None:
+  if not holds:
+    raise errors.ConfigError(message)
+
+
+def _check_model(model: ConfigDict) -> None:
+  """Checks the depth, the shortcut and keys that the family does not read."""
+  registry.check_depth(model.name, model.depth)
+  shortcuts = registry.MODELS[model.name].shortcuts
+  _require(
+    registry.shortcut(model) in shortcuts,
+    f"model.shortcut={model.shortcut!r} does not exist for {model.name}; it"
+    f" has: {', '.join(shortcuts)}.",
+  )
+  for key in config_keys.KEYS.values():
+    if key.families and model.name not in key.families:
+      value = model[key.name.removeprefix("model.")]
+      _require(
+        value == key.default,
+        f"{key.name}={value} does nothing for model.name={model.name}; it is"
+        f" for {', '.join(key.families)}. Leave it {key.default}.",
+      )
+  _require(
+    model.batch_norm_groups == 1 or model.norm == "batch_norm",
+    f"model.batch_norm_groups={model.batch_norm_groups} does nothing without"
+    " batch norm. Leave it 1.",
+  )
+
+
+def _check_streaming(config: ConfigDict) -> None:
+  """Checks what depends on whether images are decoded while training."""
+  name, crop = config.dataset.name, config.augment.name
+  is_streamed, num_crops = loading.is_streamed(name), config.dataset.test_crops
+  _require(
+    not is_streamed or config.normalization in normalize.UNMEASURED,
+    f"normalization={config.normalization} is measured on images in memory, but"
+    f" dataset.name={name} is not. Known: {', '.join(normalize.UNMEASURED)}.",
+  )
+  _require(
+    is_streamed or crop not in crops.RANDOM,
+    f"augment.name={crop} cuts images while they are decoded, but dataset.name="
+    f"{name} has them in memory. It must be crop_flip, shift_flip or none.",
+  )
+  _require(
+    is_streamed or num_crops == 1,
+    f"dataset.test_crops={num_crops} cuts images while they are decoded, but"
+    f" dataset.name={name} has them in memory. It must be 1.",
+  )
+
+
+def _check_batch_size(config: ConfigDict, num_devices: int) -> int:
+  """Checks that batches fill an epoch, devices and groups; steps per epoch."""
+  size = config.batch_size
+  num_train = loading.num_train_examples(config.dataset)
+  _require(
+    size <= num_train,
+    f"batch_size={size} is more than the {num_train} training images; at most"
+    f" {num_train} makes an epoch of at least one step.",
+  )
+  # Each group of devices trains its own seeds, on batches of its own.
+  devices = num_devices // mesh.num_groups(num_devices, config.num_seeds)
+  groups = config.model.batch_norm_groups
+  of_groups = f"model.batch_norm_groups={groups}"
+  for parts, what in [(devices, f"{devices} devices"), (groups, of_groups)]:
+    nearest = max(size // parts, 1) * parts
+    _require(
+      size % parts == 0,
+      f"batch_size={size} must be divisible by {what}; for example {nearest}"
+      f" or {nearest + parts}.",
+    )
+  return num_train // size
+
+
+def _check_schedule(config: ConfigDict) -> None:
+  """Checks the drops, and that a linear warm-up ends before the rate falls."""
+  values = config.schedule
+  percents, factors = tuple(values.drop_percents), tuple(values.drop_factors)
+  _require(
+    len(percents) == len(factors) and percents == tuple(sorted(percents)),
+    f"schedule.drop_percents={percents} must ascend and have as many values as"
+    f" schedule.drop_factors={factors}.",
+  )
+  rate, factor = config.optimizer.learning_rate, max(factors, default=1)
+  _require(
+    rate * factor < keys.LARGEST_NUMBER,
+    f"optimizer.learning_rate={rate} times {factor} of schedule.drop_factors is"
+    f" a rate of {rate * factor:g}; it must be below {keys.LARGEST_NUMBER:g}.",
+  )
+  epochs, rate = values.linear_warmup_epochs, values.warmup_learning_rate
+  key = f"schedule.linear_warmup_epochs={epochs:g}"
+  _require(
+    not (epochs and rate) or config.model.depth < values.warmup_min_depth,
+    f"{key} and schedule.warmup_learning_rate={rate:g}: one must be 0.",
+  )
+  ends = [config.num_epochs]
+  if values.name == "drops":
+    ends += optim.drop_epochs(ends[0], percents, values.drop_inclusive)
+  _require(
+    not epochs or epochs < min(ends),
+    f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
+    f" at epoch {min(ends)}. It must be less, or num_epochs more.",
+  )

@@ -1,0 +1,373 @@
+"""One start of a run: its folder, checkpoints, logs, signals and hosts.
+
+On several hosts process 0 alone reads and writes the workdir. The session of
+another process has no files: there, the same calls do nothing but agree.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import step as step_lib
+from resnet_flax.parallel import hosts, networks
+from resnet_flax.run import (
+  checkpoint,
+  config as config_lib,
+  errors,
+  folder,
+  metrics,
+  progress,
+  signals as signals_lib,
+)
+
+_logger = logging.getLogger(__name__)
+
+# Where data is may differ between hosts; all other keys must be the same.
+_OWN_KEYS = ("dataset.data_dir", "dataset.archive", "dataset.cache_dir")
+
+
+class Session:
+  """What the loop reads, writes and waits for; from `open_run`.
+
+  Attributes:
+    records: of the epochs so far, as in metrics.jsonl.
+    step: steps done.
+    resumes: whether a checkpoint was restored.
+    is_finished: whether all epochs are done.
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    devices: Sequence[jax.Device],
+    experiment: step_lib.Experiment,
+    signals: signals_lib.StopSignals,
+    on_event: Callable[[str], None],
+    stack: contextlib.ExitStack,
+  ):
+    self.records: list[metrics.Record] = []
+    self._config = config
+    self._workdir = workdir
+    self._devices = devices
+    self._experiment = experiment
+    self._steps_per_epoch = experiment.learning_rate.steps_per_epoch
+    self._signals = signals
+    self.on_event = on_event
+    self._stack = stack
+    # Of process 0 alone.
+    self._checkpoints: checkpoint.Checkpoints | None = None
+    self._log: metrics.MetricsLog | None = None
+    self._board: metrics.TensorBoard | None = None
+    self._restored: Any = None
+
+    opened = hosts.first(self._open)
+    self.resumes, self.step, self._notes, self.records = opened
+    self._saved_step = self.step
+    if self._checkpoints is None:
+      stack.enter_context(self._explain_interruption())
+    self._epoch = len(self.records)
+    self.is_finished = self._epoch == config.num_epochs
+    self._pending: networks.Networks | None = None
+
+  # ---- Opening
+
+  def _open(self) -> tuple[bool, int, checkpoint.Notes, list[metrics.Record]]:
+    """Opens the workdir: whether it resumes, at which step, with what."""
+    with folder.explain_write_errors(self._workdir):
+      self._stack.enter_context(folder.use(self._workdir, self._config))
+      self._checkpoints = self._stack.enter_context(
+        checkpoint.Checkpoints(
+          self._workdir, best_steps=self._best_steps, on_event=self.on_event
+        )
+      )
+      self._stack.enter_context(self._explain_interruption())
+      notes, step = checkpoint.NEW_EPOCH, 0
+      # Tracing a deep network takes long: not for a run that is new.
+      if self._checkpoints.steps():
+        like = step_lib.abstract_state(self._config, self._experiment)
+        restored = self._checkpoints.restore_latest(like)
+        assert restored is not None  # There are checkpoints.
+        self._restored, notes = restored
+        step = int(np.ravel(self._restored.step)[0])
+      self._log = metrics.MetricsLog(self._workdir)
+      records = self._log.cut_back(
+        step,
+        self._steps_per_epoch,
+        fallen_back=self._checkpoints.has_fallen_back(step),
+      )
+    return self._restored is not None, step, notes, records
+
+  def _best_steps(self) -> set[int]:
+    best = metrics.best_records(self.records, self._config.checkpoint.monitor)
+    return {record["step"] for record in best}
+
+  @contextlib.contextmanager
+  def _explain_interruption(self) -> Iterator[None]:
+    """A signal to stop ends in a line that says where the run stands."""
+    self._signals.say_on_exit(
+      lambda: (
+        f"stopped at once; what was saved in {self._workdir} is good, and the"
+        " same command resumes from it."
+      )
+    )
+    try:
+      yield
+    except signals_lib.Stopped as stopped:
+      raise errors.Interrupted(
+        f"stopped by {stopped}; saved up to step {self._latest() or 0} in"
+        f" {self._workdir}. The same command resumes from there.",
+        stopped.number,
+      ) from None
+
+  def _latest(self) -> int | None:
+    """The step of the latest checkpoint."""
+    if self._checkpoints is None:
+      return self._saved_step
+    return max(self._checkpoints.steps(), default=None)
+
+  def stored(self, key: str) -> Any:
+    """What an earlier start of the run has chosen; None without one."""
+
+    def read() -> Any:
+      if not (self._workdir / "config.json").exists():
+        return None
+      return folder.load_config(self._workdir).get(key)
+
+    return hosts.first(read)
+
+  def record_start(self, data_source: str, **chosen: Any) -> None:
+    """Writes configuration, with what was chosen, and environment."""
+
+    def record() -> None:
+      with folder.explain_write_errors(self._workdir):
+        config = ConfigDict(self._config.to_dict() | chosen)
+        folder.record_start(self._workdir, config, self._devices, data_source)
+
+    hosts.first(record)
+
+  def restored_states(self) -> list[step_lib.TrainState]:
+    """The restored state of each seed, in all processes."""
+    _logger.info("resuming after step %d of %s", self.step, self._workdir)
+    restored, self._restored = self._restored, None
+    stacked = hosts.from_first(
+      lambda: restored,
+      lambda: step_lib.abstract_state(self._config, self._experiment),
+    )
+    return networks.unstack(stacked, self._config.num_seeds)
+
+  # ---- Training
+
+  def start(
+    self,
+    state: networks.Networks,
+    layout: networks.Layout,
+    reproduce: Callable[[int, int], dict[str, Any]],
+  ) -> None:
+    """Begins training: a signal now waits for the end of a step.
+
+    Args:
+      state: of all networks.
+      layout: where they are.
+      reproduce: of a step and a seed, what leads to that step again, as JSON.
+    """
+    config = self._config
+    self._layout, self._reproduce = layout, reproduce
+    self._stack.enter_context(self._signals.hold())
+    self._stack.enter_context(
+      folder.explain_write_errors(self._workdir, running=True)
+    )
+    if hosts.is_first() and config.log.tensorboard:
+      self._board = self._stack.enter_context(
+        metrics.TensorBoard(self._workdir, self.step)
+      )
+      if self.records and self.records[-1]["step"] == self.step:
+        # Superseded, or not written when the run was killed.
+        self._board.write(self.records[-1])
+    if self._checkpoints is not None:
+      self._stack.callback(self._checkpoints.wait)
+    if config.init_from and not self.resumes:
+      # So that the run depends no longer on what becomes of its source.
+      self._save(state)
+    if self.step == self._epoch * self._steps_per_epoch:
+      self._notes = checkpoint.NEW_EPOCH
+    self._timer = signals_lib.Timer(
+      config.checkpoint.every_steps, config.checkpoint.every_minutes
+    )
+    self._agreement = hosts.agreement(self._signals, self._timer, self._devices)
+    self._progress = progress.Progress(
+      config.num_epochs,
+      self._steps_per_epoch,
+      config.batch_size,
+      config.log.interval_seconds,
+      bar=hosts.is_first(),
+    )
+    self._stack.callback(self._progress.close)
+
+  def start_epoch(self, epoch: int) -> int:
+    """Begins a 0-based epoch; how many of its steps are done already."""
+    self._epoch = epoch
+    first = self.step - epoch * self._steps_per_epoch
+    self._progress.start_epoch(epoch, first)
+    self._started = time.perf_counter()
+    return first
+
+  def report(self, step_metrics: networks.Networks, num_steps: int) -> None:
+    """Takes in `StepMetrics` and reads those of the call before.
+
+    One call late: the devices have the next one to work on meanwhile.
+
+    Raises:
+      NonFiniteError: a step's objective or the state after it is not finite.
+    """
+    self.on_event("step")
+    self._read()
+    self._pending = step_metrics
+    self.step += num_steps
+
+  def _read(self) -> list[step_lib.StepMetrics]:
+    """The pending metrics of each seed, on the host."""
+    if self._pending is None:
+      return []
+    of_seeds = self._layout.get(self._pending)
+    self._pending = None
+    for seed, each in zip(self._layout.seeds, of_seeds, strict=True):
+      if not each.finite:
+        self._fail(int(each.step), seed, float(each.learning_rate))
+    self._progress.step(of_seeds)
+    return of_seeds
+
+  def _fail(self, step: int, seed: int, rate: float) -> None:
+    path = self._workdir / "nonfinite_step.json"
+
+    def describe() -> None:
+      assert self._checkpoints is not None
+      self._checkpoints.wait()
+      latest = {"latest_checkpoint_step": self._latest()}
+      folder.write_json(path, self._reproduce(step, seed) | latest)
+
+    hosts.first(describe)
+    raise errors.NonFiniteError(
+      f"the loss or the state{self._layout.of_seed(seed)} is not finite after"
+      f" step {step} (0-based), at learning rate {rate:g}. Lower"
+      " optimizer.learning_rate, or warm up with"
+      f" schedule.warmup_learning_rate. What reproduces the step is in {path}.",
+      step,
+      seed,
+    )
+
+  def should_save(self) -> bool:
+    """Whether a checkpoint is due: clock, steps, signal or the epoch's end."""
+    due = self._agreement.until(self.step)
+    return due or self._epoch_is_over()
+
+  def _epoch_is_over(self) -> bool:
+    return self.step == (self._epoch + 1) * self._steps_per_epoch
+
+  def save(self, state: networks.Networks) -> None:
+    """Starts to save the networks' states; then stops if a signal has come.
+
+    Raises:
+      NonFiniteError: see `report`; nothing is saved then.
+      signals_lib.Stopped: after the checkpoint was started.
+    """
+    last = self._read()
+    now = time.perf_counter()
+    self._notes = {
+      # Of each seed.
+      "learning_rate": [float(each.learning_rate) for each in last],
+      "epoch_seconds": self._notes["epoch_seconds"] + now - self._started,
+    }
+    self._started = now
+    self._save(state)
+    self._timer.reset()
+    self._agreement.check()
+    if self._epoch_is_over():
+      self._progress.close()
+      self._started = time.perf_counter()
+
+  def _save(self, state: networks.Networks) -> None:
+    self.on_event("save")
+    hosts.first(lambda: folder.check_not_removed(self._workdir))
+    stacked = networks.stack(self._layout.get(state))
+    if self._checkpoints is not None:
+      self._checkpoints.save(stacked, self._notes)
+    self._saved_step = self.step
+
+  @property
+  def notes(self) -> checkpoint.Notes:
+    """'learning_rate' of each seed's last step, 'epoch_seconds' of training."""
+    return self._notes
+
+  def on_evaluation_batch(self) -> None:
+    """Stops if a signal has come; after each batch of an evaluation."""
+    self.on_event("evaluate")
+    self._agreement.on_batch()
+
+  def end_epoch(self, record: metrics.Record) -> None:
+    """Records an epoch whose checkpoint was started.
+
+    In this order: a record without its checkpoint is cut off, a checkpoint
+    without its record is evaluated again.
+    """
+    self.on_event("record")
+    hosts.first(lambda: folder.check_not_removed(self._workdir))
+    if self._log is not None:
+      self._log.append(record)
+    self.records.append(record)
+    self._notes = checkpoint.NEW_EPOCH
+    if self._board is not None:
+      self._board.write(record)
+    self._progress.end_epoch(record, time.perf_counter() - self._started)
+
+  def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers by their tags to TensorBoard, if there is one."""
+    if self._board is not None:
+      self._board.write_scalars(step, values)
+
+
+@contextlib.contextmanager
+def open_run(
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+  devices: Sequence[jax.Device],
+  experiment: step_lib.Experiment,
+  *,
+  signals: signals_lib.StopSignals | None = None,
+  on_event: Callable[[str], None] = lambda name: None,
+) -> Iterator[Session]:
+  """Opens a run: locks its workdir and restores its latest checkpoint.
+
+  Args:
+    config: every key.
+    workdir: the run's folder; made if it is not there.
+    devices: of the run.
+    experiment: made from the configuration.
+    signals: how SIGINT and SIGTERM are met.
+    on_event: called with 'step', 'save', 'manifest', 'evaluate' and 'record'
+      before each of them.
+
+  Raises:
+    WorkdirError: the workdir is in use, or cannot be read or written.
+    Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
+  """
+  # Through JSON, which exchanges it.
+  flat = json.loads(json.dumps(config_lib.to_flat(config)))
+  hosts.check_same(
+    "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
+  )
+  with contextlib.ExitStack() as stack:
+    signals = stack.enter_context(signals or signals_lib.StopSignals())
+    yield Session(
+      *(config, pathlib.Path(workdir).absolute(), devices, experiment),
+      *(signals, on_event, stack),
+    )

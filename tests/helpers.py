@@ -1,0 +1,124 @@
+"""What several test files do: layouts, states, steps, kills."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from resnet_flax import data, step as step_lib, train
+from resnet_flax.parallel import evaluate, networks, program
+from resnet_flax.run import checkpoint, metrics
+
+
+def changed(config, **values):
+  """A copy of a configuration with other top-level values."""
+  return ConfigDict(config.to_dict() | values)
+
+
+def layout_of(config, num_devices=1, num_seeds=1, execution="in_turn"):
+  """The layout of so many seeds on the first devices."""
+  config = changed(config, num_seeds=num_seeds)
+  return networks.Layout.create(config, jax.devices()[:num_devices], execution)
+
+
+def initial(config, layout):
+  """Experiment, training split, initial states and augmentation keys."""
+  experiment = step_lib.build(config)
+  split = data.load(config.dataset).train
+  state = train.initial_state(config, experiment, split, layout)
+  return experiment, split, state, train.augmentation_key(layout)
+
+
+def run_steps(training, state, epochs, layout, count=None):
+  """States after steps of epochs, and the metrics of each call and seed."""
+  calls = itertools.chain.from_iterable(
+    training.batches(epoch, 0) for epoch in epochs
+  )
+  found = []
+  for batch in itertools.islice(calls, count):
+    state, step_metrics = training.step(state, batch)
+    found.append(layout.get(step_metrics))
+  return state, found
+
+
+def assert_identical(one, other):
+  """Two trees of arrays are the same, to the bit."""
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def saved_steps(workdir):
+  """The steps of a workdir's checkpoints."""
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    return checkpoints.steps()
+
+
+def restore(config, workdir, step=None):
+  """A checkpoint of a run, by default the latest, as a tree of arrays."""
+  like = step_lib.abstract_state(config, step_lib.build(config))
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    return checkpoints.restore(step or checkpoints.steps()[-1], like)[0]
+
+
+def assert_same_run(config, one, other):
+  """Checkpoints and records are the same, to the bit."""
+  assert untimed(metrics.MetricsLog(one).read()) == untimed(
+    metrics.MetricsLog(other).read()
+  )
+  records = metrics.MetricsLog(one).read()
+  best = metrics.best_record(records, "accuracy")["step"]
+  assert saved_steps(one)[-1] == saved_steps(other)[-1]
+  for step in {saved_steps(one)[-1], best}:
+    assert_identical(restore(config, one, step), restore(config, other, step))
+
+
+def untimed(records):
+  """Records without what is measured of the machine, to compare runs."""
+  return [
+    {key: value for key, value in record.items() if key not in metrics.TIMED}
+    for record in records
+  ]
+
+
+def at_event(name, count, action):
+  """An `on_event` that acts at the given occurrence of an event, from 1."""
+  events = itertools.count(1)
+
+  def on_event(event):
+    if event == name and next(events) == count:
+      action()
+
+  return on_event
+
+
+def die():
+  """As a kill would: an exception that nobody expects."""
+  raise SystemExit
+
+
+class Programs:
+  """Trains one configuration often; its programs are compiled once a layout."""
+
+  def __init__(self):
+    self._kept = {}
+
+  def train(self, config, workdir, **arguments):
+    """As `train.train_and_evaluate`."""
+    with pytest.MonkeyPatch.context() as patch:
+      for module, name in (
+        (program, "create"),
+        (evaluate, "create_eval_step"),
+      ):
+        patch.setattr(module, name, self._remember(getattr(module, name)))
+      return train.train_and_evaluate(config, workdir, **arguments)
+
+  def _remember(self, function):
+    def remembering(*arguments):
+      # The last one is the layout.
+      key = function.__name__, arguments[-1]
+      if key not in self._kept:
+        self._kept[key] = function(*arguments)
+      return self._kept[key]
+
+    return remembering
