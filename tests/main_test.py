@@ -170,7 +170,7 @@ def test_config_file_that_fails(text, message, tmp_path):
 
 LYING_DISK = """
 from resnet_flax import checkpoint, main
-checkpoint._SPACE_FACTOR = 0  # As when others fill the disk meanwhile.
+checkpoint.SPACE_FACTOR = 0  # As when others fill the disk meanwhile.
 main.run()
 """
 

@@ -443,7 +443,7 @@ def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
   )
   config.checkpoint.every_steps = 1
 
-  class Signals(train.signals.StopSignals):
+  class Signals(train.signals_lib.StopSignals):
     """Asks to stop after seven steps, two into the second epoch."""
 
     steps = 0
@@ -455,7 +455,7 @@ def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
 
     def check(self):
       if self.steps >= 7:
-        raise train.signals.Stopped(signal.SIGTERM)
+        raise train.signals_lib.Stopped(signal.SIGTERM)
 
   with pytest.raises(errors.Interrupted, match="saved up to step 7"):
     train.train_and_evaluate(
