@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from resnet_flax.run import errors, lock, process
+from resnet_flax.run import errors, folder, process
 
 flags.adopt_module_key_flags(process)
 _SWEEP = flags.DEFINE_string("sweep", "", "The sweep file.")
@@ -134,7 +134,7 @@ def _use(workdir: pathlib.Path) -> Iterator[None]:
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  with lock.exclusive(workdir):
+  with folder.exclusive(workdir):
     yield
 
 

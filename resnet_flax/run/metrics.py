@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_flax.run import errors, whole_file
+from resnet_flax.run import errors, folder
 
 Record = dict[str, Any]
 
@@ -76,7 +76,7 @@ class MetricsLog:
     kept = records[:epochs]
     content = "".join(json.dumps(record) + "\n" for record in kept).encode()
     if self._path.exists() and self._path.read_bytes() != content:
-      whole_file.write(self._path, content)
+      folder.write_file(self._path, content)
     return kept
 
   def append(self, record: Record) -> None:
@@ -167,12 +167,12 @@ class TensorBoard:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
 
-    folder = workdir / "tensorboard"
-    folder.mkdir(exist_ok=True)
+    events = workdir / "tensorboard" / "events"
+    events.parent.mkdir(exist_ok=True)
     # Not SummaryWriter: its thread would die on a full disk, unnoticed, and
     # later writes would wait for it for ever. The process's number tells apart
     # files of one second.
-    self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    self._writer = EventsWriter(str(events), f".{os.getpid()}")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._writer.write_event(
       event_pb2.Event(step=step, wall_time=time.time(), session_log=start)
