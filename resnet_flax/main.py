@@ -10,10 +10,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax.run import command_line, errors, huge_pages, program
+from resnet_flax.run import command_line, errors, process
 
 # For --help.
-flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(process)
 flags.adopt_module_key_flags(command_line)
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -60,15 +60,15 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 def _train(config: ConfigDict, workdir: pathlib.Path, cluster: Any) -> None:
   from resnet_flax import train
   from resnet_flax.parallel import hosts as distributed
-  from resnet_flax.run import interruption
+  from resnet_flax.run import signals
 
   with distributed.connected(
     cluster,
     timeout=_INITIALIZATION_TIMEOUT.value,
     heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
   ):
-    signals = interruption.StopSignals(exits=True)
-    records = train.train_and_evaluate(config, workdir, signals=signals)
+    stops = signals.StopSignals(exits=True)
+    records = train.train_and_evaluate(config, workdir, signals=stops)
     if distributed.is_first():
       _print_results(config, records)
 
@@ -102,9 +102,9 @@ def _print_scores(scores: dict[str, Any], prefix: str = "") -> None:
 
 
 def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
-  from resnet_flax.run import interruption, load
+  from resnet_flax.run import load, signals
 
-  with interruption.StopSignals(exits=True):
+  with signals.StopSignals(exits=True):
     scores = load.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
   for each in scores.get("seeds", [scores]):
     epoch = each.get("epoch")
@@ -121,7 +121,7 @@ def _run(argv: list[str]) -> None:
   command_line.set_up()
   from resnet_flax.parallel import hosts as distributed
 
-  mode, workdir = _MODE.value, program.WORKDIR.value
+  mode, workdir = _MODE.value, process.WORKDIR.value
   if mode == "eval" and not workdir:
     raise errors.ConfigError("--mode=eval needs --workdir=DIR, a run's folder.")
   config = None
@@ -152,9 +152,9 @@ def _run(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the command line; mistakes and signals end in one line."""
-  program.run(_run)
+  process.run(_run)
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   run()

@@ -18,9 +18,9 @@ from resnet_flax.run import (
   layer_norms,
   load,
   metrics,
-  process,
   rules,
   session,
+  signals as signals_lib,
 )
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def train_and_evaluate(
   workdir: str | os.PathLike[str],
   *,
   devices: Sequence[jax.Device] | None = None,
-  signals: process.StopSignals | None = None,
+  signals: signals_lib.StopSignals | None = None,
   on_event: Callable[[str], None] = lambda name: None,
 ) -> list[metrics.Record]:
   """Trains as the configuration says; resumes what the workdir holds.

@@ -172,7 +172,7 @@ def test_help_of_convert():
 LYING_DISK = """
 from resnet_flax import main
 from resnet_flax.run import checkpoint
-checkpoint._SPACE_FACTOR = 0  # As when others fill the disk meanwhile.
+checkpoint.SPACE_FACTOR = 0  # As when others fill the disk meanwhile.
 main.run()
 """
 

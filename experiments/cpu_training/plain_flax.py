@@ -15,7 +15,7 @@ from jax import lax
 from resnet_flax import main
 from resnet_flax.models.kernels import batch_norm, convolution
 from resnet_flax.parallel import mesh
-from resnet_flax.run import huge_pages
+from resnet_flax.run import process
 
 # The counterpart that the tests compare with.
 from tests.models.flax_batch_norm import FlaxBatchNorm
@@ -34,5 +34,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   run()

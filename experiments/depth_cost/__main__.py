@@ -29,7 +29,7 @@ from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   environment,
   folder as workdir,
-  huge_pages,
+  process,
   rules,
 )
 
@@ -225,5 +225,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main)

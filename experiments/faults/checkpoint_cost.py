@@ -26,7 +26,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   folder as workdir,
-  huge_pages,
+  process,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after one to warm up.")
@@ -96,5 +96,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main, flags_parser=command_line.parse_flags)

@@ -236,8 +236,12 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
   config = workdir_lib.load_config(workdir)
   records = metrics.MetricsLog(workdir).read()
   best = metrics.best_record(records, config.checkpoint.monitor)["step"]
+  untimed = [
+    {key: value for key, value in record.items() if key not in metrics.TIMED}
+    for record in records
+  ]
   return {
-    "records": np.bytes_(json.dumps(metrics.untimed(records))),
+    "records": np.bytes_(json.dumps(untimed)),
     **_arrays(workdir, "latest", _whole(workdir)[-1]),
     **_arrays(workdir, "best", best),
   }

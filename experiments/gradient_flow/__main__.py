@@ -24,7 +24,7 @@ from resnet_flax.run import (
   environment,
   errors,
   folder as workdir,
-  huge_pages,
+  process,
 )
 
 _FAMILIES = flags.DEFINE_list(
@@ -136,5 +136,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main)

@@ -16,9 +16,9 @@ from resnet_flax import data as datasets, experiment as experiment_lib, train
 from resnet_flax.parallel import calls as calls_lib, epochs, networks as seeds
 from resnet_flax.run import (
   errors,
+  folder,
   layer_norms,
   rules,
-  whole_file,
 )
 
 Record = dict[str, Any]
@@ -198,7 +198,7 @@ def read(path: pathlib.Path) -> list[Record]:
 def write(path: pathlib.Path, records: Sequence[Record]) -> None:
   """Writes a file of records, one line each, whole or not at all."""
   text = "".join(json.dumps(record) + "\n" for record in records)
-  whole_file.write(path, text.encode())
+  folder.write_file(path, text.encode())
 
 
 def missing(

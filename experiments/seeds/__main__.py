@@ -22,7 +22,7 @@ from resnet_flax.run import (
   environment,
   errors,
   folder as workdir,
-  huge_pages,
+  process,
   rules,
 )
 
@@ -55,5 +55,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main, flags_parser=command_line.parse_flags)

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from resnet_flax.run import errors, lock, program
+from resnet_flax.run import errors, folder, process
 
-flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(process)
 _SWEEP = flags.DEFINE_string("sweep", "", "The sweep file.")
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "List the cells and what they will cost; run nothing."
@@ -76,12 +76,12 @@ def _run(argv: list[str]) -> None:
     raise errors.ConfigError(
       "--config: a sweep file names its config; needed: --sweep=FILE."
     )
-  if not _SWEEP.value or not program.WORKDIR.value:
+  if not _SWEEP.value or not process.WORKDIR.value:
     raise errors.ConfigError(
       "needed: --sweep=FILE, for example experiments/depth_ablation/sweep.py,"
       " and --workdir=DIR, which gets a folder for each cell."
     )
-  workdir = pathlib.Path(program.WORKDIR.value).absolute()
+  workdir = pathlib.Path(process.WORKDIR.value).absolute()
   sweep = definition.load(
     _SWEEP.value, workdir, definition.Resources(_CPUS.value, _GPUS.value)
   )
@@ -134,13 +134,13 @@ def _use(workdir: pathlib.Path) -> Iterator[None]:
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  with lock.exclusive(workdir):
+  with folder.exclusive(workdir):
     yield
 
 
 def main() -> None:
   """Runs the command line; mistakes and signals end in one line."""
-  program.run(_run)
+  process.run(_run)
 
 
 if __name__ == "__main__":

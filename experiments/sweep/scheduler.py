@@ -11,7 +11,7 @@ from typing import Any
 from experiments.sweep import overview as overview_lib, task
 from experiments.sweep.definition import Cell, Resources
 from experiments.sweep.overview import State, Status
-from resnet_flax.run import environment, errors, interruption
+from resnet_flax.run import environment, errors, signals as signals_lib
 
 # Seconds between looks at where the cells stand.
 _INTERVAL = 1.0
@@ -59,7 +59,7 @@ def connect(address: str) -> Iterator[Any]:
     )
   except SystemExit:
     # Ray's own way with SIGTERM.
-    raise interruption.Stopped(signal.SIGTERM) from None
+    raise signals_lib.Stopped(signal.SIGTERM) from None
   # Among others a plain Exception where the machine is too busy to start it.
   except Exception as error:
     where = f"--address={address}" if address else "Ray on this machine"
@@ -143,7 +143,7 @@ def run(
   reasons: dict[str, str] = {}
   running: dict[Any, Cell] = {}
 
-  with interruption.StopSignals(exits=True) as signals, signals.hold():
+  with signals_lib.StopSignals(exits=True) as signals, signals.hold():
     signals.say_on_exit(
       lambda: (
         "stopped at once; what the cells saved is good, and the same command"
@@ -185,7 +185,7 @@ def run(
         overview.show(statuses)
     try:
       signals.check()
-    except interruption.Stopped as stopped:
+    except signals_lib.Stopped as stopped:
       raise errors.Interrupted(
         f"stopped by {stopped}; {overview_lib.summary(statuses.values())}."
         " The same command goes on from there.",

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from resnet_flax.run import errors, lock
+from resnet_flax.run import errors, folder
 
 STARTED = "sweep: started on "
 # A cell whose worker died needs a step and a save to end.
@@ -110,6 +110,6 @@ def _wait_for_lock(workdir: pathlib.Path) -> None:
   """
   end = time.monotonic() + _WAIT_SECONDS
   while workdir.is_dir() and time.monotonic() < end:
-    with contextlib.suppress(errors.WorkdirError), lock.exclusive(workdir):
+    with contextlib.suppress(errors.WorkdirError), folder.exclusive(workdir):
       return
     time.sleep(0.2)

@@ -15,7 +15,7 @@ from absl import app, flags
 from configs import v1_depth20
 from experiments.throughput.resident import noise, prepare
 from resnet_flax import experiment as experiment_lib
-from resnet_flax.run import huge_pages
+from resnet_flax.run import process
 
 _BATCH_SIZE = flags.DEFINE_integer(
   # A batch of one would look like the operand of a weight gradient.
@@ -121,5 +121,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main)

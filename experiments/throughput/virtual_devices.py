@@ -22,7 +22,7 @@ from experiments.throughput.in_turn import in_turn
 from experiments.throughput.resident import noise, prepare
 from resnet_flax import experiment as experiment_lib
 from resnet_flax.parallel import mesh as mesh_lib
-from resnet_flax.run import huge_pages
+from resnet_flax.run import process
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Virtual CPU devices.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images, over all.")
@@ -96,5 +96,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   app.run(main)

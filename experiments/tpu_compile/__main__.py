@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from experiments.tpu_compile import compilation, records
-from resnet_flax.run import command_line, environment, errors, program
+from resnet_flax.run import command_line, environment, errors, process
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Generation and chips in each direction, such as v5e:2x4."
@@ -63,4 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  process.run(main)

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from experiments.tpu_compile import compilation, lowering, records
-from resnet_flax.run import command_line, environment, errors, program
+from resnet_flax.run import command_line, environment, errors, process
 
 _DEVICES = flags.DEFINE_integer("devices", 4, "GPUs that share a batch.")
 _OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
@@ -46,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  process.run(main)

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from resnet_flax.run import errors, whole_file
+from resnet_flax.run import errors, folder
 
 Record = dict[str, Any]
 
@@ -69,7 +69,7 @@ def add(path: pathlib.Path, result: Record) -> None:
     results.append(result)
   content = json.dumps({"results": results}, indent=1) + "\n"
   try:
-    whole_file.write(path, content.encode())
+    folder.write_file(path, content.encode())
   except OSError as error:
     raise errors.WorkdirError(
       f"--out={path}: {errors.one_line(error)}."

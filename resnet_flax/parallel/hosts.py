@@ -31,7 +31,7 @@ from jax._src import clusters, distributed as jax_distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from resnet_flax.run import checkpoint, errors, interruption
+from resnet_flax.run import errors, signals as signals_lib
 
 _logger = logging.getLogger(__name__)
 
@@ -270,10 +270,10 @@ def connected(
       cluster.num_processes,
       address,
     )
-  # It would take SIGTERM from `interruption`, and knows of no Ctrl-C.
+  # It would take SIGTERM from `StopSignals`, and knows of no Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
   # Python hears of no signal while the runtime waits.
-  stops = interruption.StopSignals(exits=True)
+  stops = signals_lib.StopSignals(exits=True)
   with _quiet_stderr() as stderr, stops:
 
     def stopped() -> str:
@@ -315,7 +315,7 @@ def connected(
       raise
     # What is left of a computation that another process was part of.
     raise errors.UserError(f"{_LOST} ({errors.one_line(error)})") from error
-  except (errors.UserError, interruption.Stopped):
+  except (errors.UserError, signals_lib.Stopped):
     # What process 0 saves when all stop may take long. Else the others, who go
     # on, may never come.
     _leave(_PATIENCE if _JointAgreement.has_stopped else _LEAVE)
@@ -545,21 +545,25 @@ class Agreement:
   """When to save and to stop, for the loop of a single process."""
 
   def __init__(
-    self, signals: interruption.StopSignals, timer: checkpoint.Timer
+    self, signals: signals_lib.StopSignals, timer: signals_lib.Timer
   ):
     self._signals = signals
     self._timer = timer
 
   def until(self, step: int) -> bool:
     """Whether to save after so many steps."""
-    return self._signals.requested or self._timer.due(step)
+    return (
+      self._signals.requested
+      or self._timer.due_at(step)
+      or self._timer.overdue()
+    )
 
   def check(self) -> None:
-    """Raises `interruption.Stopped` if a signal has come."""
+    """Raises `Stopped` if a signal has come."""
     self._signals.check()
 
   def on_batch(self) -> None:
-    """Raises `interruption.Stopped` if a signal has come; after a batch."""
+    """Raises `Stopped` if a signal has come; after a batch."""
     self._signals.check()
 
 
@@ -577,8 +581,8 @@ class _JointAgreement(Agreement):
 
   def __init__(
     self,
-    signals: interruption.StopSignals,
-    timer: checkpoint.Timer,
+    signals: signals_lib.StopSignals,
+    timer: signals_lib.Timer,
     devices: Sequence[jax.Device],
   ):
     super().__init__(signals, timer)
@@ -608,7 +612,7 @@ class _JointAgreement(Agreement):
     del overdue
     if signal_number:
       _JointAgreement.has_stopped = True
-      raise interruption.Stopped(signal_number)
+      raise signals_lib.Stopped(signal_number)
 
   def _vote(self) -> tuple[int, int]:
     """Says what this process wants; returns what was wanted the last time."""
@@ -634,8 +638,8 @@ class _JointAgreement(Agreement):
 
 
 def agreement(
-  signals: interruption.StopSignals,
-  timer: checkpoint.Timer,
+  signals: signals_lib.StopSignals,
+  timer: signals_lib.Timer,
   devices: Sequence[jax.Device],
 ) -> Agreement:
   """What decides, for all processes at the same step, when to save and stop.

@@ -1,4 +1,4 @@
-"""Checkpoints over Orbax: when they are due, what they hold, which are kept.
+"""Checkpoints over Orbax: what they hold and which are kept.
 
 A checkpoint is a train state and a manifest, `manifest.json`: the forms of all
 arrays, a few numbers of the epoch in progress, and the SHA-256 of every file of
@@ -9,7 +9,6 @@ the manifest's order: for every single array TensorStore would take a
 millisecond and some memory, which it never gives back.
 """
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -18,8 +17,7 @@ import math
 import pathlib
 import shutil
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,59 +30,33 @@ from resnet_flax.run import errors
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+# What goes with a state, as JSON.
+Notes = dict[str, Any]
+# The rate of each seed's last step and the seconds that the epoch has taken.
+NEW_EPOCH: Notes = {"learning_rate": [], "epoch_seconds": 0.0}
+
+# Orbax writes what it saves, then once more as it merges its files; asked
+# beforehand, since its threads meet a full disk in many noisy ways.
+SPACE_FACTOR = 3
+
+_FORMAT = 3
 _MANIFEST = "manifest.json"
 # The name of Orbax's item: a folder.
 _STATE = "state"
 # What Orbax writes last; without it nothing can be read.
 _MERGED = "manifest.ocdbt"
-# The latest one, and one to fall back on.
-_LATEST = 2
-# Orbax writes what it saves, then once more as it merges its files; asked
-# beforehand, since its threads meet a full disk in many noisy ways.
-_SPACE_FACTOR = 3
 
-NEW_EPOCH: dict[str, Any] = {"learning_rate": [], "epoch_seconds": 0.0}
-# What goes with a state, such as the seconds an epoch has taken so far: JSON.
-Notes = dict[str, Any]
-
-
-class Timer:
-  """Says when the next checkpoint is due, besides the end of an epoch."""
-
-  def __init__(
-    self,
-    every_steps: int,
-    every_minutes: float,
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    """Starts to count.
-
-    Args:
-      every_steps: due after every step that it divides; 0 turns it off.
-      every_minutes: due so long after the last one; 0 turns it off.
-      clock: seconds; one that is never set back.
-    """
-    self._every_steps = every_steps
-    self._seconds = every_minutes * 60
-    self._clock = clock
-    self.reset()
-
-  def due(self, step: int) -> bool:
-    """Whether to save after `step` steps."""
-    return self.due_at(step) or self.overdue()
-
-  def due_at(self, step: int) -> bool:
-    """Whether `every_steps` says so."""
-    return bool(self._every_steps) and step % self._every_steps == 0
-
-  def overdue(self) -> bool:
-    """Whether `every_minutes` says so."""
-    return bool(self._seconds) and self._clock() - self._last >= self._seconds
-
-  def reset(self) -> None:
-    """Takes note that a checkpoint was saved."""
-    self._last = self._clock()
+# What it means where arrays differ; metrics, `epoch_sums`, may. Parameters come
+# first: the state of their optimizer differs with them.
+_NETWORK = ("is of another network", "")
+_HERE = "; this version of the code, or its configuration, uses another "
+_DIFFERENCES = {
+  "params": _NETWORK,
+  "batch_stats": _NETWORK,
+  "opt_state": ("has another optimizer state", f"{_HERE}optimizer"),
+  "rate_state": ("has another schedule state", f"{_HERE}schedule"),
+  "normalization": ("has another normalization", f"{_HERE}normalization"),
+}
 
 
 class _Kept(policies.PreservationPolicy):
@@ -98,18 +70,28 @@ class _Kept(policies.PreservationPolicy):
   ) -> Sequence[bool]:
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {*self._best_steps(), *sorted(steps)[-_LATEST:]}
+    # The latest one, and one to fall back on.
+    kept = {*self._best_steps(), *sorted(steps)[-2:]}
     return [step in kept for step in steps]
 
 
 class _Damaged(errors.WorkdirError):
   """A checkpoint that is not what was saved."""
 
+  def __init__(self, path: pathlib.Path, what: str):
+    super().__init__(f"checkpoint {path} is damaged: {what}")
+
 
 class Checkpoints:
   """The checkpoints of one workdir: the latest two and the best epochs'.
 
   A context manager; leaving it waits for what is still being written.
+
+  Args:
+    workdir: the run's folder, which gets `checkpoints`.
+    best_steps: of the best epochs so far, which are kept.
+    read_only: changes nothing, so that a run can be read while it trains.
+    on_event: called with "manifest" before it is written, in Orbax's thread.
   """
 
   def __init__(
@@ -120,25 +102,17 @@ class Checkpoints:
     read_only: bool = False,
     on_event: Callable[[str], None] = lambda name: None,
   ):
-    """Opens `workdir`/checkpoints.
-
-    Args:
-      workdir: the run's folder.
-      best_steps: the steps of the best epochs so far, which are kept.
-      read_only: neither create nor clean up nor save anything, so that a run
-        can be read while it goes on.
-    """
     self._folder = (workdir / "checkpoints").absolute()
     self._damaged = workdir / "damaged"
     self._read_only = read_only
+    self._on_event = on_event
     self._manifest: dict[str, Any] = {}
-    if not read_only and self._folder.exists():
+    if not read_only:
+      self._folder.mkdir(parents=True, exist_ok=True)
       # A killed run's half-written checkpoint is of no use to anyone. Orbax's
       # own cleanup would outlive a run that fails at once, in a thread.
       for unfinished in ocp.utils.tmp_checkpoints(self._folder):
         shutil.rmtree(unfinished.get(), ignore_errors=True)
-    if not read_only:
-      self._folder.mkdir(parents=True, exist_ok=True)
     process = jax.process_index()
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -168,8 +142,9 @@ class Checkpoints:
   def __exit__(self, *exception: object) -> None:
     with self._stack:
       try:
-        self._manager.close()
-      except Exception:
+        with _only_os_errors():
+          self._manager.close()
+      except OSError:
         # What is being reported already is also what closing finds.
         if exception == (None, None, None):
           raise
@@ -179,33 +154,30 @@ class Checkpoints:
         self._folder.rmdir()
 
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:
-    """Starts to save a state under its step; returns at once.
+    """Starts to save a state of all seeds, stacked, under its step.
 
-    Args:
-      state: what to save, of all seeds (see `seeds.stack`); may be donated as
-        soon as this returns.
-      notes: finite numbers that `restore` gives back.
+    The state may be donated as soon as this returns.
 
     Raises:
       WorkdirError: the disk has no room for it.
       OSError: this one or the one before could not be written.
     """
-    needed = _SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    needed = SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
     if free < needed:
       raise errors.WorkdirError(
         f"no space left for a checkpoint in {self._folder}: it needs"
         f" {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. The checkpoints"
-        " there are good; make room, and the same command goes on from them."
+        " there are good; make room, and the same command resumes from them."
       )
-    # The manifest is written by Orbax's thread, that of the last one too.
+    # The manifest is written by Orbax's thread, the last one's too.
     self.wait()
-    packed = _pack(state)
-    self._manifest = {
-      "format": _FORMAT,
-      "notes": notes,
-      "arrays": _forms(state),
-    }
+    vectors: dict[str, list[np.ndarray]] = {}
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+      vectors.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
+    packed = {dtype: np.concatenate(each) for dtype, each in vectors.items()}
+    forms = _forms(state)
+    self._manifest = {"format": _FORMAT, "notes": notes, "arrays": forms}
     with _only_os_errors():
       self._manager.save(
         int(np.ravel(state.step)[0]),
@@ -213,11 +185,7 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Waits until everything that was saved is on disk.
-
-    Raises:
-      OSError: it could not be written.
-    """
+    """Waits until all is on disk; an OSError says that it could not be."""
     with _only_os_errors():
       self._manager.wait_until_finished()
 
@@ -228,37 +196,32 @@ class Checkpoints:
   def restore(
     self, step: int, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Notes]:
-    """Reads a checkpoint and checks it.
+    """Reads and checks a checkpoint: the state, as NumPy arrays, and its notes.
 
-    Args:
-      step: one of `steps()`.
-      like: the tree of shapes and dtypes, for example from `jax.eval_shape`.
-
-    Returns:
-      The state, as NumPy arrays, and its notes, as they were saved.
+    `like` is the tree of shapes and dtypes. Of `epoch_sums`, those that the
+    checkpoint lacks are NaN.
 
     Raises:
-      WorkdirError: the checkpoint is damaged, of another network or of an
-        older version.
+      WorkdirError: the checkpoint is damaged, of another network, optimizer,
+        schedule or normalization, or of another version.
     """
     path = self._folder / str(step)
-    if (path / "default").is_dir():
-      raise errors.WorkdirError(
-        f"checkpoint {path} was saved by an older version of this program,"
-        " which this one cannot read. Go on with that version, or start again"
-        " in another --workdir."
-      )
     manifest = _checked_manifest(path)
     if manifest["format"] != _FORMAT:
       raise errors.WorkdirError(
         f"checkpoint {path} has format {manifest['format']}; this version of"
         f" the program reads format {_FORMAT}. Use the version that saved it."
       )
-    _check_same_arrays(path, manifest["arrays"], _forms(like))
-    # NumPy arrays, as which they come back.
-    sizes: collections.Counter[str] = collections.Counter()
-    for leaf in jax.tree.leaves(like):
-      sizes[str(leaf.dtype)] += math.prod(leaf.shape)
+    forms, wanted = manifest["arrays"], _forms(like)
+    _check_same_arrays(path, forms, wanted)
+    # Where each array is in its dtype's vector.
+    places, sizes = {}, dict[str, int]()
+    for name, form in forms.items():
+      dtype, _, shape = form.partition("[")
+      start = sizes.get(dtype, 0)
+      sizes[dtype] = start + math.prod(json.loads(f"[{shape}"))
+      places[name] = dtype, slice(start, sizes[dtype])
+    # NumPy arrays come back as NumPy arrays.
     target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
     try:
       packed = self._manager.restore(
@@ -269,8 +232,15 @@ class Checkpoints:
       raise  # Says nothing of the checkpoint.
     # Orbax and TensorStore raise many kinds, according to what is wrong.
     except Exception as error:
-      raise _damaged(path, errors.one_line(error)) from error
-    return _unpack(packed, manifest["arrays"], like), manifest["notes"]
+      raise _Damaged(path, errors.one_line(error)) from error
+    leaves, structure = jax.tree.flatten(like)
+    arrays = [
+      packed[places[name][0]][places[name][1]].reshape(leaf.shape)
+      if forms.get(name) == form
+      else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
+      for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays), manifest["notes"]
 
   def restore_latest(
     self, like: step_lib.TrainState
@@ -278,16 +248,10 @@ class Checkpoints:
     """Restores the newest checkpoint that is good, if there are any.
 
     Newer ones that are damaged are moved to `workdir`/damaged, with a warning.
-
-    Args:
-      like: see `restore`.
-
-    Returns:
-      The state and its notes, or None where there is no checkpoint.
+    None where there is no checkpoint.
 
     Raises:
-      WorkdirError: there are checkpoints but none is good; nothing was moved.
-        Or one is of another network or version.
+      WorkdirError: none is good; nothing was moved. Or see `restore`.
     """
     damaged: dict[int, _Damaged] = {}
     for step in reversed(self.steps()):
@@ -298,7 +262,11 @@ class Checkpoints:
         continue
       for bad_step, reason in damaged.items():
         _logger.warning("warning: %s", reason)
-        self._set_aside(bad_step)
+        self._damaged.mkdir(exist_ok=True)
+        target, count = self._damaged / str(bad_step), 1
+        while target.exists():
+          target, count = self._damaged / f"{bad_step}-{count}", count + 1
+        (self._folder / str(bad_step)).rename(target)
       if damaged:
         _logger.warning(
           "warning: going back to the checkpoint of step %d; what is damaged"
@@ -325,6 +293,7 @@ class Checkpoints:
     return any(int(name) > step for name in names if name.isdecimal())
 
   def _write_manifest(self) -> None:
+    self._on_event("manifest")
     # Under a temporary name until Orbax, whose thread this is, renames it.
     unfinished = ocp.utils.tmp_checkpoints(self._folder)
     if len(unfinished) != 1:
@@ -341,36 +310,6 @@ class Checkpoints:
     manifest["sha256"] = _seal(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
 
-  def _set_aside(self, step: int) -> None:
-    self._damaged.mkdir(exist_ok=True)
-    target, count = self._damaged / str(step), 1
-    while target.exists():
-      target, count = self._damaged / f"{step}-{count}", count + 1
-    (self._folder / str(step)).rename(target)
-
-
-class Elsewhere:
-  """Stands for `Checkpoints` that another process writes.
-
-  Args:
-    steps: that are saved.
-  """
-
-  def __init__(self, steps: Iterable[int] = ()):
-    self._steps = list(steps)
-
-  def save(self, state: step_lib.TrainState, notes: Notes) -> None:
-    """Takes note that the other process saves."""
-    del notes
-    self._steps.append(int(np.ravel(state.step)[0]))
-
-  def wait(self) -> None:
-    """Nothing is written here."""
-
-  def steps(self) -> list[int]:
-    """The steps that were saved: those given, and since then."""
-    return self._steps
-
 
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
@@ -379,23 +318,22 @@ def _quiet_threads() -> Iterator[None]:
   Orbax leaves its event loop at the first error, which it raises; TensorStore's
   threads then report the others to a loop that is closed.
   """
-  unraisable, uncaught = sys.unraisablehook, sys.excepthook
+
+  def quiet(hook: Any) -> Any:
+    def report(*what: Any) -> None:
+      error = what[1] if len(what) == 3 else what[0].exc_value
+      if str(error) != "Event loop is closed":
+        hook(*what)
+
+    return report
+
   # Some of the threads use one hook, some the other.
-  noise = "Event loop is closed"
-
-  def on_unraisable(report: Any) -> None:
-    if str(report.exc_value) != noise:
-      unraisable(report)
-
-  def on_uncaught(kind: Any, error: BaseException, traceback: Any) -> None:
-    if str(error) != noise:
-      uncaught(kind, error, traceback)
-
-  sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
+  hooks = sys.unraisablehook, sys.excepthook
+  sys.unraisablehook, sys.excepthook = map(quiet, hooks)
   try:
     yield
   finally:
-    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+    sys.unraisablehook, sys.excepthook = hooks
 
 
 @contextlib.contextmanager
@@ -409,24 +347,20 @@ def _only_os_errors() -> Iterator[None]:
     raise OSError(str(error)) from error
 
 
-def _damaged(path: pathlib.Path, what: str) -> _Damaged:
-  return _Damaged(f"checkpoint {path} is damaged: {what}")
-
-
 def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
   """The manifest of a checkpoint whose files are as they were saved."""
   try:
     manifest = json.loads((path / _MANIFEST).read_bytes())
     if manifest.pop("sha256") != _seal(manifest):
-      raise _damaged(path, f"{_MANIFEST} is not as it was written")
+      raise _Damaged(path, f"{_MANIFEST} is not as it was written")
     for name, digest in manifest["files"].items():
       if digest_of(path / name) != digest:
-        raise _damaged(path, f"{name} is not as it was written")
+        raise _Damaged(path, f"{name} is not as it was written")
   except FileNotFoundError as error:
     missing = pathlib.Path(error.filename).relative_to(path)
-    raise _damaged(path, f"{missing} is missing") from error
+    raise _Damaged(path, f"{missing} is missing") from error
   except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-    raise _damaged(path, errors.one_line(error)) from error
+    raise _Damaged(path, errors.one_line(error)) from error
   return manifest
 
 
@@ -450,39 +384,6 @@ def named_arrays(state: step_lib.TrainState) -> dict[str, Any]:
   }
 
 
-def _pack(state: step_lib.TrainState) -> dict[str, np.ndarray]:
-  """All arrays end to end, in the order of the tree: a vector per dtype."""
-  parts: dict[str, list[np.ndarray]] = {}
-  for leaf in jax.tree.leaves(jax.device_get(state)):
-    parts.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
-  return {dtype: np.concatenate(arrays) for dtype, arrays in parts.items()}
-
-
-def _unpack(
-  packed: dict[str, np.ndarray],
-  names: Iterable[str],
-  like: step_lib.TrainState,
-) -> step_lib.TrainState:
-  """What `_pack` was given, as NumPy arrays.
-
-  Args:
-    packed: from `_pack`.
-    names: of the arrays, in the order in which they were packed.
-    like: the tree of their shapes and dtypes.
-  """
-  forms = named_arrays(like)
-  taken = dict.fromkeys(packed, 0)
-  arrays = {}
-  for name in names:
-    shape, dtype = forms[name].shape, str(forms[name].dtype)
-    start = taken[dtype]
-    taken[dtype] += math.prod(shape)
-    arrays[name] = packed[dtype][start : taken[dtype]].reshape(shape)
-  return jax.tree.unflatten(
-    jax.tree.structure(like), [arrays[name] for name in forms]
-  )
-
-
 def _forms(state: step_lib.TrainState) -> dict[str, str]:
   """For the path of every array its form, as in 'float32[16, 10]'."""
   return {
@@ -492,15 +393,15 @@ def _forms(state: step_lib.TrainState) -> dict[str, str]:
 
 
 def _check_same_arrays(
-  path: pathlib.Path, saved: dict[str, str], like: dict[str, str]
+  path: pathlib.Path, saved: dict[str, str], forms: dict[str, str]
 ) -> None:
-  # In the order of the state, so that parameters come before what is derived.
-  for name in [*like, *saved]:
-    there = saved.get(name, "no such array")
-    here = like.get(name, "no such array")
-    if here != there:
-      raise errors.WorkdirError(
-        f"checkpoint {path} is of another network: {name} is {there} there,"
-        f" {here} here. Pass the configuration it was trained with, or another"
-        " --workdir."
-      )
+  for part, what in _DIFFERENCES.items():
+    for name in [*forms, *saved]:
+      there = saved.get(name, "no such array")
+      here = forms.get(name, "no such array")
+      if name.partition("/")[0] == part and here != there:
+        raise errors.WorkdirError(
+          f"checkpoint {path} {what[0]}: {name} is {there} there, {here} here"
+          f"{what[1]}. Pass the configuration it was trained with, or another"
+          " --workdir."
+        )

@@ -1,45 +1,32 @@
 """What a run ran on, recorded so that its numbers can be judged later."""
 
-import importlib.metadata
 import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 
 _LIBRARIES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "ml-collections",
-  "tensorflow-datasets",
-  "numpy",
+  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections"),
+  *("tensorflow-datasets", "numpy"),
 )
 
 
-def describe(devices: list[jax.Device]) -> dict[str, Any]:
-  """The environment as a JSON object.
+def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
+  """The environment of a run on these devices, as a JSON object.
 
-  Args:
-    devices: those that the run uses.
-
-  Returns:
-    `git_commit` and `git_clean` (None outside a git checkout), `python`,
-    `libraries`, `platform`, `cpu_model`, `cpu_threads`, `devices`,
-    `processes`.
+  `git_commit` and `git_clean` are None outside a git checkout.
   """
   commit, clean = _git_state()
   return {
     "git_commit": commit,
     "git_clean": clean,
     "python": platform.python_version(),
-    "libraries": {
-      name: importlib.metadata.version(name) for name in _LIBRARIES
-    },
+    "libraries": {name: metadata.version(name) for name in _LIBRARIES},
     "platform": platform.platform(),
     "cpu_model": cpu_model(),
     "cpu_threads": num_cpu_threads(),
@@ -76,20 +63,14 @@ def cpu_model() -> str:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-  folder = pathlib.Path(__file__).parent
-
   def git(*arguments: str) -> str:
-    return subprocess.run(
-      ["git", "-C", str(folder), *arguments],
-      capture_output=True,
-      text=True,
-      check=True,
-      timeout=10,
-    ).stdout.strip()
+    command = ["git", "-C", os.path.dirname(__file__), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=10)
+    return done.stdout.decode().strip()
 
   try:
     # An installed package may lie inside some other project's checkout.
-    git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+    git("ls-files", "--error-unmatch", os.path.basename(__file__))
     return git("rev-parse", "HEAD"), not git("status", "--porcelain")
   except (OSError, subprocess.SubprocessError):
     return None, None

@@ -1,22 +1,26 @@
 """Errors that a user can act on: one line each, saying what would work."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
   """A mistake or a circumstance that the user can mend.
 
-  The message is one line that names the key or the path, the value found and
-  what would work. The command line prints it without a traceback and ends
-  with `exit_code`.
+  Its line names the key or the path, the value found and what would work. The
+  command line prints it without a traceback and ends with `exit_code`.
   """
 
   exit_code = 1
 
   def __init__(self, message: str):
     # A path may hold line breaks and a terminal's control characters.
-    super().__init__(_printable(message))
+    super().__init__(
+      "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    )
 
 
 class ConfigError(UserError, ValueError):
@@ -38,13 +42,7 @@ class WorkdirError(UserError):
 
 
 class NonFiniteError(UserError, ArithmeticError):
-  """Training produced a NaN or an infinity.
-
-  Args:
-    message: what is not finite, and what would help.
-    step: the 0-based step after which it was found.
-    seed: of the network.
-  """
+  """Training a seed's network gave NaN or infinity at a 0-based step."""
 
   def __init__(self, message: str, step: int, seed: int):
     super().__init__(message)
@@ -53,44 +51,33 @@ class NonFiniteError(UserError, ArithmeticError):
 
 
 class Interrupted(UserError):
-  """A signal, such as that of Ctrl-C, stopped the program.
-
-  Args:
-    message: what was saved and how to go on.
-    signal_number: the signal's; gives the exit code that shells expect.
-  """
+  """A signal stopped the program; the exit code is what shells expect."""
 
   def __init__(self, message: str, signal_number: int):
     super().__init__(message)
     self.exit_code = 128 + signal_number
 
 
-def _printable(text: str) -> str:
-  if text.isprintable():
-    return text
-  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def one_line(error: BaseException) -> str:
   """Another library's error as part of a line: its kind and what it says."""
-  text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text[:300]}"
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def leave(message: str, exit_code: int) -> NoReturn:
+  """Ends the process with a line, without waiting for libraries' threads.
+
+  XLA compiles in threads of its own, and crashes if the interpreter is taken
+  away from under it; Orbax's wait for minutes for a save that has failed.
+  """
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  os._exit(exit_code)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-  """The error for a name that is not among the known ones.
-
-  Args:
-    what: what kind of name it is, for example `model.name`.
-    name: the name that was given.
-    known: the names that would work.
-
-  Returns:
-    A `ConfigError` listing the known names, with the nearest suggested.
-  """
+  """The error for a name, for example of `model.name`; suggests the nearest."""
   known = sorted(known)
-  # Comparing takes the square of the length.
-  name = name if len(name) <= 100 else f"{name[:100]}..."
+  if len(name) > 100:  # Comparing takes the square of the length.
+    name = f"{name[:100]}..."
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
   return ConfigError(

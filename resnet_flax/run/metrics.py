@@ -9,19 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_flax.run import errors, whole_file
+from resnet_flax.run import errors, folder
 
 Record = dict[str, Any]
 
-# What is measured of the machine, not of the network: it differs between runs
-# that are the same to the bit.
+# What is measured of the machine; it differs between bit-identical runs.
 TIMED = ("epoch_seconds", "images_per_second")
 
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
-
-# Ends the name of a standard deviation over seeds.
-STD = "_std"
 
 # An epoch's checkpoint may still be on its way to the disk when its record is
 # written, but not that of the epoch before.
@@ -80,7 +76,7 @@ class MetricsLog:
     kept = records[:epochs]
     content = "".join(json.dumps(record) + "\n" for record in kept).encode()
     if self._path.exists() and self._path.read_bytes() != content:
-      whole_file.write(self._path, content)
+      folder.write_file(self._path, content)
     return kept
 
   def append(self, record: Record) -> None:
@@ -92,21 +88,6 @@ class MetricsLog:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
-
-
-class LogElsewhere:
-  """Stands for a `MetricsLog` that another process writes."""
-
-  def append(self, record: Record) -> None:
-    """Nothing is written here."""
-
-
-def untimed(records: list[Record]) -> list[Record]:
-  """The records without what is `TIMED`, to compare runs."""
-  return [
-    {key: value for key, value in record.items() if key not in TIMED}
-    for record in records
-  ]
 
 
 def summarize(
@@ -121,11 +102,12 @@ def summarize(
     first: what they have in common.
     seeds: one for each network.
     of_seeds: the metrics of each.
-    ensemble: those of all together.
+    ensemble: the metrics of all together.
 
   Returns:
     Of one network its metrics. Of several their means, under NAME_std their
-    sample standard deviations, and under 'seeds' the metrics of each.
+    sample standard deviations (but of the learning rate), and under 'seeds'
+    the metrics of each.
   """
   if len(seeds) == 1:
     return first | of_seeds[0]
@@ -133,8 +115,8 @@ def summarize(
   for name in of_seeds[0]:
     values = [values[name] for values in of_seeds]
     record[name] = statistics.fmean(values)
-    if name.rpartition("_")[2] in MONITORED:
-      record[f"{name}{STD}"] = statistics.stdev(values)
+    if name != "learning_rate":
+      record[f"{name}_std"] = statistics.stdev(values)
   each = [
     {"seed": seed} | values
     for seed, values in zip(seeds, of_seeds, strict=True)
@@ -143,11 +125,7 @@ def summarize(
 
 
 def of_seeds(record: Record) -> list[Record]:
-  """The records of the single networks of an epoch, each as if it were alone.
-
-  Args:
-    record: of `summarize`.
-  """
+  """The records of an epoch's networks, each as if it were alone."""
   if "seeds" not in record:
     return [record]
   common = {key: record[key] for key in ("epoch", "step", *TIMED)}
@@ -155,22 +133,15 @@ def of_seeds(record: Record) -> list[Record]:
 
 
 def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
-  """The record of the best epoch of each network; none if there is no epoch.
-
-  Args:
-    records: of a run.
-    monitor: one of `MONITORED`.
-  """
+  """The record of each network's best epoch; none if there is no epoch."""
   networks = zip(*map(of_seeds, records), strict=True)
   return [best_record(list(each), monitor) for each in networks]
 
 
 def best_record(records: list[Record], monitor: str) -> Record:
-  """The record of the best epoch; of equally good ones the first.
+  """The best of one network's records, by a name of `MONITORED`.
 
-  Args:
-    records: of one network, at least one.
-    monitor: one of `MONITORED`.
+  Of equally good ones the first.
   """
   sign = 1 if MONITORED[monitor] else -1
   return max(
@@ -179,12 +150,7 @@ def best_record(records: list[Record], monitor: str) -> Record:
 
 
 def monitored(record: Mapping[str, Any], monitor: str) -> str:
-  """The key that chooses the best epoch: validation's if there is one.
-
-  Args:
-    record: of any epoch of the run.
-    monitor: one of `MONITORED`.
-  """
+  """The key that chooses the best epoch: validation's if there is one."""
   validation = f"val_{monitor}"
   return validation if validation in record else f"test_{monitor}"
 
@@ -194,35 +160,26 @@ class TensorBoard:
 
   Args:
     workdir: gets the folder `tensorboard`.
-    step: the number of steps done where the run goes on; events from there on
-      are superseded.
-    enabled: if not, nothing is written.
+    step: steps done where the run resumes; later events are superseded.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, enabled: bool = True):
-    self._writer: Any = None
-    if not enabled:
-      return
+  def __init__(self, workdir: pathlib.Path, step: int):
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
 
-    folder = workdir / "tensorboard"
-    folder.mkdir(exist_ok=True)
+    events = workdir / "tensorboard" / "events"
+    events.parent.mkdir(exist_ok=True)
     # Not SummaryWriter: its thread would die on a full disk, unnoticed, and
-    # later writes would wait for it for ever. The process tells apart files of
-    # one second.
-    self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    # later writes would wait for it for ever. The process's number tells apart
+    # files of one second.
+    self._writer = EventsWriter(str(events), f".{os.getpid()}")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._writer.write_event(
       event_pb2.Event(step=step, wall_time=time.time(), session_log=start)
     )
 
   def write(self, record: Record) -> None:
-    """Writes the metrics of an epoch at its step.
-
-    Raises:
-      OSError: they could not be written.
-    """
+    """Writes the metrics of an epoch at its step; may raise OSError."""
     values = _tagged(record)
     for of_seed in record.get("seeds", []):
       values |= {
@@ -232,17 +189,7 @@ class TensorBoard:
     self.write_scalars(record["step"], values)
 
   def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes numbers by their tags.
-
-    Args:
-      step: the number of steps done.
-      values: for each tag its number.
-
-    Raises:
-      OSError: they could not be written.
-    """
-    if self._writer is None:
-      return
+    """Writes numbers by their tags after so many steps; may raise OSError."""
     from tensorboardX.proto import event_pb2, summary_pb2
 
     summary = [
@@ -262,8 +209,6 @@ class TensorBoard:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if self._writer is None:
-      return
     try:
       self._writer.close()
     except OSError:

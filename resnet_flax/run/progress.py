@@ -19,12 +19,7 @@ _logger = logging.getLogger(__name__)
 class Progress:
   """Follows the epochs of a run.
 
-  Args:
-    num_epochs: of the whole run.
-    steps_per_epoch: of one epoch.
-    batch_size: images of a step.
-    interval_seconds: without a terminal, the time between lines.
-    bar: whether there may be one.
+  A bar on a terminal, if `bar`; else a line every `interval_seconds`.
   """
 
   def __init__(
@@ -36,18 +31,11 @@ class Progress:
     *,
     bar: bool = True,
   ):
-    self._num_epochs = num_epochs
-    self._steps_per_epoch = steps_per_epoch
-    self._batch_size = batch_size
-    self._interval = interval_seconds
-    # None: no bar where standard error is not a terminal.
-    self._without_bar = None if bar else True
+    self._num_epochs, self._steps_per_epoch = num_epochs, steps_per_epoch
+    self._batch_size, self._interval = batch_size, interval_seconds
+    self._has_bar = bar
     self._bar: Any = None
-    self._epoch = 0
-    self._step = self._first_step = 0
-    self._evaluation_seconds = 0.0
-    self._seconds_per_step = 0.0
-    self._started = self._last_line = 0.0
+    self._seconds_per_step = self._evaluation_seconds = 0.0
 
   def start_epoch(self, epoch: int, step: int) -> None:
     """Begins the training of a 0-based epoch after its first `step` steps."""
@@ -60,51 +48,44 @@ class Progress:
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
-      disable=self._without_bar,
+      disable=None if self._has_bar else True,  # None: if no terminal.
     )
 
   def step(self, of_seeds: Sequence[step_lib.StepMetrics]) -> None:
     """Takes in the metrics of a step of each seed, on the host."""
-    taken = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
-    new_steps, self._step = taken - self._step, taken
+    before = self._step
+    self._step = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
     now = time.perf_counter()
-    steps = self._step - self._first_step
-    self._seconds_per_step = (now - self._started) / steps
-    if self._bar.disable:
-      if now - self._last_line >= self._interval:
-        self._last_line = now
-        _logger.info(
-          "%s step %d/%d: %s",
-          self._title(),
-          self._step,
-          self._steps_per_epoch,
-          self._text(of_seeds),
-        )
-    else:
+    seconds = now - self._started
+    self._seconds_per_step = seconds / (self._step - self._first_step)
+    if not self._bar.disable:
       self._bar.set_postfix_str(self._text(of_seeds), refresh=False)
-      self._bar.update(new_steps)
+      self._bar.update(self._step - before)
+    elif now - self._last_line >= self._interval:
+      self._last_line = now
+      title = f"{self._title()} step {self._step}/{self._steps_per_epoch}"
+      _logger.info("%s: %s", title, self._text(of_seeds))
 
   def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
     """Ends an epoch with its record and the seconds its evaluation took."""
     self._evaluation_seconds = evaluation
-    of_seeds = metrics.of_seeds(record)
 
     def mean(key: str) -> str:
-      return _mean([values[key] for values in of_seeds])
+      std = record.get(f"{key}_std")
+      return f"{record[key]:.4f}" + ("" if std is None else f" ± {std:.4f}")
 
-    text = f"{self._title()}: loss {mean('train_loss')}, accuracy"
-    text += f" {mean('train_accuracy')}"
-    for split in ("val", "test"):
+    parts = []
+    for split in ("train", "val", "test"):
       if f"{split}_loss" in record:
-        text += f"; {split} loss {mean(f'{split}_loss')}, accuracy"
-        text += f" {mean(f'{split}_accuracy')}"
-      ensemble = f"{split}_ensemble_accuracy"
-      if ensemble in record:
-        text += f", ensemble {record[ensemble]:.4f}"
-    text += f"; {record['images_per_second']:.0f} images/s"
+        part = f"{split} loss {mean(f'{split}_loss')}, accuracy"
+        part = f"{part.removeprefix('train ')} {mean(f'{split}_accuracy')}"
+        if (ensemble := f"{split}_ensemble_accuracy") in record:
+          part += f", ensemble {record[ensemble]:.4f}"
+        parts.append(part)
+    parts.append(f"{record['images_per_second']:.0f} images/s")
     if self._left():
-      text += f"; {self._left()} left"
-    _logger.info("%s", text)
+      parts.append(f"{self._left()} left")
+    _logger.info("%s: %s", self._title(), "; ".join(parts))
 
   def close(self) -> None:
     """Removes the bar, if there is one."""
@@ -115,13 +96,14 @@ class Progress:
     return f"epoch {self._epoch + 1}/{self._num_epochs}"
 
   def _text(self, of_seeds: Sequence[step_lib.StepMetrics]) -> str:
-    sums = [each.sums for each in of_seeds]
-    losses = [float(each["loss"] / each["count"]) for each in sums]
-    accuracies = [float(each["accuracy"] / each["count"]) for each in sums]
-    images = len(sums) * self._batch_size
-    text = f"loss {_mean(losses)}, accuracy {_mean(accuracies)},"
-    text += f" {images / self._seconds_per_step:.0f} images/s"
-    return f"{text}, {self._left()} left" if self._left() else text
+    def mean(name: str) -> str:
+      values = [float(s.sums[name] / s.sums["count"]) for s in of_seeds]
+      std = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
+      return f"{name} {statistics.fmean(values):.4f}{std}"
+
+    speed = len(of_seeds) * self._batch_size / self._seconds_per_step
+    left = f", {self._left()} left" if self._left() else ""
+    return f"{mean('loss')}, {mean('accuracy')}, {speed:.0f} images/s{left}"
 
   def _left(self) -> str:
     """Time left for the whole run, evaluations included."""
@@ -131,12 +113,6 @@ class Progress:
     trained = self._step == self._steps_per_epoch
     seconds += (epochs - trained) * self._evaluation_seconds
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
-
-
-def _mean(values: Sequence[float]) -> str:
-  """The mean; of several with its sample standard deviation."""
-  text = f"{statistics.fmean(values):.4f}"
-  return f"{text} ± {statistics.stdev(values):.4f}" if values[1:] else text
 
 
 def log_to_stderr() -> None:

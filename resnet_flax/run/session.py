@@ -25,8 +25,8 @@ from resnet_flax.run import (
   errors,
   folder,
   metrics,
-  process,
   progress,
+  signals as signals_lib,
 )
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Session:
     workdir: pathlib.Path,
     devices: Sequence[jax.Device],
     experiment: step_lib.Experiment,
-    signals: process.StopSignals,
+    signals: signals_lib.StopSignals,
     on_event: Callable[[str], None],
     stack: contextlib.ExitStack,
   ):
@@ -122,7 +122,7 @@ class Session:
     )
     try:
       yield
-    except process.Stopped as stopped:
+    except signals_lib.Stopped as stopped:
       raise errors.Interrupted(
         f"stopped by {stopped}; saved up to step {self._latest() or 0} in"
         f" {self._workdir}. The same command resumes from there.",
@@ -200,7 +200,7 @@ class Session:
       self._save(state)
     if self.step == self._epoch * self._steps_per_epoch:
       self._notes = checkpoint.NEW_EPOCH
-    self._timer = process.Timer(
+    self._timer = signals_lib.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
     self._agreement = hosts.agreement(self._signals, self._timer, self._devices)
@@ -278,7 +278,7 @@ class Session:
 
     Raises:
       NonFiniteError: see `report`; nothing is saved then.
-      process.Stopped: after the checkpoint was started.
+      signals_lib.Stopped: after the checkpoint was started.
     """
     last = self._read()
     now = time.perf_counter()
@@ -342,7 +342,7 @@ def open_run(
   devices: Sequence[jax.Device],
   experiment: step_lib.Experiment,
   *,
-  signals: process.StopSignals | None = None,
+  signals: signals_lib.StopSignals | None = None,
   on_event: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Session]:
   """Opens a run: locks its workdir and restores its latest checkpoint.
@@ -366,7 +366,7 @@ def open_run(
     "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
   )
   with contextlib.ExitStack() as stack:
-    signals = stack.enter_context(signals or process.StopSignals())
+    signals = stack.enter_context(signals or signals_lib.StopSignals())
     yield Session(
       *(config, pathlib.Path(workdir).absolute(), devices, experiment),
       *(signals, on_event, stack),

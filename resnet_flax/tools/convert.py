@@ -29,9 +29,9 @@ from resnet_flax.run import (
   environment,
   errors,
   folder as workdir_lib,
-  interruption,
-  program,
+  process,
   rules,
+  signals,
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
@@ -232,9 +232,9 @@ def _run(argv: list[str]) -> None:
       " --source=resnet50.safetensors."
     )
   config, default_workdir = command_line.config_and_workdir()
-  workdir = program.WORKDIR.value or default_workdir
+  workdir = process.WORKDIR.value or default_workdir
   # What is half written is removed before the process ends.
-  with interruption.StopSignals():
+  with signals.StopSignals():
     done = convert(source, config, workdir)
   print(f"Source: {done.title}")
   print(
@@ -261,5 +261,5 @@ def run() -> None:
     " .pth or .th of PyTorch.",
   )
   flags.adopt_module_key_flags(command_line)
-  flags.adopt_module_key_flags(program)
-  program.run(_run)
+  flags.adopt_module_key_flags(process)
+  process.run(_run)

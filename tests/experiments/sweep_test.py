@@ -24,7 +24,7 @@ from experiments.sweep import (
   task,
 )
 from experiments.sweep.overview import State
-from resnet_flax.run import errors, lock, metrics, progress
+from resnet_flax.run import errors, folder, metrics, progress
 
 # How ml_collections loads config files.
 pytestmark = pytest.mark.filterwarnings(
@@ -512,7 +512,7 @@ def test_a_task_waits_for_the_process_before(tmp_path, fake_python):
   locked = threading.Event()
 
   def process_before():
-    with lock.exclusive(workdir):
+    with folder.exclusive(workdir):
       locked.set()
       time.sleep(0.3)
 

@@ -1,6 +1,11 @@
+import errno
+import fcntl
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,9 +14,18 @@ from configs import base
 from resnet_flax.run import errors, folder as workdir_lib
 
 
-def start(folder, config):
-  workdir_lib.check(folder, config)
+def check(folder, config):
+  with workdir_lib.use(folder, config):
+    pass
+
+
+def record(folder, config):
   workdir_lib.record_start(folder, config, jax.devices()[:1], "data-1")
+
+
+def start(folder, config):
+  check(folder, config)
+  record(folder, config)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +127,7 @@ def test_a_workdir_that_was_not_used_is_removed(tmp_path):
     assert (folder / "lock").exists()
   assert not folder.exists()
   with workdir_lib.use(folder, base.get_config()):
-    start(folder, base.get_config())
+    record(folder, base.get_config())
   assert (folder / "config.json").exists()
   # One that was there before stays.
   (tmp_path / "mine").mkdir()
@@ -175,7 +189,7 @@ def test_another_configuration_is_refused(tmp_path):
   other.model.depth = 56
   other.optimizer.learning_rate = 0.1
   with pytest.raises(errors.WorkdirError) as caught:
-    workdir_lib.check(tmp_path, other)
+    check(tmp_path, other)
   assert "model.depth (20 there, 56 here)" in str(caught.value)
   assert "optimizer.learning_rate (0.001 there, 0.1 here)" in str(caught.value)
   assert (tmp_path / "config.json").read_text() == before
@@ -190,29 +204,148 @@ def test_keys_outside_the_mathematics_may_differ(tmp_path):
   other.model.remat = other.model.scan = True
   other.checkpoint.every_steps = 7
   other.checkpoint.every_minutes = 0.5
-  workdir_lib.check(tmp_path, other)
+  check(tmp_path, other)
 
 
 def test_unwritable_workdir(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.WorkdirError, match="--workdir"):
-    workdir_lib.check(tmp_path / "file" / "run", base.get_config())
+    check(tmp_path / "file" / "run", base.get_config())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_workdir(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(errors.WorkdirError, match="Permission denied"):
-    workdir_lib.check(tmp_path, base.get_config())
+    check(tmp_path, base.get_config())
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a', "nonsense"])
 def test_damaged_config_is_one_line(tmp_path, text):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(errors.WorkdirError, match=r"config\.json"):
-    workdir_lib.check(tmp_path, base.get_config())
+    check(tmp_path, base.get_config())
 
 
 def test_not_a_workdir(tmp_path):
   with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
     workdir_lib.load_config(tmp_path)
+
+
+# ---- The lock
+
+HOLD = """
+import pathlib, sys, time
+from resnet_flax.run import folder
+with folder.exclusive(pathlib.Path(sys.argv[1])):
+  print("held", flush=True)
+  time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """Another process that holds the lock."""
+  with subprocess.Popen(
+    [sys.executable, "-c", HOLD, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+
+
+def test_it_is_removed_at_the_end(tmp_path):
+  with workdir_lib.exclusive(tmp_path):
+    owner = json.loads((tmp_path / "lock").read_text())
+    assert owner["pid"] == os.getpid()
+  assert list(tmp_path.iterdir()) == []
+  with workdir_lib.exclusive(tmp_path):
+    pass
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, holder):
+  owner = json.loads((tmp_path / "lock").read_text())
+  assert owner["pid"] == holder.pid
+  with (
+    pytest.raises(errors.WorkdirError) as caught,
+    workdir_lib.exclusive(tmp_path),
+  ):
+    pass
+  assert (
+    f"in use by process {holder.pid} on {owner['host']} since {owner['since']}"
+    in str(caught.value)
+  )
+  # The first one does not notice.
+  assert json.loads((tmp_path / "lock").read_text()) == owner
+
+
+def test_a_stale_lock_is_taken_over(tmp_path, holder, caplog):
+  caplog.set_level("INFO")
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  assert (tmp_path / "lock").exists()
+  with workdir_lib.exclusive(tmp_path):
+    owner = json.loads((tmp_path / "lock").read_text())
+    assert owner["pid"] == os.getpid()
+  assert f"taking over the lock of process {holder.pid}" in caplog.text
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\x00\xff"])
+def test_a_damaged_stale_lock_is_taken_over(tmp_path, raw):
+  (tmp_path / "lock").write_bytes(raw)
+  with workdir_lib.exclusive(tmp_path):
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_file_system_without_locks_is_warned_about(
+  tmp_path, monkeypatch, caplog
+):
+  def flock(*arguments):
+    raise OSError(95, "Operation not supported")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with workdir_lib.exclusive(tmp_path):
+    pass
+  assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EIO])
+def test_a_lock_that_cannot_be_had_for_other_reasons_is_refused(
+  tmp_path, monkeypatch, number
+):
+  def flock(*arguments):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with (
+    pytest.raises(errors.WorkdirError, match="lock cannot be locked"),
+    workdir_lib.exclusive(tmp_path),
+  ):
+    pass
+
+
+# ---- Whole files
+
+
+def test_replaces_what_was_there(tmp_path):
+  path = tmp_path / "results.json"
+  for content in (b"first", b"second"):
+    workdir_lib.write_file(path, content)
+    assert path.read_bytes() == content
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
+  path = tmp_path / "results.json"
+  workdir_lib.write_file(path, b"first")
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "replace", fail)
+  with pytest.raises(OSError, match="No space left"):
+    workdir_lib.write_file(path, b"second")
+  assert path.read_bytes() == b"first"
+  assert list(tmp_path.iterdir()) == [path]

@@ -125,7 +125,7 @@ def events(folder):
 
 
 def test_tensorboard(tmp_path):
-  with metrics.TensorBoard(tmp_path, 0, enabled=True) as board:
+  with metrics.TensorBoard(tmp_path, 0) as board:
     board.write(RECORD)
   assert sorted(events(tmp_path / "tensorboard")) == [
     (4, "run/epoch", 0.0),
@@ -145,7 +145,7 @@ def test_tensorboard_has_each_seed_beside_the_means(tmp_path):
       {"seed": 4, "test_accuracy": 0.75},
     ],
   }
-  with metrics.TensorBoard(tmp_path, 0, enabled=True) as board:
+  with metrics.TensorBoard(tmp_path, 0) as board:
     board.write(record)
   assert sorted(events(tmp_path / "tensorboard")) == [
     (4, "seed_3/test/accuracy", 0.25),
@@ -158,7 +158,7 @@ def test_tensorboard_has_each_seed_beside_the_means(tmp_path):
 
 def test_tensorboard_hides_what_a_killed_run_wrote(tmp_path):
   """TensorBoard drops events from a session's first step on."""
-  with metrics.TensorBoard(tmp_path, 8, enabled=True):
+  with metrics.TensorBoard(tmp_path, 8):
     pass
   starts = [
     event.step
@@ -175,7 +175,7 @@ def write_often(board):
 
 def test_tensorboard_on_a_disk_that_is_full_for_a_while(small_disk):
   """The error is raised where it happens, and later writes do not hang."""
-  board = metrics.TensorBoard(small_disk.folder, 0, enabled=True)
+  board = metrics.TensorBoard(small_disk.folder, 0)
   small_disk.fill()
   with pytest.raises(OSError, match="No space"):
     write_often(board)
@@ -184,10 +184,30 @@ def test_tensorboard_on_a_disk_that_is_full_for_a_while(small_disk):
   board.__exit__(None, None, None)
 
 
-def test_tensorboard_off(tmp_path):
-  with metrics.TensorBoard(tmp_path, 0, enabled=False) as board:
-    board.write(RECORD)
-  assert list(tmp_path.iterdir()) == []
+def test_several_seeds_have_means_and_deviations():
+  """Of any metric, whatever its name."""
+  first = {"epoch": 0, "step": 4}
+  own = [
+    {"learning_rate": 0.25, "train_loss": 1.0, "train_top5": 0.5},
+    {"learning_rate": 0.25, "train_loss": 3.0, "train_top5": 0.5},
+  ]
+  assert metrics.summarize(first, [3], own[:1], {}) == first | own[0]
+  record = metrics.summarize(first, [3, 4], own, {"test_ensemble_loss": 1.5})
+  seeds = [{"seed": 3} | own[0], {"seed": 4} | own[1]]
+  assert record == {
+    **first,
+    "learning_rate": 0.25,
+    "train_loss": 2.0,
+    "train_loss_std": pytest.approx(2**0.5),
+    "train_top5": 0.5,
+    "train_top5_std": 0.0,
+    "test_ensemble_loss": 1.5,
+    "seeds": seeds,
+  }
+  timed = {"epoch_seconds": 2.0, "images_per_second": 16.0}
+  assert metrics.of_seeds(record | timed) == [
+    first | timed | one for one in seeds
+  ]
 
 
 def test_records_are_lines_of_json(log, tmp_path):

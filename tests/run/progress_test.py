@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from resnet_flax.run import progress
+from resnet_flax.run import metrics, progress
 
 RECORD = {
   "train_loss": 1.25,
@@ -19,7 +19,7 @@ RECORD = {
 def step_metrics(step, images=8):
   """Of the 0-based step of a run; each had so many images."""
   count = (step + 1) * images
-  sums = types.SimpleNamespace(loss=2.0 * count, correct=count / 4, count=count)
+  sums = {"loss": 2.0 * count, "accuracy": count / 4, "count": count}
   return [types.SimpleNamespace(step=step, sums=sums)]
 
 
@@ -88,7 +88,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   shown.start_epoch(0, 0)
   clock.now += 1
   one, other = (step_metrics(0)[0] for _ in range(2))
-  other.sums.loss *= 2
+  other.sums["loss"] *= 2
   shown.step([one, other])
   assert caplog.messages == [
     "epoch 1/1 step 1/2: loss 3.0000 ± 1.4142, accuracy 0.2500 ± 0.0000, 16"
@@ -96,10 +96,11 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   ]
   clock.now += 1
   shown.step([step_metrics(1)[0]] * 2)
-  seeds = [RECORD, {**RECORD, "test_accuracy": 0.75}]
-  record = {**RECORD, "seeds": seeds, "test_ensemble_accuracy": 0.875}
-  record |= {"epoch": 0, "step": 2, "epoch_seconds": 2.0}
-  shown.end_epoch(record, 10)
+  own = {key: RECORD[key] for key in RECORD if key != "images_per_second"}
+  of_seeds = [own, own | {"test_accuracy": 0.75}]
+  ensemble = {"test_ensemble_accuracy": 0.875}
+  record = metrics.summarize({}, [0, 1], of_seeds, ensemble)
+  shown.end_epoch(record | {"images_per_second": 123.4}, 10)
   assert caplog.messages[-1] == (
     "epoch 1/1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"
     " 1.5000 ± 0.0000, accuracy 0.5000 ± 0.3536, ensemble 0.8750; 123 images/s"

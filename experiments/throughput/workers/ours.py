@@ -10,7 +10,7 @@ from configs import v1_depth20
 from experiments.throughput.resident import prepare
 from experiments.throughput.workers import measure, plain
 from resnet_flax import experiment as experiment_lib, step as train_step
-from resnet_flax.run import environment, huge_pages, rules
+from resnet_flax.run import environment, process, rules
 
 
 def build_experiment(task: measure.Task):
@@ -82,5 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  huge_pages.use_huge_pages()
+  process.use_huge_pages()
   main()

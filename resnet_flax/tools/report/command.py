@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from resnet_flax.run import errors, program
+from resnet_flax.run import errors, process
 
 _OUT = flags.DEFINE_string(
   "out",
@@ -30,7 +30,7 @@ _CHECKPOINTS = flags.DEFINE_enum(
 
 def _run(folders: list[str], argv: list[str]) -> None:
   del argv
-  from resnet_flax.run import command_line, interruption
+  from resnet_flax.run import command_line, signals
 
   command_line.set_up()
   if not folders:
@@ -42,7 +42,7 @@ def _run(folders: list[str], argv: list[str]) -> None:
     raise errors.ConfigError(
       "no --out: pass the report's folder, for example --out=report."
     )
-  if program.WORKDIR.value or command_line.has_config():
+  if process.WORKDIR.value or command_line.has_config():
     raise errors.ConfigError(
       "--workdir and --config are not for reports: pass the workdirs by"
       " themselves, without a flag."
@@ -55,7 +55,7 @@ def _run(folders: list[str], argv: list[str]) -> None:
       " 'resnet_flax[report]'."
     ) from error
   # What is half written is removed before the process ends.
-  with interruption.StopSignals():
+  with signals.StopSignals():
     done = report.make(folders, _OUT.value, _CHECKPOINTS.value)
   print(f"Runs: {done.num_runs}")
   print(f"Groups: {done.num_groups}")
@@ -67,4 +67,4 @@ def run() -> None:
   # Every other command line refuses what is no flag; here it names a folder.
   folders = [a for a in sys.argv[1:] if not a.startswith("-")]
   sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("-")]
-  program.run(functools.partial(_run, folders))
+  process.run(functools.partial(_run, folders))

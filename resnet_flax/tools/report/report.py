@@ -9,7 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
-from resnet_flax.run import errors, metrics, whole_file
+from resnet_flax.run import errors, folder, metrics
 from resnet_flax.tools.report import (
   figures as figures_lib,
   page,
@@ -95,7 +95,7 @@ def make(
     for name, content in files.items():
       path = out / name
       path.parent.mkdir(exist_ok=True)
-      whole_file.write(path, content)
+      folder.write_file(path, content)
   return Summary(len(runs), len(groups), out / "index.html")
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from resnet_flax.run import interruption
+from resnet_flax.run import signals as signals_lib
 
 pytestmark = pytest.mark.usefixtures("ctrl_c")
 
@@ -22,8 +22,8 @@ def send(number):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_without_hold_it_is_raised_at_once(number):
   before = [signal.getsignal(each) for each in SIGNALS]
-  with interruption.StopSignals() as signals:
-    with pytest.raises(interruption.Stopped) as caught:
+  with signals_lib.StopSignals() as signals:
+    with pytest.raises(signals_lib.Stopped) as caught:
       send(number)
     assert caught.value.number == number
     assert str(caught.value) == signal.Signals(number).name
@@ -33,44 +33,44 @@ def test_without_hold_it_is_raised_at_once(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_waits_for_check(number):
-  with interruption.StopSignals() as signals, signals.hold():
+  with signals_lib.StopSignals() as signals, signals.hold():
     signals.check()
     assert not signals.requested
     send(number)
     assert signals.requested
-    with pytest.raises(interruption.Stopped) as caught:
+    with pytest.raises(signals_lib.Stopped) as caught:
       signals.check()
     assert caught.value.number == number
 
 
 def test_what_comes_after_all_is_done_is_no_error():
-  with interruption.StopSignals() as signals:
+  with signals_lib.StopSignals() as signals:
     with signals.hold():
       pass
     send(signal.SIGTERM)
     assert signals.requested
-  with interruption.StopSignals() as signals:
+  with signals_lib.StopSignals() as signals:
     with contextlib.suppress(ValueError), signals.hold():
       raise ValueError
-    with pytest.raises(interruption.Stopped):
+    with pytest.raises(signals_lib.Stopped):
       send(signal.SIGTERM)
 
 
 def test_the_second_does_not_wait():
-  with interruption.StopSignals() as signals, signals.hold():
+  with signals_lib.StopSignals() as signals, signals.hold():
     send(signal.SIGTERM)
-    with pytest.raises(interruption.Stopped) as caught:
+    with pytest.raises(signals_lib.Stopped) as caught:
       send(signal.SIGINT)
     assert caught.value.number == signal.SIGTERM
 
 
 def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  with interruption.StopSignals() as signals:
+  with signals_lib.StopSignals() as signals:
     send(signal.SIGINT)
     send(signal.SIGINT)
     signals.check()
-    with pytest.raises(interruption.Stopped):
+    with pytest.raises(signals_lib.Stopped):
       send(signal.SIGTERM)
 
 
@@ -78,7 +78,7 @@ def test_other_threads_have_no_signals():
   done = []
 
   def work():
-    with interruption.StopSignals(exits=True) as signals:
+    with signals_lib.StopSignals(exits=True) as signals:
       signals.check()
     done.append(True)
 
@@ -90,7 +90,7 @@ def test_other_threads_have_no_signals():
 
 def test_a_command_leaves_no_thread_behind():
   before = threading.active_count()
-  with interruption.StopSignals(exits=True):
+  with signals_lib.StopSignals(exits=True):
     assert threading.active_count() == before + 1
   deadline = time.monotonic() + 10
   while threading.active_count() > before and time.monotonic() < deadline:
@@ -100,8 +100,8 @@ def test_a_command_leaves_no_thread_behind():
 
 BUSY = """
 import contextlib, ctypes, sys
-from resnet_flax import interruption
-with interruption.StopSignals(exits=True) as signals:
+from resnet_flax.run import signals as signals_lib
+with signals_lib.StopSignals(exits=True) as signals:
   signals.say_on_exit(lambda: "where it stands")
   with signals.hold() if "hold" in sys.argv else contextlib.nullcontext():
     libc = ctypes.CDLL(None)
@@ -114,9 +114,13 @@ with interruption.StopSignals(exits=True) as signals:
 
 
 @pytest.mark.parametrize(
-  ("arguments", "count"), [([], 1), ([], 2), (["hold"], 2)]
+  ("arguments", "count", "number"),
+  [
+    ([], 1, signal.SIGTERM),
+    ([], 2, signal.SIGINT),
+    (["hold"], 2, signal.SIGTERM),
+  ],
 )
-@pytest.mark.parametrize("number", SIGNALS)
 def test_a_busy_command_is_ended_from_outside(arguments, count, number):
   with subprocess.Popen(
     [sys.executable, "-c", BUSY, *arguments],
@@ -132,3 +136,19 @@ def test_a_busy_command_is_ended_from_outside(arguments, count, number):
     _, stderr = process.communicate(timeout=60)
   assert process.returncode == 128 + number
   assert stderr == "error: where it stands\n"
+
+
+def test_the_timer():
+  now = [0.0]
+  timer = signals_lib.Timer(3, 2.0, clock=lambda: now[0])
+  assert [step for step in range(1, 10) if timer.due_at(step)] == [3, 6, 9]
+  now[0] = 119.0
+  assert not timer.overdue()
+  now[0] = 121.0
+  assert timer.overdue()
+  timer.reset()
+  assert not timer.overdue()
+  never = signals_lib.Timer(0, 0.0, clock=lambda: now[0])
+  now[0] = 1e9
+  assert not never.overdue()
+  assert not any(never.due_at(step) for step in range(100))
