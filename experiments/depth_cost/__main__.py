@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags, logging as absl_logging
 
 from configs import base
-from resnet_flax import experiment as experiment_lib, step as train_step
+from resnet_flax import step as step_lib
 from resnet_flax.data import normalize as normalization, randomness
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
@@ -81,9 +81,9 @@ def measure(
   config.batch_size = batch_size
   config.model.update({"name": name, "depth": depth, **MODES[mode]})
   rules.check(config, num_devices=1)
-  experiment = experiment_lib.build(config)
+  experiment = step_lib.build(config)
   key = randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION)
-  create = functools.partial(train_step.create_train_state, experiment)
+  create = functools.partial(step_lib.create_train_state, experiment)
   initial = (
     randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
     normalization.placeholder(config.normalization, experiment.image_shape),
@@ -96,7 +96,7 @@ def measure(
       rng.integers(0, 10, batch_size, np.int32),
     )
   )
-  step = functools.partial(train_step.train_step, experiment)
+  step = functools.partial(step_lib.train_step, experiment)
   started = time.perf_counter()
   shapes = jax.eval_shape(create, *initial)
   trace_init_seconds = time.perf_counter() - started
@@ -122,7 +122,7 @@ def measure(
     jax.block_until_ready((state, step_metrics))
     step_seconds.append(time.perf_counter() - started)
     sums = step_metrics.sums
-    losses.append(float(sums.loss / sums.count))
+    losses.append(float(sums["loss"] / sums["count"]))
     if not step_metrics.finite:
       raise FloatingPointError(f"after {len(losses)} steps, losses {losses}")
   changed = [
@@ -150,7 +150,7 @@ def measure(
   }
 
 
-def _kernels(state: train_step.TrainState) -> list[np.ndarray]:
+def _kernels(state: step_lib.TrainState) -> list[np.ndarray]:
   """Copies of all that are kernels, on the host."""
   return [
     np.array(leaf)

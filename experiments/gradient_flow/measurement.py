@@ -12,8 +12,8 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import base
-from resnet_flax import data as datasets, experiment as experiment_lib, train
-from resnet_flax.parallel import calls as calls_lib, epochs, networks as seeds
+from resnet_flax import data, step as step_lib, train
+from resnet_flax.parallel import networks, program
 from resnet_flax.run import (
   errors,
   folder,
@@ -127,22 +127,21 @@ def measure(
     the batch's cross-entropy before it as `loss`, and the `QUANTITIES` as
     lists, one number for each layer; None stands for what is not finite.
   """
-  split = datasets.load(config.dataset).train
-  experiment = experiment_lib.build(config)
-  layout = seeds.Layout.create(config, devices)
+  split = data.load(config.dataset).train
+  experiment = step_lib.build(config)
+  layout = networks.Layout.create(config, devices)
   state = train.initial_state(config, experiment, split, layout)
   key = train.augmentation_key(layout)
-  measured_step = calls_lib.compile_step(
+  measured_step = program.compile_step(
+    "training step that measures",
     layer_norms.measured_step,
-    experiment,
-    state,
-    config.batch_size,
-    key,
-    layout,
-    title="training step that measures",
-    donate_state=True,
+    *(experiment, state, config.batch_size, key, layout),
+    donate=True,
   )
-  batches = epochs.all_batches(split, config.batch_size, layout)
+  batches = itertools.chain.from_iterable(
+    program.epoch_batches(split, config.batch_size, epoch, layout)
+    for epoch in itertools.count()
+  )
   results: list[Record] = [
     {"seed": seed, "measured": []} for seed in layout.seeds
   ]
@@ -151,15 +150,15 @@ def measure(
   for step, batch in enumerate(itertools.islice(batches, measure_at[-1] + 1)):
     state, step_metrics, norms = measured_step(state, *batch, key)
     of_seeds = zip(layout.get(step_metrics), layout.get(norms), strict=True)
-    for place, (reported, of_seed) in enumerate(of_seeds):
+    for k, (reported, of_seed) in enumerate(of_seeds):
       # The sums are those of the epoch so far.
-      before = sums[place] if step % steps_per_epoch else 0.0
-      sums[place] = float(reported.sums.loss)
+      before = sums[k] if step % steps_per_epoch else 0.0
+      sums[k] = float(reported.sums["loss"])
       if step in measure_at:
-        results[place]["measured"].append(
+        results[k]["measured"].append(
           {
             "step": step,
-            "loss": _rounded((sums[place] - before) / config.batch_size),
+            "loss": _rounded((sums[k] - before) / config.batch_size),
             **{
               name: [_rounded(float(x)) for x in getattr(of_seed, name)]
               for name in QUANTITIES

@@ -9,9 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.throughput.in_turn import in_turn
-from experiments.throughput.resident import prepare_on_data
-from experiments.throughput.spread_table import spread_table
+from experiments.tools.timing import in_turn, prepare_on_data, spread_table
 
 ALONE, IN_TURN, VECTORIZED = "one after another", "in turn", "vectorized"
 

@@ -23,9 +23,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments.throughput.in_turn import in_turn
-from experiments.throughput.resident import prepare_on_data
-from experiments.throughput.spread_table import spread_table
+from experiments.tools.timing import in_turn, prepare_on_data, spread_table
 from resnet_flax.run import (
   command_line,
   environment,

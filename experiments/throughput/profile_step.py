@@ -4,6 +4,7 @@ python -m experiments.throughput.profile_step [--batch_size=128] [--steps=6]
 """
 
 import collections
+import functools
 import pathlib
 import re
 import tempfile
@@ -13,8 +14,9 @@ import jax
 from absl import app, flags
 
 from configs import v1_depth20
-from experiments.throughput.resident import noise, prepare
-from resnet_flax import experiment as experiment_lib
+from experiments.tools.timing import noise, prepare
+from resnet_flax import step as step_lib
+from resnet_flax.parallel import mesh, program
 from resnet_flax.run import process
 
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -69,18 +71,24 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size
-  experiment = experiment_lib.build(config)
-  resident = prepare(
+  experiment = step_lib.build(config)
+  trainer = prepare(
     config,
     experiment,
     *noise(batch_size, experiment.image_shape),
   )
-  compiled, state = resident.step, resident.state
-  assert isinstance(compiled, jax.stages.Compiled)
+  layout, state = trainer.layout, trainer.state
+  images, labels, key = trainer.batch.arguments
+  own = program.step_arguments(experiment, state, batch_size, key, layout)
+  traced = program.trace(
+    functools.partial(step_lib.train_step, experiment), layout, own, donate=True
+  )
+  compiled = traced.lower().compile(mesh.compiler_options(layout.mesh))
+  step = layout.in_turn(compiled)
 
   def run(state, steps):
     for _ in range(steps):
-      state, _ = compiled(state, *resident.batch, resident.key)
+      state, _ = step(state, images, labels, key)
     return jax.block_until_ready(state)
 
   state = run(state, steps)

@@ -18,9 +18,8 @@ import jax
 from absl import app, flags
 
 from configs import v1_depth20
-from experiments.throughput.in_turn import in_turn
-from experiments.throughput.resident import noise, prepare
-from resnet_flax import experiment as experiment_lib
+from experiments.tools.timing import in_turn, noise, prepare
+from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import process
 
@@ -54,7 +53,7 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size
-  ours = experiment_lib.build(config)
+  ours = step_lib.build(config)
   experiments = {
     "ours": ours,
     "plain": dataclasses.replace(ours, model=ours.model.clone(conv=plain_conv)),

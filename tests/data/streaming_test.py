@@ -21,7 +21,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import imagenet_resnet50
-from experiments.input_pipeline import generated
+from experiments.streaming import generated
 from resnet_flax import data as datasets, step as step_lib, train
 from resnet_flax.data import crops, dataset as dataset_lib, prepared
 from resnet_flax.parallel import evaluate, program

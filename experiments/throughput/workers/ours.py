@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from configs import v1_depth20
-from experiments.throughput.resident import prepare
 from experiments.throughput.workers import measure, plain
-from resnet_flax import experiment as experiment_lib, step as train_step
+from experiments.tools.timing import prepare
+from resnet_flax import step as step_lib
 from resnet_flax.run import environment, process, rules
 
 
@@ -22,7 +22,7 @@ def build_experiment(task: measure.Task):
   config.augment.name = "none"
   config.normalization = "none"
   rules.check(config, num_devices=jax.device_count())
-  return config, experiment_lib.build(config)
+  return config, step_lib.build(config)
 
 
 class Program:
@@ -52,17 +52,19 @@ class Program:
       itertools.repeat(self._resident.batch, steps)
     )
     # They run on over the steps of an epoch.
-    return float(sums.loss) / int(sums.count)
+    return float(sums["loss"]) / int(sums["count"])
 
   def build_inference(self):
     """Builds as `inference.load_model` does."""
     logits = jax.jit(
-      functools.partial(train_step.apply_eval, self._experiment.model)
+      functools.partial(step_lib.apply_eval, self._experiment.model)
     )
+
+    (state,) = self._resident.state.chunks
 
     def predict(steps: int) -> None:
       for _ in range(steps):
-        result = logits(self._resident.state, self._resident.batch[0])
+        result = logits(state, self._images)
       jax.block_until_ready(result)
 
     return predict

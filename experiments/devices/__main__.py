@@ -1,0 +1,77 @@
+"""Measures training on 1, 2, 4 and 8 virtual devices of one CPU.
+
+  python -m experiments.devices --config=configs/v1_depth20.py
+    [--devices=1,2,4,8] [--per_device=32] [--rounds=5] [--steps=8]
+    [--out=results.json]
+
+Devices that are threads of one CPU show that results do not depend on their
+number, and what sharding costs; not what it gains. Nothing else should run
+meanwhile.
+"""
+
+import pathlib
+import sys
+
+import jax
+from absl import app, flags
+
+from experiments.devices import measurement
+from resnet_flax.run import (
+  command_line,
+  environment,
+  errors,
+  folder as workdir,
+  process,
+)
+
+_DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices.")
+_PER_DEVICE = flags.DEFINE_integer(
+  "per_device", 32, "Images for each device.", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 5, "Rounds, each of all.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+  "steps", 8, "Training steps of a round.", lower_bound=1
+)
+_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+
+
+def _numbers_of_devices() -> list[int]:
+  try:
+    numbers = sorted({int(number) for number in _DEVICES.value})
+  except ValueError:
+    numbers = []
+  if not numbers or numbers[0] < 1:
+    raise errors.ConfigError(
+      f"devices={','.join(_DEVICES.value)} cannot be used; needed: numbers from"
+      " 1, such as 1,2,4,8."
+    )
+  return numbers
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints a table and writes the raw figures."""
+  del argv
+  numbers = _numbers_of_devices()
+  # Before anything asks for a device.
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", numbers[-1])
+  command_line.set_up()
+  config, _ = command_line.config_and_workdir()
+  measured = measurement.measure(
+    config, numbers, _PER_DEVICE.value, _ROUNDS.value, _STEPS.value
+  )
+  print(measurement.table(measured))
+  if _OUT.value:
+    results = {
+      "arguments": [a for a in sys.argv[1:] if not a.startswith("--out")],
+      "environment": environment.describe(jax.devices()),
+      "measured": measured,
+    }
+    workdir.write_json(pathlib.Path(_OUT.value), results)
+
+
+if __name__ == "__main__":
+  process.use_huge_pages()
+  app.run(main, flags_parser=command_line.parse_flags)

@@ -1,1 +1,0 @@
-"""First epochs of the families of networks, side by side."""

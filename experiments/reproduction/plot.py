@@ -1,0 +1,82 @@
+"""Draws the loss and accuracy curves of first_light from its logs.
+
+python -m experiments.reproduction.plot
+"""
+
+import json
+import math
+import pathlib
+import re
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_FOLDER = pathlib.Path(__file__).parent
+# Readable in black and white: the styles differ, not only the colours.
+_STYLES = {
+  "v1_depth20": ({"color": "#0072b2", "marker": "o"}, "--"),
+  "v2_depth29": ({"color": "#d55e00", "marker": "s"}, ":"),
+}
+
+
+def within_epochs(name: str) -> list[tuple[float, float, float]]:
+  """(epochs done, loss, accuracy): running training means, from the log.
+
+  Args:
+    name: of the run.
+  """
+  pattern = re.compile(
+    r"epoch (\d+)/\d+ step (\d+)/(\d+): loss ([\d.]+), accuracy ([\d.]+)"
+  )
+  points: list[tuple[float, float, float]] = []
+  for line in (_FOLDER / f"{name}.log").read_text().splitlines():
+    if match := pattern.match(line):
+      epoch, step, steps = (int(match[k]) for k in (1, 2, 3))
+      done = epoch - 1 + step / steps
+      if points and int(points[-1][0]) < int(done):
+        # The mean starts anew: no line from one epoch to the next.
+        points.append((done, math.nan, math.nan))
+      points.append((done, float(match[4]), float(match[5])))
+  return points
+
+
+def main() -> None:
+  """Writes curves.png beside the logs."""
+  figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+  for name, (style, running_line) in _STYLES.items():
+    lines = (_FOLDER / f"{name}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    epochs = [record["epoch"] + 1 for record in records]
+    running = within_epochs(name)
+    for axis, column, key in (
+      (axes[0], 1, "loss"),
+      (axes[1], 2, "accuracy"),
+    ):
+      axis.plot(
+        [point[0] for point in running],
+        [point[column] for point in running],
+        linestyle=running_line,
+        linewidth=1.4,
+        color=style["color"],
+        label=f"{name}, training (mean of the epoch so far)",
+      )
+      axis.plot(
+        epochs,
+        [record[f"test_{key}"] for record in records],
+        linewidth=2.2,
+        label=f"{name}, test",
+        **style,
+      )
+      axis.set_xlabel("epoch")
+      axis.grid(alpha=0.3)
+  axes[0].set_ylabel("cross-entropy (nats)")
+  axes[1].set_ylabel("accuracy (fraction)")
+  axes[1].legend(fontsize=7, loc="lower right")
+  figure.suptitle("First light: CIFAR-10 (JPEG copy), 50,000 images, seed 0")
+  figure.savefig(_FOLDER / "curves.png", dpi=150)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,175 @@
+"""What is measured; apart from the program, so that processes can import it."""
+
+import dataclasses
+import itertools
+import multiprocessing
+import pathlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from resnet_flax import data as datasets
+from resnet_flax.data import streaming
+from resnet_flax.parallel import program
+
+# Who decodes: processes of their own, or threads of the one that trains.
+WAYS = ("workers", "threads")
+_BATCH = 128
+# More images than two workers decode ahead.
+_WARM_UP = 1024
+
+
+class Alone:
+  """Processes that decode and cut images in plain loops.
+
+  The images are read into memory beforehand.
+  """
+
+  def __init__(self, split: streaming.StreamedSplit, num_processes: int):
+    context = multiprocessing.get_context("spawn")
+    self._processes = []
+    for positions in np.array_split(np.arange(len(split)), num_processes):
+      conn, theirs = context.Pipe()
+      process = context.Process(
+        target=_decode, args=(split, positions, theirs), daemon=True
+      )
+      process.start()
+      self._processes.append((process, conn))
+    for _, conn in self._processes:
+      conn.recv()
+
+  def measure(self, num_images: int) -> dict[str, float]:
+    """Decodes about as many images, by all processes together."""
+    # As the pipeline does: processors are faster for the first seconds.
+    count = len(self._processes)
+    self._decode(_WARM_UP // count)
+    times = self._decode(num_images // count)
+    images = num_images // count * count
+    return {
+      "images_per_second": images / max(wall for wall, _ in times),
+      "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / images,
+    }
+
+  def _decode(self, each: int) -> list[tuple[float, float]]:
+    """Seconds and seconds of CPU time that each process took for as many."""
+    for _, conn in self._processes:
+      conn.send(each)
+    return [conn.recv() for _, conn in self._processes]
+
+  def close(self) -> None:
+    """Ends the processes."""
+    for process, conn in self._processes:
+      conn.send(0)
+      process.join()
+
+
+def _decode(
+  split: streaming.StreamedSplit, positions: np.ndarray, conn: Any
+) -> None:
+  """Decodes as many images as is asked for; says how long it took."""
+  records = streaming._Records(split.shards, split.indices, [positions])
+  decoding = streaming._Decoding(
+    split.image_size, split.num_classes, split.crop, datasets.Draw(0, 0)
+  )
+  positions, raw = records[0]
+  number = itertools.count()
+  # What is imported and set up once is not timed.
+  decoding(streaming._Encoded(positions[:16], raw[:16]))
+  conn.send("ready")
+  while count := conn.recv():
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+      image = slice(k := next(number) % len(raw), k + 1)
+      decoding(streaming._Encoded(positions[image], raw[image]))
+    conn.send((time.perf_counter() - started, time.process_time() - cpu))
+
+
+class Pipeline:
+  """Batches of many epochs, one after the other."""
+
+  def __init__(self, split: streaming.StreamedSplit, way: str):
+    """Starts it.
+
+    Args:
+      split: what is read.
+      way: of `WAYS`.
+    """
+    if way == "threads":
+      split = dataclasses.replace(split, num_workers=0)
+    self._batches = split.batches(
+      _order(split, range(200)), datasets.Draw(0, 0)
+    )
+
+  def measure(self, num_images: int) -> dict[str, float]:
+    """Takes about as many images, after those that were decoded ahead."""
+    self._take(_WARM_UP)
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    images = self._take(num_images)
+    seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+    # Until all are decoded ahead that will be while something else is timed.
+    time.sleep(2)
+    return {
+      "images_per_second": images / seconds,
+      "cpu_ms_per_image": 1000 * cpu / images,
+    }
+
+  def _take(self, num_images: int) -> int:
+    """Takes at least as many; returns how many."""
+    taken = 0
+    while taken < num_images:
+      taken += len(next(self._batches)[0])
+    return taken
+
+  def close(self) -> None:
+    """Ends its workers."""
+    self._batches.close()  # type: ignore[attr-defined]
+
+
+def memory() -> float:
+  """MB of this process and those it started; shared pages in proportion."""
+  children = multiprocessing.active_children()
+  total = 0
+  for pid in ["self", *(child.pid for child in children)]:
+    text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("Pss:"))
+    total += int(line.split()[1])
+  return total / 1024
+
+
+def _cpu_seconds() -> float:
+  """Of this process and of those it started and that still run."""
+  total = time.process_time()
+  for child in multiprocessing.active_children():
+    fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text()
+    user, system = fields.rpartition(")")[2].split()[11:13]
+    total += (int(user) + int(system)) / 100
+  return total
+
+
+def memory_over_epochs(
+  split: streaming.StreamedSplit, num_epochs: int
+) -> list[list[float]]:
+  """MB of all processes, up to ten times in an epoch; workers start once."""
+  order = _order(split, range(num_epochs))
+  per_epoch = len(order) // num_epochs
+  batches = split.batches(order, datasets.Draw(0, 0))
+  samples: list[list[float]] = [[] for _ in range(num_epochs)]
+  for step, _ in enumerate(batches):
+    # Not while workers start, nor while they end.
+    within = step % per_epoch
+    if within % -(-per_epoch // 10) == per_epoch // 20:
+      samples[step // per_epoch].append(memory())
+  return samples
+
+
+def _order(
+  split: streaming.StreamedSplit, which: Iterable[int]
+) -> list[np.ndarray]:
+  """The batches of some epochs, one after the other."""
+  return [
+    positions
+    for epoch in which
+    for positions in program.order(len(split), _BATCH, 0, epoch)
+  ]

@@ -1,0 +1,6 @@
+"""Runs a sweep: `python -m experiments.sweep`; see tools/sweep."""
+
+import runpy
+
+if __name__ == "__main__":
+  runpy.run_module("experiments.tools.sweep", run_name="__main__")

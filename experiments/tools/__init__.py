@@ -1,0 +1,1 @@
+"""Commands beside the package: sweeps, tables of networks, the TPU compiler."""

@@ -1,0 +1,26 @@
+"""Writes the tables of all networks' sizes into the project's README.
+
+  python -m experiments.networks
+
+Nothing is compiled: shapes are traced. The deepest take a minute each.
+"""
+
+from experiments.tools import markers
+from experiments.tools.networks import table
+
+
+def main() -> None:
+  """Replaces the tables between their markers."""
+  text = table.README.read_text()
+  for name, networks in table.TABLES.items():
+    lines = []
+    for network in networks:
+      lines.append(table.row(network))
+      print(lines[-1], flush=True)
+    whole = "\n".join([table.HEADER, *lines])
+    text = markers.replace(text, name, table.COMMAND, whole)
+  table.README.write_text(text)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,197 @@
+"""The size of every network, beside what is published of it."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from configs import base
+from resnet_flax import models
+from resnet_flax.tools import summary
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+COMMAND = "python -m experiments.networks"
+
+_KERAS = "Keras example"
+_HE = "He et al. 2015"
+_TORCHVISION = "torchvision"
+_KERAS_APPLICATIONS = "keras.applications"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A row of the table.
+
+  Attributes:
+    name: `model.name`.
+    depth: `model.depth`.
+    overrides: other keys of `model`.
+    published: what its source says: parameters, and multiply-adds.
+    source: says it.
+  """
+
+  name: str
+  depth: int
+  overrides: tuple[tuple[str, Any], ...] = ()
+  published: tuple[str, str] = ("", "")
+  source: str = ""
+
+  @property
+  def is_large(self) -> bool:
+    """Whether it is a network for ImageNet: 224x224 images, 1,000 classes."""
+    return models.MODELS[self.name].large_images
+
+  @property
+  def title(self) -> str:
+    """The network in the words of `config.model`."""
+    settings = [f"{key}={value}" for key, value in self.overrides]
+    return ", ".join([f"`{self.name}`", *settings])
+
+
+def _series(
+  name: str,
+  published: Mapping[int, tuple[str, str]] | Iterable[int],
+  source: str = "",
+  **overrides: Any,
+) -> list[Network]:
+  items = tuple(overrides.items())
+  if not isinstance(published, Mapping):
+    return [Network(name, depth, items) for depth in published]
+  return [
+    Network(name, depth, items, numbers, source)
+    for depth, numbers in published.items()
+  ]
+
+
+_DEPTHS = (20, 32, 44, 56, 110)
+
+SMALL = (
+  *_series(
+    "resnet_v1",
+    {
+      20: ("273,066", ""),
+      32: ("467,946", ""),
+      44: ("662,826", ""),
+      56: ("857,706", ""),
+      110: ("1,734,666", ""),
+    },
+    _KERAS,
+  ),
+  *_series(
+    "resnet_v1",
+    {
+      20: ("0.27 M", ""),
+      32: ("0.46 M", ""),
+      44: ("0.66 M", ""),
+      56: ("0.85 M", ""),
+      110: ("1.7 M", ""),
+      1202: ("19.4 M", ""),
+    },
+    _HE,
+    shortcut="A",
+    conv_bias=False,
+  ),
+  *_series("resnet_v1", _DEPTHS, shortcut="B"),
+  *_series("resnet_v1", _DEPTHS, shortcut="C"),
+  *_series("plain", _DEPTHS),
+  *_series("preact", _DEPTHS),
+  *_series("highway", _DEPTHS),
+  *_series(
+    "resnet_v2",
+    {
+      20: ("570,602", ""),
+      29: ("843,786", ""),
+      56: ("1,663,338", ""),
+      110: ("3,302,442", ""),
+      164: ("4,941,546", ""),
+    },
+    _KERAS,
+  ),
+  *_series("resnet_v2", [1001]),
+)
+
+LARGE = (
+  *_series(
+    "resnet_imagenet",
+    {
+      18: ("11,689,512", "1.8 G"),
+      34: ("21,797,672", "3.6 G"),
+    },
+    f"{_TORCHVISION}, {_HE}",
+    conv_bias=False,
+  ),
+  *_series(
+    "resnet_imagenet",
+    {
+      50: ("25,557,032", ""),
+      101: ("44,549,160", ""),
+      152: ("60,192,808", "11.5 G"),
+    },
+    _TORCHVISION,
+    conv_bias=False,
+  ),
+  *_series(
+    "resnet_imagenet",
+    {
+      50: ("25,583,592", "3.8 G"),
+      101: ("44,601,832", "7.6 G"),
+      152: ("60,268,520", "11.3 G"),
+    },
+    f"{_KERAS_APPLICATIONS}, {_HE}",
+    stride_in_3x3=False,
+  ),
+  *_series(
+    "plain_imagenet",
+    {18: ("", "1.8 G"), 34: ("", "3.6 G")},
+    _HE,
+    conv_bias=False,
+  ),
+  *_series(
+    "vgg",
+    {19: ("143,667,240", "19.6 G")},
+    f"{_TORCHVISION}, {_HE}",
+    norm="none",
+  ),
+  *_series("vgg", {19: ("143,678,248", "")}, _TORCHVISION),
+  *_series("alexnet", {8: ("61,100,840", "")}, _TORCHVISION),
+)
+
+
+@functools.cache
+def measure(network: Network) -> summary.Size:
+  """Counts a network's parameters and multiply-adds."""
+  config = base.get_config().model
+  config.update({"name": network.name, "depth": network.depth})
+  config.update(dict(network.overrides))
+  classes, size = (1000, 224) if network.is_large else (10, 32)
+  model = models.create_model(config, classes)
+  return summary.measure_size(model, (size, size, 3))
+
+
+def row(network: Network) -> str:
+  """A network's line of the table."""
+  measured = measure(network)
+  billions, millions = (
+    f"{measured.multiply_adds / 1e9:.2f} G",
+    f"{measured.multiply_adds / 1e6:.1f} M",
+  )
+  cells = [
+    network.title,
+    str(network.depth),
+    f"{measured.trainable:,}",
+    network.published[0],
+    billions if network.is_large else millions,
+    network.published[1],
+    network.source,
+  ]
+  return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+HEADER = (
+  "| network | depth | parameters | published | multiply-adds | published |"
+  " source |\n| --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+TABLES = {"large networks": LARGE, "small networks": SMALL}

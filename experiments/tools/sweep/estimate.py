@@ -1,0 +1,175 @@
+"""What a sweep will cost, before it is run."""
+
+import datetime
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.tools import timing
+from experiments.tools.sweep import overview
+from experiments.tools.sweep.definition import Cell
+from resnet_flax import data, models, step as step_lib
+from resnet_flax.run import errors, folder as workdir_lib, metrics
+from resnet_flax.tools import summary
+
+_COLUMNS = (
+  *("epochs", "parameters", "FLOPs/image", "images", "TFLOP", "time", "cell"),
+)
+# Forward, and backward for the inputs and for the weights.
+_TRAINING = 3
+# By which the speed is taken where none is known.
+_WARM_UP_STEPS, _TIMED_STEPS = 2, 8
+
+
+def table(
+  cells: Sequence[Cell], measured: Sequence[pathlib.Path], gpus: int = 1
+) -> str:
+  """The cells with what is left to be done for them.
+
+  Times are what is left of FLOPs over the median FLOP/s of what has been
+  measured: of epochs of these cells and of other runs; without any, of a few
+  training steps of the smallest cell, taken here and now. They leave out
+  starting, compiling and preparing data.
+
+  Args:
+    cells: of the sweep.
+    measured: workdirs of other runs, on the same machine.
+    gpus: of a cell; at least 1, which stands for the CPU, too.
+
+  Returns:
+    For each cell its finished epochs, trainable parameters, FLOPs of one
+    image's forward pass, images to be trained on in all epochs, and for the
+    epochs that are left 10^12 FLOPs (training and evaluation) and an estimate
+    of the time; the sums at the end.
+
+  Raises:
+    WorkdirError: a workdir cannot be read, or holds another run.
+  """
+  rates = _rates(cells, measured)
+  rate = statistics.median(rates) if rates else rate_now(cells, gpus)
+  rows: list[Sequence[str]] = [_COLUMNS]
+  total = 0.0
+  for cell in cells:
+    overview.is_finished(cell)  # Checks that it is the same run.
+    config = cell.config
+    done = len(metrics.MetricsLog(cell.workdir).read())
+    left = (config.num_epochs - done) * _flops_of_epoch(config)
+    total += left
+    size = _size(config)
+    rows.append(
+      (
+        f"{done}/{config.num_epochs}",
+        f"{size.trainable:,}",
+        f"{2 * size.multiply_adds:,}",
+        f"{config.num_epochs * _images_of_epoch(config):,}",
+        f"{left / 1e12:.1f}",
+        _time(left, rate),
+        cell.name,
+      )
+    )
+  if rates:
+    basis = f"the median of {len(rates)} measured"
+    basis += f" {'run' if len(rates) == 1 else 'runs'}"
+  else:
+    basis = (
+      "what some steps of the smallest cell have just reached here"
+      " (--measured=WORKDIR takes a run's speed)"
+    )
+  return (
+    f"{overview.align(rows)}\n{len(cells)} cells, {total / 1e12:.1f} TFLOP"
+    f" left, {_time(total, rate)} one after the other: an estimate, at"
+    f" {rate / 1e9:.1f} GFLOP/s, {basis}; starting and compiling not counted."
+  )
+
+
+def _rates(
+  cells: Sequence[Cell], measured: Iterable[pathlib.Path]
+) -> list[float]:
+  """FLOP/s in training of every run that has an epoch."""
+  runs = [(cell.workdir, cell.config) for cell in cells]
+  for workdir in measured:
+    runs.append((workdir, workdir_lib.load_config(workdir)))
+    if not metrics.MetricsLog(workdir).read():
+      raise errors.WorkdirError(
+        f"--measured={workdir}: the run there has no finished epoch yet."
+      )
+  return [
+    statistics.median(record["images_per_second"] for record in records)
+    * _TRAINING
+    * 2
+    * _size(config).multiply_adds
+    for workdir, config in runs
+    if (records := metrics.MetricsLog(workdir).read())
+  ]
+
+
+def rate_now(cells: Sequence[Cell], gpus: int) -> float:
+  """FLOP/s of some training steps of the smallest cell, on noise.
+
+  Steps are called one by one, which on accelerators is slower than training.
+
+  Args:
+    cells: of the sweep.
+    gpus: see `table`.
+  """
+  config = min(
+    (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds
+  )
+  experiment = step_lib.build(config)
+  prepared = timing.prepare(
+    config,
+    experiment,
+    *timing.noise(
+      config.batch_size,
+      experiment.image_shape,
+      step_lib.num_classes(config),
+    ),
+    devices=jax.devices()[:gpus],
+  )
+  for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
+    started = time.perf_counter()
+    prepared.train(itertools.repeat(prepared.batch, steps))
+    seconds = time.perf_counter() - started
+  images = _TIMED_STEPS * config.batch_size * config.num_seeds
+  return images / seconds * _TRAINING * 2 * _size(config).multiply_adds
+
+
+def _images_of_epoch(config: ConfigDict) -> int:
+  """Images that are trained on in an epoch, each seed's counted."""
+  steps = data.num_train_examples(config.dataset) // config.batch_size
+  return config.num_seeds * steps * config.batch_size
+
+
+def _flops_of_epoch(config: ConfigDict) -> float:
+  """Of training and evaluation, each seed's counted."""
+  info = data.info(config.dataset)
+  evaluated = info.num_test + config.dataset.validation_examples
+  passes = _TRAINING * _images_of_epoch(config) + config.num_seeds * evaluated
+  return 2.0 * _size(config).multiply_adds * passes
+
+
+def _size(config: ConfigDict) -> summary.Size:
+  info = data.info(config.dataset)
+  return _size_of(config.model.to_json(), info.num_classes, info.image_shape)
+
+
+@functools.cache
+def _size_of(
+  model: str, num_classes: int, image_shape: tuple[int, int, int]
+) -> summary.Size:
+  """Cells often differ in their seeds alone, and tracing takes seconds."""
+  config = ConfigDict(json.loads(model))
+  return summary.measure_size(
+    models.create_model(config, config.num_classes or num_classes), image_shape
+  )
+
+
+def _time(flops: float, rate: float) -> str:
+  return str(datetime.timedelta(seconds=round(flops / rate)))

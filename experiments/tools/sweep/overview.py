@@ -1,0 +1,226 @@
+"""Where the cells of a sweep stand: on a terminal a table, elsewhere lines."""
+
+import dataclasses
+import enum
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from experiments.tools.sweep import task
+from experiments.tools.sweep.definition import Cell
+from resnet_flax.run import errors, folder as workdir_lib, metrics
+
+_COLUMNS = (
+  *("state", "tries", "epochs", "test accuracy", "best", "images/s", "left"),
+  "cell",
+)
+
+
+class State(enum.StrEnum):
+  """What has become of a cell; on a terminal they are shown in this order."""
+
+  RUNNING = enum.auto()
+  FAILED = enum.auto()
+  STOPPED = enum.auto()
+  WAITING = enum.auto()
+  FINISHED = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+  """Where a cell stands, as its files tell.
+
+  Attributes:
+    state: what has become of it.
+    tries: how many times this sweep has started it.
+    num_epochs: of the whole run.
+    records: of the finished epochs.
+    best: the best of the records, if there is one.
+    left: the time that its program says is left; '' where it says none.
+  """
+
+  state: State
+  tries: int
+  num_epochs: int
+  records: Sequence[metrics.Record]
+  best: metrics.Record | None
+  left: str
+
+  def row(self, name: str) -> tuple[str, ...]:
+    """Its row of the table."""
+    last = self.records[-1] if self.records else None
+    return (
+      self.state,
+      str(self.tries or ""),
+      f"{len(self.records)}/{self.num_epochs}",
+      _accuracy(last),
+      _accuracy(self.best),
+      f"{last['images_per_second']:.0f}" if last else "",
+      self.left,
+      name,
+    )
+
+  def line(self, name: str) -> str:
+    """The same as a line of a log."""
+    parts = [str(self.state), f"epochs {len(self.records)}/{self.num_epochs}"]
+    if self.tries > 1:
+      parts[0] += f" (try {self.tries})"
+    if self.records:
+      last = self.records[-1]
+      parts.append(f"test accuracy {_accuracy(last)}")
+      parts.append(f"{last['images_per_second']:.0f} images/s")
+    if self.left:
+      parts.append(f"{self.left} left")
+    return f"{name}: {', '.join(parts)}"
+
+
+def is_finished(cell: Cell) -> bool:
+  """Whether nothing is left to be done for a cell.
+
+  Raises:
+    WorkdirError: its workdir holds a run of another configuration.
+  """
+  if not (cell.workdir / "config.json").exists():
+    return False
+  try:
+    workdir_lib.check_same(cell.workdir, cell.config)
+  except errors.WorkdirError as error:
+    raise errors.WorkdirError(f"cell {cell.name}: {error}") from error
+  records = metrics.MetricsLog(cell.workdir).read()
+  return len(records) == cell.config.num_epochs
+
+
+class Observer:
+  """Reads where cells stand, from now on.
+
+  Args:
+    cells: of the sweep.
+  """
+
+  def __init__(self, cells: Iterable[Cell]):
+    # The log of an earlier sweep says nothing about this one.
+    self._seen = {
+      cell.name: cell.log.stat().st_size if cell.log.exists() else 0
+      for cell in cells
+    }
+
+  def status(self, cell: Cell, ended: State | None) -> Status:
+    """Where a cell stands.
+
+    Args:
+      cell: one of them.
+      ended: what has become of it, if it has ended.
+    """
+    text = self._log(cell)
+    tries = len(re.findall(f"^{task.STARTED}", text, re.MULTILINE))
+    records = metrics.MetricsLog(cell.workdir).read()
+    monitor = cell.config.checkpoint.monitor
+    left = ""
+    if ended is None:
+      found = re.findall(r"(\S.*) left$", text, re.MULTILINE)
+      left = re.split("[,;] ", found[-1])[-1] if found else ""
+    return Status(
+      state=ended or (State.RUNNING if tries else State.WAITING),
+      tries=tries,
+      num_epochs=cell.config.num_epochs,
+      records=records,
+      best=metrics.best_record(records, monitor) if records else None,
+      left=left,
+    )
+
+  def last_line(self, cell: Cell) -> str:
+    """What a cell has said last: where it failed, why."""
+    lines = [line for line in self._log(cell).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+  def _log(self, cell: Cell) -> str:
+    if not cell.log.exists():
+      return ""
+    with cell.log.open("rb") as file:
+      file.seek(self._seen[cell.name])
+      return file.read().decode(errors="replace")
+
+
+class Overview:
+  """Shows where all cells stand, while they run; a context manager.
+
+  Args:
+    console: on a terminal, a table is drawn again and again; elsewhere a line
+      is printed when a cell's state, tries or epochs change.
+  """
+
+  def __init__(self, console: Console | None = None):
+    self._console = console or Console(file=sys.stderr, soft_wrap=True)
+    # Gone at the end: what became of the cells is printed then.
+    self._live = Live(console=self._console, auto_refresh=False, transient=True)
+    self._shown: dict[str, tuple[Any, ...]] = {}
+
+  def show(self, statuses: Mapping[str, Status]) -> None:
+    """Shows the cells' states, by name."""
+    if self._console.is_terminal:
+      # What goes on first, in case the window is too low for all.
+      order = list(State)
+      rows = sorted(
+        statuses.items(), key=lambda item: order.index(item[1].state)
+      )
+      text = f"{summary(statuses.values())}\n{table(dict(rows))}"
+      self._live.update(
+        Text(text, no_wrap=True, overflow="ellipsis"), refresh=True
+      )
+      return
+    for name, status in statuses.items():
+      now = (status.state, status.tries, len(status.records))
+      if self._shown.get(name) != now:
+        self._shown[name] = now
+        print(status.line(name), file=self._console.file, flush=True)
+
+  def __enter__(self) -> "Overview":
+    if self._console.is_terminal:
+      self._live.start()
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._live.stop()
+
+
+def summary(statuses: Iterable[Status]) -> str:
+  """How many cells there are in each state, in a line."""
+  states = [status.state for status in statuses]
+  counts = ", ".join(
+    f"{states.count(state)} {state}" for state in State if state in states
+  )
+  return f"{len(states)} cells: {counts}"
+
+
+def table(statuses: Mapping[str, Status]) -> str:
+  """The cells, by name, as a table."""
+  return align(
+    [_COLUMNS, *(status.row(name) for name, status in statuses.items())]
+  )
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+  """Rows of text in columns; the last is left as long as it is."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  widths[-1] = 0
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+    ).rstrip()
+    for row in rows
+  )
+
+
+def _accuracy(record: metrics.Record | None) -> str:
+  """On the test split; with several seeds, mean and standard deviation."""
+  if record is None:
+    return ""
+  text = f"{record['test_accuracy']:.4f}"
+  if "test_accuracy_std" in record:
+    text += f" ± {record['test_accuracy_std']:.4f}"
+  return text

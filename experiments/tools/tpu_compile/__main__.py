@@ -1,0 +1,66 @@
+"""Compiles the steps of an experiment for TPUs, on a machine without one.
+
+  python -m experiments.tpu_compile --config=configs/v1_depth20.py
+    [--config.model.depth=110 ...] --topology=v5e:2x4
+    [--out=experiments/tpu_compile/results.json]
+
+Prints what came out, as JSON. The TPU compiler, libtpu, comes with the extra
+`tpu-aot`; a step takes it minutes. With --out the result is put into a file of
+records, in the place of an earlier one of the same arguments and topology;
+`python -m experiments.tools.tpu_compile.table` writes tables from it.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+
+import jax
+from absl import flags
+
+from experiments.tools.tpu_compile import compilation, records
+from resnet_flax.run import command_line, environment, errors, process
+
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "Generation and chips in each direction, such as v5e:2x4."
+)
+_OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
+
+
+def main(argv: list[str]) -> None:
+  """Compiles, prints and records."""
+  del argv
+  # Neither a TPU nor Google's servers are looked for.
+  jax.config.update("jax_platforms", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # There is no TPU that only one process may use.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  command_line.set_up()
+  config, _ = command_line.config_and_workdir()
+  if not _TOPOLOGY.value:
+    raise errors.ConfigError("no --topology, for example --topology=v5e:2x4.")
+  out = pathlib.Path(_OUT.value) if _OUT.value else None
+  if out:
+    # A file that cannot be added to is found before minutes have passed.
+    records.read(out)
+  # A cache would answer for the compiler.
+  jax.config.update("jax_enable_compilation_cache", False)
+  devices = compilation.topology_devices(_TOPOLOGY.value)
+  described = environment.describe(devices)
+  described["libraries"]["libtpu"] = importlib.metadata.version("libtpu")
+  result = {
+    "arguments": records.arguments(sys.argv),
+    **compilation.describe(
+      config, _TOPOLOGY.value, devices, devices[0].num_cores
+    ),
+    "environment": described,
+  }
+  print(json.dumps(result, indent=2))
+  if out:
+    records.add(out, result)
+  compilation.check_transfers(result)
+
+
+if __name__ == "__main__":
+  process.run(main)

@@ -1,0 +1,294 @@
+"""The training and the evaluation step, compiled without their devices.
+
+What is traced is what training and evaluation trace; only the arrays are
+shapes.
+"""
+
+import functools
+import importlib.util
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from experiments.tools.tpu_compile import chips, hlo
+from resnet_flax import data, step as step_lib
+from resnet_flax.data import randomness
+from resnet_flax.parallel import (
+  many_steps,
+  mesh as mesh_lib,
+  networks,
+  program,
+)
+from resnet_flax.run import errors, rules
+from resnet_flax.tools import summary
+
+STEPS = ("train", "eval")
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+  """The devices of a slice, as its compiler describes them.
+
+  Args:
+    topology: see `chips.of_topology`.
+
+  Raises:
+    ConfigError: it is not known, or libtpu is missing.
+  """
+  chip = chips.of_topology(topology)
+  if importlib.util.find_spec("libtpu") is None:
+    raise errors.ConfigError(
+      f"--topology={topology} needs the TPU compiler, libtpu, which is not"
+      " installed: pip install -c constraints.txt -e '.[tpu-aot]' (no TPU is"
+      " needed)."
+    )
+  try:
+    described = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, chip_config_name=chip.config
+    )
+  except RuntimeError as error:
+    raise chips.unknown(topology, errors.one_line(error)) from error
+  return list(described.devices)
+
+
+def trace(
+  config: ConfigDict, devices: Sequence[jax.Device]
+) -> dict[str, jax.stages.Traced]:
+  """Both steps, of one call's networks where there are several seeds.
+
+  Args:
+    config: every key of `configs/base.py`.
+    devices: to be compiled for; they need not exist.
+
+  Returns:
+    The traced functions by `STEPS`.
+
+  Raises:
+    ConfigError: a value that cannot be used, for example a batch that the
+      devices do not divide.
+  """
+  rules.check(config, num_devices=len(devices))
+  rules.check_labels(config)
+  experiment = step_lib.build(config)
+  layout = networks.Layout.create(config, devices, _execution(config))
+  one = ConfigDict(config.to_dict() | {"num_seeds": 1})
+  state = layout.shapes(step_lib.abstract_state(one, experiment))
+  key = layout.shapes(
+    jax.eval_shape(
+      lambda: randomness.device_key(0, randomness.Purpose.AUGMENTATION)
+    )
+  )
+  if config.steps_per_call > 1:
+    steps = experiment.learning_rate.steps_per_epoch
+    order = layout.batch_shape((config.batch_size, steps), np.int32)
+    traced = program.trace(
+      functools.partial(many_steps.train_steps, experiment),
+      layout,
+      (state, order, key),
+      (*_split_shapes(config, experiment, layout), np.int32(0)),
+      donate=True,
+    )
+  else:
+    traced = program.trace(
+      functools.partial(step_lib.train_step, experiment),
+      layout,
+      program.step_arguments(experiment, state, config.batch_size, key, layout),
+      donate=True,
+    )
+  sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
+  batch = [
+    jax.ShapeDtypeStruct(
+      (eval_batch_size(config, layout), *shape), dtype, sharding=sharding
+    )
+    for shape, dtype in (
+      (experiment.image_shape, np.uint8),
+      ((), np.int32),
+      ((), np.bool_),
+    )
+  ]
+  eval_step = functools.partial(step_lib.eval_step, experiment)
+  jitted = jax.jit(layout.of_chunk(eval_step, num_shared=3))
+  scored = jitted.trace(state.chunks[0], *batch)
+  return {"train": traced, "eval": scored}
+
+
+def _split_shapes(
+  config: ConfigDict, experiment: step_lib.Experiment, layout: networks.Layout
+) -> list[jax.ShapeDtypeStruct]:
+  """A copy of the training split on every device, as shapes."""
+  count = data.num_train_examples(config.dataset)
+  sharding = mesh_lib.sharding(layout.mesh)
+  return [
+    jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
+    for shape, dtype in ((experiment.image_shape, np.uint8), ((), np.int32))
+  ]
+
+
+def facts(config: ConfigDict) -> dict[str, Any]:
+  """What a table shows of a configuration besides its overrides."""
+  keys = ("name", "depth", "dtype", "input_size")
+  return {key: config.model[key] for key in keys}
+
+
+def eval_batch_size(config: ConfigDict, layout: networks.Layout) -> int:
+  """Images of an evaluation call: as configured, or a few more."""
+  num_devices = layout.mesh.shape[mesh_lib.DATA]
+  return -(-config.eval_batch_size // num_devices) * num_devices
+
+
+def _execution(config: ConfigDict) -> str:
+  # Which is faster shows only where there are devices.
+  automatic = config.seed_execution == "auto"
+  return "in_turn" if automatic else config.seed_execution
+
+
+def describe(
+  config: ConfigDict, topology: str, devices: Sequence[jax.Device], cores: int
+) -> dict[str, Any]:
+  """Compiles both steps and says what came out.
+
+  Args:
+    config: every key of `configs/base.py`.
+    topology: the name of the devices.
+    devices: from `topology_devices`.
+    cores: TensorCores of a device.
+
+  Returns:
+    `topology`, `device_kind`, `num_devices`, `memory_bytes` (HBM of a device),
+    `config` (see `facts`), and for each of `STEPS` what `describe_step` returns
+    with `compile_seconds`, `images_per_device`, `model_flops` (twice the
+    multiply-adds of convolutions and dense layers, of a device's images), the
+    `roofline` (see `chips.roofline`) and for training `state_arrays`, how many
+    a state has.
+  """
+  chip = chips.of_topology(topology)
+  # Traced before anything is compiled: mistakes show first.
+  traced = trace(config, devices)
+  layout = networks.Layout.create(config, devices, _execution(config))
+  experiment = step_lib.build(config)
+  multiply_adds = summary.measure_size(
+    experiment.model, experiment.image_shape
+  ).multiply_adds
+  images = {
+    "train": config.batch_size,
+    "eval": eval_batch_size(config, layout),
+  }
+  result: dict[str, Any] = {
+    "topology": topology,
+    "device_kind": devices[0].device_kind,
+    "num_devices": len(devices),
+    "memory_bytes": chip.memory_bytes * cores / chip.num_cores,
+    "config": facts(config),
+  }
+  for name in STEPS:
+    at_once = layout.chunk_size // layout.mesh.shape[mesh_lib.SEED]
+    per_device = images[name] // layout.mesh.shape[mesh_lib.DATA]
+    started = time.perf_counter()
+    compiled = traced[name].lower().compile()
+    seconds = time.perf_counter() - started
+    step = describe_step(compiled)
+    # Forward, and as much again for each of a layer's two gradients.
+    passes = 3 if name == "train" else 1
+    step |= {
+      "compile_seconds": seconds,
+      "images_per_device": per_device,
+      "model_flops": 2 * multiply_adds * passes * per_device * at_once,
+    }
+    step["roofline"] = chips.roofline(
+      chip,
+      cores,
+      # XLA counts a loop's body once.
+      max(step["flops"], step["model_flops"]),
+      step["bytes_accessed"],
+    )
+    if name == "train":
+      step["state_arrays"] = len(jax.tree.leaves(traced[name].in_avals[0][0]))
+    result[name] = step
+  return result
+
+
+def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
+  """What a compiled program is, on each device.
+
+  Returns:
+    `memory` in bytes: `arguments`, `results`, `aliased` (results that are
+      written over arguments), `temporary`, `program`, and their `total`.
+    `flops` and `bytes_accessed` of XLA's cost analysis. The latter counts what
+      each fusion reads and writes, in whatever memory it is.
+    `collectives`, with equal ones put together: `kind`, `arrays`, `bytes`,
+      `count` and the `op_name` of the first.
+    `collective_count` and `collective_bytes` of them all.
+    `convolutions`, `loops`, `custom_calls` and `host_transfers`.
+    `convolution_padding`: see `hlo.Module.convolution_padding`.
+    `aliased_arrays`: how many results are written over arguments.
+  """
+  memory = compiled.memory_analysis()
+  cost = compiled.cost_analysis()
+  assert memory is not None  # CPUs, GPUs and TPUs all have both.
+  assert cost is not None
+  module = hlo.parse(compiled.as_text() or "")
+  collectives = module.collectives()
+  sizes = {
+    "arguments": memory.argument_size_in_bytes,
+    "results": memory.output_size_in_bytes,
+    "aliased": memory.alias_size_in_bytes,
+    "temporary": memory.temp_size_in_bytes,
+    "program": memory.generated_code_size_in_bytes,
+  }
+  sizes["total"] = sum(sizes.values()) - 2 * sizes["aliased"]
+  return {
+    "memory": sizes,
+    "flops": cost["flops"],
+    "bytes_accessed": cost["bytes accessed"],
+    "collectives": _grouped(collectives),
+    "collective_count": sum(each.executions for each in collectives),
+    "collective_bytes": sum(
+      each.executions * each.num_bytes for each in collectives
+    ),
+    "convolutions": module.count("convolution"),
+    "loops": module.count("while"),
+    "custom_calls": module.custom_calls(),
+    "host_transfers": module.host_transfers(),
+    "convolution_padding": module.convolution_padding(),
+    "aliased_arrays": module.num_aliased(),
+  }
+
+
+def check_transfers(described: dict[str, Any]) -> None:
+  """Checks that nothing goes through the host while a step runs.
+
+  Args:
+    described: from `describe`.
+
+  Raises:
+    UserError: something does.
+  """
+  for step in STEPS:
+    transfers = described[step]["host_transfers"]
+    if transfers:
+      raise errors.UserError(
+        f"the {step} step has {len(transfers)} transfers to or from the host,"
+        f" such as {transfers[0]}, which stop the device. Take out of the model"
+        " and the metrics what makes them, such as callbacks and prints."
+      )
+
+
+def _grouped(collectives: Sequence[hlo.Collective]) -> list[dict[str, Any]]:
+  groups: dict[tuple[str, int, int], dict[str, Any]] = {}
+  for each in collectives:
+    group = groups.setdefault(
+      (each.kind, each.arrays, each.num_bytes),
+      {
+        "kind": each.kind,
+        "arrays": each.arrays,
+        "bytes": each.num_bytes,
+        "count": 0,
+        "op_name": each.op_name,
+      },
+    )
+    group["count"] += each.executions
+  return list(groups.values())

@@ -1,0 +1,49 @@
+"""Lowers the steps of an experiment for GPUs, on a machine without one.
+
+  python -m experiments.tools.tpu_compile.cuda --config=configs/v1_depth20.py
+    [--config.model.depth=110 ...] [--devices=4]
+    [--out=experiments/tpu_compile/cuda.json]
+
+XLA's compiler for GPUs needs one. What it is given does not: the StableHLO that
+JAX lowers for the platform `cuda`, as `jax.export` does.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+from absl import flags
+
+from experiments.tools.tpu_compile import compilation, lowering, records
+from resnet_flax.run import command_line, environment, errors, process
+
+_DEVICES = flags.DEFINE_integer("devices", 4, "GPUs that share a batch.")
+_OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
+
+
+def main(argv: list[str]) -> None:
+  """Lowers, prints and records."""
+  del argv
+  if _DEVICES.value < 1:
+    raise errors.ConfigError(
+      f"--devices={_DEVICES.value} cannot be used; needed: at least 1."
+    )
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+  command_line.set_up()
+  config, _ = command_line.config_and_workdir()
+  result = {
+    "arguments": records.arguments(sys.argv),
+    "topology": f"cuda:{_DEVICES.value}",
+    "config": compilation.facts(config),
+    **lowering.describe(config, jax.devices()),
+    "environment": environment.describe([]),
+  }
+  print(json.dumps(result, indent=2))
+  if _OUT.value:
+    records.add(pathlib.Path(_OUT.value), result)
+
+
+if __name__ == "__main__":
+  process.run(main)

@@ -1,0 +1,50 @@
+"""The steps as JAX lowers them for GPUs, which needs none."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jaxlib.mlir import ir
+from ml_collections import ConfigDict
+
+from experiments.tools.tpu_compile import compilation
+
+
+def describe(
+  config: ConfigDict, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
+  """Lowers both steps for GPUs and says what is in them.
+
+  Args:
+    config: every key of `configs/base.py`.
+    devices: as many as there would be GPUs; of what kind does not matter.
+
+  Returns:
+    For each of `compilation.STEPS` its `convolutions`, `dots` (products of
+    matrices) and `loops`, as they stand in the program, and `custom_calls`,
+    which are not of StableHLO, by target.
+
+  Raises:
+    ConfigError: a value that cannot be used.
+  """
+  result = {}
+  for name, traced in compilation.trace(config, devices).items():
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    names: collections.Counter[str] = collections.Counter()
+    targets: collections.Counter[str] = collections.Counter()
+
+    def visit(operation, names=names, targets=targets):
+      names[operation.name] += 1
+      if operation.name == "stablehlo.custom_call":
+        targets[str(operation.attributes["call_target_name"]).strip('"')] += 1
+      return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    result[name] = {
+      "convolutions": names["stablehlo.convolution"],
+      "dots": names["stablehlo.dot_general"],
+      "loops": names["stablehlo.while"],
+      "custom_calls": dict(sorted(targets.items())),
+    }
+  return result

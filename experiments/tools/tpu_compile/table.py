@@ -1,0 +1,176 @@
+"""Writes the README's tables from the records.
+
+python -m experiments.tools.tpu_compile.table
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from experiments.tools import markers
+from experiments.tools.tpu_compile import compilation, hlo, records
+
+_FOLDER = pathlib.Path(__file__).parent
+README = _FOLDER / "README.md"
+RESULTS = _FOLDER / "results.json"
+CUDA_RESULTS = _FOLDER / "cuda.json"
+
+_COMMAND = "python -m experiments.tools.tpu_compile.table"
+
+
+# What has columns of its own.
+_SHOWN = (
+  *("batch_size", "eval_batch_size"),
+  *("model.name", "model.depth", "model.dtype"),
+)
+
+
+def _title(record: records.Record) -> list[str]:
+  """What was compiled: the network with its overrides, and the devices."""
+  config = record["config"]
+  words = [f"{config['name']} {config['depth']}"]
+  if config["input_size"]:
+    words.append(f"{config['input_size']}x{config['input_size']}")
+  for argument in record["arguments"]:
+    _, _, override = argument.partition("--config.")
+    if override and override.partition("=")[0] not in _SHOWN:
+      words.append(override.removeprefix("model."))
+  return [", ".join(words), config["dtype"], record["topology"]]
+
+
+def steps_table(results: Sequence[records.Record]) -> str:
+  """Both steps of each record: compilation, memory and the roofline.
+
+  Args:
+    results: from `records.read`.
+  """
+  header = (
+    *("network", "dtype", "topology", "step", "images/device", "compile s"),
+    *("MB/device", "of HBM", "temporary MB", "GFLOP", "GFLOP of layers"),
+    *("GB moved", "roofline ms", "bound by"),
+  )
+  rows = []
+  for record in results:
+    for name in compilation.STEPS:
+      step = record[name]
+      memory, roofline = step["memory"], step["roofline"]
+      memory_bound = roofline["memory_seconds"] > roofline["compute_seconds"]
+      # XLA's cost analysis counts the body of a loop over blocks once.
+      at_least = (
+        "≥ " if "--config.model.scan=true" in record["arguments"] else ""
+      )
+      rows.append(
+        [
+          *_title(record),
+          name,
+          str(step["images_per_device"]),
+          f"{step['compile_seconds']:.0f}",
+          f"{memory['total'] / 1e6:.1f}",
+          f"{memory['total'] / record['memory_bytes']:.2%}",
+          f"{memory['temporary'] / 1e6:.1f}",
+          f"{at_least}{step['flops'] / 1e9:.2f}",
+          f"{step['model_flops'] / 1e9:.2f}",
+          f"{at_least}{step['bytes_accessed'] / 1e9:.3f}",
+          f"{at_least}{roofline['seconds'] * 1e3:.3f}",
+          "memory" if memory_bound else "arithmetic",
+        ]
+      )
+  return _table(header, rows)
+
+
+def program_table(results: Sequence[records.Record]) -> str:
+  """Both steps of each record: what the program consists of.
+
+  Args:
+    results: from `records.read`.
+  """
+  header = (
+    *("network", "dtype", "topology", "step", "collectives", "kB in them"),
+    *("host transfers", "custom calls", "convolutions", "loops", "padding"),
+    *("state overwritten", "MB of it"),
+  )
+  rows = []
+  for record in results:
+    for name in compilation.STEPS:
+      step = record[name]
+      arrays = step.get("state_arrays")
+      rows.append(
+        [
+          *_title(record),
+          name,
+          _collectives(step) or "none",
+          f"{step['collective_bytes'] / 1e3:.1f}",
+          str(len(step["host_transfers"])),
+          ", ".join(step["custom_calls"]) or "none",
+          str(step["convolutions"]),
+          str(step["loops"]),
+          f"{step['convolution_padding']:.2f}",
+          f"{step['aliased_arrays']} of {arrays} arrays" if arrays else "",
+          f"{step['memory']['aliased'] / 1e6:.2f}" if arrays else "",
+        ]
+      )
+  return _table(header, rows)
+
+
+def cuda_table(results: Sequence[records.Record]) -> str:
+  """What is lowered for GPUs.
+
+  Args:
+    results: from `records.read`.
+  """
+  header = (
+    *("network", "dtype", "devices", "step", "convolutions", "dots", "loops"),
+    "custom calls",
+  )
+  rows = [
+    [
+      *_title(record),
+      name,
+      *(str(record[name][key]) for key in ("convolutions", "dots", "loops")),
+      ", ".join(record[name]["custom_calls"]) or "none",
+    ]
+    for record in results
+    for name in compilation.STEPS
+  ]
+  return _table(header, rows)
+
+
+def _collectives(step: records.Record) -> str:
+  counts = {
+    kind: sum(e["count"] for e in step["collectives"] if e["kind"] == kind)
+    for kind in hlo.COLLECTIVES
+  }
+  return ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def with_tables(text: str) -> str:
+  """The README's text with the tables of the committed records.
+
+  Args:
+    text: with a pair of markers for each table.
+
+  Raises:
+    ValueError: the markers are not there.
+  """
+  results = records.read(RESULTS)
+  tables = {
+    "steps": steps_table(results),
+    "programs": program_table(results),
+    "gpu": cuda_table(records.read(CUDA_RESULTS)),
+  }
+  for name, table in tables.items():
+    text = markers.replace(text, name, _COMMAND, table)
+  return text
+
+
+def main() -> None:
+  """Replaces the tables between their markers."""
+  README.write_text(with_tables(README.read_text()))
+
+
+if __name__ == "__main__":
+  main()

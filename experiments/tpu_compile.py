@@ -1,0 +1,6 @@
+"""Compiles for TPUs: `python -m experiments.tpu_compile`; see tools/tpu_compile."""
+
+import runpy
+
+if __name__ == "__main__":
+  runpy.run_module("experiments.tools.tpu_compile", run_name="__main__")

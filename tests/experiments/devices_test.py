@@ -1,0 +1,55 @@
+"""The measurement of several devices, with steps that take fixed times."""
+
+import types
+
+import pytest
+
+from experiments.devices import measurement
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+  """What was prepared; a step takes a second, and another on every device."""
+  now = [0.0]
+  prepared = []
+
+  class Resident:
+    def __init__(self, num_devices):
+      self._num_devices = num_devices
+
+    def train(self, batches):
+      now[0] += (1 + self._num_devices) * len(list(batches))
+      # A loss that depends on the number of devices, by rounding.
+      loss = 10.0 * (1 + 1e-7 * (self._num_devices - 1))
+      return [types.SimpleNamespace(loss=loss, count=5)]
+
+  def prepare_on_data(config, devices):
+    prepared.append((config.batch_size, len(devices)))
+    return Resident(len(devices)), lambda epoch: iter(range(1000))
+
+  monkeypatch.setattr(measurement, "prepare_on_data", prepare_on_data)
+  monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+  return prepared
+
+
+def test_each_batch_is_trained_on_its_devices_and_on_one(tiny_config, prepared):
+  measured = measurement.measure(
+    tiny_config, [1, 3], per_device=4, rounds=2, steps=5
+  )
+  assert prepared == [(4, 1), (12, 1), (12, 3)]
+  one, three = measured
+  assert (one["devices"], one["batch_size"]) == (1, 4)
+  assert one["images_per_second"] == one["alone"] == [2.0, 2.0]
+  assert one["loss_differences"] == [0] * 4
+  assert (three["devices"], three["batch_size"]) == (3, 12)
+  assert three["images_per_second"] == [3.0, 3.0]
+  assert three["alone"] == [6.0, 6.0]
+  assert three["loss_differences"] == pytest.approx([2e-7] * 4, rel=1e-3)
+  assert measurement.table(measured).splitlines()[2:] == [
+    "| 1 | 4 | 2 | 1.00 (1.00–1.00) | 1.00 (1.00–1.00) |"
+    " 0e+00, 0e+00, 0e+00, 0e+00 |",
+    "| 3 | 12 | 3 | 0.50 (0.50–0.50) | 1.50 (1.50–1.50) |"
+    " 2e-07, 2e-07, 2e-07, 2e-07 |",
+  ]
+  # The experiment's own batch size is left alone.
+  assert tiny_config.batch_size == 8
