@@ -1,4 +1,4 @@
-"""Writes tables of networks: `python -m experiments.networks`; see tools/networks."""
+"""Writes the tables of networks; see tools/networks."""
 
 import runpy
 

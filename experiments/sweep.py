@@ -1,4 +1,4 @@
-"""Runs a sweep: `python -m experiments.sweep`; see tools/sweep."""
+"""Runs a sweep; see tools/sweep."""
 
 import runpy
 

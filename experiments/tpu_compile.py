@@ -1,4 +1,4 @@
-"""Compiles for TPUs: `python -m experiments.tpu_compile`; see tools/tpu_compile."""
+"""Compiles for TPUs; see tools/tpu_compile."""
 
 import runpy
 

@@ -102,10 +102,10 @@ class Optimizer:
       return optax.apply_updates(params, updates), opt_state
 
     names = {link.partition("(")[0] for link in self.links}
-    run = grouping.apart
+    arguments = (grads, opt_state, params, learning_rate)
     if names <= _ARRAY_BY_ARRAY:
-      run = grouping.by_modules
-    return run(update, grads, opt_state, params, learning_rate)
+      return grouping.by_modules(update, *arguments)
+    return grouping.apart(update, *arguments)
 
   def penalty(self, params: PyTree) -> jax.Array:
     """The L2 term of the objective, float32[]: l2 * sum(w**2)."""

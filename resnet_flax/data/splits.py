@@ -25,14 +25,14 @@ def choose(
   held_out = order[:0]
   if num_held_out and labels is None:
     held_out = np.sort(rng.permutation(size)[:num_held_out])
-  elif num_held_out:
+  elif num_held_out and labels is not None:
     quotas = proportional_quotas(np.bincount(labels), num_held_out)
     held_out = draw(labels, quotas, rng)
   kept = np.setdiff1d(order, held_out)
   rng = randomness.host_rng(0, randomness.Purpose.TRAIN_SUBSET)
   if num_train < len(kept) and labels is None:
     kept = kept[np.sort(rng.permutation(len(kept))[:num_train])]
-  elif num_train < len(kept):
+  elif num_train < len(kept) and labels is not None:
     quotas = equal_quotas(np.bincount(labels[kept]), num_train)
     kept = kept[draw(labels[kept], quotas, rng)]
   return kept, held_out

@@ -66,7 +66,7 @@ def create(
     for batch in epoch_batches(
       split, config.batch_size, epoch, layout, first=first
     ):
-      yield Batch(1, (*batch, key), lambda batch=batch: batch)
+      yield Batch(1, (*batch, key), functools.partial(tuple, batch))
 
   return Program(step, batches)
 

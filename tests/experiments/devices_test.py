@@ -1,7 +1,5 @@
 """The measurement of several devices, with steps that take fixed times."""
 
-import types
-
 import pytest
 
 from experiments.devices import measurement
@@ -21,7 +19,7 @@ def prepared(monkeypatch):
       now[0] += (1 + self._num_devices) * len(list(batches))
       # A loss that depends on the number of devices, by rounding.
       loss = 10.0 * (1 + 1e-7 * (self._num_devices - 1))
-      return [types.SimpleNamespace(loss=loss, count=5)]
+      return [{"loss": loss, "count": 5}]
 
   def prepare_on_data(config, devices):
     prepared.append((config.batch_size, len(devices)))

@@ -2,7 +2,7 @@
 
   python -m experiments.tpu_compile --config=configs/v1_depth20.py
     [--config.model.depth=110 ...] --topology=v5e:2x4
-    [--out=experiments/tpu_compile/results.json]
+    [--out=experiments/tools/tpu_compile/results.jsonl]
 
 Prints what came out, as JSON. The TPU compiler, libtpu, comes with the extra
 `tpu-aot`; a step takes it minutes. With --out the result is put into a file of

@@ -2,7 +2,7 @@
 
   python -m experiments.tools.tpu_compile.cuda --config=configs/v1_depth20.py
     [--config.model.depth=110 ...] [--devices=4]
-    [--out=experiments/tpu_compile/cuda.json]
+    [--out=experiments/tools/tpu_compile/cuda.jsonl]
 
 XLA's compiler for GPUs needs one. What it is given does not: the StableHLO that
 JAX lowers for the platform `cuda`, as `jax.export` does.

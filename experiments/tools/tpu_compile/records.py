@@ -29,7 +29,9 @@ def read(path: pathlib.Path) -> list[Record]:
     WorkdirError: it is no such file, or cannot be read.
   """
   try:
-    results = json.loads(path.read_text())["results"]
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    for each in results:
+      each["topology"], each["arguments"]  # Or it is another file.
   except FileNotFoundError:
     if path.parent.is_dir():
       return []
@@ -62,12 +64,12 @@ def add(path: pathlib.Path, result: Record) -> None:
     return record["topology"], record["arguments"]
 
   results = read(path)
-  places = [key(each) for each in results]
-  if key(result) in places:
-    results[places.index(key(result))] = result
+  known = [key(each) for each in results]
+  if key(result) in known:
+    results[known.index(key(result))] = result
   else:
     results.append(result)
-  content = json.dumps({"results": results}, indent=1) + "\n"
+  content = "".join(json.dumps(each) + "\n" for each in results)
   try:
     folder.write_file(path, content.encode())
   except OSError as error:

@@ -11,8 +11,8 @@ from experiments.tools.tpu_compile import compilation, hlo, records
 
 _FOLDER = pathlib.Path(__file__).parent
 README = _FOLDER / "README.md"
-RESULTS = _FOLDER / "results.json"
-CUDA_RESULTS = _FOLDER / "cuda.json"
+RESULTS = _FOLDER / "results.jsonl"
+CUDA_RESULTS = _FOLDER / "cuda.jsonl"
 
 _COMMAND = "python -m experiments.tools.tpu_compile.table"
 

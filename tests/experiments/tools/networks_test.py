@@ -48,7 +48,7 @@ def test_line_is_what_the_command_writes(network):
 )
 def test_deep_ones_are_on_the_line_of_shallow_ones(network):
   """Each further block of a stage is as large as the one before."""
-  group = models.MODELS[network.name].depths.layers_per_group
+  group = models.MODELS[network.name].depths
   first, second = (
     table.measure(table.Network(network.name, depth, network.overrides))
     for depth in (2 + 2 * group, 2 + 3 * group)
@@ -78,7 +78,7 @@ def test_published_numbers(network):
 
 def test_every_model_is_in_a_table():
   assert {network.name for network in NETWORKS} == set(models.MODELS)
-  imagenet = models.MODELS["resnet_imagenet"].depths.sizes
+  imagenet = models.MODELS["resnet_imagenet"].depths
   assert {n.depth for n in NETWORKS if n.name == "resnet_imagenet"} == set(
     imagenet
   )
