@@ -71,7 +71,6 @@ def _find_cluster() -> Any:
     _COORDINATOR_ADDRESS.value,
     _NUM_PROCESSES.value,
     _PROCESS_ID.value,
-    timeout=_INITIALIZATION_TIMEOUT.value,
   )
 
 
