@@ -12,7 +12,6 @@ do at once what they are named after.
 
 import contextlib
 import ctypes
-import dataclasses
 import itertools
 import json
 import logging
@@ -20,7 +19,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -52,8 +51,6 @@ _LOST = (
 # How errors begin that are not about other processes.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
-_OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
-
 # Names what is exchanged: processes do the same in the same order.
 _numbers = itertools.count()
 
@@ -61,38 +58,26 @@ _numbers = itertools.count()
 # ---- Finding one another
 
 
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-  """How one process finds the others; JAX detects what is None.
-
-  Attributes:
-    num_processes: all of them.
-    process_id: this one's, from 0.
-    coordinator_address: HOST:PORT of process 0.
-    detection: JAX's `cluster_detection_method`.
-  """
+class Cluster(NamedTuple):
+  """How one process finds the others; JAX detects what is None."""
 
   num_processes: int
-  process_id: int | None = None
-  coordinator_address: str | None = None
-  detection: str | None = None
+  process_id: int | None = None  # From 0.
+  coordinator_address: str | None = None  # HOST:PORT of process 0.
+  detection: str | None = None  # JAX's `cluster_detection_method`.
 
 
-# Of launchers that JAX knows, which environment variables say how many there are
-# and which one this is, which others JAX needs, and JAX's method if it is not to
-# choose.
+_OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+_SLURM = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"}
+# The environment variables in which launchers that JAX knows say how many
+# processes there are and which one this is, others that JAX needs, and the
+# method of JAX where it does not choose it by itself.
 _LAUNCHERS: tuple[tuple[str, str, set[str], str | None], ...] = (
-  # Open MPI 4.
-  (*_OPEN_MPI, {"OMPI_MCA_orte_hnp_uri"}, None),
-  # Slurm's tasks; a batch script, which is one process, lacks the node list.
-  (
-    *("SLURM_NTASKS", "SLURM_PROCID"),
-    {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"},
-    None,
-  ),
-  # Other kinds of MPI.
+  (*_OPEN_MPI, {"OMPI_MCA_orte_hnp_uri"}, None),  # Open MPI 4.
+  # A batch script, which is one process, lacks the list of nodes.
+  ("SLURM_NTASKS", "SLURM_PROCID", _SLURM, None),
   (*_OPEN_MPI, set(), "mpi4py"),
-  ("PMI_SIZE", "PMI_RANK", set(), "mpi4py"),
+  ("PMI_SIZE", "PMI_RANK", set(), "mpi4py"),  # Other kinds of MPI.
 )
 
 
@@ -121,15 +106,10 @@ def find_cluster(
     size, rank, detection = _launched()
     count = size if count is None else count
     index = rank if index is None else index
-  if (address or None, count, index) == (None, None, None) or (
-    count == 1 and not index
-  ):
+  given: dict[str, Any] = {"coordinator_address": address or None}
+  given |= {"num_processes": count, "process_id": index}
+  if set(given.values()) == {None} or (count == 1 and not index):
     return None
-  given = {
-    "coordinator_address": address or None,
-    "num_processes": count,
-    "process_id": index,
-  }
   missing = [name for name, value in given.items() if value is None]
   if count is None or (missing and detection == "deactivate"):
     raise errors.ConfigError(f"{' and '.join(missing)} not given: {_HOW}.")
@@ -155,10 +135,9 @@ def _launched() -> tuple[int | None, int | None, str | None]:
       if detection == "mpi4py" and size > 1:
         _check_mpi4py(size)
       return size, _integer(rank_name), detection
-  if size := _tpu_hosts():
-    return size, None, None
-  if "KUBERNETES_SERVICE_HOST" in os.environ:
-    return None, None, None
+  hosts = _tpu_hosts()
+  if hosts or "KUBERNETES_SERVICE_HOST" in os.environ:
+    return hosts, None, None
   return None, None, "deactivate"
 
 
@@ -185,23 +164,21 @@ def _check_mpi4py(size: int) -> None:
     )
 
 
-def _tpu_hosts() -> int:
-  """How many hosts the TPU slices of this run have; 0 without TPUs."""
+def _tpu_hosts() -> int | None:
+  """How many hosts the TPU slices of this run have; None without TPUs."""
   environ = os.environ
-  # JAX sets the former when it is imported where there are TPUs.
+  # JAX sets it when it is imported where there are TPUs.
   if "TPU_ML_PLATFORM" not in environ:
-    return 0
-  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get(
-    "TPU_WORKER_HOSTNAMES"
-  )
+    return None
+  hosts = environ.get("TPU_PROCESS_ADDRESSES")
+  hosts = hosts or environ.get("TPU_WORKER_HOSTNAMES")
   slices = environ.get("MEGASCALE_NUM_SLICES")
-  if hosts is None and "TPU_SKIP_MDS_QUERY" not in environ:
+  if not hosts and "TPU_SKIP_MDS_QUERY" not in environ:
     hosts = _tpu_metadata("worker-network-endpoints")
-    if slices is None:
-      named = _tpu_metadata("tpu-env")
-      found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", named)
-      slices = found[1] if found else None
-  return (hosts.count(",") + 1) * int(slices or 1) if hosts else 0
+    named = r"MEGASCALE_NUM_SLICES: *'?(\d+)"
+    if not slices and (found := re.search(named, _tpu_metadata("tpu-env"))):
+      slices = found[1]
+  return (hosts.count(",") + 1) * int(slices or 1) if hosts else None
 
 
 def _tpu_metadata(name: str) -> str:
@@ -214,12 +191,10 @@ def _tpu_metadata(name: str) -> str:
     answer = requests.get(url, headers={"Metadata-Flavor": "Google"}, timeout=5)
     return answer.text if answer.ok else ""
   except requests.RequestException as error:
-    _logger.warning(
-      "warning: this looks like a TPU VM, but its slice cannot be asked for"
-      " (%s). If it has several hosts, %s.",
-      errors.one_line(error),
-      _HOW,
+    text = (
+      "warning: a TPU VM whose hosts cannot be asked for (%s). If there are"
     )
+    _logger.warning(f"{text} several, %s.", errors.one_line(error), _HOW)
     return ""
 
 
@@ -232,15 +207,10 @@ def connected(
 ) -> Iterator[None]:
   """Inside, the processes of a run are connected; they end together.
 
-  Must be entered before JAX is asked for its devices. From then on the death of
+  Must be entered before JAX is asked for its devices; with None nothing is
+  done. All must come within `timeout` seconds. From then on the death of
   another process ends this one, with a line that says what to do: at once for
-  process 0's, for others' `heartbeat_timeout` later at most.
-
-  Args:
-    cluster: from `find_cluster`; with None nothing is done.
-    timeout: seconds in which all processes must have come.
-    heartbeat_timeout: seconds after which a process that is not heard of
-      counts as dead.
+  process 0's, for others' `heartbeat_timeout` seconds later at most.
 
   Raises:
     ConfigError: JAX cannot find the others, or cannot listen at the address.
@@ -248,11 +218,9 @@ def connected(
   if cluster is None:
     yield
     return
-  address = cluster.coordinator_address or "DETECTED"
-  _logger.info(
-    "waiting for num_processes=%d at coordinator_address=%s",
-    *(cluster.num_processes, address),
-  )
+  address = cluster.coordinator_address or "(as JAX detects it)"
+  at = f"num_processes={cluster.num_processes} at coordinator_address={address}"
+  _logger.info("waiting for %s", at)
   # It would take SIGTERM from `StopSignals`, and knows of no Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
   # Python hears of no signal while the runtime waits.
@@ -370,6 +338,10 @@ def _client() -> Any:
   return multihost_utils.distributed.global_state.client
 
 
+def _wait_for(key: str) -> str:
+  return _client().blocking_key_value_get(key, _PATIENCE * 1000)
+
+
 def is_first() -> bool:
   """Whether this is process 0, which alone reads and writes the workdir."""
   return jax.process_index() == 0
@@ -378,32 +350,27 @@ def is_first() -> bool:
 def first(function: Callable[[], T]) -> T:
   """Calls a function in process 0 alone; all get what it returns or raises.
 
-  What it returns must be writable as JSON.
-
-  Raises:
-    UserError: the function did in process 0.
+  It returns JSON, and may raise a UserError.
   """
   if jax.process_count() == 1:
     return function()
   key = f"resnet_flax/first/{next(_numbers)}"
   if not is_first():
-    answer = json.loads(_client().blocking_key_value_get(key, _PATIENCE * 1000))
+    answer = json.loads(_wait_for(key))
     if "error" not in answer:
       return answer["value"]
     kind = getattr(errors, answer["error"])
+    # Not its constructor, which may take more than the message.
     error = kind.__new__(kind, answer["message"])
     vars(error).update(answer["attributes"])
     raise error
   try:
     value = function()
   except errors.UserError as error:
-    # Others of its kinds have no name here, or not in every version.
+    # Modules have kinds of their own, which are among those of `errors`.
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    answer = {
-      "error": next(name for name in kinds if hasattr(errors, name)),
-      "message": str(error),
-      "attributes": vars(error),
-    }
+    kind = next(name for name in kinds if hasattr(errors, name))
+    answer = {"error": kind, "message": str(error), "attributes": vars(error)}
     _client().key_value_set(key, json.dumps(answer))
     raise
   _client().key_value_set(key, json.dumps({"value": value}))
@@ -411,23 +378,16 @@ def first(function: Callable[[], T]) -> T:
 
 
 def first_only(function: Callable[[], T]) -> T | None:
-  """What a function returns in process 0; None in the others.
-
-  Raises:
-    UserError: the function did in process 0.
-  """
+  """As `first`, of a function that returns no JSON: None in the others."""
   results: list[T] = []
   first(lambda: results.append(function()))
   return results[0] if results else None
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-  """Calls a function in all processes, but not before process 0 has done so.
+  """Calls a function in process 0, then in the others; raises what it raises.
 
   For what is prepared once on a disk that they may share.
-
-  Raises:
-    UserError: the function did, in this process or in process 0.
   """
   results: list[T] = []
   first(lambda: results.append(function()))
@@ -438,7 +398,7 @@ def check_same(name: str, value: Any) -> None:
   """Checks that all processes have the same value, which is JSON.
 
   Raises:
-    ConfigError: they have not; names one that differs. In all processes.
+    ConfigError: in all processes; says what differs.
   """
   if jax.process_count() == 1:
     return
@@ -449,10 +409,7 @@ def check_same(name: str, value: Any) -> None:
 
   def compare() -> None:
     for process in range(1, jax.process_count()):
-      key = f"{prefix}/{process}"
-      other = json.loads(
-        _client().blocking_key_value_get(key, _PATIENCE * 1000)
-      )
+      other = json.loads(_wait_for(f"{prefix}/{process}"))
       differing = [
         f"{key} ({own.get(key)!r} in process 0, {other.get(key)!r} there)"
         for key in sorted(own.keys() | other.keys())
@@ -489,28 +446,20 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
   """
   if jax.process_count() == 1:
     return function()
-  leaves, structure = jax.tree.flatten(function() if is_first() else like())
-  ends = np.cumsum([leaf.size * leaf.dtype.itemsize for leaf in leaves])
-  # One vector, since a program of many takes long to compile, of integers, since
-  # sums of floats lose the sign of a zero.
-  whole = np.zeros(-(-ends[-1] // 4), np.uint32)
+  tree = function() if is_first() else like()
+  sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
+  # One vector, since a program of many takes long to compile, and of integers,
+  # since a sum of floats loses the sign of a zero.
+  whole = np.zeros(-(-sum(sizes) // 4), np.uint32)
   if is_first():
-    content = b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
+    content = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))
     whole.view(np.uint8)[: len(content)] = np.frombuffer(content, np.uint8)
   meet()
-  shared = np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes()
-  arrays = [
-    np.frombuffer(
-      shared[end - leaf.size * leaf.dtype.itemsize : end], leaf.dtype
-    )
-    for leaf, end in zip(leaves, ends, strict=True)
-  ]
-  return jax.tree.unflatten(
-    structure,
-    [
-      array.reshape(leaf.shape)
-      for array, leaf in zip(arrays, leaves, strict=True)
-    ],
+  shared = np.asarray(multihost_utils.broadcast_one_to_all(whole))
+  parts = iter(np.split(shared.view(np.uint8), np.cumsum(sizes)))
+  return jax.tree.map(
+    lambda leaf: np.frombuffer(next(parts), leaf.dtype).reshape(leaf.shape),
+    tree,
   )
 
 
@@ -523,8 +472,7 @@ class Agreement:
   queue and is read one step late, as the step's metrics are.
   """
 
-  # Whether the processes have agreed to stop.
-  has_stopped = False
+  has_stopped = False  # Whether the processes have agreed to stop.
 
   def __init__(
     self,
@@ -535,13 +483,10 @@ class Agreement:
     self._signals, self._timer = signals, timer
     self._pending: jax.Array | None = None
     self._votes: dict[tuple[int, int], jax.Array] = {}
-    self._num_devices = len(devices)
     mesh = Mesh(np.asarray(devices), "device", axis_types=(AxisType.Auto,))
     self._sharding = NamedSharding(mesh, PartitionSpec("device"))
-    self._count = jax.jit(
-      lambda votes: votes.max(axis=0),
-      out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    self._count = jax.jit(lambda votes: votes.max(0), out_shardings=everywhere)
 
   def until(self, step: int) -> bool:
     """Whether to save after so many steps."""
@@ -549,43 +494,35 @@ class Agreement:
 
   def on_batch(self) -> None:
     """Raises `Stopped` if a signal has come; after a batch of an evaluation."""
-    self._stop_if(*self._vote())
+    self._stop_if(self._vote())
 
   def check(self) -> None:
     """Raises `Stopped` if a signal has come to any process by now."""
-    self._stop_if(*self._vote(at_once=True))
+    self._stop_if(self._vote(at_once=True))
 
-  def _stop_if(self, signal_number: int, overdue: int) -> None:
-    del overdue
-    if signal_number:
+  def _stop_if(self, wanted: Sequence[int]) -> None:
+    if wanted[0]:
       Agreement.has_stopped = True
-      raise signals_lib.Stopped(signal_number)
+      raise signals_lib.Stopped(wanted[0])
 
-  def _vote(self, *, at_once: bool = False) -> tuple[int, int]:
-    """Says what this process wants; returns what any wanted the last time."""
+  def _vote(self, *, at_once: bool = False) -> Sequence[int]:
+    """Says which signal this process has had and whether a save is overdue.
+
+    Returns what any wanted the last time, or now.
+    """
     own = self._signals.number or 0, int(self._timer.overdue())
     if jax.process_count() == 1:
       return own
-    if own not in self._votes:
-      # Kept: nearly always the same.
+    if own not in self._votes:  # Kept: nearly always the same.
       self._votes[own] = jax.make_array_from_callback(
-        (self._num_devices, 2),
+        (self._sharding.num_devices, 2),
         self._sharding,
         lambda index: np.asarray([own], np.int32),
       )
     pending, self._pending = self._pending, self._count(self._votes[own])
     if at_once:
       pending, self._pending = self._pending, None
-    if pending is None:
-      return 0, 0
-    signal_number, overdue = np.asarray(pending).tolist()
-    return signal_number, overdue
+    return (0, 0) if pending is None else np.asarray(pending).tolist()
 
 
-def agreement(
-  signals: signals_lib.StopSignals,
-  timer: signals_lib.Timer,
-  devices: Sequence[jax.Device],
-) -> Agreement:
-  """What decides, for all processes at the same step, when to save and stop."""
-  return Agreement(signals, timer, devices)
+agreement = Agreement  # As loops name it.
