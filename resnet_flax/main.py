@@ -129,10 +129,7 @@ def _run(argv: list[str]) -> None:
     config, default_workdir = command_line.config_and_workdir()
     workdir = workdir or default_workdir
   cluster = distributed.find_cluster(
-    _COORDINATOR_ADDRESS.value,
-    _NUM_PROCESSES.value,
-    _PROCESS_ID.value,
-    timeout=_INITIALIZATION_TIMEOUT.value,
+    _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
   if mode == "train":
     _train(config, pathlib.Path(workdir), cluster)

@@ -1,30 +1,123 @@
-"""One process of a run on several hosts that meets a signal at a given step.
+"""One process of several, as if each were on a host of its own.
 
-python -m tests.distributed_worker STEP SIGNAL FLAGS...
+python -m tests.distributed_worker train COUNT SIGNAL FLAGS...
+  Runs the command line and sends itself a signal at the given step event.
+python -m tests.distributed_worker SCENARIO [SECONDS]
+  Runs one of the functions below and prints lines of JSON.
 """
 
+import functools
+import json
 import os
 import signal
 import sys
+import time
 
-from resnet_flax import main
-from resnet_flax.run import progress
+import jax
+import numpy as np
+
+from resnet_flax import main, train
+from resnet_flax.parallel import hosts
+from resnet_flax.run import errors, signals as signals_lib
+from tests import helpers
 
 
-def send_at(number, count):
-  """Sends itself a signal when it has been told of so many steps."""
-  take, counted = progress.Progress.step, []
+def say(*values):
+  print(json.dumps(values), flush=True)
 
-  def step(self, of_seeds):
-    take(self, of_seeds)
-    counted.append(1)
-    if len(counted) == count:
-      os.kill(os.getpid(), number)
 
-  progress.Progress.step = step
+def exchange(seconds):
+  """All that processes tell one another, where process 0 takes its time."""
+
+  def slow(value):
+    time.sleep(seconds)
+    return value
+
+  index = jax.process_index()
+  say(hosts.first(lambda: slow({"a": [1, 2.5, None]})))
+  tree = {
+    "negative zero": np.float32([[-0.0, np.nan], [1e-45, 3]]),
+    "scalar": np.int32(7),
+    "empty": np.zeros((0, 2), np.float32),
+    "odd": np.array([True, False, True]),
+  }
+  found = hosts.from_first(
+    lambda: slow(tree), lambda: jax.eval_shape(lambda: tree)
+  )
+  say([found[key].shape == tree[key].shape for key in tree])
+  say([found[key].tobytes() == tree[key].tobytes() for key in tree])
+  say(hosts.first_then_others(lambda: index), hosts.first_only(lambda: "own"))
+  hosts.check_same("it", {"a": 1})
+  for name, value in [("the configuration", {"a": index}), ("it", f"{index}")]:
+    try:
+      hosts.check_same(name, value)
+    except errors.ConfigError as error:
+      say(str(error))
+  for error in (
+    errors.NonFiniteError("not finite", 3, 1),
+    errors.Interrupted("stopped", signal.SIGTERM),
+    errors.DataError("missing"),
+  ):
+    try:
+      hosts.first(functools.partial(fail, error))
+    except errors.UserError as caught:
+      say(type(caught).__name__, str(caught), vars(caught), caught.exit_code)
+
+
+def fail(error):
+  raise error
+
+
+def stop(seconds):
+  """A signal to process 1 stops both at a step; process 0 saves for long."""
+  timer = signals_lib.Timer(0, 0.0)
+  with signals_lib.StopSignals() as signals, signals.hold():
+    agreement = hosts.agreement(signals, timer, jax.devices())
+    for step in range(1, 10):
+      if step == 5 and not hosts.is_first():
+        os.kill(os.getpid(), signal.SIGTERM)
+      if agreement.until(step):
+        say("saves after", step)
+        try:
+          agreement.check()
+        except signals_lib.Stopped:
+          time.sleep(seconds if hosts.is_first() else 0)
+          say("stops")
+          raise errors.Interrupted("stopped", signal.SIGTERM) from None
+
+
+def quit(seconds):
+  """Process 1 has a mistake of its own, while process 0 waits for it."""
+  del seconds
+  if not hosts.is_first():
+    raise errors.ConfigError("wrong here")
+  hosts.meet()
+
+
+def lose(seconds):
+  """A computation fails, as when another process has died."""
+  del seconds
+  raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset")
+
+
+def exhaust(seconds):
+  """A computation fails by itself."""
+  del seconds
+  raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
 
 if __name__ == "__main__":
-  send_at(signal.Signals[sys.argv[2]], int(sys.argv[1]))
-  del sys.argv[1:3]
-  main.run()
+  scenario = sys.argv.pop(1)
+  if scenario == "train":
+    count, name = int(sys.argv.pop(1)), sys.argv.pop(1)
+    send = functools.partial(os.kill, os.getpid(), signal.Signals[name])
+    train.train_and_evaluate = functools.partial(
+      train.train_and_evaluate,
+      on_event=helpers.at_event("step", count, send),
+    )
+    main.run()
+  try:
+    with hosts.connected(hosts.find_cluster(), heartbeat_timeout=10):
+      globals()[scenario](float(sys.argv[1]))
+  except errors.UserError as error:
+    errors.leave(str(error), error.exit_code)

@@ -1,7 +1,6 @@
 """Several processes on this machine, as if each were a host."""
 
-import contextlib
-import dataclasses
+import http.server
 import json
 import os
 import pathlib
@@ -9,24 +8,31 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
-from importlib import machinery
 from unittest import mock
 
 import jax
 import pytest
 
 from resnet_flax import train
-from resnet_flax.parallel import hosts as distributed
-from resnet_flax.run import checkpoint, errors, metrics
+from resnet_flax.parallel import hosts
+from resnet_flax.run import errors, metrics
+from tests.helpers import saved_steps, untimed
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLURM = {
   "SLURM_JOB_ID": "7",
-  "SLURM_STEP_NODELIST": "node[001-002]",
+  "SLURM_STEP_NODELIST": "localhost",
   "SLURM_NTASKS": "2",
   "SLURM_PROCID": "1",
   "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+  "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911",
+  "OMPI_COMM_WORLD_SIZE": "2",
+  "OMPI_COMM_WORLD_RANK": "1",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "1",
 }
 
 
@@ -36,40 +42,42 @@ def free_address():
     return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start(workdirs, config_file, events, *flags):
-  """Starts a process for each workdir, which sends itself a signal."""
+def explicit(count):
+  """The environments of so many processes, without a launcher."""
   address = free_address()
   return [
+    {
+      "JAX_COORDINATOR_ADDRESS": address,
+      "JAX_NUM_PROCESSES": f"{count}",
+      "JAX_PROCESS_ID": f"{index}",
+    }
+    for index in range(count)
+  ]
+
+
+def start(commands, environments):
+  """Starts a worker for each command and environment."""
+  return [
     subprocess.Popen(
-      [
-        sys.executable,
-        *("-m", "tests.distributed_worker", *map(str, event)),
-        f"--config={config_file}",
-        f"--workdir={workdir}",
-        f"--coordinator_address={address}",
-        f"--num_processes={len(workdirs)}",
-        f"--process_id={process_id}",
-        *flags,
-      ],
+      [sys.executable, "-m", "tests.distributed_worker", *map(str, command)],
       cwd=ROOT,
       env={
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        **environ,
       },
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for process_id, (workdir, event) in enumerate(
-      zip(workdirs, events, strict=True)
-    )
+    for command, environ in zip(commands, environments, strict=True)
   ]
 
 
 def ends(processes, within=300):
-  """Exit codes and standard errors; all end soon after the last of them."""
+  """Exit codes, outputs and errors; all end soon after the last of them."""
   *others, last = processes
   try:
     last_output = last.communicate(timeout=300)
@@ -79,11 +87,23 @@ def ends(processes, within=300):
     for process in processes:
       process.kill()
   codes = [process.returncode for process in processes]
-  return codes, [stderr for _, stderr in outputs]
+  return codes, [out for out, _ in outputs], [err for _, err in outputs]
+
+
+def run(scenario, environments, seconds=0):
+  """What a worker of each environment says, with codes and errors."""
+  commands = [(scenario, seconds)] * len(environments)
+  codes, outputs, texts = ends(start(commands, environments))
+  said = [
+    # Gloo has lines of its own.
+    [json.loads(line) for line in out.splitlines() if "[Gloo]" not in line]
+    for out in outputs
+  ]
+  return codes, said, texts
 
 
 def test_two_processes_are_one_run(tiny_config, tmp_path):
-  """Stopped, killed, and gone on with by one process of as many devices."""
+  """Stopped, killed, and resumed by one process of as many devices."""
   tiny_config.num_epochs = 3
   tiny_config.eval_batch_size = 150
   # A bias before a batch norm has no gradient but rounding errors, of which
@@ -99,13 +119,27 @@ def test_two_processes_are_one_run(tiny_config, tmp_path):
     "    return ml_collections.ConfigDict(json.load(file))\n"
   )
   workdirs = tmp_path / "run", tmp_path / "unused"
-  never = 10**9, "SIGTERM"
 
-  # In the second epoch, to one process; the others hear of it a step later.
-  codes, texts = ends(start(workdirs, config_file, (never, (5, "SIGTERM"))))
+  def train_until(count, name, *flags):
+    """Process 1 gets a signal."""
+    address = free_address()
+    commands = [
+      (
+        *("train", *event, f"--config={config_file}", f"--workdir={workdir}"),
+        *(f"--coordinator_address={address}", "--num_processes=2"),
+        *(f"--process_id={index}", *flags),
+      )
+      for index, (workdir, event) in enumerate(
+        zip(workdirs, [(10**9, "SIGTERM"), (count, name)], strict=True)
+      )
+    ]
+    codes, _, texts = ends(start(commands, [{}, {}]), within=60)
+    return codes, texts
+
+  # In the second epoch; the other process hears of it a step later.
+  codes, texts = train_until(6, "SIGTERM")
   assert codes == [143, 143], texts
-  with checkpoint.Checkpoints(workdirs[0], read_only=True) as checkpoints:
-    assert checkpoints.steps() == [4, 7]
+  assert saved_steps(workdirs[0]) == [4, 7]
   for text in texts:
     last = text.splitlines()[-1]
     assert last.startswith("error: stopped by SIGTERM; saved up to step 7 in ")
@@ -113,68 +147,114 @@ def test_two_processes_are_one_run(tiny_config, tmp_path):
   assert "epoch 1/3" not in texts[1]
 
   # In the third.
-  codes, texts = ends(
-    start(
-      workdirs,
-      config_file,
-      (never, (2, "SIGKILL")),
-      "--heartbeat_timeout=10",
-      "--config.steps_per_call=2",
-    ),
-    within=60,
+  codes, texts = train_until(
+    3, "SIGKILL", "--heartbeat_timeout=10", "--config.steps_per_call=2"
   )
   assert codes == [1, -signal.SIGKILL], texts
-  assert "going on after step 7 of" in texts[0]
-  assert (
-    texts[0]
-    .splitlines()[-1]
-    .startswith(
-      "error: this process cannot go on: most likely another process of the run"
-    )
-  )
+  assert "resuming after step 7 of" in texts[0]
+  last = texts[0].splitlines()[-1]
+  assert last.startswith("error: this process cannot continue: most likely")
   assert "Traceback" not in texts[0]
   assert not workdirs[1].exists()
   by_two = metrics.MetricsLog(workdirs[0]).read()
   assert len(by_two) == 2
 
   four = jax.devices()[:4]
-  went_on = train.train_and_evaluate(tiny_config, workdirs[0], devices=four)
-  assert went_on[:2] == by_two
+  resumed = train.train_and_evaluate(tiny_config, workdirs[0], devices=four)
+  assert resumed[:2] == by_two
   alone = train.train_and_evaluate(
     tiny_config, tmp_path / "alone", devices=four
   )
-  for one, other in zip(
-    metrics.untimed(alone), metrics.untimed(went_on), strict=True
-  ):
+  for one, other in zip(untimed(alone), untimed(resumed), strict=True):
     assert other == pytest.approx(one, rel=1e-5)
 
 
-def test_others_that_do_not_come_end_in_one_line(tmp_path):
-  (process,) = start(
-    [tmp_path],
-    ROOT / "configs" / "quickstart.py",
-    [(1, "SIGTERM")],
-    "--num_processes=2",
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["explicit", "slurm", "open mpi"])
+def test_what_processes_tell_one_another(launcher):
+  """Found by themselves; with Slurm, process 0 takes 45 s for each task."""
+  environments = {
+    "explicit": explicit(2),
+    "slurm": [SLURM | {"SLURM_PROCID": f"{index}"} for index in range(2)],
+    "open mpi": [
+      OPEN_MPI | {"OMPI_COMM_WORLD_RANK": f"{index}"} for index in range(2)
+    ],
+  }[launcher]
+  seconds = 45 if launcher == "slurm" else 0
+  codes, said, texts = run("exchange", environments, seconds)
+  assert codes == [0, 0], texts
+  differs = "differs from process 0's:"
+  same = "Start all processes with the same command, but for --process_id."
+  for index, lines in enumerate(said):
+    assert lines == [
+      [{"a": [1, 2.5, None]}],
+      [[True] * 4],
+      [[True] * 4],
+      [index, None if index else "own"],
+      [
+        f"the configuration of process 1 {differs} a (0 in process 0, 1 there)."
+        f" {same}"
+      ],
+      [
+        f"it of process 1 {differs} value ('0' in process 0, '1' there). {same}"
+      ],
+      ["NonFiniteError", "not finite", {"step": 3, "seed": 1}, 1],
+      ["Interrupted", "stopped", {"exit_code": 143}, 143],
+      ["DataError", "missing", {}, 1],
+    ]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_process_0_has_saved():
+  """Also where that takes longer than a process waits that fails alone."""
+  codes, said, texts = run("stop", explicit(2), seconds=20)
+  assert codes == [143, 143], texts
+  # Read one step late.
+  assert said == [[["saves after", 6], ["stops"]]] * 2
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_process_ends_all():
+  codes, _, texts = run("quit", explicit(2))
+  assert codes == [1, 2], texts
+  assert texts[1].splitlines()[-1] == "error: wrong here"
+  assert "most likely another process of the run has ended" in texts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("scenario", "text"),
+  [
+    ("lose", "error: this process cannot continue: most likely another"),
+    ("exhaust", "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of"),
+  ],
+)
+def test_not_all_that_fails_is_another_processs_fault(scenario, text):
+  codes, _, texts = run(scenario, explicit(2))
+  assert codes == [1, 1], texts
+  assert text in texts[0].splitlines()[-1]
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_others_that_do_not_come_end_in_one_line(index, tmp_path):
+  """Also where process 0 does not answer."""
+  address = free_address()
+  command = (
+    *("train", 1, "SIGTERM", f"--workdir={tmp_path}", "--num_processes=2"),
+    f"--config={ROOT / 'configs' / 'quickstart.py'}",
+    *(f"--coordinator_address={address}", f"--process_id={index}"),
     "--initialization_timeout=2",
   )
-  (code,), (text,) = ends([process])
+  (code,), _, (text,) = ends(start([command], [{}]))
   assert code == 2
-  first, last = text.splitlines()
-  address = first.rpartition("=")[2]
+  _, last = text.splitlines()
   assert last.startswith(
     "error: not all of num_processes=2 processes came to"
     f" coordinator_address={address} within 2 s"
   )
 
 
-def test_an_address_that_does_not_answer():
-  address = free_address()
-  cluster = distributed.Cluster(address, 2, 1)
-  with (
-    pytest.raises(errors.ConfigError, match=f"{address} did not answer"),
-    distributed.connected(cluster, timeout=1),
-  ):
-    pass
+# ---- How they are found
 
 
 @pytest.mark.parametrize(
@@ -183,133 +263,149 @@ def test_an_address_that_does_not_answer():
     ((None, 2, None), "coordinator_address and process_id not given"),
     ((None, 2, 0), "coordinator_address not given"),
     (("host:1", None, None), "num_processes and process_id not given"),
-    (("host:1", 2, 2), "process_id=2 with num_processes=2 cannot be used"),
+    (("host:1", 2, 2), "process_id=2 with num_processes=2 does not fit"),
     (("host:1", 2, -1), "process_id=-1"),
     (("host:1", 0, 0), "num_processes=0"),
-    (("host", 2, 0), "coordinator_address='host' cannot be used"),
-    (("host:70000", 2, 0), "needed: HOST:PORT"),
+    (("host", 2, 0), "coordinator_address='host' must be HOST:PORT"),
+    (("host:70000", 2, 0), "must be HOST:PORT"),
   ],
 )
 def test_what_does_not_fit_together(given, message):
   with pytest.raises(errors.ConfigError, match=message):
-    distributed.find_cluster(*given)
-
-
-def test_where_the_processes_are_found(monkeypatch):
-  assert distributed.find_cluster() is None
-  given = distributed.Cluster("host:1", 2, 1)
-  assert distributed.find_cluster("host:1", 2, 1) == given
-  for name, value in SLURM.items():
-    monkeypatch.setenv(name, value)
-  found = distributed.find_cluster()
-  assert found is not None
-  assert found.coordinator_address.startswith("node001:")
-  assert (found.num_processes, found.process_id) == (2, 1)
-  # A task has the GPU of its own.
-  assert found.local_device_ids == (0,)
-  assert distributed.find_cluster(num_processes=1) is None
-  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
-  monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
-  monkeypatch.setenv("JAX_PROCESS_ID", "2")
-  assert distributed.find_cluster() == distributed.Cluster("host:1", 3, 2)
-  monkeypatch.setenv("JAX_PROCESS_ID", "two")
-  with pytest.raises(errors.ConfigError, match="JAX_PROCESS_ID='two'"):
-    distributed.find_cluster()
-
-
-def test_open_mpi_is_found(monkeypatch):
-  for name, value in {
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-    "OMPI_COMM_WORLD_SIZE": "16",
-    "OMPI_COMM_WORLD_RANK": "9",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-  }.items():
-    monkeypatch.setenv(name, value)
-  found = distributed.find_cluster()
-  assert found is not None
-  assert found.coordinator_address.startswith("10.96.0.1:")
-  assert (found.num_processes, found.process_id) == (16, 9)
-  assert found.local_device_ids == (1,)
-
-
-def test_other_mpis_are_found_with_mpi4py(monkeypatch):
-  monkeypatch.setenv("PMI_SIZE", "1")
-  assert distributed.find_cluster() is None
-  monkeypatch.setenv("PMI_SIZE", "4")
-  assert distributed.find_cluster("host:1", 2, 1) is not None
-  assert distributed.find_cluster(num_processes=1) is None
-  monkeypatch.setitem(sys.modules, "mpi4py", None)
-  with pytest.raises(errors.ConfigError, match="pip install mpi4py; or pass"):
-    distributed.find_cluster()
-  # It cannot be installed without an MPI.
-  world = mock.Mock(
-    **{
-      "Get_rank.return_value": 2,
-      "Get_size.return_value": 4,
-      "bcast.return_value": "host:61441",
-      "Split_type.return_value.Get_rank.return_value": 0,
-    }
-  )
-  mpi4py = types.ModuleType("mpi4py")
-  mpi4py.__spec__ = machinery.ModuleSpec("mpi4py", None)
-  mpi4py.MPI = mock.Mock(COMM_WORLD=world)
-  monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
-  found = distributed.Cluster("host:61441", 4, 2, (0,))
-  assert distributed.find_cluster() == found
-  monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
-  assert distributed.find_cluster() == dataclasses.replace(
-    found, local_device_ids=None
-  )
-  world.Get_size.return_value = 1
-  with pytest.raises(errors.ConfigError, match="4 processes, but mpi4py finds"):
-    distributed.find_cluster()
+    hosts.find_cluster(*given)
 
 
 @pytest.fixture
-def connected(monkeypatch):
-  """Inside `distributed.connected`, of one that does not connect."""
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-  monkeypatch.setattr(distributed, "_say_on_abort", lambda *_: None)
-  return distributed.connected(distributed.Cluster("127.0.0.1:1", 2, 0))
+def environment(monkeypatch):
+  """A function that sets environment variables."""
+
+  def set_all(**variables):
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+
+  return set_all
+
+
+def test_one_process_and_processes_that_are_given(environment):
+  assert hosts.find_cluster() is None
+  assert hosts.find_cluster(None, 1, None) is None
+  given = hosts.Cluster(2, 1, "host:1", "deactivate")
+  assert hosts.find_cluster("host:1", 2, 1) == given
+  environment(
+    JAX_COORDINATOR_ADDRESS="host:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1"
+  )
+  assert hosts.find_cluster() == given
+  environment(JAX_PROCESS_ID="two")
+  with pytest.raises(errors.ConfigError, match="JAX_PROCESS_ID='two'"):
+    hosts.find_cluster()
+
+
+@pytest.mark.parametrize("launcher", [SLURM, OPEN_MPI])
+def test_a_launchers_processes_are_found(environment, launcher):
+  environment(**launcher)
+  assert hosts.find_cluster() == hosts.Cluster(2, 1)
+  # What is given counts; a process takes all devices only if all is.
+  assert hosts.find_cluster("host:1") == hosts.Cluster(2, 1, "host:1")
+  given = hosts.Cluster(3, 2, "host:1", "deactivate")
+  assert hosts.find_cluster("host:1", 3, 2) == given
+  assert hosts.find_cluster(num_processes=1) is None
 
 
 @pytest.mark.parametrize(
-  ("text", "kind"),
+  "alone",
   [
-    ("UNAVAILABLE: connection reset", errors.UserError),
-    ("RESOURCE_EXHAUSTED: out of memory", jax.errors.JaxRuntimeError),
+    SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    # In a batch script.
+    {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"},
+    {"OMPI_COMM_WORLD_SIZE": "1"},
+    {"PMI_SIZE": "1"},
+    {"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "localhost"},
+    {"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"},
+    {"TPU_WORKER_HOSTNAMES": "one,two"},  # Without TPUs.
   ],
 )
-def test_not_all_that_fails_is_another_processs_fault(connected, text, kind):
-  with pytest.raises(kind), connected:
-    raise jax.errors.JaxRuntimeError(text)
+def test_a_launcher_of_one_process_starts_nothing(environment, alone):
+  environment(**alone)
+  assert hosts.find_cluster() is None
 
 
 @pytest.mark.parametrize(
-  ("error", "agreed", "patient"),
+  ("slices", "count"), [({}, 2), ({"MEGASCALE_NUM_SLICES": "4"}, 8)]
+)
+def test_tpu_workers_are_found(environment, slices, count):
+  workers = {"TPU_WORKER_HOSTNAMES": "one,two", "TPU_WORKER_ID": "1"}
+  environment(TPU_ML_PLATFORM="JAX", **workers, **slices)
+  # JAX finds address and index.
+  assert hosts.find_cluster() == hosts.Cluster(count)
+
+
+@pytest.mark.parametrize(
+  ("attributes", "cluster"),
   [
-    (None, False, True),
-    (errors.Interrupted("saved", signal.SIGTERM), True, True),
-    # Of this process alone, before the first step.
-    (errors.Interrupted("nothing saved", signal.SIGTERM), False, False),
-    (errors.ConfigError("wrong here"), False, False),
+    (
+      {"worker-network-endpoints": "a:b:10.0.0.1,a:b:10.0.0.2"},
+      hosts.Cluster(2),
+    ),
+    ({"worker-network-endpoints": "a:b:10.0.0.1"}, None),
+    (
+      {
+        "worker-network-endpoints": "a:b:10.0.0.1",
+        "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\n",
+      },
+      hosts.Cluster(2),
+    ),
+    ({}, None),
+    (None, None),
   ],
 )
-def test_processes_that_are_done_wait_for_what_process_0_saves(
-  connected, error, agreed, patient, monkeypatch
+def test_tpu_vms_ask_the_cloud(
+  environment, monkeypatch, caplog, attributes, cluster
 ):
-  waits = []
-  monkeypatch.setattr(distributed, "_leave", waits.append)
-  monkeypatch.setattr(distributed._JointAgreement, "has_stopped", agreed)
-  with contextlib.suppress(errors.UserError), connected:
-    if error:
-      raise error
-  assert waits == [distributed._PATIENCE if patient else distributed._LEAVE]
+  """A VM's metadata, from a server on this machine; None: none answers."""
+  environment(TPU_ML_PLATFORM="JAX", GCE_METADATA_IP=free_address())
+  monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+  if attributes is None:
+    assert hosts.find_cluster() is None
+    assert "this looks like a TPU VM" in caplog.text
+    return
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers["Metadata-Flavor"] == "Google"
+      text = attributes.get(self.path.rpartition("/")[2])
+      self.send_response(200 if text else 404)
+      self.end_headers()
+      self.wfile.write((text or "").encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+    environment(GCE_METADATA_IP=f"127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert hosts.find_cluster() == cluster
+    server.shutdown()
 
 
-def test_a_job_of_one_task_is_alone(monkeypatch):
-  for name, value in SLURM.items():
-    monkeypatch.setenv(name, value)
-  monkeypatch.setenv("SLURM_NTASKS", "1")
-  monkeypatch.setenv("SLURM_PROCID", "0")
-  assert distributed.find_cluster() is None
+def test_other_mpis_are_found_with_mpi4py(environment, monkeypatch):
+  environment(PMI_SIZE="4", PMI_RANK="2")
+  assert hosts.find_cluster("host:1", 2, 1) is not None
+  assert hosts.find_cluster(num_processes=1) is None
+  monkeypatch.setitem(sys.modules, "mpi4py", None)
+  with pytest.raises(errors.ConfigError, match="pip install mpi4py, built"):
+    hosts.find_cluster()
+  # It cannot be installed without an MPI.
+  world = mock.Mock(**{"Get_size.return_value": 4})
+  mpi4py = types.ModuleType("mpi4py")
+  mpi4py.MPI = mock.Mock(COMM_WORLD=world)
+  monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+  assert hosts.find_cluster() == hosts.Cluster(4, 2, None, "mpi4py")
+  world.Get_size.return_value = 1
+  with pytest.raises(errors.ConfigError, match="mpi4py finds 1 processes"):
+    hosts.find_cluster()
+
+
+def test_kubernetes_needs_the_number(environment):
+  environment(KUBERNETES_SERVICE_HOST="10.0.0.1")
+  assert hosts.find_cluster() is None
+  assert hosts.find_cluster(num_processes=2) == hosts.Cluster(2)
