@@ -245,29 +245,20 @@ def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit(types.Split):
-  """Images in the files of a prepared copy.
+  """Images in the files of a prepared copy."""
 
-  Attributes:
-    indices: int64[N], the images of this split, by types.
-    folder: of the copy, for messages.
-    shards: the files, in order.
-    image_size: height and width of what is cut out of the images.
-    num_classes: labels are below.
-    crop: how training images are cut, of `crops.RANDOM`; 'none': the central
-      square, as without `draw`.
-    num_workers: processes that decode; 0: threads of this one, -1: as many as
-      it may use CPU threads.
-    num_crops: 1, or 10, of each image where nothing is drawn.
-  """
-
-  indices: np.ndarray
-  folder: pathlib.Path
-  shards: tuple[Shard, ...]
-  image_size: int
-  num_classes: int
+  indices: np.ndarray  # int64[N], the images of this split, by types.
+  folder: pathlib.Path  # Of the copy, for messages.
+  shards: tuple[Shard, ...]  # The files, in order.
+  image_size: int  # Height and width of what is cut out of the images.
+  num_classes: int  # Labels are below.
+  # How training images are cut, of `crops.RANDOM`; 'none': the central square,
+  # as without `draw`.
   crop: str
+  # Processes that decode; 0: threads of this one, -1: as many as it may use CPU
+  # threads.
   num_workers: int
-  num_crops: int = 1
+  num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -453,15 +444,10 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Encoded(NamedTuple):
-  """Records as they are in the prepared.
+  """Records as they are in the prepared."""
 
-  Attributes:
-    positions: int64[K], in the split.
-    records: the serialised `tf.train.Example`s.
-  """
-
-  positions: np.ndarray
-  records: Sequence[bytes]
+  positions: np.ndarray  # int64[K], in the split.
+  records: Sequence[bytes]  # The serialised `tf.train.Example`s.
 
 
 class _Records:

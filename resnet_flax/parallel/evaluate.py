@@ -17,16 +17,13 @@ EvalStep = Callable[..., tuple[Networks, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """How networks do on a split.
+  """How networks do on a split."""
 
-  Attributes:
-    networks: for each the means of `step.metric_sums`: `loss`, `objective`,
-      `accuracy` (a fraction) and so on.
-    ensemble: `loss` and `accuracy` of the mean of their probabilities; None for
-      a single network.
-  """
-
+  # For each the means of `step.metric_sums`: `loss`, `objective`, `accuracy` (a
+  # fraction) and so on.
   networks: list[dict[str, float]]
+  # `loss` and `accuracy` of the mean of their probabilities; None for a single
+  # network.
   ensemble: dict[str, float] | None
 
 

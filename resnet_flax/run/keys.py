@@ -20,17 +20,11 @@ _LONGEST_PATH = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-  """The values that a key can have.
+  """The values that a key can have."""
 
-  Attributes:
-    text: continues a sentence that ends in "must be".
-    accept: whether a value, of any type, is one of them.
-    choices: all of them, where they can be listed.
-  """
-
-  text: str
-  accept: Callable[[Any], bool]
-  choices: tuple[Any, ...] = ()
+  text: str  # Continues a sentence that ends in "must be".
+  accept: Callable[[Any], bool]  # Whether a value, of any type, is one of them.
+  choices: tuple[Any, ...] = ()  # All of them, where they can be listed.
 
 
 def integer(low: int, high: int = LARGEST_INTEGER) -> Values:
@@ -102,19 +96,16 @@ PATH = Values("a path", lambda value: type(value) is str and _is_path(value))
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """A configuration key.
-
-  Attributes:
-    families: the values of `model.name` whose networks read it, () for all; for
-      the other networks it must be the default.
-    may_differ: whether a run can be resumed with another value, because it does
-      not change what is computed.
-  """
+  """A configuration key."""
 
   name: str
   default: Any
   values: Values
+  # The values of `model.name` whose networks read it, () for all; for the other
+  # networks it must be the default.
   families: tuple[str, ...] = ()
+  # Whether a run can be resumed with another value, because it does not change
+  # what is computed.
   may_differ: bool = False
   meaning: str = ""
 

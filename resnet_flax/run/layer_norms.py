@@ -24,20 +24,17 @@ _COLLECTION = "layer_norms"
 
 
 class LayerNorms(flax.struct.PyTreeNode):
-  """One number for each of the `layer_names`, float32[L] each.
+  """One number for each of the `layer_names`, float32[L] each."""
 
-  Attributes:
-    gradient: Frobenius norm of the gradient of the batch's mean cross-entropy,
-      without the L2 term, in the layer's kernel.
-    activation: root mean square of the layer's outputs over images, pixels and
-      channels: with its bias, before normalisation, residual sum and
-      activation function, in training mode.
-    update_ratio: Frobenius norm of the change that the optimizer's step makes
-      to the kernel, L2 term included, divided by the kernel's norm before.
-  """
-
+  # Frobenius norm of the gradient of the batch's mean cross-entropy, without
+  # the L2 term, in the layer's kernel.
   gradient: jax.Array
+  # Root mean square of the layer's outputs over images, pixels and channels:
+  # with its bias, before normalisation, residual sum and activation function,
+  # in training mode.
   activation: jax.Array
+  # Frobenius norm of the change that the optimizer's step makes to the kernel,
+  # L2 term included, divided by the kernel's norm before.
   update_ratio: jax.Array
 
 

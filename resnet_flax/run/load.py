@@ -39,25 +39,18 @@ _MAY_DIFFER = (
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-  """A trained network.
+  """A trained network."""
 
-  Attributes:
-    model: the Flax module.
-    variables: {'params': ..., 'batch_stats': ...}, float32, for
-      `model.apply(variables, normalised_images, train=False)`.
-    predict: maps uint8[N, H, W, C] images to float32[N, classes]
-      probabilities; normalises as in training.
-    config: the configuration it was trained with.
-    step: the training step of the checkpoint.
-    seed: of its training.
-  """
-
-  model: nn.Module
+  model: nn.Module  # The Flax module.
+  # {'params': ..., 'batch_stats': ...}, float32, for `model.apply(variables,
+  # normalised_images, train=False)`.
   variables: dict[str, Any]
+  # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
+  # normalises as in training.
   predict: Callable[[np.ndarray], np.ndarray]
-  config: ConfigDict
-  step: int
-  seed: int
+  config: ConfigDict  # The configuration it was trained with.
+  step: int  # The training step of the checkpoint.
+  seed: int  # Of its training.
 
 
 def load_model(

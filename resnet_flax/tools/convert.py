@@ -43,19 +43,13 @@ _IDENTIFY = {
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-  """What was done.
+  """What was done."""
 
-  Attributes:
-    title: what the file holds.
-    num_arrays: how many of its arrays were used: all that are weights.
-    passed_over: names of what is no weight, as counters and optimizer states.
-    config: the configuration of the workdir.
-  """
-
-  title: str
-  num_arrays: int
+  title: str  # What the file holds.
+  num_arrays: int  # How many of its arrays were used: all that are weights.
+  # Names of what is no weight, as counters and optimizer states.
   passed_over: tuple[str, ...]
-  config: ConfigDict
+  config: ConfigDict  # The configuration of the workdir.
 
 
 def convert(

@@ -15,19 +15,13 @@ from resnet_flax.run import rules
 
 
 class Size(NamedTuple):
-  """How large a network is.
+  """How large a network is."""
 
-  Attributes:
-    total: parameters and running statistics together, as Keras counts.
-    trainable: parameters alone.
-    multiply_adds: of the convolutions and dense layers for one image:
-      output positions times kernel size, padding not subtracted; the count
-      that papers call FLOPs. Normalisation, activations, additions and pooling
-      are left out.
-  """
-
-  total: int
-  trainable: int
+  total: int  # Parameters and running statistics together, as Keras counts.
+  trainable: int  # Parameters alone.
+  # Of the convolutions and dense layers for one image: output positions times
+  # kernel size, padding not subtracted; the count that papers call FLOPs.
+  # Normalisation, activations, additions and pooling are left out.
   multiply_adds: int
 
 

@@ -121,17 +121,11 @@ _normalize_batch.defvjp(_forward, _backward)
 
 
 class NoNorm(nn.Module):
-  """In the place of `BatchNorm`: the residual sum and the activation alone.
+  """In the place of `BatchNorm`: the residual sum and the activation alone."""
 
-  Attributes:
-    use_running_average: of no effect.
-    dtype: of the result.
-    act: elementwise, applied last; None for none.
-  """
-
-  use_running_average: bool
-  dtype: Any = jnp.float32
-  act: Activation | None = None
+  use_running_average: bool  # Of no effect.
+  dtype: Any = jnp.float32  # Of the result.
+  act: Activation | None = None  # Elementwise, applied last; None for none.
 
   def __call__(
     self, x: jax.Array, residual: jax.Array | None = None
@@ -158,24 +152,18 @@ class BatchNorm(nn.Module):
   ('ghost batch norm', Hoffer et al. 2017, arXiv:1705.08741, section 4.1); where
   a part lies on one device, nothing is sent for it but what updates the running
   statistics and the parameters.
-
-  Attributes:
-    use_running_average: normalise with the running statistics; otherwise with
-      the batch's, which also update the running ones.
-    momentum: share of the old running statistics that is kept at each step.
-    epsilon: added to the variance.
-    dtype: of the result.
-    act: elementwise, applied last; None for none.
-    groups: equal parts of a batch that have statistics of their own, one after
-      another along its first axis. The running statistics are updated with
-      their mean.
   """
 
+  # Normalise with the running statistics; otherwise with the batch's, which
+  # also update the running ones.
   use_running_average: bool
+  # Share of the old running statistics that is kept at each step.
   momentum: float = 0.99
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
-  act: Activation | None = None
+  epsilon: float = 1e-5  # Added to the variance.
+  dtype: Any = jnp.float32  # Of the result.
+  act: Activation | None = None  # Elementwise, applied last; None for none.
+  # Equal parts of a batch that have statistics of their own, one after another
+  # along its first axis. The running statistics are updated with their mean.
   groups: int = 1
 
   @nn.compact

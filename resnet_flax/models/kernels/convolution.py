@@ -44,21 +44,14 @@ _CONVOLVED_BYTES = 1 << 21
 
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-  """The static part of a convolution, NHWC by HWIO.
+  """The static part of a convolution, NHWC by HWIO."""
 
-  Attributes:
-    input_hw: height and width of the input.
-    kernel_hw: height and width of the kernel.
-    strides: down and to the right.
-    pads: zeros before and after, for rows and for columns; may be negative.
-    precision: of the products, as `jax.lax.Precision` or None.
-  """
-
-  input_hw: tuple[int, ...]
-  kernel_hw: tuple[int, ...]
-  strides: tuple[int, ...]
+  input_hw: tuple[int, ...]  # Height and width of the input.
+  kernel_hw: tuple[int, ...]  # Height and width of the kernel.
+  strides: tuple[int, ...]  # Down and to the right.
+  # Zeros before and after, for rows and for columns; may be negative.
   pads: tuple[tuple[int, int], tuple[int, int]]
-  precision: Any
+  precision: Any  # Of the products, as `jax.lax.Precision` or None.
 
   def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
@@ -375,19 +368,16 @@ def _pad(
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-  """One of the three, in the forms that the platforms take.
+  """One of the three, in the forms that the platforms take."""
 
-  Attributes:
-    cpu: the function of (geometry, a, b) for CPUs.
-    standard: the same elsewhere.
-    sharding_rule: which dimensions of operands and result are the same; `n`,
-      the images, is the only one that devices may share out.
-    sums_over_batch: the result is a sum over images, not one per image.
-  """
-
+  # The function of (geometry, a, b) for CPUs.
   cpu: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
+  # The same elsewhere.
   standard: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
+  # Which dimensions of operands and result are the same; `n`, the images, is
+  # the only one that devices may share out.
   sharding_rule: str
+  # The result is a sum over images, not one per image.
   sums_over_batch: bool = False
 
 

@@ -52,36 +52,22 @@ _STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-  """A figure as it is written.
+  """A figure as it is written."""
 
-  Attributes:
-    name: of its files, without suffix.
-    text: what it shows, for those who do not see it.
-    caption: what one must know to read it.
-    png: the file's bytes.
-    svg: the file's bytes.
-  """
-
-  name: str
-  text: str
-  caption: str
-  png: bytes
-  svg: bytes
+  name: str  # Of its files, without suffix.
+  text: str  # What it shows, for those who do not see it.
+  caption: str  # What one must know to read it.
+  png: bytes  # The file's bytes.
+  svg: bytes  # The file's bytes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """What a learning curve shows.
+  """What a learning curve shows."""
 
-  Attributes:
-    name: of the records' keys, after `train_` and `test_`.
-    title: of the axis, with the unit.
-    file: of the figure's files.
-  """
-
-  name: str
-  title: str
-  file: str
+  name: str  # Of the records' keys, after `train_` and `test_`.
+  title: str  # Of the axis, with the unit.
+  file: str  # Of the figure's files.
 
   def values(self, group: runs_lib.Group, split: str) -> np.ndarray:
     """float64[n, num_epochs] of 'train' or 'test', in the axis's unit."""

@@ -14,19 +14,12 @@ from resnet_flax.tools.report import (
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A part of the page under one heading.
+  """A part of the page under one heading."""
 
-  Attributes:
-    title: the heading.
-    notes: paragraphs of plain text.
-    figures: shown below them.
-    tables: shown last.
-  """
-
-  title: str
-  notes: Sequence[str] = ()
-  figures: Sequence[figures_lib.Rendered] = ()
-  tables: Sequence[tables_lib.Table] = ()
+  title: str  # The heading.
+  notes: Sequence[str] = ()  # Paragraphs of plain text.
+  figures: Sequence[figures_lib.Rendered] = ()  # Shown below them.
+  tables: Sequence[tables_lib.Table] = ()  # Shown last.
 
 
 def render(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:

@@ -31,17 +31,11 @@ Column = tables_lib.Column
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a report was made of.
+  """What a report was made of."""
 
-  Attributes:
-    num_runs: workdirs.
-    num_groups: groups of runs that differ in their seeds alone.
-    page: the file to open.
-  """
-
-  num_runs: int
-  num_groups: int
-  page: pathlib.Path
+  num_runs: int  # Workdirs.
+  num_groups: int  # Groups of runs that differ in their seeds alone.
+  page: pathlib.Path  # The file to open.
 
 
 def make(

@@ -58,17 +58,12 @@ _LONGEST_NAME = 40
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-  """A mean over repetitions.
+  """A mean over repetitions."""
 
-  Attributes:
-    mean: of the values.
-    std: the sample standard deviation (ddof = 1); None of a single value.
-    n: how many values.
-  """
-
-  mean: float
+  mean: float  # Of the values.
+  # The sample standard deviation (ddof = 1); None of a single value.
   std: float | None
-  n: int
+  n: int  # How many values.
 
   @classmethod
   def of(cls, values: Sequence[float]) -> "Statistic":
@@ -84,22 +79,14 @@ class Statistic:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One workdir.
+  """One workdir."""
 
-  Attributes:
-    folder: where it is.
-    name: its path below what all runs of the report have in common.
-    config: flat, for example {'model.depth': 20, ...}.
-    records: one for each finished epoch, oldest first.
-    device: what it was trained on, for people; '' if that is not known.
-    data: names the pixels it was trained on (`Dataset.source`), if known.
-  """
-
-  folder: pathlib.Path
-  name: str
-  config: dict[str, Any]
-  records: list[metrics.Record]
-  device: str
+  folder: pathlib.Path  # Where it is.
+  name: str  # Its path below what all runs of the report have in common.
+  config: dict[str, Any]  # Flat, for example {'model.depth': 20, ...}.
+  records: list[metrics.Record]  # One for each finished epoch, oldest first.
+  device: str  # What it was trained on, for people; '' if that is not known.
+  # Names the pixels it was trained on (`Dataset.source`), if known.
   data: str | None
 
   @property
@@ -156,26 +143,17 @@ class Repetition:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs whose configurations differ in nothing that an experiment is about.
+  """Runs whose configurations differ in nothing that an experiment is about."""
 
-  Attributes:
-    number: counts the groups of a report from 1.
-    name: short, for legends, for example '2: plain, depth=56'.
-    label: in full, for example 'model.name=plain, model.depth=56'.
-    config: flat, without the keys in which the runs may differ.
-    runs: all of them.
-    repetitions: what is counted, each seed once: those that are finished, or
-      where none is, those that have an epoch.
-    num_epochs: epochs that all repetitions have; 0 if there are none.
-  """
-
-  number: int
-  name: str
-  label: str
-  config: dict[str, Any]
-  runs: tuple[Run, ...]
+  number: int  # Counts the groups of a report from 1.
+  name: str  # Short, for legends, for example '2: plain, depth=56'.
+  label: str  # In full, for example 'model.name=plain, model.depth=56'.
+  config: dict[str, Any]  # Flat, without the keys in which the runs may differ.
+  runs: tuple[Run, ...]  # All of them.
+  # What is counted, each seed once: those that are finished, or where none is,
+  # those that have an epoch.
   repetitions: tuple[Repetition, ...]
-  num_epochs: int
+  num_epochs: int  # Epochs that all repetitions have; 0 if there are none.
 
   @property
   def finished(self) -> bool:

@@ -14,20 +14,13 @@ _MOST_MISTAKES = 25
 
 @dataclasses.dataclass(frozen=True)
 class Mistakes:
-  """Wrongly classified test images, the most confident first.
+  """Wrongly classified test images, the most confident first."""
 
-  Attributes:
-    images: uint8[N, H, W, C].
-    positions: int64[N], in the test split, from 0.
-    labels: int32[N].
-    predicted: int64[N].
-    confidences: float32[N], the probabilities of the predicted classes.
-  """
-
-  images: np.ndarray
-  positions: np.ndarray
-  labels: np.ndarray
-  predicted: np.ndarray
+  images: np.ndarray  # uint8[N, H, W, C].
+  positions: np.ndarray  # int64[N], in the test split, from 0.
+  labels: np.ndarray  # int32[N].
+  predicted: np.ndarray  # int64[N].
+  # float32[N], the probabilities of the predicted classes.
   confidences: np.ndarray
 
   def __len__(self) -> int:
@@ -36,20 +29,14 @@ class Mistakes:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """One checkpoint on the test split.
+  """One checkpoint on the test split."""
 
-  Attributes:
-    class_names: name of each label.
-    confusion: int64[classes, classes], how many images of the row's class
-      were taken for the column's.
-    mistakes: some of the wrong ones, or all if they are few.
-    step: the training steps that the checkpoint has.
-  """
-
-  class_names: tuple[str, ...]
+  class_names: tuple[str, ...]  # Name of each label.
+  # int64[classes, classes], how many images of the row's class were taken for
+  # the column's.
   confusion: np.ndarray
-  mistakes: Mistakes
-  step: int
+  mistakes: Mistakes  # Some of the wrong ones, or all if they are few.
+  step: int  # The training steps that the checkpoint has.
 
   @property
   def num_images(self) -> int:

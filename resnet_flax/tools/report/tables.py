@@ -13,16 +13,11 @@ Cell = str | int | float | runs_lib.Statistic | None
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """One column.
+  """One column."""
 
-  Attributes:
-    title: its name with the unit, for example 'error (%)'.
-    digits: decimals of a number, for people; CSV has ten digits.
-    statistic: whether its cells are statistics; CSV has three columns of them.
-  """
-
-  title: str
-  digits: int = 0
+  title: str  # Its name with the unit, for example 'error (%)'.
+  digits: int = 0  # Decimals of a number, for people; CSV has ten digits.
+  # Whether its cells are statistics; CSV has three columns of them.
   statistic: bool = False
 
   def show(self, cell: Cell) -> str:
@@ -41,20 +36,13 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table.
+  """A table."""
 
-  Attributes:
-    name: of its files, without suffix.
-    caption: one sentence.
-    columns: the columns.
-    rows: as many cells in each as there are columns.
-    folded: it is long, and of use to few: the page shows it when asked to.
-  """
-
-  name: str
-  caption: str
-  columns: Sequence[Column]
-  rows: Sequence[Sequence[Cell]]
+  name: str  # Of its files, without suffix.
+  caption: str  # One sentence.
+  columns: Sequence[Column]  # The columns.
+  rows: Sequence[Sequence[Cell]]  # As many cells in each as there are columns.
+  # It is long, and of use to few: the page shows it when asked to.
   folded: bool = False
 
   @property

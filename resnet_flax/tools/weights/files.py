@@ -41,40 +41,28 @@ _SIGNATURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """What a Keras file says of a layer.
+  """What a Keras file says of a layer."""
 
-  Attributes:
-    kind: the name of its class, for example 'Conv2D'.
-    name: its own.
-    settings: its arguments, as JSON has them.
-  """
-
-  kind: str
-  name: str
-  settings: Mapping[str, Any]
+  kind: str  # The name of its class, for example 'Conv2D'.
+  name: str  # Its own.
+  settings: Mapping[str, Any]  # Its arguments, as JSON has them.
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:
-  """What a file holds.
+  """What a file holds."""
 
-  Attributes:
-    path: the file.
-    library: 'pytorch' or 'keras', whose names the arrays have.
-    arrays: by name; 'layer1.0.conv1.weight' in PyTorch, 'conv2d_3/kernel' in
-      Keras.
-    passed_over: what is no weight: PyTorch's counters, the variables of Keras's
-      optimizers and random generators.
-    has_layer_names: False for files of older Keras 3, where layers are only
-      numbered in the order of `model.layers`, apart for each class.
-    layers: of a whole Keras model; empty where a file holds weights alone.
-  """
-
-  path: pathlib.Path
-  library: str
+  path: pathlib.Path  # The file.
+  library: str  # 'pytorch' or 'keras', whose names the arrays have.
+  # By name; 'layer1.0.conv1.weight' in PyTorch, 'conv2d_3/kernel' in Keras.
   arrays: Mapping[str, np.ndarray]
+  # What is no weight: PyTorch's counters, the variables of Keras's optimizers
+  # and random generators.
   passed_over: tuple[str, ...]
+  # False for files of older Keras 3, where layers are only numbered in the
+  # order of `model.layers`, apart for each class.
   has_layer_names: bool = True
+  # Of a whole Keras model; empty where a file holds weights alone.
   layers: tuple[Layer, ...] = ()
 
 

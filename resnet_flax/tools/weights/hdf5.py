@@ -46,20 +46,16 @@ _RANDOM = "seed_generator"
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """The arrays of a file.
+  """The arrays of a file."""
 
-  Attributes:
-    arrays: float arrays by path, for example 'layers/conv2d/vars/0'.
-    passed_over: paths of optimizers' and random generators' variables.
-    layer_names: for the group 'conv2d_1' of 'layers' the layer's own name,
-      where the file tells.
-    model: the JSON text of the whole model, if the file holds one.
-  """
-
+  # float arrays by path, for example 'layers/conv2d/vars/0'.
   arrays: Mapping[str, np.ndarray]
+  # Paths of optimizers' and random generators' variables.
   passed_over: tuple[str, ...]
+  # For the group 'conv2d_1' of 'layers' the layer's own name, where the file
+  # tells.
   layer_names: Mapping[str, str]
-  model: str
+  model: str  # The JSON text of the whole model, if the file holds one.
 
 
 def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:

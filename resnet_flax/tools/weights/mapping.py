@@ -32,33 +32,22 @@ def width(found: int, usual: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """Where one of our arrays comes from.
+  """Where one of our arrays comes from."""
 
-  Attributes:
-    name: of the library's array.
-    layout: brings it into our order of dimensions.
-  """
-
-  name: str
-  layout: Layout = as_it_is
+  name: str  # Of the library's array.
+  layout: Layout = as_it_is  # Brings it into our order of dimensions.
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A kind of network that a library has, as found in a file.
+  """A kind of network that a library has, as found in a file."""
 
-  Attributes:
-    title: what to call it.
-    needed: for keys of the configuration the values, the first of which is
-      recommended, with which our network computes what theirs does.
-    num_classes: size of its head.
-    origin: where our array of a path comes from.
-  """
-
-  title: str
+  title: str  # What to call it.
+  # For keys of the configuration the values, the first of which is recommended,
+  # with which our network computes what theirs does.
   needed: Mapping[str, tuple[Any, ...]]
-  num_classes: int
-  origin: Callable[[Path], Origin]
+  num_classes: int  # Size of its head.
+  origin: Callable[[Path], Origin]  # Where our array of a path comes from.
 
 
 def check_config(
