@@ -37,11 +37,6 @@ def cached(
 ) -> types.Arrays:
   """The arrays under `key`, memory-mapped; built and stored if need be.
 
-  Args:
-    folder: the cache folder.
-    key: names the entry: data set, version and fingerprint of the source.
-    build: makes the arrays.
-
   Raises:
     DataError: the folder cannot be written.
   """

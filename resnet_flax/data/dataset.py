@@ -122,10 +122,6 @@ def num_train_examples(config: ConfigDict) -> int:
 def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   """Opens the set that `config.dataset` names, preparing it if need be.
 
-  Args:
-    config: the `dataset` part of the configuration.
-    augmentation: `augment.name`, if it is to be trained on.
-
   Returns:
     The data set with its validation part held out and the training part cut
     to `train_examples`; class-balanced but for streamed sets, whose labels

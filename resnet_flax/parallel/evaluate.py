@@ -82,16 +82,7 @@ def evaluate(
   layout: Layout,
   on_batch: Callable[[], None] = lambda: None,
 ) -> Scores:
-  """Scores all networks on a split.
-
-  Args:
-    eval_step: from `create_eval_step`.
-    state: the networks.
-    split: images and labels.
-    batch_size: images of a call, at most; each of several crops is one.
-    layout: where the networks are.
-    on_batch: called after every call.
-  """
+  """Scores all networks on a split."""
   size = call_size(split, batch_size, layout.mesh.shape[mesh_lib.DATA])
   sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
   rows = mesh_lib.own_rows(sharding, size, axis=0)

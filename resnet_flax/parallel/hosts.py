@@ -438,12 +438,7 @@ def meet() -> None:
 
 
 def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
-  """Arrays of process 0 in all processes, bit-identical.
-
-  Args:
-    function: called in process 0 alone; returns a tree of arrays.
-    like: called in the others; returns the tree of their shapes and dtypes.
-  """
+  """Arrays of process 0 in all processes, bit-identical."""
   if jax.process_count() == 1:
     return function()
   tree = function() if is_first() else like()

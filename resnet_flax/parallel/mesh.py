@@ -74,13 +74,7 @@ def put(
 
 
 def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
-  """int64[rows], ascending: images of a batch for this process's devices.
-
-  Args:
-    sharding: of the batch.
-    batch_size: images over all devices.
-    axis: that of images, before which there may be one of seeds.
-  """
+  """int64[rows], ascending: images of a batch for this process's devices."""
   if sharding.is_fully_addressable:
     return np.arange(batch_size)
   # Seeds are divided as they are over their devices: any number does.

@@ -230,9 +230,6 @@ def _choose_steps(
 def load_source(config: ConfigDict) -> dict[str, Any]:
   """The variables of the network that `config.init_from` names.
 
-  Args:
-    config: of the run that starts from it.
-
   Returns:
     {'params': ..., 'batch_stats': ...} of its best checkpoint.
 
@@ -290,10 +287,6 @@ def initialize(
   """A new state with another network's parameters and statistics.
 
   Its head stays as it was drawn if it has other classes.
-
-  Args:
-    state: before the first step.
-    variables: from `load`.
   """
   params = dict(variables["params"])
   if params[_HEAD]["bias"].shape != state.params[_HEAD]["bias"].shape:

@@ -49,11 +49,6 @@ class MetricsLog:
   ) -> list[Record]:
     """Drops the records of epochs that end after the restored step.
 
-    Args:
-      step: of the restored checkpoint; 0 if there is none.
-      steps_per_epoch: steps of an epoch.
-      fallen_back: newer checkpoints were damaged, so many may be dropped.
-
     Returns:
       The records that are kept. Where the last epoch was trained but not
       evaluated yet, there is one less than epochs.
@@ -97,12 +92,6 @@ def summarize(
   ensemble: Record,
 ) -> Record:
   """The record of an epoch of one or several networks.
-
-  Args:
-    first: what they have in common.
-    seeds: one for each network.
-    of_seeds: the metrics of each.
-    ensemble: the metrics of all together.
 
   Returns:
     Of one network its metrics. Of several their means, under NAME_std their

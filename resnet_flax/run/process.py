@@ -94,11 +94,6 @@ def environment_with_huge_pages(
 ) -> dict[str, str] | None:
   """The environment in which glibc asks for huge pages.
 
-  Args:
-    environ: of this process.
-    libc: name and version, such as ("glibc", "2.36").
-    mode: of Linux, such as "always [madvise] never".
-
   Returns:
     A changed copy; None if nothing need or can be done: glibc is older than
     2.35, the system gives huge pages to all programs or to none, or the user

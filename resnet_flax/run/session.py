@@ -173,13 +173,7 @@ class Session:
     layout: networks.Layout,
     reproduce: Callable[[int, int], dict[str, Any]],
   ) -> None:
-    """Begins training: a signal now waits for the end of a step.
-
-    Args:
-      state: of all networks.
-      layout: where they are.
-      reproduce: of a step and a seed, what leads to that step again, as JSON.
-    """
+    """Begins training: a signal now waits for the end of a step."""
     config = self._config
     self._layout, self._reproduce = layout, reproduce
     self._stack.enter_context(self._signals.hold())

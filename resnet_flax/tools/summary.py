@@ -26,12 +26,7 @@ class Size(NamedTuple):
 
 
 def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
-  """Counts without computing: the shapes are traced.
-
-  Args:
-    model: a network.
-    image_shape: (H, W, C).
-  """
+  """Counts without computing: the shapes are traced."""
   multiply_adds = 0
 
   def count(next_call, args, kwargs, context):
@@ -60,9 +55,6 @@ def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
 
 def summarize(config: ConfigDict) -> str:
   """The network as a table, its size, its optimizer and its schedule.
-
-  Args:
-    config: every key of `configs/base.py`.
 
   Raises:
     ConfigError: a value that cannot be used.

@@ -203,14 +203,6 @@ def _phase(
 ) -> tuple[int, tuple[int, int]]:
   """In one dimension, what gives the input gradient at start::stride.
 
-  Args:
-    start: of the phase.
-    size: of the input.
-    k: size of the kernel.
-    stride: of the convolution.
-    before: its zeros before the input.
-    out: size of its output.
-
   Returns:
     The first element of the kernel that takes part, and the padding of the
     convolution with these elements, which gives ceil(size / stride) elements.

@@ -30,10 +30,6 @@ Reduction = Callable[[jax.Array], jax.Array]
 def reduce_each(reduction: Reduction, leaves: Sequence[jax.Array]) -> jax.Array:
   """What a reduction makes of each of many arrays.
 
-  Args:
-    reduction: maps an array to a scalar, [].
-    leaves: any shapes, at least one.
-
   Returns:
     The scalars, [N], in the order of the leaves.
   """
@@ -103,12 +99,7 @@ def in_groups(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def apart(function: Callable[..., Any], *operands: Any) -> Any:
-  """Calls a function of arrays; on CPUs as a computation of its own.
-
-  Args:
-    function: of `operands`, trees of arrays, returning one.
-    operands: trees of arrays.
-  """
+  """Calls a function of arrays; on CPUs as a computation of its own."""
 
   def call(*operands):
     # A function that XLA does not inline stays one.

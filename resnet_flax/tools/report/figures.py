@@ -82,12 +82,7 @@ LOSS = Metric("loss", "cross-entropy (nats)", "learning_curves_loss")
 def learning_curves(
   groups: Sequence[runs_lib.Group], metric: Metric
 ) -> list[Rendered]:
-  """Curves over the epochs, a few groups in each figure, on the same axes.
-
-  Args:
-    groups: those without an epoch are left out.
-    metric: what is drawn.
-  """
+  """Curves over the epochs, a few groups in each figure, on the same axes."""
   groups = [group for group in groups if group.num_epochs]
   num_epochs = max((group.num_epochs for group in groups), default=0)
   limits = _limits(
@@ -184,9 +179,6 @@ def _draw_curves(
 
 def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
   """Final test error against depth; one line for what differs in depth alone.
-
-  Args:
-    groups: those that are not finished are left out.
 
   Returns:
     None if no line has two depths.

@@ -23,13 +23,7 @@ class Section:
 
 
 def render(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
-  """The page as HTML.
-
-  Args:
-    num_runs: workdirs that the report is of.
-    num_groups: groups of them.
-    sections: in their order.
-  """
+  """The page as HTML."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("resnet_flax.tools.report", ""),
     # Names of folders and values of configurations are anyone's.

@@ -246,9 +246,6 @@ def _find_below(path: pathlib.Path) -> list[pathlib.Path]:
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   """Reads runs.
 
-  Args:
-    folders: at least one workdir; see `find`.
-
   Raises:
     WorkdirError: a file of theirs is damaged; it is named.
   """

@@ -49,11 +49,7 @@ class Scores:
     return int(np.trace(self.confusion))
 
   def confused(self, most: int) -> list[tuple[int, int, int]]:
-    """(true class, predicted class, images), the most frequent first.
-
-    Args:
-      most: how many at most; pairs that do not occur are left out.
-    """
+    """(true class, predicted class, images), the most frequent first."""
     wrong = self.confusion.copy()
     np.fill_diagonal(wrong, 0)
     # Stable, so that of equally frequent ones the first comes first.
@@ -64,10 +60,6 @@ class Scores:
 
 def score(run: runs_lib.Run, seed: int) -> Scores:
   """Scores a seed's best checkpoint on the test split of its data set.
-
-  Args:
-    run: the run.
-    seed: one of its seeds.
 
   Raises:
     ConfigError: its configuration is of another version, or its network is

@@ -61,10 +61,6 @@ class Tree:
 def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
   """Reads all weights, in a process of its own.
 
-  Args:
-    path: what errors call the file.
-    content: the HDF5 file itself.
-
   Raises:
     WeightsError: something in the file is not as Keras writes it, or is
       damaged.
@@ -140,9 +136,6 @@ def _limit_memory(size: int) -> None:
 
 def read(file: BinaryIO) -> Tree:
   """Reads all weights.
-
-  Args:
-    file: open for reading.
 
   Raises:
     WeightsError: something in the file is not as Keras writes it; the message

@@ -137,14 +137,7 @@ def _v1_layers(blocks: int, created: bool) -> Iterator[Path]:
 
 
 def _v2_layers(blocks: int, created: bool) -> Iterator[Path]:
-  """Our layers in the order of the example's.
-
-  Args:
-    blocks: of each stage.
-    created: in the order in which layers were made, as their names are
-      numbered; otherwise in that of `model.layers`, which goes back from the
-      sum and meets the projection first.
-  """
+  """Our layers in the order of the example's."""
   yield from [("stem_conv",), ("stem_bn",)]
   for stage in range(3):
     for block in range(blocks):
@@ -274,13 +267,7 @@ def _in_turn(
 def _origin(
   theirs: Mapping[Path, tuple[str, str]], path: Path, flip_stem: bool = False
 ) -> Origin:
-  """Where an array comes from.
-
-  Args:
-    theirs: for our layers the kinds and names of theirs.
-    path: of ours.
-    flip_stem: their network sees blue first, ours red.
-  """
+  """Where an array comes from."""
   *layer, leaf = path[1:]
   kind, name = theirs[tuple(layer)]
   flips = flip_stem and path[1:] == ("stem_conv", "kernel")
@@ -357,12 +344,6 @@ def _check_layers(
   stem_strides: int,
 ) -> None:
   """Checks what the file says of its layers, if it does.
-
-  Args:
-    file: of the network.
-    theirs: for our layers the kinds and names of theirs.
-    padding: of the convolutions; None where they follow layers that pad.
-    stem_strides: the stem's.
 
   Raises:
     WeightsError: they do not compute what ours do.

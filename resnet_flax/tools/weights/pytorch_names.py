@@ -175,13 +175,7 @@ def _rows(file: files.WeightsFile, name: str) -> int:
 
 
 def _resnet_origin(head: str, shortcut: str, path: Path) -> Origin:
-  """Where an array of a ResNet comes from.
-
-  Args:
-    head: what the dense layer is called.
-    shortcut: what a block's projection is called.
-    path: of ours.
-  """
+  """Where an array of a ResNet comes from."""
   *block, layer, leaf = path[1:]
   if not block:
     stems = {"stem_conv": "conv1", "stem_bn": "bn1", "head": head}
@@ -204,14 +198,7 @@ def _feedforward_origin(
   channels: int,
   path: Path,
 ) -> Origin:
-  """Where an array of a VGG or an AlexNet comes from.
-
-  Args:
-    places: the convolutions' in `features`.
-    dense: the dense layers' in `classifier`.
-    channels: of what the first dense layer sees.
-    path: of ours.
-  """
+  """Where an array of a VGG or an AlexNet comes from."""
   layer, leaf = path[1:]
   if layer in dense:
     origin = _leaf(f"classifier.{dense[layer]}", layer, leaf)
