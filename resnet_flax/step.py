@@ -1,7 +1,6 @@
 """The train state, and the pure functions that advance and score it."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from resnet_flax import data, models, optim
-from resnet_flax.data import augment, normalize, randomness
+from resnet_flax import optim
+from resnet_flax.data import augment, normalize
 from resnet_flax.models.kernels import grouping
 
 PyTree = Any
@@ -67,27 +65,6 @@ class Experiment:
   label_smoothing: float = 0.0
 
 
-def build(config: ConfigDict) -> Experiment:
-  """Builds model, optimizer, schedule and augmentation; loads no data."""
-  # The last, smaller batch is dropped; every epoch drops other images.
-  steps_per_epoch = data.num_train_examples(config.dataset) // config.batch_size
-  classes = num_classes(config)
-  return Experiment(
-    model=models.create_model(config.model, classes),
-    optimizer=optim.create_optimizer(config.optimizer),
-    learning_rate=optim.create_learning_rate(config, steps_per_epoch),
-    augment=augment.create_augment(config.augment),
-    image_shape=data.info(config.dataset).image_shape,
-    num_classes=classes,
-    label_smoothing=config.label_smoothing,
-  )
-
-
-def num_classes(config: ConfigDict) -> int:
-  """The size of the network's head."""
-  return config.model.num_classes or data.info(config.dataset).num_classes
-
-
 # ---- The train state
 
 
@@ -125,22 +102,6 @@ def state_of(
     rate_state=experiment.learning_rate.init(),
     epoch_sums={name: jnp.zeros((), jnp.float32) for name in sums},
     normalization=normalization,
-  )
-
-
-def abstract_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-  """The `jax.ShapeDtypeStruct`s of the train state; computes nothing.
-
-  With several seeds as a checkpoint has it, [seeds, ...].
-  """
-  one = jax.eval_shape(
-    functools.partial(create_train_state, experiment),
-    randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
-    normalize.placeholder(config.normalization, experiment.image_shape),
-  )
-  seeds = (config.num_seeds,) if config.num_seeds > 1 else ()
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((*seeds, *leaf.shape), leaf.dtype), one
   )
 
 

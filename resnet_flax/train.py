@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import data, step as step_lib
-from resnet_flax.data import normalize, randomness
+from resnet_flax import step as step_lib
+from resnet_flax.data import (
+  dataset as dataset_lib,
+  normalize,
+  randomness,
+  types,
+)
 from resnet_flax.parallel import evaluate, hosts, many_steps, networks, program
 from resnet_flax.run import (
   errors,
+  experiment as experiment_lib,
   layer_norms,
   load,
   metrics,
@@ -62,7 +68,7 @@ def train_and_evaluate(
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   with session.open_run(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
   ) as run:
@@ -107,7 +113,7 @@ class _Setup(NamedTuple):
   layout: networks.Layout
   program: program.Program
   eval_step: evaluate.EvalStep
-  splits: dict[str, data.Split]  # That are scored.
+  splits: dict[str, types.Split]  # That are scored.
   # Called before each call of the step with the steps done, state and batch.
   hooks: list[Callable[[int, networks.Networks, program.Batch], None]]
 
@@ -124,7 +130,7 @@ def _set_up(
   if config.init_from and not run.resumes:
     source = hosts.first_only(lambda: load.load_source(config))
   dataset = hosts.first_then_others(
-    lambda: data.load(config.dataset, config.augment.name)
+    lambda: dataset_lib.load(config.dataset, config.augment.name)
   )
   hosts.check_same("the data", dataset.source)
   if dataset.validation is None:
@@ -177,7 +183,7 @@ def _set_up(
 def _choose(
   config: ConfigDict,
   experiment: step_lib.Experiment,
-  dataset: data.Dataset,
+  dataset: types.Dataset,
   devices: Sequence[jax.Device],
   run: session.Session,
 ) -> tuple[networks.Layout, int]:
@@ -205,7 +211,7 @@ def _choose(
 def initial_state(
   config: ConfigDict,
   experiment: step_lib.Experiment,
-  train: data.Split,
+  train: types.Split,
   layout: networks.Layout,
   source: Mapping[str, Any] | None = None,
 ) -> networks.Networks:
@@ -239,7 +245,7 @@ def augmentation_key(layout: networks.Layout) -> networks.Networks:
 
 
 def _reproduce(
-  split: data.Split, batch_size: int, step: int, seed: int
+  split: types.Split, batch_size: int, step: int, seed: int
 ) -> dict[str, Any]:
   """What leads to a step of a network, from the checkpoint before it."""
   epoch, within = divmod(step, len(split) // batch_size)

@@ -9,8 +9,11 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from configs import base
-from resnet_flax import step as step_lib
-from resnet_flax.run import config as config_keys, rules
+from resnet_flax.run import (
+  config as config_keys,
+  experiment as experiment_lib,
+  rules,
+)
 
 FOLDER = pathlib.Path(base.__file__).parent
 NAMES = sorted(
@@ -27,7 +30,7 @@ def test_config_can_be_used(name):
   config = module.get_config()
   rules.check(config, num_devices=1)
   assert config.is_locked
-  step_lib.build(config)
+  experiment_lib.build(config)
   if name != "base":
     # The docstring says where it comes from and how it is run.
     for word in ("Source:", "Expected:", "Cost:", "Command:"):

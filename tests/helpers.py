@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from resnet_flax import data, step as step_lib, train
+from resnet_flax import data, train
 from resnet_flax.parallel import evaluate, networks, program
-from resnet_flax.run import checkpoint, metrics
+from resnet_flax.run import checkpoint, experiment as experiment_lib, metrics
 
 
 def changed(config, **values):
@@ -25,7 +25,7 @@ def layout_of(config, num_devices=1, num_seeds=1, execution="in_turn"):
 
 def initial(config, layout):
   """Experiment, training split, initial states and augmentation keys."""
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   split = data.load(config.dataset).train
   state = train.initial_state(config, experiment, split, layout)
   return experiment, split, state, train.augmentation_key(layout)
@@ -56,7 +56,7 @@ def saved_steps(workdir):
 
 def restore(config, workdir, step=None):
   """A checkpoint of a run, by default the latest, as a tree of arrays."""
-  like = step_lib.abstract_state(config, step_lib.build(config))
+  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     return checkpoints.restore(step or checkpoints.steps()[-1], like)[0]
 

@@ -11,6 +11,7 @@ from configs import base
 from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.models import feedforward
+from resnet_flax.run import experiment as experiment_lib
 
 
 def make_experiment(name="resnet_v1", depth=8):
@@ -18,7 +19,7 @@ def make_experiment(name="resnet_v1", depth=8):
   config.model.update({"name": name, "depth": depth, "num_filters": 4})
   config.augment.name = "none"
   config.batch_size = 4
-  return step_lib.build(config)
+  return experiment_lib.build(config)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_randomness_depends_on_the_step_alone():
   config = base.get_config()
   config.model.update({"depth": 8, "num_filters": 4})
   config.batch_size = 4
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   state = create_state(experiment)
   images, labels = batch()
   step = jax.jit(functools.partial(step_lib.train_step, experiment))
@@ -115,7 +116,7 @@ def dropping_experiment():
   config.model.norm = "none"
   config.augment.name = "none"
   config.batch_size = 4
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   model = experiment.model.clone(
     features=(feedforward.Conv(4), feedforward.Pool(2)),
     pooled_size=2,

@@ -14,7 +14,14 @@ import pytest
 
 from resnet_flax import data, step as step_lib, train
 from resnet_flax.parallel import evaluate, program
-from resnet_flax.run import checkpoint, errors, load, metrics, progress
+from resnet_flax.run import (
+  checkpoint,
+  errors,
+  experiment as experiment_lib,
+  load,
+  metrics,
+  progress,
+)
 from tests.helpers import (
   Programs,
   assert_identical,
@@ -436,7 +443,7 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   assert (failure["epoch"], failure["step_in_epoch"]) == divmod(step, 4)
   assert saved_steps(workdir)[-1] == failure["latest_checkpoint_step"] == step
   # From the last finite state, by these indexes and this key.
-  experiment = step_lib.build(tiny_config)
+  experiment = experiment_lib.build(tiny_config)
   split = data.load(tiny_config.dataset).train
   key = jax.random.wrap_key_data(
     jnp.asarray(failure["augmentation_key"], jnp.uint32)

@@ -28,6 +28,7 @@ from resnet_flax.data import normalize as normalization, randomness
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   environment,
+  experiment as experiment_lib,
   folder as workdir,
   process,
   rules,
@@ -81,7 +82,7 @@ def measure(
   config.batch_size = batch_size
   config.model.update({"name": name, "depth": depth, **MODES[mode]})
   rules.check(config, num_devices=1)
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   key = randomness.device_key(config.seed, randomness.Purpose.AUGMENTATION)
   create = functools.partial(step_lib.create_train_state, experiment)
   initial = (

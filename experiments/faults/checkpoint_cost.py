@@ -19,11 +19,11 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments.tools.timing import in_turn, prepare_on_data
-from resnet_flax import step as step_lib
 from resnet_flax.run import (
   checkpoint,
   command_line,
   environment,
+  experiment as experiment_lib,
   folder as workdir,
   process,
 )
@@ -60,7 +60,7 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
       checkpoints.wait()
       if round_number:
         seconds[name].append(time.perf_counter() - started)
-  steps_per_epoch = step_lib.build(config).learning_rate.steps_per_epoch
+  steps_per_epoch = experiment_lib.build(config).learning_rate.steps_per_epoch
   return {**seconds, "steps": steps, "steps_per_epoch": steps_per_epoch}
 
 

@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from resnet_flax import step as step_lib
-from resnet_flax.run import checkpoint, folder as workdir_lib, metrics
+from resnet_flax.run import (
+  checkpoint,
+  experiment as experiment_lib,
+  folder as workdir_lib,
+  metrics,
+)
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _POLL_SECONDS = 0.005
@@ -183,7 +187,7 @@ class Process:
   def _is_evaluating(self) -> bool:
     if not self._steps_per_epoch:
       config = workdir_lib.load_config(self._workdir)
-      rate = step_lib.build(config).learning_rate
+      rate = experiment_lib.build(config).learning_rate
       self._steps_per_epoch = rate.steps_per_epoch
     epochs, within = divmod(_newest(self._workdir), self._steps_per_epoch)
     records = metrics.MetricsLog(self._workdir).read()
@@ -273,7 +277,7 @@ def _arrays(
   workdir: pathlib.Path, name: str, step: int
 ) -> dict[str, np.ndarray]:
   config = workdir_lib.load_config(workdir)
-  like = step_lib.abstract_state(config, step_lib.build(config))
+  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     state, _ = checkpoints.restore(step, like)
   return {

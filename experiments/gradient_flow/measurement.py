@@ -12,10 +12,11 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import base
-from resnet_flax import data, step as step_lib, train
+from resnet_flax import data, train
 from resnet_flax.parallel import networks, program
 from resnet_flax.run import (
   errors,
+  experiment as experiment_lib,
   folder,
   layer_norms,
   rules,
@@ -128,7 +129,7 @@ def measure(
     lists, one number for each layer; None stands for what is not finite.
   """
   split = data.load(config.dataset).train
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   layout = networks.Layout.create(config, devices)
   state = train.initial_state(config, experiment, split, layout)
   key = train.augmentation_key(layout)

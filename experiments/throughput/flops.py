@@ -9,7 +9,8 @@ import functools
 import math
 
 from configs import v1_depth20
-from resnet_flax import models, step as step_lib
+from resnet_flax import models
+from resnet_flax.run import experiment as experiment_lib
 from resnet_flax.tools import summary
 
 
@@ -22,7 +23,7 @@ def inference(depth: int) -> int:
   """
   config = v1_depth20.get_config()
   config.model.depth = depth
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   return (
     2
     * summary.measure_size(
@@ -41,7 +42,7 @@ def training(depth: int) -> int:
     depth: 6n+2.
   """
   config = v1_depth20.get_config()
-  image_shape = step_lib.build(config).image_shape
+  image_shape = experiment_lib.build(config).image_shape
   num_filters = models.num_filters(config.model)
   stem = 2 * math.prod(image_shape) * 3 * 3 * num_filters
   return 3 * inference(depth) - stem

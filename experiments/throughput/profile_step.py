@@ -17,7 +17,7 @@ from configs import v1_depth20
 from experiments.tools.timing import noise, prepare
 from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh, program
-from resnet_flax.run import process
+from resnet_flax.run import experiment as experiment_lib, process
 
 _BATCH_SIZE = flags.DEFINE_integer(
   # A batch of one would look like the operand of a weight gradient.
@@ -71,7 +71,7 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   trainer = prepare(
     config,
     experiment,

@@ -19,9 +19,8 @@ from absl import app, flags
 
 from configs import v1_depth20
 from experiments.tools.timing import in_turn, noise, prepare
-from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh as mesh_lib
-from resnet_flax.run import process
+from resnet_flax.run import experiment as experiment_lib, process
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Virtual CPU devices.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images, over all.")
@@ -53,7 +52,7 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, list[float]]:
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size
-  ours = step_lib.build(config)
+  ours = experiment_lib.build(config)
   experiments = {
     "ours": ours,
     "plain": dataclasses.replace(ours, model=ours.model.clone(conv=plain_conv)),

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from resnet_flax import data, step as step_lib, train
 from resnet_flax.data import types
 from resnet_flax.parallel import networks, program
-from resnet_flax.run import rules
+from resnet_flax.run import experiment as experiment_lib, rules
 
 
 @dataclasses.dataclass
@@ -85,7 +85,7 @@ def prepare_on_data(
   rules.check(config, num_devices=len(devices))
   layout = networks.Layout.create(config, devices, execution)
   split = data.load(config.dataset).train
-  trainer = _prepare(config, step_lib.build(config), split, layout)
+  trainer = _prepare(config, experiment_lib.build(config), split, layout)
 
   def batches_from(epoch: int) -> Iterator[program.Batch]:
     return itertools.chain.from_iterable(

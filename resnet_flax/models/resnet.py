@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_flax.models import layers, stems
+from resnet_flax.models import layers
 from resnet_flax.models.blocks import Activation, Block, Context, ModuleDef
 
 
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
 
   stage_sizes: Sequence[int]  # All stages but the first halve the resolution.
   stage_filters: Sequence[tuple[int, int]]  # (inner, outer) of each stage.
-  stem: stems.Stem
+  stem: Callable[..., jax.Array]  # See `stems`.
   stem_filters: int
   num_classes: int
   block_cls: Callable[..., Block]

@@ -10,7 +10,6 @@ import jax
 
 from resnet_flax.models import layers
 
-Stem = Callable[..., jax.Array]
 ModuleDef = Callable[..., nn.Module]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_flax import data, step as step_lib
+from resnet_flax import step as step_lib
+from resnet_flax.data import types
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.parallel.networks import Layout, Networks
 
@@ -37,7 +38,7 @@ def create_eval_step(
 
 
 def padded_batches(
-  split: data.Split, batch_size: int, rows: np.ndarray
+  split: types.Split, batch_size: int, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """The split in order, in batches of one size.
 
@@ -64,7 +65,7 @@ def padded_batches(
     yield images, labels, mask
 
 
-def call_size(split: data.Split, batch_size: int, num_devices: int) -> int:
+def call_size(split: types.Split, batch_size: int, num_devices: int) -> int:
   """How many images of a split are scored in one call.
 
   At most `batch_size`, all crops counted, rounded up to a multiple of the
@@ -77,7 +78,7 @@ def call_size(split: data.Split, batch_size: int, num_devices: int) -> int:
 def evaluate(
   eval_step: EvalStep,
   state: Networks,
-  split: data.Split,
+  split: types.Split,
   batch_size: int,
   layout: Layout,
   on_batch: Callable[[], None] = lambda: None,

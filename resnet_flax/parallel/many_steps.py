@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import data, step as step_lib
+from resnet_flax import step as step_lib
+from resnet_flax.data import types
 from resnet_flax.parallel import hosts, mesh as mesh_lib, program
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
@@ -29,7 +30,7 @@ _SHARE = 0.25
 
 
 def choose(
-  wanted: int, split: data.Split, layout: Layout, image_size: int
+  wanted: int, split: types.Split, layout: Layout, image_size: int
 ) -> int:
   """How many training steps a call does.
 
@@ -45,7 +46,7 @@ def choose(
   """
   if wanted == 1:
     return 1
-  if not isinstance(split, data.ArraySplit):
+  if not isinstance(split, types.ArraySplit):
     if not wanted:
       return 1
     raise errors.ConfigError(
@@ -71,7 +72,7 @@ def create(
   config: ConfigDict,
   experiment: step_lib.Experiment,
   state: Networks,
-  split: data.Split,
+  split: types.Split,
   key: Networks,
   layout: Layout,
   *,
@@ -164,7 +165,9 @@ def train_steps(
   return jax.lax.fori_loop(0, num_steps, one, (state, nothing))
 
 
-def put_split(split: data.Split, layout: Layout) -> tuple[jax.Array, jax.Array]:
+def put_split(
+  split: types.Split, layout: Layout
+) -> tuple[jax.Array, jax.Array]:
   """Images, uint8[M, H, W, C], and labels, int32[M], on the devices.
 
   A copy on each where it fits, since then no step needs another device's
@@ -183,7 +186,7 @@ def put_split(split: data.Split, layout: Layout) -> tuple[jax.Array, jax.Array]:
 
 
 def put_order(
-  split: data.Split, batch_size: int, epoch: int, layout: Layout
+  split: types.Split, batch_size: int, epoch: int, layout: Layout
 ) -> Networks:
   """The order of an epoch, int32[B, steps per epoch] of each network."""
   rows = layout.rows(batch_size)
@@ -220,11 +223,11 @@ def memory_limit(device: jax.Device) -> int | None:
   return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _num_bytes(split: data.Split) -> int:
+def _num_bytes(split: types.Split) -> int:
   return len(split) * math.prod(split.image_shape)
 
 
-def _fits(split: data.Split, layout: Layout, shards: int) -> bool:
+def _fits(split: types.Split, layout: Layout, shards: int) -> bool:
   """Whether a part of the split, one of so many, fits on every device."""
   limits = [memory_limit(device) for device in layout.mesh.local_devices]
   needed = _num_bytes(split) / shards

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import data, step as step_lib
-from resnet_flax.data import randomness
+from resnet_flax import step as step_lib
+from resnet_flax.data import randomness, types
 from resnet_flax.parallel import hosts, mesh as mesh_lib
 from resnet_flax.parallel.networks import Layout, Networks
 
@@ -43,7 +43,7 @@ def create(
   config: ConfigDict,
   experiment: step_lib.Experiment,
   state: Networks,
-  split: data.Split,
+  split: types.Split,
   key: Networks,
   layout: Layout,
 ) -> Program:
@@ -89,7 +89,7 @@ def order(
 
 
 def epoch_batches(
-  split: data.Split,
+  split: types.Split,
   batch_size: int,
   epoch: int,
   layout: Layout,
@@ -104,7 +104,7 @@ def epoch_batches(
 
   def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     positions = order(len(split), batch_size, seed, epoch)[first:, rows]
-    return split.batches(list(positions), data.Draw(seed, epoch))
+    return split.batches(list(positions), types.Draw(seed, epoch))
 
   return layout.batches(of_seed, batch_size)
 

@@ -13,9 +13,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import data, models, step as step_lib
+from resnet_flax import step as step_lib
+from resnet_flax.data import dataset as dataset_lib
+from resnet_flax.models import registry
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
-from resnet_flax.run import checkpoint, errors, folder, metrics, rules
+from resnet_flax.run import (
+  checkpoint,
+  errors,
+  experiment as experiment_lib,
+  folder,
+  metrics,
+  rules,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -142,7 +151,7 @@ def evaluate_workdir(
   """
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
-  dataset = data.load(config.dataset)
+  dataset = dataset_lib.load(config.dataset)
   layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(
     evaluate.create_eval_step(experiment, layout),
@@ -182,7 +191,7 @@ def _restore(
   rules.check(config, num_devices=1)
   if given is not None:
     folder.check_same(workdir, given, free=["dataset.test_crops"])
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"
     " first epoch, the latest one after checkpoint.every_minutes."
@@ -193,7 +202,7 @@ def _restore(
     steps = _choose_steps(workdir, which, config, checkpoints.steps())
     if not steps:
       raise missing
-    like = step_lib.abstract_state(config, experiment)
+    like = experiment_lib.abstract_state(config, experiment)
     restored = {
       step: networks.unstack(
         checkpoints.restore(step, like)[0], config.num_seeds
@@ -275,9 +284,9 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
 def _value(config: ConfigDict, key: str) -> object:
   # What is left to the family may be spelt out there, and not here.
   if key == "shortcut":
-    return models.shortcut(config)
+    return registry.shortcut(config)
   if key == "num_filters":
-    return models.num_filters(config)
+    return registry.num_filters(config)
   return config[key]
 
 

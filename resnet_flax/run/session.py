@@ -23,6 +23,7 @@ from resnet_flax.run import (
   checkpoint,
   config as config_lib,
   errors,
+  experiment as experiment_lib,
   folder,
   metrics,
   progress,
@@ -94,7 +95,7 @@ class Session:
       notes, step = checkpoint.NEW_EPOCH, 0
       # Tracing a deep network takes long: not for a run that is new.
       if self._checkpoints.steps():
-        like = step_lib.abstract_state(self._config, self._experiment)
+        like = experiment_lib.abstract_state(self._config, self._experiment)
         restored = self._checkpoints.restore_latest(like)
         assert restored is not None  # There are checkpoints.
         self._restored, notes = restored
@@ -161,7 +162,7 @@ class Session:
     restored, self._restored = self._restored, None
     stacked = hosts.from_first(
       lambda: restored,
-      lambda: step_lib.abstract_state(self._config, self._experiment),
+      lambda: experiment_lib.abstract_state(self._config, self._experiment),
     )
     return networks.unstack(stacked, self._config.num_seeds)
 

@@ -17,17 +17,15 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-  data as datasets,
-  step as step_lib,
-)
-from resnet_flax.data import normalize as normalization
+from resnet_flax import step as step_lib
+from resnet_flax.data import dataset as dataset_lib, normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   checkpoint,
   command_line,
   environment,
   errors,
+  experiment as experiment_lib,
   folder as workdir_lib,
   process,
   rules,
@@ -98,8 +96,8 @@ def convert(
   _set_num_classes(file, kind, config)
   # The head's size is the file's, and has a limit as well.
   rules.check(config, num_devices=1)
-  experiment = step_lib.build(config)
-  like = step_lib.abstract_state(config, experiment)
+  experiment = experiment_lib.build(config)
+  like = experiment_lib.abstract_state(config, experiment)
   variables = mapping.variables(
     file, kind, {"params": like.params, "batch_stats": like.batch_stats}
   )
@@ -158,7 +156,7 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
 def _set_num_classes(
   file: files.WeightsFile, kind: mapping.Source, config: ConfigDict
 ) -> None:
-  if kind.num_classes == step_lib.num_classes(config):
+  if kind.num_classes == experiment_lib.num_classes(config):
     return
   # No configuration could have such a head; the check of shapes says the rest.
   if kind.num_classes < 1:
@@ -178,7 +176,7 @@ def _normalization(
   if config.normalization in normalization.UNMEASURED:
     scale = normalization.fixed(config.normalization, experiment.image_shape)
     return scale, None
-  dataset = datasets.load(config.dataset)
+  dataset = dataset_lib.load(config.dataset)
   return (
     normalization.measure(config.normalization, dataset.train),
     dataset.source,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.run import rules
+from resnet_flax.run import experiment as experiment_lib, rules
 
 
 class Size(NamedTuple):
@@ -60,7 +60,7 @@ def summarize(config: ConfigDict) -> str:
     ConfigError: a value that cannot be used.
   """
   rules.check(config, num_devices=1)
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   table = _table(experiment).strip()
   return "\n".join([table, *_facts(config, experiment)])
 

@@ -22,10 +22,15 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import imagenet_resnet50
 from experiments.streaming import generated
-from resnet_flax import data as datasets, step as step_lib, train
+from resnet_flax import data as datasets, train
 from resnet_flax.data import crops, dataset as dataset_lib, prepared
 from resnet_flax.parallel import evaluate, program
-from resnet_flax.run import errors, load as inference, rules
+from resnet_flax.run import (
+  errors,
+  experiment as experiment_lib,
+  load as inference,
+  rules,
+)
 from tests.data import damage
 from tests.helpers import at_event, layout_of, untimed
 
@@ -213,7 +218,7 @@ def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   config = imagenet_resnet50.get_config()
   config.dataset.data_dir = str(tmp_path)
   rules.check(config, 1)
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   assert experiment.learning_rate.steps_per_epoch == 1_281_167 // 256
   with pytest.raises(errors.DataError, match="no prepared imagenet2012 in"):
     dataset_lib.load(config.dataset)

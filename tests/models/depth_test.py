@@ -15,6 +15,7 @@ from configs import base
 from resnet_flax import models, step as step_lib
 from resnet_flax.data import normalize as normalization
 from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.run import experiment as experiment_lib
 from resnet_flax.tools import summary
 
 KEY = jax.random.key(0)
@@ -228,7 +229,7 @@ def take_step(images, labels, **switches):
   config = base.get_config()
   config.model.update({"num_filters": 4, "conv_bias": False, **switches})
   config.augment.name = "none"
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   experiment = dataclasses.replace(experiment, model=shorten(experiment.model))
   key = jax.random.key(0)
   state = step_lib.create_train_state(
@@ -265,7 +266,7 @@ def reductions_in_main(depth):
   """Reductions that the step's program has outside of other functions."""
   config = base.get_config()
   config.model.update({"depth": depth, "remat": True, "scan": True})
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   key = jax.random.key(0)
   state = jax.eval_shape(
     functools.partial(step_lib.create_train_state, experiment),

@@ -8,6 +8,7 @@ from configs import base
 from resnet_flax import data, step as step_lib
 from resnet_flax.data import normalize, types
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
+from resnet_flax.run import experiment as experiment_lib
 
 
 def split_of(count, size=2):
@@ -53,7 +54,7 @@ def scored():
   """A network, a split and its scores computed image by image."""
   config = base.get_config()
   config.model.update({"depth": 8, "num_filters": 4})
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   state = step_lib.create_train_state(
     experiment,
     jax.random.key(0),

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib, train
 from resnet_flax.parallel import evaluate, networks, program
-from resnet_flax.run import errors, load, metrics
+from resnet_flax.run import errors, experiment as experiment_lib, load, metrics
 from tests.helpers import (
   Programs,
   assert_identical,
@@ -141,9 +141,9 @@ def test_shapes_are_those_of_what_is_put(
 ):
   """Of everything that makes a program: dtypes and shardings, too."""
   layout = layout_of(config, num_devices, num_seeds, execution)
-  one = step_lib.abstract_state(
+  one = experiment_lib.abstract_state(
     ConfigDict(config.to_dict() | {"num_seeds": 1}),
-    step_lib.build(config),
+    experiment_lib.build(config),
   )
   tree = one, jax.eval_shape(lambda: jax.random.key(0))
   put = layout.put(

@@ -14,6 +14,7 @@ from resnet_flax.data import normalize
 from resnet_flax.parallel import program
 from resnet_flax.run import (
   errors,
+  experiment as experiment_lib,
   layer_norms,
   rules,
 )
@@ -68,7 +69,7 @@ def make_experiment(name, **model):
   config = base.get_config()
   config.model.update({"name": name, "depth": 20, "num_filters": 4, **model})
   config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "l2": 0.01})
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   filters = experiment.model.stage_filters[:2]
   return dataclasses.replace(
     experiment,
@@ -216,7 +217,7 @@ def test_training_is_the_same_with_and_without(
     restore(tiny_config, logging, 8), restore(tiny_config, straight, 8)
   )
 
-  names = layer_norms.layer_names(step_lib.build(tiny_config))
+  names = layer_norms.layer_names(experiment_lib.build(tiny_config))
   found = [e for e in events(logging / "tensorboard") if "layers/" in e[1]]
   assert {(step, tag) for step, tag, _ in found} == {
     (step, f"layers/{quantity}/{name}")
@@ -241,7 +242,7 @@ def test_several_seeds_have_tags_of_their_own(tiny_config, monkeypatch):
   tiny_config.seed = 4
   tiny_config.log_layer_norms_every = 2
   layout = layout_of(tiny_config, num_seeds=2)
-  experiment = step_lib.build(tiny_config)
+  experiment = experiment_lib.build(tiny_config)
   names = layer_norms.layer_names(experiment)
 
   def measured(state, images, labels, key):

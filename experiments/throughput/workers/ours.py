@@ -10,7 +10,12 @@ from configs import v1_depth20
 from experiments.throughput.workers import measure, plain
 from experiments.tools.timing import prepare
 from resnet_flax import step as step_lib
-from resnet_flax.run import environment, process, rules
+from resnet_flax.run import (
+  environment,
+  experiment as experiment_lib,
+  process,
+  rules,
+)
 
 
 def build_experiment(task: measure.Task):
@@ -22,7 +27,7 @@ def build_experiment(task: measure.Task):
   config.augment.name = "none"
   config.normalization = "none"
   rules.check(config, num_devices=jax.device_count())
-  return config, step_lib.build(config)
+  return config, experiment_lib.build(config)
 
 
 class Program:

@@ -15,8 +15,13 @@ from ml_collections import ConfigDict
 from experiments.tools import timing
 from experiments.tools.sweep import overview
 from experiments.tools.sweep.definition import Cell
-from resnet_flax import data, models, step as step_lib
-from resnet_flax.run import errors, folder as workdir_lib, metrics
+from resnet_flax import data, models
+from resnet_flax.run import (
+  errors,
+  experiment as experiment_lib,
+  folder as workdir_lib,
+  metrics,
+)
 from resnet_flax.tools import summary
 
 _COLUMNS = (
@@ -122,14 +127,14 @@ def rate_now(cells: Sequence[Cell], gpus: int) -> float:
   config = min(
     (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds
   )
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   prepared = timing.prepare(
     config,
     experiment,
     *timing.noise(
       config.batch_size,
       experiment.image_shape,
-      step_lib.num_classes(config),
+      experiment_lib.num_classes(config),
     ),
     devices=jax.devices()[:gpus],
   )

@@ -24,7 +24,7 @@ from resnet_flax.parallel import (
   networks,
   program,
 )
-from resnet_flax.run import errors, rules
+from resnet_flax.run import errors, experiment as experiment_lib, rules
 from resnet_flax.tools import summary
 
 STEPS = ("train", "eval")
@@ -73,10 +73,10 @@ def trace(
   """
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   layout = networks.Layout.create(config, devices, _execution(config))
   one = ConfigDict(config.to_dict() | {"num_seeds": 1})
-  state = layout.shapes(step_lib.abstract_state(one, experiment))
+  state = layout.shapes(experiment_lib.abstract_state(one, experiment))
   key = layout.shapes(
     jax.eval_shape(
       lambda: randomness.device_key(0, randomness.Purpose.AUGMENTATION)
@@ -169,7 +169,7 @@ def describe(
   # Traced before anything is compiled: mistakes show first.
   traced = trace(config, devices)
   layout = networks.Layout.create(config, devices, _execution(config))
-  experiment = step_lib.build(config)
+  experiment = experiment_lib.build(config)
   multiply_adds = summary.measure_size(
     experiment.model, experiment.image_shape
   ).multiply_adds

@@ -9,7 +9,10 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
-from resnet_flax.run import errors, folder, metrics
+import numpy as np
+
+from resnet_flax.data import dataset as dataset_lib
+from resnet_flax.run import errors, folder, load, metrics, rules
 from resnet_flax.tools.report import (
   figures as figures_lib,
   page,
@@ -349,7 +352,7 @@ def _checkpoint(group: runs_lib.Group) -> page.Section:
   run, seed = _best_network(group)
   title = f"Best checkpoint of group {group.name}"
   try:
-    scores = scores_lib.score(run, seed)
+    scores = score(run, seed)
   except errors.UserError as error:
     _logger.warning(
       "warning: the report lacks the checkpoint of group %d: %s",
@@ -462,4 +465,48 @@ def _ranges(numbers: Sequence[int]) -> str:
       parts.append([number])
   return ", ".join(
     f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts
+  )
+
+
+def score(run: runs_lib.Run, seed: int) -> scores_lib.Scores:
+  """Scores a seed's best checkpoint on the test split of its data set.
+
+  Raises:
+    ConfigError: its configuration is of another version, or its network is
+      not for these classes.
+    DataError: the data cannot be had, or is not what the run was trained on.
+    WorkdirError: there is no checkpoint, or none that can be read.
+  """
+  # Before the data, which takes longer.
+  loaded = load.load_model(run.folder, seed=seed)
+  rules.check_labels(loaded.config)
+  dataset = dataset_lib.load(loaded.config.dataset)
+  if run.data is not None and run.data != dataset.source:
+    raise errors.DataError(
+      f"{run.name} was trained on {run.data}, but the data here is"
+      f" {dataset.source}. Set TFDS_DATA_DIR to the folder of the former."
+    )
+  size = loaded.config.eval_batch_size
+  everything = np.arange(len(dataset.test))
+  order = [everything[start : start + size] for start in everything[::size]]
+  scored = [
+    (_predict(loaded, images), labels)
+    for images, labels in dataset.test.batches(order)
+  ]
+  probabilities, labels = map(np.concatenate, zip(*scored, strict=True))
+  return scores_lib.summarize(
+    dataset.test,
+    labels,
+    probabilities,
+    class_names=dataset.class_names,
+    step=loaded.step,
+  )
+
+
+def _predict(loaded: load.LoadedModel, images: np.ndarray) -> np.ndarray:
+  """Probabilities, means over the crops of an image where it has several."""
+  crops = images.reshape(-1, *images.shape[-3:])
+  probabilities = loaded.predict(crops)
+  return probabilities.reshape(len(images), -1, probabilities.shape[-1]).mean(
+    axis=1
   )

@@ -4,9 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from resnet_flax import data as datasets
-from resnet_flax.run import errors, load as inference, rules
-from resnet_flax.tools.report import runs as runs_lib
+from resnet_flax.data import types
 
 # Rows of five, as many as can be looked through.
 _MOST_MISTAKES = 25
@@ -58,52 +56,8 @@ class Scores:
     return [(i, j, int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
 
 
-def score(run: runs_lib.Run, seed: int) -> Scores:
-  """Scores a seed's best checkpoint on the test split of its data set.
-
-  Raises:
-    ConfigError: its configuration is of another version, or its network is
-      not for these classes.
-    DataError: the data cannot be had, or is not what the run was trained on.
-    WorkdirError: there is no checkpoint, or none that can be read.
-  """
-  # Before the data, which takes longer.
-  loaded = inference.load_model(run.folder, seed=seed)
-  rules.check_labels(loaded.config)
-  dataset = datasets.load(loaded.config.dataset)
-  if run.data is not None and run.data != dataset.source:
-    raise errors.DataError(
-      f"{run.name} was trained on {run.data}, but the data here is"
-      f" {dataset.source}. Set TFDS_DATA_DIR to the folder of the former."
-    )
-  size = loaded.config.eval_batch_size
-  everything = np.arange(len(dataset.test))
-  order = [everything[start : start + size] for start in everything[::size]]
-  scored = [
-    (_predict(loaded, images), labels)
-    for images, labels in dataset.test.batches(order)
-  ]
-  probabilities, labels = map(np.concatenate, zip(*scored, strict=True))
-  return summarize(
-    dataset.test,
-    labels,
-    probabilities,
-    class_names=dataset.class_names,
-    step=loaded.step,
-  )
-
-
-def _predict(loaded: inference.LoadedModel, images: np.ndarray) -> np.ndarray:
-  """Probabilities, means over the crops of an image where it has several."""
-  crops = images.reshape(-1, *images.shape[-3:])
-  probabilities = loaded.predict(crops)
-  return probabilities.reshape(len(images), -1, probabilities.shape[-1]).mean(
-    axis=1
-  )
-
-
 def summarize(
-  split: datasets.Split,
+  split: types.Split,
   labels: np.ndarray,
   probabilities: np.ndarray,
   *,

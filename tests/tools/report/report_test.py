@@ -9,7 +9,7 @@ import pytest
 
 from resnet_flax import data as datasets
 from resnet_flax.run import errors
-from resnet_flax.tools.report import report, scores
+from resnet_flax.tools.report import report
 from tests.tools.report import workdirs
 
 VOID = {"img", "link", "meta"}
@@ -175,7 +175,7 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
     asked.append(run.name)
     raise errors.DataError("none here.")
 
-  monkeypatch.setattr(scores, "score", score)
+  monkeypatch.setattr(report, "score", score)
   page = Page(report.make([tmp_path], tmp_path / "out", scored).page)
   assert page.text.count("This could not be made: none here.") == len(groups)
   # Of a group the best run.

@@ -8,7 +8,7 @@ import resnet_flax
 from resnet_flax import data as datasets, train
 from resnet_flax.data import dataset as record
 from resnet_flax.run import errors, metrics
-from resnet_flax.tools.report import runs, scores
+from resnet_flax.tools.report import report, runs, scores
 
 
 def read(folder):
@@ -74,7 +74,7 @@ def test_most_confident_are_kept():
 
 def test_score_is_that_of_the_record(trained):
   run = read(trained)
-  scored = scores.score(run, run.seeds[0])
+  scored = report.score(run, run.seeds[0])
   best = metrics.best_record(run.records, "accuracy")
   assert scored.step == best["step"]
   assert scored.num_images == 360
@@ -95,7 +95,7 @@ def test_score_is_that_of_the_record(trained):
 def test_no_checkpoint(copied):
   shutil.rmtree(copied / "checkpoints")
   with pytest.raises(errors.WorkdirError, match="no best checkpoint"):
-    scores.score(read(copied), 0)
+    report.score(read(copied), 0)
 
 
 def test_other_data(copied):
@@ -103,7 +103,7 @@ def test_other_data(copied):
   environment = json.loads(path.read_text()) | {"data": "cifar10-1-ab"}
   path.write_text(json.dumps(environment))
   with pytest.raises(errors.DataError, match="trained on cifar10-1-ab, but"):
-    scores.score(read(copied), 0)
+    report.score(read(copied), 0)
 
 
 def test_several_seeds(make_tiny_config, tmp_path, one_device):
@@ -114,5 +114,5 @@ def test_several_seeds(make_tiny_config, tmp_path, one_device):
   run = read(tmp_path / "run")
   for seed in run.seeds:
     best = run.best_record(seed, 1)
-    scored = scores.score(run, seed)
+    scored = report.score(run, seed)
     assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])

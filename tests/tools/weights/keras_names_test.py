@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import step as step_lib
-from resnet_flax.run import errors
+from resnet_flax.run import errors, experiment as experiment_lib
 from resnet_flax.tools.weights import files, keras_names, mapping
 
 keras = pytest.importorskip("keras", reason="needs the extra [parity]")
@@ -93,8 +92,8 @@ def check_logits(path, reference):
   source = keras_names.identify(file)
   config = our_config(source)
   mapping.check_config(file, source, config)
-  parts = step_lib.build(config)
-  like = step_lib.abstract_state(config, parts)
+  parts = experiment_lib.build(config)
+  like = experiment_lib.abstract_state(config, parts)
   variables = mapping.variables(
     file, source, {"params": like.params, "batch_stats": like.batch_stats}
   )
@@ -275,7 +274,7 @@ def test_applications(head):
   assert source.needed["model.batch_norm_epsilon"] == (1.001e-5,)
   config = our_config(source)
   config.model.input_size = 64
-  like = step_lib.abstract_state(config, step_lib.build(config))
+  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
   tree = {"params": like.params, "batch_stats": like.batch_stats}
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   paths = [tuple(key.key for key in path) for path, _ in flat]

@@ -1,0 +1,51 @@
+"""From a configuration to the fixed parts of an experiment."""
+
+import functools
+
+import jax
+from ml_collections import ConfigDict
+
+from resnet_flax import optim, step as step_lib
+from resnet_flax.data import augment, dataset, normalize, randomness
+from resnet_flax.models import registry
+
+
+def build(config: ConfigDict) -> step_lib.Experiment:
+  """Builds model, optimizer, schedule and augmentation; loads no data."""
+  # The last, smaller batch is dropped; every epoch drops other images.
+  steps_per_epoch = (
+    dataset.num_train_examples(config.dataset) // config.batch_size
+  )
+  classes = num_classes(config)
+  return step_lib.Experiment(
+    model=registry.create_model(config.model, classes),
+    optimizer=optim.create_optimizer(config.optimizer),
+    learning_rate=optim.create_learning_rate(config, steps_per_epoch),
+    augment=augment.create_augment(config.augment),
+    image_shape=dataset.info(config.dataset).image_shape,
+    num_classes=classes,
+    label_smoothing=config.label_smoothing,
+  )
+
+
+def num_classes(config: ConfigDict) -> int:
+  """The size of the network's head."""
+  return config.model.num_classes or dataset.info(config.dataset).num_classes
+
+
+def abstract_state(
+  config: ConfigDict, experiment: step_lib.Experiment
+) -> step_lib.TrainState:
+  """The `jax.ShapeDtypeStruct`s of the train state; computes nothing.
+
+  With several seeds as a checkpoint has it, [seeds, ...].
+  """
+  one = jax.eval_shape(
+    functools.partial(step_lib.create_train_state, experiment),
+    randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
+    normalize.placeholder(config.normalization, experiment.image_shape),
+  )
+  seeds = (config.num_seeds,) if config.num_seeds > 1 else ()
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((*seeds, *leaf.shape), leaf.dtype), one
+  )
