@@ -29,7 +29,7 @@ from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import (
   environment,
   experiment as experiment_lib,
-  folder as workdir,
+  files as files_lib,
   process,
   rules,
 )
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
       results.append(result)
       print(_row(result), flush=True)
       if _OUT.value:
-        workdir.write_json(
+        files_lib.write_json(
           pathlib.Path(_OUT.value),
           {"environment": environments[0], "results": results},
         )

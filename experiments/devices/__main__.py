@@ -20,7 +20,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   errors,
-  folder as workdir,
+  files as files_lib,
   process,
 )
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
       "environment": environment.describe(jax.devices()),
       "measured": measured,
     }
-    workdir.write_json(pathlib.Path(_OUT.value), results)
+    files_lib.write_json(pathlib.Path(_OUT.value), results)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ from absl import app, flags
 
 from experiments.faults import harness, injections
 from experiments.faults.case import Case, Job
-from resnet_flax.run import command_line, environment, folder as workdir_lib
+from resnet_flax.run import (
+  command_line,
+  environment,
+  files as files_lib,
+)
 
 _KILLS = flags.DEFINE_integer("kills", 50, "Random kills that hit a process.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws times, signals, files, bytes.")
@@ -239,7 +243,7 @@ def main(argv: list[str]) -> None:
     rows.extend(new)
     results["table"] = [dataclasses.asdict(row) for row in rows]
     if _OUT.value:
-      workdir_lib.write_json(
+      files_lib.write_json(
         pathlib.Path(_OUT.value), _anonymous(results, folder)
       )
 

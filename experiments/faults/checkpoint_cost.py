@@ -24,7 +24,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   experiment as experiment_lib,
-  folder as workdir,
+  files as files_lib,
   process,
 )
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
   }
   print(_summary(config, results))
   if _OUT.value:
-    workdir.write_json(pathlib.Path(_OUT.value), results)
+    files_lib.write_json(pathlib.Path(_OUT.value), results)
 
 
 if __name__ == "__main__":

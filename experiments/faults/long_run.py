@@ -22,7 +22,10 @@ import numpy as np
 from absl import app, flags
 
 from experiments.faults import harness
-from resnet_flax.run import command_line, folder as workdir_lib
+from resnet_flax.run import (
+  command_line,
+  files as files_lib,
+)
 
 _FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Gets everything.")
 _MINUTES = flags.DEFINE_float(
@@ -136,7 +139,7 @@ def main(argv: list[str]) -> None:
     thread.join()
   found = [harness.results(twin.workdir) for twin in twins]
   different = harness.num_different_bytes(*found)
-  workdir_lib.write_json(
+  files_lib.write_json(
     folder / "results.json",
     {
       "arguments": arguments,

@@ -23,7 +23,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   errors,
-  folder as workdir,
+  files as files_lib,
   process,
 )
 
@@ -94,7 +94,7 @@ def _record_environment(out: pathlib.Path) -> None:
   now = environment.describe(jax.devices())
   if not path.exists():
     out.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(path, now)
+    files_lib.write_json(path, now)
   elif changes := environment.changes(json.loads(path.read_text()), now):
     print(f"warning: other than in {path}: {'; '.join(changes)}", flush=True)
 

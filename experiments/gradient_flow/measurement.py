@@ -17,7 +17,7 @@ from resnet_flax.parallel import networks, program
 from resnet_flax.run import (
   errors,
   experiment as experiment_lib,
-  folder,
+  files as files_lib,
   layer_norms,
   rules,
 )
@@ -198,7 +198,7 @@ def read(path: pathlib.Path) -> list[Record]:
 def write(path: pathlib.Path, records: Sequence[Record]) -> None:
   """Writes a file of records, one line each, whole or not at all."""
   text = "".join(json.dumps(record) + "\n" for record in records)
-  folder.write_file(path, text.encode())
+  files_lib.write_file(path, text.encode())
 
 
 def missing(

@@ -21,7 +21,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   errors,
-  folder as workdir,
+  files as files_lib,
   process,
   rules,
 )
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     results["runs"] = measurement.measure_runs(arguments, config, _RUNS.value)
   print(measurement.table(results))
   if _OUT.value:
-    workdir.write_json(pathlib.Path(_OUT.value), results)
+    files_lib.write_json(pathlib.Path(_OUT.value), results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from experiments.streaming import generated, measurement
 from experiments.tools import timing
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
-from resnet_flax.run import environment, folder as workdir
+from resnet_flax.run import environment, files as files_lib
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the images are put.")
 _IMAGES = flags.DEFINE_integer(
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
   ]
   print(timing.spread_table(rows))
   if _OUT.value:
-    workdir.write_json(
+    files_lib.write_json(
       pathlib.Path(_OUT.value),
       {
         "cpu": environment.cpu_model(),

@@ -22,7 +22,7 @@ import sys
 from typing import Any
 
 from experiments.throughput import environments, report
-from resnet_flax.run import errors, folder as workdir
+from resnet_flax.run import errors, files as files_lib
 
 # Program: its worker, and the environment it needs besides ours.
 PROGRAMS = {
@@ -160,7 +160,7 @@ def benchmark(flags: argparse.Namespace) -> None:
           measurements.append(
             {"round": round_number, "program": program, **setting, **measured}
           )
-          workdir.write_json(path, results)
+          files_lib.write_json(path, results)
           print(
             f"round {round_number + 1}/{flags.rounds}, ResNet-{depth}, batch"
             f" {batch_size}, {program}:"

@@ -27,7 +27,7 @@ from experiments.tools.timing import in_turn, prepare_on_data, spread_table
 from resnet_flax.run import (
   command_line,
   environment,
-  folder as workdir,
+  files as files_lib,
   process,
 )
 
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
   }
   print(_table(results))
   if _OUT.value:
-    workdir.write_json(pathlib.Path(_OUT.value), results)
+    files_lib.write_json(pathlib.Path(_OUT.value), results)
 
 
 if __name__ == "__main__":

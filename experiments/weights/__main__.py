@@ -27,7 +27,7 @@ import numpy as np
 
 import resnet_flax
 from configs import base
-from resnet_flax.run import errors, folder as workdir
+from resnet_flax.run import errors, files as files_lib
 from resnet_flax.tools import convert
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -299,7 +299,7 @@ def main() -> None:
       if arguments.names and name not in arguments.names.split(","):
         continue
       results[name] = measure(name, python, overrides)
-      workdir.write_json(arguments.out, results)
+      files_lib.write_json(arguments.out, results)
       for extension, result in results[name]["files"].items():
         print(name, extension, result, flush=True)
         if isinstance(result, dict):

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax.run import config as config_lib, environment, errors
+from resnet_flax.run import config as config_lib, environment, errors, files
 
 _logger = logging.getLogger(__name__)
 
@@ -229,11 +229,11 @@ def record_start(
   """
   # Each by itself: a run may be killed between the two.
   if not (workdir / "config.json").exists():
-    write_json(workdir / "config.json", config.to_dict())
+    files.write_json(workdir / "config.json", config.to_dict())
   path = workdir / "environment.json"
   now = environment.describe(devices) | {"data": data}
   if not path.exists():
-    write_json(path, now)
+    files.write_json(path, now)
     return
   try:
     stored = _read_json(path)
@@ -261,7 +261,7 @@ def record_start(
     resumed = stored.get("resumed", [])
     if changes not in resumed[-1:]:
       stored["resumed"] = [*resumed, changes]
-  write_json(path, stored)
+  files.write_json(path, stored)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -269,23 +269,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError("it holds no JSON object")
   return value
-
-
-def write_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file whole, or leaves what was there; may raise OSError."""
-  temporary = path.with_name(f"{path.name}.tmp")
-  try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-    raise
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all."""
-  write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_flax.run import errors, folder
+from resnet_flax.run import errors, files as files_lib
 
 Record = dict[str, Any]
 
@@ -71,7 +71,7 @@ class MetricsLog:
     kept = records[:epochs]
     content = "".join(json.dumps(record) + "\n" for record in kept).encode()
     if self._path.exists() and self._path.read_bytes() != content:
-      folder.write_file(self._path, content)
+      files_lib.write_file(self._path, content)
     return kept
 
   def append(self, record: Record) -> None:

@@ -24,6 +24,7 @@ from resnet_flax.run import (
   config as config_lib,
   errors,
   experiment as experiment_lib,
+  files as files_lib,
   folder,
   metrics,
   progress,
@@ -248,7 +249,7 @@ class Session:
       assert self._checkpoints is not None
       self._checkpoints.wait()
       latest = {"latest_checkpoint_step": self._latest()}
-      folder.write_json(path, self._reproduce(step, seed) | latest)
+      files_lib.write_json(path, self._reproduce(step, seed) | latest)
 
     hosts.first(describe)
     raise errors.NonFiniteError(

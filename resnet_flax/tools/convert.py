@@ -26,6 +26,7 @@ from resnet_flax.run import (
   environment,
   errors,
   experiment as experiment_lib,
+  files as files_lib,
   folder as workdir_lib,
   process,
   rules,
@@ -199,8 +200,8 @@ def _write(
     ) as folder:
       unfinished = pathlib.Path(folder) / "workdir"
       unfinished.mkdir()
-      workdir_lib.write_json(unfinished / "environment.json", described)
-      workdir_lib.write_json(unfinished / "config.json", config.to_dict())
+      files_lib.write_json(unfinished / "environment.json", described)
+      files_lib.write_json(unfinished / "config.json", config.to_dict())
       with checkpoint.Checkpoints(unfinished) as checkpoints:
         checkpoints.save(state, checkpoint.NEW_EPOCH)
       _check_is_new(workdir)

@@ -327,25 +327,3 @@ def test_a_lock_that_cannot_be_had_for_other_reasons_is_refused(
 
 
 # ---- Whole files
-
-
-def test_replaces_what_was_there(tmp_path):
-  path = tmp_path / "results.json"
-  for content in (b"first", b"second"):
-    workdir_lib.write_file(path, content)
-    assert path.read_bytes() == content
-  assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
-  path = tmp_path / "results.json"
-  workdir_lib.write_file(path, b"first")
-
-  def fail(*_):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(os, "replace", fail)
-  with pytest.raises(OSError, match="No space left"):
-    workdir_lib.write_file(path, b"second")
-  assert path.read_bytes() == b"first"
-  assert list(tmp_path.iterdir()) == [path]

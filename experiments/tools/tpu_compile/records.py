@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from resnet_flax.run import errors, folder
+from resnet_flax.run import errors, files as files_lib
 
 Record = dict[str, Any]
 
@@ -71,7 +71,7 @@ def add(path: pathlib.Path, result: Record) -> None:
     results.append(result)
   content = "".join(json.dumps(each) + "\n" for each in results)
   try:
-    folder.write_file(path, content.encode())
+    files_lib.write_file(path, content.encode())
   except OSError as error:
     raise errors.WorkdirError(
       f"--out={path}: {errors.one_line(error)}."

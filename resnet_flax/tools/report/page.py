@@ -3,13 +3,13 @@
 import base64
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jinja2
 
-from resnet_flax.tools.report import (
-  figures as figures_lib,
-  tables as tables_lib,
-)
+if TYPE_CHECKING:
+  from resnet_flax.tools.report.figures import Rendered
+  from resnet_flax.tools.report.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Section:
 
   title: str  # The heading.
   notes: Sequence[str] = ()  # Paragraphs of plain text.
-  figures: Sequence[figures_lib.Rendered] = ()  # Shown below them.
-  tables: Sequence[tables_lib.Table] = ()  # Shown last.
+  figures: "Sequence[Rendered]" = ()  # Shown below them.
+  tables: "Sequence[Table]" = ()  # Shown last.
 
 
 def render(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:

@@ -12,7 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import errors, folder, load, metrics, rules
+from resnet_flax.run import (
+  errors,
+  files as files_lib,
+  load,
+  metrics,
+  rules,
+)
 from resnet_flax.tools.report import (
   figures as figures_lib,
   page,
@@ -92,7 +98,7 @@ def make(
     for name, content in files.items():
       path = out / name
       path.parent.mkdir(exist_ok=True)
-      folder.write_file(path, content)
+      files_lib.write_file(path, content)
   return Summary(len(runs), len(groups), out / "index.html")
 
 
