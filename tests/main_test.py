@@ -169,7 +169,8 @@ def test_config_file_that_fails(text, message, tmp_path):
 
 
 LYING_DISK = """
-from resnet_flax import checkpoint, main
+from resnet_flax import main
+from resnet_flax.run import checkpoint
 checkpoint.SPACE_FACTOR = 0  # As when others fill the disk meanwhile.
 main.run()
 """
