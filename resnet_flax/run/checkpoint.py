@@ -215,12 +215,12 @@ class Checkpoints:
     forms, wanted = manifest["arrays"], _forms(like)
     _check_same_arrays(path, forms, wanted)
     # Where each array is in its dtype's vector.
-    places, sizes = {}, dict[str, int]()
+    slices, sizes = {}, dict[str, int]()
     for name, form in forms.items():
       dtype, _, shape = form.partition("[")
       start = sizes.get(dtype, 0)
       sizes[dtype] = start + math.prod(json.loads(f"[{shape}"))
-      places[name] = dtype, slice(start, sizes[dtype])
+      slices[name] = dtype, slice(start, sizes[dtype])
     # NumPy arrays come back as NumPy arrays.
     target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
     try:
@@ -235,7 +235,7 @@ class Checkpoints:
       raise _Damaged(path, errors.one_line(error)) from error
     leaves, structure = jax.tree.flatten(like)
     arrays = [
-      packed[places[name][0]][places[name][1]].reshape(leaf.shape)
+      packed[slices[name][0]][slices[name][1]].reshape(leaf.shape)
       if forms.get(name) == form
       else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
       for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
@@ -245,10 +245,9 @@ class Checkpoints:
   def restore_latest(
     self, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Notes] | None:
-    """Restores the newest checkpoint that is good, if there are any.
+    """Restores the newest good checkpoint; None where there is none at all.
 
     Newer ones that are damaged are moved to `workdir`/damaged, with a warning.
-    None where there is no checkpoint.
 
     Raises:
       WorkdirError: none is good; nothing was moved. Or see `restore`.
@@ -268,20 +267,18 @@ class Checkpoints:
           target, count = self._damaged / f"{bad_step}-{count}", count + 1
         (self._folder / str(bad_step)).rename(target)
       if damaged:
-        _logger.warning(
+        text = (
           "warning: going back to the checkpoint of step %d; what is damaged"
-          " is now in %s",
-          step,
-          self._damaged,
         )
+        _logger.warning(f"{text} is now in %s", step, self._damaged)
         self._manager.reload()
       return restored
     if damaged:
+      reasons = "; ".join(map(str, damaged.values()))
       raise errors.WorkdirError(
-        f"no checkpoint in {self._folder} is good: "
-        + "; ".join(str(error) for error in damaged.values())
-        + ". Nothing was changed. Restore one of these folders, or start again"
-        " in another --workdir."
+        f"no checkpoint in {self._folder} is good: {reasons}. Nothing was"
+        " changed. Restore one of these folders, or start again in another"
+        " --workdir."
       )
     return None
 

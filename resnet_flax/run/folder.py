@@ -81,15 +81,11 @@ def check_name(workdir: pathlib.Path) -> None:
   Orbax takes a '[' for a pattern and would leave out files.
   """
   path = str(workdir.absolute())
-  try:
-    path.encode()
-    reason = "has a '['" if "[" in path else ""
-  except UnicodeEncodeError:
-    reason = "is not UTF-8"
-  if reason:
+  # Surrogates stand for bytes that are not UTF-8.
+  if "[" in path or re.search("[\ud800-\udfff]", path):
     raise errors.WorkdirError(
-      f"workdir {path!r} cannot hold checkpoints: its path {reason}. Pass"
-      " another one with --workdir."
+      f"workdir {path!r} cannot hold checkpoints: its path has a '[' or is not"
+      " UTF-8. Pass another one with --workdir."
     )
 
 
