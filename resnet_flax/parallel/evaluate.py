@@ -10,7 +10,7 @@ import numpy as np
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import types
-from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.parallel import mesh as mesh_lib, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 
 EvalStep = Callable[..., tuple[Networks, ...]]
@@ -86,7 +86,7 @@ def evaluate(
   """Scores all networks on a split."""
   size = call_size(split, batch_size, layout.mesh.shape[mesh_lib.DATA])
   sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
-  rows = mesh_lib.own_rows(sharding, size, axis=0)
+  rows = transfer.own_rows(sharding, size, axis=0)
   totals = [_Total() for _ in layout.seeds]
   ensemble = _Total()
 
@@ -97,12 +97,12 @@ def evaluate(
     if len(of_seeds) > 1:
       count = int(of_seeds[0]["count"])
       mean = np.asarray(layout.get(probabilities), np.float64).mean(axis=0)
-      true = mesh_lib.get(labels, layout.mesh)
+      true = transfer.get(labels, layout.mesh)
       ensemble.add(_ensemble_sums(mean[:count], true[:count]))
 
   pending: tuple[Any, ...] | None = None
   for own in padded_batches(split, size, rows):
-    batch = mesh_lib.put_rows(own, sharding, size, axis=0)
+    batch = transfer.put_rows(own, sharding, size, axis=0)
     scored = eval_step(state, *batch)
     # Read one call late: the devices have the next one to work on meanwhile.
     if pending is not None:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import types
-from resnet_flax.parallel import hosts, mesh as mesh_lib, program
+from resnet_flax.parallel import hosts, mesh as mesh_lib, program, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
 
@@ -182,7 +182,7 @@ def put_split(
     missing = -len(labels) % layout.mesh.shape[mesh_lib.DATA]
     images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
     labels = np.pad(labels, (0, missing))
-  return mesh_lib.put((images, labels), sharding)
+  return transfer.put((images, labels), sharding)
 
 
 def put_order(

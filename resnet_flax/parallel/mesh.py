@@ -5,14 +5,12 @@ shardings, batch statistics and gradients span the whole batch; XLA inserts the
 collectives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-PyTree = Any
 
 SEED, DATA = "seed", "data"
 
@@ -52,76 +50,3 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
   # oneDNN's convolutions use all threads: two at a time, as this scheduler
   # arranges them, are slower than one after the other and need more memory.
   return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
-
-# ---- Between host and devices. With several processes, each puts its own part.
-
-
-def put(
-  tree: PyTree, sharding: NamedSharding, *, may_alias: bool | None = None
-) -> PyTree:
-  """Puts arrays, the same in all processes, on devices."""
-  if sharding.is_fully_addressable:
-    return jax.device_put(tree, sharding, may_alias=may_alias)
-
-  def put_own(leaf: Any) -> jax.Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(put_own(jax.random.key_data(leaf)))
-    array = np.asarray(leaf)
-    return _put_parts(sharding, array.shape, array.__getitem__)
-
-  return jax.tree.map(put_own, tree)
-
-
-def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
-  """int64[rows], ascending: images of a batch for this process's devices."""
-  if sharding.is_fully_addressable:
-    return np.arange(batch_size)
-  # Seeds are divided as they are over their devices: any number does.
-  shape = (*(sharding.mesh.shape[SEED],) * axis, batch_size)
-  indices = sharding.addressable_devices_indices_map(shape).values()
-  rows = [np.arange(batch_size)[index[axis]] for index in indices if index]
-  return np.unique(np.concatenate(rows))
-
-
-def put_rows(
-  tree: PyTree, sharding: NamedSharding, batch_size: int, axis: int
-) -> PyTree:
-  """Puts on devices arrays that hold, along `axis`, the `own_rows` of each."""
-  if sharding.is_fully_addressable:
-    return jax.device_put(tree, sharding)
-  rows = own_rows(sharding, batch_size, axis)
-
-  def put_own(array: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = index[axis].indices(batch_size)
-      # The rows of a device are neighbours, here and in the batch.
-      first = int(np.searchsorted(rows, start))
-      own = slice(first, first + stop - start)
-      return array[(*index[:axis], own, *index[axis + 1 :])]
-
-    shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
-    return _put_parts(sharding, shape, part)
-
-  return jax.tree.map(put_own, tree)
-
-
-def _put_parts(
-  sharding: NamedSharding,
-  shape: tuple[int, ...],
-  part: Callable[[Any], np.ndarray],
-) -> jax.Array:
-  # Each device its own copy: a step is given its state's memory.
-  return jax.make_array_from_callback(
-    shape, sharding, lambda index: np.array(part(index))
-  )
-
-
-def get(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Arrays of these devices as NumPy arrays; in all processes together."""
-  if mesh.is_multi_process and not all(
-    leaf.is_fully_addressable or leaf.is_fully_replicated
-    for leaf in jax.tree.leaves(tree)
-  ):
-    tree = jax.jit(lambda tree: tree, out_shardings=sharding(mesh))(tree)
-  return jax.device_get(tree)

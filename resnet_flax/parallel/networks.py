@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.parallel import mesh as mesh_lib, transfer
 
 PyTree = Any
 
@@ -100,14 +100,14 @@ class Layout:
           lambda *arrays: jnp.stack(arrays), *(trees[k] for k in members)
         )
       # A step is given its state's memory, which must not be another's too.
-      return mesh_lib.put(tree, self.sharding, may_alias=False)
+      return transfer.put(tree, self.sharding, may_alias=False)
 
     return Networks(tuple(map(put_chunk, self._chunks())))
 
   def get(self, networks: Networks) -> list[PyTree]:
     """The tree of each seed, as NumPy arrays."""
     trees: list[PyTree] = []
-    for chunk in mesh_lib.get(networks.chunks, self.mesh):
+    for chunk in transfer.get(networks.chunks, self.mesh):
       trees += unstack(chunk, self.chunk_size)
     return trees[: len(self.seeds)]
 
@@ -138,7 +138,7 @@ class Layout:
 
     All of them but on several hosts.
     """
-    return mesh_lib.own_rows(
+    return transfer.own_rows(
       self.batch_sharding, batch_size, int(self.is_stacked)
     )
 
@@ -160,7 +160,7 @@ class Layout:
           parts = zip(*(batches[k] for k in members), strict=True)
           chunk = tuple(map(np.stack, parts))
         chunks.append(
-          mesh_lib.put_rows(
+          transfer.put_rows(
             chunk, self.batch_sharding, batch_size, int(self.is_stacked)
           )
         )

@@ -14,7 +14,7 @@ import pytest
 from configs import base
 from resnet_flax import models, step as step_lib
 from resnet_flax.data import normalize as normalization
-from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.parallel import mesh as mesh_lib, transfer
 from resnet_flax.run import experiment as experiment_lib
 from resnet_flax.tools import summary
 
@@ -253,7 +253,7 @@ def test_step_on_a_batch_sharded_over_devices():
   labels = np.arange(16, dtype=np.int32) % 10
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharded = mesh_lib.put(
+  sharded = transfer.put(
     (images, labels), mesh_lib.sharding(mesh, mesh_lib.DATA)
   )
   ours, program = take_step(*sharded, remat=True, scan=True)

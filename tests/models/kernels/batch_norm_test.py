@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from resnet_flax.models.kernels import batch_norm
-from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.parallel import mesh as mesh_lib, transfer
 from tests.models.flax_batch_norm import FlaxBatchNorm
 
 SHAPE = (6, 5, 4, 3)
@@ -191,7 +191,7 @@ def test_groups_on_devices_of_their_own_are_not_sent():
   module = our_batch_norm(False, act=nn.relu, groups=8)
   call = jax.jit(functools.partial(outcome, module))
   sharding = mesh_lib.sharding(mesh_lib.create_mesh(), mesh_lib.DATA)
-  sharded = mesh_lib.put((x, residual, g), sharding)
+  sharded = transfer.put((x, residual, g), sharding)
   assert_close(
     call(*sharded, params, stats), call(x, residual, g, params, stats)
   )
@@ -225,7 +225,7 @@ def test_statistics_are_those_of_a_batch_sharded_over_devices():
   expected = call(x, residual, g, params, stats)
   mesh = mesh_lib.create_mesh()
   assert mesh.size == 8
-  sharded = mesh_lib.put(
+  sharded = transfer.put(
     (x, residual, g), mesh_lib.sharding(mesh, mesh_lib.DATA)
   )
   assert_close(call(*sharded, params, stats), expected)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jax import lax
 
 from resnet_flax.models.kernels import convolution, onednn
-from resnet_flax.parallel import mesh as mesh_lib
+from resnet_flax.parallel import mesh as mesh_lib, transfer
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -273,7 +273,7 @@ def loss_gradients(conv):
 
 def test_sharded_batch_is_not_gathered():
   mesh = mesh_lib.create_mesh()
-  x = mesh_lib.put(
+  x = transfer.put(
     normal((64, 8, 8, 4)), mesh_lib.sharding(mesh, mesh_lib.DATA)
   )
   kernel = jax.device_put(normal((3, 3, 4, 5), seed=1), mesh_lib.sharding(mesh))
