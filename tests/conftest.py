@@ -1,6 +1,8 @@
 """What all tests share: strict JAX, virtual devices, tiny configurations."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import pathlib
 import signal
@@ -40,6 +42,10 @@ def free_programs():
   """Compiled programs go with the file that needed them: workers stay small."""
   yield
   jax.clear_caches()
+  gc.collect()
+  with contextlib.suppress(OSError, AttributeError):
+    # What is free goes back to the system, where the C library can do that.
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

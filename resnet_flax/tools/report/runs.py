@@ -102,8 +102,8 @@ class Run:
 
   def of_seed(self, seed: int) -> list[metrics.Record]:
     """The records of one of its seeds, which have `_SEED_KEYS`."""
-    place = seed - self.seeds[0]
-    return [metrics.of_seeds(record)[place] for record in self.records]
+    index = seed - self.seeds[0]
+    return [metrics.of_seeds(record)[index] for record in self.records]
 
   def best_record(self, seed: int, num_epochs: int) -> metrics.Record:
     """The record of a seed's best checkpoint among the first `num_epochs`."""

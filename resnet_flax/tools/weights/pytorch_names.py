@@ -39,7 +39,7 @@ _IMAGENET_DEPTHS = {
   for depth, sizes in registry.IMAGENET_SIZES.items()
 }
 
-# The convolutions' places in `features`.
+# The convolutions' indexes in `features`.
 _VGG19 = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)
 _VGG19_BN = (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49)
 _ALEXNET = (0, 3, 6, 8, 10)
@@ -137,9 +137,9 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
 def _feedforward(file: files.WeightsFile) -> Source:
   has_norm = any(name.endswith(".running_mean") for name in file.arrays)
   is_alexnet = "classifier.1.weight" in file.arrays
-  places = _ALEXNET if is_alexnet else _VGG19_BN if has_norm else _VGG19
+  indexes = _ALEXNET if is_alexnet else _VGG19_BN if has_norm else _VGG19
   convs = sum(1 for array in file.arrays.values() if array.ndim == 4)
-  if convs != len(places):
+  if convs != len(indexes):
     raise errors.WeightsError(
       f"{file.path} has {convs} convolutions and three dense layers, as neither"
       " torchvision's VGG-19 nor its AlexNet has."
@@ -161,9 +161,9 @@ def _feedforward(file: files.WeightsFile) -> Source:
     _rows(file, "classifier.6.weight"),
     functools.partial(
       _feedforward_origin,
-      places,
+      indexes,
       _ALEXNET_DENSE if is_alexnet else _VGG_DENSE,
-      _rows(file, f"features.{places[-1]}.weight"),
+      _rows(file, f"features.{indexes[-1]}.weight"),
     ),
   )
 
@@ -193,7 +193,7 @@ def _stage_and_block(name: str) -> tuple[int, int]:
 
 
 def _feedforward_origin(
-  places: tuple[int, ...],
+  indexes: tuple[int, ...],
   dense: Mapping[str, int],
   channels: int,
   path: Path,
@@ -206,8 +206,8 @@ def _feedforward_origin(
       return Origin(origin.name, functools.partial(_flattened, channels))
     return origin
   kind, number = re.fullmatch(r"(conv|bn)(\d+)", layer).groups()  # type: ignore
-  place = places[int(number) - 1] + (kind == "bn")
-  return _leaf(f"features.{place}", layer, leaf)
+  index = indexes[int(number) - 1] + (kind == "bn")
+  return _leaf(f"features.{index}", layer, leaf)
 
 
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
