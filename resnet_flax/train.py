@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,11 +18,11 @@ from resnet_flax.data import (
 )
 from resnet_flax.parallel import evaluate, hosts, many_steps, networks, program
 from resnet_flax.run import (
-  errors,
   experiment as experiment_lib,
   layer_norms,
   load,
   metrics,
+  records,
   rules,
   session,
   signals as signals_lib,
@@ -97,7 +96,7 @@ def train_and_evaluate(
         )
         for name, split in setup.splits.items()
       }
-      record = _record(epoch, state, run.notes, scores, layout)
+      record = records.of_epoch(epoch, state, run.notes, scores, layout)
       run.end_epoch(record)
       state = _after_epoch(state, record, experiment, layout)
   return run.records
@@ -168,7 +167,7 @@ def _set_up(
   run.start(
     state,
     layout,
-    functools.partial(_reproduce, dataset.train, config.batch_size),
+    functools.partial(records.reproduce, dataset.train, config.batch_size),
   )
   return _Setup(
     state=state,
@@ -244,73 +243,7 @@ def augmentation_key(layout: networks.Layout) -> networks.Networks:
   )
 
 
-def _reproduce(
-  split: types.Split, batch_size: int, step: int, seed: int
-) -> dict[str, Any]:
-  """What leads to a step of a network, from the checkpoint before it."""
-  epoch, within = divmod(step, len(split) // batch_size)
-  positions = program.order(len(split), batch_size, seed, epoch)[within]
-  key = randomness.device_key(seed, randomness.Purpose.AUGMENTATION)
-  return {
-    "seed": seed,
-    "step": step,
-    "epoch": epoch,
-    "step_in_epoch": within,
-    # Of the official training split, whatever part of it is used.
-    "batch_indexes": split.indices[positions].tolist(),
-    **{
-      f"{name}_key": jax.random.key_data(key).tolist()
-      for name, key in step_lib.step_keys(key, step).items()
-    },
-  }
-
-
 # ---- After an epoch
-
-
-def _record(
-  epoch: int,
-  state: networks.Networks,
-  notes: Mapping[str, Any],
-  scores: Mapping[str, evaluate.Scores],
-  layout: networks.Layout,
-) -> metrics.Record:
-  """The record of an epoch; a loss that is not finite is an error."""
-  epoch_sums = layout.get(layout.map(lambda one: one.epoch_sums, state))
-  of_seeds = []
-  for k, seed in enumerate(layout.seeds):
-    rate = notes["learning_rate"][k]
-    count = float(epoch_sums[k]["count"])
-    values = {"learning_rate": rate} | {
-      f"train_{name}": float(total) / count
-      for name, total in epoch_sums[k].items()
-      # A metric that a restored checkpoint lacked is NaN for its epoch.
-      if name != "count" and not math.isnan(total)
-    }
-    for split, score in scores.items():
-      means = score.networks[k]
-      if not math.isfinite(means["loss"]):
-        raise errors.NonFiniteError(
-          f"the {split} loss{layout.of_seed(seed)} is {means['loss']} after"
-          f" step {state.step - 1} (0-based), at learning rate {rate:g}. Lower"
-          " optimizer.learning_rate or model.batch_norm_momentum.",
-          state.step - 1,
-          seed,
-        )
-      values |= {f"{split}_{name}": mean for name, mean in means.items()}
-    of_seeds.append(values)
-  seconds = notes["epoch_seconds"]
-  timed = {
-    "epoch_seconds": seconds,
-    "images_per_second": len(of_seeds) * int(count) / seconds,
-  }
-  ensembles = {
-    f"{split}_ensemble_{name}": float(mean)
-    for split, score in scores.items()
-    for name, mean in (score.ensemble or {}).items()
-  }
-  first = {"epoch": epoch, "step": state.step}
-  return metrics.summarize(first, layout.seeds, of_seeds, ensembles) | timed
 
 
 def _after_epoch(
