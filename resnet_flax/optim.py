@@ -304,29 +304,29 @@ def create_learning_rate(
   config: ConfigDict, steps_per_epoch: int
 ) -> LearningRate:
   """The learning rate that the whole configuration describes."""
-  keys = config.schedule
-  steps = round(keys.linear_warmup_epochs * steps_per_epoch)
-  schedule = SCHEDULES[keys.name](config, steps_per_epoch, steps)
+  schedule = config.schedule
+  steps = round(schedule.linear_warmup_epochs * steps_per_epoch)
+  planned = SCHEDULES[schedule.name](config, steps_per_epoch, steps)
   if steps:
     # From 0, as in Flax's ImageNet example; Goyal et al. 2017, section 2.2,
     # begin at the rate of a small batch.
     linear = optax.linear_schedule(0.0, config.optimizer.learning_rate, steps)
-    rate = schedule.rate
-    schedule = Schedule(
+    rate = planned.rate
+    planned = Schedule(
       lambda step: jnp.where(step < steps, linear(step), rate(step)),
       [
-        f"warm-up: from 0 in {keys.linear_warmup_epochs:g} epochs",
-        *schedule.lines,
+        f"warm-up: from 0 in {schedule.linear_warmup_epochs:g} epochs",
+        *planned.lines,
       ],
     )
   warmup = None
   if (
-    keys.warmup_learning_rate > 0
-    and config.model.depth >= keys.warmup_min_depth
+    schedule.warmup_learning_rate > 0
+    and config.model.depth >= schedule.warmup_min_depth
   ):
-    warmup = (keys.warmup_learning_rate, keys.warmup_error)
+    warmup = (schedule.warmup_learning_rate, schedule.warmup_error)
   return LearningRate(
-    schedule=schedule,
+    schedule=planned,
     steps_per_epoch=steps_per_epoch,
     warmup=warmup,
     plateau=config.plateau if config.plateau.enabled else None,

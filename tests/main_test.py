@@ -232,7 +232,7 @@ def test_a_signal_says_where_the_run_stands(tmp_path, number, code):
   assert process.returncode == code
   last = stderr.splitlines()[-1]
   assert last.startswith(f"error: stopped by {number.name}; saved up to step ")
-  assert "The same command goes on from there." in last
+  assert "The same command resumes from there." in last
   assert "Traceback" not in stderr
 
 

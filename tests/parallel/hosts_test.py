@@ -366,7 +366,7 @@ def test_tpu_vms_ask_the_cloud(
   monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
   if attributes is None:
     assert hosts.find_cluster() is None
-    assert "this looks like a TPU VM" in caplog.text
+    assert "a TPU VM whose hosts cannot be asked for" in caplog.text
     return
 
   class Metadata(http.server.BaseHTTPRequestHandler):

@@ -8,9 +8,8 @@ from hypothesis import given, settings, strategies as st
 from ml_collections import ConfigDict, config_dict
 
 from resnet_flax import optim
-from resnet_flax.data import augment, crops, loading, normalize
-from resnet_flax.models import layers, registry
-from resnet_flax.parallel import networks
+from resnet_flax.data import augment, crops, dataset as dataset_lib, normalize
+from resnet_flax.models import blocks, registry
 from resnet_flax.run import config as config_keys, errors, metrics, rules
 
 
@@ -309,15 +308,13 @@ def test_stored_configurations_get_keys_that_came_later():
 @pytest.mark.parametrize(
   ("key", "known"),
   [
-    ("seed_execution", {"auto", *networks.EXECUTIONS}),
     ("normalization", normalize.NAMES),
-    ("dataset.name", loading.NAMES),
+    ("dataset.name", dataset_lib.NAMES),
     ("augment.name", augment.NAMES),
     ("model.name", registry.MODELS),
-    ("model.dtype", registry.DTYPES),
-    ("model.shortcut", registry.SHORTCUTS),
+    ("model.norm", registry.NORMS),
+    ("model.shortcut", ("default", "none", *blocks.SHORTCUTS)),
     ("model.norm", {"batch_norm", "none"}),
-    ("model.padding", layers.PADDINGS),
     ("optimizer.name", optim.OPTIMIZERS),
     ("optimizer.l2_weights", optim.L2_WEIGHTS),
     ("schedule.name", optim.SCHEDULES),

@@ -28,7 +28,7 @@ class Swallows(importlib.abc.MetaPathFinder):
         pass
 
 sys.meta_path.insert(0, Swallows())
-process.run(lambda argv: print("done"))
+process.run(lambda argv: __import__("jax"))
 """
 ENDING = """
 import atexit, signal

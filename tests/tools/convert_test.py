@@ -14,7 +14,7 @@ import pytest
 
 import resnet_flax
 from resnet_flax import train
-from resnet_flax.run import errors, load as inference, transfer
+from resnet_flax.run import errors, load as inference
 from resnet_flax.tools import convert
 from tests.tools.weights import networks
 
@@ -135,7 +135,7 @@ def test_other_classes(config, tmp_path):
   assert "a head of 7 classes" in message
   # Another run can start from it, with a new head.
   config.init_from = str(tmp_path / "run")
-  assert transfer.load(config)["params"]["head"]["bias"].shape == (7,)
+  assert inference.load_source(config)["params"]["head"]["bias"].shape == (7,)
 
 
 @pytest.mark.parametrize(

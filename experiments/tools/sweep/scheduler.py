@@ -188,7 +188,7 @@ def run(
     except signals_lib.Stopped as stopped:
       raise errors.Interrupted(
         f"stopped by {stopped}; {overview_lib.summary(statuses.values())}."
-        " The same command goes on from there.",
+        " The same command resumes from there.",
         stopped.number,
       ) from None
   return statuses, reasons

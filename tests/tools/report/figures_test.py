@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_flax.data import dataset as record
+from resnet_flax.data import types
 from resnet_flax.tools.report import figures, runs, scores
 from tests.tools.report import workdirs
 
@@ -56,7 +56,7 @@ def summarize(probabilities, labels):
   labels = np.array(labels, np.int32)
   images = np.full((count, 32, 32, 3), 127, np.uint8)
   return scores.summarize(
-    record.whole_split(images, labels),
+    types.whole_split(images, labels),
     labels,
     np.array(probabilities, np.float32),
     class_names=tuple(f"$class{k}" for k in range(classes)),

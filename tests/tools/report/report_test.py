@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from resnet_flax import data as datasets
+from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.run import errors
 from resnet_flax.tools.report import report
 from tests.tools.report import workdirs
@@ -187,7 +187,7 @@ def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
   def load(config):
     raise errors.DataError(f"{config.name} is not here.")
 
-  monkeypatch.setattr(datasets, "load", load)
+  monkeypatch.setattr(dataset_lib, "load", load)
   with caplog.at_level(logging.WARNING):
     page = Page(report.make([trained], tmp_path / "out").page)
   assert "This could not be made: digits is not here." in page.texts

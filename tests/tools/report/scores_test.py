@@ -6,7 +6,7 @@ import pytest
 
 import resnet_flax
 from resnet_flax import data as datasets, train
-from resnet_flax.data import dataset as record
+from resnet_flax.data import types
 from resnet_flax.run import errors, metrics
 from resnet_flax.tools.report import report, runs, scores
 
@@ -37,7 +37,7 @@ def test_summarize():
   )
   labels = np.array([1, 1, 0, 1, 2], np.int32)
   scored = scores.summarize(
-    record.whole_split(images, labels),
+    types.whole_split(images, labels),
     labels,
     probabilities,
     class_names=("a", "b", "c"),
@@ -61,7 +61,7 @@ def test_most_confident_are_kept():
   count = 100
   confidence = np.linspace(0.51, 0.99, count, dtype=np.float32)
   scored = scores.summarize(
-    record.whole_split(
+    types.whole_split(
       np.zeros((count, 1, 1, 1), np.uint8), np.ones(count, np.int32)
     ),
     np.ones(count, np.int32),
