@@ -78,8 +78,8 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   Shows progress on a terminal. A failed or wrong download leaves no file.
 
   Raises:
-    DataError: no network, a slow server, one that sends too much, a wrong
-      digest, no space.
+    DataError: no network, a slow server or too much of it, a wrong digest, no
+      space.
   """
   import pooch
   import requests
@@ -133,29 +133,24 @@ class _Limited:
 
 
 def verify(archive: Archive, path: pathlib.Path) -> None:
-  """Checks that a local file is the official archive.
-
-  Raises:
-    DataError: it cannot be read, or its size or SHA-256 differs.
-  """
+  """Raises `DataError` unless a local file is the official archive."""
   try:
     with prepared.open_regular(path) as file:
       found = f"has {file.seek(0, 2)} bytes, not {archive.num_bytes}"
-      is_good = file.tell() == archive.num_bytes
-      if is_good:
+      if file.tell() == archive.num_bytes:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == archive.sha256:
+          return
         found = f"has the SHA-256 {digest}, not {archive.sha256}"
-        is_good = digest == archive.sha256
   except OSError as error:
     raise errors.DataError(
       f"dataset.archive={str(path)!r} cannot be read: {error.strerror}."
     ) from error
-  if not is_good:
-    raise errors.DataError(
-      f"dataset.archive={str(path)!r} is not the official archive: it {found}."
-      f" Fetch the binary version again from {archive.url}."
-    )
+  raise errors.DataError(
+    f"dataset.archive={str(path)!r} is not the official archive: it {found}."
+    f" Fetch the binary version again from {archive.url}."
+  )
 
 
 class Contents(NamedTuple):
@@ -172,15 +167,13 @@ def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
   with tarfile.open(path, "r:gz") as tar:
     for member in tar:
       if (file := tar.extractfile(member)) is not None:
-        members[member.name] = file.read()
-  names = {
-    label: members[f"{archive.folder}/{name}"].decode().split()
-    for label, name in archive.labels.items()
-  }
+        members[member.name.removeprefix(f"{archive.folder}/")] = file.read()
+  labels = archive.labels.items()
+  names = {label: members[name].decode().split() for label, name in labels}
   splits = {}
-  num_labels = len(archive.labels)
+  num_labels = len(labels)
   for split, file_names in archive.files.items():
-    raw = b"".join(members[f"{archive.folder}/{name}"] for name in file_names)
+    raw = b"".join(members[name] for name in file_names)
     rows = np.frombuffer(raw, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
     planes = rows[:, num_labels:].reshape(-1, 3, 32, 32)
     splits[split] = planes.transpose(0, 2, 3, 1), rows[:, :num_labels]
@@ -191,17 +184,10 @@ def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
 
 
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
-  """Prepares a data set as ArrayRecord from its official archive.
+  """Prepares a data set as ArrayRecord in `root`; returns its folder there.
 
-  TFDS writes into a temporary folder and renames it when it is complete.
-
-  Args:
-    name: 'cifar10' or 'cifar100'.
-    root: the TFDS data directory.
-    local_archive: path of the binary archive, or '' to download it.
-
-  Returns:
-    The folder of the prepared version.
+  From its official archive: a local binary one, or '' to download it. TFDS
+  writes into a temporary folder and renames it when it is complete.
 
   Raises:
     DataError: the archive cannot be had, or the directory not be written.
@@ -211,9 +197,8 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
     path = prepared.resolve(local_archive)
     verify(archive, path)
   else:
-    _logger.info(
-      "no prepared %s in %s: downloading %s", name, root, archive.url
-    )
+    url = archive.url
+    _logger.info("no prepared %s in %s: downloading %s", name, root, url)
     path = fetch(archive, root / "downloads")
   _logger.info("preparing %s in %s", name, root)
   try:
@@ -236,10 +221,7 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
 
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()
-  stock: Any = {
-    "cifar10": tfds.image_classification.Cifar10,
-    "cifar100": tfds.image_classification.Cifar100,
-  }[name]
+  stock: Any = getattr(tfds.image_classification, name.capitalize())
 
   # The stock builder reads files through TensorFlow; this one differs only in
   # where examples come from, so what it writes is the stock data set.
@@ -254,21 +236,13 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
           self.info.features[label].names = names
         return {split: self._examples(split) for split in contents.splits}
 
-      def _generate_examples(self, *args, **kwargs):
-        raise AssertionError("examples come from _split_generators")
-
       def _examples(self, split):
         rows = zip(*contents.splits[split], strict=True)
         for index, (image, labels) in enumerate(rows):
           # PIL images are encoded by PIL; arrays would be by TensorFlow.
-          yield (
-            index,
-            {
-              "id": f"{split}_{index:05d}",
-              "image": Image.fromarray(image),
-              **dict(zip(contents.names, map(int, labels), strict=True)),
-            },
-          )
+          example = dict(zip(contents.names, map(int, labels), strict=True))
+          example["id"] = f"{split}_{index:05d}"
+          yield index, example | {"image": Image.fromarray(image)}
 
   ArchiveBuilder.name = name
   return ArchiveBuilder(data_dir=root)
@@ -299,24 +273,22 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
         split, decoders={"image": tfds.decode.SkipDecoding()}
       )
       if len(source) != count:
-        raise ValueError(
-          f"it has {len(source)} {split} images; needed: {count}"
-        )
+        has = f"it has {len(source)} {split} images"
+        raise ValueError(f"{has}; needed: {count}")
       _logger.info("decoding %d %s images", count, split)
       # One example at a time: the decoded list would be twice the memory.
       images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
       labels = np.empty(count, np.int32)
-      for index in range(count):
-        example = source[index]
-        images[index] = _decode(example["image"])
-        labels[index] = operator.index(example["label"])
+      for k in range(count):
+        example = source[k]
+        images[k] = _decode(example["image"])
+        labels[k] = operator.index(example["label"])
       if labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(
           f"it has labels from {labels.min()} to {labels.max()}, but names for"
           f" 0 to {len(names) - 1}"
         )
-      arrays[f"{split}_images"] = images
-      arrays[f"{split}_labels"] = labels
+      arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     return types.Arrays(**arrays, class_names=names)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:
@@ -324,12 +296,7 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-  """One image, uint8[32, 32, 3].
-
-  Raises:
-    ValueError: it has another mode or size; found before it is decoded.
-    OSError, SyntaxError: it is no image, or a damaged one.
-  """
+  """One image, uint8[32, 32, 3]; looked at before it is decoded."""
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:

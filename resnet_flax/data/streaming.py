@@ -14,7 +14,6 @@ import multiprocessing
 import operator
 import os
 import pathlib
-import queue
 import signal
 import sys
 import threading
@@ -24,12 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.data import (
-  crops,
-  prepared,
-  randomness,
-  types,
-)
+from resnet_flax.data import crops, prepared, randomness, types
 from resnet_flax.run import environment, errors
 
 T = TypeVar("T")
@@ -68,8 +62,7 @@ def find(name: str, configured_dir: str) -> pathlib.Path:
   Raises:
     DataError: there is none that can be read.
   """
-  name = name.removeprefix(PREFIX)
-  root = prepared.data_dir(configured_dir)
+  name, root = name.removeprefix(PREFIX), prepared.data_dir(configured_dir)
   command = (
     "Prepare it with TFDS and TensorFlow, on any machine: import"
     f" tensorflow_datasets as tfds; tfds.builder({name!r})"
@@ -98,11 +91,7 @@ class Facts:
 
 
 def read_facts(folder: pathlib.Path) -> Facts:
-  """Reads how many images and classes a copy has; opens none of its shards.
-
-  Raises:
-    DataError: it does not say so.
-  """
+  """Reads what a copy says, without its shards; `DataError` if it does not."""
   try:
     info = json.loads(prepared.read_text(folder / "dataset_info.json"))
     counts = {
@@ -110,8 +99,7 @@ def read_facts(folder: pathlib.Path) -> Facts:
       for split in info["splits"]
     }
     # ImageNet's 'test' has no labels.
-    named = (name for name in ("validation", "test") if name in counts)
-    test = next(named, "train")
+    test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
     if test == "train":
       if len(counts) > 1 or info.get("disableShuffling"):
@@ -145,68 +133,62 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
   digest = prepared.fingerprint(folder, read_all=False)
-  source = f"{config.name}-{folder.name}-{digest[:16]}"
   first_test = facts.num_train if facts.test == "train" else 0
-  parts = (
-    ("train", np.arange(facts.num_train), augmentation),
-    (facts.test, np.arange(facts.num_test) + first_test, "none"),
-  )
-  splits = []
-  for name, indices, crop in parts:
-    split = StreamedSplit(
+  sizes = {"train": facts.num_train}
+  sizes[facts.test] = first_test + facts.num_test
+  train, test = (
+    StreamedSplit(
       indices=indices,
       folder=folder,
-      shards=_shards(folder, name),
+      shards=_shards(folder, name, sizes[name]),
       image_size=config.image_size,
       num_classes=len(facts.class_names),
       crop=crop if crop in crops.RANDOM else "none",
       num_workers=config.num_workers,
       num_crops=config.test_crops,
     )
-    splits.append(split)
-    size = 1 + max(part[1][-1] for part in parts if part[0] == name)
-    if sum(shard.take for shard in split.shards) != size:
-      error = ValueError(f"the split {name!r} has shards of another number")
-      raise _damaged(folder, error)
-  _allow_open_files(sum(len(split.shards) for split in splits))
-  for split in splits:
+    for name, indices, crop in (
+      ("train", np.arange(facts.num_train), augmentation),
+      (facts.test, np.arange(first_test, sizes[facts.test]), "none"),
+    )
+  )
+  _allow_open_files(len(train.shards) + len(test.shards))
+  for split in (train, test):
     # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
   return types.Dataset(
-    train=splits[0],
+    train=train,
     validation=None,
-    test=splits[1],
+    test=test,
     class_names=facts.class_names,
-    source=source,
+    source=f"{config.name}-{folder.name}-{digest[:16]}",
   )
 
 
 def _allow_open_files(count: int) -> None:
-  """Lets this process and its workers have as many files open as there may be.
+  """Lets this process and its workers have so many files open at a time.
 
-  The files of a set stay open once they have been read from: ImageNet has more
-  than a thousand, which is what shells usually allow.
-
-  Raises:
-    DataError: the system allows fewer.
+  ImageNet has more than a thousand, which is what shells usually allow.
   """
   try:
     import resource
   except ImportError:  # There is no such limit on Windows.
     return
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinity = resource.RLIM_INFINITY
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  soft, hard = (
+    sys.maxsize if limit == resource.RLIM_INFINITY else limit
+    for limit in limits
+  )
   # Besides, there are libraries, pipes, checkpoints.
   needed = count + 256
   # Of several seeds each has its own.
   for wanted in (16 * needed, needed):
-    allowed = wanted if hard == infinity else min(wanted, hard)
-    if soft != infinity and soft < allowed:
+    if soft < (allowed := min(wanted, hard)):
       # macOS has a limit besides.
       with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
         soft = allowed
-  if soft != infinity and soft < needed:
+  if soft < needed:
     raise errors.DataError(
       f"the data set has {count} files, which are open at the same time, but a"
       f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
@@ -214,18 +196,16 @@ def _allow_open_files(count: int) -> None:
     )
 
 
-def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
-  """The files of a split, which are looked at but not opened."""
+def _shards(folder: pathlib.Path, split: str, size: int) -> tuple[Shard, ...]:
+  """The files of a split of `size` images, which are looked at, not opened."""
   import tensorflow_datasets as tfds
 
   try:
     prepared.check_features(folder)
     info = tfds.builder_from_directory(folder).info
-    for feature, kind in (
-      ("image", tfds.features.Image),
-      ("label", tfds.features.ClassLabel),
-    ):
-      features = dict(info.features.items())
+    features = dict(info.features.items())
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    for feature, kind in kinds.items():
       if not isinstance(features.get(feature), kind):
         raise ValueError(f"it has no feature {feature!r} of that kind")
     shards = []
@@ -237,6 +217,8 @@ def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
       shards.append(
         Shard(str(path), each.skip, each.take, each.examples_in_shard)
       )
+    if sum(shard.take for shard in shards) != size:
+      raise ValueError(f"the split {split!r} has shards of another number")
     return tuple(shards)
   # TFDS has kinds of its own.
   except Exception as error:
@@ -360,37 +342,33 @@ class _Workers:
     self._own: set[multiprocessing.process.BaseProcess] = set()
 
   def next_of(self, iterator: Iterator[T]) -> T:
-    """What comes next, while all workers live.
-
-    Raises:
-      _WorkerDied: one was killed.
-    """
-    answers: queue.SimpleQueue[tuple[Any, Exception | None]]
-    answers = queue.SimpleQueue()
+    """What comes next; `_WorkerDied` if a worker was killed."""
+    parts: list[T] = []
+    failures: list[Exception] = []
 
     def take() -> None:
       try:
-        answers.put((next(iterator), None))
+        parts.append(next(iterator))
       except Exception as error:
-        answers.put((None, error))
+        failures.append(error)
 
-    threading.Thread(target=take, name="next images", daemon=True).start()
-    while True:
-      with contextlib.suppress(queue.Empty):
-        part, error = answers.get(timeout=0.2)
-        break
+    thread = threading.Thread(target=take, name="next images", daemon=True)
+    thread.start()
+    thread.join(0.2)
+    while thread.is_alive():
       if died := self._died():
         raise _WorkerDied(died)
+      thread.join(0.2)
     # Often enough for none to end unseen.
     died = self._died()
-    if error is None:
-      return part
-    # What Grain itself says of one.
-    if "terminated unexpectedly" in str(error):
-      died = died or errors.one_line(error)
-    if died:
-      raise _WorkerDied(died) from error
-    raise error
+    for error in failures:
+      # What Grain itself says of one.
+      if "terminated unexpectedly" in str(error):
+        died = died or errors.one_line(error)
+      if died:
+        raise _WorkerDied(died) from error
+      raise error
+    return parts[0]
 
   def _died(self) -> str:
     self._own |= {
@@ -405,10 +383,9 @@ class _Workers:
     """Ends all of them, and the iterator."""
     if not self._died():
       iterator.close()
-      return
-    # To close it would wait for those that died.
-    for worker in self._own:
-      worker.kill()
+    else:  # To close it would wait for those that died.
+      for worker in self._own:
+        worker.kill()
 
 
 def _import_grain() -> Any:
@@ -453,17 +430,10 @@ class _Encoded(NamedTuple):
 class _Records:
   """What Grain reads from: chunk k is that of position k in the given order."""
 
-  def __init__(
-    self,
-    shards: Sequence[Shard],
-    indices: np.ndarray,
-    chunks: Sequence[np.ndarray],
-  ):
-    self._shards = shards
-    self._chunks = chunks
+  def __init__(self, shards, indices, chunks):
+    self._shards, self._chunks, self._source = shards, chunks, None
     # Only those of the chunks: they are sent to every worker.
     self._rows = [indices[chunk] for chunk in chunks]
-    self._source: Any = None
 
   def __repr__(self) -> str:
     return f"records of {len(self._shards)} files"
@@ -473,13 +443,11 @@ class _Records:
 
   def __getitem__(self, index: int) -> _Encoded:
     if self._source is None:
-      from array_record.python import array_record_data_source
+      from array_record.python import array_record_data_source as array_record
 
-      self._source = array_record_data_source.ArrayRecordDataSource(
-        list(self._shards)
-      )
-    rows = [int(row) for row in self._rows[index]]
-    return _Encoded(self._chunks[index], self._source.__getitems__(rows))
+      self._source = array_record.ArrayRecordDataSource(list(self._shards))
+    records = self._source.__getitems__(self._rows[index].tolist())
+    return _Encoded(self._chunks[index], records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,8 +472,7 @@ class _Decoding:
     for k, (position, raw) in enumerate(
       zip(encoded.positions, encoded.records, strict=True)
     ):
-      example = tf_example_pb2.Example.FromString(raw)
-      feature = example.features.feature
+      feature = tf_example_pb2.Example.FromString(raw).features.feature
       (image,) = feature["image"].bytes_list.value
       (label,) = feature["label"].int64_list.value
       if not 0 <= operator.index(label) < self.num_classes:
@@ -540,10 +507,7 @@ class _Decoding:
       return crops.corners_and_centre(width, height)
     if self.draw is None or self.crop == "none":
       return [crops.central(width, height)]
-    rng = randomness.host_rng(
-      self.draw.seed,
-      randomness.Purpose.HOST_CROP,
-      self.draw.epoch,
-      position,
-    )
+    purpose = randomness.Purpose.HOST_CROP
+    seed, epoch = self.draw
+    rng = randomness.host_rng(seed, purpose, epoch, position)
     return [crops.RANDOM[self.crop](rng, width, height)]
