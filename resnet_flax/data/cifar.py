@@ -240,9 +240,10 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
         rows = zip(*contents.splits[split], strict=True)
         for index, (image, labels) in enumerate(rows):
           # PIL images are encoded by PIL; arrays would be by TensorFlow.
-          example = dict(zip(contents.names, map(int, labels), strict=True))
-          example["id"] = f"{split}_{index:05d}"
-          yield index, example | {"image": Image.fromarray(image)}
+          example: dict[str, Any] = {"id": f"{split}_{index:05d}"}
+          example["image"] = Image.fromarray(image)
+          example |= zip(contents.names, map(int, labels), strict=True)
+          yield index, example
 
   ArchiveBuilder.name = name
   return ArchiveBuilder(data_dir=root)

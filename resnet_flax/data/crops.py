@@ -50,18 +50,15 @@ def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
   that range.
   """
   for _ in range(_TRIES):
-    area = width * height * rng.uniform(_AREAS[0], _AREAS[1])
+    area = width * height * rng.uniform(*_AREAS)
     ratio = math.exp(rng.uniform(math.log(_RATIOS[0]), math.log(_RATIOS[1])))
-    w = round(math.sqrt(area * ratio))
-    h = round(math.sqrt(area / ratio))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left = int(rng.integers(0, width - w + 1))
       upper = int(rng.integers(0, height - h + 1))
       return left, upper, left + w, upper + h
-  right, lower = (
-    min(width, height * _RATIOS[1]),
-    min(height, width / _RATIOS[0]),
-  )
+  right = min(width, height * _RATIOS[1])
+  lower = min(height, width / _RATIOS[0])
   x, y = (width - right) / 2, (height - lower) / 2
   return x, y, x + right, y + lower
 
@@ -71,7 +68,7 @@ def scale(rng: np.random.Generator, width: int, height: int) -> Box:
 
   The shorter side becomes 256 to 480 where crops have 224.
   """
-  side = rng.uniform(_SHORTER_SIDES[0], _SHORTER_SIDES[1])
+  side = rng.uniform(*_SHORTER_SIDES)
   return _square(width, height, side, rng.uniform(), rng.uniform())
 
 

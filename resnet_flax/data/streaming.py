@@ -32,11 +32,9 @@ T = TypeVar("T")
 PREFIX = "tfds/"
 
 # What is handed over at once, as each time costs milliseconds: 64 images of
-# 224x224, or about as many bytes.
+# 224x224, or about as many bytes. Each worker or thread decodes one ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# Decoded ahead, by each worker or thread of this process.
-_BUFFERED_CHUNKS = 1
 # Where images are decoded in threads of this process.
 _THREADS = 2
 _ENCODINGS = ("JPEG", "PNG")
@@ -229,7 +227,7 @@ def _shards(folder: pathlib.Path, split: str, size: int) -> tuple[Shard, ...]:
 class StreamedSplit(types.Split):
   """Images in the files of a prepared copy."""
 
-  indices: np.ndarray  # int64[N], the images of this split, by types.
+  indices: np.ndarray
   folder: pathlib.Path  # Of the copy, for messages.
   shards: tuple[Shard, ...]  # The files, in order.
   image_size: int  # Height and width of what is cut out of the images.
@@ -237,8 +235,7 @@ class StreamedSplit(types.Split):
   # How training images are cut, of `crops.RANDOM`; 'none': the central square,
   # as without `draw`.
   crop: str
-  # Processes that decode; 0: threads of this one, -1: as many as it may use CPU
-  # threads.
+  # Processes that decode; 0: threads of this one, -1: one per CPU thread.
   num_workers: int
   num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
 
@@ -251,10 +248,6 @@ class StreamedSplit(types.Split):
     """See `Split`; the central crop of each image."""
     one_crop = dataclasses.replace(self, num_crops=1)
     return types.Split.take(one_crop, positions)
-
-  def subset(self, positions: np.ndarray) -> "StreamedSplit":
-    """See `Split`."""
-    return dataclasses.replace(self, indices=self.indices[positions])
 
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None
@@ -280,29 +273,22 @@ class StreamedSplit(types.Split):
     decoding = _Decoding(
       self.image_size, self.num_classes, self.crop, draw, num_crops
     )
-    # A worker decodes in a thread while it hands over what it has.
+    # A worker hands over what it has while its thread decodes.
     threads = 1 if workers else _THREADS
     pipeline = grain.experimental.WithOptionsIterDataset(
       grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
       .map(decoding)
-      .to_iter_dataset(
-        grain.ReadOptions(
-          num_threads=threads, prefetch_buffer_size=threads * _BUFFERED_CHUNKS
-        )
-      ),
+      .to_iter_dataset(grain.ReadOptions(threads, threads)),
       # Through pipes: shared memory is scarce in containers, which kills
       # workers, and outlives a process that is killed.
       grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
     ).mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=_BUFFERED_CHUNKS
-      ),
+      grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
       worker_init_fn=_start_worker,
     )
-    alive = _Workers()
+    alive, iterator = _Workers(), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
-    iterator = iter(pipeline)
     try:
       for positions in order:
         count = -(-len(positions) // size)
@@ -393,8 +379,8 @@ def _import_grain() -> Any:
   import grain
   from absl import flags
 
-  # It reads flags of its own, which absl refuses in a program that has parsed
-  # none, such as a notebook. This lets them have their defaults.
+  # It reads flags of its own, which absl refuses where none have been parsed,
+  # as in a notebook. This lets them have their defaults.
   if not flags.FLAGS.is_parsed():
     for name in flags.FLAGS:
       if name.startswith("grain_"):
@@ -404,7 +390,6 @@ def _import_grain() -> Any:
 
 def _start_worker(index: int, count: int) -> None:
   """Ties a worker to the process that it works for."""
-  del index, count
   # Ctrl-C and schedulers signal all processes of a job. The parent decides
   # when to stop, and still needs batches for its last step.
   for number in (signal.SIGINT, signal.SIGTERM):
@@ -421,7 +406,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Encoded(NamedTuple):
-  """Records as they are in the prepared."""
+  """Records as they are in the prepared copy."""
 
   positions: np.ndarray  # int64[K], in the split.
   records: Sequence[bytes]  # The serialised `tf.train.Example`s.
