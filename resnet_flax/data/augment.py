@@ -58,8 +58,7 @@ def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
   padded = jnp.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
 
   def window(image, offset):
-    start = (offset[0], offset[1], 0)
-    return jax.lax.dynamic_slice(image, start, images.shape[1:])
+    return jax.lax.dynamic_slice(image, (*offset, 0), images.shape[1:])
 
   return jax.vmap(window)(padded, offsets)
 

@@ -28,9 +28,8 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: as configured, else the user's own."""
-  return prepared.resolve(
-    configured or platformdirs.user_cache_dir("resnet_flax")
-  )
+  own = platformdirs.user_cache_dir("resnet_flax")
+  return prepared.resolve(configured or own)
 
 
 def cached(

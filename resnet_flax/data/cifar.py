@@ -23,8 +23,7 @@ from resnet_flax.run import errors
 _logger = logging.getLogger(__name__)
 
 _IMAGE_SHAPE = (32, 32, 3)
-# What the encoded images may be. PIL knows many more, of which some start
-# other programs.
+# PIL knows many more encodings, of which some start other programs.
 _ENCODINGS = ("PNG", "JPEG")
 # Seconds without an answer or without a byte before a download is given up.
 TIMEOUT = 15.0
@@ -78,8 +77,7 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   Shows progress on a terminal. A failed or wrong download leaves no file.
 
   Raises:
-    DataError: no network, a slow server or too much of it, a wrong digest, no
-      space.
+    DataError: a failed or wrong download, or no space.
   """
   import pooch
   import requests
@@ -97,11 +95,10 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   except OSError as error:
     raise errors.DataError(
       f"the data directory {folder.parent} cannot be written:"
-      f" {error.strerror}. Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
-      " another one."
+      f" {error.strerror}. {prepared.SET_DATA_DIR} another one."
     ) from error
+  # Pooch would wait for what a pipe holds.
   if (folder / name).exists() and not (folder / name).is_file():
-    # Pooch would wait for what a pipe holds.
     raise errors.DataError(f"{folder / name} is no file. Delete it.")
   try:
     path = pooch.retrieve(
@@ -163,15 +160,14 @@ class Contents(NamedTuple):
 
 def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
   """Reads all images and labels of an archive whose digest is right."""
-  members = {}
+  prefix, members = f"{archive.folder}/", {}
   with tarfile.open(path, "r:gz") as tar:
     for member in tar:
       if (file := tar.extractfile(member)) is not None:
-        members[member.name.removeprefix(f"{archive.folder}/")] = file.read()
+        members[member.name.removeprefix(prefix)] = file.read()
   labels = archive.labels.items()
   names = {label: members[name].decode().split() for label, name in labels}
-  splits = {}
-  num_labels = len(labels)
+  splits, num_labels = {}, len(labels)
   for split, file_names in archive.files.items():
     raw = b"".join(members[name] for name in file_names)
     rows = np.frombuffer(raw, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
@@ -194,8 +190,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """
   archive = ARCHIVES[name]
   if local_archive:
-    path = prepared.resolve(local_archive)
-    verify(archive, path)
+    verify(archive, path := prepared.resolve(local_archive))
   else:
     url = archive.url
     _logger.info("no prepared %s in %s: downloading %s", name, root, url)
@@ -207,9 +202,8 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   # TFDS and ArrayRecord have kinds of their own for what a disk can do.
   except Exception as error:
     raise errors.DataError(
-      f"{name} cannot be prepared in {root} ({errors.one_line(error)}). Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to a directory that can"
-      " be written."
+      f"{name} cannot be prepared in {root} ({errors.one_line(error)})."
+      f" {prepared.SET_DATA_DIR} a directory that can be written."
     ) from error
   return pathlib.Path(builder.data_dir)
 
@@ -222,7 +216,6 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()
   stock: Any = getattr(tfds.image_classification, name.capitalize())
-
   # The stock builder reads files through TensorFlow; this one differs only in
   # where examples come from, so what it writes is the stock data set.
   with registered.skip_registration():
@@ -231,7 +224,6 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
       """The stock data set, generated from a decoded archive."""
 
       def _split_generators(self, dl_manager):
-        del dl_manager
         for label, names in contents.names.items():
           self.info.features[label].names = names
         return {split: self._examples(split) for split in contents.splits}
@@ -270,12 +262,10 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
         # `fingerprint` has seen the files of this folder, and no others.
         if pathlib.Path(path).parent != folder:
           raise ValueError(f"dataset_info.json leads to {path}")
-      source = builder.as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()}
-      )
-      if len(source) != count:
-        has = f"it has {len(source)} {split} images"
-        raise ValueError(f"{has}; needed: {count}")
+      decoders = {"image": tfds.decode.SkipDecoding()}
+      source = builder.as_data_source(split, decoders=decoders)
+      if (found := len(source)) != count:
+        raise ValueError(f"it has {found} {split} images; needed: {count}")
       _logger.info("decoding %d %s images", count, split)
       # One example at a time: the decoded list would be twice the memory.
       images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
@@ -284,11 +274,10 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
         example = source[k]
         images[k] = _decode(example["image"])
         labels[k] = operator.index(example["label"])
-      if labels.min() < 0 or labels.max() >= len(names):
-        raise ValueError(
-          f"it has labels from {labels.min()} to {labels.max()}, but names for"
-          f" 0 to {len(names) - 1}"
-        )
+      least, most, last = labels.min(), labels.max(), len(names) - 1
+      if least < 0 or most > last:
+        has = f"it has labels from {least} to {most}"
+        raise ValueError(f"{has}, but names for 0 to {last}")
       arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     return types.Arrays(**arrays, class_names=names)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
@@ -301,9 +290,8 @@ def _decode(encoded: bytes) -> np.ndarray:
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
-    if image.mode != "RGB" or image.size != _IMAGE_SHAPE[:2]:
-      raise ValueError(
-        f"an image has mode {image.mode} and size {image.size}; needed: RGB and"
-        f" {_IMAGE_SHAPE[:2]}"
-      )
+    size = _IMAGE_SHAPE[:2]
+    if image.mode != "RGB" or image.size != size:
+      has = f"an image has mode {image.mode} and size {image.size}"
+      raise ValueError(f"{has}; needed: RGB and {size}")
     return np.asarray(image)

@@ -34,12 +34,10 @@ def corners_and_centre(width: int, height: int) -> list[Box]:
   256 x 256 pixels are taken, and of these the corners and the centre.
   """
   side = min(width, height)
-  left, upper = (width - side) / 2, (height - side) / 2
-  boxes = []
-  for across, down in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)):
-    x0, y0, x1, y1 = _square(side, side, _CENTRAL_SIDE, across, down)
-    boxes.append((left + x0, upper + y0, left + x1, upper + y1))
-  return boxes
+  x, y = (width - side) / 2, (height - side) / 2
+  corners = ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5))
+  boxes = (_square(side, side, _CENTRAL_SIDE, *corner) for corner in corners)
+  return [(x + x0, y + y0, x + x1, y + y1) for x0, y0, x1, y1 in boxes]
 
 
 def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:

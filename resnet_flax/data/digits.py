@@ -14,20 +14,14 @@ _ENLARGEMENT = 4
 
 
 def read() -> types.Arrays:
-  """The digits, with a fixed stratified test split of 360 images.
-
-  Raises:
-    DataError: scikit-learn is not installed.
-  """
+  """The digits, 360 for tests, stratified; `DataError` without scikit-learn."""
   from PIL import Image
 
   try:
     from sklearn.datasets import load_digits
   except ImportError:
-    raise errors.DataError(
-      "dataset.name='digits' needs scikit-learn: pip install"
-      " 'resnet_flax[digits]'."
-    ) from None
+    message = "needs scikit-learn: pip install 'resnet_flax[digits]'."
+    raise errors.DataError(f"dataset.name='digits' {message}") from None
   digits = load_digits()
   labels = digits.target.astype(np.int32)
   grey = np.round(digits.images * (255 / 16)).astype(np.uint8)

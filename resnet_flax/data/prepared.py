@@ -12,20 +12,16 @@ from typing import Any
 from resnet_flax.run import errors
 
 FILE_FORMAT = "array_record"
+SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
 # TFDS imports what features.json names, whatever it is.
 _FEATURES = tuple(
   f"tensorflow_datasets.core.features.{name}"
   for name in (
-    "features_dict.FeaturesDict",
-    "image_feature.Image",
-    "class_label_feature.ClassLabel",
-    "text_feature.Text",
+    *("features_dict.FeaturesDict", "image_feature.Image"),
+    *("class_label_feature.ClassLabel", "text_feature.Text"),
     # Besides images and labels: boxes, numbers.
-    "bounding_boxes.BBoxFeature",
-    "labeled_image.LabeledImage",
-    "scalar.Scalar",
-    "sequence_feature.Sequence",
-    "tensor_feature.Tensor",
+    *("bounding_boxes.BBoxFeature", "labeled_image.LabeledImage"),
+    *("scalar.Scalar", "sequence_feature.Sequence", "tensor_feature.Tensor"),
   )
 )
 
@@ -38,8 +34,8 @@ def data_dir(configured: str) -> pathlib.Path:
 
 # What to do about a copy, for data sets that this program prepares itself.
 _OTHER_FOLDER = (
-  "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to another, also empty,"
-  " directory to have a copy prepared there."
+  f"{SET_DATA_DIR} another, also empty, directory to have a copy prepared"
+  " there."
 )
 DELETE = "Delete it to have it prepared again."
 PREPARE_AGAIN = "Prepare it again, or take another copy."
@@ -59,8 +55,8 @@ def find(
     paths = list(root.glob(f"{name}/*/dataset_info.json"))
   except OSError as error:
     raise errors.DataError(
-      f"the data directory {root} cannot be read: {error.strerror}. Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
+      f"the data directory {root} cannot be read: {error.strerror}."
+      f" {SET_DATA_DIR} another one."
     ) from error
   found = []
   for path in paths:

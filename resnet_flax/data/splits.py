@@ -12,15 +12,11 @@ def choose(
   num_held_out: int,
   split_seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Which images of a training split are trained on, and which held out.
+  """The int64 positions, ascending, that are trained on, and those held out.
 
   With int32[size] labels, the held-out part is stratified and the other one
   class-balanced; without, both are drawn from all images alike.
-
-  Returns:
-    int64[num_train] and int64[num_held_out] positions, ascending.
   """
-  purposes = randomness.Purpose
 
   def part(positions, total, quotas_of, *seed):
     if not 0 < total < len(positions):
@@ -32,10 +28,10 @@ def choose(
     return positions[draw(labels[positions], quotas, rng)]
 
   everything = np.arange(size)
-  seed = split_seed, purposes.VALIDATION_SPLIT
+  seed = split_seed, randomness.Purpose.VALIDATION_SPLIT
   held_out = part(everything, num_held_out, proportional_quotas, *seed)
   kept = np.setdiff1d(everything, held_out)
-  seed = 0, purposes.TRAIN_SUBSET
+  seed = 0, randomness.Purpose.TRAIN_SUBSET
   return part(kept, num_train, equal_quotas, *seed), held_out
 
 

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pathlib
 import signal
@@ -55,11 +54,7 @@ class Shard(NamedTuple):
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
-  """The folder of a prepared copy of `dataset.name`.
-
-  Raises:
-    DataError: there is none that can be read.
-  """
+  """The folder of a prepared copy; a `DataError` if none can be read."""
   name, root = name.removeprefix(PREFIX), prepared.data_dir(configured_dir)
   command = (
     "Prepare it with TFDS and TensorFlow, on any machine: import"
@@ -69,9 +64,8 @@ def find(name: str, configured_dir: str) -> pathlib.Path:
   folder = prepared.find(name, root, command)
   if folder is None:
     raise errors.DataError(
-      f"there is no prepared {name} in {root / name}. Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to the TFDS data directory"
-      f" that holds one. {command}"
+      f"there is no prepared {name} in {root / name}. {prepared.SET_DATA_DIR}"
+      f" the TFDS data directory that holds one. {command}"
     )
   return folder
 
@@ -117,13 +111,12 @@ def read_facts(folder: pathlib.Path) -> Facts:
 
 
 def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
-  return prepared.damaged(
-    folder, errors.one_line(error), prepared.PREPARE_AGAIN
-  )
+  problem = errors.one_line(error)
+  return prepared.damaged(folder, problem, prepared.PREPARE_AGAIN)
 
 
 def load(config: ConfigDict, augmentation: str) -> types.Dataset:
-  """Opens a prepared copy: its official splits, or parts of its only one.
+  """Opens a copy's official splits, or parts of its only one.
 
   Raises:
     DataError: it cannot be read, or is not of labelled images.
@@ -173,12 +166,9 @@ def _allow_open_files(count: int) -> None:
   except ImportError:  # There is no such limit on Windows.
     return
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  soft, hard = (
-    sys.maxsize if limit == resource.RLIM_INFINITY else limit
-    for limit in limits
-  )
-  # Besides, there are libraries, pipes, checkpoints.
-  needed = count + 256
+  infinity = resource.RLIM_INFINITY
+  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
+  needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
   # Of several seeds each has its own.
   for wanted in (16 * needed, needed):
     if soft < (allowed := min(wanted, hard)):
@@ -212,9 +202,8 @@ def _shards(folder: pathlib.Path, split: str, size: int) -> tuple[Shard, ...]:
       if path.parent != folder:
         raise ValueError(f"dataset_info.json leads to {path}")
       prepared.open_regular(path).close()
-      shards.append(
-        Shard(str(path), each.skip, each.take, each.examples_in_shard)
-      )
+      records = each.skip, each.take, each.examples_in_shard
+      shards.append(Shard(str(path), *records))
     if sum(shard.take for shard in shards) != size:
       raise ValueError(f"the split {split!r} has shards of another number")
     return tuple(shards)
@@ -232,9 +221,7 @@ class StreamedSplit(types.Split):
   shards: tuple[Shard, ...]  # The files, in order.
   image_size: int  # Height and width of what is cut out of the images.
   num_classes: int  # Labels are below.
-  # How training images are cut, of `crops.RANDOM`; 'none': the central square,
-  # as without `draw`.
-  crop: str
+  crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
   # Processes that decode; 0: threads of this one, -1: one per CPU thread.
   num_workers: int
   num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
@@ -244,15 +231,15 @@ class StreamedSplit(types.Split):
     """See `Split`."""
     return self.image_size, self.image_size, 3
 
-  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(self, positions: np.ndarray) -> types.Batch:
     """See `Split`; the central crop of each image."""
     one_crop = dataclasses.replace(self, num_crops=1)
     return types.Split.take(one_crop, positions)
 
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """See `types.Split`; workers live until the iterator ends or is closed.
+  ) -> Iterator[types.Batch]:
+    """See `Split`; workers live until the iterator ends or is closed.
 
     Raises:
       DataError: an image cannot be read, or a worker died.
@@ -266,13 +253,11 @@ class StreamedSplit(types.Split):
       for positions in order
       for start in range(0, len(positions), size)
     ]
-    workers = self.num_workers
+    workers = min(self.num_workers, len(chunks))
     if workers < 0:
-      workers = environment.num_cpu_threads()
-    workers = min(workers, len(chunks))
-    decoding = _Decoding(
-      self.image_size, self.num_classes, self.crop, draw, num_crops
-    )
+      workers = min(environment.num_cpu_threads(), len(chunks))
+    form = self.image_size, self.num_classes, self.crop
+    decoding = _Decoding(*form, draw, num_crops)
     # A worker hands over what it has while its thread decodes.
     threads = 1 if workers else _THREADS
     pipeline = grain.experimental.WithOptionsIterDataset(
@@ -286,34 +271,23 @@ class StreamedSplit(types.Split):
       grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
       worker_init_fn=_start_worker,
     )
-    alive, iterator = _Workers(), iter(pipeline)
+    alive, iterator = _Workers(self.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
     try:
       for positions in order:
-        count = -(-len(positions) // size)
-        parts = [take(iterator) for _ in range(count)]
+        parts = [take(iterator) for _ in range(0, len(positions), size)]
         # One at least, for its shape: of the last batch a host may have none.
         parts = parts or [decoding(_Encoded(positions, ()))]
         images, labels = zip(*parts, strict=True)
         yield np.concatenate(images), np.concatenate(labels)
-    except _WorkerDied as error:
-      raise errors.DataError(
-        f"a process that decodes images of {self.folder} was ended ({error});"
-        " if it says nothing itself, most likely for want of memory. Pass a"
-        " smaller --config.dataset.num_workers."
-      ) from error
-    except MemoryError:
+    except (errors.DataError, MemoryError):
       raise
     # Whatever a file makes the readers and decoders raise, here or there.
     except Exception as error:
       raise _damaged(self.folder, error) from error
     finally:
       alive.close(iterator)
-
-
-class _WorkerDied(Exception):
-  """A worker was killed."""
 
 
 class _Workers:
@@ -323,12 +297,12 @@ class _Workers:
   end in this process, too.
   """
 
-  def __init__(self) -> None:
-    self._others = set(multiprocessing.active_children())
+  def __init__(self, folder: pathlib.Path) -> None:
+    self._folder, self._others = folder, set(multiprocessing.active_children())
     self._own: set[multiprocessing.process.BaseProcess] = set()
 
   def next_of(self, iterator: Iterator[T]) -> T:
-    """What comes next; `_WorkerDied` if a worker was killed."""
+    """What comes next; `DataError` if a worker was killed."""
     parts: list[T] = []
     failures: list[Exception] = []
 
@@ -341,20 +315,23 @@ class _Workers:
     thread = threading.Thread(target=take, name="next images", daemon=True)
     thread.start()
     thread.join(0.2)
-    while thread.is_alive():
-      if died := self._died():
-        raise _WorkerDied(died)
+    while thread.is_alive() and not self._died():
       thread.join(0.2)
     # Often enough for none to end unseen.
     died = self._died()
-    for error in failures:
-      # What Grain itself says of one.
-      if "terminated unexpectedly" in str(error):
-        died = died or errors.one_line(error)
-      if died:
-        raise _WorkerDied(died) from error
+    if parts:
+      return parts[0]
+    error = failures[0] if failures else None
+    # What Grain itself says of one.
+    if error and "terminated unexpectedly" in str(error):
+      died = died or errors.one_line(error)
+    if error and not died:
       raise error
-    return parts[0]
+    raise errors.DataError(
+      f"a process that decodes images of {self._folder} was ended ({died});"
+      " if it says nothing itself, most likely for want of memory. Pass a"
+      " smaller --config.dataset.num_workers."
+    ) from error
 
   def _died(self) -> str:
     self._own |= {
@@ -448,22 +425,18 @@ class _Decoding:
   draw: types.Draw | None
   num_crops: int = 1
 
-  def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
+  def __call__(self, encoded: _Encoded) -> types.Batch:
     from tensorflow_datasets.proto import tf_example_pb2
 
     count = len(encoded.records)
     shape = (count, self.num_crops, self.size, self.size, 3)
     images, labels = np.empty(shape, np.uint8), np.empty(count, np.int32)
-    for k, (position, raw) in enumerate(
-      zip(encoded.positions, encoded.records, strict=True)
-    ):
+    for k, (position, raw) in enumerate(zip(*encoded, strict=True)):
       feature = tf_example_pb2.Example.FromString(raw).features.feature
       (image,) = feature["image"].bytes_list.value
       (label,) = feature["label"].int64_list.value
-      if not 0 <= operator.index(label) < self.num_classes:
-        raise ValueError(
-          f"an image has label {label}; needed: 0 to {self.num_classes - 1}"
-        )
+      if not 0 <= label <= (most := self.num_classes - 1):
+        raise ValueError(f"an image has label {label}; needed: 0 to {most}")
       self._decode(image, int(position), images[k])
       labels[k] = label
     return (images[:, 0] if self.num_crops == 1 else images), labels
@@ -473,10 +446,9 @@ class _Decoding:
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
-      # Before it is decoded.
       if image.width * image.height > _MOST_PIXELS:
         raise ValueError(f"an image has {image.width} x {image.height} pixels")
-      image.load()
+      image.load()  # Only now it is decoded.
       # Some of ImageNet's are grey. The others need not be copied.
       decoded = image if image.mode == "RGB" else image.convert("RGB")
     for k, box in enumerate(self._boxes(position, *decoded.size)):

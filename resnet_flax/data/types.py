@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+Batch = tuple[np.ndarray, np.ndarray]  # Images and labels.
+
 
 class Draw(NamedTuple):
   """What the random crops of an epoch depend on."""
@@ -33,7 +35,7 @@ class Split(abc.ABC):
   @abc.abstractmethod
   def batches(
     self, order: Sequence[np.ndarray], draw: Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  ) -> Iterator[Batch]:
     """Yields uint8[B, H, W, C] images and int32[B] labels of each batch.
 
     `order` holds int64[B] positions in this split. Splits that cut images as
@@ -50,7 +52,7 @@ class Split(abc.ABC):
     whole: Any = self
     return dataclasses.replace(whole, indices=self.indices[positions])
 
-  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(self, positions: np.ndarray) -> Batch:
     """uint8[B, H, W, C] images and int32[B] labels at these positions."""
     ((images, labels),) = self.batches([positions])
     return images, labels
@@ -71,7 +73,7 @@ class ArraySplit(Split):
 
   def batches(
     self, order: Sequence[np.ndarray], draw: Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  ) -> Iterator[Batch]:
     """See `Split`."""
     for positions in order:
       rows = self.indices[positions]
