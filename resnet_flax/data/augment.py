@@ -52,8 +52,7 @@ def _interpolation_matrices(
 def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
   """Pads each image with zeros and cuts a window of the original size.
 
-  `offsets`, int32[B, 2], are the window's top left corner in the padded image,
-  from 0 to 2 * padding.
+  Its top left corner is at int32[B, 2] `offsets`, from 0 to 2 * padding.
   """
   padded = jnp.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
 

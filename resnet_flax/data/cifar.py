@@ -154,7 +154,7 @@ class Contents(NamedTuple):
   """What an archive holds."""
 
   # For each split uint8[N, 32, 32, 3] images and uint8[N, L] labels.
-  splits: dict[str, tuple[np.ndarray, np.ndarray]]
+  splits: dict[str, types.Batch]
   names: dict[str, list[str]]  # Of each of the L labels.
 
 
@@ -245,8 +245,7 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
   """Decodes a prepared folder whose splits must have so many examples.
 
   Raises:
-    DataError: TFDS or the image decoder cannot read it, or it holds something
-      else than labelled images of the right number, kind and size.
+    DataError: it cannot be read, or holds other images, or of another number.
   """
   import tensorflow_datasets as tfds
 
@@ -258,8 +257,8 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
       raise ValueError(f"label.labels.txt has {len(names)} names")
     arrays: dict[str, np.ndarray] = {}
     for split, count in num_examples.items():
+      # `fingerprint` has seen the files of this folder, and no others.
       for path in builder.info.splits[split].filepaths:
-        # `fingerprint` has seen the files of this folder, and no others.
         if pathlib.Path(path).parent != folder:
           raise ValueError(f"dataset_info.json leads to {path}")
       decoders = {"image": tfds.decode.SkipDecoding()}
@@ -270,8 +269,7 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
       # One example at a time: the decoded list would be twice the memory.
       images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
       labels = np.empty(count, np.int32)
-      for k in range(count):
-        example = source[k]
+      for k, example in enumerate(map(source.__getitem__, range(count))):
         images[k] = _decode(example["image"])
         labels[k] = operator.index(example["label"])
       least, most, last = labels.min(), labels.max(), len(names) - 1

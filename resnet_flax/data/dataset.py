@@ -25,8 +25,7 @@ class DatasetInfo:
   image_shape: tuple[int, int, int]  # (H, W, C) of every image.
   num_train: int  # Images of the official training split.
   num_test: int
-  # Of a set that is held in memory: makes its arrays and names their source, by
-  # the `dataset` part of the configuration.
+  # Of a set in memory, by the `dataset` configuration: arrays and their source.
   read: Callable[[ConfigDict], tuple[types.Arrays, str]] | None = None
 
 
@@ -78,14 +77,13 @@ def info(config: ConfigDict) -> DatasetInfo:
   shape = (config.image_size, config.image_size, 3)
   try:
     facts = streaming.read_facts(streaming.find(config.name, config.data_dir))
+    known = len(facts.class_names), facts.num_train, facts.num_test
   except errors.DataError:
     # `load` says what is wrong with the copy.
     if config.name not in _STREAMED:
       raise
-    classes, num_train, num_test = _STREAMED[config.name]
-    return DatasetInfo(classes, shape, num_train, num_test)
-  classes = len(facts.class_names)
-  return DatasetInfo(classes, shape, facts.num_train, facts.num_test)
+    known = _STREAMED[config.name]
+  return DatasetInfo(known[0], shape, *known[1:])
 
 
 def num_train_examples(config: ConfigDict) -> int:
@@ -138,27 +136,23 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
       class_names=arrays.class_names,
       source=source,
     )
+  train, num_held_out = dataset.train, config.validation_examples
   kept, held_out = splits.choose(
-    len(dataset.train),
-    labels,
-    num_train,
-    config.validation_examples,
-    config.split_seed,
+    len(train), labels, num_train, num_held_out, config.split_seed
   )
   return dataclasses.replace(
     dataset,
-    train=dataset.train.subset(kept),
-    validation=dataset.train.subset(held_out) if len(held_out) else None,
+    train=train.subset(kept),
+    validation=train.subset(held_out) if len(held_out) else None,
   )
 
 
 def check_arrays(arrays: types.Arrays, known: DatasetInfo, source: str) -> None:
   """Raises `DataError` for a wrong shape or dtype, or a label out of range."""
   classes = len(arrays.class_names)
-  if classes != known.num_classes:
-    raise errors.DataError(
-      f"{source} has {classes} classes; it must have {known.num_classes}."
-    )
+  if classes != (must := known.num_classes):
+    message = f"{source} has {classes} classes; it must have {must}."
+    raise errors.DataError(message)
   for split, count in (("train", known.num_train), ("test", known.num_test)):
     for kind, dtype, form in (
       ("images", "uint8", (count, *known.image_shape)),
@@ -170,9 +164,8 @@ def check_arrays(arrays: types.Arrays, known: DatasetInfo, source: str) -> None:
           f"{source}: the {split} {kind} are {array.dtype}{list(array.shape)};"
           f" they must be {dtype}{list(form)}."
         )
-    labels = getattr(arrays, f"{split}_labels")
-    if labels.min() < 0 or labels.max() >= classes:
+    if array.min() < 0 or array.max() >= classes:
       raise errors.DataError(
-        f"{source}: the {split} labels are from {labels.min()} to"
-        f" {labels.max()}; they must be from 0 to {classes - 1}."
+        f"{source}: the {split} labels are from {array.min()} to"
+        f" {array.max()}; they must be from 0 to {classes - 1}."
       )

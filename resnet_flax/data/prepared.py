@@ -101,8 +101,7 @@ def damaged(
 def check_features(folder: pathlib.Path) -> None:
   """Checks that features.json names no code but that of the features known.
 
-  Raises:
-    OSError, ValueError, RecursionError: it is no such file.
+  Otherwise, or if it is no such file, an OSError, ValueError, RecursionError.
   """
 
   def check(node: dict[str, Any]) -> dict[str, Any]:
@@ -150,10 +149,7 @@ def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
 
 
 def open_regular(path: pathlib.Path) -> io.BufferedReader:
-  """Opens a file for reading; `OSError` for folders, devices and pipes too.
-
-  A pipe may keep one waiting.
-  """
+  """Opens a file; `OSError` for folders, devices and pipes, which may block."""
   if not stat.S_ISREG(path.stat().st_mode):
     raise OSError(errno.EINVAL, "not a regular file", str(path))
   return path.open("rb")

@@ -76,8 +76,8 @@ class Facts:
 
   num_train: int  # Images that are trained on.
   num_test: int  # Images that are scored.
-  # Their split: 'validation', or 'test' where there is none; with neither,
-  # 'train', whose last tenth it is (TFDS has shuffled it).
+  # Their split: 'validation', else 'test'; with neither, 'train', whose last
+  # tenth it is (TFDS has shuffled it).
   test: str
   class_names: tuple[str, ...]
 
@@ -116,11 +116,7 @@ def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
 
 
 def load(config: ConfigDict, augmentation: str) -> types.Dataset:
-  """Opens a copy's official splits, or parts of its only one.
-
-  Raises:
-    DataError: it cannot be read, or is not of labelled images.
-  """
+  """A copy's official splits, or parts of its only one; `DataError` if none."""
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
   digest = prepared.fingerprint(folder, read_all=False)
@@ -157,10 +153,7 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
 
 
 def _allow_open_files(count: int) -> None:
-  """Lets this process and its workers have so many files open at a time.
-
-  ImageNet has more than a thousand, which is what shells usually allow.
-  """
+  """For ImageNet, which has more files than the thousand that shells allow."""
   try:
     import resource
   except ImportError:  # There is no such limit on Windows.
