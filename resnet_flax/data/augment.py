@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from resnet_flax.data import crops
 
-Augment = Callable[
-  [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
-]
+Array = jax.Array
+Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 # The recipe's width_shift_range and height_shift_range, as a fraction.
 _SHIFT_RANGE = 0.1
@@ -26,11 +25,9 @@ _CROP_PADDING = 4
 
 
 def translate(images: jax.Array, shifts: jax.Array) -> jax.Array:
-  """Moves each image by a continuous shift.
+  """Moves each image by float[B, 2] pixels down and to the right.
 
-  Linear interpolation, edges filled with the nearest pixel: what
-  `scipy.ndimage.shift(order=1, mode="nearest")` does. `shifts` are float[B, 2],
-  pixels down and to the right.
+  As `scipy.ndimage.shift(order=1, mode="nearest")` does.
   """
   # A translation is separable: one small matrix for the rows, one for the
   # columns. Matrix products suit every accelerator, gathers do not.
@@ -55,14 +52,12 @@ def _interpolation_matrices(
 def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
   """Pads each image with zeros and cuts a window of the original size.
 
-  `offsets`, int32[B, 2], are the window's top left corner in the padded image,
-  from 0 to 2 * padding.
+  Its top left corner is at int32[B, 2] `offsets`, from 0 to 2 * padding.
   """
   padded = jnp.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
 
   def window(image, offset):
-    start = (offset[0], offset[1], 0)
-    return jax.lax.dynamic_slice(image, start, images.shape[1:])
+    return jax.lax.dynamic_slice(image, (*offset, 0), images.shape[1:])
 
   return jax.vmap(window)(padded, offsets)
 
@@ -78,30 +73,26 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
 def random_shift(key, images, targets):
   """The recipe's: a continuous shift by up to 10 % of height and width."""
   size = jnp.asarray(images.shape[1:3], jnp.float32)
-  fractions = jax.random.uniform(
-    key, (images.shape[0], 2), minval=-_SHIFT_RANGE, maxval=_SHIFT_RANGE
-  )
+  shape = images.shape[0], 2
+  fractions = jax.random.uniform(key, shape, float, -_SHIFT_RANGE, _SHIFT_RANGE)
   return translate(images, fractions * size[None]), targets
 
 
 def random_crop(key, images, targets):
   """He et al. 2015, section 4.2: pad with zeros, cut at random."""
-  offsets = jax.random.randint(
-    key, (images.shape[0], 2), 0, 2 * _CROP_PADDING + 1
-  )
+  shape = images.shape[0], 2
+  offsets = jax.random.randint(key, shape, 0, 2 * _CROP_PADDING + 1)
   return crop(images, offsets, _CROP_PADDING), targets
 
 
 def random_flip(key, images, targets):
   """Mirrors half of the images."""
-  return flip(
-    images, jax.random.bernoulli(key, shape=images.shape[:1])
-  ), targets
+  mirrored = jax.random.bernoulli(key, shape=images.shape[:1])
+  return flip(images, mirrored), targets
 
 
 def nothing(key, images, targets):
   """Leaves images as they are."""
-  del key
   return images, targets
 
 

@@ -28,8 +28,8 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: as configured, else the user's own."""
-  chosen = configured or platformdirs.user_cache_dir("resnet_flax")
-  return prepared.resolve(chosen)
+  own = platformdirs.user_cache_dir("resnet_flax")
+  return prepared.resolve(configured or own)
 
 
 def cached(
@@ -41,8 +41,7 @@ def cached(
     DataError: the folder cannot be written.
   """
   entry = folder / key
-  arrays = _open(entry)
-  if arrays is not None:
+  if (arrays := _open(entry)) is not None:
     return arrays
   built = build()
   try:
@@ -52,8 +51,7 @@ def cached(
       f"decoded images cannot be cached in {folder}: {error}. Set"
       " --config.dataset.cache_dir to a directory with space."
     ) from error
-  arrays = _open(entry)
-  if arrays is None:
+  if (arrays := _open(entry)) is None:
     raise errors.DataError(
       f"{entry} was written but does not read back as written: the disk is"
       " faulty. Set --config.dataset.cache_dir to another one."
@@ -88,18 +86,14 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
 
 def _store(entry: pathlib.Path, arrays: types.Arrays) -> None:
   entry.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent)
-  )
+  made = tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent)
+  temporary = pathlib.Path(made)
   try:
     for name in _ARRAYS:
       np.save(temporary / f"{name}.npy", getattr(arrays, name))
     names = list(arrays.class_names)
-    index = {
-      "format": _FORMAT,
-      "class_names": names,
-      "sha256": _digests(temporary, names),
-    }
+    digests = _digests(temporary, names)
+    index = {"format": _FORMAT, "class_names": names, "sha256": digests}
     (temporary / "index.json").write_text(json.dumps(index, indent=2))
     # Another process may have stored the same entry meanwhile and be reading
     # it: only a damaged one is replaced.
@@ -107,17 +101,13 @@ def _store(entry: pathlib.Path, arrays: types.Arrays) -> None:
       os.replace(entry, temporary / "damaged")
     if not os.path.lexists(entry):
       os.replace(temporary, entry)
-      _remove(entry / "damaged")
+      damaged = entry / "damaged"
+      if damaged.is_dir() and not damaged.is_symlink():
+        shutil.rmtree(damaged, ignore_errors=True)
+      else:
+        damaged.unlink(missing_ok=True)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove(path: pathlib.Path) -> None:
-  """Removes whatever is there, if anything."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path, ignore_errors=True)
-  else:
-    path.unlink(missing_ok=True)
 
 
 def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:

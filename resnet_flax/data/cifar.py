@@ -23,8 +23,7 @@ from resnet_flax.run import errors
 _logger = logging.getLogger(__name__)
 
 _IMAGE_SHAPE = (32, 32, 3)
-# What the encoded images may be. PIL knows many more, of which some start
-# other programs.
+# PIL knows many more encodings, of which some start other programs.
 _ENCODINGS = ("PNG", "JPEG")
 # Seconds without an answer or without a byte before a download is given up.
 TIMEOUT = 15.0
@@ -78,8 +77,7 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   Shows progress on a terminal. A failed or wrong download leaves no file.
 
   Raises:
-    DataError: no network, a slow server, one that sends too much, a wrong
-      digest, no space.
+    DataError: a failed or wrong download, or no space.
   """
   import pooch
   import requests
@@ -97,11 +95,10 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   except OSError as error:
     raise errors.DataError(
       f"the data directory {folder.parent} cannot be written:"
-      f" {error.strerror}. Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
-      " another one."
+      f" {error.strerror}. {prepared.SET_DATA_DIR} another one."
     ) from error
+  # Pooch would wait for what a pipe holds.
   if (folder / name).exists() and not (folder / name).is_file():
-    # Pooch would wait for what a pipe holds.
     raise errors.DataError(f"{folder / name} is no file. Delete it.")
   try:
     path = pooch.retrieve(
@@ -133,54 +130,46 @@ class _Limited:
 
 
 def verify(archive: Archive, path: pathlib.Path) -> None:
-  """Checks that a local file is the official archive.
-
-  Raises:
-    DataError: it cannot be read, or its size or SHA-256 differs.
-  """
+  """Raises `DataError` unless a local file is the official archive."""
   try:
     with prepared.open_regular(path) as file:
       found = f"has {file.seek(0, 2)} bytes, not {archive.num_bytes}"
-      is_good = file.tell() == archive.num_bytes
-      if is_good:
+      if file.tell() == archive.num_bytes:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == archive.sha256:
+          return
         found = f"has the SHA-256 {digest}, not {archive.sha256}"
-        is_good = digest == archive.sha256
   except OSError as error:
     raise errors.DataError(
       f"dataset.archive={str(path)!r} cannot be read: {error.strerror}."
     ) from error
-  if not is_good:
-    raise errors.DataError(
-      f"dataset.archive={str(path)!r} is not the official archive: it {found}."
-      f" Fetch the binary version again from {archive.url}."
-    )
+  raise errors.DataError(
+    f"dataset.archive={str(path)!r} is not the official archive: it {found}."
+    f" Fetch the binary version again from {archive.url}."
+  )
 
 
 class Contents(NamedTuple):
   """What an archive holds."""
 
   # For each split uint8[N, 32, 32, 3] images and uint8[N, L] labels.
-  splits: dict[str, tuple[np.ndarray, np.ndarray]]
+  splits: dict[str, types.Batch]
   names: dict[str, list[str]]  # Of each of the L labels.
 
 
 def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
   """Reads all images and labels of an archive whose digest is right."""
-  members = {}
+  prefix, members = f"{archive.folder}/", {}
   with tarfile.open(path, "r:gz") as tar:
     for member in tar:
       if (file := tar.extractfile(member)) is not None:
-        members[member.name] = file.read()
-  names = {
-    label: members[f"{archive.folder}/{name}"].decode().split()
-    for label, name in archive.labels.items()
-  }
-  splits = {}
-  num_labels = len(archive.labels)
+        members[member.name.removeprefix(prefix)] = file.read()
+  labels = archive.labels.items()
+  names = {label: members[name].decode().split() for label, name in labels}
+  splits, num_labels = {}, len(labels)
   for split, file_names in archive.files.items():
-    raw = b"".join(members[f"{archive.folder}/{name}"] for name in file_names)
+    raw = b"".join(members[name] for name in file_names)
     rows = np.frombuffer(raw, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
     planes = rows[:, num_labels:].reshape(-1, 3, 32, 32)
     splits[split] = planes.transpose(0, 2, 3, 1), rows[:, :num_labels]
@@ -191,29 +180,20 @@ def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
 
 
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
-  """Prepares a data set as ArrayRecord from its official archive.
+  """Prepares a data set as ArrayRecord in `root`; returns its folder there.
 
-  TFDS writes into a temporary folder and renames it when it is complete.
-
-  Args:
-    name: 'cifar10' or 'cifar100'.
-    root: the TFDS data directory.
-    local_archive: path of the binary archive, or '' to download it.
-
-  Returns:
-    The folder of the prepared version.
+  From its official archive: a local binary one, or '' to download it. TFDS
+  writes into a temporary folder and renames it when it is complete.
 
   Raises:
     DataError: the archive cannot be had, or the directory not be written.
   """
   archive = ARCHIVES[name]
   if local_archive:
-    path = prepared.resolve(local_archive)
-    verify(archive, path)
+    verify(archive, path := prepared.resolve(local_archive))
   else:
-    _logger.info(
-      "no prepared %s in %s: downloading %s", name, root, archive.url
-    )
+    url = archive.url
+    _logger.info("no prepared %s in %s: downloading %s", name, root, url)
     path = fetch(archive, root / "downloads")
   _logger.info("preparing %s in %s", name, root)
   try:
@@ -222,9 +202,8 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   # TFDS and ArrayRecord have kinds of their own for what a disk can do.
   except Exception as error:
     raise errors.DataError(
-      f"{name} cannot be prepared in {root} ({errors.one_line(error)}). Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to a directory that can"
-      " be written."
+      f"{name} cannot be prepared in {root} ({errors.one_line(error)})."
+      f" {prepared.SET_DATA_DIR} a directory that can be written."
     ) from error
   return pathlib.Path(builder.data_dir)
 
@@ -236,11 +215,7 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
 
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()
-  stock: Any = {
-    "cifar10": tfds.image_classification.Cifar10,
-    "cifar100": tfds.image_classification.Cifar100,
-  }[name]
-
+  stock: Any = getattr(tfds.image_classification, name.capitalize())
   # The stock builder reads files through TensorFlow; this one differs only in
   # where examples come from, so what it writes is the stock data set.
   with registered.skip_registration():
@@ -249,26 +224,18 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
       """The stock data set, generated from a decoded archive."""
 
       def _split_generators(self, dl_manager):
-        del dl_manager
         for label, names in contents.names.items():
           self.info.features[label].names = names
         return {split: self._examples(split) for split in contents.splits}
-
-      def _generate_examples(self, *args, **kwargs):
-        raise AssertionError("examples come from _split_generators")
 
       def _examples(self, split):
         rows = zip(*contents.splits[split], strict=True)
         for index, (image, labels) in enumerate(rows):
           # PIL images are encoded by PIL; arrays would be by TensorFlow.
-          yield (
-            index,
-            {
-              "id": f"{split}_{index:05d}",
-              "image": Image.fromarray(image),
-              **dict(zip(contents.names, map(int, labels), strict=True)),
-            },
-          )
+          example: dict[str, Any] = {"id": f"{split}_{index:05d}"}
+          example["image"] = Image.fromarray(image)
+          example |= zip(contents.names, map(int, labels), strict=True)
+          yield index, example
 
   ArchiveBuilder.name = name
   return ArchiveBuilder(data_dir=root)
@@ -278,8 +245,7 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
   """Decodes a prepared folder whose splits must have so many examples.
 
   Raises:
-    DataError: TFDS or the image decoder cannot read it, or it holds something
-      else than labelled images of the right number, kind and size.
+    DataError: it cannot be read, or holds other images, or of another number.
   """
   import tensorflow_datasets as tfds
 
@@ -291,32 +257,26 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
       raise ValueError(f"label.labels.txt has {len(names)} names")
     arrays: dict[str, np.ndarray] = {}
     for split, count in num_examples.items():
+      # `fingerprint` has seen the files of this folder, and no others.
       for path in builder.info.splits[split].filepaths:
-        # `fingerprint` has seen the files of this folder, and no others.
         if pathlib.Path(path).parent != folder:
           raise ValueError(f"dataset_info.json leads to {path}")
-      source = builder.as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()}
-      )
-      if len(source) != count:
-        raise ValueError(
-          f"it has {len(source)} {split} images; needed: {count}"
-        )
+      decoders = {"image": tfds.decode.SkipDecoding()}
+      source = builder.as_data_source(split, decoders=decoders)
+      if (found := len(source)) != count:
+        raise ValueError(f"it has {found} {split} images; needed: {count}")
       _logger.info("decoding %d %s images", count, split)
       # One example at a time: the decoded list would be twice the memory.
       images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
       labels = np.empty(count, np.int32)
-      for index in range(count):
-        example = source[index]
-        images[index] = _decode(example["image"])
-        labels[index] = operator.index(example["label"])
-      if labels.min() < 0 or labels.max() >= len(names):
-        raise ValueError(
-          f"it has labels from {labels.min()} to {labels.max()}, but names for"
-          f" 0 to {len(names) - 1}"
-        )
-      arrays[f"{split}_images"] = images
-      arrays[f"{split}_labels"] = labels
+      for k, example in enumerate(map(source.__getitem__, range(count))):
+        images[k] = _decode(example["image"])
+        labels[k] = operator.index(example["label"])
+      least, most, last = labels.min(), labels.max(), len(names) - 1
+      if least < 0 or most > last:
+        has = f"it has labels from {least} to {most}"
+        raise ValueError(f"{has}, but names for 0 to {last}")
+      arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     return types.Arrays(**arrays, class_names=names)
   # TFDS, ArrayRecord and PIL each raise their own kinds.
   except Exception as error:
@@ -324,18 +284,12 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-  """One image, uint8[32, 32, 3].
-
-  Raises:
-    ValueError: it has another mode or size; found before it is decoded.
-    OSError, SyntaxError: it is no image, or a damaged one.
-  """
+  """One image, uint8[32, 32, 3]; looked at before it is decoded."""
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
-    if image.mode != "RGB" or image.size != _IMAGE_SHAPE[:2]:
-      raise ValueError(
-        f"an image has mode {image.mode} and size {image.size}; needed: RGB and"
-        f" {_IMAGE_SHAPE[:2]}"
-      )
+    size = _IMAGE_SHAPE[:2]
+    if image.mode != "RGB" or image.size != size:
+      has = f"an image has mode {image.mode} and size {image.size}"
+      raise ValueError(f"{has}; needed: RGB and {size}")
     return np.asarray(image)

@@ -34,12 +34,10 @@ def corners_and_centre(width: int, height: int) -> list[Box]:
   256 x 256 pixels are taken, and of these the corners and the centre.
   """
   side = min(width, height)
-  left, upper = (width - side) / 2, (height - side) / 2
-  boxes = []
-  for across, down in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)):
-    x0, y0, x1, y1 = _square(side, side, _CENTRAL_SIDE, across, down)
-    boxes.append((left + x0, upper + y0, left + x1, upper + y1))
-  return boxes
+  x, y = (width - side) / 2, (height - side) / 2
+  corners = ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5))
+  boxes = (_square(side, side, _CENTRAL_SIDE, *corner) for corner in corners)
+  return [(x + x0, y + y0, x + x1, y + y1) for x0, y0, x1, y1 in boxes]
 
 
 def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
@@ -50,18 +48,15 @@ def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
   that range.
   """
   for _ in range(_TRIES):
-    area = width * height * rng.uniform(_AREAS[0], _AREAS[1])
+    area = width * height * rng.uniform(*_AREAS)
     ratio = math.exp(rng.uniform(math.log(_RATIOS[0]), math.log(_RATIOS[1])))
-    w = round(math.sqrt(area * ratio))
-    h = round(math.sqrt(area / ratio))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left = int(rng.integers(0, width - w + 1))
       upper = int(rng.integers(0, height - h + 1))
       return left, upper, left + w, upper + h
-  right, lower = (
-    min(width, height * _RATIOS[1]),
-    min(height, width / _RATIOS[0]),
-  )
+  right = min(width, height * _RATIOS[1])
+  lower = min(height, width / _RATIOS[0])
   x, y = (width - right) / 2, (height - lower) / 2
   return x, y, x + right, y + lower
 
@@ -71,7 +66,7 @@ def scale(rng: np.random.Generator, width: int, height: int) -> Box:
 
   The shorter side becomes 256 to 480 where crops have 224.
   """
-  side = rng.uniform(_SHORTER_SIDES[0], _SHORTER_SIDES[1])
+  side = rng.uniform(*_SHORTER_SIDES)
   return _square(width, height, side, rng.uniform(), rng.uniform())
 
 

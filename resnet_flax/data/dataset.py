@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.data import (
@@ -26,8 +25,7 @@ class DatasetInfo:
   image_shape: tuple[int, int, int]  # (H, W, C) of every image.
   num_train: int  # Images of the official training split.
   num_test: int
-  # Of a set that is held in memory: makes its arrays and names their source, by
-  # the `dataset` part of the configuration.
+  # Of a set in memory, by the `dataset` configuration: arrays and their source.
   read: Callable[[ConfigDict], tuple[types.Arrays, str]] | None = None
 
 
@@ -40,27 +38,21 @@ def _read_cifar(config: ConfigDict) -> tuple[types.Arrays, str]:
   counts = {"train": known.num_train, "test": known.num_test}
   digest = prepared.fingerprint(folder, read_all=True)
   key = f"{config.name}-{folder.name}-{digest[:16]}"
-  arrays = cache.cached(
-    cache.cache_dir(config.cache_dir), key, lambda: cifar.read(folder, counts)
-  )
-  return arrays, key
-
-
-def _read_digits(config: ConfigDict) -> tuple[types.Arrays, str]:
-  del config
-  return digits.read(), "digits"
+  cache_dir = cache.cache_dir(config.cache_dir)
+  return cache.cached(cache_dir, key, lambda: cifar.read(folder, counts)), key
 
 
 # Sets that are held in memory.
 DATASETS = {
   "cifar10": DatasetInfo(10, (32, 32, 3), 50_000, 10_000, _read_cifar),
   "cifar100": DatasetInfo(100, (32, 32, 3), 50_000, 10_000, _read_cifar),
-  "digits": DatasetInfo(10, (32, 32, 3), 1_437, 360, _read_digits),
+  "digits": DatasetInfo(
+    10, (32, 32, 3), 1_437, 360, lambda config: (digits.read(), "digits")
+  ),
 }
 
-# Larger than memory: read while training. What is known without a copy, so that
-# a network can be looked at and loaded where there is none: classes, training
-# and test images.
+# Read while training. Classes, training and test images are known, so that a
+# network can be looked at and loaded where there is no copy.
 _STREAMED = {"imagenet2012": (1000, 1_281_167, 50_000)}
 
 NAMES = (*DATASETS, *_STREAMED)
@@ -85,15 +77,13 @@ def info(config: ConfigDict) -> DatasetInfo:
   shape = (config.image_size, config.image_size, 3)
   try:
     facts = streaming.read_facts(streaming.find(config.name, config.data_dir))
+    known = len(facts.class_names), facts.num_train, facts.num_test
   except errors.DataError:
     # `load` says what is wrong with the copy.
     if config.name not in _STREAMED:
       raise
-    classes, num_train, num_test = _STREAMED[config.name]
-    return DatasetInfo(classes, shape, num_train, num_test)
-  return DatasetInfo(
-    len(facts.class_names), shape, facts.num_train, facts.num_test
-  )
+    known = _STREAMED[config.name]
+  return DatasetInfo(known[0], shape, *known[1:])
 
 
 def num_train_examples(config: ConfigDict) -> int:
@@ -122,10 +112,9 @@ def num_train_examples(config: ConfigDict) -> int:
 def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   """Opens the set that `config.dataset` names, preparing it if need be.
 
-  Returns:
-    The data set with its validation part held out and the training part cut
-    to `train_examples`; class-balanced but for streamed sets, whose labels
-    are not known before they are read.
+  The validation part is held out, the training part cut to `train_examples`;
+  class-balanced but for streamed sets, whose labels are not known before they
+  are read.
 
   Raises:
     ConfigError: see `num_train_examples`.
@@ -147,47 +136,36 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
       class_names=arrays.class_names,
       source=source,
     )
+  train, num_held_out = dataset.train, config.validation_examples
   kept, held_out = splits.choose(
-    len(dataset.train),
-    labels,
-    num_train,
-    config.validation_examples,
-    config.split_seed,
+    len(train), labels, num_train, num_held_out, config.split_seed
   )
   return dataclasses.replace(
     dataset,
-    train=dataset.train.subset(kept),
-    validation=dataset.train.subset(held_out) if len(held_out) else None,
+    train=train.subset(kept),
+    validation=train.subset(held_out) if len(held_out) else None,
   )
 
 
 def check_arrays(arrays: types.Arrays, known: DatasetInfo, source: str) -> None:
-  """Checks that arrays have the form that the program relies on.
-
-  Raises:
-    DataError: a wrong shape or dtype, or a label out of range.
-  """
+  """Raises `DataError` for a wrong shape or dtype, or a label out of range."""
   classes = len(arrays.class_names)
-  if classes != known.num_classes:
-    raise errors.DataError(
-      f"{source} has {classes} classes; it must have {known.num_classes}."
-    )
+  if classes != (must := known.num_classes):
+    message = f"{source} has {classes} classes; it must have {must}."
+    raise errors.DataError(message)
   for split, count in (("train", known.num_train), ("test", known.num_test)):
-    images = getattr(arrays, f"{split}_images")
-    labels = getattr(arrays, f"{split}_labels")
-    form = count, *known.image_shape
-    if images.shape != form or images.dtype != np.uint8:
+    for kind, dtype, form in (
+      ("images", "uint8", (count, *known.image_shape)),
+      ("labels", "int32", (count,)),
+    ):
+      array = getattr(arrays, f"{split}_{kind}")
+      if array.shape != form or array.dtype != dtype:
+        raise errors.DataError(
+          f"{source}: the {split} {kind} are {array.dtype}{list(array.shape)};"
+          f" they must be {dtype}{list(form)}."
+        )
+    if array.min() < 0 or array.max() >= classes:
       raise errors.DataError(
-        f"{source}: the {split} images are {images.dtype}{list(images.shape)};"
-        f" they must be uint8{list(form)}."
-      )
-    if labels.shape != (count,) or labels.dtype != np.int32:
-      raise errors.DataError(
-        f"{source}: the {split} labels are {labels.dtype}{list(labels.shape)};"
-        f" they must be int32[{count}]."
-      )
-    if labels.min() < 0 or labels.max() >= classes:
-      raise errors.DataError(
-        f"{source}: the {split} labels are from {labels.min()} to"
-        f" {labels.max()}; they must be from 0 to {classes - 1}."
+        f"{source}: the {split} labels are from {array.min()} to"
+        f" {array.max()}; they must be from 0 to {classes - 1}."
       )

@@ -14,23 +14,23 @@ _ENLARGEMENT = 4
 
 
 def read() -> types.Arrays:
-  """The digits, with a fixed stratified test split of 360 images.
+  """The digits, 360 for tests, stratified; `DataError` without scikit-learn."""
+  from PIL import Image
 
-  Raises:
-    DataError: scikit-learn is not installed.
-  """
   try:
     from sklearn.datasets import load_digits
   except ImportError:
-    raise errors.DataError(
-      "dataset.name='digits' needs scikit-learn: pip install"
-      " 'resnet_flax[digits]'."
-    ) from None
+    message = "needs scikit-learn: pip install 'resnet_flax[digits]'."
+    raise errors.DataError(f"dataset.name='digits' {message}") from None
   digits = load_digits()
   labels = digits.target.astype(np.int32)
   grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-  images = np.stack([_enlarge(image) for image in grey])
-
+  size = _ENLARGEMENT * grey.shape[2], _ENLARGEMENT * grey.shape[1]
+  large = (
+    Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    for image in grey
+  )
+  images = np.stack([np.asarray(image.convert("RGB")) for image in large])
   rng = randomness.host_rng(0, randomness.Purpose.TEST_SPLIT)
   quotas = splits.proportional_quotas(np.bincount(labels), _TEST_EXAMPLES)
   test = splits.draw(labels, quotas, rng)
@@ -42,13 +42,3 @@ def read() -> types.Arrays:
     test_labels=labels[test],
     class_names=tuple(map(str, digits.target_names)),
   )
-
-
-def _enlarge(grey: np.ndarray) -> np.ndarray:
-  from PIL import Image
-
-  height, width = (_ENLARGEMENT * size for size in grey.shape)
-  image = Image.fromarray(grey).resize(
-    (width, height), Image.Resampling.BILINEAR
-  )
-  return np.repeat(np.asarray(image)[:, :, None], 3, axis=2)

@@ -7,15 +7,11 @@ import numpy as np
 
 from resnet_flax.data import types
 
-# Mean and standard deviation of red, green and blue that published weights
-# were trained with: torchvision's, and Caffe's, which divides by nothing. Both
-# of images / 255.
+# Mean and standard deviation of images / 255 that published weights were
+# trained with: torchvision's, and Caffe's, which divides by nothing.
 _FIXED = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-  "caffe": (
-    (123.68 / 255, 116.779 / 255, 103.939 / 255),
-    (1 / 255, 1 / 255, 1 / 255),
-  ),
+  "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
 # Those that need no data, and all.
@@ -60,20 +56,11 @@ def measure(name: str, train: types.Split) -> Normalization:
   else:
     axes, count = (0, 1, 2), images[..., 0].size
     mean = images.sum(axis=axes, dtype=np.int64) / (count * 255)
-    squares = np.arange(256, dtype=np.int64)[:, None] ** 2
-    histograms = np.stack(
-      [
-        np.bincount(channel.ravel(), minlength=256)
-        for channel in np.moveaxis(images, -1, 0)
-      ],
-      axis=1,
-    )
-    variance = (histograms * squares).sum(axis=0) / (count * 255**2) - mean**2
+    squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64)
+    variance = squares / (count * 255**2) - mean**2
     std = np.maximum(np.sqrt(np.maximum(variance, 0)), _MIN_STD)
     mean, std = mean[None, None], std[None, None]
-  return Normalization(
-    mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32)
-  )
+  return Normalization(*(jnp.asarray(x, jnp.float32) for x in (mean, std)))
 
 
 def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
@@ -84,13 +71,12 @@ def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """
   if name == "none":
     return placeholder(name, image_shape)
-  mean, std = (jnp.asarray(x, jnp.float32)[None, None] for x in _FIXED[name])
-  return Normalization(mean=mean, std=std)
+  return Normalization(
+    *(jnp.asarray(x, jnp.float32)[None, None] for x in _FIXED[name])
+  )
 
 
 def placeholder(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """What `measure` returns in shape, without any data: no change at all."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])
-  return Normalization(
-    mean=jnp.zeros(shape), std=jnp.ones((1, 1, image_shape[-1]))
-  )
+  return Normalization(jnp.zeros(shape), jnp.ones((1, 1, image_shape[-1])))

@@ -7,26 +7,21 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
 from typing import Any
 
 from resnet_flax.run import errors
 
 FILE_FORMAT = "array_record"
+SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
 # TFDS imports what features.json names, whatever it is.
 _FEATURES = tuple(
   f"tensorflow_datasets.core.features.{name}"
   for name in (
-    "features_dict.FeaturesDict",
-    "image_feature.Image",
-    "class_label_feature.ClassLabel",
-    "text_feature.Text",
+    *("features_dict.FeaturesDict", "image_feature.Image"),
+    *("class_label_feature.ClassLabel", "text_feature.Text"),
     # Besides images and labels: boxes, numbers.
-    "bounding_boxes.BBoxFeature",
-    "labeled_image.LabeledImage",
-    "scalar.Scalar",
-    "sequence_feature.Sequence",
-    "tensor_feature.Tensor",
+    *("bounding_boxes.BBoxFeature", "labeled_image.LabeledImage"),
+    *("scalar.Scalar", "sequence_feature.Sequence", "tensor_feature.Tensor"),
   )
 )
 
@@ -39,8 +34,8 @@ def data_dir(configured: str) -> pathlib.Path:
 
 # What to do about a copy, for data sets that this program prepares itself.
 _OTHER_FOLDER = (
-  "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to another, also empty,"
-  " directory to have a copy prepared there."
+  f"{SET_DATA_DIR} another, also empty, directory to have a copy prepared"
+  " there."
 )
 DELETE = "Delete it to have it prepared again."
 PREPARE_AGAIN = "Prepare it again, or take another copy."
@@ -51,25 +46,25 @@ def find(
 ) -> pathlib.Path | None:
   """The newest prepared version of a data set that can be read, if any.
 
-  `remedy` says what to do about one that cannot be read; by default what helps
-  where this program prepares copies itself.
+  `remedy`: for one that cannot; by default for copies that this program makes.
 
   Raises:
     DataError: there is one, but damaged or in a format that needs TensorFlow.
   """
-  formats = {}
   try:
     paths = list(root.glob(f"{name}/*/dataset_info.json"))
   except OSError as error:
     raise errors.DataError(
-      f"the data directory {root} cannot be read: {error.strerror}. Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to another one."
+      f"the data directory {root} cannot be read: {error.strerror}."
+      f" {SET_DATA_DIR} another one."
     ) from error
+  found = []
   for path in paths:
     try:
       version = tuple(map(int, path.parent.name.split(".")))
     except ValueError:
       continue  # Not a version that TFDS has finished writing.
+    damage = ""
     try:
       info = json.loads(read_text(path))
       if not isinstance(info, dict):
@@ -78,16 +73,16 @@ def find(
       file_format = info.get("fileFormat", "tfrecord")
       if not isinstance(file_format, str):
         raise ValueError("its fileFormat is no text")
-      formats[version] = file_format, path.parent, ""
     # Brackets in brackets are a RecursionError.
     except (OSError, ValueError, RecursionError) as error:
-      formats[version] = "", path.parent, errors.one_line(error)
-  for _, (file_format, folder, _) in sorted(formats.items(), reverse=True):
-    if file_format == FILE_FORMAT:
-      return folder
-  if not formats:
+      file_format, damage = "", errors.one_line(error)
+    good = file_format == FILE_FORMAT
+    found.append((good, version, path.parent, file_format, damage))
+  if not found:
     return None
-  _, (file_format, folder, damage) = max(formats.items())
+  good, _, folder, file_format, damage = max(found)
+  if good:
+    return folder
   if damage:
     raise damaged(folder, f"dataset_info.json: {damage}", remedy or DELETE)
   raise errors.DataError(
@@ -106,13 +101,17 @@ def damaged(
 def check_features(folder: pathlib.Path) -> None:
   """Checks that features.json names no code but that of the features known.
 
-  Raises:
-    OSError, ValueError, RecursionError: it is no such file.
+  Otherwise, or if it is no such file, an OSError, ValueError, RecursionError.
   """
-  features = json.loads(read_text(folder / "features.json"))
-  for name in _class_names(features):
-    if name not in _FEATURES:
-      raise ValueError(f"features.json names {name!r:.100}")
+
+  def check(node: dict[str, Any]) -> dict[str, Any]:
+    # The second is how older versions of TFDS wrote it.
+    for key in ("pythonClassName", "type"):
+      if key in node and node[key] not in _FEATURES:
+        raise ValueError(f"features.json names {node[key]!r:.100}")
+    return node
+
+  json.loads(read_text(folder / "features.json"), object_hook=check)
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
@@ -121,24 +120,11 @@ def label_names(folder: pathlib.Path) -> tuple[str, ...]:
   return tuple(line.strip() for line in lines if line.strip())
 
 
-def _class_names(node: Any) -> Iterator[Any]:
-  children = node if isinstance(node, list) else []
-  if isinstance(node, dict):
-    # The second is how older versions of TFDS wrote it.
-    yield from (node[key] for key in ("pythonClassName", "type") if key in node)
-    children = list(node.values())
-  for child in children:
-    yield from _class_names(child)
-
-
 def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
-  """A digest of the names and contents of a folder's files.
+  """A digest of a folder's files; `DataError` if one cannot be read.
 
-  Without `read_all`, of the contents of the small ones and the sizes of all:
-  the shards of a streamed set may have hundreds of gigabytes.
-
-  Raises:
-    DataError: a file cannot be read.
+  Of their names and contents; without `read_all` of the small ones' contents
+  and all sizes: the shards of a streamed set may have hundreds of gigabytes.
   """
   digest = hashlib.sha256()
   try:
@@ -163,23 +149,14 @@ def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
 
 
 def open_regular(path: pathlib.Path) -> io.BufferedReader:
-  """Opens a file for reading, but no pipe, which may keep one waiting.
-
-  Raises:
-    OSError: it cannot be opened, or is a folder, a pipe or a device.
-  """
+  """Opens a file; `OSError` for folders, devices and pipes, which may block."""
   if not stat.S_ISREG(path.stat().st_mode):
     raise OSError(errno.EINVAL, "not a regular file", str(path))
   return path.open("rb")
 
 
 def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
-  """A text file, UTF-8, of at most `limit` bytes.
-
-  Raises:
-    OSError: see `open_regular`.
-    ValueError: too long, or not UTF-8.
-  """
+  """A text file, UTF-8, of at most `limit` bytes; otherwise a `ValueError`."""
   with open_regular(path) as file:
     raw = file.read(limit + 1)
   if len(raw) > limit:
@@ -188,12 +165,9 @@ def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
 
 
 def resolve(path: str) -> pathlib.Path:
-  """A path as users write it, absolute.
-
-  One that cannot be resolved, for want of the user that it names or for links
-  that go round in circles, is left as it is: opening it says why.
-  """
+  """A path as users write it, absolute; opening it says what is wrong."""
   try:
     return pathlib.Path(path).expanduser().resolve()
+  # It names no user, or links go round in circles.
   except (RuntimeError, OSError):
     return pathlib.Path(path).absolute()

@@ -11,10 +11,8 @@ import io
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pathlib
-import queue
 import signal
 import sys
 import threading
@@ -24,12 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.data import (
-  crops,
-  prepared,
-  randomness,
-  types,
-)
+from resnet_flax.data import crops, prepared, randomness, types
 from resnet_flax.run import environment, errors
 
 T = TypeVar("T")
@@ -38,11 +31,9 @@ T = TypeVar("T")
 PREFIX = "tfds/"
 
 # What is handed over at once, as each time costs milliseconds: 64 images of
-# 224x224, or about as many bytes.
+# 224x224, or about as many bytes. Each worker or thread decodes one ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# Decoded ahead, by each worker or thread of this process.
-_BUFFERED_CHUNKS = 1
 # Where images are decoded in threads of this process.
 _THREADS = 2
 _ENCODINGS = ("JPEG", "PNG")
@@ -63,13 +54,8 @@ class Shard(NamedTuple):
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
-  """The folder of a prepared copy of `dataset.name`.
-
-  Raises:
-    DataError: there is none that can be read.
-  """
-  name = name.removeprefix(PREFIX)
-  root = prepared.data_dir(configured_dir)
+  """The folder of a prepared copy; a `DataError` if none can be read."""
+  name, root = name.removeprefix(PREFIX), prepared.data_dir(configured_dir)
   command = (
     "Prepare it with TFDS and TensorFlow, on any machine: import"
     f" tensorflow_datasets as tfds; tfds.builder({name!r})"
@@ -78,9 +64,8 @@ def find(name: str, configured_dir: str) -> pathlib.Path:
   folder = prepared.find(name, root, command)
   if folder is None:
     raise errors.DataError(
-      f"there is no prepared {name} in {root / name}. Set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to the TFDS data directory"
-      f" that holds one. {command}"
+      f"there is no prepared {name} in {root / name}. {prepared.SET_DATA_DIR}"
+      f" the TFDS data directory that holds one. {command}"
     )
   return folder
 
@@ -91,18 +76,14 @@ class Facts:
 
   num_train: int  # Images that are trained on.
   num_test: int  # Images that are scored.
-  # Their split: 'validation', or 'test' where there is none; with neither,
-  # 'train', whose last tenth it is (TFDS has shuffled it).
+  # Their split: 'validation', else 'test'; with neither, 'train', whose last
+  # tenth it is (TFDS has shuffled it).
   test: str
   class_names: tuple[str, ...]
 
 
 def read_facts(folder: pathlib.Path) -> Facts:
-  """Reads how many images and classes a copy has; opens none of its shards.
-
-  Raises:
-    DataError: it does not say so.
-  """
+  """Reads what a copy says, without its shards; `DataError` if it does not."""
   try:
     info = json.loads(prepared.read_text(folder / "dataset_info.json"))
     counts = {
@@ -110,8 +91,7 @@ def read_facts(folder: pathlib.Path) -> Facts:
       for split in info["splits"]
     }
     # ImageNet's 'test' has no labels.
-    named = (name for name in ("validation", "test") if name in counts)
-    test = next(named, "train")
+    test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
     if test == "train":
       if len(counts) > 1 or info.get("disableShuffling"):
@@ -131,82 +111,65 @@ def read_facts(folder: pathlib.Path) -> Facts:
 
 
 def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
-  return prepared.damaged(
-    folder, errors.one_line(error), prepared.PREPARE_AGAIN
-  )
+  problem = errors.one_line(error)
+  return prepared.damaged(folder, problem, prepared.PREPARE_AGAIN)
 
 
 def load(config: ConfigDict, augmentation: str) -> types.Dataset:
-  """Opens a prepared copy: its official splits, or parts of its only one.
-
-  Raises:
-    DataError: it cannot be read, or is not of labelled images.
-  """
+  """A copy's official splits, or parts of its only one; `DataError` if none."""
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
   digest = prepared.fingerprint(folder, read_all=False)
-  source = f"{config.name}-{folder.name}-{digest[:16]}"
   first_test = facts.num_train if facts.test == "train" else 0
-  parts = (
-    ("train", np.arange(facts.num_train), augmentation),
-    (facts.test, np.arange(facts.num_test) + first_test, "none"),
-  )
-  splits = []
-  for name, indices, crop in parts:
-    split = StreamedSplit(
+  sizes = {"train": facts.num_train}
+  sizes[facts.test] = first_test + facts.num_test
+  train, test = (
+    StreamedSplit(
       indices=indices,
       folder=folder,
-      shards=_shards(folder, name),
+      shards=_shards(folder, name, sizes[name]),
       image_size=config.image_size,
       num_classes=len(facts.class_names),
       crop=crop if crop in crops.RANDOM else "none",
       num_workers=config.num_workers,
       num_crops=config.test_crops,
     )
-    splits.append(split)
-    size = 1 + max(part[1][-1] for part in parts if part[0] == name)
-    if sum(shard.take for shard in split.shards) != size:
-      error = ValueError(f"the split {name!r} has shards of another number")
-      raise _damaged(folder, error)
-  _allow_open_files(sum(len(split.shards) for split in splits))
-  for split in splits:
+    for name, indices, crop in (
+      ("train", np.arange(facts.num_train), augmentation),
+      (facts.test, np.arange(first_test, sizes[facts.test]), "none"),
+    )
+  )
+  _allow_open_files(len(train.shards) + len(test.shards))
+  for split in (train, test):
     # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
   return types.Dataset(
-    train=splits[0],
+    train=train,
     validation=None,
-    test=splits[1],
+    test=test,
     class_names=facts.class_names,
-    source=source,
+    source=f"{config.name}-{folder.name}-{digest[:16]}",
   )
 
 
 def _allow_open_files(count: int) -> None:
-  """Lets this process and its workers have as many files open as there may be.
-
-  The files of a set stay open once they have been read from: ImageNet has more
-  than a thousand, which is what shells usually allow.
-
-  Raises:
-    DataError: the system allows fewer.
-  """
+  """For ImageNet, which has more files than the thousand that shells allow."""
   try:
     import resource
   except ImportError:  # There is no such limit on Windows.
     return
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
   infinity = resource.RLIM_INFINITY
-  # Besides, there are libraries, pipes, checkpoints.
-  needed = count + 256
+  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
+  needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
   # Of several seeds each has its own.
   for wanted in (16 * needed, needed):
-    allowed = wanted if hard == infinity else min(wanted, hard)
-    if soft != infinity and soft < allowed:
+    if soft < (allowed := min(wanted, hard)):
       # macOS has a limit besides.
       with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
         soft = allowed
-  if soft != infinity and soft < needed:
+  if soft < needed:
     raise errors.DataError(
       f"the data set has {count} files, which are open at the same time, but a"
       f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
@@ -214,18 +177,16 @@ def _allow_open_files(count: int) -> None:
     )
 
 
-def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
-  """The files of a split, which are looked at but not opened."""
+def _shards(folder: pathlib.Path, split: str, size: int) -> tuple[Shard, ...]:
+  """The files of a split of `size` images, which are looked at, not opened."""
   import tensorflow_datasets as tfds
 
   try:
     prepared.check_features(folder)
     info = tfds.builder_from_directory(folder).info
-    for feature, kind in (
-      ("image", tfds.features.Image),
-      ("label", tfds.features.ClassLabel),
-    ):
-      features = dict(info.features.items())
+    features = dict(info.features.items())
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    for feature, kind in kinds.items():
       if not isinstance(features.get(feature), kind):
         raise ValueError(f"it has no feature {feature!r} of that kind")
     shards = []
@@ -234,9 +195,10 @@ def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
       if path.parent != folder:
         raise ValueError(f"dataset_info.json leads to {path}")
       prepared.open_regular(path).close()
-      shards.append(
-        Shard(str(path), each.skip, each.take, each.examples_in_shard)
-      )
+      records = each.skip, each.take, each.examples_in_shard
+      shards.append(Shard(str(path), *records))
+    if sum(shard.take for shard in shards) != size:
+      raise ValueError(f"the split {split!r} has shards of another number")
     return tuple(shards)
   # TFDS has kinds of its own.
   except Exception as error:
@@ -247,16 +209,13 @@ def _shards(folder: pathlib.Path, split: str) -> tuple[Shard, ...]:
 class StreamedSplit(types.Split):
   """Images in the files of a prepared copy."""
 
-  indices: np.ndarray  # int64[N], the images of this split, by types.
+  indices: np.ndarray
   folder: pathlib.Path  # Of the copy, for messages.
   shards: tuple[Shard, ...]  # The files, in order.
   image_size: int  # Height and width of what is cut out of the images.
   num_classes: int  # Labels are below.
-  # How training images are cut, of `crops.RANDOM`; 'none': the central square,
-  # as without `draw`.
-  crop: str
-  # Processes that decode; 0: threads of this one, -1: as many as it may use CPU
-  # threads.
+  crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
+  # Processes that decode; 0: threads of this one, -1: one per CPU thread.
   num_workers: int
   num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
 
@@ -265,19 +224,15 @@ class StreamedSplit(types.Split):
     """See `Split`."""
     return self.image_size, self.image_size, 3
 
-  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(self, positions: np.ndarray) -> types.Batch:
     """See `Split`; the central crop of each image."""
     one_crop = dataclasses.replace(self, num_crops=1)
     return types.Split.take(one_crop, positions)
 
-  def subset(self, positions: np.ndarray) -> "StreamedSplit":
-    """See `Split`."""
-    return dataclasses.replace(self, indices=self.indices[positions])
-
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """See `types.Split`; workers live until the iterator ends or is closed.
+  ) -> Iterator[types.Batch]:
+    """See `Split`; workers live until the iterator ends or is closed.
 
     Raises:
       DataError: an image cannot be read, or a worker died.
@@ -291,61 +246,41 @@ class StreamedSplit(types.Split):
       for positions in order
       for start in range(0, len(positions), size)
     ]
-    workers = self.num_workers
+    workers = min(self.num_workers, len(chunks))
     if workers < 0:
-      workers = environment.num_cpu_threads()
-    workers = min(workers, len(chunks))
-    decoding = _Decoding(
-      self.image_size, self.num_classes, self.crop, draw, num_crops
-    )
-    # A worker decodes in a thread while it hands over what it has.
+      workers = min(environment.num_cpu_threads(), len(chunks))
+    form = self.image_size, self.num_classes, self.crop
+    decoding = _Decoding(*form, draw, num_crops)
+    # A worker hands over what it has while its thread decodes.
     threads = 1 if workers else _THREADS
     pipeline = grain.experimental.WithOptionsIterDataset(
       grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
       .map(decoding)
-      .to_iter_dataset(
-        grain.ReadOptions(
-          num_threads=threads, prefetch_buffer_size=threads * _BUFFERED_CHUNKS
-        )
-      ),
+      .to_iter_dataset(grain.ReadOptions(threads, threads)),
       # Through pipes: shared memory is scarce in containers, which kills
       # workers, and outlives a process that is killed.
       grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
     ).mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=_BUFFERED_CHUNKS
-      ),
+      grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
       worker_init_fn=_start_worker,
     )
-    alive = _Workers()
+    alive, iterator = _Workers(self.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
-    iterator = iter(pipeline)
     try:
       for positions in order:
-        count = -(-len(positions) // size)
-        parts = [take(iterator) for _ in range(count)]
+        parts = [take(iterator) for _ in range(0, len(positions), size)]
         # One at least, for its shape: of the last batch a host may have none.
         parts = parts or [decoding(_Encoded(positions, ()))]
         images, labels = zip(*parts, strict=True)
         yield np.concatenate(images), np.concatenate(labels)
-    except _WorkerDied as error:
-      raise errors.DataError(
-        f"a process that decodes images of {self.folder} was ended ({error});"
-        " if it says nothing itself, most likely for want of memory. Pass a"
-        " smaller --config.dataset.num_workers."
-      ) from error
-    except MemoryError:
+    except (errors.DataError, MemoryError):
       raise
     # Whatever a file makes the readers and decoders raise, here or there.
     except Exception as error:
       raise _damaged(self.folder, error) from error
     finally:
       alive.close(iterator)
-
-
-class _WorkerDied(Exception):
-  """A worker was killed."""
 
 
 class _Workers:
@@ -355,42 +290,41 @@ class _Workers:
   end in this process, too.
   """
 
-  def __init__(self) -> None:
-    self._others = set(multiprocessing.active_children())
+  def __init__(self, folder: pathlib.Path) -> None:
+    self._folder, self._others = folder, set(multiprocessing.active_children())
     self._own: set[multiprocessing.process.BaseProcess] = set()
 
   def next_of(self, iterator: Iterator[T]) -> T:
-    """What comes next, while all workers live.
-
-    Raises:
-      _WorkerDied: one was killed.
-    """
-    answers: queue.SimpleQueue[tuple[Any, Exception | None]]
-    answers = queue.SimpleQueue()
+    """What comes next; `DataError` if a worker was killed."""
+    parts: list[T] = []
+    failures: list[Exception] = []
 
     def take() -> None:
       try:
-        answers.put((next(iterator), None))
+        parts.append(next(iterator))
       except Exception as error:
-        answers.put((None, error))
+        failures.append(error)
 
-    threading.Thread(target=take, name="next images", daemon=True).start()
-    while True:
-      with contextlib.suppress(queue.Empty):
-        part, error = answers.get(timeout=0.2)
-        break
-      if died := self._died():
-        raise _WorkerDied(died)
+    thread = threading.Thread(target=take, name="next images", daemon=True)
+    thread.start()
+    thread.join(0.2)
+    while thread.is_alive() and not self._died():
+      thread.join(0.2)
     # Often enough for none to end unseen.
     died = self._died()
-    if error is None:
-      return part
+    if parts:
+      return parts[0]
+    error = failures[0] if failures else None
     # What Grain itself says of one.
-    if "terminated unexpectedly" in str(error):
+    if error and "terminated unexpectedly" in str(error):
       died = died or errors.one_line(error)
-    if died:
-      raise _WorkerDied(died) from error
-    raise error
+    if error and not died:
+      raise error
+    raise errors.DataError(
+      f"a process that decodes images of {self._folder} was ended ({died});"
+      " if it says nothing itself, most likely for want of memory. Pass a"
+      " smaller --config.dataset.num_workers."
+    ) from error
 
   def _died(self) -> str:
     self._own |= {
@@ -405,10 +339,9 @@ class _Workers:
     """Ends all of them, and the iterator."""
     if not self._died():
       iterator.close()
-      return
-    # To close it would wait for those that died.
-    for worker in self._own:
-      worker.kill()
+    else:  # To close it would wait for those that died.
+      for worker in self._own:
+        worker.kill()
 
 
 def _import_grain() -> Any:
@@ -416,8 +349,8 @@ def _import_grain() -> Any:
   import grain
   from absl import flags
 
-  # It reads flags of its own, which absl refuses in a program that has parsed
-  # none, such as a notebook. This lets them have their defaults.
+  # It reads flags of its own, which absl refuses where none have been parsed,
+  # as in a notebook. This lets them have their defaults.
   if not flags.FLAGS.is_parsed():
     for name in flags.FLAGS:
       if name.startswith("grain_"):
@@ -427,7 +360,6 @@ def _import_grain() -> Any:
 
 def _start_worker(index: int, count: int) -> None:
   """Ties a worker to the process that it works for."""
-  del index, count
   # Ctrl-C and schedulers signal all processes of a job. The parent decides
   # when to stop, and still needs batches for its last step.
   for number in (signal.SIGINT, signal.SIGTERM):
@@ -444,7 +376,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Encoded(NamedTuple):
-  """Records as they are in the prepared."""
+  """Records as they are in the prepared copy."""
 
   positions: np.ndarray  # int64[K], in the split.
   records: Sequence[bytes]  # The serialised `tf.train.Example`s.
@@ -453,17 +385,10 @@ class _Encoded(NamedTuple):
 class _Records:
   """What Grain reads from: chunk k is that of position k in the given order."""
 
-  def __init__(
-    self,
-    shards: Sequence[Shard],
-    indices: np.ndarray,
-    chunks: Sequence[np.ndarray],
-  ):
-    self._shards = shards
-    self._chunks = chunks
+  def __init__(self, shards, indices, chunks):
+    self._shards, self._chunks, self._source = shards, chunks, None
     # Only those of the chunks: they are sent to every worker.
     self._rows = [indices[chunk] for chunk in chunks]
-    self._source: Any = None
 
   def __repr__(self) -> str:
     return f"records of {len(self._shards)} files"
@@ -473,13 +398,11 @@ class _Records:
 
   def __getitem__(self, index: int) -> _Encoded:
     if self._source is None:
-      from array_record.python import array_record_data_source
+      from array_record.python import array_record_data_source as array_record
 
-      self._source = array_record_data_source.ArrayRecordDataSource(
-        list(self._shards)
-      )
-    rows = [int(row) for row in self._rows[index]]
-    return _Encoded(self._chunks[index], self._source.__getitems__(rows))
+      self._source = array_record.ArrayRecordDataSource(list(self._shards))
+    records = self._source.__getitems__(self._rows[index].tolist())
+    return _Encoded(self._chunks[index], records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -495,23 +418,18 @@ class _Decoding:
   draw: types.Draw | None
   num_crops: int = 1
 
-  def __call__(self, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
+  def __call__(self, encoded: _Encoded) -> types.Batch:
     from tensorflow_datasets.proto import tf_example_pb2
 
     count = len(encoded.records)
     shape = (count, self.num_crops, self.size, self.size, 3)
     images, labels = np.empty(shape, np.uint8), np.empty(count, np.int32)
-    for k, (position, raw) in enumerate(
-      zip(encoded.positions, encoded.records, strict=True)
-    ):
-      example = tf_example_pb2.Example.FromString(raw)
-      feature = example.features.feature
+    for k, (position, raw) in enumerate(zip(*encoded, strict=True)):
+      feature = tf_example_pb2.Example.FromString(raw).features.feature
       (image,) = feature["image"].bytes_list.value
       (label,) = feature["label"].int64_list.value
-      if not 0 <= operator.index(label) < self.num_classes:
-        raise ValueError(
-          f"an image has label {label}; needed: 0 to {self.num_classes - 1}"
-        )
+      if not 0 <= label <= (most := self.num_classes - 1):
+        raise ValueError(f"an image has label {label}; needed: 0 to {most}")
       self._decode(image, int(position), images[k])
       labels[k] = label
     return (images[:, 0] if self.num_crops == 1 else images), labels
@@ -521,10 +439,9 @@ class _Decoding:
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
-      # Before it is decoded.
       if image.width * image.height > _MOST_PIXELS:
         raise ValueError(f"an image has {image.width} x {image.height} pixels")
-      image.load()
+      image.load()  # Only now it is decoded.
       # Some of ImageNet's are grey. The others need not be copied.
       decoded = image if image.mode == "RGB" else image.convert("RGB")
     for k, box in enumerate(self._boxes(position, *decoded.size)):
@@ -540,10 +457,7 @@ class _Decoding:
       return crops.corners_and_centre(width, height)
     if self.draw is None or self.crop == "none":
       return [crops.central(width, height)]
-    rng = randomness.host_rng(
-      self.draw.seed,
-      randomness.Purpose.HOST_CROP,
-      self.draw.epoch,
-      position,
-    )
+    purpose = randomness.Purpose.HOST_CROP
+    seed, epoch = self.draw
+    rng = randomness.host_rng(seed, purpose, epoch, position)
     return [crops.RANDOM[self.crop](rng, width, height)]

@@ -3,9 +3,11 @@
 import abc
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+
+Batch = tuple[np.ndarray, np.ndarray]  # Images and labels.
 
 
 class Draw(NamedTuple):
@@ -33,27 +35,24 @@ class Split(abc.ABC):
   @abc.abstractmethod
   def batches(
     self, order: Sequence[np.ndarray], draw: Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reads one batch after the other.
+  ) -> Iterator[Batch]:
+    """Yields uint8[B, H, W, C] images and int32[B] labels of each batch.
+
+    `order` holds int64[B] positions in this split. Splits that cut images as
+    they decode them do it at random with `draw`, which is for training. Without
+    they take the central part, or, if they are scored by several crops of each
+    image, give uint8[B, crops, H, W, C].
 
     What an image looks like depends on its position and `draw` alone: of a
     batch that several processes share, each may ask for its own part.
-
-    Args:
-      order: for each batch int64[B], positions in this split.
-      draw: for training; splits that cut images as they decode them do it at
-        random then. None: the central part.
-
-    Yields:
-      uint8[B, H, W, C] images and int32[B] labels. A split that is scored by
-      several crops of each image gives uint8[B, crops, H, W, C] without `draw`.
     """
 
-  @abc.abstractmethod
-  def subset(self, positions: np.ndarray) -> "Split":
+  def subset(self, positions: np.ndarray) -> Self:
     """The split of the images at the given positions of this one."""
+    whole: Any = self
+    return dataclasses.replace(whole, indices=self.indices[positions])
 
-  def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(self, positions: np.ndarray) -> Batch:
     """uint8[B, H, W, C] images and int32[B] labels at these positions."""
     ((images, labels),) = self.batches([positions])
     return images, labels
@@ -74,16 +73,11 @@ class ArraySplit(Split):
 
   def batches(
     self, order: Sequence[np.ndarray], draw: Draw | None = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  ) -> Iterator[Batch]:
     """See `Split`."""
-    del draw
     for positions in order:
       rows = self.indices[positions]
       yield self.images[rows], self.labels[rows]
-
-  def subset(self, positions: np.ndarray) -> "ArraySplit":
-    """See `Split`."""
-    return dataclasses.replace(self, indices=self.indices[positions])
 
 
 def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:

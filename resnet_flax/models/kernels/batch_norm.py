@@ -15,41 +15,30 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-Activation = Callable[[jax.Array], jax.Array]
-Statistics = tuple[jax.Array, jax.Array]
+Activation = Callable[[Array], Array]
+Statistics = tuple[Array, Array]
 
 
-def _normalize(
-  centered: jax.Array,
-  variance: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
-  epsilon: float,
-) -> jax.Array:
+def _normalize(centered, variance, scale, bias, epsilon) -> Array:
   factor = scale * lax.rsqrt(variance + epsilon)
   return centered * _like(centered, factor) + _like(centered, bias)
 
 
-def _like(x: jax.Array, per_channel: jax.Array) -> jax.Array:
+def _like(x: Array, per_channel: Array) -> Array:
   """One value per channel, of the rank of x."""
   return per_channel.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _finish(
-  normalized: jax.Array,
-  residual: jax.Array | None,
-  act: Activation | None,
-  dtype: Any,
-) -> jax.Array:
+def _finish(normalized, residual, act, dtype) -> Array:
   y = normalized.astype(dtype)
   if residual is not None:
     y = residual + y
   return y if act is None else act(y)
 
 
-def _batch_statistics(x: jax.Array) -> Statistics:
+def _batch_statistics(x: Array) -> Statistics:
   """Mean and biased variance of each channel, in float32 at least."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = tuple(range(x.ndim - 1))
@@ -61,21 +50,20 @@ def _batch_statistics(x: jax.Array) -> Statistics:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _normalize_batch(
-  x: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
-  residual: jax.Array | None,
+  x: Array,
+  scale: Array,
+  bias: Array,
+  residual: Array | None,
   epsilon: float,
   act: Activation | None,
   dtype: Any,
-) -> tuple[jax.Array, Statistics]:
+) -> tuple[Array, Statistics]:
   """act(residual + batch_norm(x)) and the batch's statistics."""
   return _forward(x, scale, bias, residual, epsilon, act, dtype)[0]
 
 
 def _forward(x, scale, bias, residual, epsilon, act, dtype):
-  statistics = _batch_statistics(x)
-  mean, variance = statistics
+  statistics = mean, variance = _batch_statistics(x)
   normalized = _normalize(x - _like(x, mean), variance, scale, bias, epsilon)
   y = _finish(normalized, residual, act, dtype)
   return (y, statistics), (x, scale, bias, residual, statistics)
@@ -127,18 +115,8 @@ class NoNorm(nn.Module):
   dtype: Any = jnp.float32  # Of the result.
   act: Activation | None = None  # Elementwise, applied last; None for none.
 
-  def __call__(
-    self, x: jax.Array, residual: jax.Array | None = None
-  ) -> jax.Array:
-    """act(residual + x).
-
-    Args:
-      x: float[..., C].
-      residual: like x; None for none.
-
-    Returns:
-      dtype[..., C].
-    """
+  def __call__(self, x: Array, residual: Array | None = None) -> Array:
+    """act(residual + x), dtype[..., C], of float[..., C]."""
     return _finish(x, residual, self.act, self.dtype)
 
 
@@ -167,28 +145,13 @@ class BatchNorm(nn.Module):
   groups: int = 1
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, residual: jax.Array | None = None
-  ) -> jax.Array:
-    """act(residual + batch_norm(x)).
-
-    Args:
-      x: float[..., C].
-      residual: like x; None for none.
-
-    Returns:
-      dtype[..., C].
-    """
-    shape = (x.shape[-1],)
-    ones, zeros = nn.initializers.ones, nn.initializers.zeros
-    running_mean = self.variable(
-      "batch_stats", "mean", lambda: jnp.zeros(shape, jnp.float32)
-    )
-    running_variance = self.variable(
-      "batch_stats", "var", lambda: jnp.ones(shape, jnp.float32)
-    )
-    scale = self.param("scale", ones, shape, jnp.float32)
-    bias = self.param("bias", zeros, shape, jnp.float32)
+  def __call__(self, x: Array, residual: Array | None = None) -> Array:
+    """act(residual + batch_norm(x)), dtype[..., C], of float[..., C]."""
+    form = (x.shape[-1],), jnp.float32
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, *form)
+    running_variance = self.variable("batch_stats", "var", jnp.ones, *form)
+    scale = self.param("scale", nn.initializers.ones, *form)
+    bias = self.param("bias", nn.initializers.zeros, *form)
     if self.use_running_average:
       centered = x - _like(x, running_mean.value)
       normalized = _normalize(
@@ -198,19 +161,11 @@ class BatchNorm(nn.Module):
     y, (mean, variance) = self._normalize(x, scale, bias, residual)
     if not self.is_initializing():
       keep = self.momentum
-      running_mean.value = keep * running_mean.value + (1 - keep) * mean
-      running_variance.value = (
-        keep * running_variance.value + (1 - keep) * variance
-      )
+      for running, new in ((running_mean, mean), (running_variance, variance)):
+        running.value = keep * running.value + (1 - keep) * new
     return y
 
-  def _normalize(
-    self,
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    residual: jax.Array | None,
-  ) -> tuple[jax.Array, Statistics]:
+  def _normalize(self, x, scale, bias, residual) -> tuple[Array, Statistics]:
     """The result, and the mean of the groups' statistics."""
 
     def of_group(x, residual):

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -29,14 +29,13 @@ from resnet_flax.models.kernels import onednn
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# The weight gradient is a sum over images, computed in chunks by this cache
-# model: a chunk's operands are copied into another order and then read once,
-# and should not leave the second-level cache in between. CPUs of the last ten
-# years have half a MiB to two of it for a core.
+# The weight gradient is a sum over images, computed in chunks: a chunk's
+# operands are copied into another order and then read once, and should not
+# leave the second-level cache in between. CPUs of the last ten years have half
+# a MiB to two of it for a core.
 #
 # Bytes of the copies of one chunk for a product of matrices, which one core
-# makes. Larger chunks gain nothing, since the inner dimension is already in
-# the thousands.
+# makes. Larger chunks gain nothing: the inner dimension is in the thousands.
 _PRODUCT_BYTES = 1 << 19
 # Bytes of the operands of one chunk for oneDNN, whose threads share them.
 _CONVOLVED_BYTES = 1 << 21
@@ -50,113 +49,104 @@ class _Geometry:
   kernel_hw: tuple[int, ...]  # Height and width of the kernel.
   strides: tuple[int, ...]  # Down and to the right.
   # Zeros before and after, for rows and for columns; may be negative.
-  pads: tuple[tuple[int, int], tuple[int, int]]
+  pads: onednn.Pads
   precision: Any  # Of the products, as `jax.lax.Precision` or None.
 
-  def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  def apply(self, x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
-      x,
-      kernel,
-      self.strides,
-      self.pads,
+      *(x, kernel, self.strides, self.pads),
       dimension_numbers=_LAYOUT,
       precision=self.precision,
     )
 
 
-# The three operations are bilinear and each the derivative of the others, so
-# derivatives of any order stay among them.
+_Form = Callable[[_Geometry, Array, Array], Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
-  return _per_platform(_CONV, geometry, x, kernel)
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+  """One of the three, in the forms that the platforms take."""
+
+  # Of x (the input), k (the kernel) and g (the output or its gradient).
+  operands: str
+  result: str
+  cpu: _Form
+  standard: _Form  # The same elsewhere.
+
+  @property
+  def sharding_rule(self) -> str:
+    """Which dimensions are the same; devices may share out `n`, the images."""
+    x, k, g = (_DIMENSIONS[name] for name in (*self.operands, self.result))
+    return f"{x}, {k} -> {g}"
+
+  @property
+  def sums_over_images(self) -> bool:
+    return self.result == "k"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _input_gradient(
-  g: jax.Array, kernel: jax.Array, geometry: _Geometry
-) -> jax.Array:
-  return _per_platform(_INPUT_GRADIENT, geometry, g, kernel)
+_DIMENSIONS = {"x": "n h w c", "k": "k l c d", "g": "n p q d"}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _weight_gradient(
-  x: jax.Array, g: jax.Array, geometry: _Geometry
-) -> jax.Array:
-  return _per_platform(_WEIGHT_GRADIENT, geometry, x, g)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(
+  operation: _Operation, geometry: _Geometry, a: Array, b: Array
+) -> Array:
+  standard = functools.partial(operation.standard, geometry)
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.manual_axes:
+    cpu = _partitioned(operation, geometry)
+  else:
+    # In a `shard_map` JAX refuses custom partitioning. Where the batch may be
+    # divided over an axis that is left to the partitioner, it is given what it
+    # knows.
+    left = (n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+    is_local = math.prod(left) == 1
+    cpu = functools.partial(operation.cpu, geometry) if is_local else standard
+  return lax.platform_dependent(a, b, cpu=cpu, default=standard)
 
 
-def _keep(operation):
-  """The forward rule: keeps both operands for the derivative."""
-
-  def forward(a, b, geometry):
-    return operation(a, b, geometry), (a, b)
-
-  return forward
+def _forward(operation, geometry, a, b):
+  return _apply(operation, geometry, a, b), (a, b)
 
 
-def _conv_backward(geometry, operands, g):
-  x, kernel = operands
-  return (
-    _input_gradient(g, kernel, geometry),
-    _weight_gradient(x, g, geometry),
+def _backward(operation, geometry, operands, cotangent):
+  """The three are bilinear and each the derivative of the others."""
+  arrays = dict(zip(operation.operands, operands, strict=True))
+  arrays[operation.result] = cotangent
+  return tuple(
+    _apply(each, geometry, *map(arrays.get, each.operands))
+    for each in [_OPERATIONS[name] for name in operation.operands]
   )
 
 
-def _input_gradient_backward(geometry, operands, x):
-  g, kernel = operands
-  return _conv(x, kernel, geometry), _weight_gradient(x, g, geometry)
+_apply.defvjp(_forward, _backward)
 
 
-def _weight_gradient_backward(geometry, operands, kernel):
-  x, g = operands
-  return _input_gradient(g, kernel, geometry), _conv(x, kernel, geometry)
-
-
-_conv.defvjp(_keep(_conv), _conv_backward)
-_input_gradient.defvjp(_keep(_input_gradient), _input_gradient_backward)
-_weight_gradient.defvjp(_keep(_weight_gradient), _weight_gradient_backward)
-
-
-def _standard_conv(
-  geometry: _Geometry, x: jax.Array, kernel: jax.Array
-) -> jax.Array:
-  return geometry.apply(x, kernel)
+def _transpose(function: Callable[[Array], Array], shape, g: Array) -> Array:
+  """What the transpose of a linear function of such an array makes of g."""
+  argument = jax.ShapeDtypeStruct(shape, g.dtype)
+  return jax.linear_transpose(function, argument)(g)[0]
 
 
 def _standard_input_gradient(
-  geometry: _Geometry, g: jax.Array, kernel: jax.Array
-) -> jax.Array:
+  geometry: _Geometry, g: Array, kernel: Array
+) -> Array:
   shape = (g.shape[0], *geometry.input_hw, kernel.shape[2])
-  transpose = jax.linear_transpose(
-    lambda x: geometry.apply(x, kernel), jax.ShapeDtypeStruct(shape, g.dtype)
-  )
-  return transpose(g)[0]
+  return _transpose(lambda x: geometry.apply(x, kernel), shape, g)
 
 
-def _standard_weight_gradient(
-  geometry: _Geometry, x: jax.Array, g: jax.Array
-) -> jax.Array:
+def _standard_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
   shape = (*geometry.kernel_hw, x.shape[-1], g.shape[-1])
-  transpose = jax.linear_transpose(
-    lambda kernel: geometry.apply(x, kernel),
-    jax.ShapeDtypeStruct(shape, x.dtype),
-  )
-  return transpose(g)[0]
+  return _transpose(lambda kernel: geometry.apply(x, kernel), shape, g)
 
 
-def _cpu_conv(
-  geometry: _Geometry, x: jax.Array, kernel: jax.Array
-) -> jax.Array:
+def _cpu_conv(geometry: _Geometry, x: Array, kernel: Array) -> Array:
   if not onednn.can_convolve(x.dtype):
-    return _standard_conv(geometry, x, kernel)
+    return geometry.apply(x, kernel)
   return onednn.convolve(x, kernel, geometry.strides, geometry.pads)
 
 
-def _cpu_input_gradient(
-  geometry: _Geometry, g: jax.Array, kernel: jax.Array
-) -> jax.Array:
+def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
   """Convolutions of g with the kernel, turned by 180 degrees.
 
   Input rows that are a stride apart meet the same rows of the kernel, and so
@@ -168,24 +158,27 @@ def _cpu_input_gradient(
   (sh, sw), (height, width) = geometry.strides, geometry.input_hw
   kernel = kernel.swapaxes(2, 3)
 
-  def phase(row: int, column: int) -> jax.Array:
-    (i, row_pads), (j, column_pads) = (
-      _phase(start, size, k, stride, before, out)
-      for start, size, k, stride, (before, _), out in zip(
-        (row, column),
-        geometry.input_hw,
-        geometry.kernel_hw,
-        geometry.strides,
-        geometry.pads,
-        g.shape[1:3],
-        strict=True,
-      )
-    )
+  def phase(*starts: int) -> Array:
+    """The rows and columns of the result from `starts` on, by strides."""
+    firsts, pads = [], []
+    for start, size, k, stride, (before, _), out in zip(
+      *(starts, geometry.input_hw, geometry.kernel_hw),
+      *(geometry.strides, geometry.pads, g.shape[1:3]),
+      strict=True,
+    ):
+      # The first element of the kernel that takes part, and how many do.
+      first = (start + before) % stride
+      taps = -(-(k - first) // stride)
+      pad = taps - 1 - (start + before - first) // stride
+      firsts.append(first)
+      # Which gives ceil(size / stride) elements.
+      pads.append((pad, -(-size // stride) - out - pad + taps - 1))
+    i, j = firsts
     part = jnp.flip(kernel[i::sh, j::sw], (0, 1))
     if not part.size:
       shape = -(-height // sh), -(-width // sw)
       return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), g.dtype)
-    return onednn.convolve(g, part, (1, 1), (row_pads, column_pads))
+    return onednn.convolve(g, part, (1, 1), (pads[0], pads[1]))
 
   if (sh, sw) == (1, 1):
     return phase(0, 0)
@@ -198,24 +191,7 @@ def _cpu_input_gradient(
   return phases.reshape(n, p * sh, q * sw, c)[:, :height, :width]
 
 
-def _phase(
-  start: int, size: int, k: int, stride: int, before: int, out: int
-) -> tuple[int, tuple[int, int]]:
-  """In one dimension, what gives the input gradient at start::stride.
-
-  Returns:
-    The first element of the kernel that takes part, and the padding of the
-    convolution with these elements, which gives ceil(size / stride) elements.
-  """
-  first = (start + before) % stride
-  taps = -(-(k - first) // stride)
-  pad = taps - 1 - (start + before - first) // stride
-  return first, (pad, -(-size // stride) - out - pad + taps - 1)
-
-
-def _cpu_weight_gradient(
-  geometry: _Geometry, x: jax.Array, g: jax.Array
-) -> jax.Array:
+def _cpu_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
   # A function that XLA does not inline finds its operands in memory. Inlined,
   # what computes x would be computed again in the order that a copy needs.
   with set_xla_metadata(inlineable="false"):
@@ -223,15 +199,15 @@ def _cpu_weight_gradient(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _chunked_weight_gradient(
-  geometry: _Geometry, x: jax.Array, g: jax.Array
-) -> jax.Array:
+def _chunked_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
   images = x.shape[0]
   shape = (*geometry.kernel_hw, x.shape[-1], g.shape[-1])
   if not (x.size and g.size):
     return jnp.zeros(shape, x.dtype)
   if onednn.can_convolve(x.dtype) and geometry.kernel_hw != (1, 1):
-    form, size = _convolved_contribution, _convolved_chunk_size(x, g)
+    per_image = (x.size + g.size) // images * x.dtype.itemsize
+    size = max(1, _CONVOLVED_BYTES // per_image)
+    form = _convolved_contribution
   else:
     form, size = _product_contribution, _product_chunk_size(geometry, x, g)
   contribution = functools.partial(form, geometry)
@@ -256,15 +232,7 @@ def _chunked_weight_gradient(
   return total.astype(x.dtype)
 
 
-def _convolved_chunk_size(x: jax.Array, g: jax.Array) -> int:
-  """Images of a chunk, by the cache model; see `_CONVOLVED_BYTES`."""
-  per_image = math.prod(x.shape[1:]) + math.prod(g.shape[1:])
-  return max(1, _CONVOLVED_BYTES // (per_image * x.dtype.itemsize))
-
-
-def _convolved_contribution(
-  geometry: _Geometry, x: jax.Array, g: jax.Array
-) -> jax.Array:
+def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   """The weight gradient of some images as one forward convolution.
 
   The sum over images becomes the one over input channels, the gradient the
@@ -291,7 +259,7 @@ def _convolved_contribution(
   return result.reshape(kh, kw, c, d)
 
 
-def _product_chunk_size(geometry: _Geometry, x: jax.Array, g: jax.Array) -> int:
+def _product_chunk_size(geometry: _Geometry, x: Array, g: Array) -> int:
   """Images of a chunk, by the cache model; see `_PRODUCT_BYTES`."""
   (kh, kw), (_, p, q, d) = geometry.kernel_hw, g.shape
   c = x.shape[-1]
@@ -310,9 +278,7 @@ def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _product_contribution(
-  geometry: _Geometry, x: jax.Array, g: jax.Array
-) -> jax.Array:
+def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   """One matrix product over all positions of some images."""
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
   _, p, q, d = g.shape
@@ -324,16 +290,13 @@ def _product_contribution(
     preferred_element_type=_accumulator(x.dtype),
   )
   if geometry.pads != ((0, 0), (0, 0)):
-    x = _pad(x, *geometry.pads)
-  if (kh, kw) == (1, 1):
-    x = x[:, : (p - 1) * sh + 1 : sh, : (q - 1) * sw + 1 : sw]
-    return product(x.reshape(-1, c), g.reshape(-1, d))[None, None]
-  if (sh, sw) == (1, 1):
+    x = onednn.pad(x, geometry.pads)
+  if (sh, sw) == (1, 1) != (kh, kw):
     # Row shifts on one side, column shifts on the other: kh * kw products of
     # one pixel each from kh + kw copies of it.
     width = q + kw - 1
     rows = [x[:, i : i + p, :width] for i in range(kh)]
-    wide = _pad(g, (0, 0), (kw - 1, kw - 1))
+    wide = onednn.pad(g, ((0, 0), (kw - 1, kw - 1)))
     columns = [wide[:, :, kw - 1 - j :][:, :, :width] for j in range(kw)]
     result = product(
       jnp.concatenate(rows, -1).reshape(-1, kh * c),
@@ -351,71 +314,12 @@ def _product_contribution(
   return result.reshape(kh, kw, c, d)
 
 
-def _pad(
-  x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]
-) -> jax.Array:
-  config = ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0))
-  return lax.pad(x, jnp.zeros((), x.dtype), config)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operation:
-  """One of the three, in the forms that the platforms take."""
-
-  # The function of (geometry, a, b) for CPUs.
-  cpu: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
-  # The same elsewhere.
-  standard: Callable[[_Geometry, jax.Array, jax.Array], jax.Array]
-  # Which dimensions of operands and result are the same; `n`, the images, is
-  # the only one that devices may share out.
-  sharding_rule: str
-  # The result is a sum over images, not one per image.
-  sums_over_batch: bool = False
-
-
-_CONV = _Operation(
-  _cpu_conv,
-  _standard_conv,
-  "n h w c, k l c d -> n p q d",
-)
-_INPUT_GRADIENT = _Operation(
-  _cpu_input_gradient,
-  _standard_input_gradient,
-  "n p q d, k l c d -> n h w c",
-)
-_WEIGHT_GRADIENT = _Operation(
-  _cpu_weight_gradient,
-  _standard_weight_gradient,
-  "n h w c, n p q d -> k l c d",
-  sums_over_batch=True,
-)
-
-
-def _per_platform(
-  operation: _Operation, geometry: _Geometry, a: jax.Array, b: jax.Array
-) -> jax.Array:
-  return lax.platform_dependent(
-    a,
-    b,
-    cpu=_cpu_form(operation, geometry),
-    default=functools.partial(operation.standard, geometry),
-  )
-
-
-def _cpu_form(
-  operation: _Operation, geometry: _Geometry
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """The CPU form for where it is called: by itself or in a `shard_map`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.manual_axes:
-    return _partitioned(operation, geometry)
-  # JAX refuses custom partitioning there. Where the batch may be divided over
-  # an axis that is left to the partitioner, it is given what it knows.
-  left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
-  is_local = math.prod(left) == 1
-  return functools.partial(
-    operation.cpu if is_local else operation.standard, geometry
-  )
+# By their results.
+_OPERATIONS = {
+  "g": _Operation("xk", "g", _cpu_conv, _Geometry.apply),
+  "x": _Operation("gk", "x", _cpu_input_gradient, _standard_input_gradient),
+  "k": _Operation("xg", "k", _cpu_weight_gradient, _standard_weight_gradient),
+}
 
 
 @functools.cache
@@ -427,67 +331,49 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
   """
   local = functools.partial(operation.cpu, geometry)
   partitioned = custom_partitioning(local)
-  whole = PartitionSpec()
+  sums, whole = operation.sums_over_images, PartitionSpec()
 
   def batch_spec(arg_shapes) -> PartitionSpec:
     spec = arg_shapes[0].sharding.spec
     return PartitionSpec(spec[0] if len(spec) else None)
 
-  def result_spec(batch: PartitionSpec) -> PartitionSpec:
-    return whole if operation.sums_over_batch else batch
+  def infer_sharding(mesh, arg_shapes, result_shape):
+    return NamedSharding(mesh, whole if sums else batch_spec(arg_shapes))
 
   def partition(mesh, arg_shapes, result_shape):
-    del result_shape
     (axis,) = batch = batch_spec(arg_shapes)
-    in_specs = batch, batch if operation.sums_over_batch else whole
 
     def lower(a, b):
       part = local(a, b)
-      if operation.sums_over_batch and axis is not None:
-        return lax.psum(part, axis)
-      return part
+      return lax.psum(part, axis) if sums and axis is not None else part
 
-    return (
-      mesh,
-      lower,
-      NamedSharding(mesh, result_spec(batch)),
-      tuple(NamedSharding(mesh, spec) for spec in in_specs),
-    )
+    result = infer_sharding(mesh, arg_shapes, result_shape)
+    in_specs = batch, batch if sums else whole
+    in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
+    return mesh, lower, result, in_shardings
 
-  def infer_sharding(mesh, arg_shapes, result_shape):
-    del result_shape
-    return NamedSharding(mesh, result_spec(batch_spec(arg_shapes)))
-
+  rule = operation.sharding_rule
   partitioned.def_partition(
     partition,
     infer_sharding_from_operands=infer_sharding,
-    sharding_rule=operation.sharding_rule,
-    reduction_factors=("n",) if operation.sums_over_batch else (),
-    need_replication_factors=_all_but_images(operation.sharding_rule),
+    sharding_rule=rule,
+    reduction_factors=("n",) if sums else (),
+    # All but the images, in the order of the rule.
+    need_replication_factors=tuple(dict.fromkeys(re.findall("[a-mo-z]", rule))),
   )
-
-  @custom_vmap
-  def call(a, b):
-    return partitioned(a, b)
+  call = custom_vmap(partitioned)
 
   @call.def_vmap
   def _(axis_size, in_batched, a, b):
-    del axis_size
     axes = tuple(0 if batched else None for batched in in_batched)
     return jax.vmap(local, in_axes=axes)(a, b), True
 
   return call
 
 
-def _all_but_images(sharding_rule: str) -> tuple[str, ...]:
-  """The other factors, in the order of the rule, as the partitioner wants."""
-  factors = dict.fromkeys(re.findall(r"[a-z]", sharding_rule))
-  return tuple(factor for factor in factors if factor != "n")
-
-
 def conv_general_dilated(
-  lhs: jax.Array,
-  rhs: jax.Array,
+  lhs: Array,
+  rhs: Array,
   window_strides: Sequence[int],
   padding: str | Sequence[tuple[int, int]],
   lhs_dilation: Sequence[int] | None = None,
@@ -495,7 +381,7 @@ def conv_general_dilated(
   dimension_numbers: Any = None,
   feature_group_count: int = 1,
   precision: Any = None,
-) -> jax.Array:
+) -> Array:
   """`jax.lax.conv_general_dilated` in this module's forms.
 
   For `flax.linen.Conv(conv_general_dilated=...)`. Dilated and grouped
@@ -503,19 +389,8 @@ def conv_general_dilated(
   JAX as they are. Reverse-mode derivatives of any order, `vmap` and batches
   that are sharded over devices work; forward mode does not (JAX says so).
 
-  Args:
-    lhs: float[N, H, W, C].
-    rhs: float[KH, KW, C, D].
-    window_strides: down and to the right.
-    padding: 'SAME', 'VALID' or explicit pairs.
-    lhs_dilation: as for JAX.
-    rhs_dilation: as for JAX.
-    dimension_numbers: as for JAX.
-    feature_group_count: as for JAX.
-    precision: as for JAX; oneDNN always computes in float32.
-
-  Returns:
-    float[N, H', W', D].
+  All arguments are as for JAX: of float[N, H, W, C] and float[KH, KW, C, D] it
+  makes float[N, H', W', D]. oneDNN always computes in float32.
   """
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   plain = (
@@ -528,25 +403,14 @@ def conv_general_dilated(
   )
   if not plain:
     return lax.conv_general_dilated(
-      lhs,
-      rhs,
-      window_strides,
-      padding,
-      lhs_dilation,
-      rhs_dilation,
-      dimension_numbers,
-      feature_group_count,
+      *(lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation),
+      *(dimension_numbers, feature_group_count),
       precision=precision,
     )
   input_hw, kernel_hw = lhs.shape[1:3], rhs.shape[:2]
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(input_hw, kernel_hw, window_strides, padding)
-  (top, bottom), (left, right) = padding
-  geometry = _Geometry(
-    input_hw,
-    kernel_hw,
-    tuple(int(stride) for stride in window_strides),
-    ((int(top), int(bottom)), (int(left), int(right))),
-    precision,
-  )
-  return _conv(lhs, rhs, geometry)
+  rows, columns = ((int(before), int(after)) for before, after in padding)
+  strides = tuple(map(int, window_strides))
+  geometry = _Geometry(input_hw, kernel_hw, strides, (rows, columns), precision)
+  return _apply(_OPERATIONS["g"], geometry, lhs, rhs)

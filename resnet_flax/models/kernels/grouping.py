@@ -28,11 +28,7 @@ Reduction = Callable[[jax.Array], jax.Array]
 
 
 def reduce_each(reduction: Reduction, leaves: Sequence[jax.Array]) -> jax.Array:
-  """What a reduction makes of each of many arrays.
-
-  Returns:
-    The scalars, [N], in the order of the leaves.
-  """
+  """The scalars, [N], that a reduction makes of each of many arrays."""
 
   def reduce_group(*group):
     return jnp.stack([reduction(leaf) for leaf in group])
@@ -51,14 +47,9 @@ def by_modules(
 ) -> tuple[Any, Any]:
   """Updates some modules of a network at a time.
 
-  Right only for an update that looks at each array by itself.
-
-  Args:
-    update: maps (grads, opt_state, params, *others) to new parameters and the
-      new state.
-    grads, params: dicts of the network's modules.
-    opt_state: a tree in which a dict of all modules stands for their arrays.
-    *others: the same for all.
+  Right only for an update that looks at each array by itself: it maps (grads,
+  opt_state, params, *others) to new parameters and the new state. `grads` and
+  `params` are dicts of modules, which stand anywhere in `opt_state` as well.
   """
 
   def is_like_params(node):
@@ -73,12 +64,9 @@ def by_modules(
       is_leaf=is_like_params,
     )
 
+  trees = grads, opt_state, params
   results = [
-    apart(
-      update,
-      *(select(tree, names) for tree in (grads, opt_state, params)),
-      *others,
-    )
+    apart(update, *(select(tree, names) for tree in trees), *others)
     for names in in_groups(list(params), _MODULES)
   ]
 

@@ -13,10 +13,11 @@ import json
 import math
 import platform
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jaxlib import version as jaxlib_version
 
 _TARGET = "__onednn$convolution"
@@ -42,13 +43,19 @@ def can_convolve(dtype: jnp.dtype) -> bool:
   return enabled and _IS_THERE and dtype == jnp.float32
 
 
+def pad(x: Array, pads: Pads) -> Array:
+  """NHWC images with zeros around them, or less where pads are negative."""
+  config = ((before, after, 0) for before, after in ((0, 0), *pads, (0, 0)))
+  return lax.pad(x, jnp.zeros((), x.dtype), tuple(config))
+
+
 def convolve(
-  x: jax.Array,
-  kernel: jax.Array,
+  x: Array,
+  kernel: Array,
   strides: tuple[int, ...],
   pads: Pads,
   dilation: tuple[int, ...] = (1, 1),
-) -> jax.Array:
+) -> Array:
   """The convolution of NHWC images with an HWIO kernel, on a CPU.
 
   It has no derivative and no partitioning rule of its own. Where pads are
@@ -56,9 +63,7 @@ def convolve(
   """
   if min(pads[0] + pads[1]) < 0:
     # All of it at once: a cut alone may be of more than there is.
-    config = [(before, after, 0) for before, after in pads]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-    pads = ((0, 0), (0, 0))
+    x, pads = pad(x, pads), ((0, 0), (0, 0))
   kernel_hw = kernel.shape[:2]
   out_hw = (
     max(0, (size + before + after - (k - 1) * gap - 1) // stride + 1)
@@ -71,12 +76,8 @@ def convolve(
   if not (math.prod(shape) and x.size and kernel.size):
     return jnp.zeros(shape, x.dtype)
   images = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
-  weights = {
-    "input_feature_dim": 2,
-    "output_feature_dim": 3,
-    "spatial_dims": [0, 1],
-    "shape": kernel_hw,
-  }
+  weights: dict[str, Any] = {"input_feature_dim": 2, "output_feature_dim": 3}
+  weights |= {"spatial_dims": [0, 1], "shape": kernel_hw}
   convolution = {
     "dims": 4,
     "input": {"dims": 4, "data": images},
