@@ -128,7 +128,7 @@ def _fill_disk(
     case.refuses("no space left", error=case.end(process).error)
     case.latest_is_good()
     filler.unlink()
-    case.recovers("going on after step")
+    case.recovers("resuming after step")
 
 
 def read_only_workdir(case: Case) -> None:
@@ -147,7 +147,7 @@ def read_only_workdir(case: Case) -> None:
       _run("umount", "--lazy", str(case.workdir))
     case.refuses("can no longer be written", error=ended.error)
     case.latest_is_good()
-    case.recovers("going on after step")
+    case.recovers("resuming after step")
 
 
 def removed_workdir(case: Case) -> None:
@@ -190,7 +190,7 @@ def clock_goes_back(case: Case) -> None:
   folder = case.job.new_workdir()
   folder.mkdir()
   (folder / "sitecustomize.py").write_text(_BACKWARDS)
-  case.recovers("going on after step", PYTHONPATH=str(folder))
+  case.recovers("resuming after step", PYTHONPATH=str(folder))
 
 
 def tied_epochs(case: Case) -> None:
@@ -222,7 +222,7 @@ def unknown_monitor(case: Case) -> None:
 def one_device_then_eight(case: Case) -> None:
   """A run on one device goes on on eight."""
   case.half_done()
-  case.recovers("going on after step", identical=False, **_EIGHT_DEVICES)
+  case.recovers("resuming after step", identical=False, **_EIGHT_DEVICES)
   case.notes.append("sums are rounded in another order")
 
 
@@ -231,7 +231,7 @@ def eight_devices_then_one(case: Case) -> None:
   case.stop_when(
     lambda process: process.has_saved(20), signal.SIGKILL, **_EIGHT_DEVICES
   )
-  case.recovers("going on after step", identical=False)
+  case.recovers("resuming after step", identical=False)
   case.notes.append("sums are rounded in another order")
 
 
@@ -280,7 +280,7 @@ def truncated_data(case: Case) -> None:
   case.half_done()
   (path,) = case.job.cache.glob("*/train_images.npy")
   os.truncate(path, _size(path) // 2)
-  case.recovers("damaged", "decoding again", "going on after step")
+  case.recovers("damaged", "decoding again", "resuming after step")
 
 
 def altered_data(case: Case) -> None:
@@ -288,7 +288,7 @@ def altered_data(case: Case) -> None:
   case.half_done()
   (path,) = case.job.cache.glob("*/train_images.npy")
   _flip(path, case.rng)
-  case.recovers("damaged", "decoding again", "going on after step")
+  case.recovers("damaged", "decoding again", "resuming after step")
 
 
 def not_a_number(case: Case) -> None:

@@ -533,6 +533,7 @@ def test_workers_make_the_same_batches(root, start):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_end_with_the_process_that_is_killed(start):
   with start(1, "endless") as process:
@@ -553,6 +554,7 @@ def test_workers_end_with_the_process_that_is_killed(start):
     time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_is_killed_is_not_the_copys_fault(start):
   with start(1, "paused") as process:

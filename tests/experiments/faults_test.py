@@ -157,6 +157,7 @@ def test_one_byte_is_flipped(tmp_path):
   assert (before != after).sum() == 1
 
 
+@pytest.mark.slow
 def test_a_small_part(tmp_path):
   out = tmp_path / "results.json"
   command = [

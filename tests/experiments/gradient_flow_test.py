@@ -98,6 +98,7 @@ def test_other_files_are_refused(tmp_path, text):
     measurement.read(path)
 
 
+@pytest.mark.slow
 def test_measurement(tiny_config, one_device):
   tiny_config.model.name = "highway"
   tiny_config.model.norm = "none"

@@ -101,9 +101,8 @@ def run(scenario, environments, seconds=0):
   return codes, said, texts
 
 
-@pytest.mark.parametrize(
-  "steps_per_call", [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_two_processes_are_one_run(tiny_config, tmp_path, steps_per_call):
   """Stopped, killed, and resumed by one process of as many devices."""
   tiny_config.eval_batch_size = 150

@@ -229,6 +229,7 @@ def test_split_on_many_devices(config, programs, monkeypatch, is_divided):
   assert_close(state, single)
 
 
+@pytest.mark.slow
 def test_copies_need_no_other_devices_images(config, monkeypatch):
   layout = layout_of(config, 8)
   experiment, split, state, key = initial(config, layout)
@@ -246,6 +247,7 @@ def test_copies_need_no_other_devices_images(config, monkeypatch):
     assert {kind for kind, dtype in found if dtype == "u8"} == sent
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_calls_of_another_length(
   config, tmp_path, one_device
 ):

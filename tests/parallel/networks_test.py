@@ -108,7 +108,7 @@ def alone(config):
 @pytest.mark.parametrize(
   ("num_devices", "num_seeds", "execution", "exact"),
   [
-    (1, 3, "in_turn", True),
+    pytest.param(1, 3, "in_turn", True, marks=slow),
     (2, 3, "in_turn", True),
     pytest.param(8, 3, "in_turn", False, marks=slow),
     (1, 3, "vectorized", False),

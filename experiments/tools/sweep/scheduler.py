@@ -147,7 +147,7 @@ def run(
     signals.say_on_exit(
       lambda: (
         "stopped at once; what the cells saved is good, and the same command"
-        " goes on from it."
+        " resumes from it."
       )
     )
     cpus, gpus = resources

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
   "ignore:the load_module:DeprecationWarning"
 )
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 BASE = "configs/quickstart.py"
 ANY = definition.Resources()
 needs_ray = pytest.mark.skipif(
@@ -316,6 +316,7 @@ def test_status_is_read_from_the_files(load, caplog):
     caplog.set_level(logging.INFO, "resnet_flax")
     print(f"{task.STARTED}one\n{task.STARTED}two", file=file, flush=True)
     last = record(0, 0.75, train_loss=1.0, train_accuracy=0.5, test_loss=1.0)
+    shown.start_epoch(0, 0)
     shown._seconds_per_step = 6.0
     shown.end_epoch(last, 2.0)
     logger.removeHandler(handler)
@@ -566,7 +567,7 @@ def start():
   def start(*arguments):
     processes.append(
       subprocess.Popen(
-        [sys.executable, "-m", "experiments.tools.sweep", *arguments],
+        [sys.executable, "-m", "experiments.sweep", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -622,6 +623,7 @@ def test_ray_that_is_not_there_is_named(monkeypatch):
     pass
 
 
+@pytest.mark.slow
 @needs_ray
 @needs_linux
 @pytest.mark.usefixtures("marked")
@@ -639,7 +641,7 @@ def test_stop_and_go_on_beside_a_cell_that_fails(load, tmp_path, start):
   assert code == 143
   assert err[-1] == (
     "error: stopped by SIGTERM; 2 cells: 1 failed, 1 stopped. The same command"
-    " goes on from there."
+    " resumes from there."
   )
   # Nothing of Ray's among them.
   assert all(
@@ -651,7 +653,7 @@ def test_stop_and_go_on_beside_a_cell_that_fails(load, tmp_path, start):
   assert f"{failing.name} failed: error: init_from=nowhere" in "\n".join(out)
   assert out[-1] == "2 cells: 1 failed, 1 finished"
   assert err[-1].startswith("error: 1 of 2 cells failed")
-  assert "going on after step" in good.log.read_text()
+  assert "resuming after step" in good.log.read_text()
   assert overview.is_finished(good)
   # A part of the sweep; nothing is left to be done, so that none is started.
   size = good.log.stat().st_size
@@ -682,6 +684,7 @@ def cluster_address(marked, monkeypatch):
   process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 @needs_ray
 @needs_linux
 def test_a_node_that_dies(load, tmp_path, start, cluster_address):
@@ -712,5 +715,5 @@ def test_a_node_that_dies(load, tmp_path, start, cluster_address):
   first, second = log.split(task.STARTED)[1:]
   # At once if the worker's own end reaches it as a second signal.
   assert "error: stopped " in first
-  assert "going on after step" in second
+  assert "resuming after step" in second
   assert f"{cell.name}: running (try 2)" in "\n".join(err)
