@@ -351,7 +351,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(
   def load(config, augmentation):
     raise errors.DataError("no data")
 
-  monkeypatch.setattr(data, "load", load)
+  monkeypatch.setattr(data.dataset, "load", load)
   with pytest.raises(errors.DataError):
     train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
   assert not (tmp_path / "run").exists()
@@ -363,7 +363,7 @@ def test_finished_run_is_not_trained_again(
   tiny_config.num_epochs = 1
   run = functools.partial(train.train_and_evaluate, devices=one_device)
   records = run(tiny_config, tmp_path / "run")
-  monkeypatch.setattr(data, "load", None)
+  monkeypatch.setattr(data.dataset, "load", None)
   assert run(tiny_config, tmp_path / "run") == records
 
 

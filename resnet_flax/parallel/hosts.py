@@ -518,6 +518,3 @@ class Agreement:
     if at_once:
       pending, self._pending = self._pending, None
     return (0, 0) if pending is None else np.asarray(pending).tolist()
-
-
-agreement = Agreement  # As loops name it.

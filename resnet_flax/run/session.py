@@ -199,7 +199,7 @@ class Session:
     self._timer = signals_lib.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
-    self._agreement = hosts.agreement(self._signals, self._timer, self._devices)
+    self._agreement = hosts.Agreement(self._signals, self._timer, self._devices)
     self._progress = progress.Progress(
       config.num_epochs,
       self._steps_per_epoch,

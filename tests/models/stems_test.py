@@ -1,6 +1,7 @@
 """Stems against their definitions."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,7 @@ PADS = {"same": (0, 1), "symmetric": (1, 1)}
 class Stem(nn.Module):
   """A stem at inference, whose convolution and norm have their names."""
 
-  stem: stems.Stem
+  stem: Callable[..., jax.Array]
   padding: str  # Of the convolution.
 
   @nn.compact

@@ -225,10 +225,7 @@ def test_help_on_a_word(word, names):
 
 @pytest.mark.parametrize(
   ("program", "has_keys"),
-  [
-    ("resnet_flax.main", True),
-    ("resnet_flax.tools.report.command", False),
-  ],
+  [("resnet_flax.main", True), ("absl.logging", False)],
 )
 def test_only_programs_with_a_config_show_keys(program, has_keys):
   importlib.import_module(program)
