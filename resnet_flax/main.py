@@ -59,17 +59,17 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 def _train(config: ConfigDict, workdir: pathlib.Path, cluster: Any) -> None:
   from resnet_flax import train
-  from resnet_flax.parallel import hosts as distributed
+  from resnet_flax.parallel import hosts
   from resnet_flax.run import signals
 
-  with distributed.connected(
+  with hosts.connected(
     cluster,
     timeout=_INITIALIZATION_TIMEOUT.value,
     heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
   ):
     stops = signals.StopSignals(exits=True)
     records = train.train_and_evaluate(config, workdir, signals=stops)
-    if distributed.is_first():
+    if hosts.is_first():
       _print_results(config, records)
 
 
@@ -119,7 +119,7 @@ def _evaluate(config: ConfigDict | None, workdir: pathlib.Path) -> None:
 
 def _run(argv: list[str]) -> None:
   command_line.set_up()
-  from resnet_flax.parallel import hosts as distributed
+  from resnet_flax.parallel import hosts
 
   mode, workdir = _MODE.value, process.WORKDIR.value
   if mode == "eval" and not workdir:
@@ -128,7 +128,7 @@ def _run(argv: list[str]) -> None:
   if mode != "eval" or command_line.has_config():
     config, default_workdir = command_line.config_and_workdir()
     workdir = workdir or default_workdir
-  cluster = distributed.find_cluster(
+  cluster = hosts.find_cluster(
     _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
   if mode == "train":

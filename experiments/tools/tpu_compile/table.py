@@ -4,7 +4,7 @@ python -m experiments.tools.tpu_compile.table
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from experiments.tools import markers
 from experiments.tools.tpu_compile import compilation, hlo, records
@@ -37,6 +37,15 @@ def _title(record: records.Record) -> list[str]:
   return [", ".join(words), config["dtype"], record["topology"]]
 
 
+def _steps(
+  results: Sequence[records.Record],
+) -> Iterator[tuple[records.Record, records.Record, list[str]]]:
+  """Both steps of each record: the record, the step, a row's first cells."""
+  for record in results:
+    for name in compilation.STEPS:
+      yield record, record[name], [*_title(record), name]
+
+
 def steps_table(results: Sequence[records.Record]) -> str:
   """Both steps of each record: compilation, memory and the roofline.
 
@@ -49,31 +58,26 @@ def steps_table(results: Sequence[records.Record]) -> str:
     *("GB moved", "roofline ms", "bound by"),
   )
   rows = []
-  for record in results:
-    for name in compilation.STEPS:
-      step = record[name]
-      memory, roofline = step["memory"], step["roofline"]
-      memory_bound = roofline["memory_seconds"] > roofline["compute_seconds"]
-      # XLA's cost analysis counts the body of a loop over blocks once.
-      at_least = (
-        "≥ " if "--config.model.scan=true" in record["arguments"] else ""
-      )
-      rows.append(
-        [
-          *_title(record),
-          name,
-          str(step["images_per_device"]),
-          f"{step['compile_seconds']:.0f}",
-          f"{memory['total'] / 1e6:.1f}",
-          f"{memory['total'] / record['memory_bytes']:.2%}",
-          f"{memory['temporary'] / 1e6:.1f}",
-          f"{at_least}{step['flops'] / 1e9:.2f}",
-          f"{step['model_flops'] / 1e9:.2f}",
-          f"{at_least}{step['bytes_accessed'] / 1e9:.3f}",
-          f"{at_least}{roofline['seconds'] * 1e3:.3f}",
-          "memory" if memory_bound else "arithmetic",
-        ]
-      )
+  for record, step, title in _steps(results):
+    memory, roofline = step["memory"], step["roofline"]
+    memory_bound = roofline["memory_seconds"] > roofline["compute_seconds"]
+    # XLA's cost analysis counts the body of a loop over blocks once.
+    at_least = "≥ " if "--config.model.scan=true" in record["arguments"] else ""
+    rows.append(
+      [
+        *title,
+        str(step["images_per_device"]),
+        f"{step['compile_seconds']:.0f}",
+        f"{memory['total'] / 1e6:.1f}",
+        f"{memory['total'] / record['memory_bytes']:.2%}",
+        f"{memory['temporary'] / 1e6:.1f}",
+        f"{at_least}{step['flops'] / 1e9:.2f}",
+        f"{step['model_flops'] / 1e9:.2f}",
+        f"{at_least}{step['bytes_accessed'] / 1e9:.3f}",
+        f"{at_least}{roofline['seconds'] * 1e3:.3f}",
+        "memory" if memory_bound else "arithmetic",
+      ]
+    )
   return _table(header, rows)
 
 
@@ -89,25 +93,22 @@ def program_table(results: Sequence[records.Record]) -> str:
     *("state overwritten", "MB of it"),
   )
   rows = []
-  for record in results:
-    for name in compilation.STEPS:
-      step = record[name]
-      arrays = step.get("state_arrays")
-      rows.append(
-        [
-          *_title(record),
-          name,
-          _collectives(step) or "none",
-          f"{step['collective_bytes'] / 1e3:.1f}",
-          str(len(step["host_transfers"])),
-          ", ".join(step["custom_calls"]) or "none",
-          str(step["convolutions"]),
-          str(step["loops"]),
-          f"{step['convolution_padding']:.2f}",
-          f"{step['aliased_arrays']} of {arrays} arrays" if arrays else "",
-          f"{step['memory']['aliased'] / 1e6:.2f}" if arrays else "",
-        ]
-      )
+  for _, step, title in _steps(results):
+    arrays = step.get("state_arrays")
+    rows.append(
+      [
+        *title,
+        _collectives(step) or "none",
+        f"{step['collective_bytes'] / 1e3:.1f}",
+        str(len(step["host_transfers"])),
+        ", ".join(step["custom_calls"]) or "none",
+        str(step["convolutions"]),
+        str(step["loops"]),
+        f"{step['convolution_padding']:.2f}",
+        f"{step['aliased_arrays']} of {arrays} arrays" if arrays else "",
+        f"{step['memory']['aliased'] / 1e6:.2f}" if arrays else "",
+      ]
+    )
   return _table(header, rows)
 
 
@@ -123,13 +124,11 @@ def cuda_table(results: Sequence[records.Record]) -> str:
   )
   rows = [
     [
-      *_title(record),
-      name,
-      *(str(record[name][key]) for key in ("convolutions", "dots", "loops")),
-      ", ".join(record[name]["custom_calls"]) or "none",
+      *title,
+      *(str(step[key]) for key in ("convolutions", "dots", "loops")),
+      ", ".join(step["custom_calls"]) or "none",
     ]
-    for record in results
-    for name in compilation.STEPS
+    for _, step, title in _steps(results)
   ]
   return _table(header, rows)
 
