@@ -91,9 +91,6 @@ def create(
     donate=True,
   )
 
-  def step(state: Networks, batch: program.Batch) -> tuple[Networks, ...]:
-    return compiled(state, *batch.arguments)
-
   def batches(epoch: int, first: int = 0) -> Iterator[program.Batch]:
     order = put_order(split, size, epoch, layout)
     start = epoch * steps_per_epoch
@@ -114,7 +111,7 @@ def create(
       yield program.Batch(num_steps, arguments, images_and_labels)
       done = end
 
-  return program.Program(step, batches)
+  return program.Program(compiled, batches)
 
 
 def train_steps(

@@ -32,11 +32,17 @@ class Batch(NamedTuple):
 class Program:
   """The training of a run on its devices."""
 
-  # Maps the networks' states, which are donated, and a batch to new states and
-  # the `StepMetrics` of the call's last step.
-  step: Callable[[Networks, Batch], tuple[Networks, ...]]
+  # The compiled step, of states and a batch's arguments.
+  compiled: Callable[..., tuple[Networks, ...]]
   # The batches of a 0-based epoch from its 0-based step `first` on.
   batches: Callable[[int, int], Iterator[Batch]]
+
+  def step(self, state: Networks, batch: Batch) -> tuple[Networks, ...]:
+    """Maps the networks' states, which are donated, and a batch to new states.
+
+    Also gives the `StepMetrics` of the call's last step.
+    """
+    return self.compiled(state, *batch.arguments)
 
 
 def create(
@@ -59,16 +65,13 @@ def create(
     donate=True,
   )
 
-  def step(state: Networks, batch: Batch) -> tuple[Networks, ...]:
-    return compiled(state, *batch.arguments)
-
   def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
     for batch in epoch_batches(
       split, config.batch_size, epoch, layout, first=first
     ):
       yield Batch(1, (*batch, key), functools.partial(tuple, batch))
 
-  return Program(step, batches)
+  return Program(compiled, batches)
 
 
 # ---- The order of images

@@ -131,7 +131,7 @@ def programs(config):
     if name not in compiled:
       compiled[name] = many_steps.create(
         *(config, experiment, state, split, key, layout), steps_per_call=5
-      ).step
+      ).compiled
     with pytest.MonkeyPatch.context() as patch:
       # Of one network, whatever its seed, and any number of steps.
       patch.setattr(program, "compile_function", lambda *_, **__: None)
@@ -198,7 +198,7 @@ def test_several_seeds(config, programs, num_devices, num_seeds, execution):
       batches = many_steps.create(
         *(of_seed, experiment, first, split, key, alone), steps_per_call=5
       ).batches
-    training = program.Program(training.step, batches)
+    training = program.Program(training.compiled, batches)
     (single,), _ = second_epoch(of_seed, alone, training)
     assert_close(state, single)
 

@@ -84,7 +84,7 @@ def five_steps(config, layout, programs=None):
   training = program.create(config, experiment, state, split, key, layout)
   # Those of another seed share the first one's.
   compiled = (programs if programs is not None else {}).setdefault(
-    layout.chunk_size, training.step
+    layout.chunk_size, training.compiled
   )
   training = program.Program(compiled, training.batches)
   state, found = run_steps(training, state, [0, 1], layout, 5)
