@@ -44,6 +44,8 @@ class Session:
     records: of the epochs so far, as in metrics.jsonl.
     step: steps done.
     resumes: whether a checkpoint was restored.
+    notes: 'learning_rate' of each seed's last step and 'epoch_seconds' of
+      training, as of the latest checkpoint.
     is_finished: whether all epochs are done.
   """
 
@@ -73,7 +75,7 @@ class Session:
     self._restored: Any = None
 
     opened = hosts.first(self._open)
-    self.resumes, self.step, self._notes, self.records = opened
+    self.resumes, self.step, self.notes, self.records = opened
     self._saved_step = self.step
     if self._checkpoints is None:
       stack.enter_context(self._explain_interruption())
@@ -195,7 +197,7 @@ class Session:
       # So that the run depends no longer on what becomes of its source.
       self._save(state)
     if self.step == self._epoch * self._steps_per_epoch:
-      self._notes = checkpoint.NEW_EPOCH
+      self.notes = checkpoint.NEW_EPOCH
     self._timer = signals_lib.Timer(
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
@@ -278,10 +280,10 @@ class Session:
     """
     last = self._read()
     now = time.perf_counter()
-    self._notes = {
+    self.notes = {
       # Of each seed.
       "learning_rate": [float(each.learning_rate) for each in last],
-      "epoch_seconds": self._notes["epoch_seconds"] + now - self._started,
+      "epoch_seconds": self.notes["epoch_seconds"] + now - self._started,
     }
     self._started = now
     self._save(state)
@@ -296,13 +298,8 @@ class Session:
     hosts.first(lambda: folder.check_not_removed(self._workdir))
     stacked = networks.stack(self._layout.get(state))
     if self._checkpoints is not None:
-      self._checkpoints.save(stacked, self._notes)
+      self._checkpoints.save(stacked, self.notes)
     self._saved_step = self.step
-
-  @property
-  def notes(self) -> checkpoint.Notes:
-    """'learning_rate' of each seed's last step, 'epoch_seconds' of training."""
-    return self._notes
 
   def on_evaluation_batch(self) -> None:
     """Stops if a signal has come; after each batch of an evaluation."""
@@ -320,7 +317,7 @@ class Session:
     if self._log is not None:
       self._log.append(record)
     self.records.append(record)
-    self._notes = checkpoint.NEW_EPOCH
+    self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:
       self._board.write(record)
     self._progress.end_epoch(record, time.perf_counter() - self._started)
