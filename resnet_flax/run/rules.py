@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from resnet_flax import optim
-from resnet_flax.data import crops, dataset, normalize
+from resnet_flax.data import augment, crops, dataset, normalize
 from resnet_flax.models import registry
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
@@ -87,6 +87,7 @@ def _check_streaming(config: ConfigDict) -> None:
   name, crop = config.dataset.name, config.augment.name
   is_streamed, num_crops = dataset.is_streamed(name), config.dataset.test_crops
   fixed = sorted(normalize.UNMEASURED)
+  in_memory = sorted(augment.MOVES.keys() - crops.RANDOM.keys())
   _require(
     not is_streamed or config.normalization in fixed,
     f"normalization={config.normalization} is measured on images in memory, but"
@@ -95,7 +96,7 @@ def _check_streaming(config: ConfigDict) -> None:
   _require(
     is_streamed or crop not in crops.RANDOM,
     f"augment.name={crop} cuts images while they are decoded, but dataset.name="
-    f"{name} has them in memory. It must be crop_flip, shift_flip or none.",
+    f"{name} has them in memory. It must be {', '.join(in_memory)} or none.",
   )
   _require(
     is_streamed or num_crops == 1,
