@@ -1,77 +1,61 @@
 """Optimizers and learning-rate schedules: one function and one entry each.
 
-The chain is: L2 term, optimizer, learning rate. The rate is a pure function of
-the step and of a small `RateState`, which is part of every checkpoint.
+The chain is: L2 term, optimizer, learning rate.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from resnet_flax import rate_rules
 from resnet_flax.models.kernels import grouping
 
 PyTree = Any
+RateState = dict[str, PyTree]  # Of the rules in `rate_rules`, by name.
 
 # ---- Optimizers
 
 
 def _adam(config: ConfigDict) -> tuple[str, optax.GradientTransformation]:
   b1, b2, eps = config.b1, config.b2, config.epsilon
-  title = f"scale_by_adam(b1={b1:g}, b2={b2:g}, eps={eps:g})"
-  return title, optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  title = f"adam(b1={b1:g}, b2={b2:g}, eps={eps:g})"
+  return title, optax.adam(1.0, b1=b1, b2=b2, eps=eps)
 
 
 def _sgd(config: ConfigDict) -> tuple[str, optax.GradientTransformation]:
-  return f"trace(decay={config.momentum:g})", optax.trace(config.momentum)
+  momentum = config.momentum
+  return f"sgd(momentum={momentum:g})", optax.sgd(1.0, momentum=momentum)
 
 
-# For `optimizer.name`: what it is, for people, and the Optax transformation.
+# For `optimizer.name`, whose choices are in run/config.py: a title for people,
+# and any Optax optimizer at learning rate 1, which the chain scales.
 OPTIMIZERS = {"adam": _adam, "sgd": _sgd}
 
-# Transformations that look at each array by itself. A chain of these alone is
-# cheaper to compile in groups of arrays; see `grouping.by_modules`.
-_ARRAY_BY_ARRAY = {
-  "add_decayed_weights",
-  "scale_by_adam",
-  "trace",
-  "scale_by_learning_rate",
+# Links, by their titles, that look at each array by itself. A chain of these
+# alone is compiled in groups of arrays, which is cheaper; see `grouping`.
+_ARRAY_BY_ARRAY = {"add_decayed_weights", "adam", "sgd", "scale_by_schedule"}
+
+
+# For `optimizer.l2_weights`: which parameters the L2 term is made of, by their
+# paths and arrays.
+L2_WEIGHTS: dict[str, Callable[[Any, jax.Array], bool]] = {
+  "conv_kernels": lambda path, w: path[-1].key == "kernel" and w.ndim == 4,
+  "kernels": lambda path, w: path[-1].key == "kernel",
+  "all": lambda path, w: True,
 }
 
 
-def _is_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
-  del leaf
-  return path[-1].key == "kernel"
-
-
-def _is_conv_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
-  return path[-1].key == "kernel" and leaf.ndim == 4
-
-
-def _is_weight(path: tuple[Any, ...], leaf: Any) -> bool:
-  del path, leaf
-  return True
-
-
-# For `optimizer.l2_weights`: which parameters the L2 term is made of.
-L2_WEIGHTS = {
-  "conv_kernels": _is_conv_kernel,
-  "kernels": _is_kernel,
-  "all": _is_weight,
-}
-
-
-def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
-  """Descends at the rate that `update` is given, which is logged as well."""
+def _scale_by_schedule() -> optax.GradientTransformationExtraArgs:
+  """Scales by the rate that `update` is given, which is logged as well."""
 
   def update(updates, state, params=None, *, learning_rate, **_):
     del params
-    return jax.tree.map(lambda u: -learning_rate * u, updates), state
+    return jax.tree.map(lambda u: learning_rate * u, updates), state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -136,7 +120,7 @@ def create_optimizer(config: ConfigDict) -> Optimizer:
       )
     ),
     title: rule,
-    "scale_by_learning_rate(schedule)": _scale_by_learning_rate(),
+    "scale_by_schedule": _scale_by_schedule(),
   }
   return Optimizer(
     tx=optax.with_extra_args_support(optax.chain(*links.values())),
@@ -214,120 +198,62 @@ SCHEDULES: dict[str, Callable[[ConfigDict, int, int], Schedule]] = {
 }
 
 
-class RateState(flax.struct.PyTreeNode):
-  """What the rate depends on besides the step; () where a rule is off."""
-
-  # State of `optax.contrib.reduce_on_plateau`, one update an epoch.
-  plateau: Any
-  # float32[], running estimate of the training error; set to 0 for good once it
-  # has fallen under the threshold.
-  warmup_error: Any
-
-
-# Share of the old estimate kept at each step: the warm-up rule looks at the
-# training error of about the last 50 batches.
-_ERROR_DECAY = 0.98
-
-
 @dataclasses.dataclass(frozen=True)
 class LearningRate:
-  """The rate of one experiment."""
+  """The rate of one experiment: a schedule, then the rules of `rate_rules`.
 
-  schedule: Schedule  # By the step alone, linear warm-up included.
+  A pure function of the step and of the rules' states, which the train state
+  has by their names.
+  """
+
+  schedule: Schedule
   steps_per_epoch: int
-  # (rate, error): that rate until the training error falls under the threshold
-  # (He et al. 2015, section 4.2).
-  warmup: tuple[float, float] | None
-  plateau: ConfigDict | None  # That part of the configuration.
+  rules: Mapping[str, rate_rules.Plateau | rate_rules.WarmupByError]
 
   def init(self) -> RateState:
-    """The state before the first step."""
-    return RateState(
-      plateau=self._plateau().init(jnp.zeros(())) if self.plateau else (),
-      warmup_error=jnp.ones(()) if self.warmup else (),
-    )
+    """The states before the first step."""
+    return {name: rule.init() for name, rule in self.rules.items()}
 
   def __call__(self, step: jax.Array, state: RateState) -> jax.Array:
     """The rate, float32[], of the 0-based `step`, int32[]."""
     rate = jnp.asarray(self.schedule.rate(step), jnp.float32)
-    if self.plateau:
-      # The floor limits what the plateau does, not what the schedule does.
-      floor = jnp.minimum(rate, self.plateau.min_lr)
-      rate = jnp.maximum(rate * state.plateau.scale, floor)
-    if self.warmup:
-      rate = jnp.where(state.warmup_error > 0, self.warmup[0], rate)
+    for name, rule in self.rules.items():
+      rate = rule(rate, state[name])
     return rate
 
   def after_step(self, state: RateState, error: jax.Array) -> RateState:
     """Takes in the training error, float32[] in [0, 1], of one batch."""
-    if not self.warmup:
-      return state
-    old = state.warmup_error
-    new = _ERROR_DECAY * old + (1 - _ERROR_DECAY) * error
-    warming = (old > 0) & (new >= self.warmup[1])
-    return state.replace(warmup_error=jnp.where(warming, new, 0.0))
+    return {
+      k: rule.after_step(state[k], error) for k, rule in self.rules.items()
+    }
 
   def after_epoch(self, state: RateState, objective: float) -> RateState:
     """Takes in the monitored loss, L2 included, at the end of an epoch."""
-    if not self.plateau:
-      return state
-    _, plateau = self._plateau().update((), state.plateau, value=objective)
-    return state.replace(plateau=plateau)
-
-  def _plateau(self) -> optax.GradientTransformationExtraArgs:
-    assert self.plateau is not None
-    # Keras's rule: an absolute improvement counts, a relative one does not.
-    return optax.contrib.reduce_on_plateau(
-      factor=self.plateau.factor,
-      patience=self.plateau.patience,
-      cooldown=self.plateau.cooldown,
-      rtol=0.0,
-      atol=self.plateau.min_delta,
-    )
+    return {
+      k: rule.after_epoch(state[k], objective) for k, rule in self.rules.items()
+    }
 
   def describe(self) -> list[str]:
     """One line for each change of the rate, for people."""
-    lines = list(self.schedule.lines)
-    if self.warmup:
-      rate, error = self.warmup
-      lines.append(f"warm-up: {rate:g} until the training error < {error:g}")
-    if self.plateau:
-      lines.append(
-        f"plateau: x {self.plateau.factor:.4g} after"
-        f" {self.plateau.patience} epochs without improvement, not below"
-        f" {self.plateau.min_lr:g}"
-      )
-    return lines
+    return [*self.schedule.lines, *(r.describe() for r in self.rules.values())]
 
 
 def create_learning_rate(
   config: ConfigDict, steps_per_epoch: int
 ) -> LearningRate:
   """The learning rate that the whole configuration describes."""
-  schedule = config.schedule
-  steps = round(schedule.linear_warmup_epochs * steps_per_epoch)
-  planned = SCHEDULES[schedule.name](config, steps_per_epoch, steps)
-  if steps:
+  base, epochs = (
+    config.optimizer.learning_rate,
+    config.schedule.linear_warmup_epochs,
+  )
+  warmup = round(epochs * steps_per_epoch)
+  schedule = SCHEDULES[config.schedule.name](config, steps_per_epoch, warmup)
+  if warmup:
     # From 0, as in Flax's ImageNet example; Goyal et al. 2017, section 2.2,
     # begin at the rate of a small batch.
-    linear = optax.linear_schedule(0.0, config.optimizer.learning_rate, steps)
-    rate = planned.rate
-    planned = Schedule(
-      lambda step: jnp.where(step < steps, linear(step), rate(step)),
-      [
-        f"warm-up: from 0 in {schedule.linear_warmup_epochs:g} epochs",
-        *planned.lines,
-      ],
+    linear, after = optax.linear_schedule(0.0, base, warmup), schedule.rate
+    schedule = Schedule(
+      lambda step: jnp.where(step < warmup, linear(step), after(step)),
+      [f"warm-up: from 0 in {epochs:g} epochs", *schedule.lines],
     )
-  warmup = None
-  if (
-    schedule.warmup_learning_rate > 0
-    and config.model.depth >= schedule.warmup_min_depth
-  ):
-    warmup = (schedule.warmup_learning_rate, schedule.warmup_error)
-  return LearningRate(
-    schedule=planned,
-    steps_per_epoch=steps_per_epoch,
-    warmup=warmup,
-    plateau=config.plateau if config.plateau.enabled else None,
-  )
+  return LearningRate(schedule, steps_per_epoch, rate_rules.create(config))

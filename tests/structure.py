@@ -44,7 +44,7 @@ LAYERS = (
   {"run"},
   {"parallel"},
   {"step"},
-  {"models", "data", "optim"},
+  {"models", "data", "optim", "rate_rules"},
 )
 BASE = {"run.errors", "run.process", "run.signals", "run.environment"}
 

@@ -38,7 +38,7 @@ def test_summary(name, monkeypatch):
   assert f"Total parameters: {total}\n" in text
   assert f"Trainable parameters: {trainable}\n" in text
   assert "add_decayed_weights(0.0002, mask=conv_kernels)" in text
-  assert "scale_by_adam(b1=0.9, b2=0.999, eps=1e-07)" in text
+  assert "adam(b1=0.9, b2=0.999, eps=1e-07)" in text
   assert "(200 epochs of 1562 steps)" in text
   assert "epoch 81: 0.0001" in text
   assert "epoch 181: 5e-07" in text
@@ -46,7 +46,7 @@ def test_summary(name, monkeypatch):
 
 def test_summary_of_the_paper():
   text = summary.summarize(he2015_depth20.get_config())
-  assert "trace(decay=0.9)" in text
+  assert "sgd(momentum=0.9)" in text
   assert "(164 epochs of 390 steps)" in text
   assert "epoch 82: 0.01" in text
   assert "epoch 123: 0.001" in text
