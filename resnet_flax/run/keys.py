@@ -122,8 +122,9 @@ class Key:
     """Raises a `ConfigError` if the key cannot have this value, of any type."""
     if self.values.accept(value):
       return
-    if isinstance(value, str) and self.values.choices:
-      raise errors.unknown_name(self.name, value, self.values.choices)
+    choices = self.values.choices
+    if isinstance(value, str) and choices and isinstance(choices[0], str):
+      raise errors.unknown_name(self.name, value, choices)
     try:
       text = repr(value)
     # An integer of thousands of digits has none, nor may what a file made.

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -227,6 +228,15 @@ def test_any_values_pass_or_end_in_one_line(changes, num_devices):
     assert 0 < len(message) < 500
   else:
     registry.create_model(config.model, num_classes=10)
+
+
+@pytest.mark.parametrize("value", ["", "x", None, -1, 1.5, (), b"x"])
+def test_every_key_refuses_values_of_other_kinds(value):
+  """As somebody sets them in Python; the command line parses by kind."""
+  for name, key in config_keys.KEYS.items():
+    if not key.values.accept(value):
+      with pytest.raises(errors.ConfigError, match=re.escape(name)):
+        key.check(value)
 
 
 @pytest.mark.parametrize(
