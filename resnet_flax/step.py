@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -43,13 +43,6 @@ class StepMetrics(flax.struct.PyTreeNode):
   finite: jax.Array  # bool[]: the objective and the new state are.
 
 
-class Backward(NamedTuple):
-  """What a step computes on its way."""
-
-  gradient: PyTree  # Of the mean cross-entropy, like the parameters.
-  collections: Mapping[str, PyTree]  # What Flax modules wrote.
-
-
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """The fixed parts of an experiment, which the steps close over."""
@@ -75,8 +68,7 @@ def create_train_state(
 ) -> TrainState:
   """The state before the first step, with parameters drawn from key[].
 
-  Called outside of `jax.jit` it compiles each shape's initializer once, whereas
-  a program of all of them takes a deep network minutes to compile.
+  Under `jax.jit` a deep network's would take minutes to compile.
   """
   images = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
   # Draws the parameters without running the network.
@@ -173,13 +165,10 @@ def loss_fn(
   dropout_key: jax.Array,
   collections: Sequence[str] = (),
 ) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, PyTree]]]:
-  """The mean cross-entropy of a normalised and augmented batch.
+  """The mean cross-entropy of a normalised and augmented batch, float32[].
 
-  `collections` are those that modules may write to besides 'batch_stats'.
-
-  Returns:
-    float32[] loss, and (float32[B, classes] logits, the collections that were
-    written, new running statistics among them).
+  With float32[B, classes] logits and the collections that modules wrote, which
+  are 'batch_stats' and, where they have them, `collections`.
   """
   logits, updated = experiment.model.apply(
     {"params": params, "batch_stats": batch_stats},
@@ -218,8 +207,8 @@ def train_step_with_backward(
   labels: jax.Array,
   key: jax.Array,
   collections: Sequence[str] = (),
-) -> tuple[TrainState, StepMetrics, Backward]:
-  """`train_step`, with what it computes on its way."""
+) -> tuple[TrainState, StepMetrics, PyTree, Mapping[str, PyTree]]:
+  """`train_step`, the gradient of its loss and the collections it wrote."""
   keys = step_keys(key, state.step)
   # In the recipe's order: the shift fills edges with normalised pixels.
   images, targets = experiment.augment(
@@ -264,20 +253,14 @@ def train_step_with_backward(
     rate_state=experiment.learning_rate.after_step(state.rate_state, error),
     epoch_sums=sums,
   )
-  finite = _all_finite((objective, params, batch_stats, opt_state))
-  metrics = StepMetrics(state.step, sums, rate, finite)
-  return new_state, metrics, Backward(grads, updated)
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
   floats = [
     leaf
-    for leaf in jax.tree.leaves(tree)
+    for leaf in jax.tree.leaves((objective, params, batch_stats, opt_state))
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   ]
-  return jnp.all(
-    grouping.reduce_each(lambda leaf: jnp.all(jnp.isfinite(leaf)), floats)
-  )
+  finite = grouping.reduce_each(lambda x: jnp.all(jnp.isfinite(x)), floats)
+  metrics = StepMetrics(state.step, sums, rate, jnp.all(finite))
+  return new_state, metrics, grads, updated
 
 
 # ---- Evaluation
@@ -303,13 +286,9 @@ def eval_step(
 ) -> tuple[MetricSums, jax.Array]:
   """Scores a batch in inference mode.
 
-  Args:
-    experiment: the fixed parts.
-    state: of the network.
-    images: uint8[B, H, W, C]; or several crops of each image, uint8[B, crops,
-      H, W, C], whose probabilities are averaged.
-    labels: int32[B].
-    mask: bool[B], False for padding.
+  Images are uint8[B, H, W, C], or uint8[B, crops, H, W, C], several crops of
+  each, whose probabilities are averaged; labels are int32[B]; the mask,
+  bool[B], is False for padding.
 
   Returns:
     `metric_sums`, and the float32[B, classes] probabilities.

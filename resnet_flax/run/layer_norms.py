@@ -117,8 +117,10 @@ def measured_step(
 ) -> tuple[step_lib.TrainState, step_lib.StepMetrics, LayerNorms]:
   """`step.train_step`, and the norms before and of the step."""
   with nn.intercept_methods(_note_output):
-    new_state, step_metrics, backward = step_lib.train_step_with_backward(
-      experiment, state, images, labels, key, collections=[_COLLECTION]
+    new_state, step_metrics, grads, collections = (
+      step_lib.train_step_with_backward(
+        experiment, state, images, labels, key, collections=[_COLLECTION]
+      )
     )
   paths = _paths(experiment)
 
@@ -135,10 +137,8 @@ def measured_step(
   after = of_layers(new_state.params, "kernel")
   changes = [new - old for new, old in zip(after, before, strict=True)]
   norms = LayerNorms(
-    gradient=grouping.reduce_each(norm, of_layers(backward.gradient, "kernel")),
-    activation=jnp.stack(
-      of_layers(backward.collections[_COLLECTION], "activation")
-    ),
+    gradient=grouping.reduce_each(norm, of_layers(grads, "kernel")),
+    activation=jnp.stack(of_layers(collections[_COLLECTION], "activation")),
     update_ratio=grouping.reduce_each(norm, changes)
     / grouping.reduce_each(norm, before),
   )
