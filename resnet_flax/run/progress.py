@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tqdm
+from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.run import metrics
@@ -113,6 +114,53 @@ class Progress:
     trained = self._step == self._steps_per_epoch
     seconds += (epochs - trained) * self._evaluation_seconds
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
+
+
+# ---- After a run
+
+
+def results(config: ConfigDict, records: Sequence[metrics.Record]) -> str:
+  """What a finished run has reached, with each seed's best epoch."""
+  lines = _scores(records[-1], "test_")
+  monitor = config.checkpoint.monitor
+  best_records = metrics.best_records(records, monitor)
+  for seed, best in enumerate(best_records, config.seed):
+    by = metrics.monitored(best, monitor)
+    split = "validation" if by.startswith("val_") else "test"
+    chosen = f"by {split} {monitor} {best[by]:.4f}"
+    text = (
+      f"Best epoch: {best['epoch']} (0-based), test accuracy"
+      f" {best['test_accuracy']:.4f}, chosen"
+      f" {'on the test split' if by == 'test_accuracy' else chosen}"
+    )
+    lines.append(f"Seed {seed}: {text}" if config.num_seeds > 1 else text)
+  return "\n".join(lines)
+
+
+def evaluation(checkpoint: str, scores: dict[str, Any]) -> str:
+  """The scores of `load.evaluate_workdir`, with the checkpoint they are of."""
+  lines = []
+  for each in scores.get("seeds", [scores]):
+    epoch = each.get("epoch")
+    when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
+    text = f"Checkpoint: {checkpoint}, step {each['step']}, {when}"
+    if "seed" in each:
+      accuracy = f"test accuracy {each['accuracy']:.4f}"
+      text = f"Seed {each['seed']}: {text}, {accuracy}"
+    lines.append(text)
+  return "\n".join([*lines, *_scores(scores)])
+
+
+def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
+  """Loss and accuracy; of several seeds also what goes with them."""
+  lines = []
+  for metric in ("loss", "accuracy"):
+    text = f"Test {metric}: {scores[prefix + metric]:.4f}"
+    if f"{prefix}{metric}_std" in scores:
+      text += f" ± {scores[f'{prefix}{metric}_std']:.4f}, ensemble"
+      text += f" {scores[f'{prefix}ensemble_{metric}']:.4f}"
+    lines.append(text)
+  return lines
 
 
 def log_to_stderr() -> None:

@@ -1,0 +1,56 @@
+"""The flags of a run on several hosts; see `parallel/hosts.py`."""
+
+import contextlib
+from typing import Any
+
+from absl import flags
+
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "Several hosts: HOST:PORT of process 0, or $JAX_COORDINATOR_ADDRESS. Not"
+  " needed where JAX finds the processes by itself: on TPU pods, with Slurm,"
+  " Open MPI 4 and, where mpi4py is installed, any other MPI.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "Several hosts: processes of the run, or $JAX_NUM_PROCESSES. 1: this process"
+  " alone, wherever it runs.",
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Several hosts: number from 0, or $JAX_PROCESS_ID."
+)
+_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+  "initialization_timeout",
+  300,
+  "Several hosts: seconds in which all processes must have started.",
+  lower_bound=1,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  "heartbeat_timeout",
+  60,
+  "Several hosts: seconds after which a silent process counts as dead, which"
+  " ends the others.",
+  lower_bound=5,
+)
+
+
+def find_cluster() -> Any:
+  """`hosts.find_cluster` by the flags."""
+  from resnet_flax.parallel import hosts
+
+  return hosts.find_cluster(
+    _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  )
+
+
+def connected(cluster: Any) -> contextlib.AbstractContextManager[None]:
+  """`hosts.connected` by the flags."""
+  from resnet_flax.parallel import hosts
+
+  return hosts.connected(
+    cluster,
+    timeout=_INITIALIZATION_TIMEOUT.value,
+    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+  )
