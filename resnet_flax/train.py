@@ -79,8 +79,7 @@ def train_and_evaluate(
 
     for epoch in range(len(run.records), config.num_epochs):
       for batch in program.batches(epoch, run.start_epoch(epoch)):
-        for hook in setup.hooks:
-          hook(run.step, state, batch)
+        setup.before_step(run.step, state, batch)
         state, step_metrics = program.step(state, batch)
         run.report(step_metrics, batch.num_steps)  # Reads one step late.
         if run.should_save():  # By the clock, steps, a signal, the epoch's end.
@@ -113,8 +112,8 @@ class _Setup(NamedTuple):
   program: program.Program
   eval_step: evaluate.EvalStep
   splits: dict[str, types.Split]  # That are scored.
-  # Called before each call of the step with the steps done, state and batch.
-  hooks: list[Callable[[int, networks.Networks, program.Batch], None]]
+  # Called with the steps done, the state and the batch.
+  before_step: Callable[[int, networks.Networks, program.Batch], None]
 
 
 def _set_up(
@@ -149,20 +148,16 @@ def _set_up(
     # An epoch's checkpoint is from before its evaluation.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 
-  # The compiled step, its batches and the hooks between.
+  # The compiled step, its batches and what comes before each.
   key = augmentation_key(layout)
   run.on_event("compile")
   create = program.create
   if steps_per_call > 1:
     create = functools.partial(many_steps.create, steps_per_call=steps_per_call)
   training = create(config, experiment, state, dataset.train, key, layout)
-  hooks = []
-  if config.log_layer_norms_every:
-    hooks.append(
-      layer_norms.create_hook(
-        *(config, experiment, state, key, layout), write=run.write_scalars
-      )
-    )
+  before_step = layer_norms.create_hook(
+    *(config, experiment, state, key, layout), write=run.write_scalars
+  )
   splits = {"val": dataset.validation, "test": dataset.test}
   run.start(
     state,
@@ -175,7 +170,7 @@ def _set_up(
     program=training,
     eval_step=evaluate.create_eval_step(experiment, layout),
     splits={name: split for name, split in splits.items() if split is not None},
-    hooks=hooks,
+    before_step=before_step,
   )
 
 

@@ -1,6 +1,7 @@
 """Norms of every layer, at initialisation and in the first steps."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -133,10 +134,11 @@ def measure(
   layout = networks.Layout.create(config, devices)
   state = train.initial_state(config, experiment, split, layout)
   key = train.augmentation_key(layout)
-  measured_step = program.compile_step(
+  measured_step = program.compile_function(
     "training step that measures",
-    layer_norms.measured_step,
-    *(experiment, state, config.batch_size, key, layout),
+    functools.partial(layer_norms.measured_step, experiment),
+    layout,
+    program.step_arguments(experiment, state, config.batch_size, key, layout),
     donate=True,
   )
   batches = itertools.chain.from_iterable(

@@ -111,15 +111,14 @@ class Layout:
       trees += unstack(chunk, self.chunk_size)
     return trees[: len(self.seeds)]
 
-  def shapes(self, tree: PyTree) -> Networks:
-    """`put` of such a tree for each seed, as shapes with shardings.
-
-    The devices need not exist.
-    """
+  def shapes(
+    self, tree: PyTree, sharding: NamedSharding | None = None
+  ) -> Networks:
+    """`put` of such a tree for each seed, as shapes; needs no devices."""
     leading = (self.chunk_size,) if self.is_stacked else ()
     chunk = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
-        (*leading, *leaf.shape), leaf.dtype, sharding=self.sharding
+        (*leading, *leaf.shape), leaf.dtype, sharding=sharding or self.sharding
       ),
       tree,
     )
@@ -127,17 +126,10 @@ class Layout:
 
   def batch_shape(self, shape: Sequence[int], dtype: Any) -> Networks:
     """Batches of each network, (B, ...), as `shapes` gives states."""
-    leading = (self.chunk_size,) if self.is_stacked else ()
-    chunk = jax.ShapeDtypeStruct(
-      (*leading, *shape), dtype, sharding=self.batch_sharding
-    )
-    return Networks((chunk,) * len(self._chunks()))
+    return self.shapes(jax.ShapeDtypeStruct(shape, dtype), self.batch_sharding)
 
   def rows(self, batch_size: int) -> np.ndarray:
-    """Which images of a batch this process feeds to its devices, int64[rows].
-
-    All of them but on several hosts.
-    """
+    """int64[rows], images of a batch that this process feeds its devices."""
     return transfer.own_rows(
       self.batch_sharding, batch_size, int(self.is_stacked)
     )

@@ -58,10 +58,11 @@ def create(
   Of `state` only the shapes are used; `key` is the augmentation key[] of each
   network.
   """
-  compiled = compile_step(
+  compiled = compile_function(
     "training step",
-    step_lib.train_step,
-    *(experiment, state, config.batch_size, key, layout),
+    functools.partial(step_lib.train_step, experiment),
+    layout,
+    step_arguments(experiment, state, config.batch_size, key, layout),
     donate=True,
   )
 
@@ -126,13 +127,8 @@ def trace(
   """Traces a function of one network's trees for a chunk of networks.
 
   Needs no device: `Layout.shapes` and `Layout.batch_shape` stand for arrays.
-
-  Args:
-    function: of trees, returning a tuple of trees.
-    layout: where the networks are.
-    own: the arguments that each network has for itself.
-    shared: arguments after those, the same for all networks.
-    donate: whether the memory of the first is for the result.
+  Each network has its `own` arguments, then come those that all share; with
+  `donate` the first one's memory is for the result.
   """
   jitted = jax.jit(
     layout.of_chunk(function, len(shared)),
@@ -173,20 +169,3 @@ def step_arguments(
   """The shapes that a function like `step.train_step` takes."""
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   return state, images, layout.batch_shape((batch_size,), np.int32), key
-
-
-def compile_step(
-  title: str,
-  function: Callable[..., tuple[Any, ...]],
-  experiment: step_lib.Experiment,
-  state: Networks,
-  batch_size: int,
-  key: Networks,
-  layout: Layout,
-  *,
-  donate: bool = False,
-) -> Callable[..., tuple[Networks, ...]]:
-  """Compiles a function with the arguments of `step.train_step`."""
-  own = step_arguments(experiment, state, batch_size, key, layout)
-  function = functools.partial(function, experiment)
-  return compile_function(title, function, layout, own, donate=donate)

@@ -78,7 +78,7 @@ def create_hook(
   layout: networks.Layout,
   write: Callable[[int, Mapping[str, float]], None],
 ) -> Callable[[int, networks.Networks, program.Batch], None]:
-  """A hook of the loop that writes norms where `log_layer_norms_every` says.
+  """What the loop calls before a step: writes norms, where they are asked for.
 
   Args:
     config: the experiment's.
@@ -88,11 +88,14 @@ def create_hook(
     layout: where the networks are.
     write: called with the step and numbers by their tags.
   """
+  if not config.log_layer_norms_every:
+    return lambda *_: None
   names = layer_names(experiment)
-  measure = program.compile_step(
+  measure = program.compile_function(
     "measurement of layer norms",
-    lambda *arguments: measured_step(*arguments)[2:],
-    *(experiment, state, config.batch_size, key, layout),
+    lambda *arguments: measured_step(experiment, *arguments)[2:],
+    layout,
+    program.step_arguments(experiment, state, config.batch_size, key, layout),
   )
 
   def hook(step: int, state: networks.Networks, batch: program.Batch) -> None:
