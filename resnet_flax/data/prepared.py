@@ -101,17 +101,25 @@ def damaged(
 def check_features(folder: pathlib.Path) -> None:
   """Checks that features.json names no code but that of the features known.
 
-  Otherwise, or if it is no such file, an OSError, ValueError, RecursionError.
+  It is read as TFDS reads it, since a name can be spelt in several ways. What
+  has no parsed form, JSON in a text and the form of old versions, is refused.
+  Otherwise, or if it is no such file, some exception.
   """
+  from google.protobuf import json_format
+  from tensorflow_datasets.core.proto import feature_pb2
 
-  def check(node: dict[str, Any]) -> dict[str, Any]:
-    # The second is how older versions of TFDS wrote it.
-    for key in ("pythonClassName", "type"):
-      if key in node and node[key] not in _FEATURES:
-        raise ValueError(f"features.json names {node[key]!r:.100}")
-    return node
+  def check(feature: Any) -> None:
+    if (name := feature.python_class_name) not in _FEATURES:
+      raise ValueError(f"features.json names {name!r:.100}")
+    if feature.HasField("json_feature"):
+      raise ValueError(f"features.json has a JSON text for {name}")
+    for inner in feature.features_dict.features.values():
+      check(inner)
+    if feature.sequence.HasField("feature"):
+      check(feature.sequence.feature)
 
-  json.loads(read_text(folder / "features.json"), object_hook=check)
+  parsed = json.loads(read_text(folder / "features.json"))
+  check(json_format.ParseDict(parsed, feature_pb2.Feature()))
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:

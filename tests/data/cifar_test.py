@@ -389,10 +389,32 @@ def test_a_damaged_version_beside_a_good_one(copy):
   assert prepared.find("cifar10", copy.parent.parent) == copy
 
 
+FEATURES = "tensorflow_datasets.core.features"
+
+
 @pytest.mark.parametrize(
   "features",
   [
     {"pythonClassName": "antigravity.Feature"},
+    {"python_class_name": "antigravity.Feature", "text": {}},
+    {"pythonClassName": f"{FEATURES}.text_feature.Text", "text": {}}
+    | {"python_class_name": "antigravity.Feature"},
+    {
+      "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+      "jsonFeature": {
+        "json": json.dumps({"x": {"type": "antigravity.X", "content": {}}})
+      },
+    },
+    {
+      "pythonClassName": f"{FEATURES}.sequence_feature.Sequence",
+      "sequence": {"feature": {"python_class_name": "antigravity.X"}},
+    },
+    {
+      "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+      "featuresDict": {
+        "features": {"x": {"python_class_name": "antigravity.X"}}
+      },
+    },
     {"type": "antigravity.Feature", "content": {}},
     {"pythonClassName": ["tensorflow_datasets"]},
     {"pythonClassName": "tensorflow_datasets.testing.Feature"},
