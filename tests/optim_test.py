@@ -211,7 +211,7 @@ def test_the_rate_rises_in_equal_steps_before_that(name):
   if name == "cosine":
     after = 1 + np.cos(np.linspace(0, np.pi, 31))
     np.testing.assert_allclose(found[10:], after, atol=1e-6)
-  else:
+  if name == "drops":
     # Drops stay where they are: the first is at epoch 5.
     np.testing.assert_allclose(found[10:20], 2.0, rtol=1e-6)
     assert found[20] == pytest.approx(0.2)
