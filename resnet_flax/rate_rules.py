@@ -32,7 +32,7 @@ class Plateau:
 
   def init(self) -> PyTree:
     """Optax's state, which takes one update an epoch."""
-    return self._transformation().init(jnp.zeros(()))
+    return self._transformation().init(jnp.zeros((), jnp.float32))
 
   def __call__(self, rate: jax.Array, state: PyTree) -> jax.Array:
     """The rate, float32[], that becomes of a schedule's."""
@@ -74,7 +74,7 @@ class WarmupByError:
 
   def init(self) -> jax.Array:
     """float32[], a running estimate of the error; 0 for good once it is low."""
-    return jnp.ones(())
+    return jnp.ones((), jnp.float32)
 
   def __call__(self, rate: jax.Array, state: jax.Array) -> jax.Array:
     """The rate, float32[], that becomes of a schedule's."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import step as step_lib
+from resnet_flax import optim, step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.models import feedforward
 from resnet_flax.run import experiment as experiment_lib
@@ -39,6 +39,27 @@ def batch(count=4):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
   return jnp.asarray(images), jnp.asarray(np.arange(count) % 10, jnp.int32)
+
+
+@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+@pytest.mark.parametrize("normalization", ["pixel_mean", "channel", "caffe"])
+def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
+  """A checkpoint opens where somebody's notebook has set jax_enable_x64."""
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4})
+  config.optimizer.name = optimizer
+  config.normalization = normalization
+  config.plateau.enabled = True
+  config.schedule.warmup_learning_rate = 1e-3
+  config.schedule.warmup_min_depth = 0
+
+  def form():
+    experiment = experiment_lib.build(config)
+    return experiment_lib.abstract_state(config, experiment)
+
+  expected = form()
+  with jax.enable_x64(True):
+    assert form() == expected
 
 
 def test_sums_of_the_epoch(experiment):

@@ -79,4 +79,5 @@ def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
 def placeholder(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """What `measure` returns in shape, without any data: no change at all."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])
-  return Normalization(jnp.zeros(shape), jnp.ones((1, 1, image_shape[-1])))
+  std = jnp.ones((1, 1, image_shape[-1]), jnp.float32)
+  return Normalization(jnp.zeros(shape, jnp.float32), std)

@@ -25,9 +25,11 @@ class Purpose(enum.IntEnum):
 def device_key(seed: int, purpose: Purpose) -> jax.Array:
   """A typed JAX key, shape (), for draws made inside compiled code.
 
-  The step is folded in where it is used. 0 ≤ seed < 2**32.
+  The step is folded in where it is used. 0 ≤ seed < 2**32. Always threefry,
+  whatever JAX_DEFAULT_PRNG_IMPL says.
   """
-  return jax.random.fold_in(jax.random.key(seed), purpose)
+  key = jax.random.key(seed, impl="threefry2x32")
+  return jax.random.fold_in(key, purpose)
 
 
 def host_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:

@@ -21,7 +21,8 @@ def put(
 
   def put_own(leaf: Any) -> jax.Array:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(put_own(jax.random.key_data(leaf)))
+      data = put_own(jax.random.key_data(leaf))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     array = np.asarray(leaf)
     return _put_parts(sharding, array.shape, array.__getitem__)
 

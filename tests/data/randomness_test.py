@@ -2,6 +2,7 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 
 from resnet_flax.data import randomness
 from resnet_flax.data.randomness import Purpose
@@ -29,6 +30,14 @@ def test_draws_are_what_they_always_were():
   np.testing.assert_array_equal(order, EXPECTED_ORDER)
   key = randomness.device_key(7, Purpose.AUGMENTATION)
   np.testing.assert_array_equal(jax.random.key_data(key), EXPECTED_KEY)
+
+
+@pytest.mark.parametrize("default", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_draws_do_not_depend_on_the_default_kind_of_key(default):
+  """Which JAX takes from JAX_DEFAULT_PRNG_IMPL."""
+  with jax.default_prng_impl(default):
+    key = randomness.device_key(7, Purpose.AUGMENTATION)
+    np.testing.assert_array_equal(jax.random.key_data(key), EXPECTED_KEY)
 
 
 EXPECTED_ORDER = [2, 3, 5, 1, 0, 4]
