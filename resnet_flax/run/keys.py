@@ -84,14 +84,16 @@ def tuple_of(each: Values) -> Values:
 
 
 def _is_path(value: Any) -> bool:
+  if type(value) is not str or "\0" in value:
+    return False
   try:
-    return "\0" not in value and len(os.fsencode(value)) <= _LONGEST_PATH
+    return len(os.fsencode(value)) <= _LONGEST_PATH
   except UnicodeError:  # Half a character.
     return False
 
 
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
-PATH = Values("a path", lambda value: type(value) is str and _is_path(value))
+PATH = Values("a path", _is_path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +103,9 @@ class Key:
   name: str
   default: Any
   values: Values
-  # The values of `model.name` whose networks read it, () for all; for the other
-  # networks it must be the default.
+  # The `model.name`s that read it, () for all; the others need the default.
   families: tuple[str, ...] = ()
-  # Whether a run can be resumed with another value, because it does not change
-  # what is computed.
+  # Whether a run can be resumed with another value: it changes no result.
   may_differ: bool = False
   meaning: str = ""
 
