@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import errors, signals as signals_lib
 
 _logger = logging.getLogger(__name__)
@@ -462,9 +462,9 @@ class Agreement:
     self._signals, self._timer = signals, timer
     self._pending: jax.Array | None = None
     self._votes: dict[tuple[int, int], jax.Array] = {}
-    mesh = Mesh(np.asarray(devices), "device", axis_types=(AxisType.Auto,))
-    self._sharding = NamedSharding(mesh, PartitionSpec("device"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    mesh = mesh_lib.create_mesh(devices)
+    self._sharding = mesh_lib.sharding(mesh, mesh_lib.DATA)
+    everywhere = mesh_lib.sharding(mesh)
     self._count = jax.jit(lambda votes: votes.max(0), out_shardings=everywhere)
 
   def until(self, step: int) -> bool:

@@ -210,6 +210,7 @@ class Checkpoints:
       )
     forms, wanted = manifest["arrays"], _forms(like)
     _check_same_arrays(path, forms, wanted)
+    # Where each array is in its dtype's vector.
     slices, sizes = {}, dict[str, int]()
     for name, form in forms.items():
       dtype, _, shape = form.partition("[")

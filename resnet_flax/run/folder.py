@@ -57,8 +57,7 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   try:
     made = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
+    tempfile.TemporaryFile(dir=workdir).close()
   except OSError as error:
     raise errors.WorkdirError(
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"

@@ -57,17 +57,13 @@ def choice(*choices: Any, prefix: str = "") -> Values:
   """Values of one type; with a prefix also PREFIXNAME or PREFIXNAME/NAME."""
   names = [*map(str, choices), *([f"{prefix}NAME"] if prefix else [])]
   pattern = rf"{re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
-  return Values(
-    f"{', '.join(names[:-1])} or {names[-1]}",
-    lambda value: (
-      type(value) is type(choices[0])
-      and (
-        value in choices
-        or (bool(prefix) and re.fullmatch(pattern, value) is not None)
-      )
-    ),
-    choices,
-  )
+
+  def accept(value: Any) -> bool:
+    if type(value) is not type(choices[0]):
+      return False
+    return value in choices or bool(prefix and re.fullmatch(pattern, value))
+
+  return Values(f"{', '.join(names[:-1])} or {names[-1]}", accept, choices)
 
 
 def tuple_of(each: Values) -> Values:
@@ -126,8 +122,9 @@ class Key:
       raise errors.unknown_name(self.name, value, self.values.choices)
     try:
       text = repr(value)
-    # An integer of thousands of digits has none, nor may what a file made.
-    except Exception:
+    except (
+      Exception
+    ):  # An integer of thousands of digits, or a file's own type.
       text = f"({type(value).__name__})"
     text = text if len(text) <= 100 else f"{text[:100]}..."
     raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")

@@ -135,13 +135,8 @@ def _note_output(next_call, args, kwargs, context):
   outputs = next_call(*args, **kwargs)
   if _has_kernel(context):
     (size,) = grouping.reduce_each(norm, [jax.lax.stop_gradient(outputs)])
-    context.module.sow(
-      _COLLECTION,
-      "activation",
-      size / math.sqrt(outputs.size),
-      init_fn=lambda: None,
-      reduce_fn=lambda _, value: value,
-    )
+    rms = size / math.sqrt(outputs.size)
+    context.module.put_variable(_COLLECTION, "activation", rms)
   return outputs
 
 
