@@ -20,11 +20,9 @@ EvalStep = Callable[..., tuple[Networks, ...]]
 class Scores:
   """How networks do on a split."""
 
-  # For each the means of `step.metric_sums`: `loss`, `objective`, `accuracy` (a
-  # fraction) and so on.
+  # Of each the means of `step.metric_sums`: `loss`, `accuracy` (a fraction)...
   networks: list[dict[str, float]]
-  # `loss` and `accuracy` of the mean of their probabilities; None for a single
-  # network.
+  # `loss` and `accuracy` of their mean probabilities; None for one network.
   ensemble: dict[str, float] | None
 
 
@@ -48,8 +46,8 @@ def padded_batches(
     rows: int64[R], which images of each batch are wanted, ascending.
 
   Yields:
-    (uint8[R, H, W, C], int32[R], bool[R]); the mask is False for the padding
-    of the last batch, which comes last.
+    (uint8[R, H, W, C], int32[R], bool[R]): images, labels and a mask, which is
+    False for the padding at the end of the last batch.
   """
   positions = np.arange(len(split))
   order = [
@@ -58,8 +56,7 @@ def padded_batches(
   ]
   for images, labels in split.batches(order):
     mask = np.arange(len(rows)) < len(labels)
-    missing = len(rows) - len(labels)
-    if missing:
+    if missing := len(rows) - len(labels):
       images = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
       labels = np.pad(labels, (0, missing))
     yield images, labels, mask

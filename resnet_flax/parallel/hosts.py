@@ -1,13 +1,11 @@
 """Many hosts: how their processes find one another, agree, and who writes.
 
 One program runs in every process, each with some of the devices, on JAX's
-distributed runtime. All must take part in every computation, so what is decided
-outside of computations, such as to save and stop, is decided by all together.
-Process 0 alone reads and writes the workdir, which the others need not see, and
-gives them what it has read.
+distributed runtime. All must take part in every computation, so all decide
+together when to save and stop. Process 0 alone reads and writes the workdir,
+which the others need not see, and gives them what it has read.
 
-Where there is one process nothing of this is started, and the functions below
-do at once what they are named after.
+A process that is alone starts nothing of this; the functions act at once.
 """
 
 import contextlib
@@ -24,8 +22,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from resnet_flax.parallel import mesh as mesh_lib
 from resnet_flax.run import errors, signals as signals_lib
 
 _logger = logging.getLogger(__name__)
@@ -69,9 +67,9 @@ class Cluster(NamedTuple):
 
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 _SLURM = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"}
-# The environment variables in which launchers that JAX knows say how many
-# processes there are and which one this is, others that JAX needs, and the
-# method of JAX where it does not choose it by itself.
+# Environment variables of launchers that JAX knows: the number of processes,
+# which one this is, others that JAX needs; and JAX's method where it must be
+# told.
 _LAUNCHERS: tuple[tuple[str, str, set[str], str | None], ...] = (
   (*_OPEN_MPI, {"OMPI_MCA_orte_hnp_uri"}, None),  # Open MPI 4.
   # A batch script, which is one process, lacks the list of nodes.
@@ -90,9 +88,8 @@ def find_cluster(
 
   What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, else from the launcher: TPU pods, Slurm, Open MPI 4 and, with
-  mpi4py, any other MPI; in Kubernetes `num_processes` must be given. Where all
-  is given a process takes all devices of its host, or those of
-  JAX_LOCAL_DEVICE_IDS.
+  mpi4py, any other MPI; in Kubernetes `num_processes` must be given. If all is
+  given, a process takes its host's devices, or those of JAX_LOCAL_DEVICE_IDS.
 
   Raises:
     ConfigError: too little is given, or it does not fit together.
@@ -106,11 +103,14 @@ def find_cluster(
     size, rank, detection = _launched()
     count = size if count is None else count
     index = rank if index is None else index
-  given: dict[str, Any] = {"coordinator_address": address or None}
-  given |= {"num_processes": count, "process_id": index}
-  if set(given.values()) == {None} or (count == 1 and not index):
-    return None
+  given = {
+    "coordinator_address": address or None,
+    "num_processes": count,
+    "process_id": index,
+  }
   missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given) or (count == 1 and not index):
+    return None
   if count is None or (missing and detection == "deactivate"):
     raise errors.ConfigError(f"{' and '.join(missing)} not given: {_HOW}.")
   if not 0 <= (index or 0) < count:
@@ -128,7 +128,7 @@ def find_cluster(
 
 
 def _launched() -> tuple[int | None, int | None, str | None]:
-  """How many processes there are, which this one is, how JAX finds the rest."""
+  """The number of processes, which one this is, JAX's detection method."""
   for size_name, rank_name, others, detection in _LAUNCHERS:
     size = _integer(size_name)
     if size and others <= os.environ.keys():
@@ -149,7 +149,6 @@ def _integer(variable: str) -> int | None:
 
 
 def _check_mpi4py(size: int) -> None:
-  """Checks that mpi4py finds so many processes."""
   try:
     from mpi4py import MPI
 
@@ -166,14 +165,12 @@ def _check_mpi4py(size: int) -> None:
 
 def _tpu_hosts() -> int | None:
   """How many hosts the TPU slices of this run have; None without TPUs."""
-  environ = os.environ
-  # JAX sets it when it is imported where there are TPUs.
-  if "TPU_ML_PLATFORM" not in environ:
+  get = os.environ.get
+  if get("TPU_ML_PLATFORM") is None:  # JAX, once imported, sets it for TPUs.
     return None
-  hosts = environ.get("TPU_PROCESS_ADDRESSES")
-  hosts = hosts or environ.get("TPU_WORKER_HOSTNAMES")
-  slices = environ.get("MEGASCALE_NUM_SLICES")
-  if not hosts and "TPU_SKIP_MDS_QUERY" not in environ:
+  hosts = get("TPU_PROCESS_ADDRESSES") or get("TPU_WORKER_HOSTNAMES")
+  slices = get("MEGASCALE_NUM_SLICES")
+  if not hosts and get("TPU_SKIP_MDS_QUERY") is None:
     hosts = _tpu_metadata("worker-network-endpoints")
     named = r"MEGASCALE_NUM_SLICES: *'?(\d+)"
     if not slices and (found := re.search(named, _tpu_metadata("tpu-env"))):
@@ -191,10 +188,12 @@ def _tpu_metadata(name: str) -> str:
     answer = requests.get(url, headers={"Metadata-Flavor": "Google"}, timeout=5)
     return answer.text if answer.ok else ""
   except requests.RequestException as error:
-    text = (
+    _logger.warning(
       "warning: a TPU VM whose hosts cannot be asked for (%s). If there are"
+      " several, %s.",
+      errors.one_line(error),
+      _HOW,
     )
-    _logger.warning(f"{text} several, %s.", errors.one_line(error), _HOW)
     return ""
 
 
@@ -208,9 +207,8 @@ def connected(
   """Inside, the processes of a run are connected; they end together.
 
   Must be entered before JAX is asked for its devices; with None nothing is
-  done. All must come within `timeout` seconds. From then on the death of
-  another process ends this one, with a line that says what to do: at once for
-  process 0's, for others' `heartbeat_timeout` seconds later at most.
+  done. All must come within `timeout` seconds. The death of process 0 then ends
+  this one at once, another's within `heartbeat_timeout` seconds, in one line.
 
   Raises:
     ConfigError: JAX cannot find the others, or cannot listen at the address.
@@ -294,12 +292,7 @@ _on_abort: Any = None
 
 
 def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
-  """Sets the line and code with which JAX's runtime ends the process.
-
-  It aborts from a thread of its own when it hears of another process's death,
-  and has no other way to tell: a callback ends in a failed cast of C++. A
-  handler of Python's own would come too late.
-  """
+  """Sets the line and code with which JAX's runtime ends the process."""
   global _on_abort  # What C may call must stay.
   line = f"error: {text}\n".encode()
 
@@ -308,16 +301,16 @@ def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
     os.write(stderr, line)
     os._exit(exit_code)
 
+  # The runtime aborts from a thread of its own when it hears of another's
+  # death; its callback ends in a failed cast of C++, and a handler of Python's
+  # would come too late.
   _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
   ctypes.CDLL(None).signal(int(signal.SIGABRT), _on_abort)
 
 
 def _leave(seconds: int) -> None:
-  """Disconnects together with the others, if they end within some seconds.
-
-  Process 0 may not end before: its end would take the others for a failure. Nor
-  may the others, which while it saves would be missed.
-  """
+  """Disconnects together with the others, if they end within some seconds."""
+  # Process 0 would be missed by the others, and they by it while it saves.
   try:
     _client().wait_at_barrier("resnet_flax/leave", seconds * 1000)
   except Exception:
@@ -329,12 +322,9 @@ def _leave(seconds: int) -> None:
 
 
 def _client() -> Any:
-  """The runtime's client, whose values and barriers can be waited for long.
-
-  JAX has no public name for it. The public functions of `multihost_utils`
-  compute instead, and on CPUs computations give up after half a minute when
-  processes first connect for them.
-  """
+  """The runtime's client, whose values and barriers can be waited for long."""
+  # The public functions of `multihost_utils` compute instead, and on CPUs
+  # computations give up after half a minute when processes first connect.
   return multihost_utils.distributed.global_state.client
 
 
@@ -389,8 +379,7 @@ def first_then_others(function: Callable[[], T]) -> T:
 
   For what is prepared once on a disk that they may share.
   """
-  results: list[T] = []
-  first(lambda: results.append(function()))
+  results = first_only(lambda: [function()])
   return results[0] if results else function()
 
 
@@ -410,12 +399,8 @@ def check_same(name: str, value: Any) -> None:
   def compare() -> None:
     for process in range(1, jax.process_count()):
       other = json.loads(_wait_for(f"{prefix}/{process}"))
-      differing = [
-        f"{key} ({own.get(key)!r} in process 0, {other.get(key)!r} there)"
-        for key in sorted(own.keys() | other.keys())
-        if own.get(key) != other.get(key)
-      ]
-      if differing:
+      text = "{} ({!r} in process 0, {!r} there)"
+      if differing := errors.differences(own, other, text):
         raise errors.ConfigError(
           f"{name} of process {process} differs from process 0's:"
           f" {', '.join(differing)}. Start all processes with the same command,"
@@ -428,9 +413,8 @@ def check_same(name: str, value: Any) -> None:
 def meet() -> None:
   """Waits until all processes are here.
 
-  Must be called before they compute together after work that may take some of
-  them longer: on CPUs they connect when they first do, and give up after half a
-  minute.
+  Must be called before they first compute together after work that may take
+  some of them longer: on CPUs they then connect, for half a minute at most.
   """
   if jax.process_count() > 1:
     key = f"resnet_flax/meet/{next(_numbers)}"
@@ -442,15 +426,16 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
   if jax.process_count() == 1:
     return function()
   tree = function() if is_first() else like()
-  sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
+  leaves = jax.tree.leaves(tree)
+  sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+  own = [np.asarray(leaf).tobytes() for leaf in leaves] if is_first() else []
   # One vector, since a program of many takes long to compile, and of integers,
   # since a sum of floats loses the sign of a zero.
-  whole = np.zeros(-(-sum(sizes) // 4), np.uint32)
-  if is_first():
-    content = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))
-    whole.view(np.uint8)[: len(content)] = np.frombuffer(content, np.uint8)
+  content = b"".join(own).ljust(-(-sum(sizes) // 4) * 4, b"\0")
   meet()
-  shared = np.asarray(multihost_utils.broadcast_one_to_all(whole))
+  shared = multihost_utils.broadcast_one_to_all(
+    np.frombuffer(content, np.uint32)
+  )
   parts = iter(np.split(shared.view(np.uint8), np.cumsum(sizes)))
   return jax.tree.map(
     lambda leaf: np.frombuffer(next(parts), leaf.dtype).reshape(leaf.shape),
@@ -461,10 +446,9 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
 class Agreement:
   """When to save and to stop, at the same step in all processes.
 
-  The signals and clocks of processes differ. After every step and batch, which
-  all have together, each says which signal it has had and whether a checkpoint
-  is overdue by its clock: a computation over all devices, which waits in their
-  queue and is read one step late, as the step's metrics are.
+  Their signals and clocks differ. After every step and batch each says which
+  signal it has had and whether a checkpoint is overdue by its clock: a
+  computation over all devices, read one step late, as the step's metrics are.
   """
 
   has_stopped = False  # Whether the processes have agreed to stop.
@@ -478,9 +462,9 @@ class Agreement:
     self._signals, self._timer = signals, timer
     self._pending: jax.Array | None = None
     self._votes: dict[tuple[int, int], jax.Array] = {}
-    mesh = Mesh(np.asarray(devices), "device", axis_types=(AxisType.Auto,))
-    self._sharding = NamedSharding(mesh, PartitionSpec("device"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    mesh = mesh_lib.create_mesh(devices)
+    self._sharding = mesh_lib.sharding(mesh, mesh_lib.DATA)
+    everywhere = mesh_lib.sharding(mesh)
     self._count = jax.jit(lambda votes: votes.max(0), out_shardings=everywhere)
 
   def until(self, step: int) -> bool:
@@ -501,10 +485,7 @@ class Agreement:
       raise signals_lib.Stopped(wanted[0])
 
   def _vote(self, *, at_once: bool = False) -> Sequence[int]:
-    """Says which signal this process has had and whether a save is overdue.
-
-    Returns what any wanted the last time, or now.
-    """
+    """The signal and whether a save is overdue: what any said last, or now."""
     own = self._signals.number or 0, int(self._timer.overdue())
     if jax.process_count() == 1:
       return own

@@ -79,7 +79,6 @@ def get(tree: PyTree, mesh: Mesh) -> PyTree:
     leaf.is_fully_addressable or leaf.is_fully_replicated
     for leaf in jax.tree.leaves(tree)
   ):
-    tree = jax.jit(lambda tree: tree, out_shardings=mesh_lib.sharding(mesh))(
-      tree
-    )
+    everywhere = mesh_lib.sharding(mesh)
+    tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
   return jax.device_get(tree)

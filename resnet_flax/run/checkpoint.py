@@ -1,8 +1,8 @@
 """Checkpoints over Orbax: what they hold and which are kept.
 
-A checkpoint is a train state and a manifest, `manifest.json`: the forms of all
-arrays, a few numbers of the epoch in progress, and the SHA-256 of every file of
-the state. Orbax restores a flipped bit silently; here files are checked first.
+A checkpoint is a train state and `manifest.json`: the forms of all arrays, a
+few numbers of the epoch in progress, and the SHA-256 of every file of the
+state. Orbax restores a flipped bit silently; here files are checked first.
 
 Orbax is given one vector for each dtype, which holds the arrays end to end in
 the manifest's order: for every single array TensorStore would take a
@@ -41,10 +41,8 @@ SPACE_FACTOR = 3
 
 _FORMAT = 3
 _MANIFEST = "manifest.json"
-# The name of Orbax's item: a folder.
-_STATE = "state"
-# What Orbax writes last; without it nothing can be read.
-_MERGED = "manifest.ocdbt"
+_STATE = "state"  # Orbax's folder.
+_MERGED = "manifest.ocdbt"  # What Orbax writes last and reads first.
 
 # What it means where arrays differ; metrics, `epoch_sums`, may. Parameters come
 # first: the state of their optimizer differs with them.
@@ -60,7 +58,7 @@ _DIFFERENCES = {
 
 
 class _Kept(policies.PreservationPolicy):
-  """Which checkpoints outlive the next: the latest ones and the best."""
+  """Keeps the latest checkpoint, one to fall back on, and the best."""
 
   def __init__(self, best_steps: Callable[[], Collection[int]]):
     self._best_steps = best_steps
@@ -70,7 +68,6 @@ class _Kept(policies.PreservationPolicy):
   ) -> Sequence[bool]:
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
-    # The latest one, and one to fall back on.
     kept = {*self._best_steps(), *sorted(steps)[-2:]}
     return [step in kept for step in steps]
 
@@ -89,7 +86,7 @@ class Checkpoints:
 
   Args:
     workdir: the run's folder, which gets `checkpoints`.
-    best_steps: of the best epochs so far, which are kept.
+    best_steps: of the best epochs so far.
     read_only: changes nothing, so that a run can be read while it trains.
     on_event: called with "manifest" before it is written, in Orbax's thread.
   """
@@ -125,9 +122,8 @@ class Checkpoints:
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=process, active_processes={process}
         ),
+        # Before the checkpoint gets its final name.
         async_options=ocp.AsyncOptions(
-          # Before the checkpoint gets its final name: one with that name has
-          # its manifest.
           post_finalization_callback=self._write_manifest
         ),
       ),
@@ -176,8 +172,8 @@ class Checkpoints:
     for leaf in jax.tree.leaves(jax.device_get(state)):
       vectors.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
     packed = {dtype: np.concatenate(each) for dtype, each in vectors.items()}
-    forms = _forms(state)
-    self._manifest = {"format": _FORMAT, "notes": notes, "arrays": forms}
+    arrays = _forms(state)
+    self._manifest = {"format": _FORMAT, "notes": notes, "arrays": arrays}
     with _only_os_errors():
       self._manager.save(
         int(np.ravel(state.step)[0]),
@@ -267,26 +263,26 @@ class Checkpoints:
           target, count = self._damaged / f"{bad_step}-{count}", count + 1
         (self._folder / str(bad_step)).rename(target)
       if damaged:
-        text = (
-          "warning: going back to the checkpoint of step %d; what is damaged"
+        _logger.warning(
+          "warning: going back to the checkpoint of step %d; what is damaged is"
+          " now in %s",
+          step,
+          self._damaged,
         )
-        _logger.warning(f"{text} is now in %s", step, self._damaged)
         self._manager.reload()
       return restored
-    if damaged:
-      reasons = "; ".join(map(str, damaged.values()))
-      raise errors.WorkdirError(
-        f"no checkpoint in {self._folder} is good: {reasons}. Nothing was"
-        " changed. Restore one of these folders, or start again in another"
-        " --workdir."
-      )
-    return None
+    if not damaged:
+      return None
+    reasons = "; ".join(map(str, damaged.values()))
+    raise errors.WorkdirError(
+      f"no checkpoint in {self._folder} is good: {reasons}. Nothing was"
+      " changed. Restore one of these folders, or start again in another"
+      " --workdir."
+    )
 
   def has_fallen_back(self, step: int) -> bool:
     """Whether a checkpoint of a later step was damaged and set aside."""
-    if not self._damaged.is_dir():
-      return False
-    names = [path.name.partition("-")[0] for path in self._damaged.iterdir()]
+    names = [path.name.partition("-")[0] for path in self._damaged.glob("*")]
     return any(int(name) > step for name in names if name.isdecimal())
 
   def _write_manifest(self) -> None:
@@ -310,12 +306,11 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
-  """Keeps saves that fail from printing tracebacks of their own.
+  """Keeps saves that fail from printing tracebacks of their own."""
 
-  Orbax leaves its event loop at the first error, which it raises; TensorStore's
-  threads then report the others to a loop that is closed.
-  """
-
+  # Orbax leaves its event loop at the first error, which it raises;
+  # TensorStore's threads then report the others to a loop that is closed, some
+  # through one hook, some through the other.
   def quiet(hook: Any) -> Any:
     def report(*what: Any) -> None:
       error = what[1] if len(what) == 3 else what[0].exc_value
@@ -324,7 +319,6 @@ def _quiet_threads() -> Iterator[None]:
 
     return report
 
-  # Some of the threads use one hook, some the other.
   hooks = sys.unraisablehook, sys.excepthook
   sys.unraisablehook, sys.excepthook = map(quiet, hooks)
   try:

@@ -1,10 +1,13 @@
 """Parses the command line so that every mistake ends in one line."""
 
+import hashlib
+import itertools
 import os
 import re
+import warnings
 from typing import Any
 
-from absl import flags
+from absl import flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
@@ -16,48 +19,6 @@ _CONFIG = config_flags.DEFINE_config_file(
   "Config file, for example configs/v1_depth20.py. Must come before its"
   " overrides, for example --config.model.depth=56.",
 )
-
-
-class _ConfigFile(ConfigFileFlagParser):
-  """Executes a config file, once per start, and checks names of overrides."""
-
-  def __init__(self, argv: list[str]):
-    super().__init__("config")
-    end = argv.index("--") if "--" in argv else len(argv)
-    override = re.compile(r"--?(?:no)?config\.([^=]*)")
-    matches = map(override.match, argv[1:end])
-    self._overrides = [match[1] for match in matches if match]
-    self.before: dict[str, Any] = {}  # Without overrides, as {'seed': 0, ...}.
-
-  def parse(self, path: str) -> ConfigDict:
-    if not os.path.isfile(path.partition(":")[0]):
-      raise errors.ConfigError(
-        f"--config={path}: there is no such file; see the repository's"
-        " folder configs/."
-      )
-    try:
-      config = super().parse(path)
-    except KeyboardInterrupt:
-      raise
-    # Whatever a config file raises, also to leave the program, is the user's to
-    # see, in one line.
-    except BaseException as error:
-      text = (
-        f"--config={path} fails: {type(error).__name__}: {_last_line(error)}"
-      )
-      if isinstance(error, ModuleNotFoundError):
-        text += ". Run from the repository's top folder."
-      raise errors.ConfigError(text) from error
-    if not isinstance(config, ConfigDict):
-      raise errors.ConfigError(
-        f"--config={path}: get_config() returns {type(config).__name__}; it"
-        " must return an ml_collections.ConfigDict."
-      )
-    self.before = config_keys.to_flat(config)
-    for name in self._overrides:
-      if name not in self.before:
-        raise errors.unknown_name("config key", name, self.before)
-    return config
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -83,12 +44,58 @@ def parse_flags(argv: list[str]) -> list[str]:
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
     raise errors.ConfigError(_last_line(error) + hint) from error
-  if len(rest) > 1:
+  if rest[1:]:
     raise errors.ConfigError(
       f"unexpected argument {rest[1]!r}: every argument is --flag=value. Try"
       " --help."
     )
   return rest
+
+
+class _ConfigFile(ConfigFileFlagParser):
+  """Executes a config file, once per start, and checks names of overrides."""
+
+  def __init__(self, argv: list[str]):
+    super().__init__("config")
+    given = itertools.takewhile(lambda argument: argument != "--", argv[1:])
+    found = (re.match(r"--?(?:no)?config\.([^=]*)", each) for each in given)
+    self._overrides = [match[1] for match in found if match]
+    self.before: dict[str, Any] = {}  # Without overrides, as {'seed': 0, ...}.
+
+  def parse(self, path: str) -> ConfigDict:
+    if not os.path.isfile(path.partition(":")[0]):
+      raise errors.ConfigError(
+        f"--config={path}: there is no such file; see the repository's"
+        " folder configs/."
+      )
+    try:
+      config = super().parse(path)
+    except KeyboardInterrupt:
+      raise
+    # Whatever a config file raises, SystemExit too, ends in one line.
+    except BaseException as error:
+      text = f"{type(error).__name__}: {_last_line(error)}"
+      if isinstance(error, ModuleNotFoundError):
+        text += ". Run from the repository's top folder."
+      raise errors.ConfigError(f"--config={path} fails: {text}") from error
+    if not isinstance(config, ConfigDict):
+      raise errors.ConfigError(
+        f"--config={path}: get_config() returns {type(config).__name__}; it"
+        " must return an ml_collections.ConfigDict."
+      )
+    self.before = config_keys.to_flat(config)
+    for name in self._overrides:
+      if name not in self.before:
+        raise errors.unknown_name("config key", name, self.before)
+    return config
+
+
+def _last_line(error: BaseException) -> str:
+  """The last line of a message: the others are a library's traceback."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  line = lines[-1].strip()
+  # What is wrong comes at the end, after the value, however long.
+  return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"
 
 
 def has_config() -> bool:
@@ -129,11 +136,7 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
 
 def set_up() -> None:
   """Sets up messages and the compilation cache, before JAX is first used."""
-  import hashlib
-  import warnings
-
   import jax
-  from absl import logging as absl_logging
 
   from resnet_flax.data import cache
   from resnet_flax.run import environment, progress
@@ -151,11 +154,3 @@ def set_up() -> None:
     cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]
     folder = cache.cache_dir("") / f"compiled-{cpu}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def _last_line(error: BaseException) -> str:
-  """The last line of a message: the others are a library's traceback."""
-  lines = [line for line in str(error).splitlines() if line.strip()]
-  line = lines[-1].strip() if lines else type(error).__name__
-  # What is wrong comes at the end, after the value, however long.
-  return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from resnet_flax.run import errors
+
 _LIBRARIES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections"),
   *("tensorflow-datasets", "numpy"),
@@ -44,11 +46,7 @@ def num_cpu_threads() -> int:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """What differs between two environments, one line each, for people."""
-  return [
-    f"{key}: {old.get(key)} -> {new.get(key)}"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
-  ]
+  return errors.differences(old, new, "{}: {} -> {}")
 
 
 def cpu_model() -> str:

@@ -3,15 +3,15 @@
 import difflib
 import os
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
   """A mistake or a circumstance that the user can mend.
 
-  Its line names the key or the path, the value found and what would work. The
-  command line prints it without a traceback and ends with `exit_code`.
+  Names the key or the path, the value found and what would work. The command
+  line prints it without a traceback and ends with `exit_code`.
   """
 
   exit_code = 1
@@ -66,11 +66,24 @@ def one_line(error: BaseException) -> str:
 def leave(message: str, exit_code: int) -> NoReturn:
   """Ends the process with a line, without waiting for libraries' threads.
 
-  XLA compiles in threads of its own, and crashes if the interpreter is taken
-  away from under it; Orbax's wait for minutes for a save that has failed.
+  XLA's crash if they compile while the interpreter ends; Orbax's wait for
+  minutes for a save that has failed.
   """
   print(f"error: {message}", file=sys.stderr, flush=True)
   os._exit(exit_code)
+
+
+def differences(
+  old: Mapping[str, Any],
+  new: Mapping[str, Any],
+  text: str = "{} ({!r} there, {!r} here)",
+) -> list[str]:
+  """A text of key, old and new value for each key whose values differ."""
+  return [
+    text.format(key, old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:

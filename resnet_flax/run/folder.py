@@ -57,8 +57,7 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   try:
     made = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
+    tempfile.TemporaryFile(dir=workdir).close()
   except OSError as error:
     raise errors.WorkdirError(
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
@@ -82,7 +81,7 @@ def check_name(workdir: pathlib.Path) -> None:
   """
   path = str(workdir.absolute())
   # Surrogates stand for bytes that are not UTF-8.
-  if "[" in path or re.search("[\ud800-\udfff]", path):
+  if re.search("[\\[\ud800-\udfff]", path):
     raise errors.WorkdirError(
       f"workdir {path!r} cannot hold checkpoints: its path has a '[' or is not"
       " UTF-8. Pass another one with --workdir."
@@ -94,19 +93,16 @@ def check_same(
 ) -> None:
   """Checks that a run's stored configuration is this one.
 
-  Keys that do not change the mathematics may differ, and those in `free`; of
-  others WorkdirError lists all.
+  Raises:
+    WorkdirError: lists the keys that differ, except those that do not change
+      the mathematics and those in `free`.
   """
   stored = config_lib.to_flat(load_config(workdir))
   # Through JSON, in which tuples are lists.
   given = json.loads(json.dumps(config_lib.to_flat(config)))
-  differing = [
-    f"{key} ({stored.get(key)!r} there, {given.get(key)!r} here)"
-    for key in sorted(stored.keys() | given.keys())
-    if stored.get(key) != given.get(key)
-    and key not in (*config_lib.MAY_DIFFER, *free)
-  ]
-  if differing:
+  for key in (*config_lib.MAY_DIFFER, *free):
+    given[key] = stored.get(key)
+  if differing := errors.differences(stored, given):
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run of another configuration, which differs"
       f" in {', '.join(differing)}. Pass another --workdir, or the same"
@@ -118,8 +114,8 @@ def check_same(
 def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   """Holds `workdir`/lock, which says who has it, and removes it at the end.
 
-  The operating system frees it however its process ends: a file that is left
-  behind does not hold up the next. WorkdirError: another process has it.
+  The operating system frees it however its process ends. WorkdirError: another
+  process has it.
   """
   path = workdir / "lock"
   try:
@@ -139,8 +135,7 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     return
   with file:
     if file.read(1):
-      before = _owner(file)
-      _logger.info("taking over the lock of %s, which has ended", before)
+      _logger.info("taking over the lock of %s, which has ended", _owner(file))
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     file.truncate(0)
@@ -177,8 +172,7 @@ def _acquire(path: pathlib.Path) -> TextIO:
 def _owner(file: TextIO) -> str:
   file.seek(0)
   try:
-    owner = json.loads(file.read())
-    return "process {pid} on {host} since {since}".format(**owner)
+    return "process {pid} on {host} since {since}".format(**json.load(file))
   except (ValueError, TypeError, LookupError):  # Empty, or being written.
     return "another process"
 
@@ -194,8 +188,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   """
   path = workdir / "config.json"
   try:
-    stored = _read_json(path)
-    return ConfigDict(config_lib.with_defaults(stored)).lock()
+    return ConfigDict(config_lib.with_defaults(_read_json(path))).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
@@ -216,7 +209,7 @@ def record_start(
 ) -> None:
   """Writes config.json and environment.json, and warns if the latter changed.
 
-  The latter is of the first start; of later ones it gets what differs, under
+  The latter is of the first start; what differs in later ones is added under
   'resumed'. `data` is `Dataset.source`.
 
   Raises:
@@ -246,17 +239,16 @@ def record_start(
       f" there, {data} here. Pass the dataset.data_dir it was started with, or"
       " another --workdir."
     )
-  others = ("converted", "resumed")
-  first = {key: stored[key] for key in stored if key not in others}
-  if changes := environment.changes(first, now):
+  added = {key: stored[key] for key in ("converted", "resumed") & stored.keys()}
+  if changes := environment.changes(stored, now | added):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
       " may differ in the last bits: %s",
       "; ".join(changes),
     )
-    resumed = stored.get("resumed", [])
+    resumed = stored.setdefault("resumed", [])
     if changes not in resumed[-1:]:
-      stored["resumed"] = [*resumed, changes]
+      resumed.append(changes)
   files.write_json(path, stored)
 
 
@@ -271,10 +263,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def explain_write_errors(
   workdir: pathlib.Path, *, running: bool = False
 ) -> Iterator[None]:
-  """A full disk or a lost workdir ends in one line, not in a traceback.
-
-  A workdir may be lost after `record_start`, where the run is `running`.
-  """
+  """A full disk, or a workdir lost while `running`, ends in one line."""
   try:
     yield
   except OSError as error:

@@ -3,6 +3,7 @@
 python -m resnet_flax.run.help_text > docs/configuration.md
 """
 
+import itertools
 import re
 import sys
 import textwrap
@@ -51,10 +52,9 @@ def show_if_asked(argv: list[str]) -> None:
   Raises:
     ConfigError: --help=WORD, and nothing has this word.
   """
-  end = argv.index("--") if "--" in argv else len(argv)
-  for argument in argv[1:end]:
-    match = re.fullmatch(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?", argument)
-    if match:
+  asks = re.compile(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?")
+  for argument in itertools.takewhile(lambda each: each != "--", argv[1:]):
+    if match := asks.fullmatch(argument):
       modules = flags.FLAGS.flags_by_module_dict()
       # A tool is started through a module that defines no flags.
       tools = [name for name in modules if ".tools." in name]
@@ -64,14 +64,11 @@ def show_if_asked(argv: list[str]) -> None:
 
 
 def program_help(wanted: str, program: str) -> str:
-  """A program's flags and, if one of them is --config, the keys.
+  """A program's flags and, if one is --config, the keys, in 80 columns.
 
   Args:
     wanted: a part, a name, or a word of names and meanings; '' for everything.
     program: the module whose key flags are the program's.
-
-  Returns:
-    Lines of at most 80 columns.
 
   Raises:
     ConfigError: nothing has this word.
@@ -89,21 +86,15 @@ def program_help(wanted: str, program: str) -> str:
       f"--help={wanted}: no name and no meaning has this word. Parts: {parts}."
     )
   lines = []
-  for part in dict.fromkeys(entry.part for entry in chosen):
-    how = (
-      "" if part == "flags" else ", set by --config.KEY=VALUE after --config"
-    )
-    lines += ["", f"{part}{how}:"]
-    lines += [str(entry) for entry in chosen if entry.part == part]
+  for part, of_part in itertools.groupby(chosen, lambda entry: entry.part):
+    how = ", set by --config.KEY=VALUE after --config"
+    lines += ["", f"{part}{'' if part == 'flags' else how}:"]
+    lines += map(str, of_part)
   if not wanted:
     module = sys.modules.get(program) or sys.modules["__main__"]
     more = f"--help=WORD shows a part ({parts}), or what has this word."
-    lines = [
-      (module.__doc__ or "").strip(),
-      *lines,
-      "",
-      textwrap.fill(more, 80),
-    ]
+    summary = (module.__doc__ or "").strip()
+    lines = [summary, *lines, "", textwrap.fill(more, 80)]
   return "\n".join(lines).strip()
 
 
@@ -134,9 +125,9 @@ def _typed(value: Any) -> str:
 def page() -> str:
   """The page of the documentation, in Markdown."""
   text = _PAGE
-  for part in dict.fromkeys(key.part for key in KEYS.values()):
+  for part, keys in itertools.groupby(KEYS.values(), lambda key: key.part):
     text += _TABLE.format(part)
-    for key in (key for key in KEYS.values() if key.part == part):
+    for key in keys:
       default = f"`{_typed(key.default)}`" if key.default != "" else ""
       cells = [f"`{key.name}`", default, key.values.text, key.meaning]
       cells += ["yes" if key.may_differ else "", ", ".join(key.families)]

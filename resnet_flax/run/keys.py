@@ -57,17 +57,13 @@ def choice(*choices: Any, prefix: str = "") -> Values:
   """Values of one type; with a prefix also PREFIXNAME or PREFIXNAME/NAME."""
   names = [*map(str, choices), *([f"{prefix}NAME"] if prefix else [])]
   pattern = rf"{re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
-  return Values(
-    f"{', '.join(names[:-1])} or {names[-1]}",
-    lambda value: (
-      type(value) is type(choices[0])
-      and (
-        value in choices
-        or (bool(prefix) and re.fullmatch(pattern, value) is not None)
-      )
-    ),
-    choices,
-  )
+
+  def accept(value: Any) -> bool:
+    if type(value) is not type(choices[0]):
+      return False
+    return value in choices or bool(prefix and re.fullmatch(pattern, value))
+
+  return Values(f"{', '.join(names[:-1])} or {names[-1]}", accept, choices)
 
 
 def tuple_of(each: Values) -> Values:
@@ -84,14 +80,16 @@ def tuple_of(each: Values) -> Values:
 
 
 def _is_path(value: Any) -> bool:
+  if type(value) is not str or "\0" in value:
+    return False
   try:
-    return "\0" not in value and len(os.fsencode(value)) <= _LONGEST_PATH
+    return len(os.fsencode(value)) <= _LONGEST_PATH
   except UnicodeError:  # Half a character.
     return False
 
 
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
-PATH = Values("a path", lambda value: type(value) is str and _is_path(value))
+PATH = Values("a path", _is_path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +99,9 @@ class Key:
   name: str
   default: Any
   values: Values
-  # The values of `model.name` whose networks read it, () for all; for the other
-  # networks it must be the default.
+  # The `model.name`s that read it, () for all; the others need the default.
   families: tuple[str, ...] = ()
-  # Whether a run can be resumed with another value, because it does not change
-  # what is computed.
+  # Whether a run can be resumed with another value: it changes no result.
   may_differ: bool = False
   meaning: str = ""
 
@@ -127,8 +123,9 @@ class Key:
       raise errors.unknown_name(self.name, value, choices)
     try:
       text = repr(value)
-    # An integer of thousands of digits has none, nor may what a file made.
-    except Exception:
+    except (
+      Exception
+    ):  # An integer of thousands of digits, or a file's own type.
       text = f"({type(value).__name__})"
     text = text if len(text) <= 100 else f"{text[:100]}..."
     raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")

@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
@@ -45,15 +46,11 @@ def layer_names(experiment: step_lib.Experiment) -> tuple[str, ...]:
     For example 'stem_conv', 'stage1_block1/conv1', ..., 'head'; projections of
     shortcuts and gates where they are computed.
   """
-  return tuple("/".join(path) for path in _paths(experiment))
-
-
-def _paths(experiment: step_lib.Experiment) -> list[tuple[str, ...]]:
-  paths = []
+  names = []
 
   def note(next_call, args, kwargs, context):
     if _has_kernel(context):
-      paths.append(context.module.path)
+      names.append("/".join(context.module.path))
     return next_call(*args, **kwargs)
 
   with nn.intercept_methods(note):
@@ -62,7 +59,7 @@ def _paths(experiment: step_lib.Experiment) -> list[tuple[str, ...]]:
       jax.random.key(0),
       jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32),
     )
-  return paths
+  return tuple(names)
 
 
 def _has_kernel(context: nn.module.InterceptorContext) -> bool:
@@ -80,13 +77,8 @@ def create_hook(
 ) -> Callable[[int, networks.Networks, program.Batch], None]:
   """What the loop calls before a step: writes norms, where they are asked for.
 
-  Args:
-    config: the experiment's.
-    experiment: the fixed parts.
-    state: only its shapes are used.
-    key: the augmentation key[] of each network.
-    layout: where the networks are.
-    write: called with the step and numbers by their tags.
+  Of `state` only the shapes are used; `key` is the augmentation key[] of each
+  network; `write` is called with the step and numbers by their tags.
   """
   if not config.log_layer_norms_every:
     return lambda *_: None
@@ -125,16 +117,11 @@ def measured_step(
         experiment, state, images, labels, key, collections=[_COLLECTION]
       )
     )
-  paths = _paths(experiment)
+  layers = layer_names(experiment)
 
-  def of_layers(tree: Any, name: str) -> list[jax.Array]:
-    layers = []
-    for path in paths:
-      node = tree
-      for part in path:
-        node = node[part]
-      layers.append(node[name])
-    return layers
+  def of_layers(tree: Mapping[str, Any], name: str) -> list[jax.Array]:
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return [flat[f"{layer}/{name}"] for layer in layers]
 
   before = of_layers(state.params, "kernel")
   after = of_layers(new_state.params, "kernel")
@@ -152,21 +139,15 @@ def _note_output(next_call, args, kwargs, context):
   outputs = next_call(*args, **kwargs)
   if _has_kernel(context):
     (size,) = grouping.reduce_each(norm, [jax.lax.stop_gradient(outputs)])
-    context.module.sow(
-      _COLLECTION,
-      "activation",
-      size / math.sqrt(outputs.size),
-      init_fn=lambda: None,
-      reduce_fn=lambda _, value: value,
-    )
+    rms = size / math.sqrt(outputs.size)
+    context.module.put_variable(_COLLECTION, "activation", rms)
   return outputs
 
 
 def norm(x: jax.Array) -> jax.Array:
   """The root of the sum of squares, float32[], of an array of any shape.
 
-  Neither overflows nor vanishes where the squares would: without normalisation
-  signals grow by a factor in every block.
+  Neither overflows nor vanishes where the squares would.
   """
   x = x.astype(jnp.float32)
   largest = jnp.max(jnp.abs(x))

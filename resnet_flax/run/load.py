@@ -96,12 +96,11 @@ def load_model(
 
   def predict(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
-    expected = experiment.image_shape
-    if images.dtype != np.uint8 or images.shape[1:] != expected:
+    if images.dtype != np.uint8 or images.shape[1:] != experiment.image_shape:
+      shape = ", ".join(["N", *map(str, experiment.image_shape)])
       raise ValueError(
-        f"predict needs uint8 images of shape [N, {expected[0]},"
-        f" {expected[1]}, {expected[2]}]; got {images.dtype}"
-        f"{list(images.shape)}."
+        f"predict needs uint8 images of shape [{shape}]; got"
+        f" {images.dtype}{list(images.shape)}."
       )
     size = config.eval_batch_size
     parts = [
@@ -141,9 +140,9 @@ def evaluate_workdir(
   Returns:
     `loss`, `accuracy` (a fraction), the `step` of the checkpoint (steps done)
     and, but for step 0, its 0-based `epoch`, which may not be at its end. Of
-    several seeds `seeds`, a list of these, each with its `seed` and for its own
-    best epoch; `ensemble_loss` and `ensemble_accuracy`; and the means of `loss`
-    and `accuracy`, with their sample standard deviations as NAME_std.
+    several seeds their means, with sample standard deviations as NAME_std,
+    `ensemble_loss`, `ensemble_accuracy`, and `seeds`: the above for each `seed`
+    in its own best epoch.
 
   Raises:
     ConfigError, WorkdirError: see `load_model`.
@@ -178,14 +177,11 @@ def evaluate_workdir(
 
 
 def _restore(
-  workdir: pathlib.Path,
-  which: str,
-  config: ConfigDict | None = None,
+  workdir: pathlib.Path, which: str, given: ConfigDict | None = None
 ) -> tuple[ConfigDict, step_lib.Experiment, list[step_lib.TrainState]]:
   """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  given = config
   config = given or folder.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
@@ -203,12 +199,10 @@ def _restore(
     if not steps:
       raise missing
     like = experiment_lib.abstract_state(config, experiment)
-    restored = {
-      step: networks.unstack(
-        checkpoints.restore(step, like)[0], config.num_seeds
-      )
-      for step in set(steps)
-    }
+    restored = {}
+    for step in set(steps):
+      stacked, _ = checkpoints.restore(step, like)
+      restored[step] = networks.unstack(stacked, config.num_seeds)
   states = [restored[step][k] for k, step in enumerate(steps)]
   return config, experiment, states
 
@@ -220,14 +214,10 @@ def _choose_steps(
   if which == "latest":
     return [max(steps)] * config.num_seeds if steps else []
   # A record may be there before its checkpoint is.
-  records = [
-    record
-    for record in metrics.MetricsLog(workdir).read()
-    if record["step"] in steps
-  ]
+  records = metrics.MetricsLog(workdir).read()
+  records = [record for record in records if record["step"] in steps]
   if not records:
-    # `convert` saves what a run starts from: until an epoch is over there is
-    # nothing better.
+    # What a run starts from, as `convert` saves it, is the best so far.
     return [0] * config.num_seeds if 0 in steps else []
   best = metrics.best_records(records, config.checkpoint.monitor)
   return [record["step"] for record in best]
@@ -255,17 +245,10 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   try:
     source = load_model(workdir)
   except errors.UserError as error:
-    raise errors.WorkdirError(
-      f"init_from={workdir} cannot be used: {error}"
-    ) from error
-  differing = [
-    f"model.{key} ({there!r} there, {here!r} here)"
-    for key in sorted(config.model.keys())
-    if key not in _MAY_DIFFER
-    and (there := _value(source.config.model, key))
-    != (here := _value(config.model, key))
-  ]
-  if differing:
+    text = f"init_from={workdir} cannot be used: {error}"
+    raise errors.WorkdirError(text) from error
+  there, here = _network(source.config.model), _network(config.model)
+  if differing := errors.differences(there, here):
     raise errors.ConfigError(
       f"init_from={workdir} holds another network, which differs in"
       f" {', '.join(differing)}. Pass its values, or another init_from."
@@ -281,13 +264,17 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   return source.variables
 
 
-def _value(config: ConfigDict, key: str) -> object:
-  # What is left to the family may be spelt out there, and not here.
-  if key == "shortcut":
-    return registry.shortcut(config)
-  if key == "num_filters":
-    return registry.num_filters(config)
-  return config[key]
+def _network(model: ConfigDict) -> dict[str, Any]:
+  """The keys that say which network it is, with its family's choices."""
+  chosen = model.to_dict() | {
+    "shortcut": registry.shortcut(model),
+    "num_filters": registry.num_filters(model),
+  }
+  return {
+    f"model.{key}": value
+    for key, value in chosen.items()
+    if key not in _MAY_DIFFER
+  }
 
 
 def initialize(

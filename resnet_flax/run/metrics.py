@@ -9,6 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+
 from resnet_flax.run import errors, files as files_lib
 
 Record = dict[str, Any]
@@ -19,10 +22,6 @@ TIMED = ("epoch_seconds", "images_per_second")
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
-# An epoch's checkpoint may still be on its way to the disk when its record is
-# written, but not that of the epoch before.
-_MOST_AHEAD = 1
-
 
 class MetricsLog:
   """The file metrics.jsonl: one JSON object for each finished epoch."""
@@ -32,16 +31,14 @@ class MetricsLog:
 
   def read(self) -> list[Record]:
     """The records so far, oldest first; a torn last line is left out."""
-    if not self._path.exists():
-      return []
-    records = []
-    for line in self._path.read_bytes().splitlines(keepends=True):
-      try:
-        if not line.endswith(b"\n"):
-          break  # A killed run was writing it.
-        records.append(json.loads(line))
-      except ValueError:
-        break  # The disk lost its end.
+    records: list[Record] = []
+    if self._path.exists():
+      # What follows the last line break was being written by a killed run.
+      for line in self._path.read_bytes().split(b"\n")[:-1]:
+        try:
+          records.append(json.loads(line))
+        except ValueError:
+          break  # The disk lost its end.
     return records
 
   def cut_back(
@@ -50,8 +47,8 @@ class MetricsLog:
     """Drops the records of epochs that end after the restored step.
 
     Returns:
-      The records that are kept. Where the last epoch was trained but not
-      evaluated yet, there is one less than epochs.
+      The records that are kept: one less than epochs if the last one was
+      trained but not evaluated yet.
 
     Raises:
       WorkdirError: there are fewer records than epochs, or more of them than
@@ -59,10 +56,10 @@ class MetricsLog:
     """
     records = self.read()
     epochs, within = divmod(step, steps_per_epoch)
-    least = epochs - (not within and epochs > 0)
-    if not least <= len(records) or (
-      len(records) > epochs + _MOST_AHEAD and not fallen_back
-    ):
+    too_few = len(records) < (epochs if within else epochs - 1)
+    # An epoch's checkpoint may be on its way to the disk when its record is
+    # written, but not that of the epoch before.
+    if too_few or (len(records) > epochs + 1 and not fallen_back):
       raise errors.WorkdirError(
         f"{self._path} has {len(records)} epochs but the latest checkpoint has"
         f" {epochs}: files are missing or were changed. Restore them, or"
@@ -91,12 +88,11 @@ def summarize(
   of_seeds: Sequence[Record],
   ensemble: Record,
 ) -> Record:
-  """The record of an epoch of one or several networks.
+  """The record of an epoch: of one network `first` and its metrics.
 
-  Returns:
-    Of one network its metrics. Of several their means, under NAME_std their
-    sample standard deviations (but of the learning rate), and under 'seeds'
-    the metrics of each.
+  Of several `first`, the means of their metrics, under NAME_std their sample
+  standard deviations (but of the learning rate), `ensemble`, and under 'seeds'
+  the metrics of each.
   """
   if len(seeds) == 1:
     return first | of_seeds[0]
@@ -106,10 +102,8 @@ def summarize(
     record[name] = statistics.fmean(values)
     if name != "learning_rate":
       record[f"{name}_std"] = statistics.stdev(values)
-  each = [
-    {"seed": seed} | values
-    for seed, values in zip(seeds, of_seeds, strict=True)
-  ]
+  pairs = zip(seeds, of_seeds, strict=True)
+  each = [{"seed": seed} | values for seed, values in pairs]
   return record | ensemble | {"seeds": each}
 
 
@@ -132,10 +126,8 @@ def best_record(records: list[Record], monitor: str) -> Record:
 
   Of equally good ones the first.
   """
-  sign = 1 if MONITORED[monitor] else -1
-  return max(
-    records, key=lambda record: sign * record[monitored(record, monitor)]
-  )
+  best = max if MONITORED[monitor] else min
+  return best(records, key=lambda record: record[monitored(record, monitor)])
 
 
 def monitored(record: Mapping[str, Any], monitor: str) -> str:
@@ -153,9 +145,6 @@ class TensorBoard:
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2
-
     events = workdir / "tensorboard" / "events"
     events.parent.mkdir(exist_ok=True)
     # Not SummaryWriter: its thread would die on a full disk, unnoticed, and
@@ -163,9 +152,11 @@ class TensorBoard:
     # files of one second.
     self._writer = EventsWriter(str(events), f".{os.getpid()}")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._writer.write_event(
-      event_pb2.Event(step=step, wall_time=time.time(), session_log=start)
-    )
+    self._write_event(step, session_log=start)
+
+  def _write_event(self, step: int, **content: Any) -> None:
+    event = event_pb2.Event(step=step, wall_time=time.time(), **content)
+    self._writer.write_event(event)
 
   def write(self, record: Record) -> None:
     """Writes the metrics of an epoch at its step; may raise OSError."""
@@ -179,19 +170,11 @@ class TensorBoard:
 
   def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Writes numbers by their tags after so many steps; may raise OSError."""
-    from tensorboardX.proto import event_pb2, summary_pb2
-
-    summary = [
+    scalars = [
       summary_pb2.Summary.Value(tag=tag, simple_value=value)
       for tag, value in values.items()
     ]
-    self._writer.write_event(
-      event_pb2.Event(
-        step=step,
-        wall_time=time.time(),
-        summary=summary_pb2.Summary(value=summary),
-      )
-    )
+    self._write_event(step, summary=summary_pb2.Summary(value=scalars))
     self._writer.flush()
 
   def __enter__(self) -> "TensorBoard":

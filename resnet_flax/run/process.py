@@ -35,24 +35,22 @@ def run(main: Callable[[list[str]], None]) -> None:
   Args:
     main: called with the program's name and the arguments that are no flags.
   """
-  # Not an exception: one that is raised while libraries are imported may be
-  # caught there, and the signal would be lost.
+  # A handler that ends the process: what one raises while libraries are
+  # imported may be caught there, and the signal would be lost.
   _set_handlers(_stop)
   try:
     from resnet_flax.run import command_line
 
     app.run(main, flags_parser=command_line.parse_flags)
   except SystemExit:
-    # Nothing is left to be stopped: all was done, and the interpreter ends.
-    _set_handlers(signal.SIG_IGN)
+    _set_handlers(signal.SIG_IGN)  # All was done: nothing is left to stop.
     raise
   except errors.UserError as error:
     errors.leave(str(error), error.exit_code)
   except KeyboardInterrupt as error:
-    _stop(getattr(error, "number", signal.SIGINT), None)
+    _stop(getattr(error, "number", signal.SIGINT))
   except BrokenPipeError:
-    # Whoever reads the output, such as `head`, has seen enough.
-    os._exit(0)
+    os._exit(0)  # Whoever reads the output, such as `head`, has seen enough.
 
 
 def _set_handlers(handler: Any) -> None:
@@ -62,7 +60,7 @@ def _set_handlers(handler: Any) -> None:
       signal.signal(number, handler)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
+def _stop(number: int, frame: FrameType | None = None) -> NoReturn:
   del frame
   name = signal.Signals(number).name
   errors.leave(f"stopped by {name}; nothing new was saved.", 128 + number)
@@ -71,13 +69,12 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def use_huge_pages() -> None:
   """Starts this Python process again, with huge pages, if that helps.
 
-  Must be called first, while nothing has been read or opened: glibc takes the
-  setting only when a process starts. The process keeps its number, its files
-  and its command line.
+  glibc takes the setting only when a process starts: must be called before
+  anything is read or opened. The process keeps its number and command line.
 
-  A training step's temporary memory on a CPU is taken from and given back to
-  the system at every step: 300 MB for ResNet-20 at batch 128, which are 75,000
-  page faults in pages of 4 KiB and a few hundred in pages of 2 MiB.
+  On a CPU every training step takes its temporary memory from the system and
+  gives it back: 300 MB for ResNet-20 at batch 128, which are 75,000 page faults
+  in pages of 4 KiB and a few hundred in pages of 2 MiB.
   """
   path = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
   try:
@@ -92,22 +89,16 @@ def use_huge_pages() -> None:
 def environment_with_huge_pages(
   environ: Mapping[str, str], libc: tuple[str, str], mode: str
 ) -> dict[str, str] | None:
-  """The environment in which glibc asks for huge pages.
+  """A copy of the environment in which glibc asks for huge pages.
 
-  Returns:
-    A changed copy; None if nothing need or can be done: glibc is older than
-    2.35, the system gives huge pages to all programs or to none, or the user
-    has chosen.
+  None if nothing need or can be done: glibc is older than 2.35, the system
+  gives huge pages to all programs or to none, or the user has chosen.
   """
   library, version = libc
   numbers = [int(part) for part in version.split(".") if part.isdigit()]
   tunables = environ.get("GLIBC_TUNABLES", "")
-  if (
-    library != "glibc"
-    or numbers < [2, 35]
-    or "[madvise]" not in mode
-    or _HUGE_PAGES in tunables
-  ):
+  can_ask = library == "glibc" and numbers >= [2, 35] and "[madvise]" in mode
+  if not can_ask or _HUGE_PAGES in tunables:
     return None
   tunables = ":".join(filter(None, [tunables, f"{_HUGE_PAGES}=1"]))
   return {**environ, "GLIBC_TUNABLES": tunables}

@@ -31,9 +31,8 @@ class StopSignals:
   libraries that run an event loop, as Orbax does when it saves, would otherwise
   meet the exception in the middle of their work. A second one never waits.
 
-  Nothing happens outside the main thread, where Python delivers no signals,
-  and to a signal that the process ignores, as a shell's background job does
-  with Ctrl-C.
+  Does nothing outside the main thread, where Python delivers no signals, and to
+  a signal that the process ignores, as a shell's background job does Ctrl-C.
 
   Args:
     exits: a second signal, or a first one that finds nothing to save and an
@@ -99,8 +98,7 @@ class StopSignals:
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
     again = self.number is not None
-    if self.number is None:
-      self.number = number
+    self.number = self.number or number
     if again or not self._held:
       raise Stopped(self.number)
 
@@ -126,10 +124,8 @@ class StopSignals:
 class Timer:
   """Says when the next checkpoint is due, besides the end of an epoch.
 
-  Args:
-    every_steps: due after every step that it divides; 0 turns it off.
-    every_minutes: due so long after the last one; 0 turns it off.
-    clock: seconds; one that is never set back.
+  After every step that `every_steps` divides, and `every_minutes` after the
+  last one; 0 turns either off. `clock` gives seconds.
   """
 
   def __init__(
