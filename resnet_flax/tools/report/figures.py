@@ -4,29 +4,21 @@ Colours are those of Okabe and Ito (2008); what they tell apart, markers or
 lines do as well. The same input gives the same bytes.
 """
 
-import dataclasses
+import contextlib
 import io
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from resnet_flax.tools.report import runs as runs_lib, scores as scores_lib
 
 # Without their yellow, which is lost on white.
-_COLORS = (
-  "#000000",
-  "#e69f00",
-  "#0072b2",
-  "#d55e00",
-  "#009e73",
-  "#cc79a7",
-)
+_COLORS = ["#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 _MARKERS = ("o", "s", "^", "X", "D", "v")
 # What can be told apart in one pair of axes.
 _MOST_CURVES = len(_COLORS)
@@ -50,19 +42,17 @@ _STYLE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
   """A figure as it is written."""
 
   name: str  # Of its files, without suffix.
   text: str  # What it shows, for those who do not see it.
   caption: str  # What one must know to read it.
-  png: bytes  # The file's bytes.
-  svg: bytes  # The file's bytes.
+  png: bytes
+  svg: bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
   """What a learning curve shows."""
 
   name: str  # Of the records' keys, after `train_` and `test_`.
@@ -92,31 +82,20 @@ def learning_curves(
   rendered = []
   for first in range(0, len(groups), _MOST_CURVES):
     part = groups[first : first + _MOST_CURVES]
-    with _style():
-      figure = Figure((7.2, 4.6 + 0.2 * len(part)), layout="constrained")
-      axes = figure.add_subplot()
+    with _axes(7.2, 4.6 + 0.2 * len(part)) as (figure, axes):
       for position, group in enumerate(part):
         _draw_curves(axes, group, metric, position)
+      # For the legend.
+      axes.plot([], [], color="gray", linewidth=2.4, label="test")
+      axes.plot([], [], color="gray", label="train", **_TRAIN_LINE)
       margin = 0.02 * num_epochs + 0.1
       axes.set_xlim(1 - margin, num_epochs + margin)
       axes.set_ylim(limits)
       axes.set_xlabel("epochs of training")
       axes.set_ylabel(metric.title)
       axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-      _legend(
-        figure,
-        [
-          *_handles(part),
-          Line2D([], [], color="gray", linewidth=2.4, label="test"),
-          Line2D(
-            [], [], color="gray", linewidth=0.9, dashes=(5, 2), label="train"
-          ),
-        ],
-      )
       names = "; ".join(group.name for group in part)
-      number = (
-        f"_{first // _MOST_CURVES + 1}" if len(groups) > len(part) else ""
-      )
+      number = f"_{first // _MOST_CURVES + 1}" if groups[_MOST_CURVES:] else ""
       rendered.append(
         _render(
           figure,
@@ -147,27 +126,30 @@ def _limits(
   return (0.0 if lowest < top / 3 else 0.9 * lowest), top
 
 
+_TRAIN_LINE: dict[str, Any] = {"linewidth": 0.9, "dashes": (5, 2)}
+_TEST_LINE: dict[str, Any] = {"linewidth": 2.4, "markeredgecolor": "white"}
+
+
 def _draw_curves(
   axes: Any, group: runs_lib.Group, metric: Metric, position: int
 ) -> None:
   epochs = np.arange(1, group.num_epochs + 1)
-  color, marker = _COLORS[position], _MARKERS[position]
   every = math.ceil(group.num_epochs / _MARKERS_OF_A_CURVE)
-  # Markers of like curves do not hide each other.
-  offset = position * every // _MOST_CURVES
-  of_split: dict[str, dict[str, Any]] = {
-    "train": {"linewidth": 0.9, "dashes": (5, 2), "markersize": 3},
-    "test": {"linewidth": 2.4, "markersize": 8, "markeredgecolor": "white"},
-  }
-  for split, line in of_split.items():
+  label = _plain(group.name) + ("" if group.finished else " (unfinished)")
+  for split, size, line in (
+    ("train", 3, _TRAIN_LINE),
+    ("test", 8, _TEST_LINE | {"label": label}),
+  ):
     curves = metric.values(group, split)
-    mean = curves.mean(axis=0)
+    mean, color = curves.mean(axis=0), _COLORS[position]
     axes.plot(
       epochs,
       mean,
       color=color,
-      marker=marker,
-      markevery=(offset, every),
+      marker=_MARKERS[position],
+      markersize=size,
+      # Markers of like curves do not hide each other.
+      markevery=(position * every // _MOST_CURVES, every),
       **line,
     )
     if len(curves) > 1:
@@ -191,24 +173,26 @@ def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
   lines = list(families.values())
   if all(len(line) < 2 for line in lines):
     return None
-  names = [
-    name
-    for name, _ in runs_lib.labels([_without_depth(line[0]) for line in lines])
-  ]
+  labels = runs_lib.labels([_without_depth(line[0]) for line in lines])
+  names = [name for name, _ in labels]
   depths = sorted({g.config["model.depth"] for line in lines for g in line})
-  with _style():
-    figure = Figure((7.2, 4.4 + 0.2 * len(lines)), layout="constrained")
-    axes = figure.add_subplot()
+  with _axes(7.2, 4.4 + 0.2 * len(lines)) as (figure, axes):
     for position, line in enumerate(lines):
       line.sort(key=lambda group: group.config["model.depth"])
       errors = [ERROR.values(group, "test")[:, -1] for group in line]
+      again, place = divmod(position, len(_COLORS))
       axes.errorbar(
         [group.config["model.depth"] for group in line],
         [error.mean() for error in errors],
         yerr=[error.std(ddof=1) if len(error) > 1 else 0.0 for error in errors],
         capsize=4,
         linewidth=1.6,
-        **_line_style(position),
+        color=_COLORS[place],
+        marker=_MARKERS[place],
+        markersize=6,
+        # Tells apart more lines than there are colours.
+        linestyle=("-", "--", ":", "-.")[again % 4],
+        label=_plain(names[position]),
       )
     if depths[-1] > 10 * depths[0]:
       axes.set_xscale("log")
@@ -216,13 +200,6 @@ def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
     axes.minorticks_off()
     axes.set_xlabel("depth (weighted layers)")
     axes.set_ylabel("test error after the last epoch (%)")
-    _legend(
-      figure,
-      [
-        Line2D([], [], label=_plain(name), **_line_style(position))
-        for position, name in enumerate(names)
-      ],
-    )
     return _render(
       figure,
       "depth",
@@ -238,35 +215,18 @@ def _without_depth(group: runs_lib.Group) -> dict[str, Any]:
   return {k: v for k, v in group.config.items() if k != "model.depth"}
 
 
-def _line_style(position: int) -> dict[str, Any]:
-  """Tells apart more lines than there are colours."""
-  again = position // len(_COLORS)
-  position %= len(_COLORS)
-  return {
-    "color": _COLORS[position],
-    "marker": _MARKERS[position],
-    "markersize": 6,
-    "linestyle": ("-", "--", ":", "-.")[again % 4],
-  }
-
-
 def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
   """The confusion matrix, shaded by the share of the true class.
 
-  Args:
-    scores: of a checkpoint.
-    name: of the figure's files.
-    what: the checkpoint, for people.
+  Of the checkpoint that is `what` for people; `name` is that of the files.
   """
   matrix = scores.confusion
   classes = len(matrix)
   of_class = matrix.sum(axis=1, keepdims=True)
   share = 100 * matrix / np.maximum(of_class, 1)
   numbered = classes <= _MOST_NUMBERED_CLASSES
-  with _style():
-    size = 3.4 + 0.4 * classes if numbered else 8.0
-    figure = Figure((size, size - 0.6), layout="constrained")
-    axes = figure.add_subplot()
+  size = 3.4 + 0.4 * classes if numbered else 8.0
+  with _axes(size, size - 0.6) as (figure, axes):
     axes.grid(False)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
@@ -274,21 +234,15 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     labels = [_plain(label) for label in scores.class_names]
-    turned = max(map(len, labels)) > 2
-    size_of_text = 10 if numbered else 4
-    axes.set_xticks(
-      range(classes), labels, rotation=90 * turned, fontsize=size_of_text
-    )
-    axes.set_yticks(range(classes), labels, fontsize=size_of_text)
+    font = {"fontsize": 10 if numbered else 4}
+    turned = 90 if max(map(len, labels)) > 2 else 0
+    axes.set_xticks(range(classes), labels, rotation=turned, **font)
+    axes.set_yticks(range(classes), labels, **font)
     if numbered:
       for i, j in np.ndindex(matrix.shape):
         axes.text(
-          j,
-          i,
-          str(matrix[i, j]),
-          ha="center",
-          va="center",
-          fontsize=8,
+          *(j, i, str(matrix[i, j])),
+          **{"ha": "center", "va": "center", "fontsize": 8},
           color="white" if share[i, j] > 50 else "black",
           # What is not there is no news.
           alpha=1.0 if matrix[i, j] else 0.35,
@@ -308,27 +262,22 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
   """A sheet of the most confident mistakes, of which there is at least one.
 
-  Args:
-    scores: of a checkpoint.
-    name: of the figure's files.
-    what: the checkpoint, for people.
+  See `confusion`.
   """
   wrong = scores.mistakes
   rows = math.ceil(len(wrong) / _MISTAKES_IN_A_ROW)
-  with _style():
-    figure = Figure((7.2, 2.05 * rows), layout="constrained")
+  with _axes(7.2, 2.05 * rows) as (figure, axes):
+    axes.remove()
     cells = figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).ravel()
     for cell in cells:
       cell.axis("off")
     for k, cell in enumerate(cells[: len(wrong)]):
       true = _plain(scores.class_names[wrong.labels[k]])
-      confidence = f"{wrong.confidences[k]:.1%}"
       predicted = _plain(scores.class_names[wrong.predicted[k]])
       cell.imshow(wrong.images[k], interpolation="none")
-      cell.set_title(
-        f"true: {true}\npredicted: {predicted}\nwith {confidence}",
-        fontsize=7.5,
-      )
+      title = f"true: {true}\npredicted: {predicted}"
+      title += f"\nwith {wrong.confidences[k]:.1%}"
+      cell.set_title(title, fontsize=7.5)
     return _render(
       figure,
       name,
@@ -339,50 +288,33 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     )
 
 
-def _handles(groups: Sequence[runs_lib.Group]) -> list[Line2D]:
-  return [
-    Line2D(
-      [],
-      [],
-      color=_COLORS[position],
-      marker=_MARKERS[position],
-      markersize=8,
-      markeredgecolor="white",
-      linewidth=2.4,
-      label=_plain(group.name) + ("" if group.finished else " (unfinished)"),
-    )
-    for position, group in enumerate(groups)
-  ]
-
-
-def _legend(figure: Figure, handles: list[Line2D]) -> None:
-  wide = any(len(str(handle.get_label())) > 30 for handle in handles)
-  figure.legend(
-    handles=handles,
-    loc="outside lower center",
-    ncols=1 if wide and len(handles) < 4 else 2,
-    fontsize=9,
-  )
-
-
 def _plain(text: str) -> str:
   """Text in which a dollar sign begins no formula."""
   return text.replace("$", r"\$")
 
 
-def _style() -> Any:
+@contextlib.contextmanager
+def _axes(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
+  """A figure of this size, in inches, with one pair of axes, in our style."""
   # Not the user's own settings, which differ between machines.
-  return style.context(["default", _STYLE])
+  with style.context(["default", _STYLE]):
+    figure = Figure((width, height), layout="constrained")
+    yield figure, figure.add_subplot()
 
 
 def _render(figure: Figure, name: str, *, text: str, caption: str) -> Rendered:
+  _, labels = figure.axes[0].get_legend_handles_labels()
+  if labels:
+    columns = 1 if max(map(len, labels)) > 30 and len(labels) < 4 else 2
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+  # Neither the time nor the version of the library.
+  unstamped = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+  }
   files = {}
-  for kind in ("png", "svg"):
+  for kind, metadata in unstamped.items():
     file = io.BytesIO()
-    # Neither the time nor the version of the library.
-    unstamped = (
-      {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    )
-    figure.savefig(file, format=kind, dpi=150, metadata=unstamped)
+    figure.savefig(file, format=kind, dpi=150, metadata=metadata)
     files[kind] = file.getvalue()
   return Rendered(name, text, caption, **files)

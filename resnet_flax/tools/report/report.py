@@ -1,31 +1,28 @@
 """What is in a report, and its files: made as a whole, then written."""
 
 import contextlib
-import dataclasses
+import itertools
 import logging
 import os
 import pathlib
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import (
-  errors,
-  files as files_lib,
-  load,
-  metrics,
-  rules,
-)
+from resnet_flax.run import errors, files as files_lib, load, metrics, rules
 from resnet_flax.tools.report import (
   figures as figures_lib,
   page,
   runs as runs_lib,
   scores as scores_lib,
-  tables as tables_lib,
 )
+from resnet_flax.tools.report.page import Section
+from resnet_flax.tools.report.runs import Group, Run, Statistic, shown
+from resnet_flax.tools.report.tables import Column, Table
 
 _logger = logging.getLogger(__name__)
 
@@ -35,11 +32,8 @@ SCORED = ("best", "each", "none")
 
 _MOST_CONFUSED = 10
 
-Column = tables_lib.Column
 
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
   """What a report was made of."""
 
   num_runs: int  # Workdirs.
@@ -77,12 +71,12 @@ def make(
       pass
   sections = [
     _accuracies(groups),
-    *_curves(groups),
+    _curves(groups),
     _depths(groups),
     _times(groups),
     _configurations(groups),
     _runs(groups),
-    *_checkpoints(groups, scored),
+    *map(_checkpoint, _scored(groups, scored)),
   ]
   files: dict[str, bytes] = {}
   for section in sections:
@@ -113,7 +107,13 @@ def _explain_write_errors(out: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _accuracies(groups: Sequence[runs_lib.Group]) -> page.Section:
+# ---- Sections about groups
+
+_NUMBER = Column("#", lambda group: group.number)
+_LABEL = Column("group", lambda group: group.label)
+
+
+def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
     "Accuracies and errors are of the test split; “best” is the epoch that"
     " checkpoint.monitor chooses. ± is the sample standard deviation over n"
@@ -138,224 +138,219 @@ def _accuracies(groups: Sequence[runs_lib.Group]) -> page.Section:
       " epoch that all their seeds have."
     )
   left_out = sum(
-    not run.finished and bool(run.records)
+    group.finished and not run.finished and bool(run.records)
     for group in groups
-    if group.finished
     for run in group.runs
   )
   if left_out:
     notes.append(
       f"Unfinished runs of finished groups are not counted: {left_out}."
     )
-  columns = [
-    Column("#"),
-    Column("group"),
-    Column("epochs"),
-    Column("final test accuracy (%)", 2, statistic=True),
-    Column("best test accuracy (%)", 2, statistic=True),
-    Column("final test loss (nats)", 4, statistic=True),
-    Column("final train accuracy (%)", 2, statistic=True),
-  ]
-  rows = [
-    [
-      group.number,
-      group.label,
-      _epochs(group.num_epochs, group.config["num_epochs"]),
-      _percent(group.final("test_accuracy")),
-      _percent(group.best("test_accuracy")),
-      group.final("test_loss"),
-      _percent(group.final("train_accuracy")),
-    ]
-    for group in groups
-  ]
-  table = tables_lib.Table(
-    "accuracy", "Final and best accuracy of each group.", columns, rows
+
+  def statistic(title, digits, function, *arguments):
+    return Column(
+      title, lambda group: function(group, *arguments), digits, statistic=True
+    )
+
+  table = Table(
+    "accuracy",
+    "Final and best accuracy of each group.",
+    groups,
+    _NUMBER,
+    _LABEL,
+    Column("epochs", lambda g: _epochs(g.num_epochs, g.config)),
+    statistic("final test accuracy (%)", 2, Group.final, "test_accuracy", 100),
+    statistic("best test accuracy (%)", 2, Group.best, "test_accuracy", 100),
+    statistic("final test loss (nats)", 4, Group.final, "test_loss"),
+    statistic(
+      "final train accuracy (%)", 2, Group.final, "train_accuracy", 100
+    ),
   )
-  return page.Section("Accuracy", notes=notes, tables=[table])
+  return Section("Accuracy", notes=notes, tables=[table])
 
 
-def _curves(groups: Sequence[runs_lib.Group]) -> list[page.Section]:
+def _curves(groups: Sequence[Group]) -> Section:
   curves = [
     figure
     for metric in (figures_lib.ERROR, figures_lib.LOSS)
     for figure in figures_lib.learning_curves(groups, metric)
   ]
   notes = [] if curves else ["No run has finished an epoch yet."]
-  return [page.Section("Learning curves", notes=notes, figures=curves)]
+  return Section("Learning curves", notes=notes, figures=curves)
 
 
-def _depths(groups: Sequence[runs_lib.Group]) -> page.Section:
+def _depths(groups: Sequence[Group]) -> Section:
   figure = figures_lib.depth(groups)
   if figure is None:
     note = "This needs finished groups that differ in model.depth alone."
-    return page.Section("Error against depth", notes=[note])
-  return page.Section("Error against depth", figures=[figure])
+    return Section("Error against depth", notes=[note])
+  return Section("Error against depth", figures=[figure])
 
 
-def _times(groups: Sequence[runs_lib.Group]) -> page.Section:
-  columns = [
-    Column("#"),
-    Column("group"),
-    Column("seconds per epoch", 1, statistic=True),
-    Column("images/s", 0, statistic=True),
-    Column("training time (min)", 1, statistic=True),
-    Column("trained on"),
-  ]
-  rows: list[list[tables_lib.Cell]] = []
-  for group in groups:
-    runs = group.counted_runs
-    rows.append(
-      [
-        group.number,
-        group.label,
-        _over([r.training_seconds / len(r.records) for r in runs]),
-        _over([r.images_per_second for r in runs]),
-        _over([r.training_seconds / 60 for r in runs]),
-        "; ".join(dict.fromkeys(r.device or "unknown" for r in runs)),
-      ]
-    )
+def _times(groups: Sequence[Group]) -> Section:
+  def over_runs(title, digits, value):
+    def cell(group: Group) -> Statistic | None:
+      return Statistic.of(list(map(value, group.counted_runs)))
+
+    return Column(title, cell, digits, statistic=True)
+
+  def devices(group: Group) -> str:
+    names = (run.device or "unknown" for run in group.counted_runs)
+    return "; ".join(dict.fromkeys(names))
+
+  table = Table(
+    "time",
+    "Time and speed of each group.",
+    groups,
+    _NUMBER,
+    _LABEL,
+    over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
+    over_runs("images/s", 0, lambda r: r.images_per_second),
+    over_runs("training time (min)", 1, lambda r: r.seconds / 60),
+    Column("trained on", devices),
+  )
   note = (
     "The training part of the epochs, without compilation and evaluation; n"
     " counts runs. Where a run trains several seeds, images/s are those of all"
     " seeds together."
   )
-  table = tables_lib.Table(
-    "time", "Time and speed of each group.", columns, rows
-  )
-  return page.Section("Time", notes=[note], tables=[table])
+  return Section("Time", notes=[note], tables=[table])
 
 
-def _configurations(groups: Sequence[runs_lib.Group]) -> page.Section:
+def _configurations(groups: Sequence[Group]) -> Section:
   configs = [group.config for group in groups]
   differing = runs_lib.differing_keys(configs)
-  same = sorted(configs[0].keys() - set(differing))
-  tables = []
-  if differing:
-    tables.append(
-      tables_lib.Table(
-        "differences",
-        "The keys in which the groups differ.",
-        [Column("key"), *(Column(f"group {g.number}") for g in groups)],
-        [
-          [
-            key,
-            *(
-              runs_lib.shown(config[key]) if key in config else None
-              for config in configs
-            ),
-          ]
-          for key in differing
-        ],
-      )
+
+  def of_group(group):
+    config = group.config
+    return Column(
+      f"group {group.number}",
+      lambda key: shown(config[key]) if key in config else None,
     )
-  tables.append(
-    tables_lib.Table(
-      "same",
-      "The keys that have one value in all groups.",
-      [Column("key"), Column("value")],
-      [[key, runs_lib.shown(configs[0][key])] for key in same],
-      folded=True,
-    )
+
+  differences = Table(
+    "differences",
+    "The keys in which the groups differ.",
+    differing,
+    Column("key", str),
+    *map(of_group, groups),
+  )
+  same = Table(
+    "same",
+    "The keys that have one value in all groups.",
+    sorted(configs[0].keys() - set(differing)),
+    Column("key", str),
+    Column("value", lambda key: shown(configs[0][key])),
+    folded=True,
   )
   note = (
     "Seeds, and keys that do not change what is computed, do not part groups."
   )
-  return page.Section("Configurations", notes=[note], tables=tables)
+  tables = [differences, same] if differing else [same]
+  return Section("Configurations", notes=[note], tables=tables)
 
 
-def _runs(groups: Sequence[runs_lib.Group]) -> page.Section:
-  has_ensemble = any(
-    "test_ensemble_accuracy" in record
-    for group in groups
-    for run in group.runs
-    for record in run.records
-  )
+def _runs(groups: Sequence[Group]) -> Section:
+  every = [(group, run) for group in groups for run in group.runs]
+  ensemble = "test_ensemble_accuracy"
+
+  def column(title, cell, digits=0):
+    """Of a run that has an epoch."""
+    return Column(title, lambda x: cell(x[1]) if x[1].records else None, digits)
+
+  def best(run: Run, key: str) -> list[float]:
+    count = len(run.records)
+    return [run.best_record(seed, count)[key] for seed in run.seeds]
+
+  def final(run: Run, key: str) -> float | None:
+    last = run.records[-1]
+    return 100 * last[key] if key in last else None
+
+  def counted(item: tuple[Group, Run]) -> str | None:
+    group, run = item
+    return _ranges([r.seed for r in group.repetitions if r.run is run]) or None
+
   columns = [
-    Column("#"),
-    Column("run"),
-    Column("seeds"),
-    Column("epochs"),
-    Column("counted seeds"),
-    Column("final test accuracy (%)", 2),
-    Column("best test accuracy (%)", 2),
-    Column("best epoch, from 1"),
-    Column("chosen by"),
-    Column("images/s", 0),
-    Column("training time (min)", 1),
+    Column("#", lambda x: x[0].number),
+    Column("run", lambda x: x[1].name),
+    Column("seeds", lambda x: _ranges(x[1].seeds)),
+    Column("epochs", lambda x: _epochs(len(x[1].records), x[1].config)),
+    Column("counted seeds", counted),
+    column("final test accuracy (%)", lambda r: final(r, "test_accuracy"), 2),
+    column(
+      "best test accuracy (%)",
+      lambda r: 100 * statistics.fmean(best(r, "test_accuracy")),
+      2,
+    ),
+    column(
+      "best epoch, from 1",
+      lambda r: ", ".join(str(k + 1) for k in sorted({*best(r, "epoch")})),
+    ),
+    column("chosen by", lambda r: r.chosen_by),
+    column("images/s", lambda r: r.images_per_second),
+    column("training time (min)", lambda r: r.seconds / 60, 1),
   ]
-  if has_ensemble:
-    columns.append(Column("ensemble's final test accuracy (%)", 2))
-  rows = []
-  for group in groups:
-    for run in group.runs:
-      counted = [r.seed for r in group.repetitions if r.run is run]
-      row: list[tables_lib.Cell] = [
-        group.number,
-        run.name,
-        _ranges(run.seeds),
-        _epochs(len(run.records), run.config["num_epochs"]),
-        _ranges(counted) or None,
-      ]
-      if run.records:
-        last = run.records[-1]
-        best = [run.best_record(seed, len(run.records)) for seed in run.seeds]
-        epochs = sorted({record["epoch"] + 1 for record in best})
-        row += [
-          100 * last["test_accuracy"],
-          100 * statistics.fmean(record["test_accuracy"] for record in best),
-          ", ".join(map(str, epochs)),
-          run.chosen_by,
-          run.images_per_second,
-          run.training_seconds / 60,
-        ]
-        ensemble = last.get("test_ensemble_accuracy")
-      else:
-        row += [None] * 6
-        ensemble = None
-      if has_ensemble:
-        row.append(None if ensemble is None else 100 * ensemble)
-      rows.append(row)
+  if any(ensemble in record for _, run in every for record in run.records):
+    title = "ensemble's final test accuracy (%)"
+    columns.append(column(title, lambda r: final(r, ensemble), 2))
   note = (
     "Of a run with several seeds the values are means over them. A seed that"
     " occurs twice in a group is counted once, in the run with more epochs."
   )
-  table = tables_lib.Table("runs", "Each run.", columns, rows)
-  return page.Section("Runs", notes=[note], tables=[table])
+  table = Table("runs", "Each run.", every, *columns)
+  return Section("Runs", notes=[note], tables=[table])
 
 
-def _checkpoints(
-  groups: Sequence[runs_lib.Group], scored: str
-) -> list[page.Section]:
+def _epochs(done: int, config: runs_lib.Config) -> str:
+  planned = config["num_epochs"]
+  return f"{done} of {planned}" + ("" if done >= planned else ", unfinished")
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+  return f"group{'s' if numbers[1:] else ''} {_ranges(numbers)}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+  """Ascending numbers, for example '0–3, 7'."""
+  parts = []
+  # Neighbours have the same distance from their places.
+  for _, run in itertools.groupby(enumerate(numbers), lambda x: x[1] - x[0]):
+    part = [number for _, number in run]
+    parts.append(str(part[0]) + (f"–{part[-1]}" if part[1:] else ""))
+  return ", ".join(parts)
+
+
+# ---- Sections about checkpoints
+
+
+def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
+  """The groups whose best checkpoint is scored."""
   if scored == "none":
     return []
   begun = [group for group in groups if group.num_epochs]
-  if scored == "best":
-    # Accuracies on other images cannot be compared.
-    of_data: dict[str, runs_lib.Group] = {}
-    for group in begun:
-      best = of_data.setdefault(group.config["dataset.name"], group)
-      if _mean_of_best(group) > _mean_of_best(best):
-        of_data[group.config["dataset.name"]] = group
-    begun = sorted(of_data.values(), key=lambda group: group.number)
-  return [_checkpoint(group) for group in begun]
+  if scored == "each":
+    return begun
+  # Accuracies on other images cannot be compared.
+  of_data: dict[str, list[Group]] = {}
+  for group in begun:
+    of_data.setdefault(group.config["dataset.name"], []).append(group)
+
+  def mean_of_best(group: Group) -> float:
+    best = group.best("test_accuracy")
+    assert best is not None
+    return best.mean
+
+  best = [max(each, key=mean_of_best) for each in of_data.values()]
+  return sorted(best, key=lambda group: group.number)
 
 
-def _mean_of_best(group: runs_lib.Group) -> float:
-  best = group.best("test_accuracy")
-  assert best is not None
-  return best.mean
-
-
-def _best_network(group: runs_lib.Group) -> tuple[runs_lib.Run, int]:
-  """The run and the seed that are the best by `checkpoint.monitor`."""
-  networks = [(r.run, r.seed) for r in group.repetitions]
-  records = [run.best_record(seed, len(run.records)) for run, seed in networks]
+def _checkpoint(group: Group) -> Section:
+  # The run and the seed that are the best by `checkpoint.monitor`.
+  records = [
+    r.run.best_record(r.seed, len(r.run.records)) for r in group.repetitions
+  ]
   best = metrics.best_record(records, group.config["checkpoint.monitor"])
-  return networks[records.index(best)]
-
-
-def _checkpoint(group: runs_lib.Group) -> page.Section:
-  run, seed = _best_network(group)
+  run, seed = group.repetitions[records.index(best)]
   title = f"Best checkpoint of group {group.name}"
   try:
     scores = score(run, seed)
@@ -365,7 +360,7 @@ def _checkpoint(group: runs_lib.Group) -> page.Section:
       group.number,
       error,
     )
-    return page.Section(title, notes=[f"This could not be made: {error}"])
+    return Section(title, notes=[f"This could not be made: {error}"])
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   notes = [
@@ -374,107 +369,65 @@ def _checkpoint(group: runs_lib.Group) -> page.Section:
     f" ({scores.num_correct / scores.num_images:.2%})."
   ]
   figures = [figures_lib.confusion(scores, f"confusion_{name}", what)]
-  if scores.mistakes:
+  if len(scores.mistakes):
     figures.append(figures_lib.mistakes(scores, f"mistakes_{name}", what))
   else:
     notes.append("No test image is classified wrongly.")
-  return page.Section(
-    title,
-    notes=notes,
-    figures=figures,
-    tables=_score_tables(scores, name, what),
-  )
+  tables = _score_tables(scores, name, what)
+  return Section(title, notes=notes, figures=figures, tables=tables)
 
 
 def _score_tables(
   scores: scores_lib.Scores, name: str, what: str
-) -> list[tables_lib.Table]:
-  names = scores.class_names
-  of_class = scores.confusion.sum(axis=1).tolist()
-  right = scores.confusion.diagonal().tolist()
-  per_class = tables_lib.Table(
-    f"classes_{name}",
-    f"Accuracy of each class, of {what}.",
-    [Column("class"), Column("test images"), Column("accuracy (%)", 2)],
-    [
-      [label, images, 100 * correct / images if images else None]
-      for label, images, correct in zip(names, of_class, right, strict=True)
-    ],
-  )
-  confused = tables_lib.Table(
-    f"confused_{name}",
-    "What is taken for what most often.",
-    [Column("true class"), Column("predicted class"), Column("test images")],
-    [
-      [names[i], names[j], count]
-      for i, j, count in scores.confused(_MOST_CONFUSED)
-    ],
-  )
-  matrix = tables_lib.Table(
-    f"confusion_{name}",
-    "The confusion matrix: rows are true classes, columns predicted ones.",
-    [Column("true class"), *map(Column, names)],
-    [
-      [label, *row]
-      for label, row in zip(names, scores.confusion.tolist(), strict=True)
-    ],
-    folded=True,
-  )
-  wrong = scores.mistakes
-  mistakes = tables_lib.Table(
-    f"mistakes_{name}",
-    "The most confident mistakes.",
-    [
-      Column("test image, from 0"),
-      Column("true class"),
-      Column("predicted class"),
-      Column("probability (%)", 2),
-    ],
-    [
-      [position, names[label], names[predicted], 100 * confidence]
-      for position, label, predicted, confidence in zip(
-        wrong.positions.tolist(),
-        wrong.labels.tolist(),
-        wrong.predicted.tolist(),
-        wrong.confidences.tolist(),
-        strict=True,
-      )
-    ],
-  )
-  return [per_class, confused, matrix, mistakes]
+) -> list[Table]:
+  names, matrix, wrong = scores.class_names, scores.confusion, scores.mistakes
+  classes = range(len(names))
+
+  def column(j: int) -> Column:
+    return Column(names[j], lambda k: int(matrix[k, j]))
+
+  def accuracy(k: int) -> float | None:
+    images = int(matrix[k].sum())
+    return 100 * int(matrix[k, k]) / images if images else None
+
+  return [
+    Table(
+      f"classes_{name}",
+      f"Accuracy of each class, of {what}.",
+      classes,
+      Column("class", names.__getitem__),
+      Column("test images", lambda k: int(matrix[k].sum())),
+      Column("accuracy (%)", accuracy, 2),
+    ),
+    Table(
+      f"confused_{name}",
+      "What is taken for what most often.",
+      scores.confused(_MOST_CONFUSED),
+      Column("true class", lambda pair: names[pair[0]]),
+      Column("predicted class", lambda pair: names[pair[1]]),
+      Column("test images", lambda pair: pair[2]),
+    ),
+    Table(
+      f"confusion_{name}",
+      "The confusion matrix: rows are true classes, columns predicted ones.",
+      classes,
+      Column("true class", names.__getitem__),
+      *map(column, classes),
+      folded=True,
+    ),
+    Table(
+      f"mistakes_{name}",
+      "The most confident mistakes.",
+      range(len(wrong)),
+      Column("test image, from 0", lambda k: int(wrong.positions[k])),
+      Column("true class", lambda k: names[wrong.labels[k]]),
+      Column("predicted class", lambda k: names[wrong.predicted[k]]),
+      Column("probability (%)", lambda k: 100 * float(wrong.confidences[k]), 2),
+    ),
+  ]
 
 
-def _percent(value: runs_lib.Statistic | None) -> runs_lib.Statistic | None:
-  return None if value is None else value.scaled(100)
-
-
-def _over(values: Sequence[float]) -> runs_lib.Statistic | None:
-  return runs_lib.Statistic.of(values) if values else None
-
-
-def _epochs(done: int, planned: int) -> str:
-  return f"{done} of {planned}" + ("" if done >= planned else ", unfinished")
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-  word = "group" if len(numbers) == 1 else "groups"
-  return f"{word} {_ranges(numbers)}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-  """Ascending numbers, for example '0–3, 7'."""
-  parts: list[list[int]] = []
-  for number in numbers:
-    if parts and number == parts[-1][-1] + 1:
-      parts[-1].append(number)
-    else:
-      parts.append([number])
-  return ", ".join(
-    f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts
-  )
-
-
-def score(run: runs_lib.Run, seed: int) -> scores_lib.Scores:
+def score(run: Run, seed: int) -> scores_lib.Scores:
   """Scores a seed's best checkpoint on the test split of its data set.
 
   Raises:
@@ -495,24 +448,17 @@ def score(run: runs_lib.Run, seed: int) -> scores_lib.Scores:
   size = loaded.config.eval_batch_size
   everything = np.arange(len(dataset.test))
   order = [everything[start : start + size] for start in everything[::size]]
-  scored = [
-    (_predict(loaded, images), labels)
-    for images, labels in dataset.test.batches(order)
-  ]
-  probabilities, labels = map(np.concatenate, zip(*scored, strict=True))
+  probabilities, labels = [], []
+  for images, of_batch in dataset.test.batches(order):
+    # Means over the crops of an image, where it has several.
+    found = loaded.predict(images.reshape(-1, *images.shape[-3:]))
+    found = found.reshape(len(images), -1, found.shape[-1]).mean(axis=1)
+    probabilities.append(found)
+    labels.append(of_batch)
   return scores_lib.summarize(
     dataset.test,
-    labels,
-    probabilities,
+    np.concatenate(labels),
+    np.concatenate(probabilities),
     class_names=dataset.class_names,
     step=loaded.step,
-  )
-
-
-def _predict(loaded: load.LoadedModel, images: np.ndarray) -> np.ndarray:
-  """Probabilities, means over the crops of an image where it has several."""
-  crops = images.reshape(-1, *images.shape[-3:])
-  probabilities = loaded.predict(crops)
-  return probabilities.reshape(len(images), -1, probabilities.shape[-1]).mean(
-    axis=1
   )

@@ -4,77 +4,51 @@ Reads config.json, metrics.jsonl and environment.json, nothing else.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_flax.run import (
-  config as config_rules,
-  errors,
-  folder as workdir_lib,
-  metrics,
-)
+from resnet_flax.run import config as config_lib, errors, metrics
+from resnet_flax.run.folder import load_config
 
 # Runs that differ in these alone are repetitions of one experiment.
-_REPETITION_KEYS = ("seed", "num_seeds", *config_rules.MAY_DIFFER)
+_REPETITION_KEYS = ("seed", "num_seeds", *config_lib.MAY_DIFFER)
 
 # What every record of an epoch must have, besides what chooses the best one.
-_RECORD_KEYS = (
-  "epoch",
-  "step",
-  "train_loss",
-  "train_accuracy",
-  "test_loss",
-  "test_accuracy",
-  "epoch_seconds",
-  "images_per_second",
-)
-_SEED_KEYS = (
-  "seed",
-  "train_loss",
-  "train_accuracy",
-  "test_loss",
-  "test_accuracy",
-)
+_SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+_RECORD_KEYS = ("epoch", "step", *_SCORES, "epoch_seconds", "images_per_second")
+_SEED_KEYS = ("seed", *_SCORES)
 _CONFIG_KEYS = (
-  "seed",
-  "num_seeds",
-  "num_epochs",
-  "model.name",
-  "model.depth",
-  "dataset.name",
-  "checkpoint.monitor",
+  *("seed", "num_seeds", "num_epochs", "dataset.name", "checkpoint.monitor"),
+  *("model.name", "model.depth"),
 )
 
 _LONGEST_NAME = 40
 
+Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
 
-@dataclasses.dataclass(frozen=True)
-class Statistic:
+
+class Statistic(NamedTuple):
   """A mean over repetitions."""
 
-  mean: float  # Of the values.
+  mean: float
   # The sample standard deviation (ddof = 1); None of a single value.
   std: float | None
   n: int  # How many values.
 
   @classmethod
-  def of(cls, values: Sequence[float]) -> "Statistic":
-    """The statistic of at least one value."""
+  def of(cls, values: Sequence[float]) -> "Statistic | None":
+    """The statistic of some values; None if there are none."""
+    if not values:
+      return None
     std = statistics.stdev(values) if len(values) > 1 else None
     return cls(statistics.fmean(values), std, len(values))
-
-  def scaled(self, factor: float) -> "Statistic":
-    """The statistic of the values times a positive factor."""
-    std = None if self.std is None else factor * self.std
-    return Statistic(factor * self.mean, std, self.n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +57,7 @@ class Run:
 
   folder: pathlib.Path  # Where it is.
   name: str  # Its path below what all runs of the report have in common.
-  config: dict[str, Any]  # Flat, for example {'model.depth': 20, ...}.
+  config: Config
   records: list[metrics.Record]  # One for each finished epoch, oldest first.
   device: str  # What it was trained on, for people; '' if that is not known.
   # Names the pixels it was trained on (`Dataset.source`), if known.
@@ -119,8 +93,8 @@ class Run:
     return metrics.monitored(self.records[0], monitor)
 
   @property
-  def training_seconds(self) -> float:
-    """Of all epochs, without compilation and evaluation."""
+  def seconds(self) -> float:
+    """Of training in all epochs, without compilation and evaluation."""
     return math.fsum(record["epoch_seconds"] for record in self.records)
 
   @property
@@ -130,11 +104,10 @@ class Run:
       record["images_per_second"] * record["epoch_seconds"]
       for record in self.records
     )
-    return images / self.training_seconds
+    return images / self.seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Repetition:
+class Repetition(NamedTuple):
   """One seed of a run: what means are taken over."""
 
   run: Run
@@ -148,7 +121,7 @@ class Group:
   number: int  # Counts the groups of a report from 1.
   name: str  # Short, for legends, for example '2: plain, depth=56'.
   label: str  # In full, for example 'model.name=plain, model.depth=56'.
-  config: dict[str, Any]  # Flat, without the keys in which the runs may differ.
+  config: Config  # Without the keys in which the runs may differ.
   runs: tuple[Run, ...]  # All of them.
   # What is counted, each seed once: those that are finished, or where none is,
   # those that have an epoch.
@@ -176,19 +149,17 @@ class Group:
       np.float64,
     )
 
-  def final(self, key: str) -> Statistic | None:
-    """A metric at the last epoch; None if there is no epoch."""
+  def final(self, key: str, factor: float = 1) -> Statistic | None:
+    """A metric at the last epoch, times a factor; None if there is no epoch."""
     if not self.num_epochs:
       return None
-    return Statistic.of(self.curves(key)[:, -1].tolist())
+    return Statistic.of((factor * self.curves(key)[:, -1]).tolist())
 
-  def best(self, key: str) -> Statistic | None:
-    """A metric at each seed's best epoch; None if there is no epoch."""
-    if not self.num_epochs:
-      return None
+  def best(self, key: str, factor: float = 1) -> Statistic | None:
+    """A metric at each seed's best epoch, as `final`."""
     return Statistic.of(
       [
-        float(r.run.best_record(r.seed, self.num_epochs)[key])
+        factor * float(r.run.best_record(r.seed, self.num_epochs)[key])
         for r in self.repetitions
       ]
     )
@@ -249,41 +220,36 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   Raises:
     WorkdirError: a file of theirs is damaged; it is named.
   """
-  real = [os.path.realpath(folder) for folder in folders]
-  common = os.path.commonpath([os.path.dirname(folder) for folder in real])
+  real = [os.path.realpath(each) for each in folders]
+  common = os.path.commonpath([os.path.dirname(path) for path in real])
   return [
-    _read(folder, os.path.relpath(path, common))
-    for folder, path in zip(folders, real, strict=True)
+    _read(each, shown(os.path.relpath(path, common)))
+    for each, path in zip(folders, real, strict=True)
   ]
 
 
-def _read(folder: pathlib.Path, name: str) -> Run:
-  stored = workdir_lib.load_config(folder)
-  config = config_rules.flatten(stored.to_dict())
-  _check_config(folder / "config.json", config)
-  environment = _read_environment(folder / "environment.json")
+def _read(path: pathlib.Path, name: str) -> Run:
+  config = config_lib.flatten(load_config(path).to_dict())
+  try:
+    # Those that a report reads; a run of another version has them.
+    for key in _CONFIG_KEYS:
+      config_lib.KEYS[key].check(config[key])
+  except errors.ConfigError as error:
+    raise errors.WorkdirError(
+      f"{path / 'config.json'} is not the configuration of a run: {error}"
+      " Restore it, or leave its folder out."
+    ) from error
+  environment = _read_environment(path / "environment.json")
   run = Run(
-    folder=folder,
-    name=shown(name),
+    folder=path,
+    name=name,
     config=config,
-    records=metrics.MetricsLog(folder).read(),
+    records=metrics.MetricsLog(path).read(),
     device=_device(environment),
     data=environment.get("data"),
   )
-  _check_records(folder / "metrics.jsonl", run)
+  _check_records(path / "metrics.jsonl", run)
   return run
-
-
-def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Checks the keys that a report reads; a run of another version has them."""
-  try:
-    for key in _CONFIG_KEYS:
-      config_rules.KEYS[key].check(config[key])
-  except errors.ConfigError as error:
-    raise errors.WorkdirError(
-      f"{path} is not the configuration of a run: {error} Restore it, or leave"
-      " its folder out."
-    ) from error
 
 
 def _read_environment(path: pathlib.Path) -> dict[str, Any]:
@@ -305,55 +271,56 @@ def _device(environment: Mapping[str, Any]) -> str:
   devices = environment.get("devices")
   if not isinstance(devices, list) or not devices:
     return ""
-  kind = str(devices[0])
-  if kind == "cpu":
-    threads = environment.get("cpu_threads", "?")
-    return f"{environment.get('cpu_model', 'CPU')}, {threads} threads"
-  return f"{len(devices)} x {kind}"
+  if (kind := str(devices[0])) != "cpu":
+    return f"{len(devices)} x {kind}"
+  threads = environment.get("cpu_threads", "?")
+  return f"{environment.get('cpu_model', 'CPU')}, {threads} threads"
 
 
 def _check_records(path: pathlib.Path, run: Run) -> None:
-  def damaged(line: int, what: str) -> errors.WorkdirError:
-    return errors.WorkdirError(
-      f"{path}, line {line}: {what}. Restore it, or leave its folder out."
-    )
-
-  num_lines = len(path.read_bytes().splitlines()) if path.exists() else 0
+  """Checks what a report reads, which anybody may have edited."""
+  faults = [_fault(run, *each) for each in enumerate(run.records)]
   # What is read ends before the first line that is no JSON: only the last one
   # can have been cut off when a run was killed.
+  num_lines = len(path.read_bytes().splitlines()) if path.exists() else 0
   if num_lines > len(run.records) + 1:
-    raise damaged(len(run.records) + 1, "it is no JSON object")
-  for line, record in enumerate(run.records, start=1):
-    if not isinstance(record, dict):
-      raise damaged(line, "it is no JSON object")
-    if line == 1:
-      keys = {*_RECORD_KEYS, str(run.chosen_by)}
-    _check_numbers(record, keys, functools.partial(damaged, line))
-    if record["epoch"] != line - 1:
-      raise damaged(line, f"epoch={record['epoch']}, not {line - 1}")
-    if record["epoch_seconds"] <= 0:
-      raise damaged(line, f"epoch_seconds={record['epoch_seconds']}")
-    if len(run.seeds) > 1:
-      of_seeds = record.get("seeds")
-      if not isinstance(of_seeds, list) or len(of_seeds) != len(run.seeds):
-        raise damaged(line, f"seeds has not the {len(run.seeds)} of num_seeds")
-      for seed, of_seed in zip(run.seeds, of_seeds, strict=True):
-        if not isinstance(of_seed, dict):
-          raise damaged(line, "seeds holds what is no JSON object")
-        _check_numbers(of_seed, _SEED_KEYS, functools.partial(damaged, line))
-        if of_seed["seed"] != seed:
-          raise damaged(line, f"seed={of_seed['seed']}, not {seed}")
+    faults.append("it is no JSON object")
+  for line, fault in enumerate(faults, start=1):
+    if fault:
+      raise errors.WorkdirError(
+        f"{path}, line {line}: {fault}. Restore it, or leave its folder out."
+      )
 
 
-def _check_numbers(
-  record: Mapping[str, Any],
-  keys: Iterable[str],
-  damaged: Callable[[str], errors.WorkdirError],
-) -> None:
-  for key in sorted(keys):
-    value = record.get(key)
-    if type(value) not in (int, float) or not math.isfinite(record[key]):
-      raise damaged(f"{key}={value!r} is no finite number")
+def _fault(run: Run, epoch: int, record: Any) -> str:
+  """What is wrong with the record of an epoch; '' if nothing is."""
+  if not isinstance(record, dict):
+    return "it is no JSON object"
+  of_seeds, seed_keys = record.get("seeds"), set(_SEED_KEYS)
+  if len(run.seeds) == 1:
+    of_seeds, seed_keys = [record], set()
+  if not isinstance(of_seeds, list) or len(of_seeds) != len(run.seeds):
+    return f"seeds has not the {len(run.seeds)} of num_seeds"
+  if not all(isinstance(each, dict) for each in of_seeds):
+    return "seeds holds what is no JSON object"
+  monitored = metrics.monitored(record, run.config["checkpoint.monitor"])
+  parts = [(record, {*_RECORD_KEYS, monitored})]
+  for part, keys in [*parts, *((each, seed_keys) for each in of_seeds)]:
+    for key in sorted(keys):
+      value = part.get(key)
+      if type(value) not in (int, float) or not math.isfinite(value):
+        return f"{key}={value!r} is no finite number"
+  if record["epoch"] != epoch:
+    return f"epoch={record['epoch']}, not {epoch}"
+  if record["epoch_seconds"] <= 0:
+    return f"epoch_seconds={record['epoch_seconds']}"
+  for seed, of_seed in zip(run.seeds, of_seeds, strict=True):
+    if of_seed.get("seed", seed) != seed:
+      return f"seed={of_seed['seed']}, not {seed}"
+  return ""
+
+
+# ---- Groups
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
@@ -362,110 +329,93 @@ def group(runs: Iterable[Run]) -> list[Group]:
   Returns:
     The groups, in the order of the values of the keys in which they differ.
   """
-  by_key: dict[str, list[Run]] = {}
+  by_config: dict[str, tuple[Config, list[Run]]] = {}
   for run in runs:
-    key = json.dumps(_compared(run.config), sort_keys=True)
-    by_key.setdefault(key, []).append(run)
-  members = list(by_key.values())
-  configs = [_compared(runs[0].config) for runs in members]
-  keys = differing_keys(configs)
+    config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
+    key = json.dumps(config, sort_keys=True)
+    by_config.setdefault(key, (config, []))[1].append(run)
+  keys = differing_keys([config for config, _ in by_config.values()])
 
-  def order(position: int) -> list[tuple[bool, float, str]]:
-    values = [configs[position].get(key) for key in keys]
+  def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, float, str]]:
     # Numbers by their size, before what is compared as text.
     return [
       (False, float(value), "")
       if isinstance(value, int | float)
       else (True, 0.0, str(value))
-      for value in values
+      for value in map(member[0].get, keys)
     ]
 
-  positions = sorted(range(len(members)), key=order)
-  names = labels([configs[position] for position in positions])
+  members = sorted(by_config.values(), key=order)
+  names = labels([config for config, _ in members])
   return [
-    _group(number, names[number - 1], configs[position], members[position])
-    for number, position in enumerate(positions, start=1)
+    _group(number, name, label, config, of_group)
+    for number, ((name, label), (config, of_group)) in enumerate(
+      zip(names, members, strict=True), start=1
+    )
   ]
 
 
-def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
-  return {k: v for k, v in config.items() if k not in _REPETITION_KEYS}
-
-
 def _group(
-  number: int,
-  names: tuple[str, str],
-  config: dict[str, Any],
-  members: Sequence[Run],
+  number: int, name: str, label: str, config: Config, runs: Sequence[Run]
 ) -> Group:
   by_seed: dict[int, Run] = {}
-  for run in members:
+  # The same seed twice is not two repetitions: the longer, first one counts.
+  for run in sorted(runs, key=lambda run: -len(run.records)):
     for seed in run.seeds:
-      # The same seed twice is not two repetitions: the longer one counts.
-      known = by_seed.get(seed)
-      if known is None or len(run.records) > len(known.records):
-        by_seed[seed] = run
+      by_seed.setdefault(seed, run)
   begun = {seed: run for seed, run in by_seed.items() if run.records}
   counted = {seed: run for seed, run in begun.items() if run.finished} or begun
   return Group(
     number=number,
-    name=f"{number}: {names[0]}",
-    label=names[1],
+    name=f"{number}: {name}",
+    label=label,
     config=config,
-    runs=tuple(members),
+    runs=tuple(runs),
     repetitions=tuple(
-      Repetition(run, seed) for seed, run in sorted(counted.items())
+      Repetition(counted[seed], seed) for seed in sorted(counted)
     ),
     num_epochs=min((len(run.records) for run in counted.values()), default=0),
   )
 
 
-def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The keys whose values are not the same in all flat configurations.
+def differing_keys(configs: Sequence[Config]) -> list[str]:
+  """The keys whose values are not the same in all configurations.
 
   The network and its depth come first.
   """
-  keys = {key for config in configs for key in config}
+  first = ("model.name", "model.depth")
+  others = sorted({key for config in configs for key in config} - {*first})
   return [
     key
-    for key in sorted(
-      keys, key=lambda key: (key != "model.name", key != "model.depth", key)
-    )
+    for key in (*first, *others)
     if len({json.dumps(config.get(key)) for config in configs}) > 1
   ]
 
 
-def labels(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """What tells flat configurations apart: each short, and in full."""
+def labels(configs: Sequence[Config]) -> list[tuple[str, str]]:
+  """What tells configurations apart: each short, and in full."""
   keys = differing_keys(configs)
   if not keys:
-    first = configs[0]
-    keys = [key for key in ("model.name", "model.depth") if key in first]
-  short = _short_keys(keys)
-  return [
-    (
-      _cut(
-        [
-          str(config.get(key))
-          if key == "model.name"
-          else f"{short[key]}={shown(config.get(key))}"
-          for key in keys
-        ]
-      ),
-      ", ".join(f"{key}={shown(config.get(key))}" for key in keys),
-    )
-    for config in configs
+    keys = [key for key in ("model.name", "model.depth") if key in configs[0]]
+  # A key's last part, where that is not another's as well.
+  last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
+  short = [
+    part if last.count(part) == 1 else key
+    for key, part in zip(keys, last, strict=True)
   ]
 
+  def joined(names: Sequence[str], config: Config) -> str:
+    return ", ".join(
+      name + shown(config.get(key))
+      for name, key in zip(names, keys, strict=True)
+    )
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-  """Each key's last part, where that is not another's as well."""
-  short = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
-  values = list(short.values())
-  return {
-    key: value if values.count(value) == 1 else key
-    for key, value in short.items()
-  }
+  named = [
+    "" if k == "model.name" else f"{s}="
+    for k, s in zip(keys, short, strict=True)
+  ]
+  full = [f"{key}=" for key in keys]
+  return [(_cut(joined(named, each)), joined(full, each)) for each in configs]
 
 
 def shown(value: Any) -> str:
@@ -478,11 +428,9 @@ def shown(value: Any) -> str:
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
-def _cut(parts: Sequence[str]) -> str:
+def _cut(name: str) -> str:
   """As many parts as a legend has room for."""
-  name = parts[0]
-  for part in parts[1:]:
-    if len(name) + len(part) + 2 > _LONGEST_NAME:
-      return f"{name[:_LONGEST_NAME]}, …"
-    name += f", {part}"
-  return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+  if len(name) <= _LONGEST_NAME:
+    return name
+  parts = name[: _LONGEST_NAME + 2].rpartition(", ")[0]
+  return f"{parts}, …" if parts else f"{name[:_LONGEST_NAME]}…"

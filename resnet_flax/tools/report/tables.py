@@ -4,7 +4,8 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from resnet_flax.tools.report import runs as runs_lib
 
@@ -16,6 +17,7 @@ class Column:
   """One column."""
 
   title: str  # Its name with the unit, for example 'error (%)'.
+  cell: Callable[[Any], Cell]  # Of the item that a row is about.
   digits: int = 0  # Decimals of a number, for people; CSV has ten digits.
   # Whether its cells are statistics; CSV has three columns of them.
   statistic: bool = False
@@ -25,25 +27,30 @@ class Column:
     if cell is None:
       return "–"
     if isinstance(cell, runs_lib.Statistic):
-      text = f"{cell.mean:.{self.digits}f}"
-      if cell.std is not None:
-        text += f" ± {cell.std:.{self.digits}f}"
-      return f"{text} (n = {cell.n})"
+      std = "" if cell.std is None else f" ± {cell.std:.{self.digits}f}"
+      return f"{cell.mean:.{self.digits}f}{std} (n = {cell.n})"
     if isinstance(cell, float):
       return f"{cell:.{self.digits}f}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
-@dataclasses.dataclass(frozen=True)
 class Table:
-  """A table."""
+  """A table: one row for each item."""
 
-  name: str  # Of its files, without suffix.
-  caption: str  # One sentence.
-  columns: Sequence[Column]  # The columns.
-  rows: Sequence[Sequence[Cell]]  # As many cells in each as there are columns.
-  # It is long, and of use to few: the page shows it when asked to.
-  folded: bool = False
+  def __init__(
+    self,
+    name: str,
+    caption: str,
+    items: Iterable[Any],
+    *columns: Column,
+    folded: bool = False,
+  ):
+    self.name = name  # Of its files, without suffix.
+    self.caption = caption  # One sentence.
+    self.columns = columns
+    self.rows = [[column.cell(item) for column in columns] for item in items]
+    # It is long, and of use to few: the page shows it when asked to.
+    self.folded = folded
 
   @property
   def numeric(self) -> list[bool]:
@@ -65,14 +72,13 @@ class Table:
 
   def to_markdown(self) -> str:
     """The table in GitHub's Markdown."""
-    titles = [column.title for column in self.columns]
     rules = ["---:" if right else "---" for right in self.numeric]
-    lines = [
-      f"| {' | '.join(map(_escape, titles))} |",
-      f"| {' | '.join(rules)} |",
-      *(f"| {' | '.join(map(_escape, row))} |" for row in self.shown_rows()),
+    titles, *rows = [
+      list(map(_escape, cells))
+      for cells in ([c.title for c in self.columns], *self.shown_rows())
     ]
-    return f"{_escape(self.caption)}\n\n" + "\n".join(lines) + "\n"
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (titles, rules, *rows)]
+    return f"{_escape(self.caption)}\n\n{''.join(lines)}"
 
   def to_csv(self) -> str:
     """The table for programs: statistics take three columns."""
@@ -80,18 +86,16 @@ class Table:
     writer = csv.writer(file, lineterminator="\n")
     titles: list[str] = []
     for column in self.columns:
-      parts = ("mean", "std", "n") if column.statistic else ()
-      titles += [f"{column.title} {part}" for part in parts] or [column.title]
+      parts = (" mean", " std", " n") if column.statistic else ("",)
+      titles += [column.title + part for part in parts]
     writer.writerow(titles)
     for row in self.rows:
       cells: list[str | int | float | None] = []
       for column, cell in zip(self.columns, row, strict=True):
         if isinstance(cell, runs_lib.Statistic):
           cells += [cell.mean, cell.std, cell.n]
-        elif column.statistic:
-          cells += [None, None, 0]
         else:
-          cells.append(cell)
+          cells += [None, None, 0] if column.statistic else [cell]
       writer.writerow(
         # Ten digits: the others are rounding errors.
         [f"{c:.10g}" if isinstance(c, float) else c for c in cells]

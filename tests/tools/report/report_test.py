@@ -221,7 +221,7 @@ def test_a_mistake_changes_nothing(two_runs, tmp_path):
 def test_folder_that_cannot_be_written(two_runs, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   # Found before anything is computed.
-  monkeypatch.setattr(report, "_checkpoints", None)
+  monkeypatch.setattr(report, "_scored", None)
   with pytest.raises(errors.WorkdirError, match=r"--out=.*file cannot be"):
     report.make([two_runs], tmp_path / "file")
 

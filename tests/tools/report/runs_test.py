@@ -22,7 +22,6 @@ def test_statistic():
   assert (statistic.mean, statistic.n) == (3.0, 4)
   # Of the sample: the sum of squares is 14, divided by 3.
   assert statistic.std == pytest.approx((14 / 3) ** 0.5)
-  assert statistic.scaled(100).std == pytest.approx(100 * (14 / 3) ** 0.5)
 
 
 def test_find_is_recursive_and_in_order(tmp_path):
@@ -170,7 +169,7 @@ def test_device(tmp_path, environment, device):
 def test_time_and_speed(tmp_path):
   workdirs.write(tmp_path / "run")
   (run,) = read(tmp_path)
-  assert run.training_seconds == 10 + 11 + 12
+  assert run.seconds == 10 + 11 + 12
   # All images by all seconds, not the mean of the epochs' speeds.
   assert run.images_per_second == pytest.approx(3 * 3200 / 33)
 

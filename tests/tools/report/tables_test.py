@@ -1,22 +1,24 @@
 import csv
 import io
+import operator
 
 from resnet_flax.tools.report import runs, tables
 
+COLUMNS = [
+  tables.Column("#", operator.itemgetter(0)),
+  tables.Column("what", operator.itemgetter(1)),
+  tables.Column("accuracy (%)", operator.itemgetter(2), 2, statistic=True),
+  tables.Column("speed", operator.itemgetter(3), 1),
+]
 TABLE = tables.Table(
   "name",
   "A caption.",
-  [
-    tables.Column("#"),
-    tables.Column("what"),
-    tables.Column("accuracy (%)", 2, statistic=True),
-    tables.Column("speed", 1),
-  ],
   [
     [1, "a|b", runs.Statistic(92.163, 0.118, 5), 1234.56],
     [2, "<b>", runs.Statistic(91.0, None, 1), 70.13000000000001],
     [3, "*", None, None],
   ],
+  *COLUMNS,
 )
 
 
@@ -52,4 +54,4 @@ def test_csv():
 
 
 def test_large_counts_are_legible():
-  assert tables.Column("images").show(10_000) == "10,000"
+  assert COLUMNS[0].show(10_000) == "10,000"
