@@ -84,18 +84,18 @@ def evaluate(
   size = call_size(split, batch_size, layout.mesh.shape[mesh_lib.DATA])
   sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
   rows = transfer.own_rows(sharding, size, axis=0)
-  totals = [_Total() for _ in layout.seeds]
-  ensemble = _Total()
+  totals: list[dict[str, float]] = [{} for _ in layout.seeds]
+  ensemble: dict[str, float] = {}
 
   def add(sums: Networks, probabilities: Networks, labels: Any) -> None:
     of_seeds = layout.get(sums)
     for total, of_seed in zip(totals, of_seeds, strict=True):
-      total.add(of_seed)
+      _add(total, of_seed)
     if len(of_seeds) > 1:
       count = int(of_seeds[0]["count"])
       mean = np.asarray(layout.get(probabilities), np.float64).mean(axis=0)
       true = transfer.get(labels, layout.mesh)
-      ensemble.add(_ensemble_sums(mean[:count], true[:count]))
+      _add(ensemble, _ensemble_sums(mean[:count], true[:count]))
 
   pending: tuple[Any, ...] | None = None
   for own in padded_batches(split, size, rows):
@@ -109,26 +109,22 @@ def evaluate(
   assert pending is not None  # No split is empty.
   add(*pending)
   return Scores(
-    [total.means(len(split)) for total in totals],
-    ensemble.means(len(split)) if len(totals) > 1 else None,
+    [_means(total, len(split)) for total in totals],
+    _means(ensemble, len(split)) if ensemble else None,
   )
 
 
-class _Total:
-  """Sums over the batches of a split, in float64."""
+def _add(total: dict[str, float], sums: dict[str, Any]) -> None:
+  """Adds the sums of a batch to those of a split, in float64."""
+  for name, value in sums.items():
+    total[name] = total.get(name, 0.0) + float(value)
 
-  def __init__(self) -> None:
-    self._sums: dict[str, float] = {}
 
-  def add(self, sums: dict[str, Any]) -> None:
-    for name, value in sums.items():
-      self._sums[name] = self._sums.get(name, 0.0) + float(value)
-
-  def means(self, num_images: int) -> dict[str, float]:
-    count = self._sums["count"]
-    if count != num_images:
-      raise AssertionError(f"scored {count:.0f} of {num_images} images")
-    return {k: v / count for k, v in self._sums.items() if k != "count"}
+def _means(total: dict[str, float], num_images: int) -> dict[str, float]:
+  count = total["count"]
+  if count != num_images:
+    raise AssertionError(f"scored {count:.0f} of {num_images} images")
+  return {k: v / count for k, v in total.items() if k != "count"}
 
 
 def _ensemble_sums(

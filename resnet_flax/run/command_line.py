@@ -124,14 +124,8 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
     if value != flag.parser.before.get(key)
     and key not in config_keys.MAY_DIFFER
   }
-  # A path may have bytes that are no text.
   path = config_flags.get_config_filename(flag)
-  name = path.encode(errors="backslashreplace").decode()
-  try:
-    name = folder.default_name(name, overrides)
-  except ValueError:  # An integer of thousands of digits: no key takes it.
-    name = "refused"
-  return _CONFIG.value, f"runs/{name}"
+  return _CONFIG.value, f"runs/{folder.default_name(path, overrides)}"
 
 
 def set_up() -> None:

@@ -29,8 +29,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 def default_name(config_path: str, overrides: dict[str, Any]) -> str:
   """A name made of config and flat overrides: 'v1_depth20,model.depth=56'."""
-  parts = [pathlib.Path(config_path.partition(":")[0]).stem]
-  parts += [f"{key}={value}" for key, value in sorted(overrides.items())]
+  # A path may have bytes that are no text.
+  path = config_path.encode(errors="backslashreplace").decode()
+  parts = [pathlib.Path(path.partition(":")[0]).stem]
+  try:
+    parts += [f"{key}={value}" for key, value in sorted(overrides.items())]
+  except ValueError:  # An integer of thousands of digits: no key takes it.
+    return "refused"
   name = ",".join(parts)
   readable = re.sub(r"[^\w.,=+-]", "_", name)[:_MAX_NAME]
   if readable == name:

@@ -41,11 +41,12 @@ class Progress:
   def start_epoch(self, epoch: int, step: int) -> None:
     """Begins the training of a 0-based epoch after its first `step` steps."""
     self._epoch, self._step, self._first_step = epoch, step, step
+    self._title = f"epoch {epoch + 1}/{self._num_epochs}"
     self._started = self._last_line = time.perf_counter()
     self._bar = tqdm.tqdm(
       total=self._steps_per_epoch,
       initial=step,
-      desc=self._title(),
+      desc=self._title,
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
@@ -64,7 +65,7 @@ class Progress:
       self._bar.update(self._step - before)
     elif now - self._last_line >= self._interval:
       self._last_line = now
-      title = f"{self._title()} step {self._step}/{self._steps_per_epoch}"
+      title = f"{self._title} step {self._step}/{self._steps_per_epoch}"
       _logger.info("%s: %s", title, self._text(of_seeds))
 
   def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
@@ -86,15 +87,12 @@ class Progress:
     parts.append(f"{record['images_per_second']:.0f} images/s")
     if self._left():
       parts.append(f"{self._left()} left")
-    _logger.info("%s: %s", self._title(), "; ".join(parts))
+    _logger.info("%s: %s", self._title, "; ".join(parts))
 
   def close(self) -> None:
     """Removes the bar, if there is one."""
     if self._bar is not None:
       self._bar.close()
-
-  def _title(self) -> str:
-    return f"epoch {self._epoch + 1}/{self._num_epochs}"
 
   def _text(self, of_seeds: Sequence[step_lib.StepMetrics]) -> str:
     def mean(name: str) -> str:

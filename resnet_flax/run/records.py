@@ -44,17 +44,17 @@ def of_epoch(
       values |= {f"{split}_{name}": mean for name, mean in means.items()}
     of_seeds.append(values)
   seconds = notes["epoch_seconds"]
-  timed = {
-    "epoch_seconds": seconds,
-    "images_per_second": len(of_seeds) * int(count) / seconds,
-  }
+  num_images = sum(int(sums["count"]) for sums in epoch_sums)
   ensembles = {
     f"{split}_ensemble_{name}": float(mean)
     for split, score in scores.items()
     for name, mean in (score.ensemble or {}).items()
   }
   first = {"epoch": epoch, "step": state.step}
-  return metrics.summarize(first, layout.seeds, of_seeds, ensembles) | timed
+  return metrics.summarize(first, layout.seeds, of_seeds, ensembles) | {
+    "epoch_seconds": seconds,
+    "images_per_second": num_images / seconds,
+  }
 
 
 def reproduce(
