@@ -52,9 +52,9 @@ _NO_CONTEXT = Context()
 class Block(nn.Module):
   """What every block is told; subclasses say what it computes.
 
-  A block is called with x and, where something in it draws or depends on how
-  deep it lies, a `Context`. In a loop (`model.scan`) blocks may differ in
-  nothing else.
+  A block is called with float[B, H, W, C] and, where something in it draws or
+  depends on how deep it lies, a `Context`. In a loop (`model.scan`) blocks may
+  differ in nothing else.
   """
 
   inner_filters: int  # Channels inside the block.
@@ -108,7 +108,7 @@ class BasicBlock(Block):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
+    """See `Block`."""
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
@@ -127,7 +127,7 @@ class BottleneckBlock(Block):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
+    """See `Block`."""
     first, second = self.strides, 1
     if self.stride_in_3x3:
       first, second = second, first
@@ -152,7 +152,7 @@ class HighwayBlock(Block):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
+    """See `Block`."""
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
@@ -180,7 +180,7 @@ class PreActBlock(Block):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
+    """See `Block`."""
     y = x
     if not self.first_in_network:
       y = self.norm(act=self.act, name="bn1")(y)
@@ -200,7 +200,7 @@ class PreActBottleneckBlock(Block):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """Maps float[B, H, W, C] to the block's output."""
+    """See `Block`."""
     y = x
     if not self.first_in_network:
       y = self.norm(act=self.act, name="bn1")(y)

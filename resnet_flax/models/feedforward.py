@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -58,6 +59,20 @@ ALEXNET = (
   Conv(256),
   Pool(3),
 )
+
+# By `model.name`. AlexNet is from before batch norm.
+NETWORKS: dict[str, dict[str, Any]] = {
+  "vgg": {
+    "features": VGG19,
+    "pooled_size": 7,
+    "dropped": (False, True, True),
+  },
+  "alexnet": {
+    "features": ALEXNET,
+    "pooled_size": 6,
+    "dropped": (True, True, False),
+  },
+}
 
 
 class FeedForward(nn.Module):

@@ -39,17 +39,8 @@ def conv(
 ) -> nn.Module:
   """A convolution with he_normal kernels; parameters are float32.
 
-  Args:
-    num_filters: channels that come out.
-    kernel_size: height and width, odd.
-    strides: the same in both directions.
-    padding: see `window_pads`.
-    use_bias: whether a bias is added.
-    dtype: of the computation.
-    name: of the module.
-    pads: replaces `padding`.
-    bias_init: the bias's initializer.
-    conv_general_dilated: computes it, by default as `lax` does.
+  `padding` is that of `window_pads`, unless `pads` replaces it; `dtype` is that
+  of the computation, which `conv_general_dilated` does, by default as `lax`.
   """
   return nn.Conv(
     num_filters,

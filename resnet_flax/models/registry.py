@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,14 +19,11 @@ BlockDef = Callable[..., blocks.Block]
 Widths = Callable[[int, int], tuple[tuple[int, int], ...]]
 
 
-def _equal(stem: int, stages: int) -> tuple[tuple[int, int], ...]:
-  """Basic blocks: as wide inside as outside."""
-  return tuple((stem * 2**k, stem * 2**k) for k in range(stages))
-
-
-def _times_four(stem: int, stages: int) -> tuple[tuple[int, int], ...]:
-  """Bottlenecks (He et al. 2015, table 1)."""
-  return tuple((stem * 2**k, 4 * stem * 2**k) for k in range(stages))
+def _times(factor: int) -> Widths:
+  """Outside so many times as wide as inside: 1 for basic blocks."""
+  return lambda stem, stages: tuple(
+    (stem * 2**k, factor * stem * 2**k) for k in range(stages)
+  )
 
 
 def _keras_bottleneck(stem: int, stages: int) -> tuple[tuple[int, int], ...]:
@@ -37,32 +33,22 @@ def _keras_bottleneck(stem: int, stages: int) -> tuple[tuple[int, int], ...]:
 
 
 def _basic(config: ConfigDict) -> tuple[BlockDef, Widths]:
-  del config
-  return blocks.BasicBlock, _equal
-
-
-def _preact(config: ConfigDict) -> tuple[BlockDef, Widths]:
-  del config
-  return blocks.PreActBlock, _equal
-
-
-def _preact_bottleneck(config: ConfigDict) -> tuple[BlockDef, Widths]:
-  del config
-  return blocks.PreActBottleneckBlock, _keras_bottleneck
+  return blocks.BasicBlock, _times(1)
 
 
 def _highway(config: ConfigDict) -> tuple[BlockDef, Widths]:
   block = functools.partial(blocks.HighwayBlock, gate_bias=config.gate_bias)
-  return block, _equal
+  return block, _times(1)
 
 
 def _imagenet(config: ConfigDict) -> tuple[BlockDef, Widths]:
   if config.depth < FIRST_BOTTLENECK:
     return _basic(config)
+  # Bottlenecks (He et al. 2015, table 1).
   block = functools.partial(
     blocks.BottleneckBlock, stride_in_3x3=config.stride_in_3x3
   )
-  return block, _times_four
+  return block, _times(4)
 
 
 # ---- Families
@@ -87,54 +73,41 @@ class Family:
   # for each depth that a paper lists, the blocks of each stage.
   depths: int | Mapping[int, tuple[int, ...]]
   shortcuts: tuple[str, ...]  # Those that there are, the usual one first.
-  # Residual networks: block and widths, by the configuration.
+  # Block and widths, by the configuration; None: one of `feedforward.NETWORKS`.
   block: Callable[[ConfigDict], tuple[BlockDef, Widths]] | None = None
   num_filters: int = 0  # The usual channels of the stem.
   large_images: bool = False  # Which stem, and which sizes of images it takes.
   final_norm_act: bool = False
-  # Networks without blocks: arguments of `FeedForward`.
-  feedforward: Mapping[str, Any] | None = None
 
 
 MODELS = {
   "resnet_v1": Family(6, blocks.SHORTCUTS, _basic, 16),
   "resnet_v2": Family(
-    9, ("keras",), _preact_bottleneck, 16, final_norm_act=True
+    9,
+    ("keras",),
+    lambda config: (blocks.PreActBottleneckBlock, _keras_bottleneck),
+    16,
+    final_norm_act=True,
   ),
   "plain": Family(6, ("none",), _basic, 16),
-  "preact": Family(6, ("A", "keras"), _preact, 16, final_norm_act=True),
+  "preact": Family(
+    6,
+    ("A", "keras"),
+    lambda config: (blocks.PreActBlock, _times(1)),
+    16,
+    final_norm_act=True,
+  ),
   "highway": Family(6, ("A", "keras", "B"), _highway, 16),
   "resnet_imagenet": Family(
     IMAGENET_SIZES, ("B", "A", "C"), _imagenet, 64, large_images=True
   ),
   "plain_imagenet": Family(
-    {depth: IMAGENET_SIZES[depth] for depth in (18, 34)},
-    ("none",),
-    _basic,
-    64,
+    {d: IMAGENET_SIZES[d] for d in (18, 34)},
+    *(("none",), _basic, 64),
     large_images=True,
   ),
-  "vgg": Family(
-    {19: ()},
-    ("none",),
-    large_images=True,
-    feedforward={
-      "features": feedforward.VGG19,
-      "pooled_size": 7,
-      "dropped": (False, True, True),
-    },
-  ),
-  # From before batch norm.
-  "alexnet": Family(
-    {8: ()},
-    ("none",),
-    large_images=True,
-    feedforward={
-      "features": feedforward.ALEXNET,
-      "pooled_size": 6,
-      "dropped": (True, True, False),
-    },
-  ),
+  "vgg": Family({19: ()}, ("none",), large_images=True),
+  "alexnet": Family({8: ()}, ("none",), large_images=True),
 }
 
 
@@ -180,31 +153,6 @@ def shortcut(config: ConfigDict) -> str:
 def num_filters(config: ConfigDict) -> int:
   """The stem's channels in the network that `config.model` describes."""
   return config.num_filters or MODELS[config.name].num_filters
-
-
-def check_input_size(config: ConfigDict, image_shape: tuple[int, ...]) -> None:
-  """Refuses (H, W, C) images that the network's stem is not made for.
-
-  Raises:
-    ConfigError: they are too small or too large, as `model.input_size` leaves
-      them.
-  """
-  height, width = image_shape[:2]
-  if config.input_size:
-    height = width = config.input_size
-  is_large = MODELS[config.name].large_images
-  low, high = (64, 2048) if is_large else (1, 128)
-  is_small = min(height, width) < low
-  if not is_small and max(height, width) <= high:
-    return
-  others = [name for name, f in MODELS.items() if f.large_images != is_large]
-  raise errors.ConfigError(
-    f"model.name={config.name}, model.input_size={config.input_size}:"
-    f" {height}x{width} images are too {'small' if is_small else 'large'} for"
-    f" the network's stem, which takes {low}x{low} to {high}x{high}. Set"
-    f" model.input_size={224 if is_small else 32}, or a model.name for"
-    f" {'small' if is_small else 'large'} images ({', '.join(others)})."
-  )
 
 
 # ---- Construction
@@ -266,14 +214,13 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
     ),
     "input_size": config.input_size,
   }
-  if family.feedforward is not None:
+  if family.block is None:
     return feedforward.FeedForward(
       hidden_sizes=(4096, 4096),
       dropout=config.dropout,
-      **family.feedforward,
+      **feedforward.NETWORKS[config.name],
       **shared,
     )
-  assert family.block is not None
   block_cls, widths = family.block(config)
   stem = stems.small_images
   if family.large_images:

@@ -13,56 +13,10 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from resnet_flax.models import layers
 from resnet_flax.models.blocks import Activation, Block, Context, ModuleDef
-
-
-def run_as_loop(
-  blocks: Sequence[Block], x: jax.Array, contexts: Context, *, remat: bool
-) -> jax.Array:
-  """Applies blocks one after the other as the one body of a loop.
-
-  The blocks keep their variables under their own names: they are stacked for
-  the loop alone, and what was written to their collections, such as new running
-  statistics, is handed back to each.
-
-  Args:
-    blocks: bound blocks that differ in nothing but their names and variables
-      and change neither the shape nor the dtype of x.
-    x: float[B, H, W, C].
-    contexts: of all blocks, with a leading axis of blocks.
-    remat: keep only each block's input for the backward pass.
-  """
-  # In the loop's body there is no module to belong to.
-  detached = blocks[0].copy(parent=None)
-  assert blocks[0].scope is not None  # They are bound.
-  mutable = blocks[0].scope.mutable or []
-
-  def body(x, of_block):
-    variables, context = of_block
-    return detached.apply(variables, x, context, mutable=mutable)
-
-  if remat:
-    # XLA does not share results between the forward and the backward loop, so
-    # nothing need keep it from doing so.
-    body = jax.checkpoint(body, prevent_cse=False)
-  stacked = jax.tree.map(
-    lambda *leaves: jnp.stack(leaves), *(block.variables for block in blocks)
-  )
-  x, updated = lax.scan(body, x, (stacked, contexts))
-  for k, block in enumerate(blocks):
-    new = jax.tree.map(operator.itemgetter(k), updated)
-    for collection, written in new.items():
-      for layer, values in written.items():
-        block.put_variable(collection, layer, values)
-  return x
-
-
-@nn.remat
-def _run_with_remat(block: Block, x: jax.Array, context: Context) -> jax.Array:
-  return block(x, context)
+from resnet_flax.models.kernels.loop import run_as_loop, run_with_remat
 
 
 class ResNet(nn.Module):
@@ -138,7 +92,7 @@ class ResNet(nn.Module):
       num_unrolled = 1 if scan and num_blocks > 2 else num_blocks
       for k, block in enumerate(blocks[:num_unrolled]):
         context = jax.tree.map(operator.itemgetter(first + k), contexts)
-        x = _run_with_remat(block, x, context) if remat else block(x, context)
+        x = run_with_remat(block, x, context) if remat else block(x, context)
       if blocks[num_unrolled:]:
         rest = slice(first + num_unrolled, first + num_blocks)
         context = jax.tree.map(operator.itemgetter(rest), contexts)

@@ -20,7 +20,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   _check_model(config.model)
   _check_streaming(config)
   shape = dataset.info(config.dataset).image_shape
-  registry.check_input_size(config.model, shape)
+  check_input_size(config.model, shape)
   steps = _check_batch_size(config, num_devices)
   _check_schedule(config)
   last = config_keys.LAST_SEED + 1 - config.num_seeds
@@ -156,4 +156,30 @@ def _check_schedule(config: ConfigDict) -> None:
     not epochs or epochs < min(ends),
     f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
     f" at epoch {min(ends)}. It must be less, or num_epochs more.",
+  )
+
+
+def check_input_size(config: ConfigDict, image_shape: tuple[int, ...]) -> None:
+  """Refuses (H, W, C) images that the network's stem is not made for.
+
+  Raises:
+    ConfigError: they are too small or too large, as `model.input_size` leaves
+      them.
+  """
+  height, width = image_shape[:2]
+  if config.input_size:
+    height = width = config.input_size
+  families = registry.MODELS
+  is_large = families[config.name].large_images
+  low, high = (64, 2048) if is_large else (1, 128)
+  is_small = min(height, width) < low
+  if not is_small and max(height, width) <= high:
+    return
+  others = [n for n, f in families.items() if f.large_images != is_large]
+  raise errors.ConfigError(
+    f"model.name={config.name}, model.input_size={config.input_size}:"
+    f" {height}x{width} images are too {'small' if is_small else 'large'} for"
+    f" the network's stem, which takes {low}x{low} to {high}x{high}. Set"
+    f" model.input_size={224 if is_small else 32}, or a model.name for"
+    f" {'small' if is_small else 'large'} images ({', '.join(others)})."
   )

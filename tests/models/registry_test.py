@@ -5,8 +5,7 @@ import pytest
 
 from configs import base
 from resnet_flax import models
-from resnet_flax.models import registry
-from resnet_flax.run import errors
+from resnet_flax.run import errors, rules
 from resnet_flax.tools import summary
 
 SHAPE = (32, 32, 3)
@@ -210,7 +209,7 @@ def test_images_that_a_stem_is_not_made_for(name, depth, size, message):
   config = base.get_config().model
   config.update({"name": name, "depth": depth})
   with pytest.raises(errors.ConfigError, match=message):
-    registry.check_input_size(config, (size, size, 3))
+    rules.check_input_size(config, (size, size, 3))
 
 
 def test_resized_images_are_taken():
