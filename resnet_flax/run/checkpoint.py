@@ -122,7 +122,7 @@ class Checkpoints:
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=process, active_processes={process}
         ),
-        # Before the checkpoint gets its final name.
+        # What has its final name has its manifest.
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._write_manifest
         ),

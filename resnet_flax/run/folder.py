@@ -119,8 +119,8 @@ def check_same(
 def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   """Holds `workdir`/lock, which says who has it, and removes it at the end.
 
-  The operating system frees it however its process ends. WorkdirError: another
-  process has it.
+  The operating system frees it however its process ends, so a file that is left
+  behind is taken over. WorkdirError: another process has it.
   """
   path = workdir / "lock"
   try:
