@@ -8,7 +8,13 @@ import pathlib
 
 from absl import flags
 
-from resnet_flax.run import command_line, errors, host_flags, process
+from resnet_flax.run import (
+  command_line,
+  errors,
+  host_flags,
+  huge_pages,
+  process,
+)
 
 # For --help.
 flags.adopt_module_key_flags(process)
@@ -73,5 +79,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   run()

@@ -30,7 +30,7 @@ from resnet_flax.run import (
   environment,
   experiment as experiment_lib,
   files as files_lib,
-  process,
+  huge_pages,
   rules,
 )
 
@@ -226,5 +226,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main)

@@ -21,7 +21,7 @@ from resnet_flax.run import (
   environment,
   errors,
   files as files_lib,
-  process,
+  huge_pages,
 )
 
 _DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices.")
@@ -73,5 +73,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main, flags_parser=command_line.parse_flags)

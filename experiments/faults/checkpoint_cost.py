@@ -25,7 +25,7 @@ from resnet_flax.run import (
   environment,
   experiment as experiment_lib,
   files as files_lib,
-  process,
+  huge_pages,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after one to warm up.")
@@ -95,5 +95,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main, flags_parser=command_line.parse_flags)

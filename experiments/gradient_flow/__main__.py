@@ -24,7 +24,7 @@ from resnet_flax.run import (
   environment,
   errors,
   files as files_lib,
-  process,
+  huge_pages,
 )
 
 _FAMILIES = flags.DEFINE_list(
@@ -136,5 +136,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main)

@@ -22,7 +22,7 @@ from resnet_flax.run import (
   environment,
   errors,
   files as files_lib,
-  process,
+  huge_pages,
   rules,
 )
 
@@ -55,5 +55,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main, flags_parser=command_line.parse_flags)

@@ -28,7 +28,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   files as files_lib,
-  process,
+  huge_pages,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
@@ -159,5 +159,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main, flags_parser=command_line.parse_flags)

@@ -17,7 +17,7 @@ from configs import v1_depth20
 from experiments.tools.timing import noise, prepare
 from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh, program
-from resnet_flax.run import experiment as experiment_lib, process
+from resnet_flax.run import experiment as experiment_lib, huge_pages
 
 _BATCH_SIZE = flags.DEFINE_integer(
   # A batch of one would look like the operand of a weight gradient.
@@ -129,5 +129,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main)

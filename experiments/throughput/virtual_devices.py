@@ -20,7 +20,7 @@ from absl import app, flags
 from configs import v1_depth20
 from experiments.tools.timing import in_turn, noise, prepare
 from resnet_flax.parallel import mesh as mesh_lib
-from resnet_flax.run import experiment as experiment_lib, process
+from resnet_flax.run import experiment as experiment_lib, huge_pages
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Virtual CPU devices.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images, over all.")
@@ -94,5 +94,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   app.run(main)

@@ -4,7 +4,6 @@
 are made from `KEYS`. Constraints between keys are in `run/rules.py`.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -274,19 +273,6 @@ def default_config() -> ConfigDict:
     part, _, name = key.name.rpartition(".")
     (nested.setdefault(part, {}) if part else nested)[name] = key.default
   return ConfigDict(nested).lock()
-
-
-def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-  """A configuration as JSON holds it, with defaults for keys that it lacks."""
-  if "seed" not in stored:  # As every version has it.
-    raise errors.ConfigError("seed is missing: this is no configuration")
-  # In JSON tuples are lists.
-  defaults = json.loads(json.dumps(default_config().to_dict()))
-  filled = defaults | dict(stored)
-  for part, values in defaults.items():
-    if isinstance(values, dict) and isinstance(filled[part], Mapping):
-      filled[part] = values | dict(filled[part])
-  return filled
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

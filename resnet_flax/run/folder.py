@@ -193,7 +193,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   """
   path = workdir / "config.json"
   try:
-    return ConfigDict(config_lib.with_defaults(_read_json(path))).lock()
+    return with_defaults(_read_json(path)).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
@@ -204,6 +204,18 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
       f"{path} cannot be read: {error}. Restore it, or start again in another"
       " --workdir."
     ) from error
+
+
+def with_defaults(stored: dict[str, Any]) -> ConfigDict:
+  """A configuration as JSON holds it, with defaults for keys that it lacks."""
+  if "seed" not in stored:  # As every version has it.
+    raise errors.ConfigError("seed is missing: this is no configuration")
+  # In JSON tuples are lists.
+  defaults = json.dumps(config_lib.default_config().to_dict())
+  config = ConfigDict(json.loads(defaults))
+  with config.ignore_type():
+    config.update(stored)
+  return config
 
 
 def record_start(

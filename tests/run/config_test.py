@@ -1,5 +1,4 @@
 import itertools
-import json
 import math
 import re
 
@@ -298,21 +297,6 @@ def test_keys_that_are_no_text():
   config = ConfigDict(config_keys.default_config().to_dict() | {1: 2})
   with pytest.raises(errors.ConfigError, match="cannot be read"):
     rules.check(config, 1)
-
-
-def test_stored_configurations_get_keys_that_came_later():
-  stored = {"seed": 1, "model": {"depth": 8}, "schedule": {}}
-  filled = config_keys.with_defaults(stored)
-  assert stored == {"seed": 1, "model": {"depth": 8}, "schedule": {}}
-  flat = config_keys.flatten(filled)
-  # As JSON stores them.
-  defaults = json.loads(json.dumps(config_keys.default_config().to_dict()))
-  expected = config_keys.flatten(defaults)
-  assert flat == expected | {"seed": 1, "model.depth": 8}
-  rules.check(ConfigDict(filled), num_devices=1)
-  # What is no configuration does not become the default one.
-  with pytest.raises(errors.ConfigError, match="seed is missing"):
-    config_keys.with_defaults({"model": {"depth": 8}})
 
 
 @pytest.mark.parametrize(

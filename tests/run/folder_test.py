@@ -11,7 +11,12 @@ import jax
 import pytest
 
 from configs import base
-from resnet_flax.run import errors, folder as workdir_lib
+from resnet_flax.run import (
+  config as config_lib,
+  errors,
+  folder as workdir_lib,
+  rules,
+)
 
 
 def check(folder, config):
@@ -327,3 +332,18 @@ def test_a_lock_that_cannot_be_had_for_other_reasons_is_refused(
 
 
 # ---- Whole files
+
+
+def test_stored_configurations_get_keys_that_came_later():
+  stored = {"seed": 1, "model": {"depth": 8}, "schedule": {}}
+  filled = workdir_lib.with_defaults(stored)
+  assert stored == {"seed": 1, "model": {"depth": 8}, "schedule": {}}
+  flat = config_lib.to_flat(filled)
+  # As JSON stores them.
+  defaults = json.loads(json.dumps(config_lib.default_config().to_dict()))
+  expected = config_lib.flatten(defaults)
+  assert flat == expected | {"seed": 1, "model.depth": 8}
+  rules.check(filled, num_devices=1)
+  # What is no configuration does not become the default one.
+  with pytest.raises(errors.ConfigError, match="seed is missing"):
+    workdir_lib.with_defaults({"model": {"depth": 8}})

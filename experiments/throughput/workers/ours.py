@@ -13,7 +13,7 @@ from resnet_flax import step as step_lib
 from resnet_flax.run import (
   environment,
   experiment as experiment_lib,
-  process,
+  huge_pages,
   rules,
 )
 
@@ -89,5 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  process.use_huge_pages()
+  huge_pages.use()
   main()
