@@ -5,7 +5,7 @@ have automatic names, and those of `keras.applications`' ResNet50, 101 and 152.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,28 +18,22 @@ from resnet_flax.tools.weights.mapping import (
   Path,
   Source,
   as_it_is,
+  shape_of,
   width,
 )
 
-_VARIABLES = {
-  "conv2d": {"kernel": "kernel", "bias": "bias"},
-  "dense": {"kernel": "kernel", "bias": "bias"},
-  "batch_normalization": {
-    "scale": "gamma",
-    "bias": "beta",
-    "mean": "moving_mean",
-    "var": "moving_variance",
-  },
-}
+# The name of each layer of ours, for example ('stage1_block1', 'conv1'), in a
+# file.
+Names = Mapping[Path, str]
 
-_APPLICATIONS = {
-  depth: sizes
-  for depth, sizes in registry.IMAGENET_SIZES.items()
-  if depth >= registry.FIRST_BOTTLENECK
+_NORM = {
+  "scale": "gamma",
+  "bias": "beta",
+  "mean": "moving_mean",
+  "var": "moving_variance",
 }
 # In older files the head is called after what it gives.
 _HEADS = ("predictions", "probs")
-_BOTTLENECK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 
 
 def identify(file: files.WeightsFile) -> Source:
@@ -66,9 +60,12 @@ def _numbered(file: files.WeightsFile, kind: str) -> list[str]:
 
   The numbers go on over all models of a process, so they may start anywhere.
   """
-  layers = {name.partition("/")[0] for name in file.arrays}
-  found = [name for name in layers if files.layer_class(name) == kind]
+  found = [name for name in _layers(file) if files.layer_class(name) == kind]
   return sorted(found, key=_number)
+
+
+def _layers(file: files.WeightsFile) -> set[str]:
+  return {name.partition("/")[0] for name in file.arrays}
 
 
 def _number(name: str) -> int:
@@ -76,40 +73,50 @@ def _number(name: str) -> int:
   return int(match[1]) if match else 0
 
 
+# ---- The networks
+
+
 def _example(file: files.WeightsFile) -> Source:
   convs = _numbered(file, "conv2d")
-  norms = _numbered(file, "batch_normalization")
   (head,) = _numbered(file, "dense")
-  shapes = [_shape(file, f"{name}/kernel") for name in convs[:2]]
-  is_v2 = shapes[-1][:2] == (1, 1)
-  name, per_group, projections = (
-    ("resnet_v2", 9, 3) if is_v2 else ("resnet_v1", 6, 2)
-  )
+  # A bottleneck begins with a 1x1 convolution.
+  is_v2 = shape_of(file, f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
+  version, per_group, projections = ("v2", 9, 3) if is_v2 else ("v1", 6, 2)
   # The stem and the projections are no part of the groups.
   blocks, rest = divmod(len(convs) - 1 - projections, per_group)
   if rest or blocks < 1:
     raise errors.WeightsError(
       f"{file.path} has {len(convs)} convolutions, as no ResNet"
-      f" {'v2' if is_v2 else 'v1'} of the Keras example has: for n blocks in"
+      f" {version} of the Keras example has: for n blocks in"
       f" each stage there are {per_group}n+{1 + projections}."
     )
-  depth = per_group * blocks + 2
-  makes = _v2_layers if is_v2 else _v1_layers
-  ours = list(makes(blocks, file.has_layer_names))
-  theirs = {
-    **_in_turn("conv2d", [p for p in ours if "conv" in p[-1]], convs),
-    **_in_turn(
-      "batch_normalization", [p for p in ours if "bn" in p[-1]], norms
-    ),
-    ("head",): ("dense", head),
-  }
+
+  def v1_block(stage: int, block: int) -> list[str]:
+    projects = stage > 1 and block == 1
+    return ["conv1", "bn1", "conv2", "bn2"] + ["shortcut_conv"] * projects
+
+  def v2_block(stage: int, block: int) -> list[str]:
+    layers = ["bn1", "conv1", "bn2", "conv2", "bn3", "conv3"]
+    if stage == block == 1:
+      del layers[0]
+    if block == 1:
+      # It is created last, but comes before conv3 in `model.layers`.
+      at = len(layers) if file.has_layer_names else -1
+      layers[at:at] = ["shortcut_conv"]
+    return layers
+
+  ours = _in_order([blocks] * 3, v2_block if is_v2 else v1_block)
+  theirs = _in_turn(file, [*ours, ("final_bn",)] if is_v2 else ours, head)
   _check_layers(file, theirs, padding="same", stem_strides=1)
+  depth = per_group * blocks + 2
   return Source(
-    f"the Keras example's ResNet-{depth} {name.removeprefix('resnet_')}",
+    f"the Keras example's ResNet-{depth} {version}",
     {
-      "model.name": (name,),
+      "model.name": (f"resnet_{version}",),
       "model.depth": (depth,),
-      "model.num_filters": width(shapes[0][-1], usual=16),
+      "model.num_filters": width(
+        shape_of(file, f"{convs[0]}/kernel")[-1], usual=16
+      ),
       "model.shortcut": ("keras", "default"),
       "model.padding": ("same",),
       "model.conv_bias": (True,),
@@ -118,45 +125,14 @@ def _example(file: files.WeightsFile) -> Source:
       # What the example has a switch for.
       "normalization": ("pixel_mean", "none"),
     },
-    _num_classes(file, head),
+    shape_of(file, f"{head}/bias")[-1],
     lambda path: _origin(theirs, path),
   )
 
 
-def _v1_layers(blocks: int, created: bool) -> Iterator[Path]:
-  """Our layers in the order of the example's."""
-  del created  # It is the same one.
-  yield from [("stem_conv",), ("stem_bn",)]
-  for stage in range(3):
-    for block in range(blocks):
-      layers = ["conv1", "bn1", "conv2", "bn2"]
-      if stage > 0 and block == 0:
-        layers.append("shortcut_conv")
-      yield from ((_block(stage, block), layer) for layer in layers)
-  yield ("head",)
-
-
-def _v2_layers(blocks: int, created: bool) -> Iterator[Path]:
-  """Our layers in the order of the example's."""
-  yield from [("stem_conv",), ("stem_bn",)]
-  for stage in range(3):
-    for block in range(blocks):
-      layers = ["bn1", "conv1", "bn2", "conv2", "bn3", "conv3"]
-      if stage == block == 0:
-        del layers[0]
-      if block == 0:
-        layers.insert(len(layers) - (not created), "shortcut_conv")
-      yield from ((_block(stage, block), layer) for layer in layers)
-  yield from [("final_bn",), ("head",)]
-
-
-def _block(stage: int, block: int) -> str:
-  return f"stage{stage + 1}_block{block + 1}"
-
-
 def _applications(file: files.WeightsFile) -> Source:
-  layers = {name.partition("/")[0] for name in file.arrays}
-  num_convs = sum(1 for k, v in file.arrays.items() if v.ndim == 4)
+  layers = _layers(file)
+  num_convs = sum(1 for array in file.arrays.values() if array.ndim == 4)
   if file.has_layer_names:
     is_v2 = "post_bn" in layers or "conv2_block1_preact_bn" in layers
   else:
@@ -168,30 +144,35 @@ def _applications(file: files.WeightsFile) -> Source:
       " project what is activated already. Take ResNet50, ResNet101 or"
       " ResNet152."
     )
-  # The stem, and a projection in each of four stages.
-  depth = num_convs - 4 + 1
-  if depth not in _APPLICATIONS:
+  # The head counts, a projection in each of four stages does not.
+  depth = num_convs + 1 - 4
+  if depth < registry.FIRST_BOTTLENECK or depth not in registry.IMAGENET_SIZES:
     raise errors.WeightsError(
       f"{file.path} has {num_convs} convolutions, as none of"
       " keras.applications' ResNet50, ResNet101 and ResNet152 has."
     )
-  sizes = _APPLICATIONS[depth]
+
+  def block_layers(stage: int, block: int) -> list[str]:
+    del stage
+    shortcut = ["shortcut_conv", "shortcut_bn"] if block == 1 else []
+    return ["conv1", "bn1", "conv2", "bn2", *shortcut, "conv3", "bn3"]
+
+  ours = _in_order(registry.IMAGENET_SIZES[depth], block_layers)
   if file.has_layer_names:
     head = next((name for name in _HEADS if name in layers), _HEADS[0])
-    theirs = _application_names(sizes, head)
+    theirs = {path: _application_name(path) for path in ours}
+    theirs[("head",)] = head
   else:
-    dense = _numbered(file, "dense")
-    head = dense[0] if dense else "dense"
-    theirs = _application_numbers(file, sizes, head)
+    head = next(iter(_numbered(file, "dense")), "dense")
+    theirs = _in_turn(file, ours, head)
   _check_layers(file, theirs, padding=None, stem_strides=2)
+  stem = theirs[("stem_conv",)]
   return Source(
     f"keras.applications' ResNet{depth}",
     {
       "model.name": ("resnet_imagenet",),
       "model.depth": (depth,),
-      "model.num_filters": width(
-        _shape(file, theirs[("stem_conv",)][1] + "/bias")[-1], usual=64
-      ),
+      "model.num_filters": width(shape_of(file, f"{stem}/bias")[-1], usual=64),
       "model.shortcut": ("B", "default"),
       "model.stride_in_3x3": (False,),
       "model.padding": ("symmetric",),
@@ -199,118 +180,78 @@ def _applications(file: files.WeightsFile) -> Source:
       "model.batch_norm_epsilon": (_epsilon(file, usual=1.001e-5),),
       "normalization": ("caffe",),
     },
-    _num_classes(file, head),
+    shape_of(file, f"{head}/bias")[-1],
     lambda path: _origin(theirs, path, flip_stem=True),
   )
 
 
-def _application_names(
-  sizes: tuple[int, ...], head: str
-) -> dict[Path, tuple[str, str]]:
-  """For our layers the kinds and names of theirs."""
-  theirs: dict[Path, tuple[str, str]] = {
-    ("stem_conv",): ("conv2d", "conv1_conv"),
-    ("stem_bn",): ("batch_normalization", "conv1_bn"),
-    ("head",): ("dense", head),
-  }
-  for stage, blocks in enumerate(sizes):
-    for block in range(blocks):
-      prefix = f"conv{stage + 2}_block{block + 1}"
-      for k, layer in ((0, "shortcut_"), (1, ""), (2, ""), (3, "")):
-        if k == 0 and block > 0:
-          continue
-        number = str(k or "")
-        path = _block(stage, block)
-        theirs[path, f"{layer}conv{number}"] = "conv2d", f"{prefix}_{k}_conv"
-        theirs[path, f"{layer}bn{number}"] = (
-          "batch_normalization",
-          f"{prefix}_{k}_bn",
-        )
-  return theirs
+# ---- Our layers and theirs
 
 
-def _application_numbers(
-  file: files.WeightsFile, sizes: tuple[int, ...], head: str
-) -> dict[Path, tuple[str, str]]:
-  """The same where layers have no names, by the order of `model.layers`."""
-  ours: list[Path] = [("stem_conv",), ("stem_bn",)]
-  for stage, blocks in enumerate(sizes):
-    for block in range(blocks):
-      layers = list(_BOTTLENECK)
-      if block == 0:
-        layers[4:4] = ["shortcut_conv", "shortcut_bn"]
-      ours += [(_block(stage, block), layer) for layer in layers]
-  return {
-    **_in_turn(
-      "conv2d",
-      [path for path in ours if "conv" in path[-1]],
-      _numbered(file, "conv2d"),
+def _in_order(
+  sizes: Sequence[int], block_layers: Callable[[int, int], list[str]]
+) -> list[Path]:
+  """Our stem and blocks; `block_layers` orders those of a stage's block."""
+  return [
+    ("stem_conv",),
+    ("stem_bn",),
+    *(
+      (f"stage{stage}_block{block}", layer)
+      for stage, blocks in enumerate(sizes, start=1)
+      for block in range(1, blocks + 1)
+      for layer in block_layers(stage, block)
     ),
-    **_in_turn(
-      "batch_normalization",
-      [path for path in ours if "bn" in path[-1]],
-      _numbered(file, "batch_normalization"),
-    ),
-    ("head",): ("dense", head),
-  }
+  ]
 
 
 def _in_turn(
-  kind: str, ours: list[Path], theirs: list[str]
-) -> dict[Path, tuple[str, str]]:
-  """Pairs layers in their order; those without one get a name to miss."""
-  missing = [f"{kind} number {k}" for k in range(len(theirs), len(ours))]
-  names = [*theirs, *missing][: len(ours)]
-  return {path: (kind, name) for path, name in zip(ours, names, strict=True)}
+  file: files.WeightsFile, ours: Sequence[Path], head: str
+) -> dict[Path, str]:
+  """Pairs layers by their order; those without one get a name to miss."""
+  names: dict[Path, str] = {("head",): head}
+  for part, kind in (("conv", "conv2d"), ("bn", "batch_normalization")):
+    paths = [path for path in ours if part in path[-1]]
+    theirs = _numbered(file, kind)
+    theirs += [f"{kind} number {k}" for k in range(len(theirs), len(paths))]
+    names.update(zip(paths, theirs, strict=False))
+  return names
 
 
-def _origin(
-  theirs: Mapping[Path, tuple[str, str]], path: Path, flip_stem: bool = False
-) -> Origin:
-  """Where an array comes from."""
+def _application_name(path: Path) -> str:
+  """'conv2_block1_0_conv' for stage1_block1's shortcut_conv."""
+  *block, layer = path
+  kind = "conv" if "conv" in layer else "bn"
+  if not block:
+    return f"conv1_{kind}"
+  stage, number = re.findall(r"\d+", block[0])
+  within = 0 if layer.startswith("shortcut") else layer[-1]
+  return f"conv{int(stage) + 1}_block{number}_{within}_{kind}"
+
+
+def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   *layer, leaf = path[1:]
-  kind, name = theirs[tuple(layer)]
   flips = flip_stem and path[1:] == ("stem_conv", "kernel")
-  layout = _flip_inputs if flips else as_it_is
-  return Origin(f"{name}/{_VARIABLES[kind][leaf]}", layout)
+  return Origin(
+    f"{theirs[tuple(layer)]}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}",
+    _flip_inputs if flips else as_it_is,
+  )
 
 
 def _flip_inputs(array: np.ndarray) -> np.ndarray:
   return array[:, :, ::-1]
 
 
-def _shape(file: files.WeightsFile, name: str) -> tuple[int, ...]:
-  shape = file.arrays[name].shape if name in file.arrays else ()
-  return shape or (0,)
-
-
-def _num_classes(file: files.WeightsFile, head: str) -> int:
-  return _shape(file, f"{head}/bias")[-1]
-
+# ---- What a file says of its layers
 
 # What the networks are built of. A layer of another class, as one that rescales
 # images, changes logits and has no weights that would show it.
-_CLASSES = frozenset(
-  (
-    "Activation",
-    "Add",
-    "AveragePooling2D",
-    "BatchNormalization",
-    "Conv2D",
-    "Dense",
-    "Dropout",
-    "Flatten",
-    "GlobalAveragePooling2D",
-    "InputLayer",
-    "MaxPooling2D",
-    "ReLU",
-    "ZeroPadding2D",
-  )
+_CLASSES = (
+  *("Conv2D", "Dense", "BatchNormalization"),
+  *("Activation", "Add", "Dropout", "Flatten", "InputLayer", "ReLU"),
+  *("AveragePooling2D", "GlobalAveragePooling2D", "MaxPooling2D"),
+  "ZeroPadding2D",
 )
-# What may follow a layer's own sum, and be a layer of its own: inside only the
-# ReLUs that ours has too, at the end what makes probabilities of logits.
-_LAYER_ACTIVATIONS = {"Dense": ("linear", "softmax")}
-_INNER_ACTIVATIONS = ("relu",)
+# What may follow the head: what makes probabilities of logits.
 _LAST_ACTIVATIONS = ("linear", "softmax")
 
 
@@ -338,55 +279,59 @@ def _epsilon(file: files.WeightsFile, usual: float) -> float:
 
 def _check_layers(
   file: files.WeightsFile,
-  theirs: Mapping[Path, tuple[str, str]],
+  theirs: Names,
   *,
   padding: str | None,
   stem_strides: int,
 ) -> None:
-  """Checks what the file says of its layers, if it does.
-
-  Raises:
-    WeightsError: they do not compute what ours do.
-  """
-  paths = {name: path for path, (_, name) in theirs.items()}
+  """Checks that what the file says of its layers, if it does, is so in ours."""
+  paths = {name: path for path, name in theirs.items()}
   for layer in file.layers:
-    name, found = layer.name, layer.settings
-    wrong = None
-    if layer.kind == "Activation":
-      is_last = layer is file.layers[-1]
-      allowed = _LAST_ACTIVATIONS if is_last else _INNER_ACTIVATIONS
-    else:
-      allowed = _LAYER_ACTIVATIONS.get(layer.kind, ("linear",))
-    if layer.kind not in _CLASSES:
-      wrong = f"is a {layer.kind}, which our networks do not have"
-    elif (activation := found.get("activation", "linear")) not in allowed:
-      wrong = (
-        f"has the activation {activation} where ours has {' or '.join(allowed)}"
-      )
-    elif layer.kind == "ReLU" and not _is_plain(found):
-      wrong = "is a ReLU with a slope, a threshold or a largest value"
-    elif layer.kind == "Conv2D" and name in paths:
-      strides = _strides(paths[name], stem_strides)
-      if found["strides"] != [strides] * 2:
-        wrong = f"has strides {found['strides']} where ours has {strides}"
-      elif padding and found["padding"] != padding:
-        wrong = f"has the padding {found['padding']!r}, not {padding!r}"
-      # Files of Kerases that had no groups do not name them.
-      for key, ours in (("dilation_rate", [1, 1]), ("groups", 1)):
-        if found.get(key, ours) != ours:
-          wrong = f"has {key} {found[key]} where ours has {ours}"
+    wrong = _wrong_activation(layer, is_last=layer is file.layers[-1])
+    if not wrong and layer.kind == "Conv2D" and layer.name in paths:
+      strides = _strides(paths[layer.name], stem_strides)
+      wrong = _wrong_conv(layer.settings, strides, padding)
     if wrong:
-      raise errors.WeightsError(f"{file.path}: the layer {name} {wrong}.")
+      raise errors.WeightsError(f"{file.path}: the layer {layer.name} {wrong}.")
 
 
-def _is_plain(relu: Mapping[str, Any]) -> bool:
-  has_slope = relu.get("negative_slope") or relu.get("threshold")
-  return relu.get("max_value") is None and not has_slope
+def _wrong_activation(layer: files.Layer, *, is_last: bool) -> str | None:
+  has = layer.settings
+  if layer.kind not in _CLASSES:
+    return f"is a {layer.kind}, which our networks do not have"
+  allowed: tuple[str, ...] = ("linear",)
+  if layer.kind == "Dense" or (layer.kind == "Activation" and is_last):
+    allowed = _LAST_ACTIVATIONS
+  elif layer.kind == "Activation":
+    allowed = ("relu",)
+  if (activation := has.get("activation", "linear")) not in allowed:
+    ours = " or ".join(allowed)
+    return f"has the activation {activation} where ours has {ours}"
+  is_plain = has.get("max_value") is None and not (
+    has.get("negative_slope") or has.get("threshold")
+  )
+  if layer.kind == "ReLU" and not is_plain:
+    return "is a ReLU with a slope, a threshold or a largest value"
+  return None
+
+
+def _wrong_conv(
+  has: Mapping[str, Any], strides: int, padding: str | None
+) -> str | None:
+  if has["strides"] != [strides] * 2:
+    return f"has strides {has['strides']} where ours has {strides}"
+  if padding and has["padding"] != padding:
+    return f"has the padding {has['padding']!r}, not {padding!r}"
+  # Files of Kerases that had no groups do not name them.
+  for key, ours in (("dilation_rate", [1, 1]), ("groups", 1)):
+    if has.get(key, ours) != ours:
+      return f"has {key} {has[key]} where ours has {ours}"
+  return None
 
 
 def _strides(path: Path, stem_strides: int) -> int:
   if path == ("stem_conv",):
     return stem_strides
   # Whatever the family, the first convolution of a stage halves the image.
-  halves = path[0] != _block(0, 0) and path[0].endswith("_block1")
+  halves = path[0] != "stage1_block1" and path[0].endswith("_block1")
   return 2 if halves and path[1] in ("conv1", "shortcut_conv") else 1

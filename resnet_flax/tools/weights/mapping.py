@@ -30,6 +30,12 @@ def width(found: int, usual: int) -> tuple[int, ...]:
   return (0, found) if found == usual else (found,)
 
 
+def shape_of(file: files.WeightsFile, name: str) -> tuple[int, ...]:
+  """The shape of an array of the file; (0,) if it has none."""
+  shape = file.arrays[name].shape if name in file.arrays else ()
+  return shape or (0,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
   """Where one of our arrays comes from."""
@@ -95,20 +101,23 @@ def variables(
       shape, or hold what no trained network does.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-  paths = [tuple(str(key.key) for key in path) for path, _ in leaves]
-  origins = [source.origin(path) for path in paths]
-  _check_one_to_one(file, source, paths, origins, [leaf for _, leaf in leaves])
+  wanted = []
+  for keys, leaf in leaves:
+    path = tuple(str(key.key) for key in keys)
+    wanted.append((source.origin(path), path, leaf))
+  _check_one_to_one(file, source, wanted)
   values = []
   wrong = []
-  for path, origin, (_, leaf) in zip(paths, origins, leaves, strict=True):
+  for origin, path, leaf in wanted:
     array = file.arrays[origin.name]
-    value = _in_our_layout(array, origin, leaf)
-    if value is None:
-      wrong.append(
-        f"{_shown(origin.name, array.shape)} for {_shown('/'.join(path), leaf)}"
-      )
-    else:
-      values.append(_checked(file, origin, path, value))
+    if array.ndim == leaf.ndim:
+      value = origin.layout(array)
+      if value.shape == leaf.shape:
+        values.append(_checked(file, origin, path, value))
+        continue
+    wrong.append(
+      f"{_shown(origin.name, array)} for {_shown('/'.join(path), leaf)}"
+    )
   if wrong:
     raise errors.WeightsError(
       f"{file.path} ({source.title}) has arrays of other shapes than the"
@@ -120,20 +129,18 @@ def variables(
 def _check_one_to_one(
   file: files.WeightsFile,
   source: Source,
-  paths: list[Path],
-  origins: list[Origin],
-  leaves: list[Any],
+  wanted: list[tuple[Origin, Path, Any]],
 ) -> None:
-  names = {origin.name for origin in origins}
-  assert len(names) == len(origins), "an array would be used twice"
+  names = {origin.name for origin, _, _ in wanted}
+  assert len(names) == len(wanted), "an array would be used twice"
   left_over = [
-    _shown(name, array.shape)
+    _shown(name, array)
     for name, array in file.arrays.items()
     if name not in names
   ]
   missing = [
     f"{origin.name} for {_shown('/'.join(path), leaf)}"
-    for path, origin, leaf in zip(paths, origins, leaves, strict=True)
+    for origin, path, leaf in wanted
     if origin.name not in file.arrays
   ]
   if left_over or missing:
@@ -141,15 +148,6 @@ def _check_one_to_one(
       f"{file.path} ({source.title}) and the network do not have the same"
       f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
     )
-
-
-def _in_our_layout(
-  array: np.ndarray, origin: Origin, leaf: Any
-) -> np.ndarray | None:
-  if array.ndim != leaf.ndim:
-    return None
-  value = origin.layout(array)
-  return value if value.shape == leaf.shape else None
 
 
 def _checked(
@@ -174,8 +172,8 @@ def _checked(
   return value
 
 
-def _shown(name: str, form: Any) -> str:
-  return f"{name}{list(getattr(form, 'shape', form))}"
+def _shown(name: str, array: Any) -> str:
+  return f"{name}{list(array.shape)}"
 
 
 def _listed(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from resnet_flax.tools.weights.mapping import (
   Path,
   Source,
   as_it_is,
+  shape_of,
   width,
 )
 
@@ -47,7 +48,7 @@ _ALEXNET = (0, 3, 6, 8, 10)
 _VGG_DENSE = {"dense1": 0, "dense2": 3, "head": 6}
 _ALEXNET_DENSE = {"dense1": 1, "dense2": 4, "head": 6}
 
-_COMMON = {"model.batch_norm_epsilon": (1e-5,)}
+_EPSILON = {"model.batch_norm_epsilon": (1e-5,)}
 
 
 def identify(file: files.WeightsFile) -> Source:
@@ -93,9 +94,9 @@ def _torchvision_resnet(file: files.WeightsFile) -> Source:
   needed: dict[str, tuple[Any, ...]] = {
     "model.name": ("resnet_imagenet",),
     "model.depth": (depth,),
-    "model.num_filters": width(_rows(file, "conv1.weight"), usual=64),
+    "model.num_filters": width(shape_of(file, "conv1.weight")[0], usual=64),
     "model.shortcut": ("B", "default"),
-    **_COMMON,
+    **_EPSILON,
     "model.padding": ("symmetric",),
     "model.conv_bias": (False,),
     "normalization": ("imagenet",),
@@ -105,7 +106,7 @@ def _torchvision_resnet(file: files.WeightsFile) -> Source:
   return Source(
     f"torchvision's ResNet-{depth}",
     needed,
-    _rows(file, "fc.weight"),
+    shape_of(file, "fc.weight")[0],
     functools.partial(_resnet_origin, "fc", "downsample"),
   )
 
@@ -120,16 +121,16 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
     {
       "model.name": ("resnet_v1",),
       "model.depth": (depth,),
-      "model.num_filters": width(_rows(file, "conv1.weight"), usual=16),
+      "model.num_filters": width(shape_of(file, "conv1.weight")[0], usual=16),
       "model.shortcut": (shortcut,),
       "model.norm": ("batch_norm",),
-      **_COMMON,
+      **_EPSILON,
       "model.padding": ("symmetric",),
       "model.conv_bias": (False,),
       # Not the mean image: PyTorch's recipes normalise by channel.
       "normalization": ("imagenet", "channel", "none"),
     },
-    _rows(file, "linear.weight"),
+    shape_of(file, "linear.weight")[0],
     functools.partial(_resnet_origin, "linear", "shortcut"),
   )
 
@@ -154,42 +155,29 @@ def _feedforward(file: files.WeightsFile) -> Source:
   if not is_alexnet:
     needed["model.norm"] = ("batch_norm" if has_norm else "none",)
   if has_norm:
-    needed |= _COMMON
+    needed |= _EPSILON
   return Source(
     f"torchvision's {title}",
     needed,
-    _rows(file, "classifier.6.weight"),
+    shape_of(file, "classifier.6.weight")[0],
     functools.partial(
       _feedforward_origin,
       indexes,
       _ALEXNET_DENSE if is_alexnet else _VGG_DENSE,
-      _rows(file, f"features.{indexes[-1]}.weight"),
+      shape_of(file, f"features.{indexes[-1]}.weight")[0],
     ),
   )
 
 
-def _rows(file: files.WeightsFile, name: str) -> int:
-  """The units or channels that come out of a layer; 0 if it is not there."""
-  shape = file.arrays[name].shape if name in file.arrays else ()
-  return shape[0] if shape else 0
-
-
 def _resnet_origin(head: str, shortcut: str, path: Path) -> Origin:
-  """Where an array of a ResNet comes from."""
   *block, layer, leaf = path[1:]
   if not block:
     stems = {"stem_conv": "conv1", "stem_bn": "bn1", "head": head}
     return _leaf(stems[layer], layer, leaf)
-  stage, number = _stage_and_block(block[0])
+  stage, number = re.findall(r"\d+", block[0])
   parts = {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1"}
   part = parts.get(layer, layer)
-  return _leaf(f"layer{stage}.{number - 1}.{part}", layer, leaf)
-
-
-def _stage_and_block(name: str) -> tuple[int, int]:
-  """(3, 1) of 'stage3_block1'."""
-  stage, block = name.split("_")
-  return int(stage.removeprefix("stage")), int(block.removeprefix("block"))
+  return _leaf(f"layer{stage}.{int(number) - 1}.{part}", layer, leaf)
 
 
 def _feedforward_origin(
@@ -198,16 +186,15 @@ def _feedforward_origin(
   channels: int,
   path: Path,
 ) -> Origin:
-  """Where an array of a VGG or an AlexNet comes from."""
   layer, leaf = path[1:]
-  if layer in dense:
-    origin = _leaf(f"classifier.{dense[layer]}", layer, leaf)
-    if (layer, leaf) == ("dense1", "kernel"):
-      return Origin(origin.name, functools.partial(_flattened, channels))
-    return origin
-  kind, number = re.fullmatch(r"(conv|bn)(\d+)", layer).groups()  # type: ignore
-  index = indexes[int(number) - 1] + (kind == "bn")
-  return _leaf(f"features.{index}", layer, leaf)
+  if layer not in dense:
+    kind, number = re.fullmatch(r"(conv|bn)(\d+)", layer).groups()  # type: ignore
+    index = indexes[int(number) - 1] + (kind == "bn")
+    return _leaf(f"features.{index}", layer, leaf)
+  origin = _leaf(f"classifier.{dense[layer]}", layer, leaf)
+  if (layer, leaf) == ("dense1", "kernel"):
+    return Origin(origin.name, functools.partial(_flattened, channels))
+  return origin
 
 
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
