@@ -14,11 +14,10 @@ import numpy as np
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import hdf5
 
-# What a file may hold besides weights.
+# Of batch norms; no weight.
 _COUNTER = "num_batches_tracked"
 # Where training scripts put the state dict.
 _STATE_DICT_KEYS = ("state_dict", "model")
-_PARALLEL_PREFIX = "module."
 # Before, code could be run in spite of weights_only (CVE-2025-32434).
 _LEAST_TORCH = (2, 6)
 
@@ -26,13 +25,11 @@ _LEAST_TORCH = (2, 6)
 # shrink, and what is larger is there to fill the memory.
 _MOST_GROWTH = 16
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80"
+# Of files by their first bytes.
 _SIGNATURES = {
-  _HDF5: "an HDF5 file",
-  _ZIP: "a zip archive",
-  _PICKLE: "a pickle",
+  b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+  b"PK\x03\x04": "a zip archive",
+  b"\x80": "a pickle",
   b"\x1f\x8b": "a gzip file",
   b"version https://git-lfs": "a pointer of Git LFS",
   b"<": "a web page",
@@ -90,11 +87,11 @@ def read(path: pathlib.Path) -> WeightsFile:
       f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
       " --source."
     ) from error
-  reader, is_right = _READERS[path.suffix]
-  if not is_right(start):
-    what = "empty" if not start else "something else"
+  reader, right_start = _READERS[path.suffix]
+  if not re.match(right_start, start, re.DOTALL):
     what = next(
-      (v for k, v in _SIGNATURES.items() if start.startswith(k)), what
+      (what for sign, what in _SIGNATURES.items() if start.startswith(sign)),
+      "something else" if start else "empty",
     )
     raise errors.WeightsError(
       f"{path} is not what its extension says: it is {what}."
@@ -143,14 +140,12 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       f" since it could run code ({type(error).__name__}). Save the state dict"
       " alone: torch.save(model.state_dict(), PATH)."
     ) from error
-  for key in _STATE_DICT_KEYS:
-    if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-      loaded = loaded[key]
-      break
-  is_state_dict = isinstance(loaded, Mapping) and all(
+  if isinstance(loaded, Mapping):
+    inner = (loaded.get(key) for key in _STATE_DICT_KEYS)
+    loaded = next((it for it in inner if isinstance(it, Mapping)), loaded)
+  if not isinstance(loaded, Mapping) or not all(
     isinstance(value, torch.Tensor) for value in loaded.values()
-  )
-  if not is_state_dict:
+  ):
     raise errors.WeightsError(
       f"{path} holds no state dict: needed is a dictionary of tensors, or one"
       f" that has it as {' or '.join(map(repr, _STATE_DICT_KEYS))}."
@@ -181,24 +176,23 @@ def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
 def _pytorch(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> WeightsFile:
-  if arrays and all(name.startswith(_PARALLEL_PREFIX) for name in arrays):
-    # DataParallel wraps the network.
-    prefix = len(_PARALLEL_PREFIX)
-    arrays = {name[prefix:]: array for name, array in arrays.items()}
-  counters = [name for name in arrays if name.rpartition(".")[2] == _COUNTER]
-  weights = {k: v for k, v in arrays.items() if k not in set(counters)}
-  return WeightsFile(path, "pytorch", weights, tuple(counters))
+  # DataParallel wraps the network.
+  if all(name.startswith("module.") for name in arrays):
+    arrays = {name.removeprefix("module."): a for name, a in arrays.items()}
+  counters = tuple(k for k in arrays if k.rpartition(".")[2] == _COUNTER)
+  weights = {k: v for k, v in arrays.items() if k not in counters}
+  return WeightsFile(path, "pytorch", weights, counters)
 
 
 def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
     weights = _member(path, archive, "model.weights.h5")
-    config = json.loads(_member(path, archive, "config.json"))
+    layers = _layers(_member(path, archive, "config.json"))
   with tempfile.TemporaryDirectory() as folder:
     content = pathlib.Path(folder) / "model.weights.h5"
     content.write_bytes(weights)
     tree = hdf5.read_apart(path, content)
-  return _keras(path, tree, _layers(config))
+  return _keras(path, tree, layers)
 
 
 def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
@@ -218,8 +212,33 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   tree = hdf5.read_apart(path, path)
-  layers = _layers(json.loads(tree.model)) if tree.model else ()
-  return _keras(path, tree, layers)
+  return _keras(path, tree, _layers(tree.model) if tree.model else ())
+
+
+# For the classes of layers with weights their automatic names, and the names of
+# their variables, which Keras 3 numbers in this order.
+_AUTOMATIC = {
+  "Conv2D": "conv2d",
+  "Dense": "dense",
+  "BatchNormalization": "batch_normalization",
+}
+_VARIABLES = {
+  "conv2d": ("kernel", "bias"),
+  "dense": ("kernel", "bias"),
+  "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+}
+
+
+def _layers(text: str | bytes) -> tuple[Layer, ...]:
+  """Those of a model's JSON text, in the order of `model.layers`."""
+  return tuple(
+    Layer(
+      str(layer["class_name"]),
+      str(layer["config"]["name"]),
+      dict(layer["config"]),
+    )
+    for layer in json.loads(text)["config"]["layers"]
+  )
 
 
 def _keras(
@@ -239,16 +258,18 @@ def _keras(
       raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
     arrays[name] = array
   return WeightsFile(
-    path, "keras", arrays, tree.passed_over, has_layer_names, layers
+    path, "keras", arrays, tuple(tree.passed_over), has_layer_names, layers
   )
 
 
-# Keras 3 numbers the variables of a layer in the order they are made in.
-_VARIABLES = {
-  "conv2d": ("kernel", "bias"),
-  "dense": ("kernel", "bias"),
-  "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
-}
+def _layer_names(layers: tuple[Layer, ...]) -> dict[str, str]:
+  """For a layer's place in a file of Keras 3, its own name."""
+  names = {}
+  for kind, automatic in _AUTOMATIC.items():
+    of_kind = [layer.name for layer in layers if layer.kind == kind]
+    for number, name in enumerate(of_kind):
+      names[f"{automatic}_{number}" if number else automatic] = name
+  return names
 
 
 def layer_class(name: str) -> str:
@@ -271,61 +292,12 @@ def _layer_and_variable(key: str) -> tuple[str, str]:
   return parts[1], "/".join(parts[2:])
 
 
-def _layers(config: Any) -> tuple[Layer, ...]:
-  """The layers of a model, in the order of `model.layers`."""
-  return tuple(
-    Layer(
-      str(layer["class_name"]),
-      str(layer["config"]["name"]),
-      dict(layer["config"]),
-    )
-    for layer in config["config"]["layers"]
-  )
-
-
-def _layer_names(layers: tuple[Layer, ...]) -> dict[str, str]:
-  """For a layer's place in a file of Keras 3, its own name."""
-  classes = {
-    "Conv2D": "conv2d",
-    "Dense": "dense",
-    "BatchNormalization": "batch_normalization",
-  }
-  counts = dict.fromkeys(classes, 0)
-  names = {}
-  for layer in layers:
-    if layer.kind in classes:
-      count = counts[layer.kind]
-      counts[layer.kind] += 1
-      key = classes[layer.kind] + (f"_{count}" if count else "")
-      names[key] = layer.name
-  return names
-
-
-def _is_safetensors(start: bytes) -> bool:
-  # The length of a JSON header comes before it.
-  return start[8:9] == b"{"
-
-
-def _is_torch(start: bytes) -> bool:
+# For each extension what reads the file, and the pattern of its first bytes.
+_READERS: dict[str, tuple[Callable[[pathlib.Path], WeightsFile], bytes]] = {
+  # Before the JSON header comes its length.
+  ".safetensors": (_read_safetensors, rb".{8}\{"),
   # Before version 1.6 PyTorch wrote pickles without an archive around them.
-  return start.startswith((_ZIP, _PICKLE))
-
-
-def _is_zip(start: bytes) -> bool:
-  return start.startswith(_ZIP)
-
-
-def _is_hdf5(start: bytes) -> bool:
-  return start.startswith(_HDF5)
-
-
-# For each extension what reads the file, and what its first bytes must be.
-_READERS: dict[
-  str,
-  tuple[Callable[[pathlib.Path], WeightsFile], Callable[[bytes], bool]],
-] = {
-  ".safetensors": (_read_safetensors, _is_safetensors),
-  **dict.fromkeys((".pt", ".pth", ".th"), (_read_torch, _is_torch)),
-  ".keras": (_read_keras, _is_zip),
-  **dict.fromkeys((".h5", ".hdf5"), (_read_hdf5, _is_hdf5)),
+  **dict.fromkeys((".pt", ".pth", ".th"), (_read_torch, rb"PK\x03\x04|\x80")),
+  ".keras": (_read_keras, rb"PK\x03\x04"),
+  **dict.fromkeys((".h5", ".hdf5"), (_read_hdf5, rb"\x89HDF\r\n\x1a\n")),
 }

@@ -5,7 +5,7 @@ larger than anything; none of it occurs in what Keras writes. And its library
 can be made to loop for ever by a few wrong bytes, so a process of its own,
 which can be ended, reads the file and hands over what it found.
 
-  python -m resnet_flax.weights.hdf5 FILE FOLDER
+  python -m resnet_flax.tools.weights.hdf5 FILE FOLDER
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -44,18 +43,18 @@ _OPTIMIZER = ("optimizer", "optimizer_weights")
 _RANDOM = "seed_generator"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Tree:
   """The arrays of a file."""
 
   # float arrays by path, for example 'layers/conv2d/vars/0'.
-  arrays: Mapping[str, np.ndarray]
+  arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   # Paths of optimizers' and random generators' variables.
-  passed_over: tuple[str, ...]
+  passed_over: list[str] = dataclasses.field(default_factory=list)
   # For the group 'conv2d_1' of 'layers' the layer's own name, where the file
   # tells.
-  layer_names: Mapping[str, str]
-  model: str  # The JSON text of the whole model, if the file holds one.
+  layer_names: dict[str, str] = dataclasses.field(default_factory=dict)
+  model: str = ""  # The JSON text of the whole model, if the file holds one.
 
 
 def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
@@ -96,9 +95,7 @@ def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
     if "error" in rest:
       raise errors.WeightsError(f"{path}{rest['error']}")
     arrays = safetensors_numpy.load_file(folder / _ARRAYS)
-  return Tree(
-    arrays, tuple(rest["passed_over"]), rest["layer_names"], rest["model"]
-  )
+  return Tree(arrays, **rest)
 
 
 def _hand_over(content: pathlib.Path, folder: pathlib.Path) -> None:
@@ -109,12 +106,8 @@ def _hand_over(content: pathlib.Path, folder: pathlib.Path) -> None:
     with content.open("rb") as file:
       _limit_memory(content.stat().st_size)
       tree = read(file)
-    safetensors_numpy.save_file(dict(tree.arrays), folder / _ARRAYS)
-    rest = {
-      "passed_over": tree.passed_over,
-      "layer_names": tree.layer_names,
-      "model": tree.model,
-    }
+    rest = dict(vars(tree))
+    safetensors_numpy.save_file(rest.pop("arrays"), folder / _ARRAYS)
     text = json.dumps(rest)
   except errors.WeightsError as error:
     text = json.dumps({"error": str(error)})
@@ -144,76 +137,68 @@ def read(file: BinaryIO) -> Tree:
   """
   import h5py
 
-  walk = _Walk()
+  tree = Tree()
   with h5py.File(file, "r") as root:
-    walk.group(root, "", 0)
+    _walk(tree, root, "", 0, set())
     model = root.attrs.get("model_config", "")
   # Older versions of h5py wrote bytes.
-  model = model.decode() if isinstance(model, bytes) else str(model)
-  return Tree(walk.arrays, tuple(walk.passed_over), walk.layer_names, model)
+  tree.model = model.decode() if isinstance(model, bytes) else str(model)
+  return tree
 
 
-class _Walk:
-  """What has been found on the way through a file."""
+def _walk(
+  tree: Tree, group: Any, prefix: str, depth: int, seen: set[int]
+) -> None:
+  """Adds what is in a group; `seen` are the addresses of what was found."""
+  import h5py
 
-  def __init__(self) -> None:
-    self._seen: set[int] = set()
-    self.arrays: dict[str, np.ndarray] = {}
-    self.passed_over: list[str] = []
-    self.layer_names: dict[str, str] = {}
+  if depth > _DEEPEST:
+    raise _bad(prefix, f"is nested deeper than {_DEEPEST} groups")
+  for name in group:
+    key = f"{prefix}{name}"
+    if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
+      raise _bad(key, "is a link to another place or file")
+    member = group[name]
+    address = h5py.h5o.get_info(member.id).addr
+    if address in seen:
+      raise _bad(key, "is in the file under two names")
+    seen.add(address)
+    if isinstance(member, h5py.Group):
+      match key.split("/"):
+        case ["layers", place, "vars"] if "name" in member.attrs:
+          tree.layer_names[place] = _layer_name(member, key)
+      _walk(tree, member, f"{key}/", depth + 1, seen)
+    elif not isinstance(member, h5py.Dataset):
+      raise _bad(key, "is neither a group nor an array")
+    elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
+      tree.passed_over.append(key)
+    else:
+      tree.arrays[key] = _array(member, key)
 
-  def group(self, group: Any, prefix: str, depth: int) -> None:
-    import h5py
 
-    if depth > _DEEPEST:
-      raise self._bad(prefix, f"is nested deeper than {_DEEPEST} groups")
-    for name in group:
-      key = f"{prefix}{name}"
-      if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
-        raise self._bad(key, "is a link to another place or file")
-      member = group[name]
-      address = h5py.h5o.get_info(member.id).addr
-      if address in self._seen:
-        raise self._bad(key, "is in the file under two names")
-      self._seen.add(address)
-      if isinstance(member, h5py.Group):
-        self._note_layer_name(member, key)
-        self.group(member, f"{key}/", depth + 1)
-      elif not isinstance(member, h5py.Dataset):
-        raise self._bad(key, "is neither a group nor an array")
-      elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
-        self.passed_over.append(key)
-      else:
-        self.arrays[key] = self._array(member, key)
+def _layer_name(group: Any, key: str) -> str:
+  if group.attrs.get_id("name").get_storage_size() > _LONGEST_NAME:
+    raise _bad(key, "has a name that is too long")
+  return str(group.attrs["name"])
 
-  def _array(self, dataset: Any, key: str) -> np.ndarray:
-    if dataset.is_virtual or dataset.external:
-      raise self._bad(key, "has its values in another file")
-    shape, dtype = dataset.shape, dataset.dtype
-    if shape is None or dtype.kind != "f":
-      raise self._bad(key, f"holds {dtype}; needed: numbers with a fraction")
-    claimed = math.prod(shape) * dtype.itemsize
-    stored = dataset.id.get_storage_size()
-    if claimed > stored:
-      raise self._bad(
-        key, f"claims {claimed} bytes as {list(shape)} but stores {stored}"
-      )
-    return np.asarray(dataset[()])
 
-  def _note_layer_name(self, group: Any, key: str) -> None:
-    parts = key.split("/")
-    if len(parts) != 3 or parts[0] != "layers" or parts[2] != "vars":
-      return
-    if "name" not in group.attrs:
-      return
-    if group.attrs.get_id("name").get_storage_size() > _LONGEST_NAME:
-      raise self._bad(key, "has a name that is too long")
-    self.layer_names[parts[1]] = str(group.attrs["name"])
-
-  def _bad(self, key: str, what: str) -> errors.WeightsError:
-    return errors.WeightsError(
-      f": {key[:200]} {what}, which Keras never writes."
+def _array(dataset: Any, key: str) -> np.ndarray:
+  if dataset.is_virtual or dataset.external:
+    raise _bad(key, "has its values in another file")
+  shape, dtype = dataset.shape, dataset.dtype
+  if shape is None or dtype.kind != "f":
+    raise _bad(key, f"holds {dtype}; needed: numbers with a fraction")
+  claimed = math.prod(shape) * dtype.itemsize
+  stored = dataset.id.get_storage_size()
+  if claimed > stored:
+    raise _bad(
+      key, f"claims {claimed} bytes as {list(shape)} but stores {stored}"
     )
+  return np.asarray(dataset[()])
+
+
+def _bad(key: str, what: str) -> errors.WeightsError:
+  return errors.WeightsError(f": {key[:200]} {what}, which Keras never writes.")
 
 
 if __name__ == "__main__":
