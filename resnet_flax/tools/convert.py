@@ -121,20 +121,16 @@ def convert(
 def _check_is_new(workdir: pathlib.Path) -> None:
   workdir_lib.check_name(workdir)
   try:
-    is_new = not any(workdir.iterdir())
+    if not any(workdir.iterdir()):
+      return
   except FileNotFoundError:
-    is_new = True
+    return
   except OSError as error:
     raise errors.WorkdirError(
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  if not is_new:
-    raise _holds_something(workdir)
-
-
-def _holds_something(workdir: pathlib.Path) -> errors.WorkdirError:
-  return errors.WorkdirError(
+  raise errors.WorkdirError(
     f"workdir {workdir} holds something already, and nothing is overwritten."
     " Pass a new one with --workdir."
   )
@@ -157,10 +153,8 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
 def _set_num_classes(
   file: files.WeightsFile, kind: mapping.Source, config: ConfigDict
 ) -> None:
-  if kind.num_classes == experiment_lib.num_classes(config):
-    return
-  # No configuration could have such a head; the check of shapes says the rest.
-  if kind.num_classes < 1:
+  # No configuration has a head of 0; the check of shapes says the rest.
+  if kind.num_classes in (0, experiment_lib.num_classes(config)):
     return
   if config.model.num_classes:
     raise errors.ConfigError(
@@ -178,10 +172,8 @@ def _normalization(
     scale = normalization.fixed(config.normalization, experiment.image_shape)
     return scale, None
   dataset = dataset_lib.load(config.dataset)
-  return (
-    normalization.measure(config.normalization, dataset.train),
-    dataset.source,
-  )
+  scale = normalization.measure(config.normalization, dataset.train)
+  return scale, dataset.source
 
 
 def _write(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_flax import step as step_lib
 from resnet_flax.run import experiment as experiment_lib, rules
 
 
@@ -61,12 +60,7 @@ def summarize(config: ConfigDict) -> str:
   """
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
-  table = _table(experiment).strip()
-  return "\n".join([table, *_facts(config, experiment)])
-
-
-def _table(experiment: step_lib.Experiment) -> str:
-  return nn.tabulate(
+  table = nn.tabulate(
     experiment.model,
     jax.random.key(0),
     depth=2,
@@ -75,12 +69,10 @@ def _table(experiment: step_lib.Experiment) -> str:
       "force_terminal": False,
     },
   )(jnp.zeros((1, *experiment.image_shape)), train=False)
-
-
-def _facts(config: ConfigDict, experiment: step_lib.Experiment) -> list[str]:
   size = measure_size(experiment.model, experiment.image_shape)
   steps = experiment.learning_rate.steps_per_epoch
-  return [
+  lines = [
+    table.strip(),
     f"Model: {config.model.name}, depth {config.model.depth}",
     f"Total parameters: {size.total:,}",
     f"Trainable parameters: {size.trainable:,}",
@@ -91,3 +83,4 @@ def _facts(config: ConfigDict, experiment: step_lib.Experiment) -> list[str]:
     f" {steps} steps):",
     *(f"  {line}" for line in experiment.learning_rate.describe()),
   ]
+  return "\n".join(lines)
