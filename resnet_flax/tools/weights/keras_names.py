@@ -12,15 +12,8 @@ import numpy as np
 
 from resnet_flax.models import registry
 from resnet_flax.run import config as config_rules, errors
-from resnet_flax.tools.weights import files
-from resnet_flax.tools.weights.mapping import (
-  Origin,
-  Path,
-  Source,
-  as_it_is,
-  shape_of,
-  width,
-)
+from resnet_flax.tools.weights import files, mapping
+from resnet_flax.tools.weights.mapping import Origin, Path, Source, shape_of
 
 # The name of each layer of ours, for example ('stage1_block1', 'conv1'), in a
 # file.
@@ -114,7 +107,7 @@ def _example(file: files.WeightsFile) -> Source:
     {
       "model.name": (f"resnet_{version}",),
       "model.depth": (depth,),
-      "model.num_filters": width(
+      "model.num_filters": mapping.width(
         shape_of(file, f"{convs[0]}/kernel")[-1], usual=16
       ),
       "model.shortcut": ("keras", "default"),
@@ -172,7 +165,9 @@ def _applications(file: files.WeightsFile) -> Source:
     {
       "model.name": ("resnet_imagenet",),
       "model.depth": (depth,),
-      "model.num_filters": width(shape_of(file, f"{stem}/bias")[-1], usual=64),
+      "model.num_filters": mapping.width(
+        shape_of(file, f"{stem}/bias")[-1], usual=64
+      ),
       "model.shortcut": ("B", "default"),
       "model.stride_in_3x3": (False,),
       "model.padding": ("symmetric",),
@@ -233,7 +228,7 @@ def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   flips = flip_stem and path[1:] == ("stem_conv", "kernel")
   return Origin(
     f"{theirs[tuple(layer)]}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}",
-    _flip_inputs if flips else as_it_is,
+    _flip_inputs if flips else mapping.as_it_is,
   )
 
 

@@ -15,16 +15,8 @@ import numpy as np
 
 from resnet_flax.models import registry
 from resnet_flax.run import errors
-from resnet_flax.tools.weights import files
-from resnet_flax.tools.weights.mapping import (
-  Layout,
-  Origin,
-  Path,
-  Source,
-  as_it_is,
-  shape_of,
-  width,
-)
+from resnet_flax.tools.weights import files, mapping
+from resnet_flax.tools.weights.mapping import Origin, Path, Source, shape_of
 
 _NORM = {
   "scale": "weight",
@@ -49,6 +41,11 @@ _VGG_DENSE = {"dense1": 0, "dense2": 3, "head": 6}
 _ALEXNET_DENSE = {"dense1": 1, "dense2": 4, "head": 6}
 
 _EPSILON = {"model.batch_norm_epsilon": (1e-5,)}
+_RESNET = {
+  **_EPSILON,
+  "model.padding": ("symmetric",),
+  "model.conv_bias": (False,),
+}
 
 
 def identify(file: files.WeightsFile) -> Source:
@@ -94,11 +91,11 @@ def _torchvision_resnet(file: files.WeightsFile) -> Source:
   needed: dict[str, tuple[Any, ...]] = {
     "model.name": ("resnet_imagenet",),
     "model.depth": (depth,),
-    "model.num_filters": width(shape_of(file, "conv1.weight")[0], usual=64),
+    "model.num_filters": mapping.width(
+      shape_of(file, "conv1.weight")[0], usual=64
+    ),
     "model.shortcut": ("B", "default"),
-    **_EPSILON,
-    "model.padding": ("symmetric",),
-    "model.conv_bias": (False,),
+    **_RESNET,
     "normalization": ("imagenet",),
   }
   if has_bottlenecks:
@@ -121,12 +118,12 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
     {
       "model.name": ("resnet_v1",),
       "model.depth": (depth,),
-      "model.num_filters": width(shape_of(file, "conv1.weight")[0], usual=16),
+      "model.num_filters": mapping.width(
+        shape_of(file, "conv1.weight")[0], usual=16
+      ),
       "model.shortcut": (shortcut,),
       "model.norm": ("batch_norm",),
-      **_EPSILON,
-      "model.padding": ("symmetric",),
-      "model.conv_bias": (False,),
+      **_RESNET,
       # Not the mean image: PyTorch's recipes normalise by channel.
       "normalization": ("imagenet", "channel", "none"),
     },
@@ -200,11 +197,11 @@ def _feedforward_origin(
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
   """Where the kernel, bias, ... of one of our layers comes from."""
   if leaf == "kernel":
-    layout: Layout = _conv if "conv" in layer else np.transpose
+    layout: mapping.Layout = _conv if "conv" in layer else np.transpose
     return Origin(f"{module}.weight", layout)
   if "bn" in layer:
     return Origin(f"{module}.{_NORM[leaf]}")
-  return Origin(f"{module}.{leaf}", as_it_is)
+  return Origin(f"{module}.{leaf}")
 
 
 def _conv(array: np.ndarray) -> np.ndarray:
