@@ -14,10 +14,12 @@ import numpy as np
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import hdf5
 
-# Of batch norms; no weight.
-_COUNTER = "num_batches_tracked"
+# Of batch norms and of `AveragedModel`; no weights.
+_COUNTERS = ("num_batches_tracked", "n_averaged")
 # Where training scripts put the state dict.
-_STATE_DICT_KEYS = ("state_dict", "model")
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
+# What DataParallel, `torch.compile` and Lightning put before all names.
+_WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)*)")
 # Before, code could be run in spite of weights_only (CVE-2025-32434).
 _LEAST_TORCH = (2, 6)
 
@@ -67,14 +69,17 @@ def read(path: pathlib.Path) -> WeightsFile:
   """Reads a file of weights; its extension says which kind it is.
 
   Args:
-    path: .safetensors, .pt, .pth or .th with PyTorch's names; .keras,
-      .weights.h5 or .h5 of Keras.
+    path: .safetensors, .pt, .pth, .th, .pth.tar, .bin or .ckpt with PyTorch's
+      names; .keras, .weights.h5 or .h5 of Keras. In small letters or capitals.
 
   Raises:
     WeightsError: it is no such file, is damaged, holds code or more than it
       has room for, or needs a library that is not installed.
   """
-  if path.suffix not in _READERS:
+  extension = path.suffix.lower()
+  if path.name.lower().endswith(".pth.tar"):  # It is no archive of tar's.
+    extension = ".pth"
+  if extension not in _READERS:
     raise errors.WeightsError(
       f"{path}: unknown extension {path.suffix!r}; known:"
       f" {', '.join(sorted(_READERS))}."
@@ -87,7 +92,7 @@ def read(path: pathlib.Path) -> WeightsFile:
       f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
       " --source."
     ) from error
-  reader, right_start = _READERS[path.suffix]
+  reader, right_start = _READERS[extension]
   if not re.match(right_start, start, re.DOTALL):
     what = next(
       (what for sign, what in _SIGNATURES.items() if start.startswith(sign)),
@@ -130,6 +135,13 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       f" or later, and {torch.__version__} is installed, in which a file could"
       " run code: pip install --upgrade 'resnet_flax[torch]'."
     )
+  if zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as archive:
+      if any(info.compress_type for info in archive.infolist()):
+        raise errors.WeightsError(
+          f"{path} is compressed, which PyTorch never does, and may fill the"
+          " memory. Save the state dict anew: torch.save(state_dict, PATH)."
+        )
   try:
     # Anything but tensors and plain containers is refused.
     loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -176,12 +188,16 @@ def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
 def _pytorch(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> WeightsFile:
-  # DataParallel wraps the network.
-  if all(name.startswith("module.") for name in arrays):
-    arrays = {name.removeprefix("module."): a for name, a in arrays.items()}
-  counters = tuple(k for k in arrays if k.rpartition(".")[2] == _COUNTER)
+  counters = {k for k in arrays if k.rpartition(".")[2] in _COUNTERS}
+  names = arrays.keys() - counters
+  wrappers = {_WRAPPERS.findall(name)[0] for name in names}
+  if len(wrappers) == 1:  # Of all weights: no part of their names.
+    (wrapper,) = wrappers
+    counters = {name.removeprefix(wrapper) for name in counters}
+    arrays = {name.removeprefix(wrapper): a for name, a in arrays.items()}
   weights = {k: v for k, v in arrays.items() if k not in counters}
-  return WeightsFile(path, "pytorch", weights, counters)
+  passed_over = tuple(name for name in arrays if name in counters)
+  return WeightsFile(path, "pytorch", weights, passed_over)
 
 
 def _read_keras(path: pathlib.Path) -> WeightsFile:
@@ -207,7 +223,8 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
       f"{path}: {name} claims {info.file_size} bytes, more than"
       f" {_MOST_GROWTH} times the whole file."
     )
-  return archive.read(info)
+  with archive.open(info) as member:
+    return member.read(info.file_size + 1)  # Else what it inflates to.
 
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
@@ -250,7 +267,7 @@ def _keras(
   has_layer_names = True
   for key, array in tree.arrays.items():
     layer, variable = _layer_and_variable(key)
-    if key.startswith("layers/"):
+    if key.startswith(("layers/", "layers\\")):
       has_layer_names &= layer in names
       layer = names.get(layer, layer)
     name = f"{layer}/{variable}"
@@ -278,7 +295,7 @@ def layer_class(name: str) -> str:
 
 
 def _layer_and_variable(key: str) -> tuple[str, str]:
-  parts = key.split("/")
+  parts = key.replace("\\", "/").split("/")  # Windows has the former.
   if parts[0] != "layers":
     # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
     parts = parts[1:] if parts[0] == "model_weights" else parts
@@ -297,7 +314,9 @@ _READERS: dict[str, tuple[Callable[[pathlib.Path], WeightsFile], bytes]] = {
   # Before the JSON header comes its length.
   ".safetensors": (_read_safetensors, rb".{8}\{"),
   # Before version 1.6 PyTorch wrote pickles without an archive around them.
-  **dict.fromkeys((".pt", ".pth", ".th"), (_read_torch, rb"PK\x03\x04|\x80")),
+  **dict.fromkeys(
+    (".pt", ".pth", ".th", ".bin", ".ckpt"), (_read_torch, rb"PK\x03\x04|\x80")
+  ),
   ".keras": (_read_keras, rb"PK\x03\x04"),
   **dict.fromkeys((".h5", ".hdf5"), (_read_hdf5, rb"\x89HDF\r\n\x1a\n")),
 }

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -96,6 +97,14 @@ def test_parallel_prefix_and_counters(tmp_path):
   assert read.arrays.keys() == plain.arrays.keys()
   assert read.passed_over == plain.passed_over
   assert len(read.passed_over) == 7
+  # Not in the order of the file, so that none hides another.
+  for prefix in ("_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."):
+    wrapped = {prefix + name: array for name, array in state.items()}
+    wrapped["n_averaged"] = np.array(5)
+    read = files.read(networks.save(wrapped, tmp_path / "d.safetensors"))
+    assert read.arrays.keys() == plain.arrays.keys()
+    assert "n_averaged" in read.passed_over
+  wrapped = {f"module.{name}": array for name, array in state.items()}
   # Only a prefix of all is one.
   wrapped["linear.bias"] = wrapped.pop("module.linear.bias")
   mixed = files.read(networks.save(wrapped, tmp_path / "c.safetensors"))
@@ -241,7 +250,9 @@ STATE_DICT = {
 }
 
 
-@pytest.fixture(params=["a.pt", "a.pth", "a.th"])
+@pytest.fixture(
+  params=["a.pt", "a.pth", "a.th", "a.PTH", "a.pth.tar", "a.bin", "a.ckpt"]
+)
 def torch_file(request, tmp_path):
   path = tmp_path / request.param
   path.write_bytes(b"PK\x03\x04")
@@ -255,6 +266,8 @@ def torch_file(request, tmp_path):
     {"state_dict": STATE_DICT, "epoch": 3},
     {"model": STATE_DICT, "optimizer": {}},
     {f"module.{name}": tensor for name, tensor in STATE_DICT.items()},
+    {"net": STATE_DICT, "acc": 0.9},
+    {"model_state_dict": STATE_DICT},
   ],
 )
 def test_pytorch_loads_tensors_alone(stub_torch, torch_file, loaded):
@@ -273,7 +286,7 @@ def test_pytorch_loads_tensors_alone(stub_torch, torch_file, loaded):
   [
     [],
     {"conv1.weight": 1},
-    {"net": STATE_DICT},
+    {"network": STATE_DICT},
     {"state_dict": {"conv1.weight": 1}},
   ],
 )
@@ -325,7 +338,9 @@ def test_without_pytorch(tmp_path):
 @pytest.mark.parametrize(
   ("name", "data", "message"),
   [
-    ("a.bin", b"", "unknown extension '.bin'; known: .h5, "),
+    ("a.npz", b"", "unknown extension '.npz'; known: .bin, "),
+    ("a.tar", b"", "unknown extension '.tar'"),
+    ("a.KERAS", b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
     ("a.h5", b"", "it is empty"),
     ("a.h5", b"PK\x03\x04", "it is a zip archive"),
     ("a.h5", b"<!doctype html>", "it is a web page"),
@@ -358,6 +373,34 @@ def test_archives_that_grow(tmp_path):
   keras_zip(path, bytes(10**7), compression=zipfile.ZIP_DEFLATED)
   with pytest.raises(errors.WeightsError, match="claims 10000000 bytes, more"):
     files.read(path)
+
+
+def test_archives_whose_directory_lies(tmp_path):
+  """No more is unpacked than the directory claims."""
+  path = keras_zip(
+    tmp_path / "a.keras", bytes(1 << 26), compression=zipfile.ZIP_DEFLATED
+  )
+  raw = path.read_bytes()
+  true, claimed = (n.to_bytes(4, "little") for n in (1 << 26, 1000))
+  path.write_bytes(raw.replace(true, claimed))
+  with zipfile.ZipFile(path) as archive:
+    tracemalloc.start()
+    with pytest.raises(zipfile.BadZipFile):
+      files._member(path, archive, "model.weights.h5")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+  with pytest.raises(errors.WeightsError, match="is damaged"):
+    files.read(path)
+
+
+def test_pytorch_archives_that_grow(stub_torch, tmp_path):
+  """What is compressed may be any size; PyTorch compresses nothing."""
+  path = tmp_path / "a.pt"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("archive/data.pkl", bytes(10**7))
+  with pytest.raises(errors.WeightsError, match="is compressed"):
+    files.read(path)
+  assert not stub_torch.calls
 
 
 def test_archives_without_weights(tmp_path):
