@@ -9,8 +9,10 @@ FILE is of Keras (.keras, .weights.h5, .h5) or of PyTorch (.safetensors, .pt,
 
 import contextlib
 import dataclasses
+import glob
 import os
 import pathlib
+import shutil
 import tempfile
 
 import jax
@@ -183,19 +185,27 @@ def _write(
   state: step_lib.TrainState,
 ) -> None:
   """Writes a workdir beside its place, then puts it there as a whole."""
+  prefix = f".converting-{workdir.name}-"
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
   state = jax.device_put(state, mesh_lib.sharding(mesh))
   try:
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      dir=workdir.parent, prefix=".converting-"
-    ) as folder:
+    # What a killed conversion to this workdir has left.
+    for left in workdir.parent.glob(f"{glob.escape(prefix)}*"):
+      shutil.rmtree(left, ignore_errors=True)
+    with (
+      tempfile.TemporaryDirectory(dir=workdir.parent, prefix=prefix) as folder,
+      # Orbax's threads must have ended before the folder is removed.
+      signals.StopSignals() as stops,
+      stops.hold(),
+    ):
       unfinished = pathlib.Path(folder) / "workdir"
       unfinished.mkdir()
       files_lib.write_json(unfinished / "environment.json", described)
       files_lib.write_json(unfinished / "config.json", config.to_dict())
       with checkpoint.Checkpoints(unfinished) as checkpoints:
         checkpoints.save(state, checkpoint.NEW_EPOCH)
+      stops.check()
       _check_is_new(workdir)
       # An empty folder is replaced, one that was filled meanwhile is not.
       os.rename(unfinished, workdir)

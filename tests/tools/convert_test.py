@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import zipfile
@@ -304,6 +305,39 @@ def test_a_failed_write_leaves_nothing(source, config, tmp_path, monkeypatch):
   monkeypatch.setattr(convert.checkpoint.Checkpoints, "save", fail)
   message = refused(source, config, tmp_path / "run", errors.WorkdirError)
   assert "the disk is gone" in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["write_json", "save", "check"])
+def test_a_signal_leaves_nothing(
+  source, config, tmp_path, monkeypatch, ctrl_c, name, number
+):
+  """Whenever it comes; threads that still write would fill the folder again."""
+  place = {
+    "write_json": convert.files_lib,
+    "save": convert.checkpoint.Checkpoints,
+    "check": convert.signals.StopSignals,
+  }[name]
+  function = getattr(place, name)
+
+  def interrupted(*arguments):
+    signal.raise_signal(number)
+    return function(*arguments)
+
+  monkeypatch.setattr(place, name, interrupted)
+  with pytest.raises(convert.signals.Stopped) as caught:
+    convert.convert(source, config, tmp_path / "run")
+  assert caught.value.number == number
+  assert os.listdir(tmp_path) == [source.name]
+
+
+def test_what_a_killed_conversion_left_is_cleared(source, config, tmp_path):
+  (tmp_path / ".converting-run-x1" / "workdir").mkdir(parents=True)
+  (tmp_path / ".converting-other-x1").mkdir()
+  convert.convert(source, config, tmp_path / "run")
+  assert sorted(os.listdir(tmp_path)) == [
+    *(".converting-other-x1", "run", source.name)
+  ]
 
 
 def test_a_full_disk(small_disk, source, config):
