@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from resnet_flax.models import registry
 from resnet_flax.run import config as config_rules, errors
 from resnet_flax.tools.weights import files, mapping
@@ -228,12 +226,8 @@ def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   flips = flip_stem and path[1:] == ("stem_conv", "kernel")
   return Origin(
     f"{theirs[tuple(layer)]}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}",
-    _flip_inputs if flips else mapping.as_it_is,
+    (lambda kernel: kernel[:, :, ::-1]) if flips else mapping.as_it_is,
   )
-
-
-def _flip_inputs(array: np.ndarray) -> np.ndarray:
-  return array[:, :, ::-1]
 
 
 # ---- What a file says of its layers

@@ -110,14 +110,14 @@ def variables(
   wrong = []
   for origin, path, leaf in wanted:
     array = file.arrays[origin.name]
-    if array.ndim == leaf.ndim:
-      value = origin.layout(array)
-      if value.shape == leaf.shape:
-        values.append(_checked(file, origin, path, value))
-        continue
-    wrong.append(
-      f"{_shown(origin.name, array)} for {_shown('/'.join(path), leaf)}"
-    )
+    # A layout is for as many dimensions as ours has.
+    value = origin.layout(array) if array.ndim == leaf.ndim else array
+    if value.shape == leaf.shape:
+      values.append(_checked(file, origin, path, value))
+    else:
+      wrong.append(
+        f"{_shown(origin.name, array)} for {_shown('/'.join(path), leaf)}"
+      )
   if wrong:
     raise errors.WeightsError(
       f"{file.path} ({source.title}) has arrays of other shapes than the"
