@@ -4,7 +4,8 @@ python -m resnet_flax.convert --source=FILE --config=configs/v1_depth20.py
   [--workdir=DIR] [--config.model.depth=56 ...]
 
 FILE is of Keras (.keras, .weights.h5, .h5) or of PyTorch (.safetensors, .pt,
-.pth, .th). Every array in it is used exactly once, or nothing is written.
+.pth, .th, .bin or .ckpt). Every array in it is used exactly once, or nothing is
+written.
 """
 
 import contextlib
@@ -253,7 +254,7 @@ def run() -> None:
     "source",
     "",
     "File of weights: .keras, .weights.h5 or .h5 of Keras, .safetensors, .pt,"
-    " .pth or .th of PyTorch.",
+    " .pth, .th, .bin or .ckpt of PyTorch.",
   )
   flags.adopt_module_key_flags(command_line)
   flags.adopt_module_key_flags(process)
