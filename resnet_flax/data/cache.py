@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -37,8 +36,7 @@ def cached(
 ) -> types.Arrays:
   """The arrays under `key`, memory-mapped; built and stored if need be.
 
-  Raises:
-    DataError: the folder cannot be written.
+  A `DataError` if the folder cannot be written.
   """
   entry = folder / key
   if (arrays := _open(entry)) is not None:
@@ -86,28 +84,23 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
 
 def _store(entry: pathlib.Path, arrays: types.Arrays) -> None:
   entry.parent.mkdir(parents=True, exist_ok=True)
-  made = tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent)
-  temporary = pathlib.Path(made)
-  try:
+  with tempfile.TemporaryDirectory(
+    prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True
+  ) as temporary:
+    made = pathlib.Path(temporary, "made")
+    made.mkdir(0o700)
     for name in _ARRAYS:
-      np.save(temporary / f"{name}.npy", getattr(arrays, name))
+      np.save(made / f"{name}.npy", getattr(arrays, name))
     names = list(arrays.class_names)
-    digests = _digests(temporary, names)
+    digests = _digests(made, names)
     index = {"format": _FORMAT, "class_names": names, "sha256": digests}
-    (temporary / "index.json").write_text(json.dumps(index, indent=2))
+    (made / "index.json").write_text(json.dumps(index, indent=2))
     # Another process may have stored the same entry meanwhile and be reading
     # it: only a damaged one is replaced.
     if os.path.lexists(entry) and _open(entry) is None:
-      os.replace(entry, temporary / "damaged")
+      os.replace(entry, made.with_name("damaged"))
     if not os.path.lexists(entry):
-      os.replace(temporary, entry)
-      damaged = entry / "damaged"
-      if damaged.is_dir() and not damaged.is_symlink():
-        shutil.rmtree(damaged, ignore_errors=True)
-      else:
-        damaged.unlink(missing_ok=True)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+      os.replace(made, entry)
 
 
 def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:

@@ -13,9 +13,10 @@ import pathlib
 import sys
 import tarfile
 from collections.abc import Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 
 from resnet_flax.data import prepared, types
 from resnet_flax.run import errors
@@ -23,8 +24,6 @@ from resnet_flax.run import errors
 _logger = logging.getLogger(__name__)
 
 _IMAGE_SHAPE = (32, 32, 3)
-# PIL knows many more encodings, of which some start other programs.
-_ENCODINGS = ("PNG", "JPEG")
 # Seconds without an answer or without a byte before a download is given up.
 TIMEOUT = 15.0
 
@@ -74,21 +73,29 @@ ARCHIVES = {
 def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   """Downloads an archive into `folder`, unless a good copy is there.
 
-  Shows progress on a terminal. A failed or wrong download leaves no file.
-
-  Raises:
-    DataError: a failed or wrong download, or no space.
+  Shows progress on a terminal. A failed or wrong download, or want of space,
+  is a `DataError` and leaves no file.
   """
   import pooch
   import requests
 
   name = archive.url.rsplit("/", 1)[-1]
   pooch.get_logger().setLevel("ERROR")
-  http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
 
-  def download(url: str, target: str, caller: Any) -> None:
-    with open(target, "wb") as file:
-      http(url, _Limited(file, archive.num_bytes), caller)
+  def download(url: str, target: str, _: Any) -> None:
+    left = archive.num_bytes
+    with (
+      requests.get(url, stream=True, timeout=TIMEOUT) as response,
+      open(target, "wb") as file,
+      tqdm.tqdm(total=left, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+      response.raise_for_status()
+      for block in response.iter_content(1 << 16):
+        # A server without end must not fill the disk.
+        if (left := left - len(block)) < 0:
+          raise ValueError("it sends more than the official archive has")
+        file.write(block)
+        bar.update(len(block))
 
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,20 +122,6 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-class _Limited:
-  """A file to write to, which a server without end cannot make fill a disk."""
-
-  def __init__(self, file: BinaryIO, limit: int):
-    self._left, self._write, self.flush = limit, file.write, file.flush
-
-  def write(self, data: bytes) -> None:
-    """Writes, unless it would go beyond the limit: that is a ValueError."""
-    self._left -= len(data)
-    if self._left < 0:
-      raise ValueError("it sends more than the official archive has")
-    self._write(data)
-
-
 def verify(archive: Archive, path: pathlib.Path) -> None:
   """Raises `DataError` unless a local file is the official archive."""
   try:
@@ -153,26 +146,26 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
 class Contents(NamedTuple):
   """What an archive holds."""
 
-  # For each split uint8[N, 32, 32, 3] images and uint8[N, L] labels.
-  splits: dict[str, types.Batch]
+  splits: dict[str, types.Batch]  # uint8[N, 32, 32, 3] and uint8[N, L] labels.
   names: dict[str, list[str]]  # Of each of the L labels.
 
 
 def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
   """Reads all images and labels of an archive whose digest is right."""
-  prefix, members = f"{archive.folder}/", {}
   with tarfile.open(path, "r:gz") as tar:
-    for member in tar:
-      if (file := tar.extractfile(member)) is not None:
-        members[member.name.removeprefix(prefix)] = file.read()
-  labels = archive.labels.items()
-  names = {label: members[name].decode().split() for label, name in labels}
-  splits, num_labels = {}, len(labels)
+    files = ((member.name, tar.extractfile(member)) for member in tar)
+    members = {name: file.read() for name, file in files if file}
+  names = {
+    label: members[f"{archive.folder}/{name}"].decode().split()
+    for label, name in archive.labels.items()
+  }
+  splits = {}
   for split, file_names in archive.files.items():
-    raw = b"".join(members[name] for name in file_names)
-    rows = np.frombuffer(raw, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
-    planes = rows[:, num_labels:].reshape(-1, 3, 32, 32)
-    splits[split] = planes.transpose(0, 2, 3, 1), rows[:, :num_labels]
+    raw = b"".join(members[f"{archive.folder}/{name}"] for name in file_names)
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, len(names) + 3 * 32 * 32)
+    labels, planes = np.split(rows, [len(names)], axis=1)
+    images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    splits[split] = images, labels
   return Contents(splits, names)
 
 
@@ -182,11 +175,9 @@ def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """Prepares a data set as ArrayRecord in `root`; returns its folder there.
 
-  From its official archive: a local binary one, or '' to download it. TFDS
-  writes into a temporary folder and renames it when it is complete.
-
-  Raises:
-    DataError: the archive cannot be had, or the directory not be written.
+  From its official archive: a local binary one, or '' to download it; TFDS
+  renames a folder that is complete. A `DataError` if the archive cannot be had
+  or the directory not be written.
   """
   archive = ARCHIVES[name]
   if local_archive:
@@ -244,23 +235,15 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
 def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
   """Decodes a prepared folder whose splits must have so many examples.
 
-  Raises:
-    DataError: it cannot be read, or holds other images, or of another number.
+  A `DataError` if it cannot be read or holds other images or another number.
   """
   import tensorflow_datasets as tfds
 
-  try:
-    prepared.check_features(folder)
-    builder = tfds.builder_from_directory(folder)
+  arrays: dict[str, np.ndarray] = {}
+  with prepared.reading(folder):
+    builder = prepared.open_builder(folder, num_examples)
     names = prepared.label_names(folder)
-    if names != tuple(builder.info.features["label"].names):
-      raise ValueError(f"label.labels.txt has {len(names)} names")
-    arrays: dict[str, np.ndarray] = {}
     for split, count in num_examples.items():
-      # `fingerprint` has seen the files of this folder, and no others.
-      for path in builder.info.splits[split].filepaths:
-        if pathlib.Path(path).parent != folder:
-          raise ValueError(f"dataset_info.json leads to {path}")
       decoders = {"image": tfds.decode.SkipDecoding()}
       source = builder.as_data_source(split, decoders=decoders)
       if (found := len(source)) != count:
@@ -269,7 +252,7 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
       # One example at a time: the decoded list would be twice the memory.
       images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
       labels = np.empty(count, np.int32)
-      for k, example in enumerate(map(source.__getitem__, range(count))):
+      for k, example in enumerate(source):
         images[k] = _decode(example["image"])
         labels[k] = operator.index(example["label"])
       least, most, last = labels.min(), labels.max(), len(names) - 1
@@ -277,17 +260,14 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
         has = f"it has labels from {least} to {most}"
         raise ValueError(f"{has}, but names for 0 to {last}")
       arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-    return types.Arrays(**arrays, class_names=names)
-  # TFDS, ArrayRecord and PIL each raise their own kinds.
-  except Exception as error:
-    raise prepared.damaged(folder, errors.one_line(error)) from error
+  return types.Arrays(**arrays, class_names=names)
 
 
 def _decode(encoded: bytes) -> np.ndarray:
   """One image, uint8[32, 32, 3]; looked at before it is decoded."""
   from PIL import Image
 
-  with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
+  with Image.open(io.BytesIO(encoded), formats=prepared.ENCODINGS) as image:
     size = _IMAGE_SHAPE[:2]
     if image.mode != "RGB" or image.size != size:
       has = f"an image has mode {image.mode} and size {image.size}"

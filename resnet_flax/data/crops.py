@@ -11,10 +11,6 @@ import numpy as np
 # (left, upper, right, lower).
 Box = tuple[float, float, float, float]
 
-# Inception's (Szegedy et al. 2014), as torchvision has it.
-_AREAS = (0.08, 1.0)
-_RATIOS = (3 / 4, 4 / 3)
-_TRIES = 10
 # He et al. 2015, section 3.4, for crops of 224: the shorter side in training,
 # and what it is for the central crop.
 _SHORTER_SIDES = (256 / 224, 480 / 224)
@@ -41,31 +37,27 @@ def corners_and_centre(width: int, height: int) -> list[Box]:
 
 
 def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
-  """A box of a random share of the area, 8 to 100 %, and a random shape.
+  """Inception's (Szegedy et al. 2014), as torchvision has it.
 
-  Its ratio of width to height is from 3/4 to 4/3, uniform in its logarithm. If
-  ten draws do not fit into the image, the largest central box of a ratio in
-  that range.
+  It has 8 to 100 % of the area and a ratio of width to height from 3/4 to 4/3,
+  uniform in its logarithm. If ten draws do not fit into the image, the largest
+  central box of a ratio in that range.
   """
-  for _ in range(_TRIES):
-    area = width * height * rng.uniform(*_AREAS)
-    ratio = math.exp(rng.uniform(math.log(_RATIOS[0]), math.log(_RATIOS[1])))
+  for _ in range(10):
+    area = width * height * rng.uniform(0.08, 1.0)
+    ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left = int(rng.integers(0, width - w + 1))
       upper = int(rng.integers(0, height - h + 1))
       return left, upper, left + w, upper + h
-  right = min(width, height * _RATIOS[1])
-  lower = min(height, width / _RATIOS[0])
+  right, lower = min(width, height * (4 / 3)), min(height, width / (3 / 4))
   x, y = (width - right) / 2, (height - lower) / 2
   return x, y, x + right, y + lower
 
 
 def scale(rng: np.random.Generator, width: int, height: int) -> Box:
-  """He et al. 2015: a random square of the image resized at random.
-
-  The shorter side becomes 256 to 480 where crops have 224.
-  """
+  """A random square of the image resized at random."""
   side = rng.uniform(*_SHORTER_SIDES)
   return _square(width, height, side, rng.uniform(), rng.uniform())
 
@@ -73,10 +65,7 @@ def scale(rng: np.random.Generator, width: int, height: int) -> Box:
 def _square(
   width: int, height: int, shorter: float, across: float, down: float
 ) -> Box:
-  """A square of side 1 of an image whose shorter side becomes `shorter`.
-
-  It lies from 0 (left, top) to 1 (right, bottom) `across` and `down`.
-  """
+  """A square of side 1 where the shorter side is `shorter`; 0: left or top."""
   side = min(width, height) / shorter
   left, upper = across * (width - side), down * (height - side)
   # Rounding must not lead out of the image.

@@ -10,7 +10,6 @@ from resnet_flax.data import randomness, splits, types
 from resnet_flax.run import errors
 
 _TEST_EXAMPLES = 360
-_ENLARGEMENT = 4
 
 
 def read() -> types.Arrays:
@@ -25,9 +24,8 @@ def read() -> types.Arrays:
   digits = load_digits()
   labels = digits.target.astype(np.int32)
   grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-  size = _ENLARGEMENT * grey.shape[2], _ENLARGEMENT * grey.shape[1]
   large = (
-    Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)
     for image in grey
   )
   images = np.stack([np.asarray(image.convert("RGB")) for image in large])

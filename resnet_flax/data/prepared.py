@@ -1,5 +1,6 @@
 """Copies that TFDS has prepared, and anybody may have written."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -7,12 +8,17 @@ import json
 import os
 import pathlib
 import stat
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from resnet_flax.run import errors
 
 FILE_FORMAT = "array_record"
 SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
+DELETE = "Delete it to have it prepared again."
+PREPARE_AGAIN = "Prepare it again, or take another copy."
+# Pillow knows many more, of which some start other programs.
+ENCODINGS = ("JPEG", "PNG")
 # TFDS imports what features.json names, whatever it is.
 _FEATURES = tuple(
   f"tensorflow_datasets.core.features.{name}"
@@ -32,24 +38,13 @@ def data_dir(configured: str) -> pathlib.Path:
   return resolve(chosen or "~/tensorflow_datasets")
 
 
-# What to do about a copy, for data sets that this program prepares itself.
-_OTHER_FOLDER = (
-  f"{SET_DATA_DIR} another, also empty, directory to have a copy prepared"
-  " there."
-)
-DELETE = "Delete it to have it prepared again."
-PREPARE_AGAIN = "Prepare it again, or take another copy."
-
-
 def find(
   name: str, root: pathlib.Path, remedy: str = ""
 ) -> pathlib.Path | None:
   """The newest prepared version of a data set that can be read, if any.
 
-  `remedy`: for one that cannot; by default for copies that this program makes.
-
-  Raises:
-    DataError: there is one, but damaged or in a format that needs TensorFlow.
+  A `DataError` if all are damaged or need TensorFlow; `remedy` says what to do,
+  by default about copies that this program makes.
   """
   try:
     paths = list(root.glob(f"{name}/*/dataset_info.json"))
@@ -60,42 +55,76 @@ def find(
     ) from error
   found = []
   for path in paths:
-    try:
-      version = tuple(map(int, path.parent.name.split(".")))
-    except ValueError:
-      continue  # Not a version that TFDS has finished writing.
-    damage = ""
-    try:
-      info = json.loads(read_text(path))
-      if not isinstance(info, dict):
-        raise ValueError("it holds no JSON object")
-      # Files written before TFDS had a choice do not name their format.
-      file_format = info.get("fileFormat", "tfrecord")
-      if not isinstance(file_format, str):
-        raise ValueError("its fileFormat is no text")
-    # Brackets in brackets are a RecursionError.
-    except (OSError, ValueError, RecursionError) as error:
-      file_format, damage = "", errors.one_line(error)
-    good = file_format == FILE_FORMAT
-    found.append((good, version, path.parent, file_format, damage))
+    version = path.parent.name.split(".")
+    if all(map(str.isdecimal, version)):  # Else TFDS has not finished it.
+      problem = _problem(path, remedy)
+      found.append((not problem, [*map(int, version)], path.parent, problem))
   if not found:
     return None
-  good, _, folder, file_format, damage = max(found)
-  if good:
-    return folder
-  if damage:
-    raise damaged(folder, f"dataset_info.json: {damage}", remedy or DELETE)
-  raise errors.DataError(
-    f"{folder} is prepared as {file_format[:50]}, which needs TensorFlow to"
-    f" read; needed: {FILE_FORMAT}. {remedy or _OTHER_FOLDER}"
+  _, _, folder, problem = max(found)
+  if problem:
+    raise errors.DataError(problem)
+  return folder
+
+
+def _problem(path: pathlib.Path, remedy: str) -> str:
+  """Why the copy with this dataset_info.json cannot be read, or ''."""
+  try:
+    info = json.loads(read_text(path))
+    if not isinstance(info, dict):
+      raise ValueError("it holds no JSON object")
+    # Files written before TFDS had a choice do not name their format.
+    file_format = info.get("fileFormat", "tfrecord")
+    if not isinstance(file_format, str):
+      raise ValueError("its fileFormat is no text")
+  # Brackets in brackets are a RecursionError.
+  except (OSError, ValueError, RecursionError) as error:
+    what = f"{path.name}: {errors.one_line(error)}"
+    return f"{path.parent} cannot be read ({what}). {remedy or DELETE}"
+  if file_format == FILE_FORMAT:
+    return ""
+  other = "another, also empty, directory to have a copy prepared there."
+  return (
+    f"{path.parent} is prepared as {file_format[:50]}, which needs TensorFlow"
+    f" to read; needed: {FILE_FORMAT}. {remedy or f'{SET_DATA_DIR} {other}'}"
   )
 
 
-def damaged(
-  folder: pathlib.Path, problem: str, remedy: str = DELETE
-) -> errors.DataError:
-  """The error for a copy that cannot be read."""
-  return errors.DataError(f"{folder} cannot be read ({problem}). {remedy}")
+@contextlib.contextmanager
+def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
+  """Makes a `DataError` of whatever a copy makes libraries raise."""
+  try:
+    yield
+  except (errors.DataError, MemoryError):
+    raise
+  # TFDS, ArrayRecord and Pillow each have kinds of their own.
+  except Exception as error:
+    problem = errors.one_line(error)
+    message = f"{folder} cannot be read ({problem}). {remedy}"
+    raise errors.DataError(message) from error
+
+
+def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
+  """TFDS's builder of a copy that has images, labels and these splits.
+
+  Otherwise, or if it leads to other code or folders, some exception.
+  """
+  import tensorflow_datasets as tfds
+
+  check_features(folder)
+  builder = tfds.builder_from_directory(folder)
+  features = dict(builder.info.features.items())
+  kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+  for name, kind in kinds.items():
+    if not isinstance(features.get(name), kind):
+      raise ValueError(f"it has no feature {name!r} of that kind")
+  for split in splits:
+    for path in map(pathlib.Path, builder.info.splits[split].filepaths):
+      # `fingerprint` has seen the files of this folder, and no others.
+      if path.parent != folder:
+        raise ValueError(f"dataset_info.json leads to {path}")
+      open_regular(path).close()
+  return builder
 
 
 def check_features(folder: pathlib.Path) -> None:
@@ -129,16 +158,14 @@ def label_names(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
-  """A digest of a folder's files; `DataError` if one cannot be read.
+  """A digest of all files' names and contents; `DataError` if it is damaged.
 
-  Of their names and contents; without `read_all` of the small ones' contents
-  and all sizes: the shards of a streamed set may have hundreds of gigabytes.
+  Without `read_all`, of all sizes and the small files' contents: the shards of
+  a streamed set may have hundreds of gigabytes.
   """
   digest = hashlib.sha256()
-  try:
-    for path in sorted(folder.iterdir()):
-      if path.is_dir():
-        continue
+  with reading(folder, DELETE if read_all else PREPARE_AGAIN):
+    for path in sorted(each for each in folder.iterdir() if not each.is_dir()):
       digest.update(path.name.encode(errors="surrogateescape") + b"\0")
       if read_all:
         with open_regular(path) as file:
@@ -147,9 +174,6 @@ def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
       digest.update(b"%d\0" % path.stat().st_size)
       if path.suffix in (".json", ".txt"):
         digest.update(read_text(path).encode())
-  except (OSError, ValueError) as error:
-    remedy = DELETE if read_all else PREPARE_AGAIN
-    raise damaged(folder, errors.one_line(error), remedy) from error
   return digest.hexdigest()
 
 

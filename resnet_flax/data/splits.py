@@ -38,9 +38,8 @@ def choose(
 def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
   """As many images from each class, as far as the classes last.
 
-  Of int[C] images that each class has int[C] that sum to `total`, which must
-  not be more. They differ by at most one, except that a class which is smaller
-  than its quota gives all it has.
+  Of int[C] images int[C] that sum to `total`, which must not be more. They
+  differ by at most one, except that a class with fewer images gives all.
   """
   quotas = np.zeros_like(class_sizes)
   while (missing := total - quotas.sum()) > 0:
@@ -52,10 +51,7 @@ def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def proportional_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
-  """From each class its share, by the method of largest remainders.
-
-  Shapes as in `equal_quotas`.
-  """
+  """Of each class its share, by largest remainders; see `equal_quotas`."""
   exact = total * class_sizes / class_sizes.sum()
   quotas = np.floor(exact).astype(class_sizes.dtype)
   remainders = np.argsort(quotas - exact, kind="stable")

@@ -7,6 +7,7 @@ which image is read when is not its choice, so that a run can go on at any step.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -17,15 +18,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from concurrent import futures
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.data import crops, prepared, randomness, types
 from resnet_flax.run import environment, errors
-
-T = TypeVar("T")
 
 # Any other prepared copy is named by its folder: 'tfds/food101'.
 PREFIX = "tfds/"
@@ -34,23 +34,8 @@ PREFIX = "tfds/"
 # 224x224, or about as many bytes. Each worker or thread decodes one ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# Where images are decoded in threads of this process.
-_THREADS = 2
-_ENCODINGS = ("JPEG", "PNG")
 # ImageNet's largest has 61 million.
 _MOST_PIXELS = 2**26
-_MOST_EXAMPLES = 2**31 - 1
-# One in so many is scored where there is but one split.
-_HELD_OUT = 10
-
-
-class Shard(NamedTuple):
-  """A file of records; the names are those that ArrayRecord's reader wants."""
-
-  filename: str
-  skip: int  # Records before the first one.
-  take: int
-  examples_in_shard: int
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
@@ -70,8 +55,7 @@ def find(name: str, configured_dir: str) -> pathlib.Path:
   return folder
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
   """What a copy says of itself."""
 
   num_train: int  # Images that are trained on.
@@ -84,7 +68,7 @@ class Facts:
 
 def read_facts(folder: pathlib.Path) -> Facts:
   """Reads what a copy says, without its shards; `DataError` if it does not."""
-  try:
+  with prepared.reading(folder, prepared.PREPARE_AGAIN):
     info = json.loads(prepared.read_text(folder / "dataset_info.json"))
     counts = {
       str(split["name"]): sum(map(int, split["shardLengths"]))
@@ -96,23 +80,14 @@ def read_facts(folder: pathlib.Path) -> Facts:
     if test == "train":
       if len(counts) > 1 or info.get("disableShuffling"):
         raise ValueError("it has no split 'validation' or 'test'")
-      num_test = -(-num_train // _HELD_OUT)
+      num_test = -(-num_train // 10)
       num_train -= num_test
     for split, count in (("train", num_train), (test, num_test)):
-      if not 0 < count <= _MOST_EXAMPLES:
+      if not 0 < count < 2**31:
         raise ValueError(f"it has no images in the split {split!r}")
-    labels = prepared.label_names(folder)
-    if not labels:
+    if not (labels := prepared.label_names(folder)):
       raise ValueError("label.labels.txt is empty")
-    return Facts(num_train, num_test, test, labels)
-  # It may hold anything.
-  except Exception as error:
-    raise _damaged(folder, error) from error
-
-
-def _damaged(folder: pathlib.Path, error: Exception) -> errors.DataError:
-  problem = errors.one_line(error)
-  return prepared.damaged(folder, problem, prepared.PREPARE_AGAIN)
+  return Facts(num_train, num_test, test, labels)
 
 
 def load(config: ConfigDict, augmentation: str) -> types.Dataset:
@@ -120,26 +95,28 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
   digest = prepared.fingerprint(folder, read_all=False)
-  first_test = facts.num_train if facts.test == "train" else 0
-  sizes = {"train": facts.num_train}
-  sizes[facts.test] = first_test + facts.num_test
-  train, test = (
-    StreamedSplit(
-      indices=indices,
-      folder=folder,
-      shards=_shards(folder, name, sizes[name]),
-      image_size=config.image_size,
-      num_classes=len(facts.class_names),
-      crop=crop if crop in crops.RANDOM else "none",
-      num_workers=config.num_workers,
-      num_crops=config.test_crops,
-    )
-    for name, indices, crop in (
-      ("train", np.arange(facts.num_train), augmentation),
-      (facts.test, np.arange(first_test, sizes[facts.test]), "none"),
-    )
+  with prepared.reading(folder, prepared.PREPARE_AGAIN):
+    from array_record.python import array_record_data_source as array_record
+
+    splits = prepared.open_builder(folder, ("train", facts.test)).info.splits
+    shards = [splits[name].file_instructions for name in ("train", facts.test)]
+    sources = [array_record.ArrayRecordDataSource(each) for each in shards]
+  _allow_open_files(sum(map(len, shards)))
+  train = StreamedSplit(
+    indices=np.arange(facts.num_train),
+    folder=folder,
+    records=sources[0],
+    image_size=config.image_size,
+    num_classes=len(facts.class_names),
+    crop=augmentation if augmentation in crops.RANDOM else "none",
+    num_workers=config.num_workers,
+    num_crops=config.test_crops,
   )
-  _allow_open_files(len(train.shards) + len(test.shards))
+  first_test = facts.num_train if facts.test == "train" else 0
+  indices = first_test + np.arange(facts.num_test)
+  test = dataclasses.replace(
+    train, indices=indices, records=sources[1], crop="none"
+  )
   for split in (train, test):
     # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
@@ -158,16 +135,12 @@ def _allow_open_files(count: int) -> None:
     import resource
   except ImportError:  # There is no such limit on Windows.
     return
-  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinity = resource.RLIM_INFINITY
-  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
-  # Of several seeds each has its own.
-  for wanted in (16 * needed, needed):
+  for wanted in (16 * needed, needed):  # Of several seeds each has its own.
     if soft < (allowed := min(wanted, hard)):
-      # macOS has a limit besides.
-      with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+      with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
         soft = allowed
   if soft < needed:
     raise errors.DataError(
@@ -177,41 +150,13 @@ def _allow_open_files(count: int) -> None:
     )
 
 
-def _shards(folder: pathlib.Path, split: str, size: int) -> tuple[Shard, ...]:
-  """The files of a split of `size` images, which are looked at, not opened."""
-  import tensorflow_datasets as tfds
-
-  try:
-    prepared.check_features(folder)
-    info = tfds.builder_from_directory(folder).info
-    features = dict(info.features.items())
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    for feature, kind in kinds.items():
-      if not isinstance(features.get(feature), kind):
-        raise ValueError(f"it has no feature {feature!r} of that kind")
-    shards = []
-    for each in info.splits[split].file_instructions:
-      path = pathlib.Path(each.filename)
-      if path.parent != folder:
-        raise ValueError(f"dataset_info.json leads to {path}")
-      prepared.open_regular(path).close()
-      records = each.skip, each.take, each.examples_in_shard
-      shards.append(Shard(str(path), *records))
-    if sum(shard.take for shard in shards) != size:
-      raise ValueError(f"the split {split!r} has shards of another number")
-    return tuple(shards)
-  # TFDS has kinds of its own.
-  except Exception as error:
-    raise _damaged(folder, error) from error
-
-
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit(types.Split):
   """Images in the files of a prepared copy."""
 
   indices: np.ndarray
   folder: pathlib.Path  # Of the copy, for messages.
-  shards: tuple[Shard, ...]  # The files, in order.
+  records: Any  # ArrayRecord's source of the official split.
   image_size: int  # Height and width of what is cut out of the images.
   num_classes: int  # Labels are below.
   crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
@@ -234,28 +179,29 @@ class StreamedSplit(types.Split):
   ) -> Iterator[types.Batch]:
     """See `Split`; workers live until the iterator ends or is closed.
 
-    Raises:
-      DataError: an image cannot be read, or a worker died.
+    A `DataError` if an image cannot be read or a worker died.
     """
     grain = _import_grain()
     num_crops = self.num_crops if draw is None else 1
     image_bytes = num_crops * math.prod(self.image_shape)
     size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
+    # Of an empty batch, too, there is one: for its shape.
     chunks = [
-      positions[start : start + size]
+      np.split(positions, range(size, len(positions), size))
       for positions in order
-      for start in range(0, len(positions), size)
     ]
-    workers = min(self.num_workers, len(chunks))
+    # Every worker gets these, and no other indices.
+    rows = [(part, self.indices[part]) for parts in chunks for part in parts]
+    none = self.indices[:0]
+    lean = dataclasses.replace(self, indices=none, num_crops=num_crops)
+    workers = min(self.num_workers, len(rows))
     if workers < 0:
-      workers = min(environment.num_cpu_threads(), len(chunks))
-    form = self.image_size, self.num_classes, self.crop
-    decoding = _Decoding(*form, draw, num_crops)
+      workers = min(environment.num_cpu_threads(), len(rows))
     # A worker hands over what it has while its thread decodes.
-    threads = 1 if workers else _THREADS
+    threads = 1 if workers else 2
     pipeline = grain.experimental.WithOptionsIterDataset(
-      grain.MapDataset.source(_Records(self.shards, self.indices, chunks))
-      .map(decoding)
+      grain.MapDataset.source(rows)
+      .map(functools.partial(lean._read, draw))
       .to_iter_dataset(grain.ReadOptions(threads, threads)),
       # Through pipes: shared memory is scarce in containers, which kills
       # workers, and outlives a process that is killed.
@@ -268,19 +214,60 @@ class StreamedSplit(types.Split):
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
     try:
-      for positions in order:
-        parts = [take(iterator) for _ in range(0, len(positions), size)]
-        # One at least, for its shape: of the last batch a host may have none.
-        parts = parts or [decoding(_Encoded(positions, ()))]
-        images, labels = zip(*parts, strict=True)
-        yield np.concatenate(images), np.concatenate(labels)
-    except (errors.DataError, MemoryError):
-      raise
-    # Whatever a file makes the readers and decoders raise, here or there.
-    except Exception as error:
-      raise _damaged(self.folder, error) from error
+      with prepared.reading(self.folder, prepared.PREPARE_AGAIN):
+        for parts in chunks:
+          arrays = [take(iterator) for _ in parts]
+          images, labels = zip(*arrays, strict=True)
+          yield np.concatenate(images), np.concatenate(labels)
     finally:
       alive.close(iterator)
+
+  def _read(self, draw: types.Draw | None, chunk) -> types.Batch:
+    """Of the positions of a chunk and the indices that they have."""
+    positions, rows = chunk
+    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
+    return self._decode(draw, positions, records)
+
+  def _decode(self, draw: types.Draw | None, positions, records) -> types.Batch:
+    """Of the serialised `tf.train.Example`s at these positions."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    shape = (len(records), self.num_crops, *self.image_shape)
+    images, labels = np.empty(shape, np.uint8), np.empty(len(records), np.int32)
+    for k, raw in enumerate(records):
+      feature = tf_example_pb2.Example.FromString(raw).features.feature
+      (encoded,) = feature["image"].bytes_list.value
+      (label,) = feature["label"].int64_list.value
+      if not 0 <= label <= (most := self.num_classes - 1):
+        raise ValueError(f"an image has label {label}; needed: 0 to {most}")
+      labels[k], rng = label, None
+      if draw and self.crop != "none":
+        purpose, position = randomness.Purpose.HOST_CROP, int(positions[k])
+        rng = randomness.host_rng(draw.seed, purpose, draw.epoch, position)
+      images[k] = self._cut(encoded, rng)
+    return (images[:, 0] if self.num_crops == 1 else images), labels
+
+  def _cut(self, encoded: bytes, rng: np.random.Generator | None) -> np.ndarray:
+    """uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded), formats=prepared.ENCODINGS) as image:
+      if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"an image has {image.width} x {image.height} pixels")
+      image.load()  # Only now it is decoded.
+      # Some of ImageNet's are grey. The others need not be copied.
+      decoded = image if image.mode == "RGB" else image.convert("RGB")
+    if rng:
+      boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
+    elif self.num_crops > 1:
+      boxes = crops.corners_and_centre(*decoded.size)
+    else:
+      boxes = [crops.central(*decoded.size)]
+    size, method = (self.image_size,) * 2, Image.Resampling.BILINEAR
+    cut = [np.asarray(decoded.resize(size, method, box=box)) for box in boxes]
+    if self.num_crops > 1:
+      cut += [image[:, ::-1] for image in cut]
+    return np.stack(cut)
 
 
 class _Workers:
@@ -294,32 +281,27 @@ class _Workers:
     self._folder, self._others = folder, set(multiprocessing.active_children())
     self._own: set[multiprocessing.process.BaseProcess] = set()
 
-  def next_of(self, iterator: Iterator[T]) -> T:
+  def next_of(self, iterator: Iterator[Any]) -> Any:
     """What comes next; `DataError` if a worker was killed."""
-    parts: list[T] = []
-    failures: list[Exception] = []
+    result: futures.Future[Any] = futures.Future()
 
     def take() -> None:
       try:
-        parts.append(next(iterator))
+        result.set_result(next(iterator))
       except Exception as error:
-        failures.append(error)
+        result.set_exception(error)
 
-    thread = threading.Thread(target=take, name="next images", daemon=True)
-    thread.start()
-    thread.join(0.2)
-    while thread.is_alive() and not self._died():
-      thread.join(0.2)
+    threading.Thread(target=take, name="next images", daemon=True).start()
+    while futures.wait([result], 0.2).not_done and not self._died():
+      pass
     # Often enough for none to end unseen.
     died = self._died()
-    if parts:
-      return parts[0]
-    error = failures[0] if failures else None
+    error = result.exception() if result.done() else None
     # What Grain itself says of one.
     if error and "terminated unexpectedly" in str(error):
       died = died or errors.one_line(error)
-    if error and not died:
-      raise error
+    if result.done() and not (error and died):
+      return result.result()
     raise errors.DataError(
       f"a process that decodes images of {self._folder} was ended ({died});"
       " if it says nothing itself, most likely for want of memory. Pass a"
@@ -351,10 +333,9 @@ def _import_grain() -> Any:
 
   # It reads flags of its own, which absl refuses where none have been parsed,
   # as in a notebook. This lets them have their defaults.
-  if not flags.FLAGS.is_parsed():
-    for name in flags.FLAGS:
-      if name.startswith("grain_"):
-        flags.FLAGS[name].present = 1
+  for name in flags.FLAGS:
+    if name.startswith("grain_"):
+      flags.FLAGS[name].present = 1
   return grain
 
 
@@ -373,91 +354,3 @@ def _start_worker(index: int, count: int) -> None:
 
   # One that was killed closes nothing.
   threading.Thread(target=follow, name="parent", daemon=True).start()
-
-
-class _Encoded(NamedTuple):
-  """Records as they are in the prepared copy."""
-
-  positions: np.ndarray  # int64[K], in the split.
-  records: Sequence[bytes]  # The serialised `tf.train.Example`s.
-
-
-class _Records:
-  """What Grain reads from: chunk k is that of position k in the given order."""
-
-  def __init__(self, shards, indices, chunks):
-    self._shards, self._chunks, self._source = shards, chunks, None
-    # Only those of the chunks: they are sent to every worker.
-    self._rows = [indices[chunk] for chunk in chunks]
-
-  def __repr__(self) -> str:
-    return f"records of {len(self._shards)} files"
-
-  def __len__(self) -> int:
-    return len(self._chunks)
-
-  def __getitem__(self, index: int) -> _Encoded:
-    if self._source is None:
-      from array_record.python import array_record_data_source as array_record
-
-      self._source = array_record.ArrayRecordDataSource(list(self._shards))
-    records = self._source.__getitems__(self._rows[index].tolist())
-    return _Encoded(self._chunks[index], records)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decoding:
-  """Makes arrays of records: uint8 images and int32[K] labels.
-
-  Images are [K, S, S, 3], of several crops [K, crops, S, S, 3].
-  """
-
-  size: int
-  num_classes: int
-  crop: str
-  draw: types.Draw | None
-  num_crops: int = 1
-
-  def __call__(self, encoded: _Encoded) -> types.Batch:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    count = len(encoded.records)
-    shape = (count, self.num_crops, self.size, self.size, 3)
-    images, labels = np.empty(shape, np.uint8), np.empty(count, np.int32)
-    for k, (position, raw) in enumerate(zip(*encoded, strict=True)):
-      feature = tf_example_pb2.Example.FromString(raw).features.feature
-      (image,) = feature["image"].bytes_list.value
-      (label,) = feature["label"].int64_list.value
-      if not 0 <= label <= (most := self.num_classes - 1):
-        raise ValueError(f"an image has label {label}; needed: 0 to {most}")
-      self._decode(image, int(position), images[k])
-      labels[k] = label
-    return (images[:, 0] if self.num_crops == 1 else images), labels
-
-  def _decode(self, encoded: bytes, position: int, crops_of: np.ndarray):
-    """Fills uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded), formats=_ENCODINGS) as image:
-      if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"an image has {image.width} x {image.height} pixels")
-      image.load()  # Only now it is decoded.
-      # Some of ImageNet's are grey. The others need not be copied.
-      decoded = image if image.mode == "RGB" else image.convert("RGB")
-    for k, box in enumerate(self._boxes(position, *decoded.size)):
-      crops_of[k] = decoded.resize(
-        (self.size, self.size), Image.Resampling.BILINEAR, box=box
-      )
-    if self.num_crops > 1:
-      half = self.num_crops // 2
-      crops_of[half:] = crops_of[:half, :, ::-1]
-
-  def _boxes(self, position: int, width: int, height: int) -> list[crops.Box]:
-    if self.num_crops > 1:
-      return crops.corners_and_centre(width, height)
-    if self.draw is None or self.crop == "none":
-      return [crops.central(width, height)]
-    purpose = randomness.Purpose.HOST_CROP
-    seed, epoch = self.draw
-    rng = randomness.host_rng(seed, purpose, epoch, position)
-    return [crops.RANDOM[self.crop](rng, width, height)]
