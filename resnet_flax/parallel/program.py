@@ -74,7 +74,7 @@ def order(
 ) -> np.ndarray:
   """Which images each step of an epoch takes: int64[steps, B].
 
-  Positions in the split, as (seed, epoch) decide; a smaller batch is dropped.
+  Positions in the split, by (seed, epoch); a last, smaller batch is dropped.
   """
   rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
   steps = num_examples // batch_size
