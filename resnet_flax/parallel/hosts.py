@@ -10,6 +10,7 @@ A process that is alone starts nothing of this; the functions act at once.
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import logging
@@ -95,20 +96,19 @@ def find_cluster(
     ConfigError: too little is given, or it does not fit together.
   """
   address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-  count, index = num_processes, process_id
-  count = _integer("JAX_NUM_PROCESSES") if count is None else count
-  index = _integer("JAX_PROCESS_ID") if index is None else index
+  count = _integer("JAX_NUM_PROCESSES", num_processes)
+  index = _integer("JAX_PROCESS_ID", process_id)
   detection: str | None = "deactivate"
   if count != 1 and (not address or None in (count, index)):
     size, rank, detection = _launched()
     count = size if count is None else count
     index = rank if index is None else index
-  given = {
-    "coordinator_address": address or None,
-    "num_processes": count,
-    "process_id": index,
-  }
-  missing = [name for name, value in given.items() if value is None]
+  given = [
+    ("coordinator_address", address or None),
+    ("num_processes", count),
+    ("process_id", index),
+  ]
+  missing = [name for name, value in given if value is None]
   if len(missing) == len(given) or (count == 1 and not index):
     return None
   if count is None or (missing and detection == "deactivate"):
@@ -141,11 +141,14 @@ def _launched() -> tuple[int | None, int | None, str | None]:
   return None, None, "deactivate"
 
 
-def _integer(variable: str) -> int | None:
+def _integer(variable: str, given: int | None = None) -> int | None:
+  """What is given, else an environment variable's value."""
   text = os.environ.get(variable)
-  if text and not text.isdecimal():
+  if given is not None or not text:
+    return given
+  if not text.isdecimal():
     raise errors.ConfigError(f"{variable}={text!r} must be an integer.")
-  return int(text) if text else None
+  return int(text)
 
 
 def _check_mpi4py(size: int) -> None:
@@ -216,9 +219,11 @@ def connected(
   if cluster is None:
     yield
     return
+  count = cluster.num_processes
   address = cluster.coordinator_address or "(as JAX detects it)"
-  at = f"num_processes={cluster.num_processes} at coordinator_address={address}"
-  _logger.info("waiting for %s", at)
+  _logger.info(
+    "waiting for num_processes=%d at coordinator_address=%s", count, address
+  )
   # It would take SIGTERM from `StopSignals`, and knows of no Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
   # Python hears of no signal while the runtime waits.
@@ -232,7 +237,7 @@ def connected(
     stops.say_on_exit(stopped)
     # The runtime ends the process if the others do not come.
     _say_on_abort(
-      f"not all of num_processes={cluster.num_processes} processes came to"
+      f"not all of num_processes={count} processes came to"
       f" coordinator_address={address} within {timeout} s"
       " (--initialization_timeout). See that process 0 runs, that its host and"
       " port can be reached from here, and that all processes have been started"
@@ -328,8 +333,9 @@ def _client() -> Any:
   return multihost_utils.distributed.global_state.client
 
 
-def _wait_for(key: str) -> str:
-  return _client().blocking_key_value_get(key, _PATIENCE * 1000)
+def _wait_for(key: str) -> Any:
+  """What a process has set, from JSON."""
+  return json.loads(_client().blocking_key_value_get(key, _PATIENCE * 1000))
 
 
 def is_first() -> bool:
@@ -346,7 +352,7 @@ def first(function: Callable[[], T]) -> T:
     return function()
   key = f"resnet_flax/first/{next(_numbers)}"
   if not is_first():
-    answer = json.loads(_wait_for(key))
+    answer = _wait_for(key)
     if "error" not in answer:
       return answer["value"]
     kind = getattr(errors, answer["error"])
@@ -398,7 +404,7 @@ def check_same(name: str, value: Any) -> None:
 
   def compare() -> None:
     for process in range(1, jax.process_count()):
-      other = json.loads(_wait_for(f"{prefix}/{process}"))
+      other = _wait_for(f"{prefix}/{process}")
       text = "{} ({!r} in process 0, {!r} there)"
       if differing := errors.differences(own, other, text):
         raise errors.ConfigError(
@@ -432,10 +438,9 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
   # One vector, since a program of many takes long to compile, and of integers,
   # since a sum of floats loses the sign of a zero.
   content = b"".join(own).ljust(-(-sum(sizes) // 4) * 4, b"\0")
+  words = np.frombuffer(content, np.uint32)
   meet()
-  shared = multihost_utils.broadcast_one_to_all(
-    np.frombuffer(content, np.uint32)
-  )
+  shared = multihost_utils.broadcast_one_to_all(words)
   parts = iter(np.split(shared.view(np.uint8), np.cumsum(sizes)))
   return jax.tree.map(
     lambda leaf: np.frombuffer(next(parts), leaf.dtype).reshape(leaf.shape),
@@ -461,41 +466,34 @@ class Agreement:
   ):
     self._signals, self._timer = signals, timer
     self._pending: jax.Array | None = None
-    self._votes: dict[tuple[int, int], jax.Array] = {}
     mesh = mesh_lib.create_mesh(devices)
-    self._sharding = mesh_lib.sharding(mesh, mesh_lib.DATA)
+    divided = mesh_lib.sharding(mesh, mesh_lib.DATA)
     everywhere = mesh_lib.sharding(mesh)
     self._count = jax.jit(lambda votes: votes.max(0), out_shardings=everywhere)
+    # Cached, since votes are nearly always the same.
+    self._put = functools.cache(
+      lambda *own: jax.make_array_from_callback(
+        (len(devices), 2), divided, lambda _: np.asarray([own], np.int32)
+      )
+    )
 
   def until(self, step: int) -> bool:
     """Whether to save after so many steps."""
     return any(self._vote()) or self._timer.due_at(step)
 
-  def on_batch(self) -> None:
-    """Raises `Stopped` if a signal has come; after a batch of an evaluation."""
-    self._stop_if(self._vote())
-
-  def check(self) -> None:
-    """Raises `Stopped` if a signal has come to any process by now."""
-    self._stop_if(self._vote(at_once=True))
-
-  def _stop_if(self, wanted: Sequence[int]) -> None:
-    if wanted[0]:
+  def check(self, *, at_once: bool = True) -> None:
+    """Raises `Stopped` if any process has had a signal, by now or before."""
+    signal_number, _ = self._vote(at_once)
+    if signal_number:
       Agreement.has_stopped = True
-      raise signals_lib.Stopped(wanted[0])
+      raise signals_lib.Stopped(signal_number)
 
-  def _vote(self, *, at_once: bool = False) -> Sequence[int]:
+  def _vote(self, at_once: bool = False) -> Sequence[int]:
     """The signal and whether a save is overdue: what any said last, or now."""
     own = self._signals.number or 0, int(self._timer.overdue())
     if jax.process_count() == 1:
       return own
-    if own not in self._votes:  # Kept: nearly always the same.
-      self._votes[own] = jax.make_array_from_callback(
-        (self._sharding.num_devices, 2),
-        self._sharding,
-        lambda index: np.asarray([own], np.int32),
-      )
-    pending, self._pending = self._pending, self._count(self._votes[own])
+    pending, self._pending = self._pending, self._count(self._put(*own))
     if at_once:
       pending, self._pending = self._pending, None
     return (0, 0) if pending is None else np.asarray(pending).tolist()

@@ -32,39 +32,33 @@ _SHARE = 0.25
 def choose(
   wanted: int, split: types.Split, layout: Layout, image_size: int
 ) -> int:
-  """How many training steps a call does.
+  """How many training steps a call does: `wanted`; 0 chooses.
 
-  Args:
-    wanted: `steps_per_call` of the configuration; 0 chooses.
-    split: the training images.
-    layout: where the networks are.
-    image_size: the larger side of the images that the networks see.
+  `image_size` is the larger side of the images that the networks see.
 
   Raises:
     ConfigError: more than one was asked for, and the split is not in memory or
       the devices' memory has no room for it.
   """
-  if wanted == 1:
-    return 1
-  if not isinstance(split, types.ArraySplit):
-    if not wanted:
-      return 1
-    raise errors.ConfigError(
-      f"steps_per_call={wanted} needs a training split in memory, but this one"
-      " is decoded while training. Pass --config.steps_per_call=1."
-    )
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-  if not wanted and (on_cpu or image_size > _LARGEST_SMALL_IMAGE):
+  is_slow = on_cpu or image_size > _LARGEST_SMALL_IMAGE
+  if wanted == 1 or (not wanted and is_slow):
     return 1
   shards = layout.mesh.shape[mesh_lib.DATA]
-  if _fits(split, layout, shards):
+  is_in_memory = isinstance(split, types.ArraySplit)
+  if is_in_memory and _fits(split, layout, shards):
     return wanted or STEPS_PER_CALL
   if not wanted:
     return 1
+  lacking = "a training split in memory, but this one is decoded while training"
+  if is_in_memory:
+    lacking = (
+      f"the {_num_bytes(split) / 1e9:.1f} GB of the training split on the"
+      f" devices: over {shards} that share it, it is more than {_SHARE:.0%} of"
+      " their memory"
+    )
   raise errors.ConfigError(
-    f"steps_per_call={wanted} needs the {_num_bytes(split) / 1e9:.1f} GB of the"
-    f" training split on the devices: over {shards} that share it, it is more"
-    f" than {_SHARE:.0%} of their memory. Pass --config.steps_per_call=1."
+    f"steps_per_call={wanted} needs {lacking}. Pass --config.steps_per_call=1."
   )
 
 
@@ -81,34 +75,31 @@ def create(
   """The program that takes several steps in a call; see `program.create`."""
   size = config.batch_size
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
-  shared = (*put_split(split, layout), np.int32(0))
+  data = put_split(split, layout)
   compiled = program.compile_function(
     "training steps",
     functools.partial(train_steps, experiment),
     layout,
     (state, layout.batch_shape((size, steps_per_epoch), np.int32), key),
-    shared,
+    (*data, np.int32(0)),
     donate=True,
   )
+  # Calls end where something is done between two steps.
+  multiples = config.checkpoint.every_steps, config.log_layer_norms_every
 
-  def batches(epoch: int, first: int = 0) -> Iterator[program.Batch]:
-    order = put_order(split, size, epoch, layout)
+  def batches(epoch: int, first: int) -> Iterator[program.Batch]:
+    order = _put_order(split, size, epoch, layout)
     start = epoch * steps_per_epoch
-    # Calls end where something is done between two steps.
-    multiples = config.checkpoint.every_steps, config.log_layer_norms_every
     done = start + first
     for end in call_ends(
       done, start + steps_per_epoch, steps_per_call, multiples
     ):
 
       def images_and_labels(first=done - start):
-        return next(
-          program.epoch_batches(split, size, epoch, layout, first=first)
-        )
+        return next(program.epoch_batches(split, size, epoch, layout, first))
 
-      num_steps = end - done
-      arguments = order, key, *shared[:-1], np.int32(num_steps)
-      yield program.Batch(num_steps, arguments, images_and_labels)
+      arguments = order, key, *data, np.int32(end - done)
+      yield program.Batch(end - done, arguments, images_and_labels)
       done = end
 
   return program.Program(compiled, batches)
@@ -182,13 +173,12 @@ def put_split(
   return transfer.put((images, labels), sharding)
 
 
-def put_order(
+def _put_order(
   split: types.Split, batch_size: int, epoch: int, layout: Layout
 ) -> Networks:
   """The order of an epoch, int32[B, steps per epoch] of each network."""
-  rows = layout.rows(batch_size)
 
-  def of_seed(seed: int) -> list[tuple[np.ndarray]]:
+  def of_seed(seed: int, rows: np.ndarray) -> list[tuple[np.ndarray]]:
     # Put on the devices like a batch, whose axis comes first.
     order = program.order(len(split), batch_size, seed, epoch).T[rows]
     return [(np.ascontiguousarray(order, np.int32),)]
@@ -200,19 +190,15 @@ def put_order(
 def call_ends(
   first: int, last: int, steps: int, multiples: Sequence[int]
 ) -> Iterator[int]:
-  """The number of steps done after each call.
+  """The number of steps done after each call, from `first` to `last`.
 
-  Args:
-    first: steps done before the first call.
-    last: steps done after the last one.
-    steps: of a call, at most.
-    multiples: calls end at every multiple of these; 0 stands for none.
+  A call does at most so many `steps`, and ends at every multiple of
+  `multiples`, of which 0 stands for none.
   """
-  done = first
-  while done < last:
-    ends = [(done // each + 1) * each for each in multiples if each]
-    done = min(done + steps, last, *ends)
-    yield done
+  while first < last:
+    ends = [(first // each + 1) * each for each in multiples if each]
+    first = min(first + steps, last, *ends)
+    yield first
 
 
 def memory_limit(device: jax.Device) -> int | None:

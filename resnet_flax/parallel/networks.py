@@ -8,6 +8,7 @@ alone on the devices of its group, bit-identically.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -79,36 +80,26 @@ class Layout:
   @property
   def batch_sharding(self) -> NamedSharding:
     """Of the batches of a chunk: images divided over the devices of a group."""
-    axes = (mesh_lib.SEED,) if self.is_stacked else ()
-    return mesh_lib.sharding(self.mesh, *axes, mesh_lib.DATA)
+    return mesh_lib.sharding(self.mesh, *self.sharding.spec, mesh_lib.DATA)
 
-  def _chunks(self) -> list[list[int]]:
-    """For each chunk, which seed each of its networks has or copies."""
-    last = len(self.seeds) - 1
-    return [
-      [min(start + k, last) for k in range(self.chunk_size)]
-      for start in range(0, len(self.seeds), self.chunk_size)
-    ]
+  def _chunks(
+    self, trees: Sequence[PyTree], join: Callable[..., Any] = np.stack
+  ) -> Iterator[PyTree]:
+    """Stacks the trees of the seeds, chunk by chunk."""
+    size, last = self.chunk_size, len(trees) - 1
+    for start in range(0, len(trees), size):
+      yield stack([trees[min(start + k, last)] for k in range(size)], join)
 
   def put(self, trees: Sequence[PyTree]) -> Networks:
     """Puts the tree of each seed on the devices."""
-
-    def put_chunk(members: list[int]) -> PyTree:
-      tree = trees[members[0]]
-      if self.is_stacked:
-        tree = jax.tree.map(
-          lambda *arrays: jnp.stack(arrays), *(trees[k] for k in members)
-        )
-      # A step is given its state's memory, which must not be another's too.
-      return transfer.put(tree, self.sharding, may_alias=False)
-
-    return Networks(tuple(map(put_chunk, self._chunks())))
+    chunks = tuple(self._chunks(trees, jnp.stack))
+    # A step is given its state's memory, which must not be another's too.
+    return Networks(transfer.put(chunks, self.sharding, may_alias=False))
 
   def get(self, networks: Networks) -> list[PyTree]:
     """The tree of each seed, as NumPy arrays."""
-    trees: list[PyTree] = []
-    for chunk in transfer.get(networks.chunks, self.mesh):
-      trees += unstack(chunk, self.chunk_size)
+    chunks = transfer.get(networks.chunks, self.mesh)
+    trees = [tree for each in chunks for tree in unstack(each, self.chunk_size)]
     return trees[: len(self.seeds)]
 
   def shapes(
@@ -122,48 +113,35 @@ class Layout:
       ),
       tree,
     )
-    return Networks((chunk,) * len(self._chunks()))
+    return Networks((chunk,) * -(-len(self.seeds) // self.chunk_size))
 
   def batch_shape(self, shape: Sequence[int], dtype: Any) -> Networks:
     """Batches of each network, (B, ...), as `shapes` gives states."""
     return self.shapes(jax.ShapeDtypeStruct(shape, dtype), self.batch_sharding)
 
-  def rows(self, batch_size: int) -> np.ndarray:
-    """int64[rows], images of a batch that this process feeds its devices."""
-    return transfer.own_rows(
-      self.batch_sharding, batch_size, int(self.is_stacked)
-    )
-
   def batches(
     self,
-    of_seed: Callable[[int], Iterable[tuple[np.ndarray, ...]]],
+    of_seed: Callable[[int, np.ndarray], Iterable[tuple[np.ndarray, ...]]],
     batch_size: int,
   ) -> Iterator[tuple[Networks, ...]]:
     """The batches of all seeds, tuples of arrays, on the devices.
 
-    `of_seed` gives those of a seed, arrays that have the `rows` of each;
-    `batch_size` counts the images of one seed over all devices.
+    `of_seed` gives those of a seed, of `batch_size` images over all devices:
+    arrays that have the int64[rows] of each, which this process feeds.
     """
-    for batches in zip(*map(of_seed, self.seeds), strict=True):
-      chunks = []
-      for members in self._chunks():
-        chunk = batches[members[0]]
-        if self.is_stacked:
-          parts = zip(*(batches[k] for k in members), strict=True)
-          chunk = tuple(map(np.stack, parts))
-        chunks.append(
-          transfer.put_rows(
-            chunk, self.batch_sharding, batch_size, int(self.is_stacked)
-          )
-        )
-      yield tuple(Networks(arrays) for arrays in zip(*chunks, strict=True))
+    where = self.batch_sharding, batch_size, int(self.is_stacked)
+    rows = transfer.own_rows(*where)
+    of_seeds = [of_seed(seed, rows) for seed in self.seeds]
+    for batches in zip(*of_seeds, strict=True):
+      chunks = [
+        transfer.put_rows(each, *where) for each in self._chunks(batches)
+      ]
+      yield tuple(map(Networks, zip(*chunks, strict=True)))
 
-  def map(
-    self, function: Callable[..., PyTree], *networks: Networks
-  ) -> Networks:
+  def map(self, function: Callable[..., PyTree], *trees: Networks) -> Networks:
     """Applies a function of trees to each chunk."""
-    chunks = zip(*(each.chunks for each in networks), strict=True)
-    return Networks(tuple(function(*trees) for trees in chunks))
+    chunks = zip(*(each.chunks for each in trees), strict=True)
+    return Networks(tuple(itertools.starmap(function, chunks)))
 
   def of_chunk(
     self, function: Callable[..., PyTree], num_shared: int = 0
@@ -178,13 +156,13 @@ class Layout:
 
     def of_group(*arguments: PyTree) -> PyTree:
       num_own = len(arguments) - num_shared
-      if self.chunk_size == groups:
-        # As alone, bit-identically.
-        own = jax.tree.map(lambda leaf: leaf[0], arguments[:num_own])
-        result = function(*own, *arguments[num_own:])
-        return jax.tree.map(lambda leaf: leaf[None], result)
-      axes = (0,) * num_own + (None,) * num_shared
-      return jax.vmap(function, in_axes=axes)(*arguments)
+      if self.chunk_size > groups:
+        axes = (0,) * num_own + (None,) * num_shared
+        return jax.vmap(function, in_axes=axes)(*arguments)
+      # As alone, bit-identically.
+      own = jax.tree.map(lambda leaf: leaf[0], arguments[:num_own])
+      result = function(*own, *arguments[num_own:])
+      return jax.tree.map(lambda leaf: leaf[None], result)
 
     if groups == 1:
       return of_group
@@ -210,12 +188,9 @@ class Layout:
 
     def run(*arguments: Any) -> tuple[Networks, ...]:
       num_own = len(arguments) - num_shared
-      own = [networks.chunks for networks in arguments[:num_own]]
-      results = [
-        compiled(*trees, *arguments[num_own:])
-        for trees in zip(*own, strict=True)
-      ]
-      return tuple(Networks(parts) for parts in zip(*results, strict=True))
+      own, shared = arguments[:num_own], arguments[num_own:]
+      results = self.map(lambda *trees: compiled(*trees, *shared), *own)
+      return tuple(map(Networks, zip(*results.chunks, strict=True)))
 
     return run
 
@@ -224,11 +199,13 @@ class Layout:
     return f" of seed {seed}" if len(self.seeds) > 1 else ""
 
 
-def stack(trees: Sequence[PyTree]) -> PyTree:
-  """One tree of NumPy arrays [seeds, ...]; of a single tree itself."""
+def stack(
+  trees: Sequence[PyTree], join: Callable[..., Any] = np.stack
+) -> PyTree:
+  """One tree of arrays [seeds, ...]; of a single tree itself."""
   if len(trees) == 1:
     return trees[0]
-  return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
+  return jax.tree.map(lambda *arrays: join(arrays), *trees)
 
 
 def unstack(tree: PyTree, count: int) -> list[PyTree]:

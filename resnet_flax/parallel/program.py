@@ -1,6 +1,5 @@
 """What training repeats: the compiled step and the batches of an epoch."""
 
-import dataclasses
 import functools
 import logging
 import time
@@ -28,20 +27,16 @@ class Batch(NamedTuple):
   images_and_labels: Callable[[], tuple[Networks, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
   """The training of a run on its devices."""
 
   # The compiled step, of states and a batch's arguments.
   compiled: Callable[..., tuple[Networks, ...]]
-  # The batches of a 0-based epoch from its 0-based step `first` on.
+  # The batches of a 0-based epoch from one of its 0-based steps on.
   batches: Callable[[int, int], Iterator[Batch]]
 
   def step(self, state: Networks, batch: Batch) -> tuple[Networks, ...]:
-    """Maps the networks' states, which are donated, and a batch to new states.
-
-    Also gives the `StepMetrics` of the call's last step.
-    """
+    """The new states and the last step's `StepMetrics`; the old are donated."""
     return self.compiled(state, *batch.arguments)
 
 
@@ -58,24 +53,20 @@ def create(
   Of `state` only the shapes are used; `key` is the augmentation key[] of each
   network.
   """
+  size = config.batch_size
   compiled = compile_function(
     "training step",
     functools.partial(step_lib.train_step, experiment),
     layout,
-    step_arguments(experiment, state, config.batch_size, key, layout),
+    step_arguments(experiment, state, size, key, layout),
     donate=True,
   )
 
-  def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
-    for batch in epoch_batches(
-      split, config.batch_size, epoch, layout, first=first
-    ):
+  def batches(epoch: int, first: int) -> Iterator[Batch]:
+    for batch in epoch_batches(split, size, epoch, layout, first):
       yield Batch(1, (*batch, key), functools.partial(tuple, batch))
 
   return Program(compiled, batches)
-
-
-# ---- The order of images
 
 
 def order(
@@ -83,8 +74,7 @@ def order(
 ) -> np.ndarray:
   """Which images each step of an epoch takes: int64[steps, B].
 
-  Positions in the training split, as (seed, epoch) decide. A last, smaller
-  batch is dropped.
+  Positions in the split, by (seed, epoch); a last, smaller batch is dropped.
   """
   rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
   steps = num_examples // batch_size
@@ -97,23 +87,18 @@ def epoch_batches(
   batch_size: int,
   epoch: int,
   layout: Layout,
-  *,
   first: int = 0,
 ) -> Iterator[tuple[Networks, ...]]:
   """The batches of an epoch from step `first` on: images and labels.
 
   uint8[B, H, W, C] and int32[B] of all networks, on the devices.
   """
-  rows = layout.rows(batch_size)
 
-  def of_seed(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def of_seed(seed: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     positions = order(len(split), batch_size, seed, epoch)[first:, rows]
     return split.batches(list(positions), types.Draw(seed, epoch))
 
   return layout.batches(of_seed, batch_size)
-
-
-# ---- Compilation
 
 
 def trace(
@@ -126,9 +111,9 @@ def trace(
 ) -> jax.stages.Traced:
   """Traces a function of one network's trees for a chunk of networks.
 
-  Needs no device: `Layout.shapes` and `Layout.batch_shape` stand for arrays.
-  Each network has its `own` arguments, then come those that all share; with
-  `donate` the first one's memory is for the result.
+  Needs no device: shapes, as of `Layout.shapes`, stand for arrays. Each network
+  has its `own` arguments, then come those that all share; with `donate` the
+  first one's memory is for the result.
   """
   jitted = jax.jit(
     layout.of_chunk(function, len(shared)),
@@ -152,8 +137,7 @@ def compile_function(
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
   traced = trace(function, layout, own, shared, donate=donate)
-  options = mesh_lib.compiler_options(layout.mesh)
-  compiled = traced.lower().compile(options)
+  compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
   hosts.meet()
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
   return layout.in_turn(compiled, len(shared))

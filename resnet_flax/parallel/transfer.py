@@ -52,9 +52,8 @@ def put_rows(
     def part(index: tuple[slice, ...]) -> np.ndarray:
       start, stop, _ = index[axis].indices(batch_size)
       # The rows of a device are neighbours, here and in the batch.
-      first = int(np.searchsorted(rows, start))
-      own = slice(first, first + stop - start)
-      return array[(*index[:axis], own, *index[axis + 1 :])]
+      own = slice(*np.searchsorted(rows, (start, stop)))
+      return array[(*index[:axis], own)]
 
     shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
     return _put_parts(sharding, shape, part)

@@ -59,29 +59,23 @@ class Session:
     on_event: Callable[[str], None],
     stack: contextlib.ExitStack,
   ):
-    self.records: list[metrics.Record] = []
-    self._config = config
-    self._workdir = workdir
-    self._devices = devices
-    self._experiment = experiment
-    self._steps_per_epoch = experiment.learning_rate.steps_per_epoch
-    self._signals = signals
     self.on_event = on_event
-    self._stack = stack
+    self._config, self._workdir, self._devices = config, workdir, devices
+    self._experiment, self._signals, self._stack = experiment, signals, stack
+    self._steps_per_epoch = experiment.learning_rate.steps_per_epoch
+    self._pending: networks.Networks | None = None
     # Of process 0 alone.
     self._checkpoints: checkpoint.Checkpoints | None = None
     self._log: metrics.MetricsLog | None = None
     self._board: metrics.TensorBoard | None = None
     self._restored: Any = None
 
-    opened = hosts.first(self._open)
-    self.resumes, self.step, self.notes, self.records = opened
+    self.records: list[metrics.Record] = []
+    self.resumes, self.step, self.notes, self.records = hosts.first(self._open)
     self._saved_step = self.step
     if self._checkpoints is None:
       stack.enter_context(self._explain_interruption())
-    self._epoch = len(self.records)
-    self.is_finished = self._epoch == config.num_epochs
-    self._pending: networks.Networks | None = None
+    self.is_finished = len(self.records) == config.num_epochs
 
   # ---- Opening
 
@@ -104,10 +98,9 @@ class Session:
         self._restored, notes = restored
         step = int(np.ravel(self._restored.step)[0])
       self._log = metrics.MetricsLog(self._workdir)
+      fallen_back = self._checkpoints.has_fallen_back(step)
       records = self._log.cut_back(
-        step,
-        self._steps_per_epoch,
-        fallen_back=self._checkpoints.has_fallen_back(step),
+        step, self._steps_per_epoch, fallen_back=fallen_back
       )
     return self._restored is not None, step, notes, records
 
@@ -118,12 +111,11 @@ class Session:
   @contextlib.contextmanager
   def _explain_interruption(self) -> Iterator[None]:
     """A signal to stop ends in a line that says where the run stands."""
-    self._signals.say_on_exit(
-      lambda: (
-        f"stopped at once; what was saved in {self._workdir} is good, and the"
-        " same command resumes from it."
-      )
+    at_once = (
+      f"stopped at once; what was saved in {self._workdir} is good, and the"
+      " same command resumes from it."
     )
+    self._signals.say_on_exit(lambda: at_once)
     try:
       yield
     except signals_lib.Stopped as stopped:
@@ -141,21 +133,18 @@ class Session:
 
   def stored(self, key: str) -> Any:
     """What an earlier start of the run has chosen; None without one."""
-
-    def read() -> Any:
-      if not (self._workdir / "config.json").exists():
-        return None
-      return folder.load_config(self._workdir).get(key)
-
-    return hosts.first(read)
+    exists = (self._workdir / "config.json").exists
+    return hosts.first(
+      lambda: folder.load_config(self._workdir).get(key) if exists() else None
+    )
 
   def record_start(self, data_source: str, **chosen: Any) -> None:
     """Writes configuration, with what was chosen, and environment."""
 
+    @folder.explain_write_errors(self._workdir)
     def record() -> None:
-      with folder.explain_write_errors(self._workdir):
-        config = ConfigDict(self._config.to_dict() | chosen)
-        folder.record_start(self._workdir, config, self._devices, data_source)
+      config = ConfigDict(self._config.to_dict() | chosen)
+      folder.record_start(self._workdir, config, self._devices, data_source)
 
     hosts.first(record)
 
@@ -196,11 +185,10 @@ class Session:
     if config.init_from and not self.resumes:
       # So that the run depends no longer on what becomes of its source.
       self._save(state)
-    if self.step == self._epoch * self._steps_per_epoch:
+    if self.step == len(self.records) * self._steps_per_epoch:
       self.notes = checkpoint.NEW_EPOCH
-    self._timer = signals_lib.Timer(
-      config.checkpoint.every_steps, config.checkpoint.every_minutes
-    )
+    every = config.checkpoint
+    self._timer = signals_lib.Timer(every.every_steps, every.every_minutes)
     self._agreement = hosts.Agreement(self._signals, self._timer, self._devices)
     self._progress = progress.Progress(
       config.num_epochs,
@@ -213,7 +201,6 @@ class Session:
 
   def start_epoch(self, epoch: int) -> int:
     """Begins a 0-based epoch; how many of its steps are done already."""
-    self._epoch = epoch
     first = self.step - epoch * self._steps_per_epoch
     self._progress.start_epoch(epoch, first)
     self._started = time.perf_counter()
@@ -265,11 +252,10 @@ class Session:
 
   def should_save(self) -> bool:
     """Whether a checkpoint is due: clock, steps, signal or the epoch's end."""
-    due = self._agreement.until(self.step)
-    return due or self._epoch_is_over()
+    return self._agreement.until(self.step) or self._epoch_is_over()
 
   def _epoch_is_over(self) -> bool:
-    return self.step == (self._epoch + 1) * self._steps_per_epoch
+    return self.step == (len(self.records) + 1) * self._steps_per_epoch
 
   def save(self, state: networks.Networks) -> None:
     """Starts to save the networks' states; then stops if a signal has come.
@@ -304,7 +290,7 @@ class Session:
   def on_evaluation_batch(self) -> None:
     """Stops if a signal has come; after each batch of an evaluation."""
     self.on_event("evaluate")
-    self._agreement.on_batch()
+    self._agreement.check(at_once=False)
 
   def end_epoch(self, record: metrics.Record) -> None:
     """Records an epoch whose checkpoint was started.
@@ -340,14 +326,9 @@ def open_run(
 ) -> Iterator[Session]:
   """Opens a run: locks its workdir and restores its latest checkpoint.
 
-  Args:
-    config: every key.
-    workdir: the run's folder; made if it is not there.
-    devices: of the run.
-    experiment: made from the configuration.
-    signals: how SIGINT and SIGTERM are met.
-    on_event: called with 'step', 'save', 'manifest', 'evaluate' and 'record'
-      before each of them.
+  The workdir is made if it is not there. `signals` says how SIGINT and SIGTERM
+  are met; `on_event` is called with 'step', 'save', 'manifest', 'evaluate' and
+  'record' before each of them.
 
   Raises:
     WorkdirError: the workdir is in use, or cannot be read or written.
@@ -358,9 +339,7 @@ def open_run(
   hosts.check_same(
     "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
   )
+  path = pathlib.Path(workdir).absolute()
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(signals or signals_lib.StopSignals())
-    yield Session(
-      *(config, pathlib.Path(workdir).absolute(), devices, experiment),
-      *(signals, on_event, stack),
-    )
+    yield Session(config, path, devices, experiment, signals, on_event, stack)
