@@ -8,10 +8,10 @@ FILE is of Keras (.keras, .weights.h5, .h5) or of PyTorch (.safetensors, .pt,
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import tempfile
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -34,14 +34,10 @@ from resnet_flax.run import (
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
-_IDENTIFY = {
-  "keras": keras_names.identify,
-  "pytorch": pytorch_names.identify,
-}
+_IDENTIFY = {"keras": keras_names.identify, "pytorch": pytorch_names.identify}
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversion:
+class Conversion(NamedTuple):
   """What was done."""
 
   title: str  # What the file holds.
@@ -94,7 +90,7 @@ def convert(
   file = files.read(source)
   kind = _identify(file)
   mapping.check_config(file, kind, config)
-  _set_num_classes(file, kind, config)
+  _set_num_classes(file.path, kind.num_classes, config)
   # The head's size is the file's, and has a limit as well.
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
@@ -102,7 +98,13 @@ def convert(
   variables = mapping.variables(
     file, kind, {"params": like.params, "batch_stats": like.batch_stats}
   )
-  scale, data = _normalization(config, experiment)
+  if config.normalization in normalization.UNMEASURED:
+    scale = normalization.fixed(config.normalization, experiment.image_shape)
+    data = None
+  else:
+    dataset = dataset_lib.load(config.dataset)
+    scale = normalization.measure(config.normalization, dataset.train)
+    data = dataset.source
   state = step_lib.state_of(experiment, variables, scale)
 
   described = environment.describe(jax.devices()) | {
@@ -121,23 +123,19 @@ def convert(
 def _check_is_new(workdir: pathlib.Path) -> None:
   workdir_lib.check_name(workdir)
   try:
-    is_new = not any(workdir.iterdir())
+    is_empty = not any(workdir.iterdir())
   except FileNotFoundError:
-    is_new = True
+    return
   except OSError as error:
     raise errors.WorkdirError(
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  if not is_new:
-    raise _holds_something(workdir)
-
-
-def _holds_something(workdir: pathlib.Path) -> errors.WorkdirError:
-  return errors.WorkdirError(
-    f"workdir {workdir} holds something already, and nothing is overwritten."
-    " Pass a new one with --workdir."
-  )
+  if not is_empty:
+    raise errors.WorkdirError(
+      f"workdir {workdir} holds something already, and nothing is overwritten."
+      " Pass a new one with --workdir."
+    )
 
 
 def _identify(file: files.WeightsFile) -> mapping.Source:
@@ -154,34 +152,16 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
     ) from error
 
 
-def _set_num_classes(
-  file: files.WeightsFile, kind: mapping.Source, config: ConfigDict
-) -> None:
-  if kind.num_classes == experiment_lib.num_classes(config):
-    return
-  # No configuration could have such a head; the check of shapes says the rest.
-  if kind.num_classes < 1:
+def _set_num_classes(path: pathlib.Path, num: int, config: ConfigDict) -> None:
+  # No configuration has a head without classes: the check of shapes says so.
+  if num < 1 or num == experiment_lib.num_classes(config):
     return
   if config.model.num_classes:
     raise errors.ConfigError(
-      f"model.num_classes={config.model.num_classes} but {file.path} has a head"
-      f" of {kind.num_classes} classes. Leave it 0 to take these."
+      f"model.num_classes={config.model.num_classes} but {path} has a head of"
+      f" {num} classes. Leave it 0 to take these."
     )
-  config.model.num_classes = kind.num_classes
-
-
-def _normalization(
-  config: ConfigDict, experiment: step_lib.Experiment
-) -> tuple[normalization.Normalization, str | None]:
-  """The normalisation, and the data it was measured on if it was."""
-  if config.normalization in normalization.UNMEASURED:
-    scale = normalization.fixed(config.normalization, experiment.image_shape)
-    return scale, None
-  dataset = dataset_lib.load(config.dataset)
-  return (
-    normalization.measure(config.normalization, dataset.train),
-    dataset.source,
-  )
+  config.model.num_classes = num
 
 
 def _write(

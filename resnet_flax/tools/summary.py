@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_flax import step as step_lib
 from resnet_flax.run import experiment as experiment_lib, rules
 
 
@@ -61,26 +60,18 @@ def summarize(config: ConfigDict) -> str:
   """
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
-  table = _table(experiment).strip()
-  return "\n".join([table, *_facts(config, experiment)])
-
-
-def _table(experiment: step_lib.Experiment) -> str:
-  return nn.tabulate(
+  width = max(shutil.get_terminal_size((160, 0)).columns, 120)
+  tabulate = nn.tabulate(
     experiment.model,
     jax.random.key(0),
     depth=2,
-    console_kwargs={
-      "width": max(shutil.get_terminal_size((160, 0)).columns, 120),
-      "force_terminal": False,
-    },
-  )(jnp.zeros((1, *experiment.image_shape)), train=False)
-
-
-def _facts(config: ConfigDict, experiment: step_lib.Experiment) -> list[str]:
+    console_kwargs={"width": width, "force_terminal": False},
+  )
+  table = tabulate(jnp.zeros((1, *experiment.image_shape)), train=False)
   size = measure_size(experiment.model, experiment.image_shape)
-  steps = experiment.learning_rate.steps_per_epoch
-  return [
+  schedule = experiment.learning_rate
+  lines = [
+    table.strip(),
     f"Model: {config.model.name}, depth {config.model.depth}",
     f"Total parameters: {size.total:,}",
     f"Trainable parameters: {size.trainable:,}",
@@ -88,6 +79,7 @@ def _facts(config: ConfigDict, experiment: step_lib.Experiment) -> list[str]:
     "Optimizer:",
     *(f"  {link}" for link in experiment.optimizer.links),
     f"Learning rate, by 0-based epoch ({config.num_epochs} epochs of"
-    f" {steps} steps):",
-    *(f"  {line}" for line in experiment.learning_rate.describe()),
+    f" {schedule.steps_per_epoch} steps):",
+    *(f"  {line}" for line in schedule.describe()),
   ]
+  return "\n".join(lines)
