@@ -7,7 +7,6 @@ torchvision's layout.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,25 +38,14 @@ class Pool:
 
 VGG19 = tuple(
   layer
-  for num_convs, num_filters in (
-    (2, 64),
-    (2, 128),
-    (4, 256),
-    (4, 512),
-    (4, 512),
-  )
-  for layer in [*[Conv(num_filters)] * num_convs, Pool(2)]
+  for num, filters in ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))
+  for layer in [*[Conv(filters)] * num, Pool(2)]
 )
 
 ALEXNET = (
-  Conv(64, size=11, strides=4, pad=2),
-  Pool(3),
-  Conv(192, size=5, pad=2),
-  Pool(3),
-  Conv(384),
-  Conv(256),
-  Conv(256),
-  Pool(3),
+  *(Conv(64, size=11, strides=4, pad=2), Pool(3)),
+  *(Conv(192, size=5, pad=2), Pool(3)),
+  *(Conv(384), Conv(256), Conv(256), Pool(3)),
 )
 
 # By `model.name`. AlexNet is from before batch norm.
@@ -86,7 +74,7 @@ class FeedForward(nn.Module):
   hidden_sizes: Sequence[int]  # Units of the hidden dense layers.
   # For each dense layer and then the head, whether its input is dropped out.
   dropped: Sequence[bool]
-  dropout: float  # Share of the units that are dropped.
+  dropout: float  # Share of the units that is dropped; takes a `dropout` key.
   num_classes: int
   conv: ModuleDef
   norm: ModuleDef
@@ -96,35 +84,23 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Classifies normalised images, float[B, H, W, C], 224x224 in the papers.
-
-    In training units are dropped, which takes a `dropout` key.
-
-    Returns:
-      float32[B, num_classes] logits.
-    """
+    """float32[B, num_classes] logits of normalised float[B, H, W, C] images."""
     x = layers.resize(images, self.input_size)
     number = 0
     for layer in self.features:
+      window = layer.size, layer.size
       if isinstance(layer, Pool):
-        x = nn.max_pool(x, (layer.size, layer.size), (2, 2))
+        x = nn.max_pool(x, window, (2, 2))
         continue
       number += 1
-      x = self.conv(
-        layer.num_filters,
-        (layer.size, layer.size),
-        layer.strides,
-        pads=[(layer.pad, layer.pad)] * 2,
-        name=f"conv{number}",
-      )(x)
-      x = self.norm(
-        use_running_average=not train, act=self.act, name=f"bn{number}"
-      )(x)
+      pads = [(layer.pad, layer.pad)] * 2
+      conv = functools.partial(self.conv, pads=pads, name=f"conv{number}")
+      x = conv(layer.num_filters, window, layer.strides)(x)
+      norm = functools.partial(self.norm, act=self.act, name=f"bn{number}")
+      x = norm(use_running_average=not train)(x)
     x = adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)
-    drop = functools.partial(
-      nn.Dropout(self.dropout).__call__, deterministic=not train
-    )
+    drop = functools.partial(nn.Dropout(self.dropout), deterministic=not train)
     for k, size in enumerate(self.hidden_sizes):
       x = drop(x) if self.dropped[k] else x
       x = self.act(self.dense(size, name=f"dense{k + 1}")(x))
@@ -133,14 +109,10 @@ class FeedForward(nn.Module):
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-  """The means over a grid of size x size windows that cover the image.
+  """The means, float[B, size, size, C], over windows that cover the image.
 
   Window i of a side of length n goes from floor(i * n / size) to
-  ceil((i + 1) * n / size), as in PyTorch: whatever the image's size, what
-  comes after has the same shape, and an image of that size stays as it is.
-
-  Returns:
-    float[B, size, size, C].
+  ceil((i + 1) * n / size), as in PyTorch; an image of that size stays as it is.
   """
   if x.shape[1:3] == (size, size):
     return x
@@ -153,8 +125,7 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
 
 def _window_means(length: int, size: int) -> np.ndarray:
   """float32[size, length]: the weight of each pixel in each mean."""
-  weights = np.zeros((size, length), np.float32)
-  for i in range(size):
-    start, stop = i * length // size, math.ceil((i + 1) * length / size)
-    weights[i, start:stop] = 1 / (stop - start)
-  return weights
+  i, pixel = np.ogrid[:size, :length]
+  start, stop = i * length // size, -(-(i + 1) * length // size)
+  means = ((start <= pixel) & (pixel < stop)) / (stop - start)
+  return means.astype(np.float32)

@@ -9,12 +9,12 @@ written.
 """
 
 import contextlib
-import dataclasses
 import glob
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -37,14 +37,12 @@ from resnet_flax.run import (
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
-_IDENTIFY = {
-  "keras": keras_names.identify,
-  "pytorch": pytorch_names.identify,
-}
+_IDENTIFY = {"keras": keras_names.identify, "pytorch": pytorch_names.identify}
+
+Path = str | os.PathLike[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversion:
+class Conversion(NamedTuple):
   """What was done."""
 
   title: str  # What the file holds.
@@ -54,11 +52,7 @@ class Conversion:
   config: ConfigDict  # The configuration of the workdir.
 
 
-def convert(
-  source: str | os.PathLike[str],
-  config: ConfigDict,
-  workdir: str | os.PathLike[str],
-) -> Conversion:
+def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   """Makes a workdir whose state before the first step has a file's weights.
 
   Args:
@@ -97,7 +91,14 @@ def convert(
   file = files.read(source)
   kind = _identify(file)
   mapping.check_config(file, kind, config)
-  _set_num_classes(file, kind, config)
+  # No configuration has a head without classes: the check of shapes says so.
+  if 0 < kind.num_classes != experiment_lib.num_classes(config):
+    if config.model.num_classes:
+      raise errors.ConfigError(
+        f"model.num_classes={config.model.num_classes} but {file.path} has a"
+        f" head of {kind.num_classes} classes. Leave it 0 to take these."
+      )
+    config.model.num_classes = kind.num_classes
   # The head's size is the file's, and has a limit as well.
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
@@ -105,7 +106,13 @@ def convert(
   variables = mapping.variables(
     file, kind, {"params": like.params, "batch_stats": like.batch_stats}
   )
-  scale, data = _normalization(config, experiment)
+  if config.normalization in normalization.UNMEASURED:
+    scale = normalization.fixed(config.normalization, experiment.image_shape)
+    data = None
+  else:
+    dataset = dataset_lib.load(config.dataset)
+    scale = normalization.measure(config.normalization, dataset.train)
+    data = dataset.source
   state = step_lib.state_of(experiment, variables, scale)
 
   described = environment.describe(jax.devices()) | {
@@ -117,15 +124,14 @@ def convert(
       "passed_over": len(file.passed_over),
     },
   }
-  _write(workdir, config.lock(), described, state)
+  _write(workdir, state, environment=described, config=config.lock().to_dict())
   return Conversion(kind.title, len(file.arrays), file.passed_over, config)
 
 
 def _check_is_new(workdir: pathlib.Path) -> None:
   workdir_lib.check_name(workdir)
   try:
-    if not any(workdir.iterdir()):
-      return
+    is_used = any(workdir.iterdir())
   except FileNotFoundError:
     return
   except OSError as error:
@@ -133,10 +139,11 @@ def _check_is_new(workdir: pathlib.Path) -> None:
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  raise errors.WorkdirError(
-    f"workdir {workdir} holds something already, and nothing is overwritten."
-    " Pass a new one with --workdir."
-  )
+  if is_used:
+    raise errors.WorkdirError(
+      f"workdir {workdir} holds something already, and nothing is overwritten."
+      " Pass a new one with --workdir."
+    )
 
 
 def _identify(file: files.WeightsFile) -> mapping.Source:
@@ -153,37 +160,8 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
     ) from error
 
 
-def _set_num_classes(
-  file: files.WeightsFile, kind: mapping.Source, config: ConfigDict
-) -> None:
-  # No configuration has a head of 0; the check of shapes says the rest.
-  if kind.num_classes in (0, experiment_lib.num_classes(config)):
-    return
-  if config.model.num_classes:
-    raise errors.ConfigError(
-      f"model.num_classes={config.model.num_classes} but {file.path} has a head"
-      f" of {kind.num_classes} classes. Leave it 0 to take these."
-    )
-  config.model.num_classes = kind.num_classes
-
-
-def _normalization(
-  config: ConfigDict, experiment: step_lib.Experiment
-) -> tuple[normalization.Normalization, str | None]:
-  """The normalisation, and the data it was measured on if it was."""
-  if config.normalization in normalization.UNMEASURED:
-    scale = normalization.fixed(config.normalization, experiment.image_shape)
-    return scale, None
-  dataset = dataset_lib.load(config.dataset)
-  scale = normalization.measure(config.normalization, dataset.train)
-  return scale, dataset.source
-
-
 def _write(
-  workdir: pathlib.Path,
-  config: ConfigDict,
-  described: dict[str, object],
-  state: step_lib.TrainState,
+  workdir: pathlib.Path, state: step_lib.TrainState, **documents: object
 ) -> None:
   """Writes a workdir beside its place, then puts it there as a whole."""
   prefix = f".converting-{workdir.name}-"
@@ -202,8 +180,8 @@ def _write(
     ):
       unfinished = pathlib.Path(folder) / "workdir"
       unfinished.mkdir()
-      files_lib.write_json(unfinished / "environment.json", described)
-      files_lib.write_json(unfinished / "config.json", config.to_dict())
+      for name, content in documents.items():
+        files_lib.write_json(unfinished / f"{name}.json", content)
       with checkpoint.Checkpoints(unfinished) as checkpoints:
         checkpoints.save(state, checkpoint.NEW_EPOCH)
       stops.check()
@@ -232,11 +210,9 @@ def _run(argv: list[str]) -> None:
   # What is half written is removed before the process ends.
   with signals.StopSignals():
     done = convert(source, config, workdir)
+  others = f"{len(done.passed_over)} passed over that are no weights"
   print(f"Source: {done.title}")
-  print(
-    f"Arrays: {done.num_arrays} used, each once; {len(done.passed_over)} passed"
-    " over that are no weights"
-  )
+  print(f"Arrays: {done.num_arrays} used, each once; {others}")
   print(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
     rules.check_labels(done.config)

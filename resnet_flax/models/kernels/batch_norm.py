@@ -18,17 +18,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Activation = Callable[[Array], Array]
-Statistics = tuple[Array, Array]
-
-
-def _normalize(centered, variance, scale, bias, epsilon) -> Array:
-  factor = scale * lax.rsqrt(variance + epsilon)
-  return centered * _like(centered, factor) + _like(centered, bias)
 
 
 def _like(x: Array, per_channel: Array) -> Array:
   """One value per channel, of the rank of x."""
   return per_channel.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _normalize(centered, variance, scale, bias, epsilon) -> Array:
+  factor = scale * lax.rsqrt(variance + epsilon)
+  return centered * _like(centered, factor) + _like(centered, bias)
 
 
 def _finish(normalized, residual, act, dtype) -> Array:
@@ -38,48 +37,33 @@ def _finish(normalized, residual, act, dtype) -> Array:
   return y if act is None else act(y)
 
 
-def _batch_statistics(x: Array) -> Statistics:
-  """Mean and biased variance of each channel, in float32 at least."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  axes = tuple(range(x.ndim - 1))
-  mean = jnp.mean(x, axes)
-  # Flax's formula: neither sum needs the other.
-  variance = jnp.mean(lax.square(x), axes) - lax.square(mean)
-  return mean, jnp.maximum(variance, 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _normalize_batch(
-  x: Array,
-  scale: Array,
-  bias: Array,
-  residual: Array | None,
-  epsilon: float,
-  act: Activation | None,
-  dtype: Any,
-) -> tuple[Array, Statistics]:
-  """act(residual + batch_norm(x)) and the batch's statistics."""
-  return _forward(x, scale, bias, residual, epsilon, act, dtype)[0]
-
-
 def _forward(x, scale, bias, residual, epsilon, act, dtype):
-  statistics = mean, variance = _batch_statistics(x)
+  axes = tuple(range(x.ndim - 1))
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # For the sums.
+  mean = jnp.mean(wide, axes)
+  # Flax's formula: neither sum needs the other.
+  variance = jnp.mean(lax.square(wide), axes) - lax.square(mean)
+  statistics = mean, variance = mean, jnp.maximum(variance, 0)
   normalized = _normalize(x - _like(x, mean), variance, scale, bias, epsilon)
   y = _finish(normalized, residual, act, dtype)
   return (y, statistics), (x, scale, bias, residual, statistics)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _normalize_batch(x, scale, bias, residual, epsilon, act, dtype):
+  """act(residual + batch_norm(x)) and the batch's mean and variance."""
+  return _forward(x, scale, bias, residual, epsilon, act, dtype)[0]
+
+
 def _backward(epsilon, act, dtype, saved, cotangents):
-  x, scale, bias, residual, statistics = saved
-  mean, variance = statistics
+  x, scale, bias, residual, (mean, variance) = saved
   g, (g_mean, g_variance) = cotangents
   # Not x - mean: XLA would find that the forward pass has computed the same,
   # and store what is cheaper to compute again.
   centered = x + _like(x, -mean)
+  normalized = _normalize(centered, variance, scale, bias, epsilon)
   _, finish_vjp = jax.vjp(
-    lambda normalized, residual: _finish(normalized, residual, act, dtype),
-    _normalize(centered, variance, scale, bias, epsilon),
-    residual,
+    lambda y, residual: _finish(y, residual, act, dtype), normalized, residual
   )
   g, g_residual = finish_vjp(g)
   inverse_std = lax.rsqrt(variance + epsilon)
@@ -97,12 +81,8 @@ def _backward(epsilon, act, dtype, saved, cotangents):
     + _like(x, through_variance) * centered
     + _like(x, through_mean)
   )
-  return (
-    g_x.astype(x.dtype),
-    g_scale.astype(scale.dtype),
-    g_bias.astype(bias.dtype),
-    g_residual,
-  )
+  g_scale, g_bias = g_scale.astype(scale.dtype), g_bias.astype(bias.dtype)
+  return g_x.astype(x.dtype), g_scale, g_bias, g_residual
 
 
 _normalize_batch.defvjp(_forward, _backward)
@@ -125,18 +105,14 @@ class BatchNorm(nn.Module):
 
   Parameters (`scale`, `bias`), statistics (`mean`, `var`, float32 in
   `batch_stats`) and results are those of `flax.linen.BatchNorm` over the last
-  axis. On a batch that is sharded over devices the statistics are the whole
-  batch's. With several groups each part of the batch is normalised by its own
-  ('ghost batch norm', Hoffer et al. 2017, arXiv:1705.08741, section 4.1); where
-  a part lies on one device, nothing is sent for it but what updates the running
-  statistics and the parameters.
+  axis. Of a sharded batch the statistics are the whole batch's. With several
+  groups each part of it is normalised by its own ('ghost batch norm', Hoffer et
+  al. 2017, arXiv:1705.08741, section 4.1): devices that hold whole parts send
+  only what updates the running statistics and the parameters.
   """
 
-  # Normalise with the running statistics; otherwise with the batch's, which
-  # also update the running ones.
-  use_running_average: bool
-  # Share of the old running statistics that is kept at each step.
-  momentum: float = 0.99
+  use_running_average: bool  # Otherwise the batch's, which update the running.
+  momentum: float = 0.99  # Share of the old running statistics that is kept.
   epsilon: float = 1e-5  # Added to the variance.
   dtype: Any = jnp.float32  # Of the result.
   act: Activation | None = None  # Elementwise, applied last; None for none.
@@ -148,36 +124,31 @@ class BatchNorm(nn.Module):
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
     """act(residual + batch_norm(x)), dtype[..., C], of float[..., C]."""
     form = (x.shape[-1],), jnp.float32
-    running_mean = self.variable("batch_stats", "mean", jnp.zeros, *form)
-    running_variance = self.variable("batch_stats", "var", jnp.ones, *form)
+    mean = self.variable("batch_stats", "mean", jnp.zeros, *form)
+    variance = self.variable("batch_stats", "var", jnp.ones, *form)
     scale = self.param("scale", nn.initializers.ones, *form)
     bias = self.param("bias", nn.initializers.zeros, *form)
     if self.use_running_average:
-      centered = x - _like(x, running_mean.value)
-      normalized = _normalize(
-        centered, running_variance.value, scale, bias, self.epsilon
-      )
-      return _finish(normalized, residual, self.act, self.dtype)
-    y, (mean, variance) = self._normalize(x, scale, bias, residual)
-    if not self.is_initializing():
-      keep = self.momentum
-      for running, new in ((running_mean, mean), (running_variance, variance)):
-        running.value = keep * running.value + (1 - keep) * new
-    return y
-
-  def _normalize(self, x, scale, bias, residual) -> tuple[Array, Statistics]:
-    """The result, and the mean of the groups' statistics."""
+      y = x - _like(x, mean.value)
+      y = _normalize(y, variance.value, scale, bias, self.epsilon)
+      return _finish(y, residual, self.act, self.dtype)
+    options = self.epsilon, self.act, self.dtype
 
     def of_group(x, residual):
-      return _normalize_batch(
-        x, scale, bias, residual, self.epsilon, self.act, self.dtype
-      )
+      return _normalize_batch(x, scale, bias, residual, *options)
 
     if self.groups == 1:
-      return of_group(x, residual)
-    parts = jax.tree.map(
-      lambda leaf: leaf.reshape(self.groups, -1, *leaf.shape[1:]), (x, residual)
-    )
-    y, statistics = jax.vmap(of_group)(*parts)
-    mean, variance = (jnp.mean(each, axis=0) for each in statistics)
-    return y.reshape(x.shape), (mean, variance)
+      y, statistics = of_group(x, residual)
+    else:
+      parts = jax.tree.map(
+        lambda leaf: leaf.reshape(self.groups, -1, *leaf.shape[1:]),
+        (x, residual),
+      )
+      y, of_groups = jax.vmap(of_group)(*parts)
+      statistics = [jnp.mean(each, axis=0) for each in of_groups]
+      y = y.reshape(x.shape)
+    if not self.is_initializing():
+      keep = self.momentum
+      for running, new in zip((mean, variance), statistics, strict=True):
+        running.value = keep * running.value + (1 - keep) * new
+    return y

@@ -1,21 +1,18 @@
 """Convolution in the form that suits the platform it runs on.
 
-XLA's own convolution is good on TPUs and GPUs. On CPUs it is half as fast as
-oneDNN's, and its weight gradient runs at a tenth of the speed of a matrix
-product. So on CPUs all three operations of a float32 convolution are
-forward convolutions of oneDNN, where jaxlib brings it (`onednn`); only the
-weight gradient of a 1x1 kernel is one product of matrices. Otherwise the weight
-gradient is computed there as products of matrices that stay in the cache, and
-the rest by XLA. Everywhere else all three are XLA's. The choice is made when a
-program is lowered for a platform.
+XLA's own is good on TPUs and GPUs. On CPUs it is half as fast as oneDNN's, and
+its weight gradient runs at a tenth of the speed of a matrix product. There all
+three operations of a float32 convolution are forward convolutions of oneDNN,
+where jaxlib brings it; only the weight gradient of a 1x1 kernel is one product
+of matrices. Otherwise the weight gradient is computed as products of matrices
+that stay in the cache, and the rest by XLA. The choice is made when a program
+is lowered for a platform.
 """
 
-import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +30,16 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # operands are copied into another order and then read once, and should not
 # leave the second-level cache in between. CPUs of the last ten years have half
 # a MiB to two of it for a core.
-#
-# Bytes of the copies of one chunk for a product of matrices, which one core
-# makes. Larger chunks gain nothing: the inner dimension is in the thousands.
-_PRODUCT_BYTES = 1 << 19
-# Bytes of the operands of one chunk for oneDNN, whose threads share them.
-_CONVOLVED_BYTES = 1 << 21
+_PRODUCT_BYTES = 1 << 19  # Of the copies for a product, which one core makes.
+_CONVOLVED_BYTES = 1 << 21  # Of oneDNN's operands, which its threads share.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Geometry:
+class _Geometry(NamedTuple):
   """The static part of a convolution, NHWC by HWIO."""
 
-  input_hw: tuple[int, ...]  # Height and width of the input.
-  kernel_hw: tuple[int, ...]  # Height and width of the kernel.
-  strides: tuple[int, ...]  # Down and to the right.
-  # Zeros before and after, for rows and for columns; may be negative.
+  input_hw: onednn.HW
+  kernel_hw: onednn.HW
+  strides: onednn.HW
   pads: onednn.Pads
   precision: Any  # Of the products, as `jax.lax.Precision` or None.
 
@@ -60,48 +51,27 @@ class _Geometry:
     )
 
 
-_Form = Callable[[_Geometry, Array, Array], Array]
+class _Operation(NamedTuple):
+  """One of the three, all bilinear and each the derivative of the others."""
 
-
-@dataclasses.dataclass(frozen=True)
-class _Operation:
-  """One of the three, in the forms that the platforms take."""
-
-  # Of x (the input), k (the kernel) and g (the output or its gradient).
-  operands: str
+  operands: str  # Of x (the input), k (the kernel), g (the output's gradient).
   result: str
-  cpu: _Form
-  standard: _Form  # The same elsewhere.
-
-  @property
-  def sharding_rule(self) -> str:
-    """Which dimensions are the same; devices may share out `n`, the images."""
-    x, k, g = (_DIMENSIONS[name] for name in (*self.operands, self.result))
-    return f"{x}, {k} -> {g}"
-
-  @property
-  def sums_over_images(self) -> bool:
-    return self.result == "k"
-
-
-_DIMENSIONS = {"x": "n h w c", "k": "k l c d", "g": "n p q d"}
+  cpu: Callable[..., Array]
+  standard: Callable[..., Array]  # The same elsewhere.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(
-  operation: _Operation, geometry: _Geometry, a: Array, b: Array
-) -> Array:
+def _apply(operation, geometry, a: Array, b: Array) -> Array:
+  cpu = functools.partial(operation.cpu, geometry)
   standard = functools.partial(operation.standard, geometry)
   mesh = jax.sharding.get_abstract_mesh()
+  left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
   if not mesh.manual_axes:
     cpu = _partitioned(operation, geometry)
-  else:
-    # In a `shard_map` JAX refuses custom partitioning. Where the batch may be
-    # divided over an axis that is left to the partitioner, it is given what it
-    # knows.
-    left = (n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
-    is_local = math.prod(left) == 1
-    cpu = functools.partial(operation.cpu, geometry) if is_local else standard
+  # JAX refuses custom partitioning in a `shard_map`. A batch that may be
+  # divided over an axis left to the partitioner gets what the latter knows.
+  elif max(left, default=1) > 1:
+    cpu = standard
   return lax.platform_dependent(a, b, cpu=cpu, default=standard)
 
 
@@ -110,7 +80,6 @@ def _forward(operation, geometry, a, b):
 
 
 def _backward(operation, geometry, operands, cotangent):
-  """The three are bilinear and each the derivative of the others."""
   arrays = dict(zip(operation.operands, operands, strict=True))
   arrays[operation.result] = cotangent
   return tuple(
@@ -122,71 +91,55 @@ def _backward(operation, geometry, operands, cotangent):
 _apply.defvjp(_forward, _backward)
 
 
-def _transpose(function: Callable[[Array], Array], shape, g: Array) -> Array:
-  """What the transpose of a linear function of such an array makes of g."""
-  argument = jax.ShapeDtypeStruct(shape, g.dtype)
-  return jax.linear_transpose(function, argument)(g)[0]
-
-
-def _standard_input_gradient(
-  geometry: _Geometry, g: Array, kernel: Array
-) -> Array:
+def _input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
   shape = (g.shape[0], *geometry.input_hw, kernel.shape[2])
-  return _transpose(lambda x: geometry.apply(x, kernel), shape, g)
+  x = jax.ShapeDtypeStruct(shape, g.dtype)
+  return jax.linear_transpose(lambda x: geometry.apply(x, kernel), x)(g)[0]
 
 
-def _standard_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
+def _weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
   shape = (*geometry.kernel_hw, x.shape[-1], g.shape[-1])
-  return _transpose(lambda kernel: geometry.apply(x, kernel), shape, g)
+  kernel = jax.ShapeDtypeStruct(shape, g.dtype)
+  return jax.linear_transpose(lambda k: geometry.apply(x, k), kernel)(g)[0]
 
 
 def _cpu_conv(geometry: _Geometry, x: Array, kernel: Array) -> Array:
-  if not onednn.can_convolve(x.dtype):
-    return geometry.apply(x, kernel)
-  return onednn.convolve(x, kernel, geometry.strides, geometry.pads)
+  if onednn.can_convolve(x.dtype):
+    return onednn.convolve(x, kernel, geometry.strides, geometry.pads)
+  return geometry.apply(x, kernel)
 
 
 def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
-  """Convolutions of g with the kernel, turned by 180 degrees.
-
-  Input rows that are a stride apart meet the same rows of the kernel, and so
-  do columns. Each such phase of the result is a convolution with its part of
-  the kernel, so that no product with an inserted zero is computed.
-  """
+  """Convolutions of g with the kernel, turned by 180 degrees."""
   if not onednn.can_convolve(g.dtype):
-    return _standard_input_gradient(geometry, g, kernel)
+    return _input_gradient(geometry, g, kernel)
   (sh, sw), (height, width) = geometry.strides, geometry.input_hw
   kernel = kernel.swapaxes(2, 3)
 
+  # Input rows that are a stride apart meet the same rows of the kernel, and so
+  # do columns. Each such phase of the result is a convolution with its part of
+  # the kernel, so that no product with an inserted zero is computed.
   def phase(*starts: int) -> Array:
-    """The rows and columns of the result from `starts` on, by strides."""
     firsts, pads = [], []
-    for start, size, k, stride, (before, _), out in zip(
-      *(starts, geometry.input_hw, geometry.kernel_hw),
-      *(geometry.strides, geometry.pads, g.shape[1:3]),
-      strict=True,
+    sizes = geometry.input_hw, geometry.kernel_hw, g.shape[1:3]
+    for start, size, k, out, stride, (before, _) in zip(
+      starts, *sizes, geometry.strides, geometry.pads, strict=True
     ):
       # The first element of the kernel that takes part, and how many do.
-      first = (start + before) % stride
+      shift, first = divmod(start + before, stride)
       taps = -(-(k - first) // stride)
-      pad = taps - 1 - (start + before - first) // stride
+      pad = taps - 1 - shift
       firsts.append(first)
       # Which gives ceil(size / stride) elements.
       pads.append((pad, -(-size // stride) - out - pad + taps - 1))
-    i, j = firsts
-    part = jnp.flip(kernel[i::sh, j::sw], (0, 1))
-    if not part.size:
-      shape = -(-height // sh), -(-width // sw)
-      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), g.dtype)
-    return onednn.convolve(g, part, (1, 1), (pads[0], pads[1]))
+    part = kernel[firsts[0] :: sh, firsts[1] :: sw]
+    return onednn.convolve(g, jnp.flip(part, (0, 1)), (1, 1), pads)
 
   if (sh, sw) == (1, 1):
     return phase(0, 0)
-  rows = [
-    jnp.stack([phase(row, column) for column in range(sw)], 3)
-    for row in range(sh)
-  ]
-  phases = jnp.stack(rows, 2)
+  phases = jnp.stack(
+    [jnp.stack([phase(i, j) for j in range(sw)], 3) for i in range(sh)], 2
+  )
   n, p, _, q, _, c = phases.shape
   return phases.reshape(n, p * sh, q * sw, c)[:, :height, :width]
 
@@ -206,46 +159,34 @@ def _chunked_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
     return jnp.zeros(shape, x.dtype)
   if onednn.can_convolve(x.dtype) and geometry.kernel_hw != (1, 1):
     per_image = (x.size + g.size) // images * x.dtype.itemsize
-    size = max(1, _CONVOLVED_BYTES // per_image)
-    form = _convolved_contribution
+    form, size = _convolved_contribution, _CONVOLVED_BYTES // per_image
   else:
     form, size = _product_contribution, _product_chunk_size(geometry, x, g)
-  contribution = functools.partial(form, geometry)
+  contribution, size = functools.partial(form, geometry), max(1, size)
   if size >= images:
     return contribution(x, g).astype(x.dtype)
-  chunks, rest = divmod(images, size)
-
-  def add(total, chunk):
-    return total + contribution(*chunk), None
-
+  chunks = images // size
   whole = chunks * size
   total, _ = lax.scan(
-    add,
-    jnp.zeros(shape, _accumulator(x.dtype)),
-    (
-      x[:whole].reshape(chunks, size, *x.shape[1:]),
-      g[:whole].reshape(chunks, size, *g.shape[1:]),
-    ),
+    lambda total, chunk: (total + contribution(*chunk), None),
+    jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32)),
+    [a[:whole].reshape(chunks, size, *a.shape[1:]) for a in (x, g)],
   )
-  if rest:
+  if whole < images:
     total = total + contribution(x[whole:], g[whole:])
   return total.astype(x.dtype)
 
 
 def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
-  """The weight gradient of some images as one forward convolution.
-
-  The sum over images becomes the one over input channels, the gradient the
-  kernel, and a step of the kernel to the right one of C elements, so that all
-  C channels of the input lie side by side in the width:
-
-    dW[i, j * C + c, d] = sum_npq X[p * SH + i, (q * SW + j) * C + c, n]
-                                  * G[p, q, n, d]
-  """
+  """The weight gradient of some images as one forward convolution."""
+  # The sum over images becomes the one over input channels, the gradient the
+  # kernel, and a step of the kernel to the right one of C elements, so that
+  # all C channels of the input lie side by side in the width:
+  #   dW[i, j * C + c, d] = sum_npq X[p * SH + i, (q * SW + j) * C + c, n]
+  #                                 * G[p, q, n, d]
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
   (top, _), (left, _) = geometry.pads
-  n, h, w, c = x.shape
-  _, p, q, d = g.shape
+  (n, h, w, c), (_, p, q, d) = x.shape, g.shape
   # What is needed after the input; where strides skip it, the rest is cut off.
   bottom = (p - 1) * sh + kh - h - top
   right = (q - 1) * sw + kw - w - left
@@ -261,33 +202,26 @@ def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
 
 def _product_chunk_size(geometry: _Geometry, x: Array, g: Array) -> int:
   """Images of a chunk, by the cache model; see `_PRODUCT_BYTES`."""
-  (kh, kw), (_, p, q, d) = geometry.kernel_hw, g.shape
-  c = x.shape[-1]
+  (kh, kw), (_, p, q, d), c = geometry.kernel_hw, g.shape, x.shape[-1]
   if geometry.kernel_hw == (1, 1):
     return x.shape[0]  # Nothing is copied, so nothing need stay in the cache.
   stacked = geometry.strides == (1, 1)
   per_pixel = kh * c + kw * d if stacked else kh * kw * c + d
   per_image = p * (q + kw - 1 if stacked else q) * per_pixel * x.dtype.itemsize
-  # The sum is read and written for every chunk: that must not be the larger
-  # part of its traffic.
+  # Reading and writing the sum must not be most of a chunk's traffic.
   sum_bytes = kh * kw * c * d * x.dtype.itemsize
-  return max(1, max(_PRODUCT_BYTES, sum_bytes) // per_image)
-
-
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
+  return max(_PRODUCT_BYTES, sum_bytes) // per_image
 
 
 def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   """One matrix product over all positions of some images."""
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
-  _, p, q, d = g.shape
-  c = x.shape[-1]
+  (_, p, q, d), c = g.shape, x.shape[-1]
   product = functools.partial(
     lax.dot_general,
     dimension_numbers=(((0,), (0,)), ((), ())),
     precision=geometry.precision,
-    preferred_element_type=_accumulator(x.dtype),
+    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
   )
   if geometry.pads != ((0, 0), (0, 0)):
     x = onednn.pad(x, geometry.pads)
@@ -317,47 +251,42 @@ def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
 # By their results.
 _OPERATIONS = {
   "g": _Operation("xk", "g", _cpu_conv, _Geometry.apply),
-  "x": _Operation("gk", "x", _cpu_input_gradient, _standard_input_gradient),
-  "k": _Operation("xg", "k", _cpu_weight_gradient, _standard_weight_gradient),
+  "x": _Operation("gk", "x", _cpu_input_gradient, _input_gradient),
+  "k": _Operation("xg", "k", _cpu_weight_gradient, _weight_gradient),
 }
 
 
 @functools.cache
 def _partitioned(operation: _Operation, geometry: _Geometry):
-  """The CPU form on a batch that may be sharded: each device its own part.
-
-  The partitioner knows neither oneDNN's convolution nor that a loop over
-  chunks of the batch could be split; it would gather the whole batch.
-  """
+  """The CPU form on a batch that may be sharded: each device its own part."""
+  # The partitioner knows neither oneDNN's convolution nor that a loop over
+  # chunks of the batch could be split; it would gather the whole batch.
   local = functools.partial(operation.cpu, geometry)
   partitioned = custom_partitioning(local)
-  sums, whole = operation.sums_over_images, PartitionSpec()
-
-  def batch_spec(arg_shapes) -> PartitionSpec:
-    spec = arg_shapes[0].sharding.spec
-    return PartitionSpec(spec[0] if len(spec) else None)
-
-  def infer_sharding(mesh, arg_shapes, result_shape):
-    return NamedSharding(mesh, whole if sums else batch_spec(arg_shapes))
+  sums_over_images = operation.result == "k"
 
   def partition(mesh, arg_shapes, result_shape):
-    (axis,) = batch = batch_spec(arg_shapes)
+    spec = arg_shapes[0].sharding.spec
+    axis = spec[0] if len(spec) else None
+    batch = NamedSharding(mesh, PartitionSpec(axis))
+    whole = NamedSharding(mesh, PartitionSpec())
+    if not sums_over_images:
+      return mesh, local, batch, (batch, whole)
 
-    def lower(a, b):
-      part = local(a, b)
-      return lax.psum(part, axis) if sums and axis is not None else part
+    def total(a, b):
+      return lax.psum(local(a, b), axis)
 
-    result = infer_sharding(mesh, arg_shapes, result_shape)
-    in_specs = batch, batch if sums else whole
-    in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
-    return mesh, lower, result, in_shardings
+    return mesh, local if axis is None else total, whole, (batch, batch)
 
-  rule = operation.sharding_rule
+  dimensions = {"x": "n h w c", "k": "k l c d", "g": "n p q d"}
+  a, b, result = map(dimensions.get, operation.operands + operation.result)
+  # Which dimensions are the same; devices may share out `n`, the images.
+  rule = f"{a}, {b} -> {result}"
   partitioned.def_partition(
     partition,
-    infer_sharding_from_operands=infer_sharding,
+    infer_sharding_from_operands=lambda *args: partition(*args)[2],
     sharding_rule=rule,
-    reduction_factors=("n",) if sums else (),
+    reduction_factors=("n",) if sums_over_images else (),
     # All but the images, in the order of the rule.
     need_replication_factors=tuple(dict.fromkeys(re.findall("[a-mo-z]", rule))),
   )
@@ -384,24 +313,20 @@ def conv_general_dilated(
 ) -> Array:
   """`jax.lax.conv_general_dilated` in this module's forms.
 
-  For `flax.linen.Conv(conv_general_dilated=...)`. Dilated and grouped
-  convolutions, and others than two-dimensional NHWC ones, are passed on to
-  JAX as they are. Reverse-mode derivatives of any order, `vmap` and batches
-  that are sharded over devices work; forward mode does not (JAX says so).
-
-  All arguments are as for JAX: of float[N, H, W, C] and float[KH, KW, C, D] it
-  makes float[N, H', W', D]. oneDNN always computes in float32.
+  float[N, H', W', D] of float[N, H, W, C] and float[KH, KW, C, D], the rest as
+  for JAX. Dilated and grouped convolutions, and others than two-dimensional
+  NHWC ones, are passed on as they are. Reverse-mode derivatives of any order,
+  `vmap` and batches that are sharded over devices work; forward mode does not
+  (JAX says so). oneDNN always computes in float32.
   """
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-  plain = (
+  if not (
     lhs.ndim == 4
     and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
     and feature_group_count == 1
-    and math.prod(lhs_dilation or (1,)) == 1
-    and math.prod(rhs_dilation or (1,)) == 1
+    and {*(lhs_dilation or ()), *(rhs_dilation or ())} <= {1}
     and lhs.dtype == rhs.dtype
-  )
-  if not plain:
+  ):
     return lax.conv_general_dilated(
       *(lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation),
       *(dimension_numbers, feature_group_count),

@@ -1,16 +1,15 @@
 """Work on all arrays of a tree that stays cheap to compile for deep networks.
 
 A deep network has thousands of arrays. On CPUs, the time that XLA's fusion pass
-takes grows with about the third power of the number of reductions in one
-computation of a program, and its memory with the square of the number of
-operations. So arrays are taken in groups, each of which is a computation of its
-own.
+takes grows with about the third power of the reductions in one computation of a
+program, and its memory with the square of the operations. So arrays are taken
+in groups, each of which is a computation of its own.
 """
 
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +19,23 @@ from jax.experimental.xla_metadata import set_xla_metadata
 # Arrays of one group. Much larger ones take longer to compile; smaller ones
 # are more calls, which in an ordinary network is one.
 _GROUP_SIZE = 64
-# Modules of one group of `by_modules`.
-_MODULES = 16
-
-T = TypeVar("T")
-Reduction = Callable[[jax.Array], jax.Array]
+_MODULES = 16  # Of one group of `by_modules`.
 
 
-def reduce_each(reduction: Reduction, leaves: Sequence[jax.Array]) -> jax.Array:
+def _in_groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+  return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def reduce_each(
+  reduction: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array]
+) -> jax.Array:
   """The scalars, [N], that a reduction makes of each of many arrays."""
 
   def reduce_group(*group):
     return jnp.stack([reduction(leaf) for leaf in group])
 
-  return jnp.concatenate(
-    [apart(reduce_group, *group) for group in in_groups(leaves, _GROUP_SIZE)]
-  )
+  groups = _in_groups(leaves, _GROUP_SIZE)
+  return jnp.concatenate([apart(reduce_group, *group) for group in groups])
 
 
 def by_modules(
@@ -55,35 +55,23 @@ def by_modules(
   def is_like_params(node):
     return isinstance(node, dict) and node.keys() == params.keys()
 
-  def select(tree, names):
-    return jax.tree.map(
-      lambda node: (
-        {name: node[name] for name in names} if is_like_params(node) else node
-      ),
-      tree,
-      is_leaf=is_like_params,
-    )
+  # Trees end where there is something like the parameters.
+  tree_map = functools.partial(jax.tree.map, is_leaf=is_like_params)
 
-  trees = grads, opt_state, params
-  results = [
-    apart(update, *(select(tree, names) for tree in trees), *others)
-    for names in in_groups(list(params), _MODULES)
-  ]
+  def select(names, node):
+    return {k: node[k] for k in names} if is_like_params(node) else node
 
   def merge(node, *parts):
-    if not is_like_params(node):
-      return parts[0]  # A count, which all have.
-    return functools.reduce(operator.or_, parts)
+    # What is not like the parameters is a count, which all parts have.
+    distinct = parts if is_like_params(node) else parts[:1]
+    return functools.reduce(operator.or_, distinct)
 
-  # Parts end where the whole has something like the parameters.
-  return jax.tree.map(
-    merge, (params, opt_state), *results, is_leaf=is_like_params
-  )
-
-
-def in_groups(items: Sequence[T], size: int) -> list[Sequence[T]]:
-  """Cuts a sequence into pieces of `size`, the last of which may be shorter."""
-  return [items[start : start + size] for start in range(0, len(items), size)]
+  results = []
+  for names in _in_groups(list(params), _MODULES):
+    of_names = functools.partial(select, names)
+    parts = tree_map(of_names, (grads, opt_state, params))
+    results.append(apart(update, *parts, *others))
+  return tree_map(merge, (params, opt_state), *results)
 
 
 def apart(function: Callable[..., Any], *operands: Any) -> Any:
