@@ -135,12 +135,14 @@ def _allow_open_files(count: int) -> None:
     import resource
   except ImportError:  # There is no such limit on Windows.
     return
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  infinity = resource.RLIM_INFINITY  # On Linux it is -1.
+  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
   needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
   for wanted in (16 * needed, needed):  # Of several seeds each has its own.
     if soft < (allowed := min(wanted, hard)):
       with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
         soft = allowed
   if soft < needed:
     raise errors.DataError(

@@ -249,6 +249,11 @@ _KEYS = (
   Key("checkpoint.every_minutes", 10.0, number(0), may_differ=True).means(
     "Also save when the last checkpoint is older. 0: do not."
   ),
+  Key("checkpoint.mirror", "", PATH, may_differ=True).means(
+    "Where a copy of the workdir is kept that outlives this machine: gs:// or"
+    " s3://BUCKET/FOLDER, or a folder of another disk. A workdir that is"
+    " missing or behind is filled from there. Empty: nowhere."
+  ),
   Key("checkpoint.monitor", "accuracy", _MONITOR).means(
     "Chooses the best epoch, on the validation split if there is one, else on"
     " the test split. objective: the loss with its L2 term."

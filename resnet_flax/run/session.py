@@ -5,6 +5,7 @@ another process has no files: there, the same calls do nothing but agree.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from resnet_flax.run import (
   files as files_lib,
   folder,
   metrics,
+  mirror,
   progress,
   signals as signals_lib,
 )
@@ -83,6 +85,9 @@ class Session:
     """Opens the workdir: whether it resumes, at which step, with what."""
     with folder.explain_write_errors(self._workdir):
       self._stack.enter_context(folder.use(self._workdir, self._config))
+      if address := self._config.checkpoint.mirror:
+        check = functools.partial(folder.check_same, config=self._config)
+        self._stack.enter_context(mirror.Mirror(address, self._workdir, check))
       self._checkpoints = self._stack.enter_context(
         checkpoint.Checkpoints(
           self._workdir, best_steps=self._best_steps, on_event=self.on_event

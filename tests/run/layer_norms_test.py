@@ -250,7 +250,7 @@ def test_several_seeds_have_tags_of_their_own(tiny_config, monkeypatch):
     norms = [layer_norms.LayerNorms(row, row, row) for row in rows]
     return (layout.put(norms),)
 
-  monkeypatch.setattr(program, "compile_step", lambda *_, **__: measured)
+  monkeypatch.setattr(program, "compile_function", lambda *_, **__: measured)
   written = {}
   hook = layer_norms.create_hook(
     *(tiny_config, experiment, None, None, layout),

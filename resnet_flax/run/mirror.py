@@ -1,0 +1,426 @@
+"""A copy of a run that outlives its machine: in a bucket or on another disk.
+
+What is there is always some whole state of the workdir. Files are stored under
+their SHA-256 and never changed; a state is a list of files, written after them.
+The latest two states are kept.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+
+from resnet_flax.run import errors
+
+_logger = logging.getLogger(__name__)
+
+# Besides checkpoints; in this order, so that a record has its checkpoint.
+_FILES = ("config.json", "environment.json", "metrics.jsonl")
+_KEPT_STATES = 2
+# Seconds: between looks at the workdir, between attempts that fail at most, in
+# which an owner must have been heard of, and for the last files at the end of a
+# run and when it is stopped.
+_POLL, _MOST_PATIENCE = 1.0, 60.0
+_FRESH = 120.0
+_AT_THE_END, _WHEN_STOPPED = 600.0, 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+  """A whole state of a workdir."""
+
+  number: int  # States are numbered from 1.
+  step: int  # Of the latest checkpoint; 0 without any.
+  records: int  # Epochs in metrics.jsonl.
+  files: dict[str, str]  # By path in the workdir the SHA-256.
+
+  @property
+  def progress(self) -> tuple[int, int]:
+    """What tells a later state from an earlier one."""
+    return self.step, self.records
+
+
+class _Store:
+  """The files at an address."""
+
+  def __init__(self, url: str):
+    self.url = url
+    try:
+      self.system, self.root = fsspec.core.url_to_fs(
+        url, use_listings_cache=False, skip_instance_cache=True
+      )
+    except (ImportError, ValueError) as error:
+      raise errors.ConfigError(
+        f"checkpoint.mirror={url} cannot be used: {errors.one_line(error)}."
+        " gs:// needs pip install 'resnet_flax[gcs]', s3:// 'resnet_flax[s3]'."
+      ) from error
+    if hasattr(self.system, "auto_mkdir"):
+      self.system.auto_mkdir = True  # On disks, where folders must be made.
+
+  def names(self, folder: str) -> set[str]:
+    """The names in a folder."""
+    try:
+      self.system.invalidate_cache()
+      paths = self.system.ls(f"{self.root}/{folder}", detail=False)
+    except FileNotFoundError:
+      return set()
+    return {path.rstrip("/").rpartition("/")[2] for path in paths} - {folder}
+
+  def read(self, name: str) -> bytes | None:
+    """A file's content; None without it."""
+    try:
+      return self.system.cat_file(f"{self.root}/{name}")
+    except FileNotFoundError:
+      return None
+
+  def write(self, name: str, content: bytes) -> None:
+    """Writes a file."""
+    self.system.pipe_file(f"{self.root}/{name}", content)
+
+  def remove(self, name: str) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+      self.system.rm_file(f"{self.root}/{name}")
+
+  def upload(self, path: pathlib.Path, name: str) -> None:
+    """Copies a local file."""
+    self.system.put_file(str(path), f"{self.root}/{name}")
+
+  def download(self, name: str, path: pathlib.Path) -> None:
+    """Makes a local file."""
+    self.system.get_file(f"{self.root}/{name}", str(path))
+
+  def states(self) -> list[_State]:
+    """The states whose lists are whole, the latest first."""
+    found = []
+    for name in sorted(self.names("states"), reverse=True):
+      content = self.read(f"states/{name}") or b""
+      if name == _state_name(content):
+        found.append(_State(**json.loads(content)))
+    return found
+
+
+def _state_name(content: bytes) -> str:
+  """Sorted by number; a list that is not whole has another name."""
+  number = re.match(rb'\{"number": (\d{1,9}),', content)
+  digest = hashlib.sha256(content).hexdigest()[:16]
+  return f"{int(number[1]):09}-{digest}.json" if number else ""
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Mirror:
+  """Keeps the copy of a workdir up to date while entered.
+
+  Entering refuses an address that another run uses, and fills the workdir where
+  it is behind. From then on a thread copies what is complete; training waits
+  for it at the end alone.
+
+  Args:
+    url: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.
+    workdir: the run's.
+    check: is given a folder with the configuration that is there, and refuses
+      another run's.
+
+  Raises:
+    ConfigError: a library for such addresses is not installed.
+    WorkdirError: the address is out of reach, in use, or holds no whole state.
+  """
+
+  def __init__(
+    self,
+    url: str,
+    workdir: pathlib.Path,
+    check: Callable[[pathlib.Path], None] = lambda folder: None,
+  ):
+    self._workdir, self._check = workdir, check
+    self._store = _Store(url)
+    self._owner = {
+      "run": uuid.uuid4().hex,
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+    }
+    self._stored: set[str] = set()  # Digests of files that are there.
+    self._known: dict[pathlib.Path, tuple[tuple[int, ...], str]] = {}
+    self._pushed: dict[str, str] | None = None  # The files of the last state.
+    self._number = 0
+    self._closing = threading.Event()
+    self._abandoned = False
+    self._failing = False
+    self._thread = threading.Thread(target=self._run, daemon=True)
+
+  def __enter__(self) -> "Mirror":
+    with _explain(self._store.url):
+      self._claim()
+      states = self._store.states()
+      self._number = states[0].number if states else 0
+      step, records = progress(self._workdir)
+      if states and states[0].progress > (step, records):
+        fill(self._store, states, self._workdir, self._check)
+        _logger.info("filled %s from %s", self._workdir, self._store.url)
+      self._stored = self._store.names("files")
+    self._thread.start()
+    return self
+
+  def __exit__(self, kind: Any, *exception: object) -> None:
+    seconds = _AT_THE_END if kind is None else _WHEN_STOPPED
+    self._closing.set()
+    self._thread.join(seconds)
+    if self._thread.is_alive():
+      self._abandoned = True
+      _logger.warning(
+        "warning: %s lacks what was saved last; it is in %s alone",
+        self._store.url,
+        self._workdir,
+      )
+
+  # ---- Whose it is
+
+  def _claim(self) -> None:
+    content = self._store.read("owner.json")
+    owner = json.loads(content) if content else {}
+    age = time.time() - owner.get("time", 0)
+    if age < _FRESH and not _has_ended(owner):
+      raise errors.WorkdirError(
+        f"checkpoint.mirror={self._store.url} is in use by process"
+        f" {owner['pid']} on {owner['host']}, last heard of {age:.0f} s ago."
+        f" Stop it; if it is gone, wait {_FRESH - age:.0f} s, or pass another"
+        " address."
+      )
+    self._beat()
+
+  def _beat(self) -> None:
+    owner = self._owner | {"time": time.time()}
+    self._store.write("owner.json", json.dumps(owner).encode())
+
+  def _still_ours(self) -> bool:
+    content = self._store.read("owner.json")
+    return not content or json.loads(content)["run"] == self._owner["run"]
+
+  # ---- The thread
+
+  def _run(self) -> None:
+    patience, beaten = _POLL, time.monotonic()
+    while not self._abandoned:
+      closing = self._closing.wait(patience)
+      try:
+        if time.monotonic() - beaten > _FRESH / 6:
+          if not self._still_ours():
+            _logger.warning(
+              "warning: another run has taken over %s; nothing more is copied"
+              " there",
+              self._store.url,
+            )
+            return
+          self._beat()
+          beaten = time.monotonic()
+        is_done = self._push()
+        if self._failing:
+          _logger.info("%s is up to date again", self._store.url)
+        patience, self._failing = _POLL, False
+        if closing and is_done:
+          self._store.remove("owner.json")
+          return
+      # Whatever its library raises; what is saved here is good in any case.
+      except Exception as error:
+        if not self._failing:
+          _logger.warning(
+            "warning: %s cannot be written (%s); trying again",
+            self._store.url,
+            errors.one_line(error),
+          )
+        self._failing = True
+        patience = min(2 * patience, _MOST_PATIENCE)
+        if closing:
+          time.sleep(patience)
+
+  def _push(self) -> bool:
+    """Copies the workdir's state, if it is new; whether it is there."""
+    try:
+      files = self._look()
+      # A workdir without its configuration holds nothing yet.
+      if files == self._pushed or "config.json" not in files:
+        return True
+      for name, digest in files.items():
+        if digest not in self._stored:
+          self._store.upload(self._workdir / name, f"files/{digest}")
+          self._stored.add(digest)
+      # What changed meanwhile was copied as something else.
+      if self._look() != files:
+        return False
+    except FileNotFoundError as error:
+      if str(self._workdir) in str(error):
+        return False  # A checkpoint that the run has removed.
+      raise
+    step, records = progress(self._workdir)
+    state = _State(self._number + 1, step, records, files)
+    content = json.dumps(dataclasses.asdict(state)).encode()
+    self._store.write(f"states/{_state_name(content)}", content)
+    self._number, self._pushed = state.number, files
+    self._remove_old()
+    return True
+
+  def _look(self) -> dict[str, str]:
+    """The files of the workdir that are complete, with their digests."""
+    names = [name for name in _FILES if (self._workdir / name).exists()]
+    for folder in checkpoints(self._workdir):
+      names += [
+        str(path.relative_to(self._workdir))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+      ]
+    digests = {}
+    for name in names:
+      path = self._workdir / name
+      now = path.stat()
+      known = self._known.get(path)
+      key = (now.st_size, now.st_mtime_ns, now.st_ino)
+      if known is None or known[0] != key:
+        known = self._known[path] = key, _digest(path)
+      digests[name] = known[1]
+    return digests
+
+  def _remove_old(self) -> None:
+    kept = self._store.states()[:_KEPT_STATES]
+    for name in sorted(self._store.names("states"))[:-_KEPT_STATES]:
+      self._store.remove(f"states/{name}")
+    used = {digest for state in kept for digest in state.files.values()}
+    for digest in self._stored - used:
+      self._store.remove(f"files/{digest}")
+    self._stored &= used
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+  """Whether the owner was a process of this machine that is no more."""
+  if not owner or owner["host"] != socket.gethostname():
+    return False
+  try:
+    os.kill(owner["pid"], 0)
+  except ProcessLookupError:
+    return True
+  except PermissionError:
+    return False
+  return owner["pid"] == os.getpid()
+
+
+@contextlib.contextmanager
+def _explain(url: str) -> Iterator[None]:
+  try:
+    yield
+  except errors.UserError:
+    raise
+  # Each kind of address has kinds of its own.
+  except Exception as error:
+    raise errors.WorkdirError(
+      f"checkpoint.mirror={url} cannot be used: {errors.one_line(error)}. See"
+      " that it can be reached and written from here, or pass another address."
+    ) from error
+
+
+# ---- Workdirs
+
+
+def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """The folders of a workdir's complete checkpoints, in their order."""
+  folder = workdir / "checkpoints"
+  found = folder.iterdir() if folder.exists() else ()
+  numbered = [path for path in found if path.name.isdecimal()]
+  return sorted(numbered, key=lambda path: int(path.name))
+
+
+def progress(workdir: pathlib.Path) -> tuple[int, int]:
+  """How far a workdir is: its latest checkpoint's step, and its records."""
+  steps = [int(path.name) for path in checkpoints(workdir)]
+  log = workdir / "metrics.jsonl"
+  records = log.read_bytes().count(b"\n") if log.exists() else 0
+  return max(steps, default=0), records
+
+
+def fill(
+  store: _Store,
+  states: list[_State],
+  workdir: pathlib.Path,
+  check: Callable[[pathlib.Path], None] = lambda folder: None,
+) -> None:
+  """Fills a workdir with the latest state all of whose files are right.
+
+  What the workdir has is replaced file by file; checkpoints that it has are
+  left. A failure leaves what it had.
+
+  Raises:
+    WorkdirError: there is no such state.
+  """
+  with tempfile.TemporaryDirectory(
+    dir=workdir, prefix=".filling-"
+  ) as temporary:
+    folder = pathlib.Path(temporary)
+    for state in states:
+      shutil.rmtree(folder)
+      folder.mkdir()
+      if _download(store, state, folder):
+        break
+      _logger.warning(
+        "warning: state %d of %s is damaged", state.number, store.url
+      )
+    else:
+      raise errors.WorkdirError(
+        f"checkpoint.mirror={store.url} holds no state whose files are all"
+        " right. Pass another address, or remove it to start anew."
+      )
+    check(folder)
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    for checkpoint in checkpoints(folder):
+      own = workdir / "checkpoints" / checkpoint.name
+      if not own.exists():
+        checkpoint.rename(own)
+    for name in reversed(_FILES):
+      if (folder / name).exists():
+        (folder / name).replace(workdir / name)
+
+
+def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
+  """Whether all files of a state are there and right."""
+  for name, digest in state.files.items():
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+      return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      store.download(f"files/{digest}", path)
+    except FileNotFoundError:
+      return False
+    if _digest(path) != digest:
+      return False
+  return True
+
+
+def fetch(url: str, workdir: pathlib.Path) -> None:
+  """Fills an empty folder with the latest state at an address.
+
+  Raises:
+    ConfigError: a library for such addresses is not installed.
+    WorkdirError: it is out of reach, or holds no run.
+  """
+  store = _Store(url)
+  with _explain(url):
+    states = store.states()
+    if not states:
+      raise errors.WorkdirError(f"{url} holds no run that was mirrored there.")
+    fill(store, states, workdir)
