@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
   hidden_sizes: Sequence[int]  # Units of the hidden dense layers.
   # For each dense layer and then the head, whether its input is dropped out.
   dropped: Sequence[bool]
-  dropout: float  # Share of the units that are dropped.
+  dropout: float  # Share of the units that is dropped; takes a `dropout` key.
   num_classes: int
   conv: ModuleDef
   norm: ModuleDef
@@ -69,10 +69,7 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """float32[B, num_classes] logits of normalised images, float[B, H, W, C].
-
-    In training units are dropped, which takes a `dropout` key.
-    """
+    """float32[B, num_classes] logits of normalised float[B, H, W, C] images."""
     x = layers.resize(images, self.input_size)
     number = 0
     for layer in self.features:
@@ -84,9 +81,8 @@ class FeedForward(nn.Module):
       pads = [(layer.pad, layer.pad)] * 2
       conv = functools.partial(self.conv, pads=pads, name=f"conv{number}")
       x = conv(layer.num_filters, window, layer.strides)(x)
-      x = self.norm(
-        use_running_average=not train, act=self.act, name=f"bn{number}"
-      )(x)
+      norm = functools.partial(self.norm, act=self.act, name=f"bn{number}")
+      x = norm(use_running_average=not train)(x)
     x = adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)
     drop = functools.partial(nn.Dropout(self.dropout), deterministic=not train)

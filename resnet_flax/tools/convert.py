@@ -36,6 +36,8 @@ from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
 _IDENTIFY = {"keras": keras_names.identify, "pytorch": pytorch_names.identify}
 
+Path = str | os.PathLike[str]
+
 
 class Conversion(NamedTuple):
   """What was done."""
@@ -47,11 +49,7 @@ class Conversion(NamedTuple):
   config: ConfigDict  # The configuration of the workdir.
 
 
-def convert(
-  source: str | os.PathLike[str],
-  config: ConfigDict,
-  workdir: str | os.PathLike[str],
-) -> Conversion:
+def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   """Makes a workdir whose state before the first step has a file's weights.
 
   Args:
@@ -90,7 +88,14 @@ def convert(
   file = files.read(source)
   kind = _identify(file)
   mapping.check_config(file, kind, config)
-  _set_num_classes(file.path, kind.num_classes, config)
+  # No configuration has a head without classes: the check of shapes says so.
+  if 0 < kind.num_classes != experiment_lib.num_classes(config):
+    if config.model.num_classes:
+      raise errors.ConfigError(
+        f"model.num_classes={config.model.num_classes} but {file.path} has a"
+        f" head of {kind.num_classes} classes. Leave it 0 to take these."
+      )
+    config.model.num_classes = kind.num_classes
   # The head's size is the file's, and has a limit as well.
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
@@ -116,14 +121,14 @@ def convert(
       "passed_over": len(file.passed_over),
     },
   }
-  _write(workdir, config.lock(), described, state)
+  _write(workdir, state, environment=described, config=config.lock().to_dict())
   return Conversion(kind.title, len(file.arrays), file.passed_over, config)
 
 
 def _check_is_new(workdir: pathlib.Path) -> None:
   workdir_lib.check_name(workdir)
   try:
-    is_empty = not any(workdir.iterdir())
+    is_used = any(workdir.iterdir())
   except FileNotFoundError:
     return
   except OSError as error:
@@ -131,7 +136,7 @@ def _check_is_new(workdir: pathlib.Path) -> None:
       f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
       " one with --workdir."
     ) from error
-  if not is_empty:
+  if is_used:
     raise errors.WorkdirError(
       f"workdir {workdir} holds something already, and nothing is overwritten."
       " Pass a new one with --workdir."
@@ -152,23 +157,8 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
     ) from error
 
 
-def _set_num_classes(path: pathlib.Path, num: int, config: ConfigDict) -> None:
-  # No configuration has a head without classes: the check of shapes says so.
-  if num < 1 or num == experiment_lib.num_classes(config):
-    return
-  if config.model.num_classes:
-    raise errors.ConfigError(
-      f"model.num_classes={config.model.num_classes} but {path} has a head of"
-      f" {num} classes. Leave it 0 to take these."
-    )
-  config.model.num_classes = num
-
-
 def _write(
-  workdir: pathlib.Path,
-  config: ConfigDict,
-  described: dict[str, object],
-  state: step_lib.TrainState,
+  workdir: pathlib.Path, state: step_lib.TrainState, **documents: object
 ) -> None:
   """Writes a workdir beside its place, then puts it there as a whole."""
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
@@ -180,8 +170,8 @@ def _write(
     ) as folder:
       unfinished = pathlib.Path(folder) / "workdir"
       unfinished.mkdir()
-      files_lib.write_json(unfinished / "environment.json", described)
-      files_lib.write_json(unfinished / "config.json", config.to_dict())
+      for name, content in documents.items():
+        files_lib.write_json(unfinished / f"{name}.json", content)
       with checkpoint.Checkpoints(unfinished) as checkpoints:
         checkpoints.save(state, checkpoint.NEW_EPOCH)
       _check_is_new(workdir)
@@ -209,11 +199,9 @@ def _run(argv: list[str]) -> None:
   # What is half written is removed before the process ends.
   with signals.StopSignals():
     done = convert(source, config, workdir)
+  others = f"{len(done.passed_over)} passed over that are no weights"
   print(f"Source: {done.title}")
-  print(
-    f"Arrays: {done.num_arrays} used, each once; {len(done.passed_over)} passed"
-    " over that are no weights"
-  )
+  print(f"Arrays: {done.num_arrays} used, each once; {others}")
   print(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
     rules.check_labels(done.config)

@@ -1,7 +1,6 @@
 """What an experiment is, as text: nothing is loaded or compiled."""
 
 import functools
-import math
 import shutil
 from typing import NamedTuple
 
@@ -36,20 +35,16 @@ def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
     ):
       kernel = context.module.variables["params"]["kernel"]
       # The kernel's last axis are the outputs' channels, counted already.
-      multiply_adds += math.prod(result.shape) * math.prod(kernel.shape[:-1])
+      multiply_adds += result.size * kernel.size // kernel.shape[-1]
     return result
 
   with nn.intercept_methods(count):
-    variables = jax.eval_shape(
-      functools.partial(model.init, train=False),
-      jax.random.key(0),
-      jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-    )
-  sizes = {
-    name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(collection))
-    for name, collection in variables.items()
-  }
-  return Size(sum(sizes.values()), sizes["params"], multiply_adds)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), image)
+  sizes = jax.tree.map(lambda leaf: leaf.size, variables)
+  total = sum(jax.tree.leaves(sizes))
+  return Size(total, sum(jax.tree.leaves(sizes["params"])), multiply_adds)
 
 
 def summarize(config: ConfigDict) -> str:
@@ -61,15 +56,12 @@ def summarize(config: ConfigDict) -> str:
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   width = max(shutil.get_terminal_size((160, 0)).columns, 120)
+  console = {"width": width, "force_terminal": False}
   tabulate = nn.tabulate(
-    experiment.model,
-    jax.random.key(0),
-    depth=2,
-    console_kwargs={"width": width, "force_terminal": False},
+    experiment.model, jax.random.key(0), depth=2, console_kwargs=console
   )
   table = tabulate(jnp.zeros((1, *experiment.image_shape)), train=False)
   size = measure_size(experiment.model, experiment.image_shape)
-  schedule = experiment.learning_rate
   lines = [
     table.strip(),
     f"Model: {config.model.name}, depth {config.model.depth}",
@@ -79,7 +71,7 @@ def summarize(config: ConfigDict) -> str:
     "Optimizer:",
     *(f"  {link}" for link in experiment.optimizer.links),
     f"Learning rate, by 0-based epoch ({config.num_epochs} epochs of"
-    f" {schedule.steps_per_epoch} steps):",
-    *(f"  {line}" for line in schedule.describe()),
+    f" {experiment.learning_rate.steps_per_epoch} steps):",
+    *(f"  {line}" for line in experiment.learning_rate.describe()),
   ]
   return "\n".join(lines)

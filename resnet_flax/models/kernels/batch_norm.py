@@ -39,8 +39,7 @@ def _finish(normalized, residual, act, dtype) -> Array:
 
 def _forward(x, scale, bias, residual, epsilon, act, dtype):
   axes = tuple(range(x.ndim - 1))
-  # Statistics are of float32 at least.
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # For the sums.
   mean = jnp.mean(wide, axes)
   # Flax's formula: neither sum needs the other.
   variance = jnp.mean(lax.square(wide), axes) - lax.square(mean)
@@ -106,16 +105,13 @@ class BatchNorm(nn.Module):
 
   Parameters (`scale`, `bias`), statistics (`mean`, `var`, float32 in
   `batch_stats`) and results are those of `flax.linen.BatchNorm` over the last
-  axis. On a batch that is sharded over devices the statistics are the whole
-  batch's. With several groups each part of the batch is normalised by its own
-  ('ghost batch norm', Hoffer et al. 2017, arXiv:1705.08741, section 4.1); where
-  a part lies on one device, nothing is sent for it but what updates the running
-  statistics and the parameters.
+  axis. Of a sharded batch the statistics are the whole batch's. With several
+  groups each part of it is normalised by its own ('ghost batch norm', Hoffer et
+  al. 2017, arXiv:1705.08741, section 4.1): devices that hold whole parts send
+  only what updates the running statistics and the parameters.
   """
 
-  # Normalise with the running statistics; otherwise with the batch's, which
-  # also update the running ones.
-  use_running_average: bool
+  use_running_average: bool  # Otherwise the batch's, which update the running.
   momentum: float = 0.99  # Share of the old running statistics that is kept.
   epsilon: float = 1e-5  # Added to the variance.
   dtype: Any = jnp.float32  # Of the result.
@@ -133,16 +129,13 @@ class BatchNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, *form)
     bias = self.param("bias", nn.initializers.zeros, *form)
     if self.use_running_average:
-      centered = x - _like(x, mean.value)
-      normalized = _normalize(
-        centered, variance.value, scale, bias, self.epsilon
-      )
-      return _finish(normalized, residual, self.act, self.dtype)
+      y = x - _like(x, mean.value)
+      y = _normalize(y, variance.value, scale, bias, self.epsilon)
+      return _finish(y, residual, self.act, self.dtype)
+    options = self.epsilon, self.act, self.dtype
 
     def of_group(x, residual):
-      return _normalize_batch(
-        x, scale, bias, residual, self.epsilon, self.act, self.dtype
-      )
+      return _normalize_batch(x, scale, bias, residual, *options)
 
     if self.groups == 1:
       y, statistics = of_group(x, residual)

@@ -30,18 +30,16 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # operands are copied into another order and then read once, and should not
 # leave the second-level cache in between. CPUs of the last ten years have half
 # a MiB to two of it for a core.
-# Bytes of the copies for a product of matrices, which one core makes.
-_PRODUCT_BYTES = 1 << 19
-# Bytes of the operands for oneDNN, whose threads share them.
-_CONVOLVED_BYTES = 1 << 21
+_PRODUCT_BYTES = 1 << 19  # Of the copies for a product, which one core makes.
+_CONVOLVED_BYTES = 1 << 21  # Of oneDNN's operands, which its threads share.
 
 
 class _Geometry(NamedTuple):
   """The static part of a convolution, NHWC by HWIO."""
 
-  input_hw: tuple[int, ...]  # Height and width of the input.
-  kernel_hw: tuple[int, ...]  # Height and width of the kernel.
-  strides: tuple[int, ...]  # Down and to the right.
+  input_hw: onednn.HW
+  kernel_hw: onednn.HW
+  strides: onednn.HW
   pads: onednn.Pads
   precision: Any  # Of the products, as `jax.lax.Precision` or None.
 
@@ -70,9 +68,8 @@ def _apply(operation, geometry, a: Array, b: Array) -> Array:
   left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
   if not mesh.manual_axes:
     cpu = _partitioned(operation, geometry)
-  # In a `shard_map` JAX refuses custom partitioning. Where the batch may be
-  # divided over an axis that is left to the partitioner, it is given what it
-  # knows.
+  # A `shard_map` takes no custom partitioning. Where the batch may be divided
+  # over an axis left to the partitioner, it gets what the partitioner knows.
   elif max(left, default=1) > 1:
     cpu = standard
   return lax.platform_dependent(a, b, cpu=cpu, default=standard)
@@ -124,10 +121,9 @@ def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
   # the kernel, so that no product with an inserted zero is computed.
   def phase(*starts: int) -> Array:
     firsts, pads = [], []
-    for start, size, k, stride, (before, _), out in zip(
-      *(starts, geometry.input_hw, geometry.kernel_hw),
-      *(geometry.strides, geometry.pads, g.shape[1:3]),
-      strict=True,
+    sizes = geometry.input_hw, geometry.kernel_hw, g.shape[1:3]
+    for start, size, k, out, stride, (before, _) in zip(
+      starts, *sizes, geometry.strides, geometry.pads, strict=True
     ):
       # The first element of the kernel that takes part, and how many do.
       shift, first = divmod(start + before, stride)
@@ -166,10 +162,9 @@ def _chunked_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
     form, size = _convolved_contribution, _CONVOLVED_BYTES // per_image
   else:
     form, size = _product_contribution, _product_chunk_size(geometry, x, g)
-  contribution = functools.partial(form, geometry)
+  contribution, size = functools.partial(form, geometry), max(1, size)
   if size >= images:
     return contribution(x, g).astype(x.dtype)
-  size = max(1, size)
   chunks = images // size
   whole = chunks * size
   total, _ = lax.scan(
@@ -191,8 +186,7 @@ def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   #                                 * G[p, q, n, d]
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
   (top, _), (left, _) = geometry.pads
-  n, h, w, c = x.shape
-  _, p, q, d = g.shape
+  (n, h, w, c), (_, p, q, d) = x.shape, g.shape
   # What is needed after the input; where strides skip it, the rest is cut off.
   bottom = (p - 1) * sh + kh - h - top
   right = (q - 1) * sw + kw - w - left
@@ -214,8 +208,7 @@ def _product_chunk_size(geometry: _Geometry, x: Array, g: Array) -> int:
   stacked = geometry.strides == (1, 1)
   per_pixel = kh * c + kw * d if stacked else kh * kw * c + d
   per_image = p * (q + kw - 1 if stacked else q) * per_pixel * x.dtype.itemsize
-  # The sum is read and written for every chunk: that must not be the larger
-  # part of its traffic.
+  # Reading and writing the sum must not be most of a chunk's traffic.
   sum_bytes = kh * kw * c * d * x.dtype.itemsize
   return max(_PRODUCT_BYTES, sum_bytes) // per_image
 

@@ -1,10 +1,9 @@
 """Work on all arrays of a tree that stays cheap to compile for deep networks.
 
 A deep network has thousands of arrays. On CPUs, the time that XLA's fusion pass
-takes grows with about the third power of the number of reductions in one
-computation of a program, and its memory with the square of the number of
-operations. So arrays are taken in groups, each of which is a computation of its
-own.
+takes grows with about the third power of the reductions in one computation of a
+program, and its memory with the square of the operations. So arrays are taken
+in groups, each of which is a computation of its own.
 """
 
 import functools
@@ -20,8 +19,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 # Arrays of one group. Much larger ones take longer to compile; smaller ones
 # are more calls, which in an ordinary network is one.
 _GROUP_SIZE = 64
-# Modules of one group of `by_modules`.
-_MODULES = 16
+_MODULES = 16  # Of one group of `by_modules`.
 
 
 def _in_groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

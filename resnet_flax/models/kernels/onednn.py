@@ -9,7 +9,6 @@ kept in the persistent compilation cache.
 """
 
 import json
-import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from jaxlib import version as jaxlib_version
 # Set to False to have XLA's own convolutions, before anything is traced.
 enabled = True
 
+HW = tuple[int, ...]  # For rows, then for columns.
 # Zeros before and after, for rows and for columns; may be negative.
 Pads = Sequence[tuple[int, int]]
 
@@ -42,16 +42,11 @@ def pad(x: Array, pads: Pads) -> Array:
 
 
 def convolve(
-  x: Array,
-  kernel: Array,
-  strides: tuple[int, ...],
-  pads: Pads,
-  dilation: tuple[int, ...] = (1, 1),
+  x: Array, kernel: Array, strides: HW, pads: Pads, dilation: HW = (1, 1)
 ) -> Array:
   """The convolution of NHWC images with an HWIO kernel, on a CPU.
 
-  It has no derivative and no partitioning rule of its own. Where pads are
-  negative, so many rows or columns are cut off.
+  It has no derivative and no partitioning rule; negative pads cut off.
   """
   kernel_hw = kernel.shape[:2]
   out_hw = (
@@ -62,7 +57,7 @@ def convolve(
   )
   shape = (x.shape[0], *out_hw, kernel.shape[3])
   # An empty sum is zero; oneDNN is not asked about empty operands.
-  if not (math.prod(shape) and x.size and kernel.size):
+  if 0 in (*shape, *x.shape, *kernel.shape):
     return jnp.zeros(shape, x.dtype)
   if any(min(each) < 0 for each in pads):
     # All of it at once: a cut alone may be of more than there is.
