@@ -192,8 +192,9 @@ class Session:
       self._save(state)
     if self.step == len(self.records) * self._steps_per_epoch:
       self.notes = checkpoint.NEW_EPOCH
-    every = config.checkpoint
-    self._timer = signals_lib.Timer(every.every_steps, every.every_minutes)
+    self._timer = signals_lib.Timer(
+      config.checkpoint.every_steps, config.checkpoint.every_minutes
+    )
     self._agreement = hosts.Agreement(self._signals, self._timer, self._devices)
     self._progress = progress.Progress(
       config.num_epochs,

@@ -68,8 +68,8 @@ def _apply(operation, geometry, a: Array, b: Array) -> Array:
   left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
   if not mesh.manual_axes:
     cpu = _partitioned(operation, geometry)
-  # JAX refuses custom partitioning in a `shard_map`. A batch that may be
-  # divided over an axis left to the partitioner gets what the latter knows.
+  # A `shard_map` takes no custom partitioning. Where the batch may be divided
+  # over an axis left to the partitioner, it gets what the partitioner knows.
   elif max(left, default=1) > 1:
     cpu = standard
   return lax.platform_dependent(a, b, cpu=cpu, default=standard)
