@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -361,10 +362,49 @@ def test_finished_run_is_not_trained_again(
   tiny_config, tmp_path, monkeypatch, one_device
 ):
   tiny_config.num_epochs = 1
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  records = run(tiny_config, tmp_path / "run")
-  monkeypatch.setattr(data.dataset, "load", None)
-  assert run(tiny_config, tmp_path / "run") == records
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path / "run", devices=one_device
+  )
+  records = run()
+  monkeypatch.setattr(evaluate, "evaluate", None)
+  monkeypatch.setattr(program, "create", None)
+  assert run() == records
+
+
+def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
+  tiny_config, tmp_path, monkeypatch, one_device, caplog
+):
+  tiny_config.num_epochs = 1
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path / "run", devices=one_device
+  )
+  records = run()
+  load = data.dataset.load
+
+  def other(config):
+    return dataclasses.replace(load(config), source="digits-2")
+
+  monkeypatch.setattr(data.dataset, "load", other)
+  with pytest.raises(errors.WorkdirError, match="digits there, digits-2 here"):
+    run()
+
+  def gone(config):
+    raise errors.DataError("no copy")
+
+  caplog.set_level("INFO")
+  monkeypatch.setattr(data.dataset, "load", gone)
+  assert run() == records
+  assert "data was not looked at: no copy" in caplog.text
+
+
+def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
+  """It only says that there is no copy to compare."""
+  caplog.set_level("INFO")
+  tiny_config.dataset.name = "cifar10"
+  tiny_config.dataset.data_dir = str(tmp_path / "empty")
+  train._check_data(tiny_config, tmp_path)
+  assert "not looked at: there is no cifar10 in" in caplog.text
+  assert list(tmp_path.iterdir()) == []
 
 
 def one_score(loss, accuracy):

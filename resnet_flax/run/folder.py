@@ -241,21 +241,10 @@ def record_start(
   if not path.exists():
     files.write_json(path, now)
     return
-  try:
-    stored = _read_json(path)
-  except (OSError, ValueError) as error:
-    raise errors.WorkdirError(
-      f"{path} cannot be read: {error}. Delete it to resume the run: it is"
-      " written anew."
-    ) from error
+  check_data(workdir, data)
+  stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
     stored["data"] = data  # Its weights needed none; from here on the run does.
-  if stored.get("data") != data:
-    raise errors.WorkdirError(
-      f"workdir {workdir} holds a run on other data: {stored.get('data')}"
-      f" there, {data} here. Pass the dataset.data_dir it was started with, or"
-      " another --workdir."
-    )
   added = {key: stored[key] for key in ("converted", "resumed") & stored.keys()}
   if changes := environment.changes(stored, now | added):
     _logger.warning(
@@ -267,6 +256,47 @@ def record_start(
     if changes not in resumed[-1:]:
       resumed.append(changes)
   files.write_json(path, stored)
+
+
+def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
+  """What environment.json holds; nothing if there is none.
+
+  Raises:
+    WorkdirError: it cannot be read.
+  """
+  path = workdir / "environment.json"
+  try:
+    return _read_json(path)
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise errors.WorkdirError(
+      f"{path} cannot be read: {error}. Restore or delete it: the run resumes"
+      " without it, but what it was trained on is then not known."
+    ) from error
+
+
+def check_data(workdir: pathlib.Path, data: str) -> None:
+  """Checks that a run was on this data, a `Dataset.source`.
+
+  Warns where environment.json does not say on which.
+
+  Raises:
+    WorkdirError: it was on other data, or environment.json cannot be read.
+  """
+  stored = read_environment(workdir)
+  there = stored.get("data")
+  if there is None and "converted" not in stored:
+    _logger.warning(
+      "warning: %s does not say which data the run was on; here it is %s",
+      *(workdir / "environment.json", data),
+    )
+  elif there not in (None, data):
+    raise errors.WorkdirError(
+      f"workdir {workdir} holds a run on other data: {there!s:.200} there,"
+      f" {data} here. Set dataset.data_dir, or TFDS_DATA_DIR, to the folder of"
+      " the former, or pass another --workdir."
+    )
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

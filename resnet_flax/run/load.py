@@ -145,12 +145,13 @@ def evaluate_workdir(
     in its own best epoch.
 
   Raises:
-    ConfigError, WorkdirError: see `load_model`.
+    ConfigError, WorkdirError: see `load_model`; or the run was on other data.
     DataError: the data cannot be had.
   """
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
   dataset = dataset_lib.load(config.dataset)
+  folder.check_data(workdir, dataset.source)
   layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(
     evaluate.create_eval_step(experiment, layout),

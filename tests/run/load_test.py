@@ -1,3 +1,5 @@
+import functools
+import json
 import shutil
 
 import jax
@@ -64,6 +66,25 @@ def test_evaluation_may_look_for_the_data_elsewhere(run):
   moved.seed = 5
   with pytest.raises(errors.WorkdirError, match="seed"):
     load.evaluate_workdir(workdir, config=moved, devices=devices)
+
+
+def test_evaluation_on_other_data_is_refused(run, tmp_path, caplog):
+  """On the same pixels in another order of classes, for example."""
+  workdir = tmp_path / "run"
+  shutil.copytree(run[1], workdir)
+  path = workdir / "environment.json"
+  environment = json.loads(path.read_text())
+  path.write_text(json.dumps(environment | {"data": "digits-1"}))
+  score = functools.partial(
+    load.evaluate_workdir, workdir, devices=jax.devices()[:1]
+  )
+  with pytest.raises(errors.WorkdirError, match="digits-1 there, digits here"):
+    score()
+  assert "does not say" not in caplog.text
+  # Where it is not known, that is said.
+  path.unlink()
+  score()
+  assert "does not say which data the run was on" in caplog.text
 
 
 def test_load_model_predicts(run):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resnet_flax.run import config as config_lib, errors, metrics
-from resnet_flax.run.folder import load_config
+from resnet_flax.run.folder import load_config, read_environment
 
 # Runs that differ in these alone are repetitions of one experiment.
 _REPETITION_KEYS = ("seed", "num_seeds", *config_lib.MAY_DIFFER)
@@ -239,7 +239,7 @@ def _read(path: pathlib.Path, name: str) -> Run:
       f"{path / 'config.json'} is not the configuration of a run: {error}"
       " Restore it, or leave its folder out."
     ) from error
-  environment = _read_environment(path / "environment.json")
+  environment = read_environment(path)
   run = Run(
     folder=path,
     name=name,
@@ -250,21 +250,6 @@ def _read(path: pathlib.Path, name: str) -> Run:
   )
   _check_records(path / "metrics.jsonl", run)
   return run
-
-
-def _read_environment(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    environment = json.loads(path.read_text())
-    if not isinstance(environment, dict):
-      raise ValueError("it holds no JSON object")
-    return environment
-  except FileNotFoundError:
-    return {}
-  except (OSError, ValueError) as error:
-    raise errors.WorkdirError(
-      f"{path} cannot be read: {errors.one_line(error)}. Restore or delete it:"
-      " without it the report does not say what the run was trained on."
-    ) from error
 
 
 def _device(environment: Mapping[str, Any]) -> str:
