@@ -159,7 +159,7 @@ def test_record_without_its_checkpoint_is_cut_off(
   with pytest.raises(SystemExit):
     run(tmp_path, on_event=at_event("step", 7, die))
   log = metrics.MetricsLog(tmp_path)
-  log.append({**log.read()[0], "epoch": 1})
+  log.append({**log.read()[0], "epoch": 1, "step": 8})
   run(tmp_path)
   assert_same_run(long_config, tmp_path, straight)
 
@@ -395,6 +395,19 @@ def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
   monkeypatch.setattr(data.dataset, "load", gone)
   assert run() == records
   assert "data was not looked at: no copy" in caplog.text
+
+
+@pytest.mark.parametrize("lines", [[0, 2], [0, 0, 1]])
+def test_records_of_other_epochs_are_refused(straight, run, tmp_path, lines):
+  """A line is gone, or there twice: the run does not go on from there."""
+  workdir = tmp_path / "run"
+  shutil.copytree(straight, workdir)
+  log = workdir / "metrics.jsonl"
+  kept = log.read_text().splitlines(keepends=True)
+  log.write_text("".join(kept[line] for line in lines))
+  for use in (run, load.load_model):
+    with pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl, line 2: "):
+      use(workdir)
 
 
 def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):

@@ -20,10 +20,6 @@ from resnet_flax.run.folder import load_config, read_environment
 # Runs that differ in these alone are repetitions of one experiment.
 _REPETITION_KEYS = ("seed", "num_seeds", *config_lib.MAY_DIFFER)
 
-# What every record of an epoch must have, besides what chooses the best one.
-_SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-_RECORD_KEYS = ("epoch", "step", *_SCORES, "epoch_seconds", "images_per_second")
-_SEED_KEYS = ("seed", *_SCORES)
 _CONFIG_KEYS = (
   *("seed", "num_seeds", "num_epochs", "dataset.name", "checkpoint.monitor"),
   *("model.name", "model.depth"),
@@ -75,7 +71,7 @@ class Run:
     return range(first, first + self.config["num_seeds"])
 
   def of_seed(self, seed: int) -> list[metrics.Record]:
-    """The records of one of its seeds, which have `_SEED_KEYS`."""
+    """The records of one of its seeds."""
     index = seed - self.seeds[0]
     return [metrics.of_seeds(record)[index] for record in self.records]
 
@@ -229,7 +225,8 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _read(path: pathlib.Path, name: str) -> Run:
-  config = config_lib.flatten(load_config(path).to_dict())
+  stored = load_config(path)
+  config = config_lib.flatten(stored.to_dict())
   try:
     # Those that a report reads; a run of another version has them.
     for key in _CONFIG_KEYS:
@@ -240,16 +237,14 @@ def _read(path: pathlib.Path, name: str) -> Run:
       " Restore it, or leave its folder out."
     ) from error
   environment = read_environment(path)
-  run = Run(
+  return Run(
     folder=path,
     name=name,
     config=config,
-    records=metrics.MetricsLog(path).read(),
+    records=metrics.MetricsLog(path, stored).read(),
     device=_device(environment),
     data=environment.get("data"),
   )
-  _check_records(path / "metrics.jsonl", run)
-  return run
 
 
 def _device(environment: Mapping[str, Any]) -> str:
@@ -260,49 +255,6 @@ def _device(environment: Mapping[str, Any]) -> str:
     return f"{len(devices)} x {kind}"
   threads = environment.get("cpu_threads", "?")
   return f"{environment.get('cpu_model', 'CPU')}, {threads} threads"
-
-
-def _check_records(path: pathlib.Path, run: Run) -> None:
-  """Checks what a report reads, which anybody may have edited."""
-  faults = [_fault(run, *each) for each in enumerate(run.records)]
-  # What is read ends before the first line that is no JSON: only the last one
-  # can have been cut off when a run was killed.
-  num_lines = len(path.read_bytes().splitlines()) if path.exists() else 0
-  if num_lines > len(run.records) + 1:
-    faults.append("it is no JSON object")
-  for line, fault in enumerate(faults, start=1):
-    if fault:
-      raise errors.WorkdirError(
-        f"{path}, line {line}: {fault}. Restore it, or leave its folder out."
-      )
-
-
-def _fault(run: Run, epoch: int, record: Any) -> str:
-  """What is wrong with the record of an epoch; '' if nothing is."""
-  if not isinstance(record, dict):
-    return "it is no JSON object"
-  of_seeds, seed_keys = record.get("seeds"), set(_SEED_KEYS)
-  if len(run.seeds) == 1:
-    of_seeds, seed_keys = [record], set()
-  if not isinstance(of_seeds, list) or len(of_seeds) != len(run.seeds):
-    return f"seeds has not the {len(run.seeds)} of num_seeds"
-  if not all(isinstance(each, dict) for each in of_seeds):
-    return "seeds holds what is no JSON object"
-  monitored = metrics.monitored(record, run.config["checkpoint.monitor"])
-  parts = [(record, {*_RECORD_KEYS, monitored})]
-  for part, keys in [*parts, *((each, seed_keys) for each in of_seeds)]:
-    for key in sorted(keys):
-      value = part.get(key)
-      if type(value) not in (int, float) or not math.isfinite(value):
-        return f"{key}={value!r} is no finite number"
-  if record["epoch"] != epoch:
-    return f"epoch={record['epoch']}, not {epoch}"
-  if record["epoch_seconds"] <= 0:
-    return f"epoch_seconds={record['epoch_seconds']}"
-  for seed, of_seed in zip(run.seeds, of_seeds, strict=True):
-    if of_seed.get("seed", seed) != seed:
-      return f"seed={of_seed['seed']}, not {seed}"
-  return ""
 
 
 # ---- Groups

@@ -89,9 +89,10 @@ def test_config_with_seeds_that_cannot_be(tmp_path):
   [
     ("{", "no JSON object"),
     ("[]", "no JSON object"),
-    (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2, not 1"),
-    (json.dumps(workdirs.make_record(1, float("nan"))), "test_accuracy=nan"),
+    (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2 and step=300, not 1"),
+    (json.dumps(workdirs.make_record(1, float("nan"))), "train_loss=nan"),
     (json.dumps(workdirs.make_record(1, 1.0, epoch_seconds=0)), "seconds=0"),
+    (json.dumps(workdirs.make_record(1, 1.0, step=100)), "step=100, not 1 and"),
     (json.dumps(workdirs.make_record(1, 1.0, test_loss="1")), "test_loss='1'"),
     (json.dumps(workdirs.make_record(1, 1.0, step=None)), "step=None"),
   ],
@@ -109,10 +110,10 @@ def test_damaged_record(tmp_path, line, message):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"seeds": None}, "not the 2 of num_seeds"),
-    ({"seeds": [{"seed": 5}]}, "not the 2 of num_seeds"),
+    ({"seeds": None}, "seeds is no list"),
+    ({"seeds": []}, r"the seeds \[\], not \[5, 6\]"),
     ({"seeds": ["a", "b"]}, "no JSON object"),
-    ({"seeds": [{"seed": 5}, {"seed": 6}]}, "test_accuracy=None"),
+    ({"seeds": [{"seed": 5}, {"seed": 6}]}, "train_loss=None"),
   ],
 )
 def test_damaged_record_of_seeds(tmp_path, change, message):
@@ -129,7 +130,7 @@ def test_seeds_of_another_order(tmp_path):
   record = json.loads(path.read_text())
   record["seeds"].reverse()
   path.write_text(json.dumps(record) + "\n")
-  with pytest.raises(errors.WorkdirError, match="seed=6, not 5"):
+  with pytest.raises(errors.WorkdirError, match=r"seeds \[6, 5\], not"):
     read(tmp_path)
 
 
