@@ -173,10 +173,16 @@ class Checkpoints:
       vectors.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
     packed = {dtype: np.concatenate(each) for dtype, each in vectors.items()}
     arrays = _forms(state)
-    self._manifest = {"format": _FORMAT, "notes": notes, "arrays": arrays}
+    step = int(np.ravel(state.step)[0])
+    self._manifest = {
+      "format": _FORMAT,
+      "step": step,
+      "notes": notes,
+      "arrays": arrays,
+    }
     with _only_os_errors():
       self._manager.save(
-        int(np.ravel(state.step)[0]),
+        step,
         args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(packed)}),
       )
 
@@ -344,6 +350,9 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
     manifest = json.loads((path / _MANIFEST).read_bytes())
     if manifest.pop("sha256") != _seal(manifest):
       raise _Damaged(path, f"{_MANIFEST} is not as it was written")
+    # Older ones do not name it.
+    if str(manifest.get("step", path.name)) != path.name:
+      raise _Damaged(path, f"it is of step {manifest['step']}; rename it back")
     for name, digest in manifest["files"].items():
       if digest_of(path / name) != digest:
         raise _Damaged(path, f"{name} is not as it was written")

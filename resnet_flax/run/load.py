@@ -196,9 +196,16 @@ def _restore(
   if not (workdir / "checkpoints").is_dir():
     raise missing
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    steps = _choose_steps(workdir, which, config, checkpoints.steps())
+    there = checkpoints.steps()
+    steps = _choose_steps(workdir, which, config, there)
     if not steps:
       raise missing
+    if lost := sorted(set(steps) - set(there)):
+      raise errors.WorkdirError(
+        f"{workdir} has no checkpoint of step {lost[0]}, its best epoch's;"
+        f" there: {', '.join(map(str, there)) or 'none'}. Copy it there, or"
+        " take the latest."
+      )
     like = experiment_lib.abstract_state(config, experiment)
     restored = {}
     for step in set(steps):
@@ -214,9 +221,10 @@ def _choose_steps(
   """The step of each seed's checkpoint; none if there is none."""
   if which == "latest":
     return [max(steps)] * config.num_seeds if steps else []
-  # A record may be there before its checkpoint is.
-  records = metrics.MetricsLog(workdir).read()
-  records = [record for record in records if record["step"] in steps]
+  records = metrics.MetricsLog(workdir, config).read()
+  # The last record may be there before its checkpoint is.
+  if records and records[-1]["step"] > max(steps, default=-1):
+    records.pop()
   if not records:
     # What a run starts from, as `convert` saves it, is the best so far.
     return [0] * config.num_seeds if 0 in steps else []

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from resnet_flax import data, step as step_lib, train
+from resnet_flax.parallel import evaluate
 from resnet_flax.run import errors, load, metrics
 from tests.helpers import assert_identical, initial, layout_of, untimed
 
@@ -118,6 +119,75 @@ def test_predict_wants_uint8_images(run, images):
   loaded = resnet_flax.load_model(run[1], "latest")
   with pytest.raises(ValueError, match=r"uint8 images of shape \[N, 32, 32, 3"):
     loaded.predict(images)
+
+
+# ---- The best checkpoint
+
+
+@pytest.fixture(scope="module")
+def falling(make_tiny_config, tmp_path_factory):
+  """The workdir of a run that gets worse: it keeps steps 4, 12 and 16."""
+  folder = tmp_path_factory.mktemp("falling")
+  config = make_tiny_config(folder / "cache")
+  config.num_epochs = 4
+
+  def scripted(eval_step, state, *arguments, **keywords):
+    accuracy = 0.5 - state.step / 100
+    values = {"loss": 1.0, "objective": 1.0, "accuracy": accuracy}
+    return evaluate.Scores([values], None)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, "evaluate", scripted)
+    train.train_and_evaluate(config, folder / "run", devices=jax.devices()[:1])
+  return folder / "run"
+
+
+@pytest.fixture
+def fallen(falling, tmp_path):
+  """A copy of it."""
+  shutil.copytree(falling, tmp_path / "fallen")
+  return tmp_path / "fallen"
+
+
+@pytest.mark.parametrize(
+  ("gone", "there"),
+  [([4], "12, 16"), ([4, 12], "16"), ([4, 12, 16], "none")],
+)
+def test_a_missing_best_checkpoint_is_no_other_one(fallen, gone, there):
+  """As where a folder was copied in part."""
+  for step in gone:
+    shutil.rmtree(fallen / "checkpoints" / str(step))
+  message = f"no checkpoint of step 4, .*; there: {there}. Copy it"
+  with pytest.raises(errors.WorkdirError, match=message):
+    load.load_model(fallen)
+
+
+def test_the_last_record_may_be_ahead_of_its_checkpoint(fallen):
+  path = fallen / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  lines[-1] = json.dumps(json.loads(lines[-1]) | {"test_accuracy": 0.99})
+  path.write_text("\n".join(lines))
+  assert load.load_model(fallen).step == 16
+  shutil.rmtree(fallen / "checkpoints" / "16")
+  assert load.load_model(fallen).step == 4
+
+
+def test_a_renamed_checkpoint_is_noticed(fallen):
+  folders = fallen / "checkpoints"
+  (folders / "4").rename(folders / "other")
+  (folders / "16").rename(folders / "4")
+  (folders / "other").rename(folders / "16")
+  for which, step in (("best", 16), ("latest", 4)):
+    message = f"it is of step {step}; rename it back"
+    with pytest.raises(errors.WorkdirError, match=message):
+      load.load_model(fallen, which)
+
+
+def test_a_record_without_its_line_break_counts(fallen):
+  path = fallen / "metrics.jsonl"
+  lines = path.read_text().splitlines()[:1]
+  path.write_text("\n".join(lines))
+  assert load.load_model(fallen).step == 4
 
 
 def test_unknown_checkpoint(run):
