@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +14,16 @@ from resnet_flax import step as step_lib
 from resnet_flax.data import (
   dataset as dataset_lib,
   normalize,
+  prepared,
   randomness,
   types,
 )
 from resnet_flax.parallel import evaluate, hosts, many_steps, networks, program
 from resnet_flax.run import (
+  environment,
+  errors,
   experiment as experiment_lib,
+  folder,
   layer_norms,
   load,
   metrics,
@@ -58,8 +63,10 @@ def train_and_evaluate(
     The records of all epochs, as in metrics.jsonl.
 
   Raises:
-    ConfigError: a value that cannot be used; before anything is compiled.
-    WorkdirError: the workdir is in use, or cannot be read or written.
+    ConfigError: a value that cannot be used, or jax_enable_x64; before
+      anything is compiled.
+    WorkdirError: the workdir is in use, cannot be read or written, or holds a
+      run on other data.
     DataError: the data cannot be had.
     NonFiniteError: the loss or the state became infinite or NaN.
     Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
@@ -67,11 +74,13 @@ def train_and_evaluate(
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
+  environment.check_types()
   experiment = experiment_lib.build(config)
   with session.open_run(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
   ) as run:
     if run.is_finished:
+      hosts.first(lambda: _check_data(config, pathlib.Path(workdir)))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, devices, run)
@@ -102,6 +111,21 @@ def train_and_evaluate(
 
 
 # ---- Before the loop
+
+
+def _check_data(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks what a finished run was on, if that is here: none is downloaded."""
+  dataset = config.dataset
+  try:
+    if dataset.name.startswith("cifar"):
+      root = prepared.data_dir(dataset.data_dir)
+      if prepared.find(dataset.name, root) is None:
+        raise errors.DataError(f"there is no {dataset.name} in {root}")
+    source = dataset_lib.load(dataset).source
+  except errors.UserError as error:
+    _logger.info("note: the run's data was not looked at: %s", error)
+  else:
+    folder.check_data(workdir, source)
 
 
 class _Setup(NamedTuple):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -158,7 +159,7 @@ def test_record_without_its_checkpoint_is_cut_off(
   with pytest.raises(SystemExit):
     run(tmp_path, on_event=at_event("step", 7, die))
   log = metrics.MetricsLog(tmp_path)
-  log.append({**log.read()[0], "epoch": 1})
+  log.append({**log.read()[0], "epoch": 1, "step": 8})
   run(tmp_path)
   assert_same_run(long_config, tmp_path, straight)
 
@@ -361,10 +362,71 @@ def test_finished_run_is_not_trained_again(
   tiny_config, tmp_path, monkeypatch, one_device
 ):
   tiny_config.num_epochs = 1
-  run = functools.partial(train.train_and_evaluate, devices=one_device)
-  records = run(tiny_config, tmp_path / "run")
-  monkeypatch.setattr(data.dataset, "load", None)
-  assert run(tiny_config, tmp_path / "run") == records
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path / "run", devices=one_device
+  )
+  records = run()
+  monkeypatch.setattr(evaluate, "evaluate", None)
+  monkeypatch.setattr(program, "create", None)
+  assert run() == records
+
+
+def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
+  tiny_config, tmp_path, monkeypatch, one_device, caplog
+):
+  tiny_config.num_epochs = 1
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path / "run", devices=one_device
+  )
+  records = run()
+  load = data.dataset.load
+
+  def other(config):
+    return dataclasses.replace(load(config), source="digits-2")
+
+  monkeypatch.setattr(data.dataset, "load", other)
+  with pytest.raises(errors.WorkdirError, match="digits there, digits-2 here"):
+    run()
+
+  def gone(config):
+    raise errors.DataError("no copy")
+
+  caplog.set_level("INFO")
+  monkeypatch.setattr(data.dataset, "load", gone)
+  assert run() == records
+  assert "data was not looked at: no copy" in caplog.text
+
+
+@pytest.mark.parametrize("lines", [[0, 2], [0, 0, 1]])
+def test_records_of_other_epochs_are_refused(straight, run, tmp_path, lines):
+  """A line is gone, or there twice: the run does not go on from there."""
+  workdir = tmp_path / "run"
+  shutil.copytree(straight, workdir)
+  log = workdir / "metrics.jsonl"
+  kept = log.read_text().splitlines(keepends=True)
+  log.write_text("".join(kept[line] for line in lines))
+  for use in (run, load.load_model):
+    with pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl, line 2: "):
+      use(workdir)
+
+
+def test_training_under_x64_is_refused_by_name(tiny_config, tmp_path):
+  with (
+    jax.enable_x64(True),
+    pytest.raises(errors.ConfigError, match="jax_enable_x64=True"),
+  ):
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
+  """It only says that there is no copy to compare."""
+  caplog.set_level("INFO")
+  tiny_config.dataset.name = "cifar10"
+  tiny_config.dataset.data_dir = str(tmp_path / "empty")
+  train._check_data(tiny_config, tmp_path)
+  assert "not looked at: there is no cifar10 in" in caplog.text
+  assert list(tmp_path.iterdir()) == []
 
 
 def one_score(loss, accuracy):
@@ -512,7 +574,8 @@ def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
       state, _ = training.step(state, batch)
       (copy,) = layout.get(state)
       copy = jax.tree.map(lambda x: np.array(x, copy=True), copy)
-      checkpoints.save(layout.get(state)[0], {})
+      notes = {"learning_rate": [0.1], "epoch_seconds": 0.0}
+      checkpoints.save(layout.get(state)[0], notes)
       for _ in range(3):
         state, _ = training.step(state, batch)
       checkpoints.wait()

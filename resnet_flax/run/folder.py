@@ -128,8 +128,8 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     if error.errno not in _NO_LOCKS:
       raise errors.WorkdirError(
-        f"{path} cannot be locked: {error.strerror}. See that it can be"
-        " written, or pass another --workdir."
+        f"{path} cannot be locked: {error.strerror or error}. See that it is a"
+        " file that can be written, or pass another --workdir."
       ) from error
     _logger.warning(
       "warning: %s cannot be locked (%s): see that no other process uses it",
@@ -158,7 +158,9 @@ def _acquire(path: pathlib.Path) -> TextIO:
   while True:
     with contextlib.ExitStack() as stack:
       # Whatever bytes a killed process has left.
-      file = stack.enter_context(path.open("a+", errors="replace"))
+      file = stack.enter_context(
+        open(path, "a+", errors="replace", opener=files.no_link)
+      )
       file.seek(0)
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,8 +179,9 @@ def _acquire(path: pathlib.Path) -> TextIO:
 def _owner(file: TextIO) -> str:
   file.seek(0)
   try:
-    return "process {pid} on {host} since {since}".format(**json.load(file))
-  except (ValueError, TypeError, LookupError):  # Empty, or being written.
+    owner = files.parse_object(file.read(1000).encode())
+    return "process {pid} on {host} since {since}".format(**owner)
+  except (ValueError, LookupError):  # Empty, or being written.
     return "another process"
 
 
@@ -193,13 +196,16 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   """
   path = workdir / "config.json"
   try:
-    return with_defaults(_read_json(path)).lock()
+    stored = files.parse_object(files.read_bytes(path))
+    return with_defaults(stored).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
       " --workdir that was trained in."
     ) from None
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+  except (
+    *(OSError, ValueError, TypeError, AttributeError, RecursionError),
+  ) as error:
     raise errors.WorkdirError(
       f"{path} cannot be read: {error}. Restore it, or start again in another"
       " --workdir."
@@ -241,26 +247,15 @@ def record_start(
   if not path.exists():
     files.write_json(path, now)
     return
-  try:
-    stored = _read_json(path)
-  except (OSError, ValueError) as error:
-    raise errors.WorkdirError(
-      f"{path} cannot be read: {error}. Delete it to resume the run: it is"
-      " written anew."
-    ) from error
+  check_data(workdir, data)
+  stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
     stored["data"] = data  # Its weights needed none; from here on the run does.
-  if stored.get("data") != data:
-    raise errors.WorkdirError(
-      f"workdir {workdir} holds a run on other data: {stored.get('data')}"
-      f" there, {data} here. Pass the dataset.data_dir it was started with, or"
-      " another --workdir."
-    )
   added = {key: stored[key] for key in ("converted", "resumed") & stored.keys()}
   if changes := environment.changes(stored, now | added):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
-      " may differ in the last bits: %s",
+      " may differ: %s",
       "; ".join(changes),
     )
     resumed = stored.setdefault("resumed", [])
@@ -269,11 +264,50 @@ def record_start(
   files.write_json(path, stored)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  value = json.loads(path.read_text())
-  if not isinstance(value, dict):
-    raise ValueError("it holds no JSON object")
-  return value
+def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
+  """What environment.json holds; nothing if there is none.
+
+  Raises:
+    WorkdirError: it cannot be read.
+  """
+  path = workdir / "environment.json"
+  try:
+    stored = files.parse_object(files.read_bytes(path))
+    if not isinstance(stored.get("resumed", []), list):
+      raise ValueError("resumed is no list")
+    if not isinstance(stored.get("data") or "", str):
+      raise ValueError("data is no text")
+    return stored
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise errors.WorkdirError(
+      f"{path} cannot be read: {error}. Restore or delete it: the run resumes"
+      " without it, but what it was trained on is then not known."
+    ) from error
+
+
+def check_data(workdir: pathlib.Path, data: str) -> None:
+  """Checks that a run was on this data, a `Dataset.source`.
+
+  Warns where environment.json does not say on which.
+
+  Raises:
+    WorkdirError: it was on other data, or environment.json cannot be read.
+  """
+  stored = read_environment(workdir)
+  there = stored.get("data")
+  if there is None and "converted" not in stored:
+    _logger.warning(
+      "warning: %s does not say which data the run was on; here it is %s",
+      *(workdir / "environment.json", data),
+    )
+  elif there not in (None, data):
+    raise errors.WorkdirError(
+      f"workdir {workdir} holds a run on other data: {there!s:.200} there,"
+      f" {data} here. Set dataset.data_dir, or TFDS_DATA_DIR, to the folder of"
+      " the former, or pass another --workdir."
+    )
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -23,22 +25,63 @@ TIMED = ("epoch_seconds", "images_per_second")
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
 
+# What training, scoring and reports read of every network.
+_SCORES = (
+  *("train_loss", "train_accuracy"),
+  *(f"test_{name}" for name in MONITORED),
+)
+
+
 class MetricsLog:
-  """The file metrics.jsonl: one JSON object for each finished epoch."""
+  """The file metrics.jsonl: one JSON object for each finished epoch.
 
-  def __init__(self, workdir: pathlib.Path):
+  Args:
+    workdir: of the run.
+    config: of the run; with it, records must have what is read of each seed.
+  """
+
+  def __init__(self, workdir: pathlib.Path, config: ConfigDict | None = None):
     self._path = workdir / "metrics.jsonl"
+    self._seeds = range(0)
+    if config is not None:
+      self._seeds = range(config.seed, config.seed + config.num_seeds)
 
-  def read(self) -> list[Record]:
-    """The records so far, oldest first; a torn last line is left out."""
+  def read(self, steps_per_epoch: int | None = None) -> list[Record]:
+    """The records so far, oldest first; a torn last line is left out.
+
+    `steps_per_epoch` is by default as in the first one.
+
+    Raises:
+      WorkdirError: the file cannot be read, or a line, which is named, is not
+        the record of the next epoch.
+    """
+    try:
+      content = files_lib.read_bytes(self._path)
+    except FileNotFoundError:
+      return []
+    except (OSError, ValueError) as error:
+      raise errors.WorkdirError(
+        f"{self._path} cannot be read: {error}. Restore it, or use another"
+        " workdir."
+      ) from error
+    lines = content.removesuffix(b"\n").split(b"\n")
     records: list[Record] = []
-    if self._path.exists():
-      # What follows the last line break was being written by a killed run.
-      for line in self._path.read_bytes().split(b"\n")[:-1]:
-        try:
-          records.append(json.loads(line))
-        except ValueError:
-          break  # The disk lost its end.
+    for epoch, line in enumerate(lines):
+      try:
+        record = files_lib.parse_object(line)
+      except ValueError as error:
+        if epoch == len(lines) - 1:
+          break  # It was being written by a killed run, or the disk lost it.
+        fault = f"it is no JSON object ({error})"
+      else:
+        fault = _fault(record, epoch, steps_per_epoch, self._seeds)
+      if fault:
+        raise errors.WorkdirError(
+          f"{self._path}, line {epoch + 1}: {fault}. Restore it, or use another"
+          " workdir."
+        )
+      steps_per_epoch = steps_per_epoch or record["step"]
+      records.append(record)
     return records
 
   def cut_back(
@@ -51,10 +94,10 @@ class MetricsLog:
       trained but not evaluated yet.
 
     Raises:
-      WorkdirError: there are fewer records than epochs, or more of them than
-        a killed run can have written ahead of its checkpoint.
+      WorkdirError: see `read`; or there are fewer records than epochs, or more
+        of them than a killed run can have written ahead of its checkpoint.
     """
-    records = self.read()
+    records = self.read(steps_per_epoch)
     epochs, within = divmod(step, steps_per_epoch)
     too_few = len(records) < (epochs if within else epochs - 1)
     # An epoch's checkpoint may be on its way to the disk when its record is
@@ -76,10 +119,45 @@ class MetricsLog:
     for key, value in record.items():
       if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}")
-    with self._path.open("a") as file:
+    with open(self._path, "a", opener=files_lib.no_link) as file:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
+
+
+def _fault(
+  record: Record, epoch: int, steps_per_epoch: int | None, seeds: Sequence[int]
+) -> str:
+  """What is wrong with the record of an epoch; '' if nothing is."""
+  of_seeds = record.get("seeds", [])
+  if not isinstance(of_seeds, list):
+    return "seeds is no list"
+  own = {key: value for key, value in record.items() if key != "seeds"}
+  needed = (*_SCORES, *TIMED) if seeds else ()
+  parts = [(own, ("epoch", "step", *needed))]
+  parts += [(each, ("seed", *_SCORES) if seeds else ()) for each in of_seeds]
+  for part, keys in parts:
+    if not isinstance(part, dict):
+      return "seeds holds what is no JSON object"
+    values: dict[str, Any] = dict.fromkeys(keys)
+    for key, value in (values | part).items():
+      # JSON has integers that are no floats, too, and NaN.
+      if (
+        type(value) not in (int, float)
+        or not abs(value) <= sys.float_info.max
+        or (value <= 0 and key in ("step", "epoch_seconds"))
+      ):
+        return f"{key}={value!r:.100} cannot be"
+  found, expected = [each.get("seed") for each in of_seeds], list(seeds)
+  if seeds and found != (expected if expected[1:] else []):
+    return f"it has the seeds {found}, not {expected}"
+  step = (epoch + 1) * (steps_per_epoch or record["step"])
+  if (record["epoch"], record["step"]) != (epoch, step):
+    return (
+      f"epoch={record['epoch']} and step={record['step']}, not {epoch} and"
+      f" {step}"
+    )
+  return ""
 
 
 def summarize(

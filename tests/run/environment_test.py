@@ -1,5 +1,6 @@
 import os
 import subprocess
+from importlib import metadata
 
 import jax
 import pytest
@@ -39,8 +40,25 @@ def test_clean_and_dirty_checkout(checkout):
   commit, clean = state()
   assert len(commit) == 40
   assert clean is True
-  (checkout / "new").write_text("")
-  assert state() == (commit, False)
+  # What is not executed: a report, a run, notes.
+  (checkout / "report").mkdir()
+  (checkout / "report" / "index.html").write_text("")
+  assert state() == (commit, True)
+
+
+@pytest.mark.parametrize(
+  "path", ["resnet_flax/new.py", "configs/new.py", "pyproject.toml"]
+)
+def test_what_a_run_executes_is_not_clean(checkout, path):
+  (checkout / path).parent.mkdir(exist_ok=True)
+  (checkout / path).write_text("")
+  _, clean = state()
+  assert clean is False
+  git(checkout, "add", path)
+  git(checkout, "commit", "-m", "second")
+  assert state()[1] is True
+  (checkout / path).write_text("# Changed.")
+  assert state()[1] is False
 
 
 def test_installed_inside_another_checkout(checkout):
@@ -52,6 +70,54 @@ def test_installed_inside_another_checkout(checkout):
 def test_without_git(checkout, monkeypatch):
   monkeypatch.setitem(os.environ, "PATH", "")
   assert state() == (None, None)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("jax_enable_x64", True),
+    ("jax_default_prng_impl", "rbg"),
+    ("jax_threefry_partitionable", False),
+    ("jax_default_matmul_precision", "bfloat16"),
+    ("jax_random_seed_offset", 1),
+  ],
+)
+def test_settings_of_jax_are_recorded(name, value):
+  before = environment.describe(jax.devices())
+  kept = getattr(jax.config, name)
+  jax.config.update(name, value)
+  try:
+    after = environment.describe(jax.devices())
+  finally:
+    jax.config.update(name, kept)
+  assert environment.changes(before, after) == [f"{name}: {kept} -> {value}"]
+
+
+@pytest.mark.parametrize(
+  "name", ["XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"]
+)
+def test_variables_are_recorded(monkeypatch, name):
+  monkeypatch.delenv(name, raising=False)
+  before = environment.describe(jax.devices())
+  monkeypatch.setenv(name, "1")
+  after = environment.describe(jax.devices())
+  assert environment.changes(before, after) == [f"{name}: None -> 1"]
+
+
+def test_versions_of_what_makes_pixels(monkeypatch):
+  libraries = environment.describe(jax.devices())["libraries"]
+  for name in ("pillow", "grain", "array-record", "scikit-learn"):
+    assert libraries[name] == metadata.version(name)
+  version = metadata.version
+
+  def without_extras(name):
+    if name == "scikit-learn":
+      raise metadata.PackageNotFoundError(name)
+    return version(name)
+
+  monkeypatch.setattr(metadata, "version", without_extras)
+  libraries = environment.describe(jax.devices())["libraries"]
+  assert libraries["scikit-learn"] is None
 
 
 def test_changes():

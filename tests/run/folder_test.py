@@ -17,6 +17,7 @@ from resnet_flax.run import (
   folder as workdir_lib,
   rules,
 )
+from tests.run import damage
 
 
 def check(folder, config):
@@ -232,6 +233,30 @@ def test_damaged_config_is_one_line(tmp_path, text):
     check(tmp_path, base.get_config())
 
 
+@pytest.mark.parametrize("kind", damage.KINDS)
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
+  start(tmp_path, base.get_config())
+  damage.replace(tmp_path / name, kind)
+  with pytest.raises(errors.WorkdirError, match=f"{name} cannot be read"):
+    start(tmp_path, base.get_config())
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"resumed": "no", "python": "2"}, "resumed is no list"),
+    ({"data": ["data-1"]}, "data is no text"),
+  ],
+)
+def test_an_environment_of_other_types(tmp_path, change, message):
+  start(tmp_path, base.get_config())
+  path = tmp_path / "environment.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(errors.WorkdirError, match=message):
+    start(tmp_path, base.get_config())
+
+
 def test_not_a_workdir(tmp_path):
   with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
     workdir_lib.load_config(tmp_path)
@@ -297,11 +322,33 @@ def test_a_stale_lock_is_taken_over(tmp_path, holder, caplog):
   assert f"taking over the lock of process {holder.pid}" in caplog.text
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\x00\xff"])
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\x00\xff", b"[" * 9999])
 def test_a_damaged_stale_lock_is_taken_over(tmp_path, raw):
   (tmp_path / "lock").write_bytes(raw)
   with workdir_lib.exclusive(tmp_path):
     assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_link_for_a_lock_is_refused(tmp_path):
+  """It may lead to a file of the user's, which the lock would replace."""
+  precious = tmp_path / "precious"
+  precious.write_text("mine")
+  (tmp_path / "lock").symlink_to(precious)
+  with (
+    pytest.raises(errors.WorkdirError, match=r"symbolic links.* is a file"),
+    workdir_lib.exclusive(tmp_path),
+  ):
+    pass
+  assert precious.read_text() == "mine"
+
+
+def test_a_pipe_for_a_lock_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "lock")
+  with (
+    pytest.raises(errors.WorkdirError, match=r"cannot be locked: .* is a file"),
+    workdir_lib.exclusive(tmp_path),
+  ):
+    pass
 
 
 def test_a_file_system_without_locks_is_warned_about(

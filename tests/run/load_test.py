@@ -1,4 +1,7 @@
+import functools
+import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,8 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from resnet_flax import data, step as step_lib, train
-from resnet_flax.run import errors, load, metrics
+from resnet_flax.parallel import evaluate
+from resnet_flax.run import checkpoint, errors, load, metrics
 from tests.helpers import assert_identical, initial, layout_of, untimed
 
 
@@ -66,6 +70,25 @@ def test_evaluation_may_look_for_the_data_elsewhere(run):
     load.evaluate_workdir(workdir, config=moved, devices=devices)
 
 
+def test_evaluation_on_other_data_is_refused(run, tmp_path, caplog):
+  """On the same pixels in another order of classes, for example."""
+  workdir = tmp_path / "run"
+  shutil.copytree(run[1], workdir)
+  path = workdir / "environment.json"
+  environment = json.loads(path.read_text())
+  path.write_text(json.dumps(environment | {"data": "digits-1"}))
+  score = functools.partial(
+    load.evaluate_workdir, workdir, devices=jax.devices()[:1]
+  )
+  with pytest.raises(errors.WorkdirError, match="digits-1 there, digits here"):
+    score()
+  assert "does not say" not in caplog.text
+  # Where it is not known, that is said.
+  path.unlink()
+  score()
+  assert "does not say which data the run was on" in caplog.text
+
+
 def test_load_model_predicts(run):
   config, workdir, records = run
   loaded = resnet_flax.load_model(workdir)
@@ -97,6 +120,134 @@ def test_predict_wants_uint8_images(run, images):
   loaded = resnet_flax.load_model(run[1], "latest")
   with pytest.raises(ValueError, match=r"uint8 images of shape \[N, 32, 32, 3"):
     loaded.predict(images)
+
+
+# ---- The best checkpoint
+
+
+@pytest.fixture(scope="module")
+def falling(make_tiny_config, tmp_path_factory):
+  """The workdir of a run that gets worse: it keeps steps 4, 12 and 16."""
+  folder = tmp_path_factory.mktemp("falling")
+  config = make_tiny_config(folder / "cache")
+  config.num_epochs = 4
+
+  def scripted(eval_step, state, *arguments, **keywords):
+    accuracy = 0.5 - state.step / 100
+    values = {"loss": 1.0, "objective": 1.0, "accuracy": accuracy}
+    return evaluate.Scores([values], None)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, "evaluate", scripted)
+    train.train_and_evaluate(config, folder / "run", devices=jax.devices()[:1])
+  return folder / "run"
+
+
+@pytest.fixture
+def fallen(falling, tmp_path):
+  """A copy of it."""
+  shutil.copytree(falling, tmp_path / "fallen")
+  return tmp_path / "fallen"
+
+
+@pytest.mark.parametrize(
+  ("gone", "there"),
+  [([4], "12, 16"), ([4, 12], "16"), ([4, 12, 16], "none")],
+)
+def test_a_missing_best_checkpoint_is_no_other_one(fallen, gone, there):
+  """As where a folder was copied in part."""
+  for step in gone:
+    shutil.rmtree(fallen / "checkpoints" / str(step))
+  message = f"no checkpoint of step 4, .*; there: {there}. Copy it"
+  with pytest.raises(errors.WorkdirError, match=message):
+    load.load_model(fallen)
+
+
+def test_the_last_record_may_be_ahead_of_its_checkpoint(fallen):
+  path = fallen / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  lines[-1] = json.dumps(json.loads(lines[-1]) | {"test_accuracy": 0.99})
+  path.write_text("\n".join(lines))
+  assert load.load_model(fallen).step == 16
+  shutil.rmtree(fallen / "checkpoints" / "16")
+  assert load.load_model(fallen).step == 4
+
+
+def test_a_renamed_checkpoint_is_noticed(fallen):
+  folders = fallen / "checkpoints"
+  (folders / "4").rename(folders / "other")
+  (folders / "16").rename(folders / "4")
+  (folders / "other").rename(folders / "16")
+  for which, step in (("best", 16), ("latest", 4)):
+    message = f"it is of step {step}; rename it back"
+    with pytest.raises(errors.WorkdirError, match=message):
+      load.load_model(fallen, which)
+
+
+def test_a_record_without_its_line_break_counts(fallen):
+  path = fallen / "metrics.jsonl"
+  lines = path.read_text().splitlines()[:1]
+  path.write_text("\n".join(lines))
+  assert load.load_model(fallen).step == 4
+
+
+# ---- A run that goes on
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(fallen, monkeypatch):
+  """Another epoch has become the best: it is read instead."""
+  restore = checkpoint.Checkpoints.restore
+  steps = []
+
+  def meanwhile(self, step, like):
+    if not steps:
+      path = fallen / "metrics.jsonl"
+      records = [json.loads(line) for line in path.read_text().splitlines()]
+      records[2]["test_accuracy"] = 0.99
+      path.write_text("".join(json.dumps(each) + "\n" for each in records))
+      shutil.rmtree(fallen / "checkpoints" / "4")
+    steps.append(step)
+    return restore(self, step, like)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "restore", meanwhile)
+  assert load.load_model(fallen).step == 12
+  assert steps == [4, 12]
+
+
+@pytest.mark.parametrize("changes", [1, 1000])
+def test_what_orbax_does_not_find(fallen, monkeypatch, changes):
+  """It is read again while the run changes its files; else that is the end."""
+  list_steps = checkpoint.Checkpoints.steps
+  calls = []
+
+  def vanishing(self):
+    calls.append(self)
+    if len(calls) <= changes:
+      (fallen / f"file{len(calls)}").touch()
+      raise FileNotFoundError(2, "No such file", "checkpoints/8")
+    return list_steps(self)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "steps", vanishing)
+  monkeypatch.setattr(time, "sleep", lambda seconds: None)
+  if changes == 1:
+    assert load.load_model(fallen).step == 4
+  else:
+    with pytest.raises(errors.WorkdirError, match="cannot be read: FileNotFo"):
+      load.load_model(fallen)
+    assert len(calls) == 10
+
+
+def test_what_does_not_change_is_read_once(fallen, monkeypatch):
+  calls = []
+
+  def failing(self):
+    calls.append(self)
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "steps", failing)
+  with pytest.raises(errors.WorkdirError, match="cannot be read: Permission"):
+    load.load_model(fallen)
+  assert len(calls) == 1
 
 
 def test_unknown_checkpoint(run):

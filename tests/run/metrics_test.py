@@ -6,8 +6,14 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from resnet_flax.run import errors, metrics
+from tests.run import damage
 
 RECORD = {"epoch": 0, "step": 4, "train_loss": 1.5, "test_accuracy": 0.5}
+
+
+def record(epoch, **more):
+  """That of an epoch of 4 steps."""
+  return RECORD | {"epoch": epoch, "step": 4 * (epoch + 1)} | more
 
 
 @pytest.fixture
@@ -18,11 +24,11 @@ def log(tmp_path):
 def test_append_and_read(log):
   assert log.read() == []
   log.append(RECORD)
-  log.append({**RECORD, "epoch": 1})
+  log.append(record(1))
   assert [record["epoch"] for record in log.read()] == [0, 1]
 
 
-@pytest.mark.parametrize("torn", ['{"epoch": 1, "ste', "{}", "\xff\n"])
+@pytest.mark.parametrize("torn", ['{"epoch": 1, "ste', "\0\0", "\xff\n"])
 def test_torn_line_is_left_out(log, tmp_path, torn):
   log.append(RECORD)
   with (tmp_path / "metrics.jsonl").open("a", encoding="latin-1") as file:
@@ -30,7 +36,7 @@ def test_torn_line_is_left_out(log, tmp_path, torn):
   assert log.read() == [RECORD]
   # The next record does not run into the torn one.
   log.cut_back(4, 4, fallen_back=False)
-  log.append({**RECORD, "epoch": 1})
+  log.append(record(1))
   assert len(log.read()) == 2
 
 
@@ -50,9 +56,70 @@ def test_torn_line_is_left_out(log, tmp_path, torn):
 )
 def test_cut_back(log, epochs, step, kept):
   for epoch in range(epochs):
-    log.append({**RECORD, "epoch": epoch})
+    log.append(record(epoch))
   assert len(log.cut_back(step, 4, fallen_back=False)) == kept
   assert [record["epoch"] for record in log.read()] == list(range(kept))
+
+
+def test_a_whole_last_record_needs_no_line_break(log, tmp_path):
+  """An editor may have taken it away."""
+  path = tmp_path / "metrics.jsonl"
+  for epoch in range(2):
+    log.append(record(epoch))
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-1])
+  assert log.read() == [record(0), record(1)]
+  log.cut_back(8, 4, fallen_back=False)
+  assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+  ("epochs", "message"),
+  [
+    ([0, 2], "line 2: epoch=2 and step=12, not 1 and 8"),
+    ([0, 0], "line 2: epoch=0 and step=4, not 1 and 8"),
+    ([1, 0], "line 1: epoch=1 and step=8, not 0 and 8"),
+  ],
+)
+def test_records_must_follow_one_another(log, epochs, message):
+  for epoch in epochs:
+    log.append(record(epoch))
+  with pytest.raises(errors.WorkdirError, match=message):
+    log.read()
+  with pytest.raises(errors.WorkdirError, match=r"line \d: epoch="):
+    log.cut_back(8, 4, fallen_back=False)
+
+
+def test_steps_must_be_those_of_the_run(log):
+  for epoch in range(2):
+    log.append(record(epoch, step=5 * (epoch + 1)))
+  assert len(log.read()) == 2
+  with pytest.raises(errors.WorkdirError, match="step=5, not 0 and 4"):
+    log.cut_back(8, 4, fallen_back=False)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("[]", "no JSON object"),
+    ("null", "no JSON object"),
+    ("{", "no JSON object"),
+    ("{}", "epoch=None"),
+    ('{"epoch": 0, "step": true}', "step=True"),
+    ('{"epoch": 0, "step": 0}', "step=0"),
+    ('{"epoch": 0, "step": 4, "val_accuracy": "1"}', "val_accuracy='1'"),
+    ('{"epoch": 0, "step": 4, "test_loss": NaN}', "test_loss=nan"),
+    ('{"epoch": 0, "step": 4, "test_loss": 1%s}' % ("0" * 400), "test_loss=1"),
+    ('{"epoch": 0, "step": 4, "seeds": {}}', "seeds is no list"),
+    ('{"epoch": 0, "step": 4, "seeds": [1]}', "seeds holds what is no"),
+  ],
+)
+def test_a_line_that_is_no_record_is_named(log, tmp_path, line, message):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f"{line}\n{json.dumps(record(1))}\n")
+  with pytest.raises(errors.WorkdirError, match=message) as caught:
+    log.read()
+  assert f"{path}, line 1: " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +134,7 @@ def test_cut_back(log, epochs, step, kept):
 )
 def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
   for epoch in range(epochs):
-    log.append({**RECORD, "epoch": epoch})
+    log.append(record(epoch))
   with pytest.raises(errors.WorkdirError, match=f"has {epochs} epochs but"):
     log.cut_back(step, 4, fallen_back=False)
   assert len(log.read()) == epochs
@@ -75,13 +142,28 @@ def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
 
 def test_cut_back_as_far_as_the_checkpoints_went(log):
   for epoch in range(4):
-    log.append({**RECORD, "epoch": epoch})
+    log.append(record(epoch))
   assert len(log.cut_back(4, 4, fallen_back=True)) == 1
+
+
+@pytest.mark.parametrize("kind", damage.KINDS)
+def test_what_is_no_such_file_is_one_line(log, tmp_path, kind):
+  damage.replace(tmp_path / "metrics.jsonl", kind)
+  with pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl"):
+    log.read()
 
 
 def test_cut_back_makes_no_file(log, tmp_path):
   assert log.cut_back(0, 4, fallen_back=False) == []
   assert list(tmp_path.iterdir()) == []
+
+
+def test_records_do_not_go_where_a_link_leads(log, tmp_path):
+  (tmp_path / "precious").touch()
+  (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "precious")
+  with pytest.raises(OSError, match="symbolic links"):
+    log.append(RECORD)
+  assert (tmp_path / "precious").read_bytes() == b""
 
 
 def test_not_a_number_is_never_written(log):

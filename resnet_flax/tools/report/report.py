@@ -13,7 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import errors, files as files_lib, load, metrics, rules
+from resnet_flax.run import (
+  errors,
+  files as files_lib,
+  folder,
+  load,
+  metrics,
+  rules,
+)
 from resnet_flax.tools.report import (
   figures as figures_lib,
   page,
@@ -244,7 +251,8 @@ def _configurations(groups: Sequence[Group]) -> Section:
     folded=True,
   )
   note = (
-    "Seeds, and keys that do not change what is computed, do not part groups."
+    "Seeds, and keys that do not change what is computed, do not part groups;"
+    " data, the copy that was trained on, does."
   )
   tables = [differences, same] if differing else [same]
   return Section("Configurations", notes=[note], tables=tables)
@@ -331,9 +339,10 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   if scored == "each":
     return begun
   # Accuracies on other images cannot be compared.
-  of_data: dict[str, list[Group]] = {}
+  of_data: dict[tuple[str, str], list[Group]] = {}
   for group in begun:
-    of_data.setdefault(group.config["dataset.name"], []).append(group)
+    data = group.config["dataset.name"], group.config["data"]
+    of_data.setdefault(data, []).append(group)
 
   def mean_of_best(group: Group) -> float:
     best = group.best("test_accuracy")
@@ -433,18 +442,15 @@ def score(run: Run, seed: int) -> scores_lib.Scores:
   Raises:
     ConfigError: its configuration is of another version, or its network is
       not for these classes.
-    DataError: the data cannot be had, or is not what the run was trained on.
-    WorkdirError: there is no checkpoint, or none that can be read.
+    DataError: the data cannot be had.
+    WorkdirError: there is no checkpoint, or none that can be read, or the run
+      was on other data.
   """
   # Before the data, which takes longer.
   loaded = load.load_model(run.folder, seed=seed)
   rules.check_labels(loaded.config)
   dataset = dataset_lib.load(loaded.config.dataset)
-  if run.data is not None and run.data != dataset.source:
-    raise errors.DataError(
-      f"{run.name} was trained on {run.data}, but the data here is"
-      f" {dataset.source}. Set TFDS_DATA_DIR to the folder of the former."
-    )
+  folder.check_data(run.folder, dataset.source)
   size = loaded.config.eval_batch_size
   everything = np.arange(len(dataset.test))
   order = [everything[start : start + size] for start in everything[::size]]

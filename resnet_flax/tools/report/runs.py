@@ -15,15 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resnet_flax.run import config as config_lib, errors, metrics
-from resnet_flax.run.folder import load_config
+from resnet_flax.run.folder import load_config, read_environment
 
 # Runs that differ in these alone are repetitions of one experiment.
 _REPETITION_KEYS = ("seed", "num_seeds", *config_lib.MAY_DIFFER)
 
-# What every record of an epoch must have, besides what chooses the best one.
-_SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-_RECORD_KEYS = ("epoch", "step", *_SCORES, "epoch_seconds", "images_per_second")
-_SEED_KEYS = ("seed", *_SCORES)
 _CONFIG_KEYS = (
   *("seed", "num_seeds", "num_epochs", "dataset.name", "checkpoint.monitor"),
   *("model.name", "model.depth"),
@@ -75,7 +71,7 @@ class Run:
     return range(first, first + self.config["num_seeds"])
 
   def of_seed(self, seed: int) -> list[metrics.Record]:
-    """The records of one of its seeds, which have `_SEED_KEYS`."""
+    """The records of one of its seeds."""
     index = seed - self.seeds[0]
     return [metrics.of_seeds(record)[index] for record in self.records]
 
@@ -229,42 +225,26 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _read(path: pathlib.Path, name: str) -> Run:
-  config = config_lib.flatten(load_config(path).to_dict())
+  stored = load_config(path)
+  config = config_lib.flatten(stored.to_dict())
   try:
     # Those that a report reads; a run of another version has them.
     for key in _CONFIG_KEYS:
-      config_lib.KEYS[key].check(config[key])
+      config_lib.KEYS[key].check(config.get(key))
   except errors.ConfigError as error:
     raise errors.WorkdirError(
       f"{path / 'config.json'} is not the configuration of a run: {error}"
       " Restore it, or leave its folder out."
     ) from error
-  environment = _read_environment(path / "environment.json")
-  run = Run(
+  environment = read_environment(path)
+  return Run(
     folder=path,
     name=name,
     config=config,
-    records=metrics.MetricsLog(path).read(),
+    records=metrics.MetricsLog(path, stored).read(),
     device=_device(environment),
     data=environment.get("data"),
   )
-  _check_records(path / "metrics.jsonl", run)
-  return run
-
-
-def _read_environment(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    environment = json.loads(path.read_text())
-    if not isinstance(environment, dict):
-      raise ValueError("it holds no JSON object")
-    return environment
-  except FileNotFoundError:
-    return {}
-  except (OSError, ValueError) as error:
-    raise errors.WorkdirError(
-      f"{path} cannot be read: {errors.one_line(error)}. Restore or delete it:"
-      " without it the report does not say what the run was trained on."
-    ) from error
 
 
 def _device(environment: Mapping[str, Any]) -> str:
@@ -277,54 +257,13 @@ def _device(environment: Mapping[str, Any]) -> str:
   return f"{environment.get('cpu_model', 'CPU')}, {threads} threads"
 
 
-def _check_records(path: pathlib.Path, run: Run) -> None:
-  """Checks what a report reads, which anybody may have edited."""
-  faults = [_fault(run, *each) for each in enumerate(run.records)]
-  # What is read ends before the first line that is no JSON: only the last one
-  # can have been cut off when a run was killed.
-  num_lines = len(path.read_bytes().splitlines()) if path.exists() else 0
-  if num_lines > len(run.records) + 1:
-    faults.append("it is no JSON object")
-  for line, fault in enumerate(faults, start=1):
-    if fault:
-      raise errors.WorkdirError(
-        f"{path}, line {line}: {fault}. Restore it, or leave its folder out."
-      )
-
-
-def _fault(run: Run, epoch: int, record: Any) -> str:
-  """What is wrong with the record of an epoch; '' if nothing is."""
-  if not isinstance(record, dict):
-    return "it is no JSON object"
-  of_seeds, seed_keys = record.get("seeds"), set(_SEED_KEYS)
-  if len(run.seeds) == 1:
-    of_seeds, seed_keys = [record], set()
-  if not isinstance(of_seeds, list) or len(of_seeds) != len(run.seeds):
-    return f"seeds has not the {len(run.seeds)} of num_seeds"
-  if not all(isinstance(each, dict) for each in of_seeds):
-    return "seeds holds what is no JSON object"
-  monitored = metrics.monitored(record, run.config["checkpoint.monitor"])
-  parts = [(record, {*_RECORD_KEYS, monitored})]
-  for part, keys in [*parts, *((each, seed_keys) for each in of_seeds)]:
-    for key in sorted(keys):
-      value = part.get(key)
-      if type(value) not in (int, float) or not math.isfinite(value):
-        return f"{key}={value!r} is no finite number"
-  if record["epoch"] != epoch:
-    return f"epoch={record['epoch']}, not {epoch}"
-  if record["epoch_seconds"] <= 0:
-    return f"epoch_seconds={record['epoch_seconds']}"
-  for seed, of_seed in zip(run.seeds, of_seeds, strict=True):
-    if of_seed.get("seed", seed) != seed:
-      return f"seed={of_seed['seed']}, not {seed}"
-  return ""
-
-
 # ---- Groups
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
   """Puts runs together that differ in seeds and free keys alone.
+
+  Runs on different data are apart, as if `data` were a key.
 
   Returns:
     The groups, in the order of the values of the keys in which they differ.
@@ -332,6 +271,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
   by_config: dict[str, tuple[Config, list[Run]]] = {}
   for run in runs:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
+    config["data"] = run.data or "unknown"
     key = json.dumps(config, sort_keys=True)
     by_config.setdefault(key, (config, []))[1].append(run)
   keys = differing_keys([config for config, _ in by_config.values()])

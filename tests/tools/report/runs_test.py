@@ -78,6 +78,15 @@ def test_damaged_config(tmp_path, text, message):
   assert str(tmp_path / "run" / "config.json") in str(caught.value)
 
 
+def test_config_whose_keys_have_parts(tmp_path):
+  workdirs.write(tmp_path / "run")
+  path = tmp_path / "run" / "config.json"
+  config = json.loads(path.read_text()) | {"checkpoint": {"monitor": {"a": 1}}}
+  path.write_text(json.dumps(config))
+  with pytest.raises(errors.WorkdirError, match=r"checkpoint\.monitor=None"):
+    read(tmp_path)
+
+
 def test_config_with_seeds_that_cannot_be(tmp_path):
   workdirs.write(tmp_path / "run", num_seeds=0)
   with pytest.raises(errors.WorkdirError, match="num_seeds=0"):
@@ -89,9 +98,10 @@ def test_config_with_seeds_that_cannot_be(tmp_path):
   [
     ("{", "no JSON object"),
     ("[]", "no JSON object"),
-    (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2, not 1"),
-    (json.dumps(workdirs.make_record(1, float("nan"))), "test_accuracy=nan"),
+    (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2 and step=300, not 1"),
+    (json.dumps(workdirs.make_record(1, float("nan"))), "train_loss=nan"),
     (json.dumps(workdirs.make_record(1, 1.0, epoch_seconds=0)), "seconds=0"),
+    (json.dumps(workdirs.make_record(1, 1.0, step=100)), "step=100, not 1 and"),
     (json.dumps(workdirs.make_record(1, 1.0, test_loss="1")), "test_loss='1'"),
     (json.dumps(workdirs.make_record(1, 1.0, step=None)), "step=None"),
   ],
@@ -109,10 +119,10 @@ def test_damaged_record(tmp_path, line, message):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"seeds": None}, "not the 2 of num_seeds"),
-    ({"seeds": [{"seed": 5}]}, "not the 2 of num_seeds"),
+    ({"seeds": None}, "seeds is no list"),
+    ({"seeds": []}, r"the seeds \[\], not \[5, 6\]"),
     ({"seeds": ["a", "b"]}, "no JSON object"),
-    ({"seeds": [{"seed": 5}, {"seed": 6}]}, "test_accuracy=None"),
+    ({"seeds": [{"seed": 5}, {"seed": 6}]}, "train_loss=None"),
   ],
 )
 def test_damaged_record_of_seeds(tmp_path, change, message):
@@ -129,7 +139,7 @@ def test_seeds_of_another_order(tmp_path):
   record = json.loads(path.read_text())
   record["seeds"].reverse()
   path.write_text(json.dumps(record) + "\n")
-  with pytest.raises(errors.WorkdirError, match="seed=6, not 5"):
+  with pytest.raises(errors.WorkdirError, match=r"seeds \[6, 5\], not"):
     read(tmp_path)
 
 
@@ -192,6 +202,20 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
   assert shallow.final("test_accuracy") == runs.Statistic.of([0.3, 0.5])
   assert shallow.final("test_accuracy").n == 2
   assert deep.final("test_accuracy").std is None
+
+
+def test_runs_on_different_data_are_no_repetitions(tmp_path):
+  for seed, data in enumerate(["cifar10-1-aa", "cifar10-1-aa", "cifar10-1-bb"]):
+    folder = workdirs.write(tmp_path / str(seed), seed=seed)
+    (folder / "environment.json").write_text(json.dumps({"data": data}))
+  workdirs.write(tmp_path / "3", seed=3)
+  groups = groups_of(tmp_path)
+  assert [(group.label, len(group.runs)) for group in groups] == [
+    ("data=cifar10-1-aa", 2),
+    ("data=cifar10-1-bb", 1),
+    ("data=unknown", 1),
+  ]
+  assert groups[0].final("test_accuracy").n == 2
 
 
 def test_one_group_is_called_by_its_network(tmp_path):

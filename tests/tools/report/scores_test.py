@@ -102,7 +102,7 @@ def test_other_data(copied):
   path = copied / "environment.json"
   environment = json.loads(path.read_text()) | {"data": "cifar10-1-ab"}
   path.write_text(json.dumps(environment))
-  with pytest.raises(errors.DataError, match="trained on cifar10-1-ab, but"):
+  with pytest.raises(errors.WorkdirError, match="cifar10-1-ab there, digits"):
     report.score(read(copied), 0)
 
 
