@@ -28,8 +28,9 @@ _FEATURES = tuple(
 
 def data_dir(configured: str) -> pathlib.Path:
   """The TFDS data directory: as configured, else TFDS's own default."""
-  chosen = configured or os.environ.get("TFDS_DATA_DIR", "")
-  return resolve(chosen or "~/tensorflow_datasets")
+  name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
+  chosen = configured or os.environ.get(name, "")
+  return resolve(chosen or "~/tensorflow_datasets", name)
 
 
 # What to do about a copy, for data sets that this program prepares itself.
@@ -172,10 +173,10 @@ def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
   return raw.decode()
 
 
-def resolve(path: str) -> pathlib.Path:
-  """A path as users write it, absolute; opening it says what is wrong."""
+def resolve(path: str, name: str = "path") -> pathlib.Path:
+  """`errors.local_path`, absolute; opening it says what is wrong."""
+  given = errors.local_path(path, name)
   try:
-    return pathlib.Path(path).expanduser().resolve()
-  # It names no user, or links go round in circles.
-  except (RuntimeError, OSError):
-    return pathlib.Path(path).absolute()
+    return given.resolve()
+  except (RuntimeError, OSError):  # Links go round in circles.
+    return given.absolute()

@@ -63,6 +63,7 @@ class _ConfigFile(ConfigFileFlagParser):
     self.before: dict[str, Any] = {}  # Without overrides, as {'seed': 0, ...}.
 
   def parse(self, path: str) -> ConfigDict:
+    path = str(errors.local_path(path, "--config"))
     if not os.path.isfile(path.partition(":")[0]):
       raise errors.ConfigError(
         f"--config={path}: there is no such file; see the repository's"

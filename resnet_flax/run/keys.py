@@ -83,13 +83,14 @@ def _is_path(value: Any) -> bool:
   if type(value) is not str or "\0" in value:
     return False
   try:
-    return len(os.fsencode(value)) <= _LONGEST_PATH
+    short = len(os.fsencode(value)) <= _LONGEST_PATH
+    return short and errors.is_local(value)
   except UnicodeError:  # Half a character.
     return False
 
 
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
-PATH = Values("a path", _is_path)
+PATH = Values(errors.LOCAL, _is_path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,7 @@ def load_model(
     ConfigError: `which` is neither, or the run has no such seed.
     WorkdirError: there is no readable run or no checkpoint there.
   """
-  config, experiment, states = _restore(pathlib.Path(workdir), which)
+  config, experiment, states = _restore(workdir, which)
   seed = config.seed if seed is None else seed
   if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
@@ -121,7 +121,7 @@ def load_model(
 
 
 def evaluate_workdir(
-  workdir: pathlib.Path,
+  workdir: str | os.PathLike[str],
   which: str = "best",
   *,
   config: ConfigDict | None = None,
@@ -177,11 +177,14 @@ def evaluate_workdir(
 
 
 def _restore(
-  workdir: pathlib.Path, which: str, given: ConfigDict | None = None
+  workdir: str | os.PathLike[str],
+  which: str,
+  given: ConfigDict | None = None,
 ) -> tuple[ConfigDict, step_lib.Experiment, list[step_lib.TrainState]]:
   """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
+  workdir = errors.local_path(workdir, "workdir")
   config = given or folder.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
@@ -236,7 +239,7 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
     ConfigError: they do not stand for the same function here.
     WorkdirError: there is no readable run or no checkpoint there.
   """
-  workdir = pathlib.Path(config.init_from)
+  workdir = errors.local_path(config.init_from, "init_from")
   if not workdir.is_dir():
     raise errors.WorkdirError(
       f"init_from={workdir} is not a folder. Pass a run's workdir;"

@@ -358,9 +358,9 @@ def open_run(
   hosts.check_same(
     "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
   )
+  workdir = errors.local_path(workdir, "workdir").absolute()
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(signals or signals_lib.StopSignals())
     yield Session(
-      *(config, pathlib.Path(workdir).absolute(), devices, experiment),
-      *(signals, on_event, stack),
+      *(config, workdir, devices, experiment, signals, on_event, stack)
     )

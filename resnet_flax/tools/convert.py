@@ -72,10 +72,12 @@ def convert(
     WorkdirError: the workdir holds something, or cannot be written.
     DataError: the normalization is to be measured and the data cannot be had.
   """
-  source = pathlib.Path(source)
+  source = errors.local_path(source, "--source")
   # Where a link leads: the link itself cannot be replaced by a folder. Unlike
   # Path.resolve, this leaves it to _check_is_new to find a loop of links.
-  workdir = pathlib.Path(os.path.realpath(workdir))
+  workdir = pathlib.Path(
+    os.path.realpath(errors.local_path(workdir, "--workdir"))
+  )
   config = ConfigDict(config.to_dict())
   rules.check(config, num_devices=1)
   if config.num_seeds > 1:

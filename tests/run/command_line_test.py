@@ -110,7 +110,7 @@ def test_overrides():
     ("model=1", "is not known"),
     ("=1", "is not known"),
     ("x" * 100_000 + "=1", "is not known"),
-    ("dataset.data_dir=\0", "must be a path"),
+    ("dataset.data_dir=\0", "must be a local path"),
   ],
 )
 def test_overrides_that_cannot_be_used(override, message):

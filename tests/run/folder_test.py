@@ -107,7 +107,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     workdir_lib.check_same(tmp_path, config)
 
 
-@pytest.mark.parametrize("name", ["a[1]", "[", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize(
+  "name", ["a[1]", "[", os.fsdecode(b"caf\xe9"), "gs:", "lags:", "C:\\a"]
+)
 def test_paths_that_checkpoints_cannot_have_are_refused(tmp_path, name):
   folder = tmp_path / name / "run"
   with (
@@ -223,6 +225,24 @@ def test_read_only_workdir(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(errors.WorkdirError, match="Permission denied"):
     check(tmp_path, base.get_config())
+
+
+@pytest.mark.parametrize(
+  ("saved", "message"),
+  [
+    (True, "that it holds are good; the same command resumes"),
+    (False, "Nothing is saved; the same command starts anew"),
+  ],
+)
+def test_a_disk_that_is_full_says_what_is_left(tmp_path, saved, message):
+  if saved:
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "8" / "manifest.json").touch()
+  with (
+    pytest.raises(errors.WorkdirError, match=message),
+    workdir_lib.explain_write_errors(tmp_path),
+  ):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a', "nonsense"])

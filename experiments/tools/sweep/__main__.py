@@ -81,12 +81,16 @@ def _run(argv: list[str]) -> None:
       "needed: --sweep=FILE, for example experiments/depth_ablation/sweep.py,"
       " and --workdir=DIR, which gets a folder for each cell."
     )
-  workdir = pathlib.Path(process.WORKDIR.value).absolute()
+  workdir = errors.local_path(process.WORKDIR.value, "--workdir").absolute()
   sweep = definition.load(
-    _SWEEP.value, workdir, definition.Resources(_CPUS.value, _GPUS.value)
+    str(errors.local_path(_SWEEP.value, "--sweep")),
+    workdir,
+    definition.Resources(_CPUS.value, _GPUS.value),
   )
   if _DRY_RUN.value:
-    measured = [pathlib.Path(path) for path in _MEASURED.value]
+    measured = [
+      errors.local_path(each, "--measured") for each in _MEASURED.value
+    ]
     gpus = sweep.resources.gpus or 1
     print(estimate.table(sweep.cells, measured, gpus))
     return
