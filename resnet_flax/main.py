@@ -59,15 +59,15 @@ def _run(argv: list[str]) -> None:
       stops = signals.StopSignals(exits=True)
       records = train.train_and_evaluate(config, folder, signals=stops)
       if hosts.is_first():
-        print(progress.results(config, records))
+        process.show(progress.results(config, records))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
       scores = load.evaluate_workdir(folder, _CHECKPOINT.value, config=config)
-    print(progress.evaluation(_CHECKPOINT.value, scores))
+    process.show(progress.evaluation(_CHECKPOINT.value, scores))
   else:
     from resnet_flax.tools import summary
 
-    print(summary.summarize(config), flush=True)
+    process.show(summary.summarize(config))
 
 
 def run() -> None:

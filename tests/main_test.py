@@ -102,6 +102,7 @@ def test_summary():
       "Did you mean 'model.depth'",
     ),
     (["--mode=eval"], 2, "--mode=eval needs --workdir"),
+    (["--flagfile=/nonexistent/flags"], 2, "/nonexistent/flags"),
     (
       [
         "--config=configs/v1_depth20.py",

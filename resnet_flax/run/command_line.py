@@ -13,11 +13,14 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from resnet_flax.run import config as config_keys, errors, help_text
 
+# The command line with what flag files hold, for ml_collections.
+_ARGV: list[str] = []
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "Config file, for example configs/v1_depth20.py. Must come before its"
   " overrides, for example --config.model.depth=56.",
+  sys_argv=_ARGV,
 )
 
 
@@ -32,6 +35,14 @@ def parse_flags(argv: list[str]) -> list[str]:
       file that is missing or fails.
     SystemExit: help was asked for and printed.
   """
+  try:
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  except (flags.Error, UnicodeError) as error:
+    raise errors.ConfigError(
+      f"--flagfile: {_last_line(error)}. It must be a text file with one flag"
+      " on each line."
+    ) from error
+  _ARGV[:] = argv
   flags.FLAGS["config"].parser = _ConfigFile(argv)
   help_text.show_if_asked(argv)
   try:

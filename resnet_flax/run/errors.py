@@ -1,5 +1,6 @@
 """Errors that a user can act on: one line each, saying what would work."""
 
+import contextlib
 import difflib
 import os
 import pathlib
@@ -76,7 +77,11 @@ def leave(message: str, exit_code: int) -> NoReturn:
   XLA's crash if they compile while the interpreter ends; Orbax's wait for
   minutes for a save that has failed.
   """
-  print(f"error: {message}", file=sys.stderr, flush=True)
+  # As it was at the start: None if it is closed, which prints to the other.
+  for stream in (sys.__stderr__, sys.__stdout__):
+    with contextlib.suppress(OSError):  # It is full.
+      print(f"error: {message}", file=stream, flush=True)
+      break
   os._exit(exit_code)
 
 

@@ -223,16 +223,16 @@ def _run(argv: list[str]) -> None:
   # What is half written is removed before the process ends.
   with signals.StopSignals():
     done = convert(source, config, workdir)
-  print(f"Source: {done.title}")
-  print(
+  process.show(f"Source: {done.title}")
+  process.show(
     f"Arrays: {done.num_arrays} used, each once; {len(done.passed_over)} passed"
     " over that are no weights"
   )
-  print(f"Workdir: {workdir}")
+  process.show(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
     rules.check_labels(done.config)
     return
-  print(
+  process.show(
     f"Its head has {done.config.model.num_classes} classes, not those of"
     f" {done.config.dataset.name}: it can be used (load_model) and be trained"
     " with a new head (init_from), but not be scored."

@@ -130,11 +130,42 @@ def test_overrides_that_cannot_be_used(override, message):
     (["--cnofig=configs/v1_depth20.py"], "Unknown command line flag"),
     (["--mode=trian"], "trian"),
     (["configs/v1_depth20.py"], "unexpected argument 'configs/v1_depth20.py'"),
+    (["--flagfile"], "--flagfile"),
     (["--help=nonsense"], "has this word. Parts: flags, run, dataset, augment"),
   ],
 )
 def test_arguments_that_cannot_be_used(arguments, message):
   assert message in refusal(*arguments, config=None)
+
+
+def test_flags_from_a_file(tmp_path):
+  path = tmp_path / "flags"
+  path.write_text(f"--config={CONFIG}\n--config.model.depth=32\n")
+  config, workdir = parse(f"--flagfile={path}", config=None)
+  assert config.model.depth == 32
+  assert workdir == "runs/v1_depth20,model.depth=32"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (
+      f"--config={CONFIG}\n--config.model.depht=3",
+      "Did you mean 'model.depth'",
+    ),
+    ("--config=configs/v1.py", "--config=configs/v1.py: there is no such file"),
+    ("\xff", "--flagfile: 'utf-8' codec can't decode"),
+    (None, "No such file or directory"),
+    ("folder", "Is a directory"),
+  ],
+)
+def test_flag_files_that_cannot_be_used(tmp_path, text, message):
+  path = tmp_path / "flags"
+  if text == "folder":
+    path.mkdir()
+  elif text is not None:
+    path.write_bytes(text.encode("latin-1"))
+  assert message in refusal(f"--flagfile={path}", config=None)
 
 
 def test_a_start_does_everything_once(tmp_path, monkeypatch):

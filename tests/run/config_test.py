@@ -139,7 +139,7 @@ LARGE = {
     ({"dataset.train_examples": 50_001}, "more than the 50000"),
     ({"dataset.train_examples": 10**30}, "from 0 to 2147483647"),
     ({"dataset.archive": "\ud800"}, "must be a local path"),
-    ({"dataset.cache_dir": "x" * 5000}, r"x\.\.\. must be a path"),
+    ({"dataset.cache_dir": "x" * 5000}, r"x\.\.\. must be a local path"),
     ({"dataset.data_dir": b"x"}, "must be a local path"),
     ({"model.depth": 10**9 + 4}, "must be an integer from 1 to 2000"),
     ({"model.num_filters": 10**9}, "from 0 to 1024"),

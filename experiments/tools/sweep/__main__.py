@@ -92,7 +92,7 @@ def _run(argv: list[str]) -> None:
       errors.local_path(each, "--measured") for each in _MEASURED.value
     ]
     gpus = sweep.resources.gpus or 1
-    print(estimate.table(sweep.cells, measured, gpus))
+    process.show(estimate.table(sweep.cells, measured, gpus))
     return
   finished = [overview.is_finished(cell) for cell in sweep.cells]
   with _use(workdir):
@@ -112,10 +112,10 @@ def _run(argv: list[str]) -> None:
           _RETRIES.value,
           overview.Overview(),
         )
-  print(overview.table(statuses))
+  process.show(overview.table(statuses))
   for name, reason in reasons.items():
-    print(f"{name} failed: {reason}")
-  print(overview.summary(statuses.values()), flush=True)
+    process.show(f"{name} failed: {reason}")
+  process.show(overview.summary(statuses.values()))
   if reasons:
     raise errors.UserError(
       f"{len(reasons)} of {len(statuses)} cells failed; each has its messages"
