@@ -212,6 +212,8 @@ def test_full_disk_is_one_line(small_disk, program):
   ("number", "code"),
   [
     (signal.SIGTERM, 143),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
   ],
 )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TextIO
 
 from absl import app, flags
 
-from resnet_flax.run import errors
+from resnet_flax.run import errors, signals
 
 WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -23,8 +23,7 @@ WORKDIR = flags.DEFINE_string(
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs a command line; mistakes and signals to stop end in one line.
 
-  SIGINT and SIGTERM end the process at once, unless `main` enters
-  `signals.StopSignals`.
+  Signals end the process at once, unless `main` enters `signals.StopSignals`.
 
   Args:
     main: called with the program's name and the arguments that are no flags.
@@ -102,7 +101,7 @@ def _check_platform() -> None:
 
 
 def _set_handlers(handler: Any) -> None:
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in signals.SIGNALS:
     # A shell's background job ignores Ctrl-C.
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, handler)

@@ -345,13 +345,13 @@ def open_run(
     workdir: the run's folder; made if it is not there.
     devices: of the run.
     experiment: made from the configuration.
-    signals: how SIGINT and SIGTERM are met.
+    signals: how signals to stop are met.
     on_event: called with 'step', 'save', 'manifest', 'evaluate' and 'record'
       before each of them.
 
   Raises:
     WorkdirError: the workdir is in use, or cannot be read or written.
-    Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
+    Interrupted: a signal to stop; the step in progress is finished and saved.
   """
   # Through JSON, which exchanges it.
   flat = json.loads(json.dumps(config_lib.to_flat(config)))

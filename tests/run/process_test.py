@@ -97,7 +97,9 @@ def run(code, number):
   ("program", "printed", "number"),
   [
     (STARTING, "", signal.SIGTERM),
+    (STARTING, "", signal.SIGUSR1),
     (CLEANING, "cleaned up\n", signal.SIGINT),
+    (CLEANING, "cleaned up\n", signal.SIGHUP),
     pytest.param(STARTING, "", signal.SIGINT, marks=pytest.mark.slow),
     pytest.param(
       CLEANING, "cleaned up\n", signal.SIGTERM, marks=pytest.mark.slow
