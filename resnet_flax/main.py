@@ -38,8 +38,11 @@ def _run(argv: list[str]) -> None:
 
   # What is to be done, and where.
   mode, folder = _MODE.value, process.WORKDIR.value
-  if mode == "eval" and not folder:
-    raise errors.ConfigError("--mode=eval needs --workdir=DIR, a run's folder.")
+  if mode == "eval" and not (folder or command_line.has_config()):
+    raise errors.ConfigError(
+      "--mode=eval needs --workdir=DIR, a run's folder, or the --config and the"
+      " overrides that it was trained with."
+    )
   config = None
   if mode != "eval" or command_line.has_config():
     config, default_workdir = command_line.config_and_workdir()

@@ -64,6 +64,9 @@ def test_default_workdir_and_another_configuration_in_it(tmp_path):
   assert workdir.name == (
     "quickstart,dataset.train_examples=64,model.num_filters=4,num_epochs=1"
   )
+  # What training derives, scoring finds.
+  scored = run("--mode=eval", *QUICK, cwd=tmp_path)
+  assert scored.stdout.startswith("Checkpoint: best, ")
   other = run(*QUICK, "--config.seed=3", f"--workdir={workdir}")
   assert other.returncode == 1
   assert "seed (0 there, 3 here)" in other.stderr
@@ -102,6 +105,11 @@ def test_summary():
       "Did you mean 'model.depth'",
     ),
     (["--mode=eval"], 2, "--mode=eval needs --workdir"),
+    (
+      ["--mode=eval", "--config=configs/quickstart.py", "--config.seed=99"],
+      1,
+      "runs/quickstart,seed=99 is not the workdir of a run",
+    ),
     (["--flagfile=/nonexistent/flags"], 2, "/nonexistent/flags"),
     (
       [

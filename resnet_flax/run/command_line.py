@@ -1,8 +1,10 @@
 """Parses the command line so that every mistake ends in one line."""
 
+import difflib
 import hashlib
 import itertools
 import os
+import pathlib
 import re
 import warnings
 from typing import Any
@@ -54,6 +56,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     hint = ""
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
+    elif isinstance(error, flags.UnrecognizedFlagError):
+      for key in config_keys.nearest_keys(error.flagname)[:1]:
+        hint = f". A key is set by --config.{key}=VALUE, after --config."
     raise errors.ConfigError(_last_line(error) + hint) from error
   if rest[1:]:
     raise errors.ConfigError(
@@ -77,8 +82,7 @@ class _ConfigFile(ConfigFileFlagParser):
     path = str(errors.local_path(path, "--config"))
     if not os.path.isfile(path.partition(":")[0]):
       raise errors.ConfigError(
-        f"--config={path}: there is no such file; see the repository's"
-        " folder configs/."
+        f"--config={path}: there is no such file. {_config_files(path)}"
       )
     try:
       config = super().parse(path)
@@ -88,7 +92,7 @@ class _ConfigFile(ConfigFileFlagParser):
     except BaseException as error:
       text = f"{type(error).__name__}: {_last_line(error)}"
       if isinstance(error, ModuleNotFoundError):
-        text += ". Run from the repository's top folder."
+        text += ". Run from the repository's top folder by python -m."
       raise errors.ConfigError(f"--config={path} fails: {text}") from error
     if not isinstance(config, ConfigDict):
       raise errors.ConfigError(
@@ -98,8 +102,19 @@ class _ConfigFile(ConfigFileFlagParser):
     self.before = config_keys.to_flat(config)
     for name in self._overrides:
       if name not in self.before:
-        raise errors.unknown_name("config key", name, self.before)
+        raise config_keys.unknown_key(name)
     return config
+
+
+def _config_files(path: str) -> str:
+  """The config files that there are, and the one that is most like `path`."""
+  found = sorted(pathlib.Path("configs").glob("[!_]*.py"))
+  if not found:
+    return "Those of the repository are in its folder configs/."
+  names = [each.stem for each in found]
+  near = difflib.get_close_matches(pathlib.Path(path).stem[:100], names, n=1)
+  hint = f"Did you mean configs/{near[0]}.py? " if near else ""
+  return f"{hint}configs/ has {', '.join(names)}."
 
 
 def _last_line(error: BaseException) -> str:

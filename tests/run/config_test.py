@@ -329,6 +329,41 @@ def test_every_choice_was_compared():
   assert {key for key, _ in compared} == with_choices
 
 
+@pytest.mark.parametrize(
+  ("name", "key"),
+  [
+    ("lr", "optimizer.learning_rate"),
+    ("optimizer.lr", "optimizer.learning_rate"),
+    ("wd", "optimizer.l2"),
+    ("optimizer.weight_decay", "optimizer.l2"),
+    ("epochs", "num_epochs"),
+    ("depth", "model.depth"),
+    ("optimizer.depth", "model.depth"),
+    ("width", "model.num_filters"),
+    ("dataset", "dataset.name"),
+    ("workers", "dataset.num_workers"),
+    ("Batch-Size", "batch_size"),
+  ],
+)
+def test_a_wrong_key_is_answered_with_the_one_that_is_meant(name, key):
+  assert config_keys.nearest_keys(name)[0] == key
+  message = str(config_keys.unknown_key(name))
+  assert f"Did you mean {key!r}" in message
+  assert len(message) < 250
+
+
+@pytest.mark.parametrize("name", ["", "zzz", "x" * 10**6, "model.depth.x"])
+def test_any_wrong_key_is_answered_with_few(name):
+  assert len(config_keys.nearest_keys(name[:100])) <= 3
+  assert len(str(config_keys.unknown_key(name))) < 350
+
+
+def test_other_names_are_of_keys():
+  assert set(config_keys._OTHER_NAMES.values()) <= set(config_keys.KEYS)
+  lasts = {key.rpartition(".")[2] for key in config_keys.KEYS}
+  assert not lasts & set(config_keys._OTHER_NAMES)
+
+
 def test_families_exist():
   families = {f for key in config_keys.KEYS.values() for f in key.families}
   assert families <= set(registry.MODELS)
