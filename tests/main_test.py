@@ -115,8 +115,8 @@ def test_summary():
       [
         "--config=configs/v1_depth20.py",
         "--config.dataset.archive=missing.tar.gz",
-        "--config.dataset.data_dir=/nonexistent",
-        "--workdir={tmp}",
+        "--config.dataset.data_dir={tmp}",
+        "--workdir={tmp}/run",
       ],
       1,
       "missing.tar.gz",

@@ -27,10 +27,21 @@ _FEATURES = tuple(
 
 
 def data_dir(configured: str) -> pathlib.Path:
-  """The TFDS data directory: as configured, else TFDS's own default."""
+  """The TFDS data directory: as configured, else TFDS's own default.
+
+  Raises:
+    ConfigError: its path is no local one.
+    DataError: it is not there, although it was named; only the default is made.
+  """
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")
-  return resolve(chosen or "~/tensorflow_datasets", name)
+  path = resolve(chosen or "~/tensorflow_datasets", name)
+  if chosen and not os.path.isdir(path):
+    raise errors.DataError(
+      f"{name}={path} is no directory. Pass the one that holds the data, or"
+      " make an empty one to have the data prepared there."
+    )
+  return path
 
 
 # What to do about a copy, for data sets that this program prepares itself.
@@ -80,6 +91,13 @@ def find(
     good = file_format == FILE_FORMAT
     found.append((good, version, path.parent, file_format, damage))
   if not found:
+    for above in root.parents[:3]:
+      if root.is_relative_to(above / name.partition("/")[0]) and any(
+        above.glob(f"{name}/*/dataset_info.json")
+      ):
+        raise errors.DataError(
+          f"{root} is inside a prepared {name}. {SET_DATA_DIR} {above}."
+        )
     return None
   good, _, folder, file_format, damage = max(found)
   if good:
