@@ -63,6 +63,7 @@ def _run(argv: list[str]) -> None:
       records = train.train_and_evaluate(config, folder, signals=stops)
       if hosts.is_first():
         process.show(progress.results(config, records))
+        process.show(progress.next_steps(folder))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
       scores = load.evaluate_workdir(folder, _CHECKPOINT.value, config=config)

@@ -42,6 +42,10 @@ def test_train_again_and_eval(tmp_path):
   assert lines[1].startswith("Test accuracy: 0.")
   assert lines[2].startswith("Best epoch: 0 (0-based), test accuracy 0.")
   assert lines[2].endswith("chosen on the test split")
+  assert len(lines) == 6
+  assert lines[3] == f"Run: {tmp_path}/run"
+  for text in ("--mode=eval", "report", "load_model"):
+    assert text in " ".join(lines[4:])
   assert "chosen on the test split, as in the recipe" in first.stderr
   again = run(*QUICK, f"--workdir={tmp_path}/run")
   assert again.stdout == first.stdout

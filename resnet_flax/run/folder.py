@@ -109,10 +109,16 @@ def check_same(
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
   if differing := errors.differences(stored, given):
+    longer = ""
+    if stored.get("num_epochs") != given["num_epochs"]:
+      longer = (
+        " Its learning rates follow num_epochs, so it cannot be lengthened;"
+        f" --config.init_from={workdir} begins another run with its weights."
+      )
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run of another configuration, which differs"
       f" in {', '.join(differing)}. Pass another --workdir, or the same"
-      " configuration to resume that run."
+      f" configuration to resume that run.{longer}"
     )
 
 

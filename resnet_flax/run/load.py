@@ -1,16 +1,18 @@
 """Trained networks from their workdirs: to use, to score, to start from."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
@@ -197,7 +199,10 @@ def _restore(
   )
   if not (workdir / "checkpoints").is_dir():
     raise missing
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+  with (
+    _quietly(),
+    checkpoint.Checkpoints(workdir, read_only=True) as checkpoints,
+  ):
     steps = _choose_steps(workdir, which, config, checkpoints.steps())
     if not steps:
       raise missing
@@ -208,6 +213,17 @@ def _restore(
       restored[step] = networks.unstack(stacked, config.num_seeds)
   states = [restored[step][k] for k, step in enumerate(steps)]
   return config, experiment, states
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Without Orbax's warning that what is only read is only read."""
+  before = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(min(before, absl_logging.ERROR))
+  try:
+    yield
+  finally:
+    absl_logging.set_verbosity(before)
 
 
 def _choose_steps(

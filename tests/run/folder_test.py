@@ -202,6 +202,21 @@ def test_another_configuration_is_refused(tmp_path):
   assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+  ("key", "says"), [("num_epochs", True), ("seed", False)]
+)
+def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
+  tmp_path, key, says
+):
+  start(tmp_path, base.get_config())
+  longer = base.get_config()
+  longer[key] = 300
+  with pytest.raises(errors.WorkdirError) as caught:
+    check(tmp_path, longer)
+  message = f"cannot be lengthened; --config.init_from={tmp_path} begins"
+  assert (message in str(caught.value)) == says
+
+
 def test_keys_outside_the_mathematics_may_differ(tmp_path):
   start(tmp_path, base.get_config())
   other = base.get_config()
