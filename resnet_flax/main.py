@@ -4,8 +4,6 @@ python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
   [--mode=train|eval|summary] [--config.model.depth=56 ...]
 """
 
-import pathlib
-
 from absl import flags
 
 from resnet_flax.run import (
@@ -40,13 +38,15 @@ def _run(argv: list[str]) -> None:
 
   # What is to be done, and where.
   mode, folder = _MODE.value, process.WORKDIR.value
-  if mode == "eval" and not folder:
-    raise errors.ConfigError("--mode=eval needs --workdir=DIR, a run's folder.")
+  if mode == "eval" and not (folder or command_line.has_config()):
+    raise errors.ConfigError(
+      "--mode=eval needs --workdir=DIR, a run's folder, or the --config and the"
+      " overrides that it was trained with."
+    )
   config = None
   if mode != "eval" or command_line.has_config():
     config, default_workdir = command_line.config_and_workdir()
     folder = folder or default_workdir
-  workdir = pathlib.Path(folder)
   cluster = host_flags.find_cluster()
   if cluster and mode != "train":
     raise errors.ConfigError(
@@ -60,17 +60,18 @@ def _run(argv: list[str]) -> None:
 
     with host_flags.connected(cluster):
       stops = signals.StopSignals(exits=True)
-      records = train.train_and_evaluate(config, workdir, signals=stops)
+      records = train.train_and_evaluate(config, folder, signals=stops)
       if hosts.is_first():
-        print(progress.results(config, records))
+        process.show(progress.results(config, records))
+        process.show(progress.next_steps(folder))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
-      scores = load.evaluate_workdir(workdir, _CHECKPOINT.value, config=config)
-    print(progress.evaluation(_CHECKPOINT.value, scores))
+      scores = load.evaluate_workdir(folder, _CHECKPOINT.value, config=config)
+    process.show(progress.evaluation(_CHECKPOINT.value, scores))
   else:
     from resnet_flax.tools import summary
 
-    print(summary.summarize(config), flush=True)
+    process.show(summary.summarize(config))
 
 
 def run() -> None:

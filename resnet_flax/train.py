@@ -55,7 +55,7 @@ def train_and_evaluate(
       and tensorboard/. If it holds an unfinished run of this configuration,
       the run resumes after the latest step that was saved, bit-identically.
     devices: by default all devices.
-    signals: how SIGINT and SIGTERM are met.
+    signals: how signals to stop are met.
     on_event: called with the name of what comes next: 'compile', and those of
       `session.open_run`. For tests, which end a run there.
 
@@ -69,7 +69,7 @@ def train_and_evaluate(
       run on other data.
     DataError: the data cannot be had.
     NonFiniteError: the loss or the state became infinite or NaN.
-    Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
+    Interrupted: a signal to stop; the step in progress is finished and saved.
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))

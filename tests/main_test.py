@@ -42,6 +42,10 @@ def test_train_again_and_eval(tmp_path):
   assert lines[1].startswith("Test accuracy: 0.")
   assert lines[2].startswith("Best epoch: 0 (0-based), test accuracy 0.")
   assert lines[2].endswith("chosen on the test split")
+  assert len(lines) == 6
+  assert lines[3] == f"Run: {tmp_path}/run"
+  for text in ("--mode=eval", "report", "load_model"):
+    assert text in " ".join(lines[4:])
   assert "chosen on the test split, as in the recipe" in first.stderr
   again = run(*QUICK, f"--workdir={tmp_path}/run")
   assert again.stdout == first.stdout
@@ -64,6 +68,9 @@ def test_default_workdir_and_another_configuration_in_it(tmp_path):
   assert workdir.name == (
     "quickstart,dataset.train_examples=64,model.num_filters=4,num_epochs=1"
   )
+  # What training derives, scoring finds.
+  scored = run("--mode=eval", *QUICK, cwd=tmp_path)
+  assert scored.stdout.startswith("Checkpoint: best, ")
   other = run(*QUICK, "--config.seed=3", f"--workdir={workdir}")
   assert other.returncode == 1
   assert "seed (0 there, 3 here)" in other.stderr
@@ -103,11 +110,17 @@ def test_summary():
     ),
     (["--mode=eval"], 2, "--mode=eval needs --workdir"),
     (
+      ["--mode=eval", "--config=configs/quickstart.py", "--config.seed=99"],
+      1,
+      "runs/quickstart,seed=99 is not the workdir of a run",
+    ),
+    (["--flagfile=/nonexistent/flags"], 2, "/nonexistent/flags"),
+    (
       [
         "--config=configs/v1_depth20.py",
         "--config.dataset.archive=missing.tar.gz",
-        "--config.dataset.data_dir=/nonexistent",
-        "--workdir={tmp}",
+        "--config.dataset.data_dir={tmp}",
+        "--workdir={tmp}/run",
       ],
       1,
       "missing.tar.gz",
@@ -211,6 +224,8 @@ def test_full_disk_is_one_line(small_disk, program):
   ("number", "code"),
   [
     (signal.SIGTERM, 143),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
   ],
 )

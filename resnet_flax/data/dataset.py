@@ -73,7 +73,8 @@ def info(config: ConfigDict) -> DatasetInfo:
   if config.name in DATASETS:
     return DATASETS[config.name]
   if not is_streamed(config.name):
-    raise errors.unknown_name("dataset.name", config.name, NAMES)
+    names = [*NAMES, f"{streaming.PREFIX}NAME"]
+    raise errors.unknown_name("dataset.name", config.name, names)
   shape = (config.image_size, config.image_size, 3)
   try:
     facts = streaming.read_facts(streaming.find(config.name, config.data_dir))

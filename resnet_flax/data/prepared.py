@@ -33,9 +33,21 @@ _FEATURES = tuple(
 
 
 def data_dir(configured: str) -> pathlib.Path:
-  """The TFDS data directory: as configured, else TFDS's own default."""
-  chosen = configured or os.environ.get("TFDS_DATA_DIR", "")
-  return resolve(chosen or "~/tensorflow_datasets")
+  """The TFDS data directory: as configured, else TFDS's own default.
+
+  Raises:
+    ConfigError: its path is no local one.
+    DataError: it is not there, although it was named; only the default is made.
+  """
+  name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
+  chosen = configured or os.environ.get(name, "")
+  path = resolve(chosen or "~/tensorflow_datasets", name)
+  if chosen and not os.path.isdir(path):
+    raise errors.DataError(
+      f"{name}={path} is no directory. Pass the one that holds the data, or"
+      " make an empty one to have the data prepared there."
+    )
+  return path
 
 
 def find(
@@ -60,6 +72,13 @@ def find(
       problem = _problem(path, remedy)
       found.append((not problem, [*map(int, version)], path.parent, problem))
   if not found:
+    for above in root.parents[:3]:
+      if root.is_relative_to(above / name.partition("/")[0]) and any(
+        above.glob(f"{name}/*/dataset_info.json")
+      ):
+        raise errors.DataError(
+          f"{root} is inside a prepared {name}. {SET_DATA_DIR} {above}."
+        )
     return None
   _, _, folder, problem = max(found)
   if problem:
@@ -196,10 +215,10 @@ def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
   return raw.decode()
 
 
-def resolve(path: str) -> pathlib.Path:
-  """A path as users write it, absolute; opening it says what is wrong."""
+def resolve(path: str, name: str = "path") -> pathlib.Path:
+  """`errors.local_path`, absolute; opening it says what is wrong."""
+  given = errors.local_path(path, name)
   try:
-    return pathlib.Path(path).expanduser().resolve()
-  # It names no user, or links go round in circles.
-  except (RuntimeError, OSError):
-    return pathlib.Path(path).absolute()
+    return given.resolve()
+  except (RuntimeError, OSError):  # Links go round in circles.
+    return given.absolute()

@@ -1,8 +1,10 @@
 """Parses the command line so that every mistake ends in one line."""
 
+import difflib
 import hashlib
 import itertools
 import os
+import pathlib
 import re
 import warnings
 from typing import Any
@@ -13,11 +15,14 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from resnet_flax.run import config as config_keys, errors, help_text
 
+# The command line with what flag files hold, for ml_collections.
+_ARGV: list[str] = []
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "Config file, for example configs/v1_depth20.py. Must come before its"
   " overrides, for example --config.model.depth=56.",
+  sys_argv=_ARGV,
 )
 
 
@@ -32,6 +37,14 @@ def parse_flags(argv: list[str]) -> list[str]:
       file that is missing or fails.
     SystemExit: help was asked for and printed.
   """
+  try:
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  except (flags.Error, UnicodeError) as error:
+    raise errors.ConfigError(
+      f"--flagfile: {_last_line(error)}. It must be a text file with one flag"
+      " on each line."
+    ) from error
+  _ARGV[:] = argv
   flags.FLAGS["config"].parser = _ConfigFile(argv)
   help_text.show_if_asked(argv)
   try:
@@ -43,6 +56,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     hint = ""
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
+    elif isinstance(error, flags.UnrecognizedFlagError):
+      for key in config_keys.nearest_keys(error.flagname)[:1]:
+        hint = f". A key is set by --config.{key}=VALUE, after --config."
     raise errors.ConfigError(_last_line(error) + hint) from error
   if rest[1:]:
     raise errors.ConfigError(
@@ -63,10 +79,10 @@ class _ConfigFile(ConfigFileFlagParser):
     self.before: dict[str, Any] = {}  # Without overrides, as {'seed': 0, ...}.
 
   def parse(self, path: str) -> ConfigDict:
+    path = str(errors.local_path(path, "--config"))
     if not os.path.isfile(path.partition(":")[0]):
       raise errors.ConfigError(
-        f"--config={path}: there is no such file; see the repository's"
-        " folder configs/."
+        f"--config={path}: there is no such file. {_config_files(path)}"
       )
     try:
       config = super().parse(path)
@@ -76,7 +92,7 @@ class _ConfigFile(ConfigFileFlagParser):
     except BaseException as error:
       text = f"{type(error).__name__}: {_last_line(error)}"
       if isinstance(error, ModuleNotFoundError):
-        text += ". Run from the repository's top folder."
+        text += ". Run from the repository's top folder by python -m."
       raise errors.ConfigError(f"--config={path} fails: {text}") from error
     if not isinstance(config, ConfigDict):
       raise errors.ConfigError(
@@ -86,8 +102,19 @@ class _ConfigFile(ConfigFileFlagParser):
     self.before = config_keys.to_flat(config)
     for name in self._overrides:
       if name not in self.before:
-        raise errors.unknown_name("config key", name, self.before)
+        raise config_keys.unknown_key(name)
     return config
+
+
+def _config_files(path: str) -> str:
+  """The config files that there are, and the one that is most like `path`."""
+  found = sorted(pathlib.Path("configs").glob("[!_]*.py"))
+  if not found:
+    return "Those of the repository are in its folder configs/."
+  names = [each.stem for each in found]
+  near = difflib.get_close_matches(pathlib.Path(path).stem[:100], names, n=1)
+  hint = f"Did you mean configs/{near[0]}.py? " if near else ""
+  return f"{hint}configs/ has {', '.join(names)}."
 
 
 def _last_line(error: BaseException) -> str:

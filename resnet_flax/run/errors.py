@@ -1,10 +1,18 @@
 """Errors that a user can act on: one line each, saying what would work."""
 
+import contextlib
 import difflib
 import os
+import pathlib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
+
+# A URL, which pathlib would make a local folder of; and what TensorStore takes
+# for a bucket, or for Windows's folders, wherever it stands in a path.
+_NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
+LOCAL = "a local path: no URL (mount a bucket to use it), no backslash"
 
 
 class UserError(Exception):
@@ -69,8 +77,29 @@ def leave(message: str, exit_code: int) -> NoReturn:
   XLA's crash if they compile while the interpreter ends; Orbax's wait for
   minutes for a save that has failed.
   """
-  print(f"error: {message}", file=sys.stderr, flush=True)
+  # As it was at the start: None if it is closed, which prints to the other.
+  for stream in (sys.__stderr__, sys.__stdout__):
+    with contextlib.suppress(OSError):  # It is full.
+      print(f"error: {message}", file=stream, flush=True)
+      break
   os._exit(exit_code)
+
+
+def is_local(path: str) -> bool:
+  """Whether a path is one of this machine for all libraries."""
+  return not _NOT_LOCAL.search(path)
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+  """A path as people write it, in which ~ is the home.
+
+  Raises:
+    ConfigError: what the flag or key `name` has is no local path.
+  """
+  text = os.fspath(path)
+  if not is_local(text):
+    raise ConfigError(f"{name}={text} must be {LOCAL}.")
+  return pathlib.Path(os.path.expanduser(text))
 
 
 def differences(

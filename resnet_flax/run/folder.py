@@ -82,14 +82,15 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
 def check_name(workdir: pathlib.Path) -> None:
   """Checks that checkpoints in this folder can be read again.
 
-  Orbax takes a '[' for a pattern and would leave out files.
+  Orbax takes a '[' for a pattern and would leave out files; what TensorStore
+  takes for a bucket, or for Windows's folders, it would write elsewhere.
   """
   path = str(workdir.absolute())
   # Surrogates stand for bytes that are not UTF-8.
-  if re.search("[\\[\ud800-\udfff]", path):
+  if re.search("[\\[\ud800-\udfff]", path) or not errors.is_local(path):
     raise errors.WorkdirError(
-      f"workdir {path!r} cannot hold checkpoints: its path has a '[' or is not"
-      " UTF-8. Pass another one with --workdir."
+      f"workdir {path!r} cannot hold checkpoints: its path has a '[', a '\\' or"
+      " a 'gs:', or is not UTF-8. Pass another one with --workdir."
     )
 
 
@@ -108,10 +109,16 @@ def check_same(
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
   if differing := errors.differences(stored, given):
+    longer = ""
+    if stored.get("num_epochs") != given["num_epochs"]:
+      longer = (
+        " Its learning rates follow num_epochs, so it cannot be lengthened;"
+        f" --config.init_from={workdir} begins another run with its weights."
+      )
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run of another configuration, which differs"
       f" in {', '.join(differing)}. Pass another --workdir, or the same"
-      " configuration to resume that run."
+      f" configuration to resume that run.{longer}"
     )
 
 
@@ -324,9 +331,13 @@ def explain_write_errors(
       text = "no space left on the disk"
     elif running:
       check_not_removed(workdir)
+    saved = any(workdir.glob("checkpoints/*/manifest.json"))
+    left = (
+      "The checkpoints that it holds are good" if saved else "Nothing is saved"
+    )
     raise errors.WorkdirError(
-      f"workdir {workdir} can no longer be written: {text[:300]}. The"
-      " checkpoints that it holds are good; the same command resumes from them."
+      f"workdir {workdir} can no longer be written: {text[:300]}. {left}; the"
+      f" same command {'resumes from them' if saved else 'starts anew'}."
     ) from error
 
 

@@ -25,6 +25,7 @@ class Values:
   text: str  # Continues a sentence that ends in "must be".
   accept: Callable[[Any], bool]  # Whether a value, of any type, is one of them.
   choices: tuple[Any, ...] = ()  # All of them, where they can be listed.
+  pattern: str = ""  # What else there is, such as 'tfds/NAME'.
 
 
 def integer(low: int, high: int = LARGEST_INTEGER) -> Values:
@@ -55,7 +56,8 @@ def positive(high: float = LARGEST_NUMBER) -> Values:
 
 def choice(*choices: Any, prefix: str = "") -> Values:
   """Values of one type; with a prefix also PREFIXNAME or PREFIXNAME/NAME."""
-  names = [*map(str, choices), *([f"{prefix}NAME"] if prefix else [])]
+  form = f"{prefix}NAME" if prefix else ""
+  names = [*map(str, choices), *([form] if form else [])]
   pattern = rf"{re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
 
   def accept(value: Any) -> bool:
@@ -63,7 +65,9 @@ def choice(*choices: Any, prefix: str = "") -> Values:
       return False
     return value in choices or bool(prefix and re.fullmatch(pattern, value))
 
-  return Values(f"{', '.join(names[:-1])} or {names[-1]}", accept, choices)
+  return Values(
+    f"{', '.join(names[:-1])} or {names[-1]}", accept, choices, form
+  )
 
 
 def tuple_of(each: Values) -> Values:
@@ -83,13 +87,14 @@ def _is_path(value: Any) -> bool:
   if type(value) is not str or "\0" in value:
     return False
   try:
-    return len(os.fsencode(value)) <= _LONGEST_PATH
+    short = len(os.fsencode(value)) <= _LONGEST_PATH
+    return short and errors.is_local(value)
   except UnicodeError:  # Half a character.
     return False
 
 
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
-PATH = Values("a path", _is_path)
+PATH = Values(errors.LOCAL, _is_path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +125,8 @@ class Key:
       return
     choices = self.values.choices
     if isinstance(value, str) and choices and isinstance(choices[0], str):
-      raise errors.unknown_name(self.name, value, choices)
+      known = [*choices, *filter(None, [self.values.pattern])]
+      raise errors.unknown_name(self.name, value, known)
     try:
       text = repr(value)
     except (

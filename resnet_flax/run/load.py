@@ -1,17 +1,19 @@
 """Trained networks from their workdirs: to use, to score, to start from."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
@@ -83,7 +85,7 @@ def load_model(
     ConfigError: `which` is neither, or the run has no such seed.
     WorkdirError: there is no readable run or no checkpoint there.
   """
-  config, experiment, states = _restore(pathlib.Path(workdir), which)
+  config, experiment, states = _restore(workdir, which)
   seed = config.seed if seed is None else seed
   if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
@@ -124,7 +126,7 @@ def load_model(
 
 
 def evaluate_workdir(
-  workdir: pathlib.Path,
+  workdir: str | os.PathLike[str],
   which: str = "best",
   *,
   config: ConfigDict | None = None,
@@ -181,11 +183,14 @@ def evaluate_workdir(
 
 
 def _restore(
-  workdir: pathlib.Path, which: str, given: ConfigDict | None = None
+  workdir: str | os.PathLike[str],
+  which: str,
+  given: ConfigDict | None = None,
 ) -> tuple[ConfigDict, step_lib.Experiment, list[step_lib.TrainState]]:
   """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
+  workdir = errors.local_path(workdir, "workdir")
   config = given or folder.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
@@ -234,7 +239,10 @@ def _read_states(
   )
   if not (workdir / "checkpoints").is_dir():
     raise missing
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+  with (
+    _quietly(),
+    checkpoint.Checkpoints(workdir, read_only=True) as checkpoints,
+  ):
     there = checkpoints.steps()
     steps = _choose_steps(workdir, which, config, there)
     if not steps:
@@ -250,6 +258,17 @@ def _read_states(
       stacked, _ = checkpoints.restore(step, like())
       restored[step] = networks.unstack(stacked, config.num_seeds)
   return [restored[step][k] for k, step in enumerate(steps)]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Without Orbax's warning that what is only read is only read."""
+  before = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(min(before, absl_logging.ERROR))
+  try:
+    yield
+  finally:
+    absl_logging.set_verbosity(before)
 
 
 def _choose_steps(
@@ -282,7 +301,7 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
     ConfigError: they do not stand for the same function here.
     WorkdirError: there is no readable run or no checkpoint there.
   """
-  workdir = pathlib.Path(config.init_from)
+  workdir = errors.local_path(config.init_from, "init_from")
   if not workdir.is_dir():
     raise errors.WorkdirError(
       f"init_from={workdir} is not a folder. Pass a run's workdir;"

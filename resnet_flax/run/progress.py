@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -133,6 +134,16 @@ def results(config: ConfigDict, records: Sequence[metrics.Record]) -> str:
     )
     lines.append(f"Seed {seed}: {text}" if config.num_seeds > 1 else text)
   return "\n".join(lines)
+
+
+def next_steps(workdir: str) -> str:
+  """Where a finished run is, and what can be done with it."""
+  folder = shlex.quote(workdir)
+  return (
+    f"Run: {workdir}\nNext: python -m resnet_flax.main --mode=eval"
+    f" --workdir={folder}, or python -m resnet_flax.report {folder}"
+    f" --out=report\nIn Python: resnet_flax.load_model({workdir!r})"
+  )
 
 
 def evaluation(checkpoint: str, scores: dict[str, Any]) -> str:

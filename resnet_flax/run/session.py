@@ -332,20 +332,20 @@ def open_run(
 ) -> Iterator[Session]:
   """Opens a run: locks its workdir and restores its latest checkpoint.
 
-  The workdir is made if it is not there. `signals` says how SIGINT and SIGTERM
-  are met; `on_event` is called with 'step', 'save', 'manifest', 'evaluate' and
+  The workdir is made if it is not there. `signals` says how signals to stop are
+  met; `on_event` is called with 'step', 'save', 'manifest', 'evaluate' and
   'record' before each of them.
 
   Raises:
     WorkdirError: the workdir is in use, or cannot be read or written.
-    Interrupted: SIGINT or SIGTERM; the step in progress is finished and saved.
+    Interrupted: a signal to stop; the step in progress is finished and saved.
   """
   # Through JSON, which exchanges it.
   flat = json.loads(json.dumps(config_lib.to_flat(config)))
   hosts.check_same(
     "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
   )
-  path = pathlib.Path(workdir).absolute()
+  path = errors.local_path(workdir, "workdir").absolute()
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(signals or signals_lib.StopSignals())
     yield Session(config, path, devices, experiment, signals, on_event, stack)

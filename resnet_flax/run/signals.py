@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at chosen moments, so that nothing is left half done."""
+"""Signals to stop at chosen moments, so that nothing is left half done."""
 
 import contextlib
 import signal
@@ -10,7 +10,8 @@ from types import FrameType
 
 from resnet_flax.run import errors
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, a scheduler, a terminal that closes, and Slurm's --signal=USR1@60.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Seconds in which the interpreter must notice a signal by itself; it cannot
 # while XLA compiles.
 _GRACE = 3.0
@@ -25,14 +26,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-  """While entered, SIGINT and SIGTERM raise `Stopped`, or are held back.
+  """While entered, `SIGNALS` raise `Stopped`, or are held back.
 
   Inside `hold()` the first signal waits for `check`, which the loop calls:
   libraries that run an event loop, as Orbax does when it saves, would otherwise
   meet the exception in the middle of their work. A second one never waits.
 
   Does nothing outside the main thread, where Python delivers no signals, and to
-  a signal that the process ignores, as a shell's background job does Ctrl-C.
+  a signal that the process ignores, as a shell's background job does Ctrl-C and
+  nohup's command SIGHUP.
 
   Args:
     exits: a second signal, or a first one that finds nothing to save and an
@@ -50,7 +52,7 @@ class StopSignals:
   def __enter__(self) -> "StopSignals":
     if threading.current_thread() is not threading.main_thread():
       return self
-    for number in _SIGNALS:
+    for number in SIGNALS:
       previous = signal.getsignal(number)
       if previous is not signal.SIG_IGN:
         self._previous[number] = previous

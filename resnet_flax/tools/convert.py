@@ -69,10 +69,12 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     WorkdirError: the workdir holds something, or cannot be written.
     DataError: the normalization is to be measured and the data cannot be had.
   """
-  source = pathlib.Path(source)
+  source = errors.local_path(source, "--source")
   # Where a link leads: the link itself cannot be replaced by a folder. Unlike
   # Path.resolve, this leaves it to _check_is_new to find a loop of links.
-  workdir = pathlib.Path(os.path.realpath(workdir))
+  workdir = pathlib.Path(
+    os.path.realpath(errors.local_path(workdir, "--workdir"))
+  )
   config = ConfigDict(config.to_dict())
   rules.check(config, num_devices=1)
   if config.num_seeds > 1:
@@ -211,13 +213,13 @@ def _run(argv: list[str]) -> None:
   with signals.StopSignals():
     done = convert(source, config, workdir)
   others = f"{len(done.passed_over)} passed over that are no weights"
-  print(f"Source: {done.title}")
-  print(f"Arrays: {done.num_arrays} used, each once; {others}")
-  print(f"Workdir: {workdir}")
+  process.show(f"Source: {done.title}")
+  process.show(f"Arrays: {done.num_arrays} used, each once; {others}")
+  process.show(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
     rules.check_labels(done.config)
     return
-  print(
+  process.show(
     f"Its head has {done.config.model.num_classes} classes, not those of"
     f" {done.config.dataset.name}: it can be used (load_model) and be trained"
     " with a new head (init_from), but not be scored."

@@ -30,6 +30,7 @@ from tests.data import archives, damage
 def config(tmp_path):
   config = base.get_config().dataset
   config.data_dir = str(tmp_path / "tfds")
+  pathlib.Path(config.data_dir).mkdir()
   config.cache_dir = str(tmp_path / "cache")
   return config
 
@@ -62,7 +63,7 @@ def test_from_archive_to_arrays(name, config, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["a b é 日本", "we[i]rd {SPLIT} *%s:", "a\nb"])
 def test_folders_of_any_name(config, monkeypatch, tmp_path, name):
   folder = tmp_path / name
-  folder.mkdir()
+  (folder / "tfds").mkdir(parents=True)
   archives.install(monkeypatch, "cifar10", folder / "archive.tar.gz")
   config.archive = str(folder / "archive.tar.gz")
   config.data_dir = str(folder / "tfds")
@@ -78,6 +79,7 @@ def test_folder_whose_name_is_no_text(config, monkeypatch, tmp_path):
   archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
   config.archive = str(tmp_path / "archive.tar.gz")
   config.data_dir = str(tmp_path / os.fsdecode(b"\xff"))
+  os.mkdir(config.data_dir)
   with pytest.raises(errors.DataError, match="cannot be prepared") as caught:
     dataset_lib.load(config)
   assert str(caught.value).isprintable()
@@ -171,6 +173,8 @@ def test_nothing_prepared(tmp_path):
 
 
 def test_data_dir(monkeypatch, tmp_path):
+  (tmp_path / "from_environment").mkdir()
+  (tmp_path / "configured").mkdir()
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "from_environment"))
   assert prepared.data_dir("").name == "from_environment"
   assert prepared.data_dir(str(tmp_path / "configured")).name == "configured"
@@ -194,7 +198,7 @@ def test_wrong_archive_is_not_prepared(config, monkeypatch, tmp_path):
   config.archive = str(path)
   with pytest.raises(errors.DataError, match="is not the official archive"):
     dataset_lib.load(config)
-  assert not pathlib.Path(config.data_dir).exists()
+  assert not list(pathlib.Path(config.data_dir).iterdir())
   assert not pathlib.Path(config.cache_dir).exists()
 
 
@@ -205,10 +209,43 @@ def test_paths_that_lead_nowhere(config, path):
     dataset_lib.load(config)
 
 
-def test_data_dir_that_leads_nowhere(config):
-  config.data_dir = "x" * 300
-  with pytest.raises(errors.DataError, match="File name too long"):
+@pytest.mark.parametrize("name", ["x" * 300, "missing/tfds", "missing"])
+@pytest.mark.parametrize("key", ["dataset.data_dir", "TFDS_DATA_DIR"])
+def test_a_data_directory_that_was_named_is_not_made(
+  config, monkeypatch, tmp_path, key, name
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", name)
+  config.data_dir = name if key == "dataset.data_dir" else ""
+  before = list(tmp_path.iterdir())
+  with pytest.raises(errors.DataError, match=f"^{key}=.* is no directory"):
     dataset_lib.load(config)
+  assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  ("name", "inside"),
+  [
+    ("cifar10", "cifar10"),
+    ("cifar10", "cifar10/3.0.2"),
+    ("food/small", "food"),
+    ("food/small", "food/small"),
+    ("food/small", "food/small/1.0.0"),
+  ],
+)
+def test_a_data_directory_that_is_too_deep_is_answered_with_it(
+  tmp_path, name, inside
+):
+  version = tmp_path / name / ("3.0.2" if name == "cifar10" else "1.0.0")
+  version.mkdir(parents=True)
+  (version / "dataset_info.json").write_text("{}")
+  with pytest.raises(
+    errors.DataError, match=rf"TFDS_DATA_DIR\) to {tmp_path}\."
+  ):
+    prepared.find(name, tmp_path / inside)
+  # Another folder beside the copy may be filled with one.
+  (tmp_path / "empty").mkdir()
+  assert prepared.find(name, tmp_path / "empty") is None
 
 
 COUNTS = {
@@ -508,6 +545,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     config = base.get_config()
     config.dataset.archive = str(folder / "archive.tar.gz")
     config.dataset.data_dir = str(folder / "tfds")
+    (folder / "tfds").mkdir()
     config.dataset.cache_dir = str(folder / "cache")
     config.batch_size = config.model.num_filters = 4
     config.model.depth, config.num_epochs = 8, 1

@@ -127,6 +127,7 @@ def test_train_examples_are_balanced_and_nested(config):
   ("changes", "message"),
   [
     ({"name": "cifar"}, "Did you mean 'cifar10"),
+    ({"name": "mnist"}, "tfds/NAME"),
     ({"validation_examples": 1_437}, "leaves no training image"),
     ({"train_examples": 1_438}, "more than the 1437"),
     (

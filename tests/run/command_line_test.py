@@ -108,9 +108,11 @@ def test_overrides():
     ("model.name=" + "x" * 100_000, "is not known"),
     ("model.depth[0]=1", "Did you mean 'model.depth'"),
     ("model=1", "is not known"),
+    ("lr=0.1", "Did you mean 'optimizer.learning_rate'"),
+    ("dataset.name=mnist", "imagenet2012, tfds/NAME."),
     ("=1", "is not known"),
     ("x" * 100_000 + "=1", "is not known"),
-    ("dataset.data_dir=\0", "must be a path"),
+    ("dataset.data_dir=\0", "must be a local path"),
   ],
 )
 def test_overrides_that_cannot_be_used(override, message):
@@ -128,13 +130,59 @@ def test_overrides_that_cannot_be_used(override, message):
       "before a value for --config",
     ),
     (["--cnofig=configs/v1_depth20.py"], "Unknown command line flag"),
+    (["--model.depth=8"], "is set by --config.model.depth=VALUE"),
+    (["--lr=0.1"], "is set by --config.optimizer.learning_rate=VALUE"),
+    (["--config.seed=1"], "is set by --config.seed=VALUE, after --config"),
     (["--mode=trian"], "trian"),
     (["configs/v1_depth20.py"], "unexpected argument 'configs/v1_depth20.py'"),
+    (["--flagfile"], "--flagfile"),
     (["--help=nonsense"], "has this word. Parts: flags, run, dataset, augment"),
   ],
 )
 def test_arguments_that_cannot_be_used(arguments, message):
   assert message in refusal(*arguments, config=None)
+
+
+@pytest.mark.parametrize(
+  "path",
+  ["quickstart", "configs/quickstart", "quikstart.py", "a/quickstart.py"],
+)
+def test_a_config_file_that_is_meant_is_named(path, monkeypatch, tmp_path):
+  monkeypatch.chdir(ROOT)
+  message = refusal(config=path)
+  assert "Did you mean configs/quickstart.py? configs/ has base, " in message
+  monkeypatch.chdir(tmp_path)
+  assert "in its folder configs/." in refusal(config=path)
+
+
+def test_flags_from_a_file(tmp_path):
+  path = tmp_path / "flags"
+  path.write_text(f"--config={CONFIG}\n--config.model.depth=32\n")
+  config, workdir = parse(f"--flagfile={path}", config=None)
+  assert config.model.depth == 32
+  assert workdir == "runs/v1_depth20,model.depth=32"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (
+      f"--config={CONFIG}\n--config.model.depht=3",
+      "Did you mean 'model.depth'",
+    ),
+    ("--config=configs/v1.py", "--config=configs/v1.py: there is no such file"),
+    ("\xff", "--flagfile: 'utf-8' codec can't decode"),
+    (None, "No such file or directory"),
+    ("folder", "Is a directory"),
+  ],
+)
+def test_flag_files_that_cannot_be_used(tmp_path, text, message):
+  path = tmp_path / "flags"
+  if text == "folder":
+    path.mkdir()
+  elif text is not None:
+    path.write_bytes(text.encode("latin-1"))
+  assert message in refusal(f"--flagfile={path}", config=None)
 
 
 def test_a_start_does_everything_once(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ LARGE = {
     ),
     ({"dataset.name": "cifar"}, "Did you mean"),
     ({"dataset.validation_examples": 50_000}, "leaves no training image"),
-    ({"dataset.data_dir": "a\0b"}, "must be a path"),
+    ({"dataset.data_dir": "a\0b"}, "must be a local path"),
     ({"augment.name": "shift"}, "Known: crop_flip, none, random_"),
     (
       {"normalization": "mean"},
@@ -138,9 +138,9 @@ LARGE = {
     ({"dataset.split_seed": 2**32}, "split_seed=4294967296"),
     ({"dataset.train_examples": 50_001}, "more than the 50000"),
     ({"dataset.train_examples": 10**30}, "from 0 to 2147483647"),
-    ({"dataset.archive": "\ud800"}, "must be a path"),
-    ({"dataset.cache_dir": "x" * 5000}, r"x\.\.\. must be a path"),
-    ({"dataset.data_dir": b"x"}, "must be a path"),
+    ({"dataset.archive": "\ud800"}, "must be a local path"),
+    ({"dataset.cache_dir": "x" * 5000}, r"x\.\.\. must be a local path"),
+    ({"dataset.data_dir": b"x"}, "must be a local path"),
     ({"model.depth": 10**9 + 4}, "must be an integer from 1 to 2000"),
     ({"model.num_filters": 10**9}, "from 0 to 1024"),
     ({"model.name": ""}, "model.name='' is not known"),
@@ -327,6 +327,41 @@ def test_every_choice_was_compared():
   compared = test_choices_are_what_is_built.pytestmark[0].args[1]
   with_choices = {k.name for k in config_keys.KEYS.values() if k.values.choices}
   assert {key for key, _ in compared} == with_choices
+
+
+@pytest.mark.parametrize(
+  ("name", "key"),
+  [
+    ("lr", "optimizer.learning_rate"),
+    ("optimizer.lr", "optimizer.learning_rate"),
+    ("wd", "optimizer.l2"),
+    ("optimizer.weight_decay", "optimizer.l2"),
+    ("epochs", "num_epochs"),
+    ("depth", "model.depth"),
+    ("optimizer.depth", "model.depth"),
+    ("width", "model.num_filters"),
+    ("dataset", "dataset.name"),
+    ("workers", "dataset.num_workers"),
+    ("Batch-Size", "batch_size"),
+  ],
+)
+def test_a_wrong_key_is_answered_with_the_one_that_is_meant(name, key):
+  assert config_keys.nearest_keys(name)[0] == key
+  message = str(config_keys.unknown_key(name))
+  assert f"Did you mean {key!r}" in message
+  assert len(message) < 250
+
+
+@pytest.mark.parametrize("name", ["", "zzz", "x" * 10**6, "model.depth.x"])
+def test_any_wrong_key_is_answered_with_few(name):
+  assert len(config_keys.nearest_keys(name[:100])) <= 3
+  assert len(str(config_keys.unknown_key(name))) < 350
+
+
+def test_other_names_are_of_keys():
+  assert set(config_keys._OTHER_NAMES.values()) <= set(config_keys.KEYS)
+  lasts = {key.rpartition(".")[2] for key in config_keys.KEYS}
+  assert not lasts & set(config_keys._OTHER_NAMES)
 
 
 def test_families_exist():

@@ -108,7 +108,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     workdir_lib.check_same(tmp_path, config)
 
 
-@pytest.mark.parametrize("name", ["a[1]", "[", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize(
+  "name", ["a[1]", "[", os.fsdecode(b"caf\xe9"), "gs:", "lags:", "C:\\a"]
+)
 def test_paths_that_checkpoints_cannot_have_are_refused(tmp_path, name):
   folder = tmp_path / name / "run"
   with (
@@ -201,6 +203,21 @@ def test_another_configuration_is_refused(tmp_path):
   assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+  ("key", "says"), [("num_epochs", True), ("seed", False)]
+)
+def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
+  tmp_path, key, says
+):
+  start(tmp_path, base.get_config())
+  longer = base.get_config()
+  longer[key] = 300
+  with pytest.raises(errors.WorkdirError) as caught:
+    check(tmp_path, longer)
+  message = f"cannot be lengthened; --config.init_from={tmp_path} begins"
+  assert (message in str(caught.value)) == says
+
+
 def test_keys_outside_the_mathematics_may_differ(tmp_path):
   start(tmp_path, base.get_config())
   other = base.get_config()
@@ -224,6 +241,24 @@ def test_read_only_workdir(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(errors.WorkdirError, match="Permission denied"):
     check(tmp_path, base.get_config())
+
+
+@pytest.mark.parametrize(
+  ("saved", "message"),
+  [
+    (True, "that it holds are good; the same command resumes"),
+    (False, "Nothing is saved; the same command starts anew"),
+  ],
+)
+def test_a_disk_that_is_full_says_what_is_left(tmp_path, saved, message):
+  if saved:
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "8" / "manifest.json").touch()
+  with (
+    pytest.raises(errors.WorkdirError, match=message),
+    workdir_lib.explain_write_errors(tmp_path),
+  ):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a', "nonsense"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 import resnet_flax
@@ -280,6 +281,26 @@ def test_no_checkpoint_yet(run, tmp_path):
   (tmp_path / "config.json").write_text((run[1] / "config.json").read_text())
   with pytest.raises(errors.WorkdirError, match="has no best checkpoint: "):
     resnet_flax.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load.load_model, load.evaluate_workdir])
+def test_reading_a_run_warns_of_nothing(run, read, caplog):
+  _, workdir, _ = run
+  before = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logger = absl_logging.get_absl_logger()
+  logger.addHandler(caplog.handler)
+  try:
+    read(workdir)
+    assert absl_logging.get_verbosity() == absl_logging.WARNING
+  finally:
+    logger.removeHandler(caplog.handler)
+    absl_logging.set_verbosity(before)
+  assert caplog.text == ""
+
+
+def test_package_lists_what_it_has():
+  assert "load_model" in dir(resnet_flax)
 
 
 def test_package_has_nothing_else():

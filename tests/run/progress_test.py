@@ -152,3 +152,12 @@ def test_log_to_stderr(capsys):
     assert capsys.readouterr().err == "compiling\n"
   finally:
     logger.handlers, logger.level, logger.propagate = saved
+
+
+def test_next_steps_can_be_pasted():
+  lines = progress.next_steps("runs/a b,model.depth=8").splitlines()
+  assert len(lines) == 3
+  assert lines[0] == "Run: runs/a b,model.depth=8"
+  assert "--workdir='runs/a b,model.depth=8'," in lines[1]
+  assert "report 'runs/a b,model.depth=8' --out" in lines[1]
+  assert lines[2].endswith("load_model('runs/a b,model.depth=8')")

@@ -12,7 +12,7 @@ from resnet_flax.run import signals as signals_lib
 
 pytestmark = pytest.mark.usefixtures("ctrl_c")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def send(number):

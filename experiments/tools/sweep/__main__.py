@@ -81,14 +81,18 @@ def _run(argv: list[str]) -> None:
       "needed: --sweep=FILE, for example experiments/depth_ablation/sweep.py,"
       " and --workdir=DIR, which gets a folder for each cell."
     )
-  workdir = pathlib.Path(process.WORKDIR.value).absolute()
+  workdir = errors.local_path(process.WORKDIR.value, "--workdir").absolute()
   sweep = definition.load(
-    _SWEEP.value, workdir, definition.Resources(_CPUS.value, _GPUS.value)
+    str(errors.local_path(_SWEEP.value, "--sweep")),
+    workdir,
+    definition.Resources(_CPUS.value, _GPUS.value),
   )
   if _DRY_RUN.value:
-    measured = [pathlib.Path(path) for path in _MEASURED.value]
+    measured = [
+      errors.local_path(each, "--measured") for each in _MEASURED.value
+    ]
     gpus = sweep.resources.gpus or 1
-    print(estimate.table(sweep.cells, measured, gpus))
+    process.show(estimate.table(sweep.cells, measured, gpus))
     return
   finished = [overview.is_finished(cell) for cell in sweep.cells]
   with _use(workdir):
@@ -108,10 +112,10 @@ def _run(argv: list[str]) -> None:
           _RETRIES.value,
           overview.Overview(),
         )
-  print(overview.table(statuses))
+  process.show(overview.table(statuses))
   for name, reason in reasons.items():
-    print(f"{name} failed: {reason}")
-  print(overview.summary(statuses.values()), flush=True)
+    process.show(f"{name} failed: {reason}")
+  process.show(overview.summary(statuses.values()))
   if reasons:
     raise errors.UserError(
       f"{len(reasons)} of {len(statuses)} cells failed; each has its messages"

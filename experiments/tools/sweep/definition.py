@@ -127,7 +127,7 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     name = workdir_lib.default_name(config, point)
     for key in [*common, *point]:
       if key not in known:
-        raise errors.unknown_name(f"cell {name}: config key", str(key), known)
+        raise config_rules.unknown_key(str(key), f"cell {name}: config key")
     cell = _cell(
       workdir / name, config, {**common, **point}, resources.gpus or 1
     )

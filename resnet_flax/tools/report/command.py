@@ -57,9 +57,8 @@ def _run(folders: list[str], argv: list[str]) -> None:
   # What is half written is removed before the process ends.
   with signals.StopSignals():
     done = report.make(folders, _OUT.value, _CHECKPOINTS.value)
-  print(f"Runs: {done.num_runs}")
-  print(f"Groups: {done.num_groups}")
-  print(f"Page: {done.page}")
+  process.show(f"Runs: {done.num_runs}\nGroups: {done.num_groups}")
+  process.show(f"Page: {done.page}")
 
 
 def run() -> None:

@@ -69,8 +69,9 @@ def make(
   """
   if scored not in SCORED:
     raise errors.unknown_name("checkpoints", scored, SCORED)
-  out = pathlib.Path(out)
-  runs = runs_lib.read(runs_lib.find(paths))
+  out = errors.local_path(out, "--out")
+  folders = [errors.local_path(path, "folder") for path in paths]
+  runs = runs_lib.read(runs_lib.find(folders))
   groups = runs_lib.group(runs)
   with _explain_write_errors(out):
     out.mkdir(parents=True, exist_ok=True)
