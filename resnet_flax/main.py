@@ -12,6 +12,7 @@ from resnet_flax.run import (
   host_flags,
   huge_pages,
   process,
+  surroundings,
 )
 
 # For --help.
@@ -62,16 +63,16 @@ def _run(argv: list[str]) -> None:
       stops = signals.StopSignals(exits=True)
       records = train.train_and_evaluate(config, folder, signals=stops)
       if hosts.is_first():
-        process.show(progress.results(config, records))
-        process.show(progress.next_steps(folder))
+        surroundings.show(progress.results(config, records))
+        surroundings.show(progress.next_steps(folder))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
       scores = load.evaluate_workdir(folder, _CHECKPOINT.value, config=config)
-    process.show(progress.evaluation(_CHECKPOINT.value, scores))
+    surroundings.show(progress.evaluation(_CHECKPOINT.value, scores))
   else:
     from resnet_flax.tools import summary
 
-    process.show(summary.summarize(config))
+    surroundings.show(summary.summarize(config))
 
 
 def run() -> None:

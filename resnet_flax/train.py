@@ -14,16 +14,13 @@ from resnet_flax import step as step_lib
 from resnet_flax.data import (
   dataset as dataset_lib,
   normalize,
-  prepared,
   randomness,
   types,
 )
 from resnet_flax.parallel import evaluate, hosts, many_steps, networks, program
 from resnet_flax.run import (
   environment,
-  errors,
   experiment as experiment_lib,
-  folder,
   layer_norms,
   load,
   metrics,
@@ -80,7 +77,7 @@ def train_and_evaluate(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
   ) as run:
     if run.is_finished:
-      hosts.first(lambda: _check_data(config, pathlib.Path(workdir)))
+      hosts.first(lambda: load.check_data_of(config, pathlib.Path(workdir)))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, devices, run)
@@ -111,21 +108,6 @@ def train_and_evaluate(
 
 
 # ---- Before the loop
-
-
-def _check_data(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks what a finished run was on, if that is here: none is downloaded."""
-  dataset = config.dataset
-  try:
-    if dataset.name.startswith("cifar"):
-      root = prepared.data_dir(dataset.data_dir)
-      if prepared.find(dataset.name, root) is None:
-        raise errors.DataError(f"there is no {dataset.name} in {root}")
-    source = dataset_lib.load(dataset).source
-  except errors.UserError as error:
-    _logger.info("note: the run's data was not looked at: %s", error)
-  else:
-    folder.check_data(workdir, source)
 
 
 class _Setup(NamedTuple):

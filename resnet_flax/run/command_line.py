@@ -13,7 +13,7 @@ from absl import flags, logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from resnet_flax.run import config as config_keys, errors, help_text
+from resnet_flax.run import config as config_keys, errors, help_text, keys
 
 # The command line with what flag files hold, for ml_collections.
 _ARGV: list[str] = []
@@ -57,7 +57,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
     elif isinstance(error, flags.UnrecognizedFlagError):
-      for key in config_keys.nearest_keys(error.flagname)[:1]:
+      for key in keys.nearest_keys(error.flagname, config_keys.KEYS)[:1]:
         hint = f". A key is set by --config.{key}=VALUE, after --config."
     raise errors.ConfigError(_last_line(error) + hint) from error
   if rest[1:]:
@@ -102,7 +102,7 @@ class _ConfigFile(ConfigFileFlagParser):
     self.before = config_keys.to_flat(config)
     for name in self._overrides:
       if name not in self.before:
-        raise config_keys.unknown_key(name)
+        raise keys.unknown_key(name, config_keys.KEYS)
     return config
 
 

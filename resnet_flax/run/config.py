@@ -4,13 +4,12 @@
 are made from `KEYS`. Constraints between keys are in `run/rules.py`.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_flax.run import errors
+from resnet_flax.run import errors, keys
 from resnet_flax.run.keys import (
   BOOLEAN,
   PATH,
@@ -270,43 +269,6 @@ _KEYS = (
 KEYS = {key.name: key for key in _KEYS}
 # Do not change what is computed: a run can be resumed with other values.
 MAY_DIFFER = tuple(key.name for key in _KEYS if key.may_differ)
-# What others call a key.
-_OTHER_NAMES = {
-  "lr": "optimizer.learning_rate",
-  "wd": "optimizer.l2",
-  "weight_decay": "optimizer.l2",
-  "width": "model.num_filters",
-  "arch": "model.name",
-  "optim": "optimizer.name",
-  "dataset": "dataset.name",
-}
-
-
-def nearest_keys(name: str) -> list[str]:
-  """The keys, at most three, that a wrong name may mean, the nearest first."""
-  last = name.lower().rpartition(".")[2]
-  if last in _OTHER_NAMES:
-    return [_OTHER_NAMES[last]]
-
-  def likeness(key: str) -> float:
-    pairs = [(name, key), (last, key.rpartition(".")[2])]
-    return max(difflib.SequenceMatcher(None, *p).ratio() for p in pairs)
-
-  found = {key: likeness(key) for key in KEYS}
-  least = max(0.6, max(found.values()) - 0.1)
-  near = [key for key in found if found[key] >= least]
-  return sorted(near, key=lambda key: -found[key])[:3]
-
-
-def unknown_key(name: str, what: str = "config key") -> errors.ConfigError:
-  """The error for a key that is none; suggests the nearest."""
-  short = name if len(name) <= 100 else f"{name[:100]}..."
-  near = " or ".join(map(repr, nearest_keys(short)))
-  hint = f" Did you mean {near}?" if near else ""
-  return errors.ConfigError(
-    f"{what}={short!r} is not known.{hint} --help=WORD finds keys by a word of"
-    " their meaning."
-  )
 
 
 def default_config() -> ConfigDict:
@@ -348,7 +310,7 @@ def check_values(config: ConfigDict) -> None:
   """Raises a `ConfigError` that says what would work, unless all values do."""
   flat = to_flat(config)
   for name in sorted(flat.keys() - KEYS.keys()):
-    raise unknown_key(name)
+    raise keys.unknown_key(name, KEYS)
   missing = sorted(KEYS.keys() - flat.keys())
   if missing:
     raise errors.ConfigError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from resnet_flax.run import errors, process
+from resnet_flax.run import errors, surroundings
 from resnet_flax.run.config import KEYS
 
 _PAGE = """\
@@ -59,7 +59,7 @@ def show_if_asked(argv: list[str]) -> None:
       # A tool is started through a module that defines no flags.
       tools = [name for name in modules if ".tools." in name]
       program = argv[0] if argv[0] in modules else (tools or argv)[0]
-      process.show(program_help(match[1] or "", program))
+      surroundings.show(program_help(match[1] or "", program))
       sys.exit(0)
 
 

@@ -1,9 +1,10 @@
 """What a configuration key is, and which values it can have."""
 
 import dataclasses
+import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -135,3 +136,44 @@ class Key:
       text = f"({type(value).__name__})"
     text = text if len(text) <= 100 else f"{text[:100]}..."
     raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")
+
+
+# What others call a key.
+_OTHER_NAMES = {
+  "lr": "optimizer.learning_rate",
+  "wd": "optimizer.l2",
+  "weight_decay": "optimizer.l2",
+  "width": "model.num_filters",
+  "arch": "model.name",
+  "optim": "optimizer.name",
+  "dataset": "dataset.name",
+}
+
+
+def nearest_keys(name: str, keys: Iterable[str]) -> list[str]:
+  """The keys, at most three, that a wrong name may mean, the nearest first."""
+  last = name.lower().rpartition(".")[2]
+  if last in _OTHER_NAMES:
+    return [_OTHER_NAMES[last]]
+
+  def likeness(key: str) -> float:
+    pairs = [(name, key), (last, key.rpartition(".")[2])]
+    return max(difflib.SequenceMatcher(None, *p).ratio() for p in pairs)
+
+  found = {key: likeness(key) for key in keys}
+  least = max(0.6, max(found.values()) - 0.1)
+  near = [key for key in found if found[key] >= least]
+  return sorted(near, key=lambda key: -found[key])[:3]
+
+
+def unknown_key(
+  name: str, keys: Iterable[str], what: str = "config key"
+) -> errors.ConfigError:
+  """The error for a key that is none; suggests the nearest."""
+  short = name if len(name) <= 100 else f"{name[:100]}..."
+  near = " or ".join(map(repr, nearest_keys(short, keys)))
+  hint = f" Did you mean {near}?" if near else ""
+  return errors.ConfigError(
+    f"{what}={short!r} is not known.{hint} --help=WORD finds keys by a word of"
+    " their meaning."
+  )

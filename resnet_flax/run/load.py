@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib
+from resnet_flax.data import dataset as dataset_lib, prepared
 from resnet_flax.models import registry
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
@@ -156,7 +156,7 @@ def evaluate_workdir(
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
   dataset = dataset_lib.load(config.dataset)
-  folder.check_data(workdir, dataset.source)
+  folder.check_data(pathlib.Path(workdir), dataset.source)
   layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(
     evaluate.create_eval_step(experiment, layout),
@@ -180,6 +180,21 @@ def evaluate_workdir(
   # Each seed has its own.
   own = ("step", "epoch", "step_std", "epoch_std")
   return {k: v for k, v in result.items() if k not in own}
+
+
+def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks what a finished run was on, if that is here: none is downloaded."""
+  dataset = config.dataset
+  try:
+    if dataset.name.startswith("cifar"):
+      root = prepared.data_dir(dataset.data_dir)
+      if prepared.find(dataset.name, root) is None:
+        raise errors.DataError(f"there is no {dataset.name} in {root}")
+    source = dataset_lib.load(dataset).source
+  except errors.UserError as error:
+    _logger.info("note: the run's data was not looked at: %s", error)
+  else:
+    folder.check_data(workdir, source)
 
 
 def _restore(

@@ -34,6 +34,7 @@ from resnet_flax.run import (
   process,
   rules,
   signals,
+  surroundings,
 )
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
@@ -213,13 +214,13 @@ def _run(argv: list[str]) -> None:
   with signals.StopSignals():
     done = convert(source, config, workdir)
   others = f"{len(done.passed_over)} passed over that are no weights"
-  process.show(f"Source: {done.title}")
-  process.show(f"Arrays: {done.num_arrays} used, each once; {others}")
-  process.show(f"Workdir: {workdir}")
+  surroundings.show(f"Source: {done.title}")
+  surroundings.show(f"Arrays: {done.num_arrays} used, each once; {others}")
+  surroundings.show(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
     rules.check_labels(done.config)
     return
-  process.show(
+  surroundings.show(
     f"Its head has {done.config.model.num_classes} classes, not those of"
     f" {done.config.dataset.name}: it can be used (load_model) and be trained"
     " with a new head (init_from), but not be scored."

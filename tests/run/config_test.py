@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_dict
 from resnet_flax import optim
 from resnet_flax.data import augment, crops, dataset as dataset_lib, normalize
 from resnet_flax.models import blocks, registry
-from resnet_flax.run import config as config_keys, errors, metrics, rules
+from resnet_flax.run import config as config_keys, errors, keys, metrics, rules
 
 
 def check(changes, num_devices=1):
@@ -346,16 +346,16 @@ def test_every_choice_was_compared():
   ],
 )
 def test_a_wrong_key_is_answered_with_the_one_that_is_meant(name, key):
-  assert config_keys.nearest_keys(name)[0] == key
-  message = str(config_keys.unknown_key(name))
+  assert keys.nearest_keys(name, config_keys.KEYS)[0] == key
+  message = str(keys.unknown_key(name, config_keys.KEYS))
   assert f"Did you mean {key!r}" in message
   assert len(message) < 250
 
 
 @pytest.mark.parametrize("name", ["", "zzz", "x" * 10**6, "model.depth.x"])
 def test_any_wrong_key_is_answered_with_few(name):
-  assert len(config_keys.nearest_keys(name[:100])) <= 3
-  assert len(str(config_keys.unknown_key(name))) < 350
+  assert len(keys.nearest_keys(name[:100], config_keys.KEYS)) <= 3
+  assert len(str(keys.unknown_key(name, config_keys.KEYS))) < 350
 
 
 def test_other_names_are_of_keys():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("ctrl_c")
 STARTING = """
 import importlib.abc, signal, sys
 from absl import app
-from resnet_flax.run import process
+from resnet_flax.run import process, surroundings
 
 class Swallows(importlib.abc.MetaPathFinder):
   def find_spec(self, name, path, target=None):
@@ -29,7 +29,7 @@ process.run(lambda argv: __import__("jax"))
 """
 ENDING = """
 import atexit, signal
-from resnet_flax.run import process
+from resnet_flax.run import process, surroundings
 
 def main(argv):
   atexit.register(signal.raise_signal, {number})
@@ -60,12 +60,12 @@ def main(argv):
   logging.getLogger("resnet_flax").info("loss 1.0 ± 0.1")
   if argv[1:]:
     raise errors.UserError("a mistake")
-  process.show("accuracy 0.5 ± 0.1")
+  surroundings.show("accuracy 0.5 ± 0.1")
 
 process.run(main)
 """
 WITH_A_DEVICE = """
-from resnet_flax.run import process
+from resnet_flax.run import process, surroundings
 process.run(lambda argv: print(__import__("jax").devices()))
 """
 

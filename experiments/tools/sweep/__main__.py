@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from resnet_flax.run import errors, folder, process
+from resnet_flax.run import errors, folder, process, surroundings
 
 flags.adopt_module_key_flags(process)
 _SWEEP = flags.DEFINE_string("sweep", "", "The sweep file.")
@@ -92,7 +92,7 @@ def _run(argv: list[str]) -> None:
       errors.local_path(each, "--measured") for each in _MEASURED.value
     ]
     gpus = sweep.resources.gpus or 1
-    process.show(estimate.table(sweep.cells, measured, gpus))
+    surroundings.show(estimate.table(sweep.cells, measured, gpus))
     return
   finished = [overview.is_finished(cell) for cell in sweep.cells]
   with _use(workdir):
@@ -112,10 +112,10 @@ def _run(argv: list[str]) -> None:
           _RETRIES.value,
           overview.Overview(),
         )
-  process.show(overview.table(statuses))
+  surroundings.show(overview.table(statuses))
   for name, reason in reasons.items():
-    process.show(f"{name} failed: {reason}")
-  process.show(overview.summary(statuses.values()))
+    surroundings.show(f"{name} failed: {reason}")
+  surroundings.show(overview.summary(statuses.values()))
   if reasons:
     raise errors.UserError(
       f"{len(reasons)} of {len(statuses)} cells failed; each has its messages"

@@ -29,6 +29,7 @@ from resnet_flax.run import (
   config as config_rules,
   errors,
   folder as workdir_lib,
+  keys,
   rules,
 )
 
@@ -127,7 +128,7 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     name = workdir_lib.default_name(config, point)
     for key in [*common, *point]:
       if key not in known:
-        raise config_rules.unknown_key(str(key), f"cell {name}: config key")
+        raise keys.unknown_key(str(key), known, f"cell {name}: config key")
     cell = _cell(
       workdir / name, config, {**common, **point}, resources.gpus or 1
     )

@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from resnet_flax.run import errors, process
+from resnet_flax.run import errors, process, surroundings
 
 _OUT = flags.DEFINE_string(
   "out",
@@ -57,8 +57,8 @@ def _run(folders: list[str], argv: list[str]) -> None:
   # What is half written is removed before the process ends.
   with signals.StopSignals():
     done = report.make(folders, _OUT.value, _CHECKPOINTS.value)
-  process.show(f"Runs: {done.num_runs}\nGroups: {done.num_groups}")
-  process.show(f"Page: {done.page}")
+  surroundings.show(f"Runs: {done.num_runs}\nGroups: {done.num_groups}")
+  surroundings.show(f"Page: {done.page}")
 
 
 def run() -> None:
