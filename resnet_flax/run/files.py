@@ -7,11 +7,23 @@ import pathlib
 from typing import Any
 
 
+def no_link(path: str, flags: int) -> int:
+  """Opens a file that is no symbolic link, for `open(opener=...)`.
+
+  Raises:
+    OSError: it is one, or cannot be opened.
+  """
+  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_file(path: pathlib.Path, content: bytes) -> None:
   """Writes a file whole, or leaves what was there; may raise OSError."""
   temporary = path.with_name(f"{path.name}.tmp")
   try:
-    temporary.write_bytes(content)
+    # What is there, a link perhaps, was left by a killed run or by a stranger.
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
+      file.write(content)
     os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(OSError):

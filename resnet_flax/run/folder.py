@@ -128,8 +128,8 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     if error.errno not in _NO_LOCKS:
       raise errors.WorkdirError(
-        f"{path} cannot be locked: {error.strerror}. See that it can be"
-        " written, or pass another --workdir."
+        f"{path} cannot be locked: {error.strerror or error}. See that it is a"
+        " file that can be written, or pass another --workdir."
       ) from error
     _logger.warning(
       "warning: %s cannot be locked (%s): see that no other process uses it",
@@ -158,7 +158,9 @@ def _acquire(path: pathlib.Path) -> TextIO:
   while True:
     with contextlib.ExitStack() as stack:
       # Whatever bytes a killed process has left.
-      file = stack.enter_context(path.open("a+", errors="replace"))
+      file = stack.enter_context(
+        open(path, "a+", errors="replace", opener=files.no_link)
+      )
       file.seek(0)
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

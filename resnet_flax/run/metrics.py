@@ -109,7 +109,7 @@ class MetricsLog:
     for key, value in record.items():
       if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}")
-    with self._path.open("a") as file:
+    with open(self._path, "a", opener=files_lib.no_link) as file:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())

@@ -13,6 +13,23 @@ def test_replaces_what_was_there(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("link", [True, False])
+def test_what_lies_at_the_temporary_name_is_not_written_to(tmp_path, link):
+  """A link there may lead to a file of the user's."""
+  path, precious = tmp_path / "results.json", tmp_path / "precious"
+  precious.write_text("mine")
+  temporary = tmp_path / "results.json.tmp"
+  if link:
+    temporary.symlink_to(precious)
+  else:
+    temporary.write_text("left by a killed run")
+  files.write_file(path, b"first")
+  assert not path.is_symlink()
+  assert path.read_bytes() == b"first"
+  assert precious.read_text() == "mine"
+  assert not temporary.exists()
+
+
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
   path = tmp_path / "results.json"
   files.write_file(path, b"first")

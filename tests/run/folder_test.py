@@ -304,6 +304,28 @@ def test_a_damaged_stale_lock_is_taken_over(tmp_path, raw):
     assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
+def test_a_link_for_a_lock_is_refused(tmp_path):
+  """It may lead to a file of the user's, which the lock would replace."""
+  precious = tmp_path / "precious"
+  precious.write_text("mine")
+  (tmp_path / "lock").symlink_to(precious)
+  with (
+    pytest.raises(errors.WorkdirError, match=r"symbolic links.* is a file"),
+    workdir_lib.exclusive(tmp_path),
+  ):
+    pass
+  assert precious.read_text() == "mine"
+
+
+def test_a_pipe_for_a_lock_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "lock")
+  with (
+    pytest.raises(errors.WorkdirError, match=r"cannot be locked: .* is a file"),
+    workdir_lib.exclusive(tmp_path),
+  ):
+    pass
+
+
 def test_a_file_system_without_locks_is_warned_about(
   tmp_path, monkeypatch, caplog
 ):

@@ -150,6 +150,14 @@ def test_cut_back_makes_no_file(log, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_records_do_not_go_where_a_link_leads(log, tmp_path):
+  (tmp_path / "precious").touch()
+  (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "precious")
+  with pytest.raises(OSError, match="symbolic links"):
+    log.append(RECORD)
+  assert (tmp_path / "precious").read_bytes() == b""
+
+
 def test_not_a_number_is_never_written(log):
   with pytest.raises(ValueError, match="train_loss is nan"):
     log.append({**RECORD, "train_loss": float("nan")})
