@@ -565,7 +565,8 @@ def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
       state, _ = training.step(state, batch)
       (copy,) = layout.get(state)
       copy = jax.tree.map(lambda x: np.array(x, copy=True), copy)
-      checkpoints.save(layout.get(state)[0], {})
+      notes = {"learning_rate": [0.1], "epoch_seconds": 0.0}
+      checkpoints.save(layout.get(state)[0], notes)
       for _ in range(3):
         state, _ = training.step(state, batch)
       checkpoints.wait()

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from resnet_flax import step as step_lib
-from resnet_flax.run import errors
+from resnet_flax.run import errors, files as files_lib, keys
 
 _logger = logging.getLogger(__name__)
 
@@ -41,16 +41,19 @@ SPACE_FACTOR = 3
 
 _FORMAT = 3
 _MANIFEST = "manifest.json"
+_NUMBER = keys.number(0)
 _STATE = "state"  # Orbax's folder.
 _MERGED = "manifest.ocdbt"  # What Orbax writes last and reads first.
 
 # What it means where arrays differ; metrics, `epoch_sums`, may. Parameters come
 # first: the state of their optimizer differs with them.
 _NETWORK = ("is of another network", "")
+_METRICS = "epoch_sums/"
 _HERE = "; this version of the code, or its configuration, uses another "
 _DIFFERENCES = {
   "params": _NETWORK,
   "batch_stats": _NETWORK,
+  "step": _NETWORK,
   "opt_state": ("has another optimizer state", f"{_HERE}optimizer"),
   "rate_state": ("has another schedule state", f"{_HERE}schedule"),
   "normalization": ("has another normalization", f"{_HERE}normalization"),
@@ -209,13 +212,11 @@ class Checkpoints:
     """
     path = self._folder / str(step)
     manifest = _checked_manifest(path)
-    if manifest["format"] != _FORMAT:
-      raise errors.WorkdirError(
-        f"checkpoint {path} has format {manifest['format']}; this version of"
-        f" the program reads format {_FORMAT}. Use the version that saved it."
-      )
     forms, wanted = manifest["arrays"], _forms(like)
     _check_same_arrays(path, forms, wanted)
+    rates = manifest["notes"]["learning_rate"]
+    if step and len(rates) != like.step.size:
+      raise _Damaged(path, f"{_MANIFEST} has {len(rates)} learning rates")
     # Where each array is in its dtype's vector.
     slices, sizes = {}, dict[str, int]()
     for name, form in forms.items():
@@ -300,11 +301,8 @@ class Checkpoints:
     folder = pathlib.Path(unfinished[0].get())
     if not (folder / _STATE / _MERGED).is_file():
       raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
-    files = {
-      str(path.relative_to(folder)): digest_of(path)
-      for path in sorted((folder / _STATE).rglob("*"))
-      if path.is_file()
-    }
+    there = _state_files(folder)
+    files = {name: digest_of(path) for name, path in there.items()}
     manifest = self._manifest | {"files": files}
     manifest["sha256"] = _seal(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -347,21 +345,42 @@ def _only_os_errors() -> Iterator[None]:
 def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
   """The manifest of a checkpoint whose files are as they were saved."""
   try:
-    manifest = json.loads((path / _MANIFEST).read_bytes())
+    manifest = files_lib.parse_object(files_lib.read_bytes(path / _MANIFEST))
     if manifest.pop("sha256") != _seal(manifest):
       raise _Damaged(path, f"{_MANIFEST} is not as it was written")
     # Older ones do not name it.
     if str(manifest.get("step", path.name)) != path.name:
       raise _Damaged(path, f"it is of step {manifest['step']}; rename it back")
+    if manifest["format"] != _FORMAT:
+      raise errors.WorkdirError(
+        f"checkpoint {path} has format {manifest['format']}; this version of"
+        f" the program reads format {_FORMAT}. Use the version that saved it."
+      )
+    there = _state_files(path)
     for name, digest in manifest["files"].items():
-      if digest_of(path / name) != digest:
+      if name not in there:
+        raise _Damaged(path, f"{name} is missing")
+      if digest_of(there[name]) != digest:
         raise _Damaged(path, f"{name} is not as it was written")
+    # Anybody can seal what no run writes.
+    notes, arrays = manifest["notes"], manifest["arrays"]
+    numbers = [notes["epoch_seconds"], *notes["learning_rate"]]
+    if not isinstance(arrays, dict) or not all(map(_NUMBER.accept, numbers)):
+      raise _Damaged(path, f"{_MANIFEST} has other notes or arrays")
   except FileNotFoundError as error:
-    missing = pathlib.Path(error.filename).relative_to(path)
-    raise _Damaged(path, f"{missing} is missing") from error
-  except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    raise _Damaged(path, f"{_MANIFEST} is missing") from error
+  except (
+    *(OSError, ValueError, RecursionError),
+    *(TypeError, AttributeError, KeyError),
+  ) as error:
     raise _Damaged(path, errors.one_line(error)) from error
   return manifest
+
+
+def _state_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The files of a checkpoint's state by their names in its manifest."""
+  paths = sorted((folder / _STATE).rglob("*"))
+  return {str(p.relative_to(folder)): p for p in paths if p.is_file()}
 
 
 def _seal(manifest: dict[str, Any]) -> str:
@@ -405,3 +424,9 @@ def _check_same_arrays(
           f"{what[1]}. Pass the configuration it was trained with, or another"
           " --workdir."
         )
+  # Metrics may be others, in the forms that metrics have.
+  of_metrics = [f for n, f in forms.items() if n.startswith(_METRICS)]
+  for name, form in saved.items():
+    is_metric = name.startswith(_METRICS) and form in of_metrics
+    if not is_metric and form != forms.get(name):
+      raise _Damaged(path, f"{_MANIFEST} names an array {name!r:.100}")

@@ -179,8 +179,9 @@ def _acquire(path: pathlib.Path) -> TextIO:
 def _owner(file: TextIO) -> str:
   file.seek(0)
   try:
-    return "process {pid} on {host} since {since}".format(**json.load(file))
-  except (ValueError, TypeError, LookupError):  # Empty, or being written.
+    owner = files.parse_object(file.read(1000).encode())
+    return "process {pid} on {host} since {since}".format(**owner)
+  except (ValueError, LookupError):  # Empty, or being written.
     return "another process"
 
 
@@ -195,13 +196,16 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   """
   path = workdir / "config.json"
   try:
-    return with_defaults(_read_json(path)).lock()
+    stored = files.parse_object(files.read_bytes(path))
+    return with_defaults(stored).lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
       " --workdir that was trained in."
     ) from None
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+  except (
+    *(OSError, ValueError, TypeError, AttributeError, RecursionError),
+  ) as error:
     raise errors.WorkdirError(
       f"{path} cannot be read: {error}. Restore it, or start again in another"
       " --workdir."
@@ -268,7 +272,10 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
   """
   path = workdir / "environment.json"
   try:
-    return _read_json(path)
+    stored = files.parse_object(files.read_bytes(path))
+    if not isinstance(stored.get("resumed", []), list):
+      raise ValueError("resumed is no list")
+    return stored
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:
@@ -299,13 +306,6 @@ def check_data(workdir: pathlib.Path, data: str) -> None:
       f" {data} here. Set dataset.data_dir, or TFDS_DATA_DIR, to the folder of"
       " the former, or pass another --workdir."
     )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  value = json.loads(path.read_text())
-  if not isinstance(value, dict):
-    raise ValueError("it holds no JSON object")
-  return value
 
 
 @contextlib.contextmanager

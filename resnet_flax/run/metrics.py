@@ -52,20 +52,30 @@ class MetricsLog:
     `steps_per_epoch` is by default as in the first one.
 
     Raises:
-      WorkdirError: a line is not the record of the next epoch; it is named.
+      WorkdirError: the file cannot be read, or a line, which is named, is not
+        the record of the next epoch.
     """
-    if not self._path.exists():
+    try:
+      content = files_lib.read_bytes(self._path)
+    except FileNotFoundError:
       return []
-    lines = self._path.read_bytes().removesuffix(b"\n").split(b"\n")
+    except (OSError, ValueError) as error:
+      raise errors.WorkdirError(
+        f"{self._path} cannot be read: {error}. Restore it, or use another"
+        " workdir."
+      ) from error
+    lines = content.removesuffix(b"\n").split(b"\n")
     records: list[Record] = []
     for epoch, line in enumerate(lines):
       try:
-        record = json.loads(line)
-      except ValueError:
+        record = files_lib.parse_object(line)
+      except ValueError as error:
         if epoch == len(lines) - 1:
           break  # It was being written by a killed run, or the disk lost it.
-        record = None
-      if fault := _fault(record, epoch, steps_per_epoch, self._seeds):
+        fault = f"it is no JSON object ({error})"
+      else:
+        fault = _fault(record, epoch, steps_per_epoch, self._seeds)
+      if fault:
         raise errors.WorkdirError(
           f"{self._path}, line {epoch + 1}: {fault}. Restore it, or use another"
           " workdir."
@@ -116,11 +126,9 @@ class MetricsLog:
 
 
 def _fault(
-  record: Any, epoch: int, steps_per_epoch: int | None, seeds: Sequence[int]
+  record: Record, epoch: int, steps_per_epoch: int | None, seeds: Sequence[int]
 ) -> str:
   """What is wrong with the record of an epoch; '' if nothing is."""
-  if not isinstance(record, dict):
-    return "it is no JSON object"
   of_seeds = record.get("seeds", [])
   if not isinstance(of_seeds, list):
     return "seeds is no list"
@@ -131,7 +139,8 @@ def _fault(
   for part, keys in parts:
     if not isinstance(part, dict):
       return "seeds holds what is no JSON object"
-    for key, value in (dict.fromkeys(keys) | part).items():
+    values: dict[str, Any] = dict.fromkeys(keys)
+    for key, value in (values | part).items():
       # JSON has integers that are no floats, too, and NaN.
       if (
         type(value) not in (int, float)

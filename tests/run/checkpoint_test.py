@@ -1,6 +1,7 @@
 import gc
 import hashlib
 import json
+import os
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.run import checkpoint, errors
+from tests.run import damage
 
 NOTES = {"learning_rate": [0.1], "epoch_seconds": 2.5}
 
@@ -69,6 +71,16 @@ def files(folder):
 
 def contents(folder):
   return {path.relative_to(folder): path.read_bytes() for path in files(folder)}
+
+
+def reseal(folder, change, without=()):
+  """Writes a manifest with other values that fits its digest."""
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text()) | change
+  for key in ("sha256", *without):
+    del manifest[key]
+  digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+  path.write_text(json.dumps(manifest | {"sha256": digest}))
 
 
 def flip(path):
@@ -238,11 +250,7 @@ def test_metrics_are_no_part_of_what_a_run_is(tmp_path, state):
 @pytest.mark.parametrize("number", [2, 1000])
 def test_another_format_is_named(tmp_path, state, number):
   save(tmp_path, state, 0)
-  path = tmp_path / "checkpoints/0/manifest.json"
-  manifest = json.loads(path.read_text()) | {"format": number}
-  del manifest["sha256"]
-  digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-  path.write_text(json.dumps(manifest | {"sha256": digest}))
+  reseal(tmp_path / "checkpoints/0", {"format": number})
   with pytest.raises(
     errors.WorkdirError, match=rf"has format {number}; .*reads format \d"
   ):
@@ -298,6 +306,58 @@ def test_damage_is_never_restored(two_checkpoints, state, tmp_path):
       assert (workdir / "damaged" / name).exists() == (how != "remove")
     outcomes.append(step)
   assert {1, 2} == set(outcomes)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"files": {"/dev/zero": "0"}}, "/dev/zero is missing"),
+    ({"files": {"../../pipe": "0"}}, "pipe is missing"),
+    ({"files": {"/no/such": "0"}}, "/no/such is missing"),
+    ({"files": []}, "'list' object has no attribute 'items'"),
+    ({"arrays": []}, "has other notes or arrays"),
+    ({"notes": []}, "TypeError"),
+    ({"notes": {}}, "epoch_seconds"),
+    ({"notes": NOTES | {"epoch_seconds": "1"}}, "has other notes or arrays"),
+    ({"notes": NOTES | {"learning_rate": 1}}, "TypeError"),
+    ({"notes": NOTES | {"learning_rate": [1, 2]}}, "has 2 learning rates"),
+    ({"step": 1}, "it is of step 1; rename it back"),
+    *(({}, key) for key in ("format", "notes", "arrays", "files")),
+  ],
+)
+def test_a_manifest_that_no_run_writes_is_damage(
+  two_checkpoints, state, tmp_path, change, message, caplog
+):
+  """Nothing is waited for, and the checkpoint before it is good."""
+  workdir = tmp_path / "run"
+  shutil.copytree(two_checkpoints, workdir)
+  os.mkfifo(workdir / "pipe")
+  reseal(workdir / "checkpoints/2", change, () if change else [message])
+  restored, _ = restore_latest(workdir, state)
+  assert int(restored.step) == 1
+  assert message in caplog.text
+  assert (workdir / "damaged/2").is_dir()
+
+
+@pytest.mark.parametrize("name", ["epoch_sums/loss", "epoch_sums/new", "new"])
+def test_arrays_of_other_sizes_are_not_made(two_checkpoints, state, name):
+  like = jax.eval_shape(lambda: state)
+  forms = checkpoint._forms(like) | {name: "float32[99999999999999]"}
+  with pytest.raises(errors.WorkdirError, match=f"names an array '{name}'"):
+    checkpoint._check_same_arrays(
+      two_checkpoints, forms, checkpoint._forms(like)
+    )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep", "long"])
+def test_a_manifest_that_cannot_be_read_is_damage(
+  two_checkpoints, state, tmp_path, kind
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(two_checkpoints, workdir)
+  path = workdir / "checkpoints/2/manifest.json"
+  damage.replace(path, kind)
+  assert int(restore_latest(workdir, state)[0].step) == 1
 
 
 def largest(folder):

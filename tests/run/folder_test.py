@@ -17,6 +17,7 @@ from resnet_flax.run import (
   folder as workdir_lib,
   rules,
 )
+from tests.run import damage
 
 
 def check(folder, config):
@@ -232,6 +233,24 @@ def test_damaged_config_is_one_line(tmp_path, text):
     check(tmp_path, base.get_config())
 
 
+@pytest.mark.parametrize("kind", damage.KINDS)
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
+  start(tmp_path, base.get_config())
+  damage.replace(tmp_path / name, kind)
+  with pytest.raises(errors.WorkdirError, match=f"{name} cannot be read"):
+    start(tmp_path, base.get_config())
+
+
+def test_an_environment_whose_changes_are_no_list(tmp_path):
+  start(tmp_path, base.get_config())
+  path = tmp_path / "environment.json"
+  stored = json.loads(path.read_text()) | {"resumed": "no", "python": "2"}
+  path.write_text(json.dumps(stored))
+  with pytest.raises(errors.WorkdirError, match="resumed is no list"):
+    start(tmp_path, base.get_config())
+
+
 def test_not_a_workdir(tmp_path):
   with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
     workdir_lib.load_config(tmp_path)
@@ -297,7 +316,7 @@ def test_a_stale_lock_is_taken_over(tmp_path, holder, caplog):
   assert f"taking over the lock of process {holder.pid}" in caplog.text
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\x00\xff"])
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\x00\xff", b"[" * 9999])
 def test_a_damaged_stale_lock_is_taken_over(tmp_path, raw):
   (tmp_path / "lock").write_bytes(raw)
   with workdir_lib.exclusive(tmp_path):

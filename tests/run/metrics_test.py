@@ -6,6 +6,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from resnet_flax.run import errors, metrics
+from tests.run import damage
 
 RECORD = {"epoch": 0, "step": 4, "train_loss": 1.5, "test_accuracy": 0.5}
 
@@ -143,6 +144,13 @@ def test_cut_back_as_far_as_the_checkpoints_went(log):
   for epoch in range(4):
     log.append(record(epoch))
   assert len(log.cut_back(4, 4, fallen_back=True)) == 1
+
+
+@pytest.mark.parametrize("kind", damage.KINDS)
+def test_what_is_no_such_file_is_one_line(log, tmp_path, kind):
+  damage.replace(tmp_path / "metrics.jsonl", kind)
+  with pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl"):
+    log.read()
 
 
 def test_cut_back_makes_no_file(log, tmp_path):

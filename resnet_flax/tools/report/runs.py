@@ -230,7 +230,7 @@ def _read(path: pathlib.Path, name: str) -> Run:
   try:
     # Those that a report reads; a run of another version has them.
     for key in _CONFIG_KEYS:
-      config_lib.KEYS[key].check(config[key])
+      config_lib.KEYS[key].check(config.get(key))
   except errors.ConfigError as error:
     raise errors.WorkdirError(
       f"{path / 'config.json'} is not the configuration of a run: {error}"
