@@ -20,6 +20,7 @@ from resnet_flax.data import (
 )
 from resnet_flax.parallel import evaluate, hosts, many_steps, networks, program
 from resnet_flax.run import (
+  environment,
   errors,
   experiment as experiment_lib,
   folder,
@@ -62,7 +63,8 @@ def train_and_evaluate(
     The records of all epochs, as in metrics.jsonl.
 
   Raises:
-    ConfigError: a value that cannot be used; before anything is compiled.
+    ConfigError: a value that cannot be used, or jax_enable_x64; before
+      anything is compiled.
     WorkdirError: the workdir is in use, cannot be read or written, or holds a
       run on other data.
     DataError: the data cannot be had.
@@ -72,6 +74,7 @@ def train_and_evaluate(
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
+  environment.check_types()
   experiment = experiment_lib.build(config)
   with session.open_run(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event

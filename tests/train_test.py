@@ -410,6 +410,15 @@ def test_records_of_other_epochs_are_refused(straight, run, tmp_path, lines):
       use(workdir)
 
 
+def test_training_under_x64_is_refused_by_name(tiny_config, tmp_path):
+  with (
+    jax.enable_x64(True),
+    pytest.raises(errors.ConfigError, match="jax_enable_x64=True"),
+  ):
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
   """It only says that there is no copy to compare."""
   caplog.set_level("INFO")

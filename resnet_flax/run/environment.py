@@ -15,26 +15,61 @@ from resnet_flax.run import errors
 _LIBRARIES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections"),
   *("tensorflow-datasets", "numpy"),
+  # What decodes images and reads records.
+  *("pillow", "grain", "array-record", "scikit-learn"),
+)
+# Settings of JAX, and variables of its libraries, that change numbers.
+_SETTINGS = (
+  *("jax_enable_x64", "jax_default_matmul_precision"),
+  *("jax_default_prng_impl", "jax_threefry_partitionable"),
+  "jax_random_seed_offset",
+)
+_VARIABLES = (
+  *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
+  *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Also what begins so.
 )
 
 
 def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
   """The environment of a run on these devices, as a JSON object.
 
-  `git_commit` and `git_clean` are None outside a git checkout.
+  `git_commit` and `git_clean` are None outside a git checkout; versions of
+  what is not installed are None. Variables are there if they are set.
   """
   commit, clean = _git_state()
   return {
     "git_commit": commit,
     "git_clean": clean,
     "python": platform.python_version(),
-    "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+    "libraries": {name: _version(name) for name in _LIBRARIES},
+    **{name: getattr(jax.config, name) for name in _SETTINGS},
+    **{k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)},
     "platform": platform.platform(),
     "cpu_model": cpu_model(),
     "cpu_threads": num_cpu_threads(),
     "devices": [device.device_kind for device in devices],
     "processes": jax.process_count(),
   }
+
+
+def check_types() -> None:
+  """Checks that JAX computes in the types that networks are trained in.
+
+  Raises:
+    ConfigError: jax_enable_x64 is set.
+  """
+  if jax.config.read("jax_enable_x64"):
+    raise errors.ConfigError(
+      "jax_enable_x64=True computes in float64 here and there, which is another"
+      " experiment: it must be False. Unset JAX_ENABLE_X64."
+    )
+
+
+def _version(name: str) -> str | None:
+  try:
+    return metadata.version(name)
+  except metadata.PackageNotFoundError:
+    return None  # An extra.
 
 
 def num_cpu_threads() -> int:

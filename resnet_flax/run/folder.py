@@ -255,7 +255,7 @@ def record_start(
   if changes := environment.changes(stored, now | added):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
-      " may differ in the last bits: %s",
+      " may differ: %s",
       "; ".join(changes),
     )
     resumed = stored.setdefault("resumed", [])

@@ -1,5 +1,6 @@
 import os
 import subprocess
+from importlib import metadata
 
 import jax
 import pytest
@@ -52,6 +53,54 @@ def test_installed_inside_another_checkout(checkout):
 def test_without_git(checkout, monkeypatch):
   monkeypatch.setitem(os.environ, "PATH", "")
   assert state() == (None, None)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("jax_enable_x64", True),
+    ("jax_default_prng_impl", "rbg"),
+    ("jax_threefry_partitionable", False),
+    ("jax_default_matmul_precision", "bfloat16"),
+    ("jax_random_seed_offset", 1),
+  ],
+)
+def test_settings_of_jax_are_recorded(name, value):
+  before = environment.describe(jax.devices())
+  kept = getattr(jax.config, name)
+  jax.config.update(name, value)
+  try:
+    after = environment.describe(jax.devices())
+  finally:
+    jax.config.update(name, kept)
+  assert environment.changes(before, after) == [f"{name}: {kept} -> {value}"]
+
+
+@pytest.mark.parametrize(
+  "name", ["XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"]
+)
+def test_variables_are_recorded(monkeypatch, name):
+  monkeypatch.delenv(name, raising=False)
+  before = environment.describe(jax.devices())
+  monkeypatch.setenv(name, "1")
+  after = environment.describe(jax.devices())
+  assert environment.changes(before, after) == [f"{name}: None -> 1"]
+
+
+def test_versions_of_what_makes_pixels(monkeypatch):
+  libraries = environment.describe(jax.devices())["libraries"]
+  for name in ("pillow", "grain", "array-record", "scikit-learn"):
+    assert libraries[name] == metadata.version(name)
+  version = metadata.version
+
+  def without_extras(name):
+    if name == "scikit-learn":
+      raise metadata.PackageNotFoundError(name)
+    return version(name)
+
+  monkeypatch.setattr(metadata, "version", without_extras)
+  libraries = environment.describe(jax.devices())["libraries"]
+  assert libraries["scikit-learn"] is None
 
 
 def test_changes():
