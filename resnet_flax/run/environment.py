@@ -28,6 +28,8 @@ _VARIABLES = (
   *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
   *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Also what begins so.
 )
+# What a run executes.
+_CODE = (":/resnet_flax", ":/configs", ":/pyproject.toml")
 
 
 def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def _git_state() -> tuple[str | None, bool | None]:
   try:
     # An installed package may lie inside some other project's checkout.
     git("ls-files", "--error-unmatch", os.path.basename(__file__))
-    return git("rev-parse", "HEAD"), not git("status", "--porcelain")
+    changed = git("status", "--porcelain", "--", *_CODE)
+    return git("rev-parse", "HEAD"), not changed
   except (OSError, subprocess.SubprocessError):
     return None, None

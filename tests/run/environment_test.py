@@ -40,8 +40,25 @@ def test_clean_and_dirty_checkout(checkout):
   commit, clean = state()
   assert len(commit) == 40
   assert clean is True
-  (checkout / "new").write_text("")
-  assert state() == (commit, False)
+  # What is not executed: a report, a run, notes.
+  (checkout / "report").mkdir()
+  (checkout / "report" / "index.html").write_text("")
+  assert state() == (commit, True)
+
+
+@pytest.mark.parametrize(
+  "path", ["resnet_flax/new.py", "configs/new.py", "pyproject.toml"]
+)
+def test_what_a_run_executes_is_not_clean(checkout, path):
+  (checkout / path).parent.mkdir(exist_ok=True)
+  (checkout / path).write_text("")
+  _, clean = state()
+  assert clean is False
+  git(checkout, "add", path)
+  git(checkout, "commit", "-m", "second")
+  assert state()[1] is True
+  (checkout / path).write_text("# Changed.")
+  assert state()[1] is False
 
 
 def test_installed_inside_another_checkout(checkout):
