@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 CHECKPOINTS = ("best", "latest")
 
 _HEAD = "head"
+
+_MOST_TRIES = 10  # To read a run that goes on.
 
 # Keys of `model` that may differ from the run that weights come from: they do
 # not change what the network computes.
@@ -189,6 +192,42 @@ def _restore(
   if given is not None:
     folder.check_same(workdir, given, free=["dataset.test_crops"])
   experiment = experiment_lib.build(config)
+  # Tracing a deep network takes long.
+  like = functools.cache(
+    lambda: experiment_lib.abstract_state(config, experiment)
+  )
+  for _ in range(_MOST_TRIES):
+    before = _files(workdir)
+    try:
+      return config, experiment, _read_states(workdir, which, config, like)
+    except OSError as error:
+      text = f"{workdir} cannot be read: {errors.one_line(error)}. Try again."
+      failure = errors.WorkdirError(text)
+    except errors.WorkdirError as error:
+      failure = error
+    # A run that goes on removes old checkpoints, file by file.
+    time.sleep(0.1)
+    if _files(workdir) == before:
+      break
+  raise failure
+
+
+def _files(workdir: pathlib.Path) -> set[str]:
+  """All files in a folder, which may change meanwhile."""
+  return {
+    os.path.join(folder, name)
+    for folder, _, names in os.walk(workdir)
+    for name in names
+  }
+
+
+def _read_states(
+  workdir: pathlib.Path,
+  which: str,
+  config: ConfigDict,
+  like: Callable[[], step_lib.TrainState],
+) -> list[step_lib.TrainState]:
+  """The state of each seed; fails if it is removed meanwhile."""
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"
     " first epoch, the latest one after checkpoint.every_minutes."
@@ -206,13 +245,11 @@ def _restore(
         f" there: {', '.join(map(str, there)) or 'none'}. Copy it there, or"
         " take the latest."
       )
-    like = experiment_lib.abstract_state(config, experiment)
     restored = {}
     for step in set(steps):
-      stacked, _ = checkpoints.restore(step, like)
+      stacked, _ = checkpoints.restore(step, like())
       restored[step] = networks.unstack(stacked, config.num_seeds)
-  states = [restored[step][k] for k, step in enumerate(steps)]
-  return config, experiment, states
+  return [restored[step][k] for k, step in enumerate(steps)]
 
 
 def _choose_steps(

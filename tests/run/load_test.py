@@ -1,6 +1,7 @@
 import functools
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 import resnet_flax
 from resnet_flax import data, step as step_lib, train
 from resnet_flax.parallel import evaluate
-from resnet_flax.run import errors, load, metrics
+from resnet_flax.run import checkpoint, errors, load, metrics
 from tests.helpers import assert_identical, initial, layout_of, untimed
 
 
@@ -188,6 +189,65 @@ def test_a_record_without_its_line_break_counts(fallen):
   lines = path.read_text().splitlines()[:1]
   path.write_text("\n".join(lines))
   assert load.load_model(fallen).step == 4
+
+
+# ---- A run that goes on
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(fallen, monkeypatch):
+  """Another epoch has become the best: it is read instead."""
+  restore = checkpoint.Checkpoints.restore
+  steps = []
+
+  def meanwhile(self, step, like):
+    if not steps:
+      path = fallen / "metrics.jsonl"
+      records = [json.loads(line) for line in path.read_text().splitlines()]
+      records[2]["test_accuracy"] = 0.99
+      path.write_text("".join(json.dumps(each) + "\n" for each in records))
+      shutil.rmtree(fallen / "checkpoints" / "4")
+    steps.append(step)
+    return restore(self, step, like)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "restore", meanwhile)
+  assert load.load_model(fallen).step == 12
+  assert steps == [4, 12]
+
+
+@pytest.mark.parametrize("changes", [1, 1000])
+def test_what_orbax_does_not_find(fallen, monkeypatch, changes):
+  """It is read again while the run changes its files; else that is the end."""
+  list_steps = checkpoint.Checkpoints.steps
+  calls = []
+
+  def vanishing(self):
+    calls.append(self)
+    if len(calls) <= changes:
+      (fallen / f"file{len(calls)}").touch()
+      raise FileNotFoundError(2, "No such file", "checkpoints/8")
+    return list_steps(self)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "steps", vanishing)
+  monkeypatch.setattr(time, "sleep", lambda seconds: None)
+  if changes == 1:
+    assert load.load_model(fallen).step == 4
+  else:
+    with pytest.raises(errors.WorkdirError, match="cannot be read: FileNotFo"):
+      load.load_model(fallen)
+    assert len(calls) == 10
+
+
+def test_what_does_not_change_is_read_once(fallen, monkeypatch):
+  calls = []
+
+  def failing(self):
+    calls.append(self)
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "steps", failing)
+  with pytest.raises(errors.WorkdirError, match="cannot be read: Permission"):
+    load.load_model(fallen)
+  assert len(calls) == 1
 
 
 def test_unknown_checkpoint(run):
