@@ -275,6 +275,8 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
     stored = files.parse_object(files.read_bytes(path))
     if not isinstance(stored.get("resumed", []), list):
       raise ValueError("resumed is no list")
+    if not isinstance(stored.get("data") or "", str):
+      raise ValueError("data is no text")
     return stored
   except FileNotFoundError:
     return {}

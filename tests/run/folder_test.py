@@ -242,12 +242,18 @@ def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
     start(tmp_path, base.get_config())
 
 
-def test_an_environment_whose_changes_are_no_list(tmp_path):
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"resumed": "no", "python": "2"}, "resumed is no list"),
+    ({"data": ["data-1"]}, "data is no text"),
+  ],
+)
+def test_an_environment_of_other_types(tmp_path, change, message):
   start(tmp_path, base.get_config())
   path = tmp_path / "environment.json"
-  stored = json.loads(path.read_text()) | {"resumed": "no", "python": "2"}
-  path.write_text(json.dumps(stored))
-  with pytest.raises(errors.WorkdirError, match="resumed is no list"):
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(errors.WorkdirError, match=message):
     start(tmp_path, base.get_config())
 
 

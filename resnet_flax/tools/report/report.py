@@ -251,7 +251,8 @@ def _configurations(groups: Sequence[Group]) -> Section:
     folded=True,
   )
   note = (
-    "Seeds, and keys that do not change what is computed, do not part groups."
+    "Seeds, and keys that do not change what is computed, do not part groups;"
+    " data, the copy that was trained on, does."
   )
   tables = [differences, same] if differing else [same]
   return Section("Configurations", notes=[note], tables=tables)
@@ -338,9 +339,10 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   if scored == "each":
     return begun
   # Accuracies on other images cannot be compared.
-  of_data: dict[str, list[Group]] = {}
+  of_data: dict[tuple[str, str], list[Group]] = {}
   for group in begun:
-    of_data.setdefault(group.config["dataset.name"], []).append(group)
+    data = group.config["dataset.name"], group.config["data"]
+    of_data.setdefault(data, []).append(group)
 
   def mean_of_best(group: Group) -> float:
     best = group.best("test_accuracy")

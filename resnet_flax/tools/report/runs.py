@@ -263,12 +263,15 @@ def _device(environment: Mapping[str, Any]) -> str:
 def group(runs: Iterable[Run]) -> list[Group]:
   """Puts runs together that differ in seeds and free keys alone.
 
+  Runs on different data are apart, as if `data` were a key.
+
   Returns:
     The groups, in the order of the values of the keys in which they differ.
   """
   by_config: dict[str, tuple[Config, list[Run]]] = {}
   for run in runs:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
+    config["data"] = run.data or "unknown"
     key = json.dumps(config, sort_keys=True)
     by_config.setdefault(key, (config, []))[1].append(run)
   keys = differing_keys([config for config, _ in by_config.values()])

@@ -204,6 +204,20 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
   assert deep.final("test_accuracy").std is None
 
 
+def test_runs_on_different_data_are_no_repetitions(tmp_path):
+  for seed, data in enumerate(["cifar10-1-aa", "cifar10-1-aa", "cifar10-1-bb"]):
+    folder = workdirs.write(tmp_path / str(seed), seed=seed)
+    (folder / "environment.json").write_text(json.dumps({"data": data}))
+  workdirs.write(tmp_path / "3", seed=3)
+  groups = groups_of(tmp_path)
+  assert [(group.label, len(group.runs)) for group in groups] == [
+    ("data=cifar10-1-aa", 2),
+    ("data=cifar10-1-bb", 1),
+    ("data=unknown", 1),
+  ]
+  assert groups[0].final("test_accuracy").n == 2
+
+
 def test_one_group_is_called_by_its_network(tmp_path):
   workdirs.write(tmp_path / "a")
   (group,) = groups_of(tmp_path)
