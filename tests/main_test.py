@@ -138,6 +138,25 @@ def test_mistakes_end_in_one_line(arguments, code, message, tmp_path):
   assert "Traceback" not in result.stderr
 
 
+def test_the_script_itself_says_how_it_is_run(tmp_path):
+  """Python looks for modules beside it, not in this folder."""
+  (tmp_path / "resnet_flax").symlink_to(ROOT / "resnet_flax")
+  result = subprocess.run(
+    [
+      *(sys.executable, "resnet_flax/main.py", "--mode=summary"),
+      "--config=configs/quickstart.py",
+    ],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert result.returncode == 2
+  message = "Run from the repository's top folder by python -m."
+  assert result.stderr.splitlines()[-1].endswith(message)
+
+
 WITHOUT_JAX = """
 import runpy, sys
 sys.modules["jax"] = None

@@ -35,9 +35,7 @@ _FEATURES = tuple(
 def data_dir(configured: str) -> pathlib.Path:
   """The TFDS data directory: as configured, else TFDS's own default.
 
-  Raises:
-    ConfigError: its path is no local one.
-    DataError: it is not there, although it was named; only the default is made.
+  DataError: it was named and is not there; only the default may be made.
   """
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")

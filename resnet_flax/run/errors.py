@@ -91,10 +91,9 @@ def is_local(path: str) -> bool:
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """A path as people write it, in which ~ is the home.
+  """The path that the flag or key `name` has; in it ~ is the home.
 
-  Raises:
-    ConfigError: what the flag or key `name` has is no local path.
+  ConfigError: it is no local path.
   """
   text = os.fspath(path)
   if not is_local(text):

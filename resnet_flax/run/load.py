@@ -1,13 +1,12 @@
 """Trained networks from their workdirs: to use, to score, to start from."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +29,10 @@ from resnet_flax.run import (
 )
 
 _logger = logging.getLogger(__name__)
+# Orbax warns of it although that is what it was asked for.
+absl_logging.get_absl_logger().addFilter(
+  lambda record: "Given directory is read only" not in str(record.msg)
+)
 
 CHECKPOINTS = ("best", "latest")
 
@@ -254,10 +257,7 @@ def _read_states(
   )
   if not (workdir / "checkpoints").is_dir():
     raise missing
-  with (
-    _quietly(),
-    checkpoint.Checkpoints(workdir, read_only=True) as checkpoints,
-  ):
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     there = checkpoints.steps()
     steps = _choose_steps(workdir, which, config, there)
     if not steps:
@@ -273,17 +273,6 @@ def _read_states(
       stacked, _ = checkpoints.restore(step, like())
       restored[step] = networks.unstack(stacked, config.num_seeds)
   return [restored[step][k] for k, step in enumerate(steps)]
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-  """Without Orbax's warning that what is only read is only read."""
-  before = absl_logging.get_verbosity()
-  absl_logging.set_verbosity(min(before, absl_logging.ERROR))
-  try:
-    yield
-  finally:
-    absl_logging.set_verbosity(before)
 
 
 def _choose_steps(

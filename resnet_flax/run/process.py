@@ -39,8 +39,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     _set_handlers(signal.SIG_IGN)  # All was done: nothing is left to stop.
     try:
       sys.stderr.flush()
-    except OSError:  # Full: Python would end with a code of its own.
-      sys.stderr = surroundings.nowhere()
+    except OSError:
+      sys.stderr = None  # Full: Python would end with a code of its own.
     raise
   except errors.UserError as error:
     errors.leave(str(error), error.exit_code)

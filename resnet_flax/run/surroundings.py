@@ -1,9 +1,7 @@
 """What a process finds around it: closed or full streams, devices not there."""
 
-import io
 import os
 import sys
-from typing import TextIO
 
 from resnet_flax.run import errors
 
@@ -27,17 +25,11 @@ def show(text: str) -> None:
 
 def open_streams() -> None:
   """Sees that whatever is printed later can be."""
-  # Where one is closed, a file opened later would get its number, and with it
-  # what libraries print.
-  sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
-  for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):
-      stream.reconfigure(errors="replace")
-
-
-def nowhere() -> TextIO:
-  """A stream whose text is lost."""
-  return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+  for name in ("stdout", "stderr"):
+    # Closed: a file opened later would get its number, and libraries' messages.
+    if getattr(sys, name) is None:
+      setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    getattr(sys, name).reconfigure(errors="replace")
 
 
 def check_platform() -> None:
