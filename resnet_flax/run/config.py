@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax.run import errors, keys
 from resnet_flax.run.keys import (
+  ADDRESS,
   BOOLEAN,
   PATH,
   Key,
@@ -249,7 +250,7 @@ _KEYS = (
   Key("checkpoint.every_minutes", 10.0, number(0), may_differ=True).means(
     "Also save when the last checkpoint is older. 0: do not."
   ),
-  Key("checkpoint.mirror", "", PATH, may_differ=True).means(
+  Key("checkpoint.mirror", "", ADDRESS, may_differ=True).means(
     "Where a copy of the workdir is kept that outlives this machine: gs:// or"
     " s3://BUCKET/FOLDER, or a folder of another disk. A workdir that is"
     " missing or behind is filled from there. Empty: nowhere."

@@ -96,6 +96,16 @@ def _is_path(value: Any) -> bool:
 
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
 PATH = Values(errors.LOCAL, _is_path)
+ADDRESS = Values(
+  "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a local path",
+  lambda value: (
+    _is_path(value)
+    or (
+      type(value) is str
+      and re.fullmatch(r"(gs|s3)://[\w.-]+/[ -~]+", value) is not None
+    )
+  ),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from resnet_flax.run import (
   experiment as experiment_lib,
   folder,
   metrics,
+  mirror,
   rules,
 )
 
@@ -65,6 +66,9 @@ class LoadedModel:
   # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
   # normalises as in training.
   predict: Callable[[np.ndarray], np.ndarray]
+  # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
+  # C]; can be traced.
+  preprocess: Callable[[jax.Array], jax.Array]
   config: ConfigDict  # The configuration it was trained with.
   step: int  # The training step of the checkpoint.
   seed: int  # Of its training.
@@ -79,7 +83,8 @@ def load_model(
   """Loads a network from its workdir.
 
   Args:
-    workdir: the run's folder, or a folder that `resnet_flax.convert` made.
+    workdir: the run's folder, one that `resnet_flax.convert` made, or an
+      address of `checkpoint.mirror`.
     which: 'best' (the epoch that is best by `checkpoint.monitor`; before the
       first one, converted weights) or 'latest'.
     seed: which network of a run of several seeds; by default the first.
@@ -122,6 +127,7 @@ def load_model(
     model=experiment.model,
     variables=step_lib.scored_variables(state),
     predict=predict,
+    preprocess=state.normalization,
     config=config,
     step=int(state.step),
     seed=seed,
@@ -159,7 +165,7 @@ def evaluate_workdir(
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
   dataset = dataset_lib.load(config.dataset)
-  folder.check_data(pathlib.Path(workdir), dataset.source)
+  folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
   layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(
     evaluate.create_eval_step(experiment, layout),
@@ -208,7 +214,7 @@ def _restore(
   """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  workdir = errors.local_path(workdir, "workdir")
+  workdir = mirror.local(workdir, "workdir")
   config = given or folder.load_config(workdir)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)

@@ -5,8 +5,10 @@ their SHA-256 and never changed; a state is a list of files, written after them.
 The latest two states are kept.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -409,6 +411,31 @@ def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
     if _digest(path) != digest:
       return False
   return True
+
+
+def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
+  """The folder of a run that is only read; of a mirror's address a copy.
+
+  The copy lasts as long as this process; `name` is the flag's or key's.
+
+  Raises:
+    ConfigError: what the flag or key has is no path, or a library is missing.
+    WorkdirError: the address is out of reach, or holds no run.
+  """
+  text = os.fspath(workdir)
+  if re.match(r"(gs|s3)://", text):
+    return _fetched(text)
+  path = errors.local_path(workdir, name)
+  is_mirror = (path / "states").is_dir() and (path / "files").is_dir()
+  return _fetched(str(path)) if is_mirror else path
+
+
+@functools.cache
+def _fetched(url: str) -> pathlib.Path:
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  fetch(url, folder)
+  return folder
 
 
 def fetch(url: str, workdir: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import resnet_flax
 from resnet_flax import data, step as step_lib, train
 from resnet_flax.parallel import evaluate
-from resnet_flax.run import checkpoint, errors, load, metrics
+from resnet_flax.run import checkpoint, errors, load, metrics, mirror
 from tests.helpers import assert_identical, initial, layout_of, untimed
 
 
@@ -121,6 +121,33 @@ def test_predict_wants_uint8_images(run, images):
   loaded = resnet_flax.load_model(run[1], "latest")
   with pytest.raises(ValueError, match=r"uint8 images of shape \[N, 32, 32, 3"):
     loaded.predict(images)
+
+
+def test_preprocess_is_what_predict_does_before(run):
+  loaded = resnet_flax.load_model(run[1], "latest")
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
+
+  @jax.jit
+  def classify(pixels):
+    x = loaded.preprocess(pixels)
+    logits = loaded.model.apply(loaded.variables, x, train=False)
+    return jax.nn.softmax(logits)
+
+  np.testing.assert_allclose(
+    classify(pixels), loaded.predict(pixels), rtol=1e-5, atol=1e-6
+  )
+
+
+def test_a_mirror_is_loaded_and_scored_as_its_workdir(run, tmp_path):
+  _, workdir, _ = run
+  with mirror.Mirror(str(tmp_path / "disk"), workdir):
+    pass
+  address = tmp_path / "disk"
+  assert resnet_flax.load_model(address).step == (
+    resnet_flax.load_model(workdir).step
+  )
+  assert load.evaluate_workdir(address) == (load.evaluate_workdir(workdir))
 
 
 # ---- The best checkpoint

@@ -96,6 +96,8 @@ def test_a_new_machine_gets_what_was_saved(address, workdir, tmp_path):
   fetched.mkdir()
   mirror.fetch(address, fetched)
   assert content(fetched) == content(workdir)
+  # As `load_model`, `--mode=eval` and the report take it.
+  assert content(mirror.local(address, "workdir")) == content(workdir)
   # What no kept state has is gone there as here.
   store = mirror._Store(address)
   used = {d for state in store.states() for d in state.files.values()}

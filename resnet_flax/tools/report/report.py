@@ -19,6 +19,7 @@ from resnet_flax.run import (
   folder,
   load,
   metrics,
+  mirror,
   rules,
 )
 from resnet_flax.tools.report import (
@@ -70,7 +71,7 @@ def make(
   if scored not in SCORED:
     raise errors.unknown_name("checkpoints", scored, SCORED)
   out = errors.local_path(out, "--out")
-  folders = [errors.local_path(path, "folder") for path in paths]
+  folders = [mirror.local(path, "folder") for path in paths]
   runs = runs_lib.read(runs_lib.find(folders))
   groups = runs_lib.group(runs)
   with _explain_write_errors(out):
