@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.data import crops, prepared, randomness, types
-from resnet_flax.run import environment, errors
+from resnet_flax.run import environment, errors, signals
 
 # Any other prepared copy is named by its folder: 'tfds/food101'.
 PREFIX = "tfds/"
@@ -345,7 +345,7 @@ def _start_worker(index: int, count: int) -> None:
   """Ties a worker to the process that it works for."""
   # Ctrl-C and schedulers signal all processes of a job. The parent decides
   # when to stop, and still needs batches for its last step.
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in signals.SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   assert parent is not None
