@@ -46,7 +46,10 @@ LAYERS = (
   {"step"},
   {"models", "data", "optim", "rate_rules"},
 )
-BASE = {"run.errors", "run.process", "run.signals", "run.environment"}
+BASE = {
+  *("run.errors", "run.process", "run.signals", "run.environment"),
+  "run.surroundings",
+}
 
 
 def modules() -> dict[str, pathlib.Path]:
