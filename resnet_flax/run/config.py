@@ -74,8 +74,8 @@ _KEYS = (
     " et al. 2015, section 7). Scores use the true labels."
   ),
   Key("init_from", "", PATH).means(
-    "Workdir whose best checkpoint gives the first weights, with a new head if"
-    " classes differ. Empty: random weights."
+    "Workdir whose best checkpoint gives the first weights, with a new head for"
+    " another data set or number of classes. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
     "How images / 255 are normalised. Measured on the training split:"

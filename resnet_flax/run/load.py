@@ -305,7 +305,8 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   """The variables of the network that `config.init_from` names.
 
   Returns:
-    {'params': ..., 'batch_stats': ...} of its best checkpoint.
+    {'params': ..., 'batch_stats': ...} of its best checkpoint; without the head
+    if it was trained on another data set, whose classes are others.
 
   Raises:
     ConfigError: they do not stand for the same function here.
@@ -336,7 +337,10 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
       source.config.normalization,
     )
   _logger.info("starting from step %d of %s", source.step, workdir)
-  return source.variables
+  params = dict(source.variables["params"])
+  if source.config.dataset.name != config.dataset.name:
+    del params[_HEAD]
+  return source.variables | {"params": params}
 
 
 def _network(model: ConfigDict) -> dict[str, Any]:
@@ -360,7 +364,8 @@ def initialize(
   Its head stays as it was drawn if it has other classes.
   """
   params = dict(variables["params"])
-  if params[_HEAD]["bias"].shape != state.params[_HEAD]["bias"].shape:
-    params[_HEAD] = state.params[_HEAD]
+  drawn, head = state.params[_HEAD], params.get(_HEAD)
+  if head is None or head["bias"].shape != drawn["bias"].shape:
+    params[_HEAD] = drawn
     _logger.info("the head of init_from has other classes: it starts anew")
   return state.replace(params=params, batch_stats=variables["batch_stats"])

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from resnet_flax import data, step as step_lib, train
+from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.parallel import evaluate
 from resnet_flax.run import checkpoint, errors, load, metrics, mirror
 from tests.helpers import assert_identical, initial, layout_of, untimed
@@ -375,6 +376,19 @@ def test_other_classes_get_a_new_head(source, tiny_config):
   trained = load.load_model(source).variables["params"]
   assert_identical(state.params["head"], drawn.params["head"])
   assert state.params["head"]["bias"].shape == (7,)
+  assert_identical(state.params["stem_conv"], trained["stem_conv"])
+
+
+def test_as_many_classes_of_another_data_set_get_a_new_head(
+  source, tiny_config, monkeypatch
+):
+  known = dataset_lib.DATASETS
+  monkeypatch.setitem(known, "mine", known["digits"])
+  tiny_config.dataset.name = "mine"
+  drawn, state = start_from(source, tiny_config)
+  trained = load.load_model(source).variables["params"]
+  assert trained["head"]["bias"].shape == drawn.params["head"]["bias"].shape
+  assert_identical(state.params["head"], drawn.params["head"])
   assert_identical(state.params["stem_conv"], trained["stem_conv"])
 
 
