@@ -19,6 +19,9 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
 )
+# All of them, in child processes as well: of a run's eighty programs nearly all
+# are small, and the same in every file.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
@@ -28,19 +31,31 @@ from configs import base
 from resnet_flax.models.kernels import onednn
 
 NUM_DEVICES = 8
+# From here on a worker gives back what it has compiled.
+MUCH_MEMORY = 900_000_000
 
 # The compilation cache cannot keep programs with oneDNN's convolution: the
 # tests of kernels/convolution.py turn it on.
 onednn.enabled = False
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def resident_bytes():
+  """The memory of this process; where it is not known, as if it were much."""
+  try:
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+  except OSError:
+    return MUCH_MEMORY
+  return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def free_programs():
-  """Compiled programs go with the file that needed them: workers stay small."""
+  """Workers stay small; those that are keep what the next file compiles too."""
   yield
+  if resident_bytes() < MUCH_MEMORY:
+    return
   jax.clear_caches()
   gc.collect()
   with contextlib.suppress(OSError, AttributeError):

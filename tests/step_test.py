@@ -35,6 +35,26 @@ def create_state(experiment):
   )
 
 
+@pytest.fixture(scope="module")
+def state(experiment):
+  return create_state(experiment)
+
+
+def jitted(experiment):
+  return jax.jit(functools.partial(step_lib.train_step, experiment))
+
+
+@pytest.fixture(scope="module")
+def step(experiment):
+  """The training step of the plain network, compiled once."""
+  return jitted(experiment)
+
+
+@pytest.fixture(scope="module")
+def eval_step(experiment):
+  return jax.jit(functools.partial(step_lib.eval_step, experiment))
+
+
 def batch(count=4):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
@@ -62,12 +82,10 @@ def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
     assert form() == expected
 
 
-def test_sums_of_the_epoch(experiment):
+def test_sums_of_the_epoch(experiment, state, step):
   """They add up within an epoch and start anew with the next."""
-  state = create_state(experiment)
   steps = experiment.learning_rate.steps_per_epoch
   images, labels = batch()
-  step = jax.jit(functools.partial(step_lib.train_step, experiment))
   key = jax.random.key(0)
   state, first = step(state, images, labels, key)
   state, second = step(state, images, labels, key)
@@ -79,12 +97,9 @@ def test_sums_of_the_epoch(experiment):
   assert int(state.step) == steps + 1
 
 
-def test_objective_is_loss_plus_penalty(experiment):
-  state = create_state(experiment)
+def test_objective_is_loss_plus_penalty(experiment, state, step):
   images, labels = batch()
-  _, step_metrics = step_lib.train_step(
-    experiment, state, images, labels, jax.random.key(0)
-  )
+  _, step_metrics = step(state, images, labels, jax.random.key(0))
   penalty = experiment.optimizer.penalty(state.params)
   np.testing.assert_allclose(
     step_metrics.sums["objective"],
@@ -94,8 +109,7 @@ def test_objective_is_loss_plus_penalty(experiment):
 
 
 @pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
-def test_non_finite_state_is_reported(experiment, part):
-  state = create_state(experiment)
+def test_non_finite_state_is_reported(state, step, part):
   poisoned = jax.tree.map(
     lambda x: (
       jnp.full_like(x, jnp.inf) if jnp.issubdtype(x.dtype, jnp.inexact) else x
@@ -103,7 +117,6 @@ def test_non_finite_state_is_reported(experiment, part):
     getattr(state, part),
   )
   images, labels = batch()
-  step = jax.jit(functools.partial(step_lib.train_step, experiment))
   _, good = step(state, images, labels, jax.random.key(0))
   assert bool(good.finite)
   _, bad = step(
@@ -119,7 +132,7 @@ def test_randomness_depends_on_the_step_alone():
   experiment = experiment_lib.build(config)
   state = create_state(experiment)
   images, labels = batch()
-  step = jax.jit(functools.partial(step_lib.train_step, experiment))
+  step = jitted(experiment)
 
   def loss_at(number):
     start = state.replace(step=jnp.asarray(number))
@@ -130,7 +143,7 @@ def test_randomness_depends_on_the_step_alone():
 
 
 @pytest.fixture(scope="module")
-def dropping_experiment():
+def dropping():
   """A small network that drops units and has no statistics."""
   config = base.get_config()
   config.model.update({"name": "vgg", "depth": 19, "input_size": 64})
@@ -144,13 +157,13 @@ def dropping_experiment():
     hidden_sizes=(32, 32),
     input_size=0,
   )
-  return dataclasses.replace(experiment, model=model)
+  experiment = dataclasses.replace(experiment, model=model)
+  return create_state(experiment), jitted(experiment)
 
 
-def test_dropout_depends_on_the_step_alone(dropping_experiment):
-  state = create_state(dropping_experiment)
+def test_dropout_depends_on_the_step_alone(dropping):
+  state, step = dropping
   images, labels = batch()
-  step = jax.jit(functools.partial(step_lib.train_step, dropping_experiment))
 
   def loss_at(number, seed=0):
     start = state.replace(step=jnp.asarray(number))
@@ -163,12 +176,11 @@ def test_dropout_depends_on_the_step_alone(dropping_experiment):
   assert loss_at(0) != loss_at(0, seed=1)
 
 
-def test_network_without_statistics_trains(dropping_experiment):
-  state = create_state(dropping_experiment)
+def test_network_without_statistics_trains(dropping):
+  state, step = dropping
   assert state.batch_stats == {}
   images, labels = batch()
-  step = functools.partial(step_lib.train_step, dropping_experiment)
-  new, step_metrics = jax.jit(step)(state, images, labels, jax.random.key(0))
+  new, step_metrics = step(state, images, labels, jax.random.key(0))
   assert bool(step_metrics.finite)
   assert new.batch_stats == {}
   moved = jax.tree.map(
@@ -177,14 +189,14 @@ def test_network_without_statistics_trains(dropping_experiment):
   assert all(jax.tree.leaves(moved))
 
 
-def test_smoothed_labels_are_those_of_szegedy_et_al(experiment):
+def test_smoothed_labels_are_those_of_szegedy_et_al(experiment, state):
   images, labels = batch()
-  state = create_state(experiment)
   smoothed = dataclasses.replace(experiment, label_smoothing=0.1)
 
   def loss(experiment):
-    value, (logits, _) = step_lib.loss_fn(
-      experiment,
+    value, (logits, _) = jax.jit(
+      functools.partial(step_lib.loss_fn, experiment)
+    )(
       state.params,
       state.batch_stats,
       state.normalization(images),
@@ -198,26 +210,22 @@ def test_smoothed_labels_are_those_of_szegedy_et_al(experiment):
   expected = 0.9 * hard - 0.1 * log_p.mean()
   assert soft == pytest.approx(expected, rel=1e-5)
   assert abs(soft - hard) > 1e-3
-  key = jax.random.key(0)
-  step = functools.partial(step_lib.train_step, smoothed)
-  _, reported = jax.jit(step)(state, images, labels, key)
+  _, reported = jitted(smoothed)(state, images, labels, jax.random.key(0))
   assert float(reported.sums["loss"]) / 4 == pytest.approx(soft, rel=1e-5)
 
 
-def test_targets_may_be_probabilities(experiment):
+def test_targets_may_be_probabilities(experiment, state, step):
   """As labels that are mixed are: one-hot ones count as labels do."""
   images, labels = batch()
-  state = create_state(experiment)
 
-  def step(augment):
-    mixed = dataclasses.replace(experiment, augment=augment)
-    _, reported = step_lib.train_step(
-      mixed, state, images, labels, jax.random.key(0)
-    )
-    return reported.sums
+  def sums(step):
+    return step(state, images, labels, jax.random.key(0))[1].sums
 
-  plain = step(lambda key, images, labels: (images, labels))
-  one_hot = step(lambda key, images, labels: (images, jnp.eye(10)[labels]))
+  def mixed(augment):
+    return sums(jitted(dataclasses.replace(experiment, augment=augment)))
+
+  plain = sums(step)
+  one_hot = mixed(lambda key, images, labels: (images, jnp.eye(10)[labels]))
   for name, value in plain.items():
     np.testing.assert_allclose(one_hot[name], value, rtol=1e-5)
 
@@ -231,32 +239,24 @@ def test_targets_may_be_probabilities(experiment):
   np.testing.assert_allclose(
     step_lib.cross_entropy(jnp.asarray(logits), targets), expected, rtol=1e-5
   )
-  assert np.isfinite(step(mix)["loss"])
+  assert np.isfinite(mixed(mix)["loss"])
 
 
-def test_probabilities_of_crops_are_averaged(experiment):
+def test_probabilities_of_crops_are_averaged(experiment, state, eval_step):
   crops, _ = batch(6)
   crops = crops.reshape(2, 3, *crops.shape[1:])
   labels = jnp.array([1, 2])
-  state = create_state(experiment)
   mask = jnp.array([True, False])
-  sums, probabilities = step_lib.eval_step(
-    experiment, state, crops, labels, mask
-  )
+  sums, probabilities = eval_step(state, crops, labels, mask)
+  apply = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
   expected = np.mean(
-    [
-      jax.nn.softmax(step_lib.apply_eval(experiment.model, state, crops[:, k]))
-      for k in range(3)
-    ],
-    axis=0,
+    [jax.nn.softmax(apply(state, crops[:, k])) for k in range(3)], axis=0
   )
   np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
   assert int(sums["count"]) == 1
   assert float(sums["loss"]) == pytest.approx(-np.log(expected[0, 1]), rel=1e-5)
   # Not what the mean of the logits gives.
-  means = step_lib.apply_eval(
-    experiment.model, state, crops.reshape(-1, 32, 32, 3)
-  ).reshape(2, 3, -1)
+  means = apply(state, crops.reshape(-1, 32, 32, 3)).reshape(2, 3, -1)
   assert np.abs(jax.nn.softmax(means.mean(1)) - expected).max() > 1e-6
 
 
@@ -269,11 +269,10 @@ def test_keys_of_a_step_differ():
   assert len({tuple(key) for key in keys}) == 6
 
 
-def test_eval_step_counts_what_the_mask_lets_through(experiment):
-  state = create_state(experiment)
+def test_eval_step_counts_what_the_mask_lets_through(state, eval_step):
   images, labels = batch(6)
   mask = jnp.asarray([True, True, False, True, False, True])
-  score = functools.partial(step_lib.eval_step, experiment, state)
+  score = functools.partial(eval_step, state)
   masked, _ = score(images, labels, mask)
   kept, _ = score(images[mask], labels[mask], jnp.ones(4, bool))
   assert int(masked["count"]) == 4
