@@ -1,6 +1,8 @@
 """What several test files do: layouts, states, steps, kills."""
 
+import functools
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -98,25 +100,35 @@ def die():
 
 
 class Programs:
-  """Trains one configuration often; its programs are compiled once a layout."""
+  """Trains configurations often; what they share is compiled once a layout.
+
+  Whatever `num_epochs` is: the learning rates are those of the first run.
+  """
 
   def __init__(self):
     self._kept = {}
 
   def train(self, config, workdir, **arguments):
     """As `train.train_and_evaluate`."""
+    settings = config.to_dict()
+    for name in ("num_epochs", "init_from", "checkpoint", "log"):
+      del settings[name]
+    del settings["log_layer_norms_every"], settings["dataset"]["cache_dir"]
+    computed = json.dumps(settings, sort_keys=True)
     with pytest.MonkeyPatch.context() as patch:
       for module, name in (
         (program, "create"),
         (evaluate, "create_eval_step"),
       ):
-        patch.setattr(module, name, self._remember(getattr(module, name)))
+        remembering = self._remember(getattr(module, name), computed)
+        patch.setattr(module, name, remembering)
       return train.train_and_evaluate(config, workdir, **arguments)
 
-  def _remember(self, function):
+  def _remember(self, function, computed):
+    @functools.wraps(function)
     def remembering(*arguments):
       # The last one is the layout.
-      key = function.__name__, arguments[-1]
+      key = function.__name__, computed, arguments[-1]
       if key not in self._kept:
         self._kept[key] = function(*arguments)
       return self._kept[key]

@@ -217,10 +217,10 @@ def test_a_clock_that_is_set_back_does_not_matter(
   assert_same_run(long_config, tmp_path, straight)
 
 
-def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device):
+def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device, programs):
   tiny_config.checkpoint.every_minutes = 1e-9
   with pytest.raises(SystemExit):
-    train.train_and_evaluate(
+    programs.train(
       *(tiny_config, tmp_path),
       devices=one_device,
       on_event=at_event("step", 3, die),
@@ -229,10 +229,10 @@ def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device):
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(
-  tiny_config, tmp_path, one_device
+  tiny_config, tmp_path, one_device, programs
 ):
   run = functools.partial(
-    train.train_and_evaluate, tiny_config, tmp_path, devices=one_device
+    programs.train, tiny_config, tmp_path, devices=one_device
   )
   seen = []
 
@@ -459,7 +459,7 @@ def test_validation_chooses_the_best_epoch(
 
 
 def test_the_monitored_metric_chooses_the_best_epoch(
-  tiny_config, tmp_path, monkeypatch, one_device
+  tiny_config, tmp_path, monkeypatch, one_device, programs
 ):
   tiny_config.num_epochs = 4
   tiny_config.checkpoint.monitor = "loss"
@@ -470,19 +470,19 @@ def test_the_monitored_metric_chooses_the_best_epoch(
     return one_score(loss=step / 10, accuracy=step / 100)
 
   monkeypatch.setattr(evaluate, "evaluate", scripted)
-  train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
+  programs.train(tiny_config, tmp_path / "run", devices=one_device)
   assert saved_steps(tmp_path / "run") == [4, 12, 16]
 
 
 def test_non_finite_evaluation_stops_and_is_never_saved(
-  tiny_config, tmp_path, monkeypatch, one_device
+  tiny_config, tmp_path, monkeypatch, one_device, programs
 ):
   scores = one_score(loss=float("nan"), accuracy=0.1)
   monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: scores)
   with pytest.raises(
     errors.NonFiniteError, match="test loss is nan after step"
   ):
-    train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
+    programs.train(tiny_config, tmp_path / "run", devices=one_device)
   assert metrics.MetricsLog(tmp_path / "run").read() == []
 
 
@@ -535,13 +535,13 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   ],
 )
 def test_an_error_while_recording(
-  tiny_config, tmp_path, one_device, error, raised
+  tiny_config, tmp_path, one_device, error, raised, programs
 ):
   def fail():
     raise error
 
   run = functools.partial(
-    train.train_and_evaluate, tiny_config, tmp_path, devices=one_device
+    programs.train, tiny_config, tmp_path, devices=one_device
   )
   match = "no space left on the disk|a mistake"
   with pytest.raises(raised, match=match):
@@ -582,7 +582,9 @@ def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
       assert_identical(checkpoints.restore(int(copy.step), copy)[0], copy)
 
 
-def test_metrics_are_read_one_step_late(tiny_config, tmp_path, one_device):
+def test_metrics_are_read_one_step_late(
+  tiny_config, tmp_path, one_device, programs
+):
   """The devices have the next step to work on meanwhile."""
   events = []
 
@@ -597,9 +599,7 @@ def test_metrics_are_read_one_step_late(tiny_config, tmp_path, one_device):
       step(self, of_seeds)
 
     patch.setattr(progress.Progress, "step", reading)
-    train.train_and_evaluate(
-      tiny_config, tmp_path, devices=one_device, on_event=on_event
-    )
+    programs.train(tiny_config, tmp_path, devices=one_device, on_event=on_event)
   first_epoch = events[: events.index("save")]
   assert first_epoch == [
     *("compile", "step", "step", "read 0", "step", "read 1", "step", "read 2"),

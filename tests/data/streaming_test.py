@@ -32,7 +32,7 @@ from resnet_flax.run import (
   rules,
 )
 from tests.data import damage
-from tests.helpers import at_event, layout_of, untimed
+from tests.helpers import Programs, at_event, layout_of, untimed
 
 COUNTS = {"train": 40, "validation": 10}
 TRAIN_FILE = "imagenet2012-train.array_record-00000-of-00001"
@@ -447,22 +447,18 @@ def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
   # Compiled sooner.
   config.dataset.image_size = 32
   config.model.update({"name": "resnet_v1", "depth": 8, "stride_in_3x3": True})
-  undisturbed = train.train_and_evaluate(
-    config, tmp_path / "undisturbed", devices=one_device
-  )
+  run = functools.partial(Programs().train, devices=one_device)
+  undisturbed = run(config, tmp_path / "undisturbed")
   config.checkpoint.every_steps = 1
 
   # Two steps into the second epoch.
   terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
   with pytest.raises(errors.Interrupted, match="saved up to step 7"):
-    train.train_and_evaluate(
+    run(
       *(config, tmp_path / "resumed"),
-      devices=one_device,
       on_event=at_event("step", 7, terminate),
     )
-  resumed = train.train_and_evaluate(
-    config, tmp_path / "resumed", devices=one_device
-  )
+  resumed = run(config, tmp_path / "resumed")
   assert untimed(resumed) == untimed(undisturbed)
   # Scored by ten crops, whatever it was scored by while training.
   config.dataset.test_crops = 10

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +63,8 @@ def scored():
     normalize.placeholder("pixel_mean", (32, 32, 3)),
   )
   split = split_of(21, 32)
-  logits = step_lib.apply_eval(
-    experiment.model, state, jnp.asarray(split.images)
-  )
+  apply = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
+  logits = apply(state, jnp.asarray(split.images))
   rows = np.arange(len(split))
   losses = -np.asarray(jax.nn.log_softmax(logits))[rows, split.labels]
   expected = {
@@ -157,10 +158,8 @@ def test_an_ensemble_averages_probabilities(scored, num_devices):
     assert scores.networks[0][name] == pytest.approx(float(value), rel=1e-5)
   assert scores.networks[2] == scores.networks[0]
   assert scores.networks[1] != scores.networks[0]
-  logits = [
-    step_lib.apply_eval(experiment.model, each, jnp.asarray(split.images))
-    for each in states
-  ]
+  apply = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
+  logits = [apply(each, jnp.asarray(split.images)) for each in states]
   mean = np.mean([jax.nn.softmax(each) for each in logits], axis=0)
   chosen = mean[np.arange(len(split)), split.labels]
   assert scores.ensemble["loss"] == pytest.approx(

@@ -171,7 +171,7 @@ def test_two_processes_are_one_run(tiny_config, tmp_path, steps_per_call):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["explicit", "slurm", "open mpi"])
 def test_what_processes_tell_one_another(launcher):
-  """Found by themselves; with Slurm, process 0 takes 45 s for each task."""
+  """Found by themselves; with Slurm, process 0 takes 35 s for each task."""
   environments = {
     "explicit": explicit(2),
     "slurm": [SLURM | {"SLURM_PROCID": f"{index}"} for index in range(2)],
@@ -179,7 +179,7 @@ def test_what_processes_tell_one_another(launcher):
       OPEN_MPI | {"OMPI_COMM_WORLD_RANK": f"{index}"} for index in range(2)
     ],
   }[launcher]
-  seconds = 45 if launcher == "slurm" else 0
+  seconds = 35 if launcher == "slurm" else 0
   codes, said, texts = run("exchange", environments, seconds)
   assert codes == [0, 0], texts
   differs = "differs from process 0's:"

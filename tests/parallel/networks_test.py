@@ -78,15 +78,13 @@ def config(make_tiny_config, tmp_path_factory):
   return config
 
 
-def five_steps(config, layout, programs=None):
+def five_steps(config, layout, compiled=None):
   """The losses of each of five steps and the state then, for each seed."""
   experiment, split, state, key = initial(config, layout)
-  training = program.create(config, experiment, state, split, key, layout)
-  # Those of another seed share the first one's.
-  compiled = (programs if programs is not None else {}).setdefault(
-    layout.chunk_size, training.compiled
-  )
-  training = program.Program(compiled, training.batches)
+  with pytest.MonkeyPatch.context() as patch:
+    if compiled is not None:
+      patch.setattr(program, "compile_function", lambda *_, **__: compiled)
+    training = program.create(config, experiment, state, split, key, layout)
   state, found = run_steps(training, state, [0, 1], layout, 5)
   losses = [
     [float(each.sums["loss"]) for each in of_seeds] for of_seeds in found
@@ -98,9 +96,14 @@ def five_steps(config, layout, programs=None):
 def alone(config):
   """A function of the seed: the losses of five steps, and the state then."""
 
+  layout = layout_of(config)
+  experiment, split, state, key = initial(config, layout)
+  training = program.create(config, experiment, state, split, key, layout)
+
   @functools.cache
   def run(seed):
-    return five_steps(config, layout_of(changed(config, seed=seed)))
+    layout = layout_of(changed(config, seed=seed))
+    return five_steps(config, layout, training.compiled)
 
   return run
 

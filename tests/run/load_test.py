@@ -15,7 +15,13 @@ from resnet_flax import data, step as step_lib, train
 from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.parallel import evaluate
 from resnet_flax.run import checkpoint, errors, load, metrics, mirror
-from tests.helpers import assert_identical, initial, layout_of, untimed
+from tests.helpers import (
+  Programs,
+  assert_identical,
+  initial,
+  layout_of,
+  untimed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +110,10 @@ def test_load_model_predicts(run):
   assert accuracy == pytest.approx(best["test_accuracy"])
   assert loaded.step == best["step"]
   assert loaded.predict(images[:0]).shape == (0, 10)
-  logits = loaded.model.apply(
-    loaded.variables, jnp.zeros((1, 32, 32, 3)), train=False
+  logits = jax.eval_shape(
+    functools.partial(loaded.model.apply, train=False),
+    loaded.variables,
+    jnp.zeros((1, 32, 32, 3)),
   )
   assert logits.shape == (1, 10)
 
@@ -340,12 +348,17 @@ def test_package_has_nothing_else():
 
 
 @pytest.fixture(scope="module")
-def source(make_tiny_config, tmp_path_factory):
+def programs():
+  return Programs()
+
+
+@pytest.fixture(scope="module")
+def source(make_tiny_config, tmp_path_factory, programs):
   """The workdir of a finished tiny run."""
   folder = tmp_path_factory.mktemp("source")
   config = make_tiny_config(folder / "cache")
   config.num_epochs = 1
-  train.train_and_evaluate(config, folder / "run", devices=jax.devices()[:1])
+  programs.train(config, folder / "run", devices=jax.devices()[:1])
   return folder / "run"
 
 
@@ -428,19 +441,19 @@ def test_what_does_not_change_the_function_may_differ(source, tiny_config):
 
 
 def test_run_does_not_depend_on_what_becomes_of_its_source(
-  source, tiny_config, tmp_path, one_device
+  source, tiny_config, tmp_path, one_device, programs
 ):
   """It starts with a checkpoint, from which an interrupted one goes on."""
-  tiny_config.num_epochs = 1
   copy, workdir = tmp_path / "source", tmp_path / "run"
   shutil.copytree(source, copy)
   tiny_config.init_from = str(copy)
-  records = train.train_and_evaluate(tiny_config, workdir, devices=one_device)
+  tiny_config.num_epochs = 1
+  records = programs.train(tiny_config, workdir, devices=one_device)
   # As if it had been killed before the next checkpoint.
   (workdir / "metrics.jsonl").unlink()
   shutil.rmtree(workdir / "checkpoints" / "4")
   shutil.rmtree(copy)
-  again = train.train_and_evaluate(tiny_config, workdir, devices=one_device)
+  again = programs.train(tiny_config, workdir, devices=one_device)
   assert untimed(again) == untimed(records)
 
 
