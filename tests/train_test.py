@@ -423,10 +423,12 @@ def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
   """It only says that there is no copy to compare."""
   caplog.set_level("INFO")
   tiny_config.dataset.name = "cifar10"
-  tiny_config.dataset.data_dir = str(tmp_path / "empty")
-  train._check_data(tiny_config, tmp_path)
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  tiny_config.dataset.data_dir = str(empty)
+  load.check_data_of(tiny_config, tmp_path)
   assert "not looked at: there is no cifar10 in" in caplog.text
-  assert list(tmp_path.iterdir()) == []
+  assert list(tmp_path.rglob("*")) == [empty]
 
 
 def one_score(loss, accuracy):

@@ -60,7 +60,7 @@ def check_types() -> None:
   Raises:
     ConfigError: jax_enable_x64 is set.
   """
-  if jax.config.read("jax_enable_x64"):
+  if jax.config.values["jax_enable_x64"]:
     raise errors.ConfigError(
       "jax_enable_x64=True computes in float64 here and there, which is another"
       " experiment: it must be False. Unset JAX_ENABLE_X64."

@@ -359,9 +359,9 @@ def test_any_wrong_key_is_answered_with_few(name):
 
 
 def test_other_names_are_of_keys():
-  assert set(config_keys._OTHER_NAMES.values()) <= set(config_keys.KEYS)
+  assert set(keys._OTHER_NAMES.values()) <= set(config_keys.KEYS)
   lasts = {key.rpartition(".")[2] for key in config_keys.KEYS}
-  assert not lasts & set(config_keys._OTHER_NAMES)
+  assert not lasts & set(keys._OTHER_NAMES)
 
 
 def test_families_exist():

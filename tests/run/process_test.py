@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("ctrl_c")
 STARTING = """
 import importlib.abc, signal, sys
 from absl import app
-from resnet_flax.run import process, surroundings
+from resnet_flax.run import process
 
 class Swallows(importlib.abc.MetaPathFinder):
   def find_spec(self, name, path, target=None):
@@ -29,7 +29,7 @@ process.run(lambda argv: __import__("jax"))
 """
 ENDING = """
 import atexit, signal
-from resnet_flax.run import process, surroundings
+from resnet_flax.run import process
 
 def main(argv):
   atexit.register(signal.raise_signal, {number})
@@ -52,7 +52,7 @@ process.run(main)
 
 TALKING = """
 import logging, tqdm
-from resnet_flax.run import errors, process, progress
+from resnet_flax.run import errors, process, progress, surroundings
 
 def main(argv):
   progress.log_to_stderr()
@@ -65,7 +65,7 @@ def main(argv):
 process.run(main)
 """
 WITH_A_DEVICE = """
-from resnet_flax.run import process, surroundings
+from resnet_flax.run import process
 process.run(lambda argv: print(__import__("jax").devices()))
 """
 
