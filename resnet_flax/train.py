@@ -203,7 +203,7 @@ def _choose(
     lambda: many_steps.choose(wanted, dataset.train, layout, size)
   )
   run.record_start(
-    dataset.source, seed_execution=execution, steps_per_call=steps_per_call
+    dataset, seed_execution=execution, steps_per_call=steps_per_call
   )
   return layout, steps_per_call
 

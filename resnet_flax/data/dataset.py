@@ -58,6 +58,12 @@ _STREAMED = {"imagenet2012": (1000, 1_281_167, 50_000)}
 NAMES = (*DATASETS, *_STREAMED)
 
 
+def remember(name: str, classes: int, num_train: int, num_test: int) -> None:
+  """Lets `info` know a set that is read while training without its copy."""
+  if name.startswith(streaming.PREFIX):
+    _STREAMED[name] = classes, num_train, num_test
+
+
 def is_streamed(name: str) -> bool:
   """Whether a data set is decoded while training."""
   return name in _STREAMED or name.startswith(streaming.PREFIX)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # A URL, which pathlib would make a local folder of; and what TensorStore takes
 # for a bucket, or for Windows's folders, wherever it stands in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
-LOCAL = "a local path: no URL (mount a bucket to use it), no backslash"
+LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
 
 class UserError(Exception):

@@ -236,11 +236,13 @@ def record_start(
   config: ConfigDict,
   devices: Sequence[jax.Device],
   data: str,
+  facts: dict[str, Any] | None = None,
 ) -> None:
   """Writes config.json and environment.json, and warns if the latter changed.
 
   The latter is of the first start; what differs in later ones is added under
-  'resumed'. `data` is `Dataset.source`.
+  'resumed'. `data` is `Dataset.source`, `facts` what is to be known of the data
+  set where there is no copy of it; see `read_facts`.
 
   Raises:
     WorkdirError: the run was started on other pixels, or environment.json
@@ -252,13 +254,14 @@ def record_start(
   path = workdir / "environment.json"
   now = environment.describe(devices) | {"data": data}
   if not path.exists():
-    files.write_json(path, now)
+    files.write_json(path, now | ({"dataset": facts} if facts else {}))
     return
   check_data(workdir, data)
   stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
     stored["data"] = data  # Its weights needed none; from here on the run does.
-  added = {key: stored[key] for key in ("converted", "resumed") & stored.keys()}
+  kept = {"converted", "resumed", "dataset"}
+  added = {key: stored[key] for key in kept & stored.keys()}
   if changes := environment.changes(stored, now | added):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
@@ -292,6 +295,23 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
       f"{path} cannot be read: {error}. Restore or delete it: the run resumes"
       " without it, but what it was trained on is then not known."
     ) from error
+
+
+def read_facts(
+  workdir: pathlib.Path,
+) -> tuple[tuple[str, ...], int, int] | None:
+  """Class names, training and test images of a run's data, if they are known.
+
+  Raises:
+    WorkdirError: environment.json cannot be read.
+  """
+  facts: Any = read_environment(workdir).get("dataset")
+  try:
+    counts = int(facts["train"]), int(facts["test"])
+    return tuple(map(str, facts["class_names"])), *counts
+  # Written by an older version, or edited.
+  except (TypeError, ValueError, LookupError):
+    return None
 
 
 def check_data(workdir: pathlib.Path, data: str) -> None:

@@ -69,6 +69,9 @@ class LoadedModel:
   # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
   # C]; can be traced.
   preprocess: Callable[[jax.Array], jax.Array]
+  # Of the data set, in the order of the labels; () if they are not known, or if
+  # the head has other classes.
+  class_names: tuple[str, ...]
   config: ConfigDict  # The configuration it was trained with.
   step: int  # The training step of the checkpoint.
   seed: int  # Of its training.
@@ -106,6 +109,7 @@ def load_model(
     mesh_lib.sharding(mesh_lib.create_mesh(jax.local_devices())),
   )
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
+  names = (folder.read_facts(mirror.local(workdir, "workdir")) or ((),))[0]
 
   def predict(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
@@ -128,6 +132,7 @@ def load_model(
     variables=step_lib.scored_variables(state),
     predict=predict,
     preprocess=state.normalization,
+    class_names=names if len(names) == experiment.num_classes else (),
     config=config,
     step=int(state.step),
     seed=seed,
@@ -216,6 +221,9 @@ def _restore(
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
   workdir = mirror.local(workdir, "workdir")
   config = given or folder.load_config(workdir)
+  if facts := folder.read_facts(workdir):
+    names, *counts = facts
+    dataset_lib.remember(config.dataset.name, len(names), *counts)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
   if given is not None:

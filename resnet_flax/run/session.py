@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
+from resnet_flax.data import dataset as dataset_lib, types
 from resnet_flax.parallel import hosts, networks
 from resnet_flax.run import (
   checkpoint,
@@ -143,13 +144,18 @@ class Session:
       lambda: folder.load_config(self._workdir).get(key) if exists() else None
     )
 
-  def record_start(self, data_source: str, **chosen: Any) -> None:
+  def record_start(self, dataset: types.Dataset, **chosen: Any) -> None:
     """Writes configuration, with what was chosen, and environment."""
+    known = dataset_lib.info(self._config.dataset)
+    counts = {"train": known.num_train, "test": known.num_test}
+    facts = {"class_names": dataset.class_names, **counts}
 
     @folder.explain_write_errors(self._workdir)
     def record() -> None:
       config = ConfigDict(self._config.to_dict() | chosen)
-      folder.record_start(self._workdir, config, self._devices, data_source)
+      folder.record_start(
+        *(self._workdir, config, self._devices, dataset.source, facts)
+      )
 
     hosts.first(record)
 

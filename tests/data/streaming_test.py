@@ -442,6 +442,22 @@ def test_fingerprints_tell_copies_apart(copy, root):
   assert prepared.fingerprint(copy, read_all=False) != before
 
 
+def test_a_network_is_used_where_its_data_is_not(copy, tmp_path, one_device):
+  config = make_config(copy.parent.parent)
+  config.dataset.name, config.dataset.image_size = "tfds/imagenet2012", 32
+  config.model.update({"name": "resnet_v1", "depth": 8, "stride_in_3x3": True})
+  config.num_epochs = 1
+  workdir = tmp_path / "run"
+  train.train_and_evaluate(config, workdir, devices=one_device)
+  shutil.rmtree(copy.parent)
+  loaded = inference.load_model(workdir)
+  assert len(loaded.class_names) == 4
+  images = np.zeros((2, 32, 32, 3), np.uint8)
+  assert loaded.predict(images).shape == (2, 4)
+  with pytest.raises(errors.DataError, match="there is no prepared"):
+    inference.evaluate_workdir(workdir, devices=one_device)
+
+
 def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
   config = make_config(root)
   # Compiled sooner.

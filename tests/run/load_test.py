@@ -132,6 +132,11 @@ def test_predict_wants_uint8_images(run, images):
     loaded.predict(images)
 
 
+def test_class_names_are_those_of_the_data(run):
+  loaded = resnet_flax.load_model(run[1])
+  assert loaded.class_names == tuple("0123456789")
+
+
 def test_preprocess_is_what_predict_does_before(run):
   loaded = resnet_flax.load_model(run[1], "latest")
   rng = np.random.default_rng(0)
