@@ -8,7 +8,6 @@ which image is read when is not its choice, so that a run can go on at any step.
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
 import multiprocessing
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.data import crops, prepared, randomness, types
+from resnet_flax.data import crops, pictures, prepared, randomness, types
 from resnet_flax.run import environment, errors, signals
 
 # Any other prepared copy is named by its folder: 'tfds/food101'.
@@ -34,8 +33,6 @@ PREFIX = "tfds/"
 # 224x224, or about as many bytes. Each worker or thread decodes one ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# ImageNet's largest has 61 million.
-_MOST_PIXELS = 2**26
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
@@ -85,8 +82,7 @@ def read_facts(folder: pathlib.Path) -> Facts:
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
         raise ValueError(f"it has no images in the split {split!r}")
-    if not (labels := prepared.label_names(folder)):
-      raise ValueError("label.labels.txt is empty")
+    labels = prepared.label_names(folder, numbered=True)
   return Facts(num_train, num_test, test, labels)
 
 
@@ -105,6 +101,7 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   train = StreamedSplit(
     indices=np.arange(facts.num_train),
     folder=folder,
+    name="train",
     records=sources[0],
     image_size=config.image_size,
     num_classes=len(facts.class_names),
@@ -115,7 +112,7 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   first_test = facts.num_train if facts.test == "train" else 0
   indices = first_test + np.arange(facts.num_test)
   test = dataclasses.replace(
-    train, indices=indices, records=sources[1], crop="none"
+    train, name=facts.test, indices=indices, records=sources[1], crop="none"
   )
   for split in (train, test):
     # What is wrong with all images is said before anything is compiled.
@@ -158,6 +155,7 @@ class StreamedSplit(types.Split):
 
   indices: np.ndarray
   folder: pathlib.Path  # Of the copy, for messages.
+  name: str  # Of the official split, for messages.
   records: Any  # ArrayRecord's source of the official split.
   image_size: int  # Height and width of what is cut out of the images.
   num_classes: int  # Labels are below.
@@ -228,7 +226,11 @@ class StreamedSplit(types.Split):
     """Of the positions of a chunk and the indices that they have."""
     positions, rows = chunk
     records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
-    return self._decode(draw, positions, records)
+    try:
+      return self._decode(draw, positions, records)
+    except _BadExample as error:
+      place = f"record {rows[error.number]}, from 0, of the split {self.name!r}"
+      raise ValueError(f"{place}: {error}") from error
 
   def _decode(self, draw: types.Draw | None, positions, records) -> types.Batch:
     """Of the serialised `tf.train.Example`s at these positions."""
@@ -237,32 +239,33 @@ class StreamedSplit(types.Split):
     shape = (len(records), self.num_crops, *self.image_shape)
     images, labels = np.empty(shape, np.uint8), np.empty(len(records), np.int32)
     for k, raw in enumerate(records):
-      feature = tf_example_pb2.Example.FromString(raw).features.feature
-      (encoded,) = feature["image"].bytes_list.value
-      (label,) = feature["label"].int64_list.value
-      if not 0 <= label <= (most := self.num_classes - 1):
-        raise ValueError(f"an image has label {label}; needed: 0 to {most}")
-      labels[k], rng = label, None
+      rng = None
       if draw and self.crop != "none":
         purpose, position = randomness.Purpose.HOST_CROP, int(positions[k])
         rng = randomness.host_rng(draw.seed, purpose, draw.epoch, position)
-      images[k] = self._cut(encoded, rng)
+      try:
+        feature = tf_example_pb2.Example.FromString(raw).features.feature
+        (encoded,) = feature["image"].bytes_list.value
+        (labels[k],) = feature["label"].int64_list.value
+        if not 0 <= labels[k] < self.num_classes:
+          most = self.num_classes - 1
+          raise ValueError(f"it has label {labels[k]}; needed: 0 to {most}")
+        images[k] = self._cut(encoded, rng)
+      except Exception as error:
+        raise _BadExample(k, errors.one_line(error)) from error
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
   def _cut(self, encoded: bytes, rng: np.random.Generator | None) -> np.ndarray:
     """uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(encoded), formats=prepared.ENCODINGS) as image:
-      if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"an image has {image.width} x {image.height} pixels")
-      image.load()  # Only now it is decoded.
-      # Some of ImageNet's are grey. The others need not be copied.
-      decoded = image if image.mode == "RGB" else image.convert("RGB")
+    decoded = pictures.decode(encoded)
     if rng:
       boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
     elif self.num_crops > 1:
       boxes = crops.corners_and_centre(*decoded.size)
+    elif decoded.size == (self.image_size, self.image_size):
+      boxes = [(0, 0, *decoded.size)]  # As it is.
     else:
       boxes = [crops.central(*decoded.size)]
     size, method = (self.image_size,) * 2, Image.Resampling.BILINEAR
@@ -270,6 +273,14 @@ class StreamedSplit(types.Split):
     if self.num_crops > 1:
       cut += [image[:, ::-1] for image in cut]
     return np.stack(cut)
+
+
+class _BadExample(ValueError):
+  """What is wrong with one of the examples that are decoded together."""
+
+  def __init__(self, number: int, what: str):
+    super().__init__(what)
+    self.number = number
 
 
 class _Workers:

@@ -97,7 +97,9 @@ _KEYS = (
     "Where decoded images are cached. Empty: the user's cache directory."
   ),
   Key("dataset.image_size", 224, integer(1, 2048)).means(
-    "Height and width of images that are decoded while training."
+    "Height and width of images that are decoded while training. Those that"
+    " have it are taken as they are; others are cut to the central 224/256 of"
+    " the shorter side."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
     "Processes that decode images while training, per seed. -1: one per CPU"

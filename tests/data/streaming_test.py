@@ -103,6 +103,23 @@ def test_images_are_cut_as_pillow_cuts_them(root):
   assert images.shape == (2, *dataset.train.image_shape)
 
 
+def test_images_of_the_wanted_size_are_taken_as_they_are(tmp_path):
+  generated.prepare(tmp_path, COUNTS, num_classes=4, width=48, height=48)
+  path = tmp_path / "imagenet2012" / "5.1.0" / TRAIN_FILE
+  reader = array_record_module.ArrayRecordReader(str(path))
+  raw = [tf_example_pb2.Example.FromString(r) for r in reader.read_all()]
+  images, _ = load(tmp_path, image_size=48).train.take(np.arange(3))
+  for image, example in zip(images, raw, strict=False):
+    (encoded,) = example.features.feature["image"].bytes_list.value
+    expected = np.asarray(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_a_set_without_names_has_numbers(copy):
+  (copy / "label.labels.txt").unlink()
+  assert load(copy.parent.parent).class_names == ("0", "1", "2", "3")
+
+
 def test_images_depend_on_seed_epoch_and_position_alone(root):
   train_split = load(root).train
   order = list(np.random.default_rng(0).permutation(40).reshape(2, 20))
@@ -310,6 +327,7 @@ BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
     (encode()[:-200], 0, "OSError"),
     (bytes(BOMB), 0, "Error"),
     (encode(encoding="EPS"), 0, "cannot identify image"),
+    (encode()[:-200], 0, "record 39, from 0, of the split 'train': OSError"),
     (encode(), 4, "label 4; needed: 0 to 3"),
     (encode(), -1, "label -1"),
   ],
@@ -430,6 +448,20 @@ def test_any_damage_is_one_line_or_harmless(root, data, edits, cut):
     else:
       assert images.shape[1:] == (64, 64, 3)
       assert len(labels) == len(images)
+
+
+def test_records_in_another_order_are_another_set(copy):
+  """ArrayRecord pads its files: their sizes are the same."""
+  path = copy / TRAIN_FILE
+  before, size = prepared.fingerprint(copy, read_all=False), path.stat().st_size
+  records = array_record_module.ArrayRecordReader(str(path)).read_all()
+  path.unlink()
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  for record in reversed(records):
+    writer.write(record)
+  writer.close()
+  assert path.stat().st_size == size
+  assert prepared.fingerprint(copy, read_all=False) != before
 
 
 def test_fingerprints_tell_copies_apart(copy, root):

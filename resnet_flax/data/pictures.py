@@ -1,0 +1,49 @@
+"""Encoded pictures as RGB, as TensorFlow's `decode_image(channels=3)` has them.
+
+Transparency is dropped and EXIF's orientation is not applied, as TFDS does. Of
+an animated picture this is the first frame.
+"""
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+
+# Pillow knows many more, of which some start other programs.
+ENCODINGS = ("JPEG", "PNG")
+# ImageNet's largest has 61 million.
+_MOST_PIXELS = 2**26
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PARTS_OF_PICTURES = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+
+
+def decode(encoded: bytes) -> Any:
+  """A Pillow image of mode RGB; some exception if it is none."""
+  from PIL import Image
+
+  file = io.BytesIO(_picture_alone(encoded))
+  with Image.open(file, formats=ENCODINGS) as image:
+    if image.width * image.height > _MOST_PIXELS:
+      raise ValueError(f"it has {image.width} x {image.height} pixels")
+    image.load()  # Only now it is decoded.
+    if image.mode == "RGB":
+      return image
+    if image.mode.startswith("I"):  # Grey, 16 bits: Pillow would clip them.
+      high = np.asarray(image).astype(np.int64) >> 8
+      return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _picture_alone(encoded: bytes) -> bytes:
+  """A PNG without profiles and texts, whose faults Pillow would not bear."""
+  if not encoded.startswith(_PNG):
+    return encoded
+  parts, start = [_PNG], len(_PNG)
+  while start + 8 <= len(encoded):
+    length, kind = struct.unpack(">I4s", encoded[start : start + 8])
+    end = start + 12 + length
+    if kind in _PARTS_OF_PICTURES:
+      parts.append(encoded[start:end])
+    start = end
+  return b"".join(parts)
