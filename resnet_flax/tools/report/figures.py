@@ -290,7 +290,7 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 def _plain(text: str) -> str:
   """Text in which a dollar sign begins no formula."""
-  return text.replace("$", r"\$")
+  return runs_lib.shown(text).replace("$", r"\$")
 
 
 @contextlib.contextmanager

@@ -48,7 +48,9 @@ class Table:
     self.name = name  # Of its files, without suffix.
     self.caption = caption  # One sentence.
     self.columns = columns
-    self.rows = [[column.cell(item) for column in columns] for item in items]
+    self.rows = [
+      [_printable(column.cell(item)) for column in columns] for item in items
+    ]
     # It is long, and of use to few: the page shows it when asked to.
     self.folded = folded
 
@@ -98,9 +100,20 @@ class Table:
           cells += [None, None, 0] if column.statistic else [cell]
       writer.writerow(
         # Ten digits: the others are rounding errors.
-        [f"{c:.10g}" if isinstance(c, float) else c for c in cells]
+        [f"{c:.10g}" if isinstance(c, float) else _no_formula(c) for c in cells]
       )
     return file.getvalue()
+
+
+def _printable(cell: Cell) -> Cell:
+  """Names of folders, classes and processors may hold any character."""
+  return runs_lib.shown(cell) if isinstance(cell, str) and cell else cell
+
+
+def _no_formula(cell: str | int | None) -> str | int | None:
+  """What a spreadsheet would take for a formula becomes a text there."""
+  is_one = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
+  return f"'{cell}" if is_one else cell
 
 
 def _escape(text: str) -> str:

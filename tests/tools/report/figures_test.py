@@ -201,6 +201,21 @@ def test_confusion_of_many_classes_has_no_numbers(drawn):
   assert len(drawn[0].axes[0].texts) == 0
 
 
+def test_names_of_classes_may_hold_any_character():
+  """An escape character would make the SVG no XML."""
+  labels = np.array([0, 1], np.int32)
+  images = np.full((2, 32, 32, 3), 127, np.uint8)
+  scored = scores.summarize(
+    types.whole_split(images, labels),
+    labels,
+    np.array([[0.9, 0.1], [0.8, 0.2]], np.float32),
+    class_names=("\x1b[31m", "a\nb"),
+    step=1,
+  )
+  for figure in (figures.confusion, figures.mistakes):
+    ElementTree.fromstring(figure(scored, "name", "what").svg)
+
+
 def test_mistakes(scored, drawn):
   figures.mistakes(scored, "mistakes", "a checkpoint")
   shown = [axes for axes in drawn[0].axes if axes.images]

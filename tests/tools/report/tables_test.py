@@ -53,5 +53,17 @@ def test_csv():
   assert rows[2]["accuracy (%) n"] == "0"
 
 
+def test_cells_may_hold_any_character():
+  """A line break tears Markdown, and a spreadsheet runs what begins with =."""
+  names = ["=1+1", "+1", "-1", "@x", "a\nb", "\x1b[31m", "\u202e"]
+  table = tables.Table(
+    "name", "A caption.", names, tables.Column("run", lambda name: name)
+  )
+  rows = [row["run"] for row in csv.DictReader(io.StringIO(table.to_csv()))]
+  assert rows[:4] == ["'=1+1", "'+1", "'-1", "'@x"]
+  assert all(row.isprintable() for row in rows)
+  assert len(table.to_markdown().splitlines()) == 4 + len(names)
+
+
 def test_large_counts_are_legible():
   assert COLUMNS[0].show(10_000) == "10,000"
