@@ -116,6 +116,11 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
   # TFDS, ArrayRecord and Pillow each have kinds of their own.
   except Exception as error:
     problem = errors.one_line(error)
+    if "bootstrapping phase" in str(error):  # Python's, about new processes.
+      raise errors.DataError(
+        "a script that decodes images in processes must train under: if"
+        " __name__ == '__main__', or set dataset.num_workers=0."
+      ) from error
     message = f"{folder} cannot be read ({problem}). {remedy}"
     raise errors.DataError(message) from error
 

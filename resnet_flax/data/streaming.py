@@ -318,7 +318,8 @@ class _Workers:
     raise errors.DataError(
       f"a process that decodes images of {self._folder} was ended ({died});"
       " if it says nothing itself, most likely for want of memory. Pass a"
-      " smaller --config.dataset.num_workers."
+      " smaller --config.dataset.num_workers. A script must train under: if"
+      " __name__ == '__main__'."
     ) from error
 
   def _died(self) -> str:

@@ -464,6 +464,31 @@ def test_records_in_another_order_are_another_set(copy):
   assert prepared.fingerprint(copy, read_all=False) != before
 
 
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_so(root, tmp_path):
+  """Its data is good and its memory large enough."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    "import numpy as np\n"
+    "from configs import imagenet_resnet50\n"
+    "from resnet_flax.data import dataset\n"
+    "config = imagenet_resnet50.get_config().dataset\n"
+    f"config.data_dir, config.num_workers = {str(root)!r}, 1\n"
+    "config.image_size = 32\n"
+    "train = dataset.load(config).train\n"
+    "next(train.batches([np.arange(8)]))\n"
+  )
+  done = subprocess.run(
+    [sys.executable, str(script)],
+    env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert "must train under: if __name__ == '__main__'" in done.stderr
+  assert "Prepare it again" not in done.stderr
+
+
 def test_fingerprints_tell_copies_apart(copy, root):
   before = prepared.fingerprint(copy, read_all=False)
   assert before == prepared.fingerprint(
