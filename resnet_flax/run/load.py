@@ -167,8 +167,11 @@ def evaluate_workdir(
     ConfigError, WorkdirError: see `load_model`; or the run was on other data.
     DataError: the data cannot be had.
   """
+  given = config
   config, experiment, states = _restore(workdir, which, config)
   rules.check_labels(config)
+  if given is None:
+    say_what_is_trusted(config)
   dataset = dataset_lib.load(config.dataset)
   folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
   layout = networks.Layout.create(config, devices)
@@ -194,6 +197,16 @@ def evaluate_workdir(
   # Each seed has its own.
   own = ("step", "epoch", "step_std", "epoch_std")
   return {k: v for k, v in result.items() if k not in own}
+
+
+def say_what_is_trusted(config: ConfigDict) -> None:
+  """Says which data a stored configuration leads to: it may be a stranger's."""
+  for name in ("data_dir", "archive", "cache_dir"):
+    if config.dataset[name]:
+      _logger.warning(
+        "note: scored on the data in dataset.%s=%s, as config.json has it",
+        *(name, config.dataset[name]),
+      )
 
 
 def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -132,6 +132,20 @@ def test_predict_wants_uint8_images(run, images):
     loaded.predict(images)
 
 
+def test_data_that_a_workdir_leads_to_is_named(run, tmp_path, caplog):
+  """Somebody else's may hold labels that make its score perfect."""
+  _, workdir, _ = run
+  load.evaluate_workdir(workdir)
+  assert "scored on the data in" not in caplog.text
+  other = tmp_path / "run"
+  shutil.copytree(workdir, other)
+  config = json.loads((other / "config.json").read_text())
+  config["dataset"]["cache_dir"] = str(tmp_path / "cache")
+  (other / "config.json").write_text(json.dumps(config))
+  load.evaluate_workdir(other)
+  assert f"dataset.cache_dir={tmp_path / 'cache'}" in caplog.text
+
+
 def test_class_names_are_those_of_the_data(run):
   loaded = resnet_flax.load_model(run[1])
   assert loaded.class_names == tuple("0123456789")

@@ -451,6 +451,7 @@ def score(run: Run, seed: int) -> scores_lib.Scores:
   # Before the data, which takes longer.
   loaded = load.load_model(run.folder, seed=seed)
   rules.check_labels(loaded.config)
+  load.say_what_is_trusted(loaded.config)
   dataset = dataset_lib.load(loaded.config.dataset)
   folder.check_data(run.folder, dataset.source)
   size = loaded.config.eval_batch_size
