@@ -28,17 +28,19 @@ def within_epochs(name: str) -> list[tuple[float, float, float]]:
     name: of the run.
   """
   pattern = re.compile(
-    r"epoch (\d+)/\d+ step (\d+)/(\d+): loss ([\d.]+), accuracy ([\d.]+)"
+    r"epoch (?P<epoch>\d+)(?P<of>/| of )\d+ step (\d+)/(\d+):"
+    r" loss ([\d.]+), accuracy ([\d.]+)"
   )
   points: list[tuple[float, float, float]] = []
   for line in (_FOLDER / f"{name}.log").read_text().splitlines():
     if match := pattern.match(line):
-      epoch, step, steps = (int(match[k]) for k in (1, 2, 3))
-      done = epoch - 1 + step / steps
+      # The logs here are of a version that counted epochs from 1, as 1/10.
+      epoch = int(match["epoch"]) - (match["of"] == "/")
+      done = epoch + int(match[3]) / int(match[4])
       if points and int(points[-1][0]) < int(done):
         # The mean starts anew: no line from one epoch to the next.
         points.append((done, math.nan, math.nan))
-      points.append((done, float(match[4]), float(match[5])))
+      points.append((done, float(match[5]), float(match[6])))
   return points
 
 

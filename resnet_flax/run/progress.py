@@ -42,7 +42,7 @@ class Progress:
   def start_epoch(self, epoch: int, step: int) -> None:
     """Begins the training of a 0-based epoch after its first `step` steps."""
     self._epoch, self._step, self._first_step = epoch, step, step
-    self._title = f"epoch {epoch + 1}/{self._num_epochs}"
+    self._title = f"epoch {epoch} of {self._num_epochs}"
     self._started = self._last_line = time.perf_counter()
     self._bar = tqdm.tqdm(
       total=self._steps_per_epoch,

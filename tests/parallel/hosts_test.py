@@ -151,8 +151,8 @@ def test_two_processes_are_one_run(tiny_config, tmp_path, steps_per_call):
   )
   assert codes == [1, -signal.SIGKILL], texts
   assert "resuming after step 3 of" in texts[0]
-  assert "epoch 1/2" in texts[0]
-  assert "epoch 1/2" not in texts[1]
+  assert "epoch 0 of 2" in texts[0]
+  assert "epoch 0 of 2" not in texts[1]
   last = texts[0].splitlines()[-1]
   assert last.startswith("error: this process cannot continue: most likely")
   assert "Traceback" not in texts[0]

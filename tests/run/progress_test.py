@@ -47,11 +47,12 @@ def test_plain_lines_without_a_terminal(clock, caplog):
   lines = [record.message for record in caplog.records]
   # After 40 s, the first time that 30 s have gone by, and after 80 s.
   assert lines[0] == (
-    "epoch 1/2 step 2/4: loss 2.0000, accuracy 0.2500, 0 images/s, 0:02:00 left"
+    "epoch 0 of 2 step 2/4: loss 2.0000, accuracy 0.2500, 0 images/s, 0:02:00"
+    " left"
   )
-  assert lines[1].startswith("epoch 1/2 step 4/4")
+  assert lines[1].startswith("epoch 0 of 2 step 4/4")
   assert lines[2] == (
-    "epoch 1/2: loss 1.2500, accuracy 0.5000; test loss 1.5000, accuracy"
+    "epoch 0 of 2: loss 1.2500, accuracy 0.5000; test loss 1.5000, accuracy"
     " 0.2500; 123 images/s; 0:01:30 left"
   )
   assert len(lines) == 3
@@ -76,8 +77,8 @@ def test_calls_of_several_steps(clock, caplog):
     clock.now += 4
     shown.step(step_metrics(step))
   assert [text.partition(":")[0] for text in caplog.messages] == [
-    "epoch 2/2 step 4/10",
-    "epoch 2/2 step 8/10",
+    "epoch 1 of 2 step 4/10",
+    "epoch 1 of 2 step 8/10",
   ]
   assert "8 images/s, 0:00:02 left" in caplog.messages[1]
 
@@ -91,7 +92,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   other.sums["loss"] *= 2
   shown.step([one, other])
   assert caplog.messages == [
-    "epoch 1/1 step 1/2: loss 3.0000 ± 1.4142, accuracy 0.2500 ± 0.0000, 16"
+    "epoch 0 of 1 step 1/2: loss 3.0000 ± 1.4142, accuracy 0.2500 ± 0.0000, 16"
     " images/s, 0:00:01 left"
   ]
   clock.now += 1
@@ -102,7 +103,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   record = metrics.summarize({}, [0, 1], of_seeds, ensemble)
   shown.end_epoch(record | {"images_per_second": 123.4}, 10)
   assert caplog.messages[-1] == (
-    "epoch 1/1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"
+    "epoch 0 of 1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"
     " 1.5000 ± 0.0000, accuracy 0.5000 ± 0.3536, ensemble 0.8750; 123 images/s"
   )
 
@@ -115,7 +116,7 @@ def test_going_on_within_an_epoch(clock, caplog):
   shown.step(step_metrics(98))
   # The speed is that of the steps taken here.
   assert caplog.messages == [
-    "epoch 1/1 step 99/100: loss 2.0000, accuracy 0.2500, 8 images/s,"
+    "epoch 0 of 1 step 99/100: loss 2.0000, accuracy 0.2500, 8 images/s,"
     " 0:00:01 left"
   ]
 
@@ -137,7 +138,7 @@ def test_bar_on_a_terminal(clock, monkeypatch, caplog):
   shown._bar.refresh()
   shown.close()
   text = terminal.getvalue()
-  assert "epoch 1/2 100%|" in text
+  assert "epoch 0 of 2 100%|" in text
   for field in ("loss 2.0000", "accuracy 0.2500", "8 images/s", "0:00:04 left"):
     assert field in text
   assert caplog.records == []

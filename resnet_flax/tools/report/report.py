@@ -293,8 +293,8 @@ def _runs(groups: Sequence[Group]) -> Section:
       2,
     ),
     column(
-      "best epoch, from 1",
-      lambda r: ", ".join(str(k + 1) for k in sorted({*best(r, "epoch")})),
+      "best epoch (0-based)",
+      lambda r: ", ".join(str(k) for k in sorted({*best(r, "epoch")})),
     ),
     column("chosen by", lambda r: r.chosen_by),
     column("images/s", lambda r: r.images_per_second),
