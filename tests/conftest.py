@@ -70,10 +70,15 @@ def free_programs():
 
 @pytest.fixture
 def ctrl_c():
-  """Ctrl-C works, here and in child processes, even in a background job."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  """Ctrl-C works, here and in child processes, even in a background job.
+
+  So does the end of a terminal, even after `nohup`.
+  """
+  interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+  hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield
-  signal.signal(signal.SIGINT, before)
+  signal.signal(signal.SIGINT, interrupt)
+  signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture

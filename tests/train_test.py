@@ -609,7 +609,7 @@ def test_metrics_are_read_one_step_late(
   ]
 
 
-@pytest.mark.parametrize("num_seeds", [1, 2])
+@pytest.mark.parametrize("num_seeds", [1, pytest.param(2, marks=slow)])
 def test_a_metric_that_a_checkpoint_lacks(
   tiny_config, tmp_path, one_device, monkeypatch, num_seeds
 ):

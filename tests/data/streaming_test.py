@@ -545,12 +545,13 @@ def test_a_run_goes_on_to_the_same_bits(root, tmp_path, one_device):
 
 
 PROGRAM = """
-  import sys
-  import numpy as np
-  from resnet_flax import data as datasets
-  from tests.data import streaming_test
-
   if __name__ == "__main__":
+    # Not in the workers, which start sooner without.
+    import sys
+    import numpy as np
+    from resnet_flax import data as datasets
+    from tests.data import streaming_test
+
     split = streaming_test.load(sys.argv[1], num_workers=int(sys.argv[2])).train
     order = list(np.random.default_rng(0).permutation(40).reshape(2, 20))
     endless = sys.argv[3] != "once"

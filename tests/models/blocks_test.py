@@ -243,7 +243,7 @@ def test_a_branch_can_be_changed_in_loops_as_well(name, branch):
     model = models.create_model(config, 10)
     model = model.clone(
       block_cls=functools.partial(model.block_cls, branch=branch),
-      stage_sizes=(4, 1),
+      stage_sizes=(3, 1),
       stage_filters=model.stage_filters[:2],
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)))

@@ -152,7 +152,10 @@ def second_epoch(config, layout, training):
   return layout.get(state), found
 
 
-def one_by_one(config, layout):
+@pytest.fixture(scope="module")
+def one_by_one(config):
+  """The second epoch in single steps, on one device."""
+  layout = layout_of(config)
   experiment, split, state, key = initial(config, layout)
   training = program.create(config, experiment, state, split, key, layout)
   return second_epoch(config, layout, training)
@@ -166,7 +169,7 @@ def assert_close(one, other):
     np.testing.assert_allclose(*values, rtol=1e-5)
 
 
-def test_calls_compute_what_single_steps_do(config, programs):
+def test_calls_compute_what_single_steps_do(config, programs, one_by_one):
   """Wherever calls end, to the bit; single steps may round otherwise."""
   layout = layout_of(config)
   (at_once,), [(last,)] = second_epoch(config, layout, programs(layout, 5))
@@ -175,7 +178,7 @@ def test_calls_compute_what_single_steps_do(config, programs):
   assert_identical(at_once, cut)
   assert int(last.step) == 9
   assert last.finite
-  (single,), found = one_by_one(config, layout)
+  (single,), found = one_by_one
   assert_close(at_once, single)
   assert last.learning_rate == found[-1][0].learning_rate
 
@@ -213,7 +216,9 @@ def collectives(compiled):
 
 
 @pytest.mark.parametrize("is_divided", [pytest.param(False, marks=slow), True])
-def test_split_on_many_devices(config, programs, monkeypatch, is_divided):
+def test_split_on_many_devices(
+  config, programs, one_by_one, monkeypatch, is_divided
+):
   """Copied or divided: the same results; copies need no other's images."""
   layout = layout_of(config, 8)
   if is_divided:
@@ -224,8 +229,7 @@ def test_split_on_many_devices(config, programs, monkeypatch, is_divided):
   assert images.sharding.is_fully_replicated != is_divided
   assert labels.shape == ((48,) if is_divided else (44,))
   (state,), _ = second_epoch(config, layout, programs(layout, 3, is_divided))
-  monkeypatch.undo()
-  (single,), _ = one_by_one(config, layout_of(config))
+  (single,), _ = one_by_one
   assert_close(state, single)
 
 
