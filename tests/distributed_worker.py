@@ -23,7 +23,7 @@ from tests import helpers
 
 
 def say(*values):
-  print(json.dumps(values), flush=True)
+  print("\nsaid", json.dumps(values), flush=True)
 
 
 def exchange(seconds):

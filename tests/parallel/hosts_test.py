@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -94,8 +95,8 @@ def run(scenario, environments, seconds=0):
   commands = [(scenario, seconds)] * len(environments)
   codes, outputs, texts = ends(start(commands, environments))
   said = [
-    # Gloo has lines of its own.
-    [json.loads(line) for line in out.splitlines() if "[Gloo]" not in line]
+    # Gloo has lines of its own, which its threads mix.
+    [json.loads(line) for line in re.findall(r"^said (.*)$", out, re.MULTILINE)]
     for out in outputs
   ]
   return codes, said, texts

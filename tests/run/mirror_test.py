@@ -278,7 +278,7 @@ def test_killed_with_its_disk_at_any_moment(tmp_path):
   subprocess.run(command("twin"), cwd=ROOT, check=True)
   killed = command("run", f"--config.checkpoint.mirror={tmp_path / 'disk'}")
   rng = random.Random(0)
-  for _ in range(20):
+  for _ in range(10):
     with subprocess.Popen(killed, cwd=ROOT) as process:
       try:
         process.wait(rng.uniform(6, 14))
