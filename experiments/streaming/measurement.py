@@ -69,16 +69,17 @@ def _decode(
   split: streaming.StreamedSplit, positions: np.ndarray, conn: Any
 ) -> None:
   """Decodes as many images as is asked for; says how long it took."""
-  raw = split.records.__getitems__(split.indices[positions].tolist())
+  rows = split.indices[positions]
+  raw = split.records.__getitems__(rows.tolist())
   draw, number = datasets.Draw(0, 0), itertools.count()
   # What is imported and set up once is not timed.
-  split._decode(draw, positions[:16], raw[:16])
+  split._decode(draw, positions[:16], rows[:16], raw[:16])
   conn.send("ready")
   while count := conn.recv():
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
       image = slice(k := next(number) % len(raw), k + 1)
-      split._decode(draw, positions[image], raw[image])
+      split._decode(draw, positions[image], rows[image], raw[image])
     conn.send((time.perf_counter() - started, time.process_time() - cpu))
 
 

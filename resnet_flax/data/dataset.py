@@ -147,10 +147,12 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   kept, held_out = splits.choose(
     len(train), labels, num_train, num_held_out, config.split_seed
   )
+  validation = train.subset(held_out) if len(held_out) else None
   return dataclasses.replace(
     dataset,
-    train=train.subset(kept),
-    validation=train.subset(held_out) if len(held_out) else None,
+    train=streaming.settle(train.subset(kept), is_scored=False),
+    validation=validation and streaming.settle(validation, is_scored=True),
+    test=streaming.settle(dataset.test, is_scored=True),
   )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -26,6 +27,8 @@ from ml_collections import ConfigDict
 from resnet_flax.data import crops, pictures, prepared, randomness, types
 from resnet_flax.run import environment, errors, signals
 
+_logger = logging.getLogger(__name__)
+
 # Any other prepared copy is named by its folder: 'tfds/food101'.
 PREFIX = "tfds/"
 
@@ -33,6 +36,15 @@ PREFIX = "tfds/"
 # 224x224, or about as many bytes. Each worker or thread decodes one ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
+# Up to here a split that is the same in every epoch is kept decoded.
+_IN_MEMORY_BYTES = 2**30
+# With fewer images in an epoch than 10,000 of 224x224, worker processes, which
+# take seconds to start, decode no faster than threads.
+_WORKERS_BYTES = 10_000 * 224 * 224 * 3
+_REMEDY = (
+  f"{prepared.PREPARE_AGAIN} dataset.bad_images=skip does without bad images."
+)
+_BAD = -1  # Stands for the label of an image that is to be skipped.
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
@@ -103,16 +115,24 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
     folder=folder,
     name="train",
     records=sources[0],
+    shards=shards[0],
     image_size=config.image_size,
     num_classes=len(facts.class_names),
     crop=augmentation if augmentation in crops.RANDOM else "none",
     num_workers=config.num_workers,
     num_crops=config.test_crops,
+    skips_bad=config.bad_images == "skip",
   )
   first_test = facts.num_train if facts.test == "train" else 0
   indices = first_test + np.arange(facts.num_test)
   test = dataclasses.replace(
-    train, name=facts.test, indices=indices, records=sources[1], crop="none"
+    train,
+    indices=indices,
+    name=facts.test,
+    records=sources[1],
+    shards=shards[1],
+    crop="none",
+    skipped=set(),
   )
   for split in (train, test):
     # What is wrong with all images is said before anything is compiled.
@@ -124,6 +144,32 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
     class_names=facts.class_names,
     source=f"{config.name}-{folder.name}-{digest[:16]}",
   )
+
+
+def settle(split: types.Split, *, is_scored: bool) -> types.Split:
+  """Keeps a split decoded if it never changes and fits into memory.
+
+  Of a split that is scored, `bad_images=skip` leaves out the bad images. To
+  find them, it is decoded whatever its size.
+  """
+  if not isinstance(split, StreamedSplit):
+    return split
+  size = len(split) * math.prod(split.image_shape)
+  keep = split.crop == "none" and split.num_crops == 1
+  keep = keep and size <= _IN_MEMORY_BYTES
+  find_bad = is_scored and split.skips_bad
+  if not (keep or find_bad):
+    return split
+  positions = np.arange(len(split))
+  order = np.split(positions, range(_CHUNK, len(split), _CHUNK))
+  batches = [batch for batch in split.batches(order) if keep]
+  if find_bad:
+    positions = positions[~np.isin(split.indices, list(split.skipped))]
+  if not keep:
+    return split.subset(positions)
+  images, labels = map(np.concatenate, zip(*batches, strict=True))
+  indices = split.indices[positions]
+  return DecodedSplit(images[positions], labels[positions], indices)
 
 
 def _allow_open_files(count: int) -> None:
@@ -149,6 +195,17 @@ def _allow_open_files(count: int) -> None:
     )
 
 
+class DecodedSplit(types.ArraySplit):
+  """A streamed split that was decoded: `images[k]` is that of `indices[k]`."""
+
+  def batches(
+    self, order: Sequence[np.ndarray], draw: types.Draw | None = None
+  ) -> Iterator[types.Batch]:
+    """See `Split`."""
+    for positions in order:
+      yield self.images[positions], self.labels[positions]
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit(types.Split):
   """Images in the files of a prepared copy."""
@@ -157,12 +214,18 @@ class StreamedSplit(types.Split):
   folder: pathlib.Path  # Of the copy, for messages.
   name: str  # Of the official split, for messages.
   records: Any  # ArrayRecord's source of the official split.
+  shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
   image_size: int  # Height and width of what is cut out of the images.
   num_classes: int  # Labels are below.
   crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
-  # Processes that decode; 0: threads of this one, -1: one per CPU thread.
+  # Processes that decode; 0: threads of this one, -1: one per CPU thread if
+  # that is worth it.
   num_workers: int
   num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
+  # Whether a bad image is replaced by the next good one of this split.
+  skips_bad: bool = False
+  # Which of the official split were, as far as they have been met.
+  skipped: set[int] = dataclasses.field(default_factory=set)
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -194,9 +257,11 @@ class StreamedSplit(types.Split):
     rows = [(part, self.indices[part]) for parts in chunks for part in parts]
     none = self.indices[:0]
     lean = dataclasses.replace(self, indices=none, num_crops=num_crops)
-    workers = min(self.num_workers, len(rows))
+    workers = self.num_workers
     if workers < 0:
-      workers = min(environment.num_cpu_threads(), len(rows))
+      is_large = sum(map(len, order)) * image_bytes >= _WORKERS_BYTES
+      workers = environment.num_cpu_threads() if is_large else 0
+    workers = min(workers, len(rows))
     # A worker hands over what it has while its thread decodes.
     threads = 1 if workers else 2
     pipeline = grain.experimental.WithOptionsIterDataset(
@@ -214,25 +279,49 @@ class StreamedSplit(types.Split):
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
     try:
-      with prepared.reading(self.folder, prepared.PREPARE_AGAIN):
-        for parts in chunks:
+      with prepared.reading(self.folder, _REMEDY):
+        for positions, parts in zip(order, chunks, strict=True):
           arrays = [take(iterator) for _ in parts]
-          images, labels = zip(*arrays, strict=True)
-          yield np.concatenate(images), np.concatenate(labels)
+          images, labels = map(np.concatenate, zip(*arrays, strict=True))
+          for k in np.flatnonzero(labels == _BAD):
+            images[k], labels[k] = self._next_good(positions[k], draw)
+          yield images, labels
     finally:
       alive.close(iterator)
+
+  def _next_good(self, position: int, draw: types.Draw | None) -> types.Batch:
+    """The image from `position` on that can be read, by position alone."""
+    strict = dataclasses.replace(self, skips_bad=False)
+    for other in np.roll(np.arange(len(self)), -position):
+      row = self.indices[other]
+      try:
+        images, labels = strict._read(
+          draw, (np.array([other]), np.array([row]))
+        )
+        return images[0], labels[0]
+      except ValueError as error:
+        if row not in self.skipped:
+          self.skipped.add(row)
+          _logger.warning("skipped: %s; %d so far", error, len(self.skipped))
+    raise ValueError(f"no image of the split {self.name!r} can be read")
+
+  def _place(self, row: int) -> str:
+    of_split = f"record {row}, from 0, of the split {self.name!r}"
+    for shard in self.shards:
+      if row < shard.examples_in_shard:
+        break
+      row -= shard.examples_in_shard
+    return f"{of_split} (record {row} of {os.path.basename(shard.filename)})"
 
   def _read(self, draw: types.Draw | None, chunk) -> types.Batch:
     """Of the positions of a chunk and the indices that they have."""
     positions, rows = chunk
     records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
-    try:
-      return self._decode(draw, positions, records)
-    except _BadExample as error:
-      place = f"record {rows[error.number]}, from 0, of the split {self.name!r}"
-      raise ValueError(f"{place}: {error}") from error
+    return self._decode(draw, positions, rows, records)
 
-  def _decode(self, draw: types.Draw | None, positions, records) -> types.Batch:
+  def _decode(
+    self, draw: types.Draw | None, positions, rows, records
+  ) -> types.Batch:
     """Of the serialised `tf.train.Example`s at these positions."""
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -252,7 +341,10 @@ class StreamedSplit(types.Split):
           raise ValueError(f"it has label {labels[k]}; needed: 0 to {most}")
         images[k] = self._cut(encoded, rng)
       except Exception as error:
-        raise _BadExample(k, errors.one_line(error)) from error
+        if not self.skips_bad:
+          what = f"{self._place(rows[k])}: {errors.one_line(error)}"
+          raise ValueError(what) from error
+        images[k], labels[k] = 0, _BAD
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
   def _cut(self, encoded: bytes, rng: np.random.Generator | None) -> np.ndarray:
@@ -273,14 +365,6 @@ class StreamedSplit(types.Split):
     if self.num_crops > 1:
       cut += [image[:, ::-1] for image in cut]
     return np.stack(cut)
-
-
-class _BadExample(ValueError):
-  """What is wrong with one of the examples that are decoded together."""
-
-  def __init__(self, number: int, what: str):
-    super().__init__(what)
-    self.number = number
 
 
 class _Workers:

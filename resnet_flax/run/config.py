@@ -102,8 +102,13 @@ _KEYS = (
     " the shorter side."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
-    "Processes that decode images while training, per seed. -1: one per CPU"
-    " thread. 0: two threads. Does not change any result."
+    "Processes that decode images while training, per seed. 0: two threads. -1:"
+    " one per CPU thread, but 0 for less than 10,000 images of 224x224. Does"
+    " not change any result."
+  ),
+  Key("dataset.bad_images", "error", choice("error", "skip")).means(
+    "What images that cannot be decoded do while training. skip: each is listed"
+    " and replaced by the next good one; those to be scored are left out."
   ),
   Key("dataset.test_crops", 1, choice(1, 10)).means(
     "10: score by the mean probabilities of ten crops (Krizhevsky et al. 2012,"

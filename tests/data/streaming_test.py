@@ -1,7 +1,9 @@
+import dataclasses
 import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -23,7 +25,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 from configs import imagenet_resnet50
 from experiments.streaming import generated
 from resnet_flax import data as datasets, train
-from resnet_flax.data import crops, dataset as dataset_lib, prepared
+from resnet_flax.data import (
+  crops,
+  dataset as dataset_lib,
+  prepared,
+  streaming,
+)
 from resnet_flax.parallel import evaluate, program
 from resnet_flax.run import (
   errors,
@@ -245,7 +252,7 @@ def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   ("name", "key", "value", "message"),
   [
     ("imagenet2012", "normalization", "channel", "caffe, imagenet, none"),
-    ("cifar10", "augment.name", "scale_crop", "It must be crop_flip"),
+    ("cifar10", "augment.name", "scale_crop", "It must be one of crop_flip"),
     ("tfds/../x", "seed", 0, "dataset.name='tfds/../x' is not known"),
     ("imagenet2012", "dataset.num_workers", -2, "from -1 to 256"),
     ("imagenet2012", "dataset.image_size", 0, "from 1 to 2048"),
@@ -327,7 +334,11 @@ BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
     (encode()[:-200], 0, "OSError"),
     (bytes(BOMB), 0, "Error"),
     (encode(encoding="EPS"), 0, "cannot identify image"),
-    (encode()[:-200], 0, "record 39, from 0, of the split 'train': OSError"),
+    (
+      *(encode()[:-200], 0),
+      f"record 39, from 0, of the split 'train' (record 39 of {TRAIN_FILE}):"
+      " OSError",
+    ),
     (encode(), 4, "label 4; needed: 0 to 3"),
     (encode(), -1, "label -1"),
   ],
@@ -335,6 +346,91 @@ BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
 def test_examples_that_are_none(copy, image, label, message):
   write_train_split(copy, image, label)
   assert message in refusal(copy)
+
+
+def test_the_shard_of_a_bad_image_is_named(root):
+  train_split = load(root).train
+  shard = train_split.shards[0]
+  shards = [
+    dataclasses.replace(shard, filename=f"/data/{k}", take=-1, **sizes)
+    for k, sizes in enumerate([{"examples_in_shard": 30}] * 2)
+  ]
+  split = dataclasses.replace(train_split, shards=shards, num_classes=0)
+  with pytest.raises(errors.DataError, match=r"record 34, from.*record 4 of 1"):
+    split.take(np.array([34]))
+
+
+def test_bad_images_are_skipped_exactly(copy, caplog):
+  write_train_split(copy, encode()[:-200])
+  split = load(copy.parent.parent, bad_images="skip").train
+  order = list(np.roll(np.arange(40), 7).reshape(2, 20))
+  draw = datasets.Draw(0, 1)
+  whole = list(split.batches(order, draw))
+  # Position 39 has what 0 has, the next good one of the split.
+  np.testing.assert_array_equal(whole[0][0][6], whole[0][0][7])
+  assert all((labels == 0).all() for _, labels in whole)
+  list(split.batches(order))
+  (line,) = caplog.messages
+  assert line.startswith("skipped: record 39")
+  assert line.endswith("1 so far")
+  worker = dataclasses.replace(split, num_workers=1)
+  equal(list(worker.batches(order, draw)), whole)
+  # After a resume, by another process, and in a part without 0.
+  equal(list(split.batches([order[0][5:]], draw)), [[x[5:] for x in whole[0]]])
+  part = split.subset(np.array([39, 20]))
+  images, _ = part.take(np.arange(2))
+  np.testing.assert_array_equal(images[0], images[1])
+
+
+def test_bad_images_are_not_scored(copy):
+  write_train_split(copy, encode()[:-200])
+  parts = {"train_examples": 20, "validation_examples": 20, "split_seed": 4}
+  dataset = load(copy.parent.parent, bad_images="skip", **parts)
+  held_out = dataset.validation.indices
+  assert len(held_out) == 19  # Its twentieth is 39.
+  assert 39 not in held_out
+  for change in ({"test_crops": 10}, {}):
+    other = load(copy.parent.parent, bad_images="skip", **parts | change)
+    np.testing.assert_array_equal(other.validation.indices, held_out)
+
+
+def test_a_set_of_bad_images_ends(copy):
+  for path in copy.glob("*array_record*"):
+    path.write_bytes((copy / TRAIN_FILE).read_bytes())
+  write_train_split(copy, b"", count=1)
+  info = json.loads((copy / "dataset_info.json").read_text())
+  for split in info["splits"]:
+    split["shardLengths"] = ["1" if split["name"] == "train" else "40"]
+  (copy / "dataset_info.json").write_text(json.dumps(info))
+  with pytest.raises(errors.DataError, match="no image of the split 'train'"):
+    load(copy.parent.parent, bad_images="skip")
+
+
+def test_small_splits_that_never_change_are_decoded_once(root, monkeypatch):
+  memory = load(root, "shift_flip", validation_examples=8)
+  drawn = load(root, "scale_crop").train
+  assert isinstance(drawn, streaming.StreamedSplit)
+  monkeypatch.setattr(streaming, "_IN_MEMORY_BYTES", 0)
+  streamed = load(root, "shift_flip", validation_examples=8)
+  for name in ("train", "validation", "test"):
+    ours, theirs = getattr(memory, name), getattr(streamed, name)
+    assert isinstance(ours, datasets.ArraySplit)
+    assert isinstance(theirs, streaming.StreamedSplit)
+    np.testing.assert_array_equal(ours.indices, theirs.indices)
+    positions = np.array([5, 0, 3])
+    equal([ours.take(positions)], [theirs.take(positions)])
+
+
+def test_small_splits_are_not_worth_processes(root, monkeypatch):
+  split = load(root, num_workers=-1).train
+  order = [np.arange(8)]
+  next(batches := split.batches(order))
+  assert not multiprocessing.active_children()
+  batches.close()
+  monkeypatch.setattr(streaming, "_WORKERS_BYTES", 8 * 64 * 64 * 3)
+  next(batches := split.batches(order))
+  assert multiprocessing.active_children()
+  batches.close()
 
 
 def test_fewer_examples_than_announced(copy):

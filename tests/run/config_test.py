@@ -304,7 +304,7 @@ def test_keys_that_are_no_text():
   [
     ("normalization", normalize.NAMES),
     ("dataset.name", dataset_lib.NAMES),
-    ("augment.name", augment.NAMES),
+    ("augment.name", augment.MOVES),
     ("model.name", registry.MODELS),
     ("model.norm", registry.NORMS),
     ("model.shortcut", ("default", "none", *blocks.SHORTCUTS)),
@@ -317,6 +317,7 @@ def test_keys_that_are_no_text():
     ("model.dtype", {"float32", "bfloat16"}),
     ("model.padding", {"same", "symmetric"}),
     ("seed_execution", {"auto", "in_turn", "vectorized"}),
+    ("dataset.bad_images", {"error", "skip"}),
   ],
 )
 def test_choices_are_what_is_built(key, known):
