@@ -190,12 +190,20 @@ def _cosine(config: ConfigDict, steps_per_epoch: int, warmup: int) -> Schedule:
   return Schedule(lambda step: cosine(step - warmup), [line])
 
 
+def _constant(config: ConfigDict, *_: int) -> Schedule:
+  base = config.optimizer.learning_rate
+  return Schedule(optax.constant_schedule(base), [f"epoch 0: {base:g}"])
+
+
 # For `schedule.name`. Each is a function of the whole configuration, of an
 # epoch's steps and of the steps of the linear warm-up, which comes before it.
 SCHEDULES: dict[str, Callable[[ConfigDict, int, int], Schedule]] = {
   "drops": _drops,
   "cosine": _cosine,
+  "constant": _constant,
 }
+# A run by one of these, which do not depend on num_epochs, can be lengthened.
+OPEN_ENDED = ("constant",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,10 +211,23 @@ def test_the_rate_rises_in_equal_steps_before_that(name):
   if name == "cosine":
     after = 1 + np.cos(np.linspace(0, np.pi, 31))
     np.testing.assert_allclose(found[10:], after, atol=1e-6)
+  if name == "constant":
+    np.testing.assert_allclose(found[11:], 2.0, rtol=1e-6)
   if name == "drops":
     # Drops stay where they are: the first is at epoch 5.
     np.testing.assert_allclose(found[10:20], 2.0, rtol=1e-6)
     assert found[20] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_open_ended_schedules_do_not_depend_on_the_epochs(name):
+  config = base.get_config()
+  config.schedule.name = name
+  config.num_epochs = 10
+  short = rates(config, 4)
+  config.num_epochs = 20
+  same = np.array_equal(short, rates(config, 4)[: len(short)])
+  assert same == (name in optim.OPEN_ENDED)
 
 
 def test_describe_names_the_cosine_and_its_warm_up():

@@ -476,6 +476,21 @@ def test_the_monitored_metric_chooses_the_best_epoch(
   assert saved_steps(tmp_path / "run") == [4, 12, 16]
 
 
+def test_a_run_at_a_constant_rate_can_be_lengthened_not_shortened(
+  tiny_config, tmp_path, one_device, programs
+):
+  tiny_config.schedule.name = "constant"
+  for name, lengths in (("longer", (1, 3)), ("straight", (3,))):
+    for tiny_config.num_epochs in lengths:
+      programs.train(tiny_config, tmp_path / name, devices=one_device)
+  assert_same_run(tiny_config, tmp_path / "longer", tmp_path / "straight")
+  tiny_config.num_epochs = 2
+  with pytest.raises(
+    errors.WorkdirError, match=r"num_epochs \(3 there, 2 here"
+  ):
+    programs.train(tiny_config, tmp_path / "longer", devices=one_device)
+
+
 def test_non_finite_evaluation_stops_and_is_never_saved(
   tiny_config, tmp_path, monkeypatch, one_device, programs
 ):

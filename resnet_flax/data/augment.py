@@ -102,18 +102,16 @@ MOVES: dict[str, Augment] = {
   "crop_flip": random_crop,
   # These have been cut on the host, as they were decoded.
   **dict.fromkeys(crops.RANDOM, nothing),
+  "none": nothing,
 }
-
-NAMES = (*MOVES, "none")
 
 
 def create_augment(config: ConfigDict) -> Augment:
   """The augmentation that `config.augment` describes."""
-  if config.name == "none":
-    return nothing
+  flips = config.flip and config.name != "none"
   # In this order, each with a key of its own by its place. More are added at
   # the end.
-  return compose(MOVES[config.name], random_flip if config.flip else nothing)
+  return compose(MOVES[config.name], random_flip if flips else nothing)
 
 
 def compose(*augmentations: Augment) -> Augment:

@@ -34,6 +34,7 @@ _AUGMENT = choice(
   *("shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none")
 )
 _EXECUTION = choice("auto", "in_turn", "vectorized")
+_SCHEDULE = choice("drops", "cosine", "constant")
 _L2_WEIGHTS = choice("conv_kernels", "kernels", "all")
 _MONITOR = choice("accuracy", "loss", "objective")
 _PERCENTS, _FACTORS = tuple_of(integer(1, 100)), tuple_of(positive())
@@ -210,8 +211,9 @@ _KEYS = (
     "conv_kernels: as the Keras example. kernels: also of dense layers. all:"
     " also biases and batch norms (He et al.)."
   ),
-  Key("schedule.name", "drops", choice("drops", "cosine")).means(
+  Key("schedule.name", "drops", _SCHEDULE).means(
     "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."
+    " constant: learning_rate; a run can be lengthened."
   ),
   Key("schedule.linear_warmup_epochs", 0.0, number(0)).means(
     "Epochs in which the rate rises from 0 in equal steps."

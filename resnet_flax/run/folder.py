@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
+from resnet_flax import optim
 from resnet_flax.run import config as config_lib, environment, errors, files
 
 _logger = logging.getLogger(__name__)
@@ -101,18 +102,25 @@ def check_same(
 
   Raises:
     WorkdirError: lists the keys that differ, except those that do not change
-      the mathematics and those in `free`.
+      the mathematics, those in `free`, and more epochs where the schedule does
+      not depend on them.
   """
   stored = config_lib.to_flat(load_config(workdir))
   # Through JSON, in which tuples are lists.
   given = json.loads(json.dumps(config_lib.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
+  if (
+    given["schedule.name"] in optim.OPEN_ENDED
+    and given["num_epochs"] > stored["num_epochs"]
+  ):
+    given["num_epochs"] = stored["num_epochs"]
   if differing := errors.differences(stored, given):
     longer = ""
-    if stored.get("num_epochs") != given["num_epochs"]:
+    if stored["num_epochs"] != given["num_epochs"]:
       longer = (
-        " Its learning rates follow num_epochs, so it cannot be lengthened;"
+        f" Its learning rates follow num_epochs, so it cannot be lengthened (a"
+        f" run with schedule.name={optim.OPEN_ENDED[0]} can);"
         f" --config.init_from={workdir} begins another run with its weights."
       )
     raise errors.WorkdirError(
@@ -249,8 +257,11 @@ def record_start(
       cannot be read.
   """
   # Each by itself: a run may be killed between the two.
-  if not (workdir / "config.json").exists():
-    files.write_json(workdir / "config.json", config.to_dict())
+  first = config
+  if (workdir / "config.json").exists():
+    first = load_config(workdir).unlock()
+    first.num_epochs = config.num_epochs  # It may have been lengthened.
+  files.write_json(workdir / "config.json", first.to_dict())
   path = workdir / "environment.json"
   now = environment.describe(devices) | {"data": data}
   if not path.exists():

@@ -64,8 +64,8 @@ class LoadedModel:
   # normalised_images, train=False)`.
   variables: dict[str, Any]
   # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
-  # normalises as in training.
-  predict: Callable[[np.ndarray], np.ndarray]
+  # normalises as in training. Can be traced.
+  predict: Callable[[Any], Any]
   # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
   # C]; can be traced.
   preprocess: Callable[[jax.Array], jax.Array]
@@ -111,14 +111,17 @@ def load_model(
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
   names = (folder.read_facts(mirror.local(workdir, "workdir")) or ((),))[0]
 
-  def predict(images: np.ndarray) -> np.ndarray:
-    images = np.asarray(images)
+  def predict(images: Any) -> Any:
+    is_traced = isinstance(images, jax.core.Tracer)
+    images = images if is_traced else np.asarray(images)
     if images.dtype != np.uint8 or images.shape[1:] != experiment.image_shape:
       shape = ", ".join(["N", *map(str, experiment.image_shape)])
       raise ValueError(
         f"predict needs uint8 images of shape [{shape}]; got"
         f" {images.dtype}{list(images.shape)}."
       )
+    if is_traced:
+      return jax.nn.softmax(logits_fn(state, images))
     size = config.eval_batch_size
     parts = [
       np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + size])))

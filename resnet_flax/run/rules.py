@@ -96,7 +96,7 @@ def _check_streaming(config: ConfigDict) -> None:
   _require(
     is_streamed or crop not in crops.RANDOM,
     f"augment.name={crop} cuts images while they are decoded, but dataset.name="
-    f"{name} has them in memory. It must be {', '.join(in_memory)} or none.",
+    f"{name} has them in memory. It must be one of {', '.join(in_memory)}.",
   )
   _require(
     is_streamed or num_crops == 1,

@@ -214,7 +214,10 @@ def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
   longer[key] = 300
   with pytest.raises(errors.WorkdirError) as caught:
     check(tmp_path, longer)
-  message = f"cannot be lengthened; --config.init_from={tmp_path} begins"
+  message = (
+    "cannot be lengthened (a run with schedule.name=constant can);"
+    f" --config.init_from={tmp_path} begins"
+  )
   assert (message in str(caught.value)) == says
 
 

@@ -118,6 +118,18 @@ def test_load_model_predicts(run):
   assert logits.shape == (1, 10)
 
 
+def test_predict_can_be_traced(run):
+  loaded = resnet_flax.load_model(run[1])
+  images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+  np.testing.assert_allclose(
+    jax.jit(lambda x: 2 * loaded.predict(x))(images),
+    2 * loaded.predict(images),
+    rtol=1e-5,
+  )
+  with pytest.raises(ValueError, match="uint8 images"):
+    jax.jit(loaded.predict)(images.astype(np.float32))
+
+
 @pytest.mark.parametrize(
   "images",
   [
