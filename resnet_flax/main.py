@@ -33,7 +33,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 
 
 def _run(argv: list[str]) -> None:
-  command_line.set_up()
+  surroundings.set_up()
   from resnet_flax.parallel import hosts
   from resnet_flax.run import load, progress, signals
 

@@ -80,7 +80,7 @@ def train_and_evaluate(
       hosts.first(lambda: load.check_data_of(config, pathlib.Path(workdir)))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
-    setup = _set_up(config, experiment, devices, run)
+    setup = _set_up(config, experiment, run)
     state, program, layout = setup.state, setup.program, setup.layout
 
     for epoch in range(len(run.records), config.num_epochs):
@@ -125,7 +125,6 @@ class _Setup(NamedTuple):
 def _set_up(
   config: ConfigDict,
   experiment: step_lib.Experiment,
-  devices: Sequence[jax.Device],
   run: session.Session,
 ) -> _Setup:
   """Loads the data, makes or restores the state, compiles the step."""
@@ -142,7 +141,7 @@ def _set_up(
       "note: the best epoch is chosen on the test split, as in the recipe;"
       " set dataset.validation_examples to hold out a part of training"
     )
-  layout, steps_per_call = _choose(config, experiment, dataset, devices, run)
+  layout, steps_per_call = run.choose_layout(dataset)
 
   # The state.
   if run.resumes:
@@ -178,34 +177,6 @@ def _set_up(
     splits={name: split for name, split in splits.items() if split is not None},
     before_step=before_step,
   )
-
-
-def _choose(
-  config: ConfigDict,
-  experiment: step_lib.Experiment,
-  dataset: types.Dataset,
-  devices: Sequence[jax.Device],
-  run: session.Session,
-) -> tuple[networks.Layout, int]:
-  """Chooses layout and steps of a call, once for all starts of a run."""
-  execution = config.seed_execution
-  if execution == "auto" and config.num_seeds > 1:
-    stored = run.stored("seed_execution")
-    # As experiments/seeds measured it on CPUs; elsewhere several networks in
-    # one call wait less for the host.
-    chosen = "in_turn" if devices[0].platform == "cpu" else "vectorized"
-    execution = chosen if stored in (None, "auto") else stored
-  layout = networks.Layout.create(config, devices, execution)
-  wanted = config.steps_per_call or run.stored("steps_per_call") or 0
-  size = max(config.model.input_size, *experiment.image_shape[:2])
-  # By one process for all: their devices' memory may differ.
-  steps_per_call = hosts.first(
-    lambda: many_steps.choose(wanted, dataset.train, layout, size)
-  )
-  run.record_start(
-    dataset, seed_execution=execution, steps_per_call=steps_per_call
-  )
-  return layout, steps_per_call
 
 
 def initial_state(

@@ -47,8 +47,8 @@ LAYERS = (
   {"models", "data", "optim", "rate_rules"},
 )
 BASE = {
-  *("run.errors", "run.process", "run.signals", "run.environment"),
-  "run.surroundings",
+  *("run.errors", "run.files", "run.process", "run.signals"),
+  *("run.environment", "run.surroundings"),
 }
 
 

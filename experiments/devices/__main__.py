@@ -22,6 +22,7 @@ from resnet_flax.run import (
   errors,
   files as files_lib,
   huge_pages,
+  surroundings,
 )
 
 _DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices.")
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
   # Before anything asks for a device.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", numbers[-1])
-  command_line.set_up()
+  surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   measured = measurement.measure(
     config, numbers, _PER_DEVICE.value, _ROUNDS.value, _STEPS.value

@@ -30,6 +30,7 @@ from resnet_flax.run import (
   command_line,
   environment,
   files as files_lib,
+  surroundings,
 )
 
 _KILLS = flags.DEFINE_integer("kills", 50, "Random kills that hit a process.")
@@ -221,7 +222,7 @@ def _anonymous(value: Any, folder: pathlib.Path) -> Any:
 def main(argv: list[str]) -> None:
   """Prints a table as it goes, and keeps the raw figures."""
   del argv
-  command_line.set_up()
+  surroundings.set_up()
   # A background job ignores SIGINT, and so would the runs.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   rows: list[Row] = []

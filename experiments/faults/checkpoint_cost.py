@@ -26,6 +26,7 @@ from resnet_flax.run import (
   experiment as experiment_lib,
   files as files_lib,
   huge_pages,
+  surroundings,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after one to warm up.")
@@ -83,7 +84,7 @@ def _summary(config: ConfigDict, results: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
   """Measures, prints a line and writes the raw figures."""
   del argv
-  command_line.set_up()
+  surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   results = {
     "environment": environment.describe(jax.devices()),

@@ -25,6 +25,7 @@ from experiments.faults import harness
 from resnet_flax.run import (
   command_line,
   files as files_lib,
+  surroundings,
 )
 
 _FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Gets everything.")
@@ -117,7 +118,7 @@ class Twin:
 def main(argv: list[str]) -> None:
   """Runs both twins and compares them."""
   del argv
-  command_line.set_up()
+  surroundings.set_up()
   folder = pathlib.Path(_FOLDER.value)
   folder.mkdir(parents=True)
   arguments = [

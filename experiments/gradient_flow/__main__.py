@@ -20,11 +20,11 @@ from absl import app, flags
 
 from experiments.gradient_flow import measurement
 from resnet_flax.run import (
-  command_line,
   environment,
   errors,
   files as files_lib,
   huge_pages,
+  surroundings,
 )
 
 _FAMILIES = flags.DEFINE_list(
@@ -100,7 +100,7 @@ def _record_environment(out: pathlib.Path) -> None:
 
 
 def _run() -> None:
-  command_line.set_up()
+  surroundings.set_up()
   out = pathlib.Path(_OUT.value)
   wanted = _wanted()
   records = measurement.read(out)

@@ -24,6 +24,7 @@ from resnet_flax.run import (
   files as files_lib,
   huge_pages,
   rules,
+  surroundings,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of steps.")
@@ -35,7 +36,7 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
-  command_line.set_up()
+  surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   rules.check(config, num_devices=jax.device_count())
   if config.num_seeds < 2:

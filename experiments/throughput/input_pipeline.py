@@ -29,6 +29,7 @@ from resnet_flax.run import (
   environment,
   files as files_lib,
   huge_pages,
+  surroundings,
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
@@ -140,7 +141,7 @@ def _table(results: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
-  command_line.set_up()
+  surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   arguments = [
     argument

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import platformdirs
 
-from resnet_flax.data import prepared, types
-from resnet_flax.run import errors
+from resnet_flax.data import types
+from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: as configured, else the user's own."""
   own = platformdirs.user_cache_dir("resnet_flax")
-  return prepared.resolve(configured or own)
+  return errors.resolve(configured or own)
 
 
 def cached(
@@ -60,7 +60,7 @@ def cached(
 def _open(entry: pathlib.Path) -> types.Arrays | None:
   """The entry, if it is there and every byte of it is as it was written."""
   try:
-    index = json.loads(prepared.read_text(entry / "index.json"))
+    index = json.loads(files.read_text(entry / "index.json"))
     if index["format"] != _FORMAT:
       return None
     names = index["class_names"]
@@ -108,6 +108,6 @@ def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
   text = json.dumps(class_names).encode()
   digests = {"class_names": hashlib.sha256(text).hexdigest()}
   for name in _ARRAYS:
-    with prepared.open_regular(entry / f"{name}.npy") as file:
+    with files.open_regular(entry / f"{name}.npy") as file:
       digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
   return digests

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
+from ml_collections import ConfigDict
 
-from resnet_flax.data import pictures, prepared, types
-from resnet_flax.run import errors
+from resnet_flax.data import cache, pictures, prepared, types
+from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
 def verify(archive: Archive, path: pathlib.Path) -> None:
   """Raises `DataError` unless a local file is the official archive."""
   try:
-    with prepared.open_regular(path) as file:
+    with files.open_regular(path) as file:
       found = f"has {file.seek(0, 2)} bytes, not {archive.num_bytes}"
       if file.tell() == archive.num_bytes:
         file.seek(0)
@@ -172,6 +173,26 @@ def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
 # ---- The prepared copy
 
 
+def load(
+  config: ConfigDict, known: types.DatasetInfo
+) -> tuple[types.Arrays, str]:
+  """All images, decoded once, and their source; prepares a copy if need be."""
+  root = prepared.data_dir(config.data_dir)
+  folder = prepared.find(config.name, root)
+  if folder is None:
+    folder = prepare(config.name, root, config.archive)
+  digest = prepared.fingerprint(folder, read_all=True)
+  key = f"{config.name}-{folder.name}-{digest[:16]}"
+  cache_dir = cache.cache_dir(config.cache_dir)
+  counts = {"train": known.num_train, "test": known.num_test}
+  arrays = cache.cached(cache_dir, key, lambda: read(folder, counts))
+  if (classes := len(arrays.class_names)) != known.num_classes:
+    raise errors.DataError(
+      f"{folder} has {classes} classes; it must have {known.num_classes}."
+    )
+  return arrays, key
+
+
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """Prepares a data set as ArrayRecord in `root`; returns its folder there.
 
@@ -181,7 +202,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """
   archive = ARCHIVES[name]
   if local_archive:
-    verify(archive, path := prepared.resolve(local_archive))
+    verify(archive, path := errors.resolve(local_archive))
   else:
     url = archive.url
     _logger.info("no prepared %s in %s: downloading %s", name, root, url)

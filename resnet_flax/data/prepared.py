@@ -1,17 +1,14 @@
 """Copies that TFDS has prepared, and anybody may have written."""
 
 import contextlib
-import errno
 import hashlib
-import io
 import json
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from resnet_flax.run import errors
+from resnet_flax.run import errors, files
 
 FILE_FORMAT = "array_record"
 SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
@@ -38,7 +35,7 @@ def data_dir(configured: str) -> pathlib.Path:
   """
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")
-  path = resolve(chosen or "~/tensorflow_datasets", name)
+  path = errors.resolve(chosen or "~/tensorflow_datasets", name)
   if chosen and not os.path.isdir(path):
     raise errors.DataError(
       f"{name}={path} is no directory. Pass the one that holds the data, or"
@@ -86,7 +83,7 @@ def find(
 def _problem(path: pathlib.Path, remedy: str) -> str:
   """Why the copy with this dataset_info.json cannot be read, or ''."""
   try:
-    info = json.loads(read_text(path))
+    info = json.loads(files.read_text(path))
     if not isinstance(info, dict):
       raise ValueError("it holds no JSON object")
     # Files written before TFDS had a choice do not name their format.
@@ -144,7 +141,7 @@ def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
       # `fingerprint` has seen the files of this folder, and no others.
       if path.parent != folder:
         raise ValueError(f"dataset_info.json leads to {path}")
-      open_regular(path).close()
+      files.open_regular(path).close()
   return builder
 
 
@@ -168,7 +165,7 @@ def check_features(folder: pathlib.Path) -> None:
     if feature.sequence.HasField("feature"):
       check(feature.sequence.feature)
 
-  parsed = json.loads(read_text(folder / "features.json"))
+  parsed = json.loads(files.read_text(folder / "features.json"))
   check(json_format.ParseDict(parsed, feature_pb2.Feature()))
 
 
@@ -181,10 +178,11 @@ def label_names(
   """
   path = folder / "label.labels.txt"
   if numbered and not path.exists():
-    features = json.loads(read_text(folder / "features.json"))
+    features = json.loads(files.read_text(folder / "features.json"))
     label = features["featuresDict"]["features"]["label"]
     return tuple(map(str, range(int(label["classLabel"]["numClasses"]))))
-  if names := tuple(filter(None, map(str.strip, read_text(path).split("\n")))):
+  lines = files.read_text(path).split("\n")
+  if names := tuple(filter(None, map(str.strip, lines))):
     return names
   raise ValueError(f"{path.name} is empty")
 
@@ -200,45 +198,17 @@ def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
     for path in sorted(each for each in folder.iterdir() if not each.is_dir()):
       digest.update(path.name.encode(errors="surrogateescape") + b"\0")
       if read_all:
-        with open_regular(path) as file:
+        with files.open_regular(path) as file:
           digest.update(hashlib.file_digest(file, "sha256").digest())
         continue
       size = path.stat().st_size
       digest.update(b"%d\0" % size)
       if path.suffix in (".json", ".txt"):
-        digest.update(read_text(path).encode())
+        digest.update(files.read_text(path).encode())
         continue
       # Shards are padded: with other records they often have the same size.
-      with open_regular(path) as file:
+      with files.open_regular(path) as file:
         for start in (0, size // 2, max(size - _SAMPLE, 0)):
           file.seek(start)
           digest.update(file.read(_SAMPLE))
   return digest.hexdigest()
-
-
-# ---- Files that somebody else has put there
-
-
-def open_regular(path: pathlib.Path) -> io.BufferedReader:
-  """Opens a file; `OSError` for folders, devices and pipes, which may block."""
-  if not stat.S_ISREG(path.stat().st_mode):
-    raise OSError(errno.EINVAL, "not a regular file", str(path))
-  return path.open("rb")
-
-
-def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
-  """A text file, UTF-8, of at most `limit` bytes; otherwise a `ValueError`."""
-  with open_regular(path) as file:
-    raw = file.read(limit + 1)
-  if len(raw) > limit:
-    raise ValueError(f"it has more than {limit} bytes")
-  return raw.decode()
-
-
-def resolve(path: str, name: str = "path") -> pathlib.Path:
-  """`errors.local_path`, absolute; opening it says what is wrong."""
-  given = errors.local_path(path, name)
-  try:
-    return given.resolve()
-  except (RuntimeError, OSError):  # Links go round in circles.
-    return given.absolute()

@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.data import crops, pictures, prepared, randomness, types
-from resnet_flax.run import environment, errors, signals
+from resnet_flax.run import environment, errors, files, signals
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +45,36 @@ _REMEDY = (
   f"{prepared.PREPARE_AGAIN} dataset.bad_images=skip does without bad images."
 )
 _BAD = -1  # Stands for the label of an image that is to be skipped.
+
+
+# Sets that a network can be looked at and loaded for where there is no copy:
+# classes, training and test images.
+KNOWN = {"imagenet2012": (1000, 1_281_167, 50_000)}
+
+
+def remember(name: str, classes: int, num_train: int, num_test: int) -> None:
+  """Lets `info` know a set without its copy."""
+  if name.startswith(PREFIX):
+    KNOWN[name] = classes, num_train, num_test
+
+
+def is_streamed(name: str) -> bool:
+  """Whether a data set is decoded while training."""
+  return name in KNOWN or name.startswith(PREFIX)
+
+
+def info(config: ConfigDict) -> types.DatasetInfo:
+  """What is known of a set; `DataError` if only a copy can tell that."""
+  try:
+    facts = read_facts(find(config.name, config.data_dir))
+    known = len(facts.class_names), facts.num_train, facts.num_test
+  except errors.DataError:
+    # `load` says what is wrong with the copy.
+    if config.name not in KNOWN:
+      raise
+    known = KNOWN[config.name]
+  shape = (config.image_size, config.image_size, 3)
+  return types.DatasetInfo(known[0], shape, *known[1:])
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
@@ -78,7 +108,7 @@ class Facts(NamedTuple):
 def read_facts(folder: pathlib.Path) -> Facts:
   """Reads what a copy says, without its shards; `DataError` if it does not."""
   with prepared.reading(folder, prepared.PREPARE_AGAIN):
-    info = json.loads(prepared.read_text(folder / "dataset_info.json"))
+    info = json.loads(files.read_text(folder / "dataset_info.json"))
     counts = {
       str(split["name"]): sum(map(int, split["shardLengths"]))
       for split in info["splits"]

@@ -2,10 +2,11 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from ml_collections import ConfigDict
 
 Batch = tuple[np.ndarray, np.ndarray]  # Images and labels.
 
@@ -83,6 +84,18 @@ class ArraySplit(Split):
 def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
   """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
   return ArraySplit(images, labels, np.arange(len(labels)))
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What is known of a data set without opening it."""
+
+  num_classes: int
+  image_shape: tuple[int, int, int]  # (H, W, C) of every image.
+  num_train: int  # Images of the official training split.
+  num_test: int
+  # Of a set in memory: by `config.dataset` and this, `Arrays` and their source.
+  read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -187,16 +187,10 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
     returning float32[B, num_classes] logits.
 
   Raises:
-    ConfigError: an impossible depth, or a shortcut or switch that the family
-      does not have.
+    ConfigError: an impossible depth. `run/rules.py` checks the other keys.
   """
   stage_sizes = check_depth(config.name, config.depth)
   family = MODELS[config.name]
-  if shortcut(config) not in family.shortcuts:
-    raise errors.ConfigError(
-      f"model.shortcut={config.shortcut!r} does not exist for {config.name};"
-      f" it has: {', '.join(family.shortcuts)}."
-    )
   dtype = jnp.dtype(config.dtype)
   norm = "none" if config.name == "alexnet" else config.norm
   shared = {

@@ -1,15 +1,12 @@
 """Parses the command line so that every mistake ends in one line."""
 
-import difflib
-import hashlib
 import itertools
 import os
 import pathlib
 import re
-import warnings
 from typing import Any
 
-from absl import flags, logging as absl_logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
@@ -81,9 +78,9 @@ class _ConfigFile(ConfigFileFlagParser):
   def parse(self, path: str) -> ConfigDict:
     path = str(errors.local_path(path, "--config"))
     if not os.path.isfile(path.partition(":")[0]):
-      raise errors.ConfigError(
-        f"--config={path}: there is no such file. {_config_files(path)}"
-      )
+      known = [*map(str, pathlib.Path("configs").glob("[!_]*.py"))]
+      known = known or ["those of the repository, in its folder configs/"]
+      raise errors.unknown_name("the file --config", path, known)
     try:
       config = super().parse(path)
     except KeyboardInterrupt:
@@ -99,22 +96,11 @@ class _ConfigFile(ConfigFileFlagParser):
         f"--config={path}: get_config() returns {type(config).__name__}; it"
         " must return an ml_collections.ConfigDict."
       )
-    self.before = config_keys.to_flat(config)
+    self.before = keys.to_flat(config)
     for name in self._overrides:
       if name not in self.before:
         raise keys.unknown_key(name, config_keys.KEYS)
     return config
-
-
-def _config_files(path: str) -> str:
-  """The config files that there are, and the one that is most like `path`."""
-  found = sorted(pathlib.Path("configs").glob("[!_]*.py"))
-  if not found:
-    return "Those of the repository are in its folder configs/."
-  names = [each.stem for each in found]
-  near = difflib.get_close_matches(pathlib.Path(path).stem[:100], names, n=1)
-  hint = f"Did you mean configs/{near[0]}.py? " if near else ""
-  return f"{hint}configs/ has {', '.join(names)}."
 
 
 def _last_line(error: BaseException) -> str:
@@ -147,31 +133,9 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
   assert isinstance(flag.parser, _ConfigFile)  # Of `parse_flags`.
   overrides = {
     key: value
-    for key, value in config_keys.to_flat(_CONFIG.value).items()
+    for key, value in keys.to_flat(_CONFIG.value).items()
     if value != flag.parser.before.get(key)
     and key not in config_keys.MAY_DIFFER
   }
   path = config_flags.get_config_filename(flag)
   return _CONFIG.value, f"runs/{folder.default_name(path, overrides)}"
-
-
-def set_up() -> None:
-  """Sets up messages and the compilation cache, before JAX is first used."""
-  import jax
-
-  from resnet_flax.data import cache
-  from resnet_flax.run import environment, progress
-
-  progress.log_to_stderr()
-  # The libraries' own messages are about their internals; what matters of
-  # them comes as an exception.
-  absl_logging.set_verbosity(absl_logging.FATAL)
-  # What uses oneDNN's convolution cannot be kept; see models/kernels/onednn.py.
-  warnings.filterwarnings(
-    "ignore", "Error writing persistent compilation cache entry.*MemoryError"
-  )
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    # Programs for a CPU depend on its model, and home directories are shared.
-    cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]
-    folder = cache.cache_dir("") / f"compiled-{cpu}"
-    jax.config.update("jax_compilation_cache_dir", str(folder))

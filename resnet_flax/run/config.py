@@ -4,12 +4,10 @@
 are made from `KEYS`. Constraints between keys are in `run/rules.py`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_flax.run import errors, keys
 from resnet_flax.run.keys import (
   ADDRESS,
   BOOLEAN,
@@ -288,44 +286,3 @@ def default_config() -> ConfigDict:
     part, _, name = key.name.rpartition(".")
     (nested.setdefault(part, {}) if part else nested)[name] = key.default
   return ConfigDict(nested).lock()
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """A nested dictionary as {'model.depth': 20, ...}."""
-  flat: dict[str, Any] = {}
-  for key, value in config.items():
-    is_part = isinstance(value, Mapping)
-    flat |= (
-      flatten(value, f"{prefix}{key}.") if is_part else {prefix + key: value}
-    )
-  return flat
-
-
-def to_flat(config: ConfigDict) -> dict[str, Any]:
-  """A configuration as {'model.depth': 20, ...}.
-
-  Raises:
-    ConfigError: a value cannot be computed, or a key is no text.
-  """
-  try:
-    return flatten(config.to_dict())
-  # Placeholders and references are computed here, as a config file says.
-  except Exception as error:
-    raise errors.ConfigError(
-      f"the configuration cannot be read: {errors.one_line(error)}."
-    ) from error
-
-
-def check_values(config: ConfigDict) -> None:
-  """Raises a `ConfigError` that says what would work, unless all values do."""
-  flat = to_flat(config)
-  for name in sorted(flat.keys() - KEYS.keys()):
-    raise keys.unknown_key(name, KEYS)
-  missing = sorted(KEYS.keys() - flat.keys())
-  if missing:
-    raise errors.ConfigError(
-      f"the configuration lacks {', '.join(missing)}: it was made by another"
-      " version of this program. Start from configs/base.py."
-    )
-  for name, key in KEYS.items():
-    key.check(flat[name])

@@ -101,6 +101,15 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(text))
 
 
+def resolve(path: str, name: str = "path") -> pathlib.Path:
+  """`local_path`, absolute; opening it says what is wrong."""
+  given = local_path(path, name)
+  try:
+    return given.resolve()
+  except (RuntimeError, OSError):  # Links go round in circles.
+    return given.absolute()
+
+
 def differences(
   old: Mapping[str, Any],
   new: Mapping[str, Any],

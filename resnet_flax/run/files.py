@@ -1,29 +1,42 @@
-"""Files that are there as a whole or not at all, whenever a run dies."""
+"""Files that anybody may have written; files that are written whole or not."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import pathlib
+import stat
 from typing import Any
-
-from resnet_flax.data import prepared
 
 # The largest file of a run that is read as a whole, in bytes.
 _LARGEST = 1 << 26
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
-  """What a file holds.
+def open_regular(path: pathlib.Path) -> io.BufferedReader:
+  """Opens a file; `OSError` for folders, devices and pipes, which may block."""
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+  return path.open("rb")
+
+
+def read_bytes(path: pathlib.Path, limit: int = _LARGEST) -> bytes:
+  """What a file of at most `limit` bytes holds.
 
   Raises:
     OSError: there is none, or it is a folder, a pipe or a device.
-    ValueError: it is larger than any file that a run writes.
+    ValueError: it is larger.
   """
-  with prepared.open_regular(path) as file:
-    content = file.read(_LARGEST + 1)
-  if len(content) > _LARGEST:
-    raise ValueError(f"it has more than {_LARGEST} bytes")
+  with open_regular(path) as file:
+    content = file.read(limit + 1)
+  if len(content) > limit:
+    raise ValueError(f"it has more than {limit} bytes")
   return content
+
+
+def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
+  """`read_bytes` as text, which must be UTF-8."""
+  return read_bytes(path, limit).decode()
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

@@ -19,7 +19,13 @@ import jax
 from ml_collections import ConfigDict
 
 from resnet_flax import optim
-from resnet_flax.run import config as config_lib, environment, errors, files
+from resnet_flax.run import (
+  config as config_lib,
+  environment,
+  errors,
+  files,
+  keys,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -105,9 +111,9 @@ def check_same(
       the mathematics, those in `free`, and more epochs where the schedule does
       not depend on them.
   """
-  stored = config_lib.to_flat(load_config(workdir))
+  stored = keys.to_flat(load_config(workdir))
   # Through JSON, in which tuples are lists.
-  given = json.loads(json.dumps(config_lib.to_flat(config)))
+  given = json.loads(json.dumps(keys.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
   if (

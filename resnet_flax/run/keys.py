@@ -4,10 +4,11 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from resnet_flax.run import errors
 
@@ -146,6 +147,35 @@ class Key:
       text = f"({type(value).__name__})"
     text = text if len(text) <= 100 else f"{text[:100]}..."
     raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")
+
+
+# ---- Names
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """A nested dictionary as {'model.depth': 20, ...}."""
+  flat: dict[str, Any] = {}
+  for key, value in config.items():
+    is_part = isinstance(value, Mapping)
+    flat |= (
+      flatten(value, f"{prefix}{key}.") if is_part else {prefix + key: value}
+    )
+  return flat
+
+
+def to_flat(config: ConfigDict) -> dict[str, Any]:
+  """A configuration as {'model.depth': 20, ...}.
+
+  Raises:
+    ConfigError: a value cannot be computed, or a key is no text.
+  """
+  try:
+    return flatten(config.to_dict())
+  # Placeholders and references are computed here, as a config file says.
+  except Exception as error:
+    raise errors.ConfigError(
+      f"the configuration cannot be read: {errors.one_line(error)}."
+    ) from error
 
 
 # What others call a key.

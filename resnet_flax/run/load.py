@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib, prepared
+from resnet_flax.data import dataset as dataset_lib, prepared, streaming
 from resnet_flax.models import registry
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
@@ -239,7 +239,7 @@ def _restore(
   config = given or folder.load_config(workdir)
   if facts := folder.read_facts(workdir):
     names, *counts = facts
-    dataset_lib.remember(config.dataset.name, len(names), *counts)
+    streaming.remember(config.dataset.name, len(names), *counts)
   # The batch size of training does not matter here, nor do its devices.
   rules.check(config, num_devices=1)
   if given is not None:

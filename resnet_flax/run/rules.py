@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from resnet_flax import optim
-from resnet_flax.data import augment, crops, dataset, normalize
+from resnet_flax.data import augment, crops, dataset, normalize, streaming
 from resnet_flax.models import registry
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
@@ -16,7 +16,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     ConfigError: the first thing that is wrong, and what would work.
     DataError: see `dataset.info`.
   """
-  config_keys.check_values(config)
+  check_values(config)
   _check_model(config.model)
   _check_streaming(config)
   shape = dataset.info(config.dataset).image_shape
@@ -39,6 +39,21 @@ def check(config: ConfigDict, num_devices: int) -> None:
     f"log_layer_norms_every={config.log_layer_norms_every} writes to"
     " TensorBoard, but log.tensorboard=False. Set both, or neither.",
   )
+
+
+def check_values(config: ConfigDict) -> None:
+  """Raises a `ConfigError` that says what would work, unless all values do."""
+  flat = keys.to_flat(config)
+  for name in sorted(flat.keys() - config_keys.KEYS.keys()):
+    raise keys.unknown_key(name, config_keys.KEYS)
+  missing = sorted(config_keys.KEYS.keys() - flat.keys())
+  if missing:
+    raise errors.ConfigError(
+      f"the configuration lacks {', '.join(missing)}: it was made by another"
+      " version of this program. Start from configs/base.py."
+    )
+  for name, key in config_keys.KEYS.items():
+    key.check(flat[name])
 
 
 def check_labels(config: ConfigDict) -> None:
@@ -85,7 +100,8 @@ def _check_model(model: ConfigDict) -> None:
 def _check_streaming(config: ConfigDict) -> None:
   """Checks what depends on whether images are decoded while training."""
   name, crop = config.dataset.name, config.augment.name
-  is_streamed, num_crops = dataset.is_streamed(name), config.dataset.test_crops
+  is_streamed = streaming.is_streamed(name)
+  num_crops = config.dataset.test_crops
   fixed = sorted(normalize.UNMEASURED)
   in_memory = sorted(augment.MOVES.keys() - crops.RANDOM.keys())
   _require(

@@ -20,14 +20,14 @@ from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import dataset as dataset_lib, types
-from resnet_flax.parallel import hosts, networks
+from resnet_flax.parallel import hosts, many_steps, networks
 from resnet_flax.run import (
   checkpoint,
-  config as config_lib,
   errors,
   experiment as experiment_lib,
   files as files_lib,
   folder,
+  keys,
   metrics,
   mirror,
   progress,
@@ -137,15 +137,41 @@ class Session:
       return self._saved_step
     return max(self._checkpoints.steps(), default=None)
 
-  def stored(self, key: str) -> Any:
+  def choose_layout(
+    self, dataset: types.Dataset
+  ) -> tuple[networks.Layout, int]:
+    """Layout and steps of a call, chosen once for all starts of the run.
+
+    Writes configuration, with what was chosen, and environment.
+    """
+    config, devices = self._config, self._devices
+    execution = config.seed_execution
+    if execution == "auto" and config.num_seeds > 1:
+      stored = self._stored("seed_execution")
+      # As experiments/seeds measured it on CPUs; elsewhere several networks in
+      # one call wait less for the host.
+      chosen = "in_turn" if devices[0].platform == "cpu" else "vectorized"
+      execution = chosen if stored in (None, "auto") else stored
+    layout = networks.Layout.create(config, devices, execution)
+    wanted = config.steps_per_call or self._stored("steps_per_call") or 0
+    size = max(config.model.input_size, *self._experiment.image_shape[:2])
+    # By one process for all: their devices' memory may differ.
+    steps_per_call = hosts.first(
+      lambda: many_steps.choose(wanted, dataset.train, layout, size)
+    )
+    self._record_start(
+      dataset, seed_execution=execution, steps_per_call=steps_per_call
+    )
+    return layout, steps_per_call
+
+  def _stored(self, key: str) -> Any:
     """What an earlier start of the run has chosen; None without one."""
     exists = (self._workdir / "config.json").exists
     return hosts.first(
       lambda: folder.load_config(self._workdir).get(key) if exists() else None
     )
 
-  def record_start(self, dataset: types.Dataset, **chosen: Any) -> None:
-    """Writes configuration, with what was chosen, and environment."""
+  def _record_start(self, dataset: types.Dataset, **chosen: Any) -> None:
     known = dataset_lib.info(self._config.dataset)
     counts = {"train": known.num_train, "test": known.num_test}
     facts = {"class_names": dataset.class_names, **counts}
@@ -347,7 +373,7 @@ def open_run(
     Interrupted: a signal to stop; the step in progress is finished and saved.
   """
   # Through JSON, which exchanges it.
-  flat = json.loads(json.dumps(config_lib.to_flat(config)))
+  flat = json.loads(json.dumps(keys.to_flat(config)))
   hosts.check_same(
     "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
   )

@@ -1,9 +1,35 @@
-"""What a process finds around it: closed or full streams, devices not there."""
+"""What a process finds around it: streams, messages, caches, devices."""
 
+import hashlib
 import os
 import sys
+import warnings
+
+from absl import logging as absl_logging
 
 from resnet_flax.run import errors
+
+
+def set_up() -> None:
+  """Sets up messages and the compilation cache, before JAX is first used."""
+  import jax
+
+  from resnet_flax.data import cache
+  from resnet_flax.run import environment, progress
+
+  progress.log_to_stderr()
+  # The libraries' own messages are about their internals; what matters of
+  # them comes as an exception.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  # What uses oneDNN's convolution cannot be kept; see models/kernels/onednn.py.
+  warnings.filterwarnings(
+    "ignore", "Error writing persistent compilation cache entry.*MemoryError"
+  )
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    # Programs for a CPU depend on its model, and home directories are shared.
+    cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]
+    folder = cache.cache_dir("") / f"compiled-{cpu}"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def show(text: str) -> None:

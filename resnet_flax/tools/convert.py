@@ -201,7 +201,7 @@ def _write(
 
 def _run(argv: list[str]) -> None:
   del argv
-  command_line.set_up()
+  surroundings.set_up()
   source = flags.FLAGS["source"].value
   if not source:
     raise errors.ConfigError(

@@ -21,6 +21,7 @@ from resnet_flax.data import (
   cifar,
   dataset as dataset_lib,
   prepared,
+  types,
 )
 from resnet_flax.run import errors
 from tests.data import archives, damage
@@ -295,6 +296,14 @@ def png(mode="RGB", size=(32, 32), encoding="PNG"):
   buffer = io.BytesIO()
   Image.new(mode, size).save(buffer, encoding)
   return buffer.getvalue()
+
+
+def test_a_copy_with_another_number_of_classes(copy, tmp_path):
+  config = base.get_config().dataset
+  config.data_dir, config.cache_dir = str(copy.parent.parent), str(tmp_path)
+  known = types.DatasetInfo(11, (32, 32, 3), *COUNTS.values())
+  with pytest.raises(errors.DataError, match="10 classes; it must have 11"):
+    cifar.load(config, known)
 
 
 def write_test_split(folder, image=None, label=3, count=COUNTS["test"]):

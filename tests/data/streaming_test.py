@@ -30,6 +30,7 @@ from resnet_flax.data import (
   dataset as dataset_lib,
   prepared,
   streaming,
+  types,
 )
 from resnet_flax.parallel import evaluate, program
 from resnet_flax.run import (
@@ -231,7 +232,7 @@ def test_any_prepared_set_can_be_named(root, tmp_path):
   config.batch_size = 4
   rules.check(config, 1)
   info = dataset_lib.info(config.dataset)
-  assert info == dataset_lib.DatasetInfo(2, (64, 64, 3), 5, 3)
+  assert info == types.DatasetInfo(2, (64, 64, 3), 5, 3)
   assert len(dataset_lib.load(config.dataset).test) == 3
   config.dataset.name = "tfds/trees"
   with pytest.raises(errors.DataError, match=r"trees\. Set .*data_dir.*Prep"):

@@ -190,13 +190,6 @@ def test_unknown_model_is_an_error():
     make("resnet_v3")
 
 
-def test_shortcut_that_the_family_lacks_is_an_error():
-  with pytest.raises(errors.ConfigError, match="it has: keras"):
-    make("resnet_v2", 11, shortcut="A")
-  with pytest.raises(errors.ConfigError, match=r"it has: none\."):
-    make("plain", shortcut="keras")
-
-
 @pytest.mark.parametrize(
   ("name", "depth", "size", "message"),
   [

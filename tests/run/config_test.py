@@ -15,7 +15,7 @@ from resnet_flax.run import config as config_keys, errors, keys, metrics, rules
 
 def check(changes, num_devices=1):
   """Checks the defaults with changes; returns the configuration."""
-  flat = config_keys.to_flat(config_keys.default_config()) | changes
+  flat = keys.to_flat(config_keys.default_config()) | changes
   nested = {}
   for key, value in flat.items():
     *parts, last = key.split(".")
@@ -373,6 +373,6 @@ def test_families_exist():
 def test_defaults_can_be_used():
   config = config_keys.default_config()
   assert config.is_locked
-  config_keys.check_values(config)
+  rules.check_values(config)
   for key in config_keys.KEYS.values():
     assert key.meaning.endswith((".", ")"))

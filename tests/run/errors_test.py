@@ -131,3 +131,14 @@ def test_keys_take_a_tilde_for_the_home(key, tmp_path, monkeypatch):
   else:
     with pytest.raises(errors.WorkdirError, match=str(tmp_path / "x")):
       load.load_source(changed(key, "~/x"))
+
+
+def test_resolve(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert errors.resolve("~/x") == tmp_path / "x"
+  monkeypatch.chdir(tmp_path)
+  assert errors.resolve("x y/é") == tmp_path / "x y" / "é"
+  # Opening these says what is wrong.
+  assert errors.resolve("~no_such_user/x").name == "x"
+  (tmp_path / "circle").symlink_to(tmp_path / "circle")
+  assert errors.resolve("circle") == tmp_path / "circle"

@@ -1,8 +1,40 @@
 import os
+import pathlib
 
 import pytest
 
 from resnet_flax.run import files
+
+
+def test_regular_file(tmp_path):
+  path = tmp_path / "a é"
+  path.write_text("é")
+  assert files.read_text(path) == "é"
+  with files.open_regular(path) as file:
+    assert file.read() == "é".encode()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file(tmp_path, make):
+  make(tmp_path / "a")
+  with pytest.raises(OSError, match="not a regular file"):
+    files.open_regular(tmp_path / "a")
+
+
+def test_device():
+  with pytest.raises(OSError, match="not a regular file"):
+    files.open_regular(pathlib.Path("/dev/zero"))
+
+
+def test_text_that_is_too_long_or_none(tmp_path):
+  path = tmp_path / "a"
+  path.write_bytes(b"12345")
+  assert files.read_text(path, limit=5) == "12345"
+  with pytest.raises(ValueError, match="more than 4 bytes"):
+    files.read_text(path, limit=4)
+  path.write_bytes(b"\xff")
+  with pytest.raises(ValueError, match="utf-8"):
+    files.read_text(path)
 
 
 def test_replaces_what_was_there(tmp_path):

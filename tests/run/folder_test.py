@@ -15,6 +15,7 @@ from resnet_flax.run import (
   config as config_lib,
   errors,
   folder as workdir_lib,
+  keys,
   rules,
 )
 from tests.run import damage
@@ -423,10 +424,10 @@ def test_stored_configurations_get_keys_that_came_later():
   stored = {"seed": 1, "model": {"depth": 8}, "schedule": {}}
   filled = workdir_lib.with_defaults(stored)
   assert stored == {"seed": 1, "model": {"depth": 8}, "schedule": {}}
-  flat = config_lib.to_flat(filled)
+  flat = keys.to_flat(filled)
   # As JSON stores them.
   defaults = json.loads(json.dumps(config_lib.default_config().to_dict()))
-  expected = config_lib.flatten(defaults)
+  expected = keys.flatten(defaults)
   assert flat == expected | {"seed": 1, "model.depth": 8}
   rules.check(filled, num_devices=1)
   # What is no configuration does not become the default one.

@@ -68,7 +68,7 @@ def _run(argv: list[str]) -> None:
   from experiments.tools.sweep import definition, estimate, overview, scheduler
   from resnet_flax.run import command_line
 
-  command_line.set_up()
+  surroundings.set_up()
   if not _DRY_RUN.value:
     # The devices are the cells'.
     jax.config.update("jax_platforms", "cpu")

@@ -26,7 +26,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from resnet_flax.run import (
-  config as config_rules,
   errors,
   folder as workdir_lib,
   keys,
@@ -118,7 +117,7 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     cpus if resources.cpus is None else resources.cpus,
     gpus if resources.gpus is None else resources.gpus,
   )
-  known = config_rules.to_flat(_parse(config, ()))
+  known = keys.to_flat(_parse(config, ()))
   cells: dict[str, Cell] = {}
   for point in _points(path, values["GRID"]):
     for key in point.keys() & common.keys():

@@ -20,7 +20,13 @@ import jax
 from absl import flags
 
 from experiments.tools.tpu_compile import compilation, records
-from resnet_flax.run import command_line, environment, errors, process
+from resnet_flax.run import (
+  command_line,
+  environment,
+  errors,
+  process,
+  surroundings,
+)
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Generation and chips in each direction, such as v5e:2x4."
@@ -36,7 +42,7 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   # There is no TPU that only one process may use.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  command_line.set_up()
+  surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   if not _TOPOLOGY.value:
     raise errors.ConfigError("no --topology, for example --topology=v5e:2x4.")

@@ -16,7 +16,13 @@ import jax
 from absl import flags
 
 from experiments.tools.tpu_compile import compilation, lowering, records
-from resnet_flax.run import command_line, environment, errors, process
+from resnet_flax.run import (
+  command_line,
+  environment,
+  errors,
+  process,
+  surroundings,
+)
 
 _DEVICES = flags.DEFINE_integer("devices", 4, "GPUs that share a batch.")
 _OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
@@ -31,7 +37,7 @@ def main(argv: list[str]) -> None:
     )
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-  command_line.set_up()
+  surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   result = {
     "arguments": records.arguments(sys.argv),

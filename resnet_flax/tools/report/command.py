@@ -32,7 +32,7 @@ def _run(folders: list[str], argv: list[str]) -> None:
   del argv
   from resnet_flax.run import command_line, signals
 
-  command_line.set_up()
+  surroundings.set_up()
   if not folders:
     raise errors.ConfigError(
       "no runs: pass their workdirs, or a folder that they lie in, for example"

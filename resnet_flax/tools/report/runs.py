@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_flax.run import config as config_lib, errors, metrics
+from resnet_flax.run import (
+  config as config_lib,
+  errors,
+  keys as keys_lib,
+  metrics,
+)
 from resnet_flax.run.folder import load_config, read_environment
 
 # Runs that differ in these alone are repetitions of one experiment.
@@ -226,7 +231,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 def _read(path: pathlib.Path, name: str) -> Run:
   stored = load_config(path)
-  config = config_lib.flatten(stored.to_dict())
+  config = keys_lib.flatten(stored.to_dict())
   try:
     # Those that a report reads; a run of another version has them.
     for key in _CONFIG_KEYS:

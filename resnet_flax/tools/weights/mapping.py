@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.run import config as config_rules, errors
+from resnet_flax.run import errors, keys
 from resnet_flax.tools.weights import files
 
 # Of ours: ('params', 'stage1_block1', 'conv1', 'kernel').
@@ -66,7 +66,7 @@ def check_config(
   Raises:
     ConfigError: it does not; names the values that are needed.
   """
-  flat = config_rules.to_flat(config)
+  flat = keys.to_flat(config)
   wrong = [
     f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"
     for key, allowed in source.needed.items()
@@ -102,8 +102,8 @@ def variables(
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = []
-  for keys, leaf in leaves:
-    path = tuple(str(key.key) for key in keys)
+  for entries, leaf in leaves:
+    path = tuple(str(entry.key) for entry in entries)
     wanted.append((source.origin(path), path, leaf))
   _check_one_to_one(file, source, wanted)
   values = []
