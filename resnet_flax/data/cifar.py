@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from resnet_flax.data import cache, pictures, prepared, types
+from resnet_flax.data import cache, prepared, types
 from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ def _decode(encoded: bytes) -> np.ndarray:
   """One image, uint8[32, 32, 3]; looked at before it is decoded."""
   from PIL import Image
 
-  with Image.open(io.BytesIO(encoded), formats=pictures.ENCODINGS) as image:
+  with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as image:
     size = _IMAGE_SHAPE[:2]
     if image.mode != "RGB" or image.size != size:
       has = f"an image has mode {image.mode} and size {image.size}"
