@@ -19,22 +19,29 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(
+  main: Callable[[list[str]], None],
+  parse: Callable[[list[str]], list[str]] | None = None,
+) -> None:
   """Runs a command line; mistakes and signals to stop end in one line.
 
   Signals end the process at once, unless `main` enters `signals.StopSignals`.
 
   Args:
     main: called with the program's name and the arguments that are no flags.
+    parse: takes the whole command line and gives `main` what is left of it; by
+      default `command_line.parse_flags`.
   """
   # A handler that ends the process: what one raises while libraries are
   # imported may be caught there, and the signal would be lost.
   _set_handlers(_stop)
   surroundings.open_streams()
   try:
-    from resnet_flax.run import command_line
+    if parse is None:
+      from resnet_flax.run import command_line
 
-    app.run(main, flags_parser=command_line.parse_flags)
+      parse = command_line.parse_flags
+    app.run(main, flags_parser=parse)
   except SystemExit:
     _set_handlers(signal.SIG_IGN)  # All was done: nothing is left to stop.
     try:
