@@ -48,13 +48,7 @@ def _run(argv: list[str]) -> None:
   if mode != "eval" or command_line.has_config():
     config, default_workdir = command_line.config_and_workdir()
     folder = folder or default_workdir
-  cluster = host_flags.find_cluster()
-  if cluster and mode != "train":
-    raise errors.ConfigError(
-      f"--mode={mode} runs in one process, but num_processes is"
-      f" {cluster.num_processes}. Start it once; --num_processes=1 makes a"
-      " process of a cluster work alone."
-    )
+  cluster = host_flags.find_cluster(mode)
 
   if mode == "train":
     from resnet_flax import train

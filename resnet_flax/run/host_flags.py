@@ -5,6 +5,8 @@ from typing import Any
 
 from absl import flags
 
+from resnet_flax.run import errors
+
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",
   None,
@@ -36,13 +38,20 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def find_cluster() -> Any:
-  """`hosts.find_cluster` by the flags."""
+def find_cluster(mode: str) -> Any:
+  """`hosts.find_cluster` by the flags; `ConfigError` but for --mode=train."""
   from resnet_flax.parallel import hosts
 
-  return hosts.find_cluster(
+  cluster = hosts.find_cluster(
     _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
+  if cluster and mode != "train":
+    raise errors.ConfigError(
+      f"--mode={mode} runs in one process, but num_processes is"
+      f" {cluster.num_processes}. Start it once; --num_processes=1 makes a"
+      " process of a cluster work alone."
+    )
+  return cluster
 
 
 def connected(cluster: Any) -> contextlib.AbstractContextManager[None]:

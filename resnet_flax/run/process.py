@@ -29,8 +29,8 @@ def run(
 
   Args:
     main: called with the program's name and the arguments that are no flags.
-    parse: takes the whole command line and gives `main` what is left of it; by
-      default `command_line.parse_flags`.
+    parse: what the command line leaves of itself for `main`; by default
+      `command_line.parse_flags`.
   """
   # A handler that ends the process: what one raises while libraries are
   # imported may be caught there, and the signal would be lost.
