@@ -94,8 +94,8 @@ def _temporary(entry: pathlib.Path) -> Iterator[str]:
   prefix = f".{entry.name}-"
   lock = os.open(entry.parent, os.O_RDONLY)
   try:
-    # Each writer shares a lock. Where there is none, as on NFS, or while another
-    # writes, all is left as it is.
+    # Each writer shares a lock. Where there is none, as on NFS, or while others
+    # write, all is left as it is.
     with contextlib.suppress(OSError):
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       for left in entry.parent.glob(f"{glob.escape(prefix)}*"):

@@ -114,8 +114,10 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
   test = dataclasses.replace(
     train, name=facts.test, indices=indices, records=sources[1], crop="none"
   )
+  # What is wrong here, or with all images, is said before anything is compiled.
+  if config.num_workers:
+    _check_semaphores()
   for split in (train, test):
-    # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
   return types.Dataset(
     train=train,
@@ -124,6 +126,18 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
     class_names=facts.class_names,
     source=f"{config.name}-{folder.name}-{digest[:16]}",
   )
+
+
+def _check_semaphores() -> None:
+  """Checks that processes, which have some between them, can be started."""
+  try:
+    multiprocessing.Semaphore()
+  except OSError as error:
+    raise errors.DataError(
+      "processes that decode images cannot be started, as there can be no"
+      f" semaphore in /dev/shm ({error.strerror}). Make it writable and free"
+      " some room there, or set dataset.num_workers=0."
+    ) from error
 
 
 def _allow_open_files(count: int) -> None:
@@ -210,6 +224,8 @@ class StreamedSplit(types.Split):
       grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
       worker_init_fn=_start_worker,
     )
+    if workers:
+      _check_semaphores()
     alive, iterator = _Workers(self.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
