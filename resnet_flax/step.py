@@ -84,7 +84,8 @@ def state_of(
   """The state before the first step of a network with given variables."""
   logits = jax.ShapeDtypeStruct((1, experiment.num_classes), jnp.float32)
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
-  sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, label)
+  mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
+  sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, mask)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
@@ -305,6 +306,6 @@ def eval_step(
     )
   loss = jnp.sum(jnp.where(mask, cross_entropy(logits, labels), 0.0))
   penalty = experiment.optimizer.penalty(scored_variables(state)["params"])
-  objective = loss + jnp.sum(mask) * penalty
+  objective = loss + jnp.sum(mask, dtype=jnp.float32) * penalty
   sums = metric_sums(loss, objective, logits, labels, mask)
   return sums, jax.nn.softmax(logits)

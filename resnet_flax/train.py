@@ -60,7 +60,7 @@ def train_and_evaluate(
     The records of all epochs, as in metrics.jsonl.
 
   Raises:
-    ConfigError: a value that cannot be used, or jax_enable_x64; before
+    ConfigError: a value that cannot be used, also of JAX's settings; before
       anything is compiled.
     WorkdirError: the workdir is in use, cannot be read or written, or holds a
       run on other data.
@@ -71,7 +71,7 @@ def train_and_evaluate(
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
-  environment.check_types()
+  environment.check_jax()
   experiment = experiment_lib.build(config)
   with session.open_run(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
@@ -228,7 +228,9 @@ def _after_epoch(
   objective = metrics.monitored(record, "objective")
   before = layout.get(layout.map(lambda one: one.rate_state, state))
   after = [
-    experiment.learning_rate.after_epoch(rate_state, of_seed[objective])
+    experiment.learning_rate.after_epoch(
+      rate_state, metrics.comparable(of_seed[objective])
+    )
     for rate_state, of_seed in zip(
       before, metrics.of_seeds(record), strict=True
     )

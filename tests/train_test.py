@@ -410,11 +410,36 @@ def test_records_of_other_epochs_are_refused(straight, run, tmp_path, lines):
       use(workdir)
 
 
-def test_training_under_x64_is_refused_by_name(tiny_config, tmp_path):
-  with (
-    jax.enable_x64(True),
-    pytest.raises(errors.ConfigError, match="jax_enable_x64=True"),
-  ):
+def test_a_plateau_is_that_of_any_eval_batch_size(tiny_config):
+  tiny_config.plateau.enabled = True
+  layout = layout_of(tiny_config)
+  experiment, _, state, _ = initial(tiny_config, layout)
+  one, other = (
+    train._after_epoch(state, {"test_objective": loss}, experiment, layout)
+    for loss in (1.9940672, 1.9940668)
+  )
+  assert_identical(layout.get(one), layout.get(other))
+  record = {"test_objective": 1.99405}
+  better = train._after_epoch(state, record, experiment, layout)
+  plateaus = [layout.get(s)[0].rate_state["plateau"] for s in (one, better)]
+  assert plateaus[0].best_value > plateaus[1].best_value
+
+
+@pytest.mark.parametrize(
+  ("setting", "name"),
+  [
+    (jax.enable_x64(True), "jax_enable_x64=True"),
+    (jax.disable_jit(), "jax_disable_jit=True"),
+    (
+      jax.numpy_dtype_promotion("strict"),
+      "jax_numpy_dtype_promotion=strict",
+    ),
+  ],
+)
+def test_settings_of_jax_that_cannot_be_are_refused_by_name(
+  setting, name, tiny_config, tmp_path
+):
+  with setting, pytest.raises(errors.ConfigError, match=name):
     train.train_and_evaluate(tiny_config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

@@ -5,13 +5,17 @@ holds their digests. Entries are built beside their final name and renamed, so
 a half-written one is never found; one that fails its check is built anew.
 """
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import platformdirs
@@ -41,9 +45,11 @@ def cached(
   entry = folder / key
   if (arrays := _open(entry)) is not None:
     return arrays
-  built = build()
   try:
-    _store(entry, built)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Before what takes long: it may be that nothing can be written.
+    with _temporary(entry) as temporary:
+      _store(entry, temporary, build())
   except OSError as error:
     raise errors.DataError(
       f"decoded images cannot be cached in {folder}: {error}. Set"
@@ -82,25 +88,43 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
     return None
 
 
-def _store(entry: pathlib.Path, arrays: types.Arrays) -> None:
-  entry.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True
-  ) as temporary:
-    made = pathlib.Path(temporary, "made")
-    made.mkdir(0o700)
-    for name in _ARRAYS:
-      np.save(made / f"{name}.npy", getattr(arrays, name))
-    names = list(arrays.class_names)
-    digests = _digests(made, names)
-    index = {"format": _FORMAT, "class_names": names, "sha256": digests}
-    (made / "index.json").write_text(json.dumps(index, indent=2))
-    # Another process may have stored the same entry meanwhile and be reading
-    # it: only a damaged one is replaced.
-    if os.path.lexists(entry) and _open(entry) is None:
-      os.replace(entry, made.with_name("damaged"))
-    if not os.path.lexists(entry):
-      os.replace(made, entry)
+@contextlib.contextmanager
+def _temporary(entry: pathlib.Path) -> Iterator[str]:
+  """A folder beside the entry; those that killed writers left are removed."""
+  prefix = f".{entry.name}-"
+  lock = os.open(entry.parent, os.O_RDONLY)
+  try:
+    # Each writer shares a lock. Where there is none, as on NFS, or while others
+    # write, all is left as it is.
+    with contextlib.suppress(OSError):
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      for left in entry.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      fcntl.flock(lock, fcntl.LOCK_SH)
+    with tempfile.TemporaryDirectory(
+      prefix=prefix, dir=entry.parent, ignore_cleanup_errors=True
+    ) as temporary:
+      yield temporary
+  finally:
+    os.close(lock)
+
+
+def _store(entry: pathlib.Path, temporary: str, arrays: types.Arrays) -> None:
+  made = pathlib.Path(temporary, "made")
+  made.mkdir(0o700)
+  for name in _ARRAYS:
+    np.save(made / f"{name}.npy", getattr(arrays, name))
+  names = list(arrays.class_names)
+  digests = _digests(made, names)
+  index = {"format": _FORMAT, "class_names": names, "sha256": digests}
+  (made / "index.json").write_text(json.dumps(index, indent=2))
+  # Another process may have stored the same entry meanwhile and be reading it:
+  # only a damaged one is replaced.
+  if os.path.lexists(entry) and _open(entry) is None:
+    os.replace(entry, made.with_name("damaged"))
+  if not os.path.lexists(entry):
+    os.replace(made, entry)
 
 
 def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:

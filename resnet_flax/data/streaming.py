@@ -164,8 +164,10 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
     crop="none",
     skipped=set(),
   )
+  # What is wrong here, or with all images, is said before anything is compiled.
+  if config.num_workers:
+    _check_semaphores()
   for split in (train, test):
-    # What is wrong with all images is said before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
   return types.Dataset(
     train=train,
@@ -200,6 +202,18 @@ def settle(split: types.Split, *, is_scored: bool) -> types.Split:
   images, labels = map(np.concatenate, zip(*batches, strict=True))
   indices = split.indices[positions]
   return DecodedSplit(images[positions], labels[positions], indices)
+
+
+def _check_semaphores() -> None:
+  """Checks that processes, which have some between them, can be started."""
+  try:
+    multiprocessing.Semaphore()
+  except OSError as error:
+    raise errors.DataError(
+      "processes that decode images cannot be started, as there can be no"
+      f" semaphore in /dev/shm ({error.strerror}). Make it writable and free"
+      " some room there, or set dataset.num_workers=0."
+    ) from error
 
 
 def _allow_open_files(count: int) -> None:
@@ -305,6 +319,8 @@ class StreamedSplit(types.Split):
       grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
       worker_init_fn=_start_worker,
     )
+    if workers:
+      _check_semaphores()
     alive, iterator = _Workers(self.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next

@@ -227,6 +227,12 @@ class Checkpoints:
     # NumPy arrays come back as NumPy arrays.
     target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
     try:
+      # A chunk is read as a whole, however little of it the vector has.
+      stored = ocp.StandardCheckpointHandler().metadata(path / _STATE)
+      for dtype, size in sizes.items():
+        (chunk,) = stored[dtype].storage.chunk_shape
+        if chunk > size:
+          raise ValueError(f"{dtype} has chunks of {chunk} for {size} numbers")
       packed = self._manager.restore(
         step,
         args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)}),

@@ -24,6 +24,12 @@ _SETTINGS = (
   *("jax_default_prng_impl", "jax_threefry_partitionable"),
   "jax_random_seed_offset",
 )
+# Of others the numbers are another experiment's, or there are none.
+_NEEDED = {
+  "jax_enable_x64": False,
+  "jax_disable_jit": False,
+  "jax_numpy_dtype_promotion": "standard",
+}
 _VARIABLES = (
   *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
   *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Also what begins so.
@@ -54,17 +60,19 @@ def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
   }
 
 
-def check_types() -> None:
-  """Checks that JAX computes in the types that networks are trained in.
+def check_jax() -> None:
+  """Checks that JAX compiles, in the types that networks are trained in.
 
   Raises:
-    ConfigError: jax_enable_x64 is set.
+    ConfigError: a setting of JAX is not what it must be.
   """
-  if jax.config.values["jax_enable_x64"]:
-    raise errors.ConfigError(
-      "jax_enable_x64=True computes in float64 here and there, which is another"
-      " experiment: it must be False. Unset JAX_ENABLE_X64."
-    )
+  for name, needed in _NEEDED.items():
+    value = jax.config.values[name]
+    if value != needed:
+      raise errors.ConfigError(
+        f"{name}={value}: networks are trained with {needed} alone."
+        f" Unset {name.upper()}."
+      )
 
 
 def _version(name: str) -> str | None:

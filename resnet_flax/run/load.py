@@ -61,10 +61,11 @@ class LoadedModel:
 
   model: nn.Module  # The Flax module.
   # {'params': ..., 'batch_stats': ...}, float32, for `model.apply(variables,
-  # normalised_images, train=False)`.
+  # normalised_images, train=False)`; changing the dict does not change others.
   variables: dict[str, Any]
   # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
-  # normalises as in training. Can be traced.
+  # normalises as in training. Can be traced. After os.fork() a RuntimeError:
+  # JAX would hang.
   predict: Callable[[Any], Any]
   # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
   # C]; can be traced.
@@ -110,8 +111,14 @@ def load_model(
   )
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
   names = (folder.read_facts(mirror.local(workdir, "workdir")) or ((),))[0]
+  process = os.getpid()
 
   def predict(images: Any) -> Any:
+    if os.getpid() != process:
+      raise RuntimeError(
+        "predict hangs after os.fork(), as JAX has threads. Call load_model in"
+        " the new process, started by spawn or forkserver."
+      )
     is_traced = isinstance(images, jax.core.Tracer)
     images = images if is_traced else np.asarray(images)
     if images.dtype != np.uint8 or images.shape[1:] != experiment.image_shape:
@@ -132,7 +139,8 @@ def load_model(
 
   return LoadedModel(
     model=experiment.model,
-    variables=step_lib.scored_variables(state),
+    # Dictionaries of their own.
+    variables=jax.tree.map(lambda a: a, step_lib.scored_variables(state)),
     predict=predict,
     preprocess=state.normalization,
     class_names=names if len(names) == experiment.num_classes else (),

@@ -202,10 +202,16 @@ def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
 def best_record(records: list[Record], monitor: str) -> Record:
   """The best of one network's records, by a name of `MONITORED`.
 
-  Of equally good ones the first.
+  Of equally good ones, as `comparable` says, the first.
   """
   best = max if MONITORED[monitor] else min
-  return best(records, key=lambda record: record[monitored(record, monitor)])
+  key = monitored(records[0], monitor)
+  return best(records, key=lambda record: comparable(record[key]))
+
+
+def comparable(value: float) -> float:
+  """A score, to decide by: to six digits, as eval_batch_size changes others."""
+  return float(f"{value:.6g}")
 
 
 def monitored(record: Mapping[str, Any], monitor: str) -> str:

@@ -215,10 +215,29 @@ def test_failed_build_leaves_nothing(tmp_path, arrays, monkeypatch):
 
 
 def test_unwritable_folder(tmp_path, arrays):
-  blocked = tmp_path / "file"
+  """It is said before images are decoded for a minute."""
+  blocked, build = tmp_path / "file", Builder(arrays)
   blocked.write_text("")
-  with pytest.raises(errors.DataError, match="cache_dir"):
-    cache.cached(blocked / "cache", "key", Builder(arrays))
+  for folder in (blocked, blocked / "cache", pathlib.Path("/proc")):
+    with pytest.raises(errors.DataError, match="cache_dir"):
+      cache.cached(folder, "key", build)
+  assert build.calls == 0
+
+
+def test_what_killed_writers_left_is_removed(tmp_path, arrays):
+  """But not what others write at the time, nor what is somebody else's."""
+  (tmp_path / ".key-left" / "made").mkdir(parents=True)
+  (tmp_path / ".keys").mkdir()
+
+  def build():
+    assert not (tmp_path / ".key-left").exists()
+    (own,) = tmp_path.glob(".key-*")
+    cache.cached(tmp_path, "key", Builder(arrays))
+    assert own.is_dir()
+    return arrays
+
+  check_equal(cache.cached(tmp_path, "key", build), arrays)
+  assert {path.name for path in tmp_path.iterdir()} == {"key", ".keys"}
 
 
 def test_cache_dir(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -698,6 +699,22 @@ def test_workers_make_the_same_batches(root, start):
     f"{images.sum()} {labels.sum()}"
     for images, labels in split.batches(order, datasets.Draw(0, 1))
   ]
+
+
+def test_without_shared_memory_the_copy_is_not_at_fault(root, monkeypatch):
+  """Before anything is compiled, and when it has become full meanwhile."""
+  split, order = load(root, num_workers=1).train, [np.arange(2)]
+
+  def fail(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(multiprocessing, "Semaphore", fail)
+  message = r"/dev/shm \(Read-only.*or set dataset\.num_workers=0"
+  with pytest.raises(errors.DataError, match=message):
+    load(root, num_workers=1)
+  with pytest.raises(errors.DataError, match=message):
+    next(split.batches(order))
+  assert next(load(root, num_workers=0).train.batches(order))
 
 
 @pytest.mark.slow

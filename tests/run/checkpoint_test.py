@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resnet_flax import step as step_lib
@@ -337,6 +338,26 @@ def test_a_manifest_that_no_run_writes_is_damage(
   assert int(restored.step) == 1
   assert message in caplog.text
   assert (workdir / "damaged/2").is_dir()
+
+
+def test_chunks_larger_than_their_array_are_not_read(
+  two_checkpoints, state, tmp_path
+):
+  """Half a gigabyte, had TensorStore read the one chunk."""
+  workdir = tmp_path / "run"
+  shutil.copytree(two_checkpoints, workdir)
+  folder = workdir / "checkpoints/2"
+  store = {"driver": "ocdbt", "base": f"file://{folder / 'state'}/"}
+  kv = tensorstore.KvStore.open(store).result()
+  form = json.loads(kv[b"float32/.zarray"])
+  kv[b"float32/.zarray"] = json.dumps(form | {"chunks": [2**27]}).encode()
+  there = checkpoint._state_files(folder).items()
+  reseal(folder, {"files": {k: checkpoint.digest_of(p) for k, p in there}})
+  with (
+    checkpoint.Checkpoints(workdir, read_only=True) as checkpoints,
+    pytest.raises(errors.WorkdirError, match="has chunks of 134217728 for"),
+  ):
+    checkpoints.restore(2, jax.eval_shape(lambda: state))
 
 
 @pytest.mark.parametrize("name", ["epoch_sums/loss", "epoch_sums/new", "new"])

@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import shutil
 import time
 
@@ -128,6 +129,28 @@ def test_predict_can_be_traced(run):
   )
   with pytest.raises(ValueError, match="uint8 images"):
     jax.jit(loaded.predict)(images.astype(np.float32))
+
+
+def test_changed_variables_change_no_prediction(run):
+  loaded, images = resnet_flax.load_model(run[1]), np.ones((1, 32, 32, 3), "u1")
+  before = loaded.predict(images)
+  head = loaded.variables["params"]["head"]
+  head["bias"] = head["bias"] + jnp.arange(10)
+  del loaded.variables["batch_stats"]
+  np.testing.assert_array_equal(loaded.predict(images), before)
+
+
+def test_predict_says_that_a_forked_process_would_hang(run, monkeypatch):
+  loaded = resnet_flax.load_model(run[1])
+  monkeypatch.setattr(os, "getpid", lambda: -1)
+  with pytest.raises(RuntimeError, match=r"os\.fork\(\)"):
+    loaded.predict(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_strict_promotion_changes_no_score(run):
+  with jax.numpy_dtype_promotion("strict"):
+    strict = load.evaluate_workdir(run[1])
+  assert strict == load.evaluate_workdir(run[1])
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,17 @@ def test_best_record(monitor, best):
   assert metrics.best_record(records, monitor)["epoch"] == expected
 
 
+@pytest.mark.parametrize("monitor", ["loss", "objective"])
+def test_the_best_epoch_is_that_of_any_eval_batch_size(monitor):
+  """A loss as it is in calls of 500, 360 and 7 images."""
+  for loss in (1.9940672790, 1.9940672424, 1.9940672477):
+    records = [{"step": 1, f"test_{monitor}": 1.9940672450}]
+    records += [{"step": 2, f"test_{monitor}": loss}]
+    assert metrics.best_record(records, monitor)["step"] == 1
+    records += [{"step": 3, f"test_{monitor}": 1.99405}]
+    assert metrics.best_record(records, monitor)["step"] == 3
+
+
 def all_events(folder):
   """Every event in the event files of a folder."""
   for path in sorted(pathlib.Path(folder).iterdir()):

@@ -114,9 +114,26 @@ def read(path: pathlib.Path) -> WeightsFile:
 
 
 def _read_safetensors(path: pathlib.Path) -> WeightsFile:
-  from safetensors import numpy as safetensors_numpy
+  import safetensors
 
-  return _pytorch(path, safetensors_numpy.load_file(path))
+  arrays = {}
+  with safetensors.safe_open(path, framework="np") as file:
+    for name in file.keys():  # noqa: SIM118 It cannot be iterated over.
+      try:
+        arrays[name] = file.get_tensor(name)
+      except AttributeError:  # NumPy's, for a type that it lacks.
+        dtype = file.get_slice(name).get_dtype()
+        raise wrong_type(path, name, dtype) from None
+  return _pytorch(path, arrays)
+
+
+def wrong_type(
+  path: pathlib.Path, name: str, dtype: Any
+) -> errors.WeightsError:
+  """The error for an array whose numbers are no weights."""
+  return errors.WeightsError(
+    f"{path}: {name} is {dtype}; needed: float32, float16, bfloat16 or float64."
+  )
 
 
 def _read_torch(path: pathlib.Path) -> WeightsFile:
@@ -182,7 +199,10 @@ def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
     )
   if tensor.dtype == torch.bfloat16:
     tensor = tensor.float()
-  return tensor.detach().numpy()
+  try:
+    return tensor.detach().numpy()
+  except TypeError:  # NumPy has no such type.
+    raise wrong_type(path, name, tensor.dtype) from None
 
 
 def _pytorch(

@@ -190,6 +190,8 @@ def _array(dataset: Any, key: str) -> np.ndarray:
     raise _bad(key, f"holds {dtype}; needed: numbers with a fraction")
   claimed = math.prod(shape) * dtype.itemsize
   stored = dataset.id.get_storage_size()
+  if claimed > stored and dataset.id.get_create_plist().get_nfilters():
+    raise _bad(key, "is compressed (h5repack -f NONE IN OUT undoes it)")
   if claimed > stored:
     raise _bad(
       key, f"claims {claimed} bytes as {list(shape)} but stores {stored}"

@@ -154,10 +154,7 @@ def _checked(
   file: files.WeightsFile, origin: Origin, path: Path, value: np.ndarray
 ) -> np.ndarray:
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-    raise errors.WeightsError(
-      f"{file.path}: {origin.name} is {value.dtype}; needed: float32, float16,"
-      " bfloat16 or float64."
-    )
+    raise files.wrong_type(file.path, origin.name, value.dtype)
   # A float64 that float32 does not hold becomes infinite, which is found here.
   with np.errstate(over="ignore"):
     value = np.ascontiguousarray(value, np.float32)

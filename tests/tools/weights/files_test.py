@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import sys
 import tracemalloc
 import types
@@ -194,6 +195,10 @@ def test_reads_what_pytorch_writes(tmp_path):
     read.arrays["conv1.weight"], state["conv1.weight"].numpy()
   )
   assert read.passed_over == ("bn1.num_batches_tracked",)
+  narrow = {"fc.weight": torch.ones(2, dtype=torch.float8_e4m3fn)}
+  torch.save(narrow, tmp_path / "b.th")
+  with pytest.raises(errors.WeightsError, match="float8_e4m3fn; needed"):
+    files.read(tmp_path / "b.th")
 
 
 class StubTensor:
@@ -294,6 +299,28 @@ def test_pytorch_files_without_a_state_dict(stub_torch, torch_file, loaded):
   stub_torch.loaded = loaded
   with pytest.raises(errors.WeightsError, match="holds no state dict"):
     files.read(torch_file)
+
+
+def test_pytorchs_types_that_numpy_lacks(stub_torch, torch_file):
+  def fail():
+    raise TypeError("Got unsupported ScalarType Float8_e4m3fn")
+
+  tensor = StubTensor(np.ones(2, np.uint8))
+  tensor.dtype, tensor.numpy = "torch.float8_e4m3fn", fail
+  stub_torch.loaded = {"fc.weight": tensor}
+  message = "fc.weight is torch.float8_e4m3fn; needed: float32,"
+  with pytest.raises(errors.WeightsError, match=message):
+    files.read(torch_file)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_types_that_numpy_lacks(kind, tmp_path):
+  place = {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}
+  header = json.dumps({"fc.weight": place}).encode()
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(struct.pack("<Q", len(header)) + header + b"..")
+  with pytest.raises(errors.WeightsError, match=f"fc.weight is {kind}; needed"):
+    files.read(path)
 
 
 def test_what_pytorch_refuses(stub_torch, torch_file):
