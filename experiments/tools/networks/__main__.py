@@ -1,4 +1,4 @@
-"""Writes the tables of all networks' sizes into the project's README.
+"""Writes the tables of all networks' sizes into docs/networks.md.
 
   python -m experiments.networks
 
@@ -11,7 +11,7 @@ from experiments.tools.networks import table
 
 def main() -> None:
   """Replaces the tables between their markers."""
-  text = table.README.read_text()
+  text = table.PAGE.read_text()
   for name, networks in table.TABLES.items():
     lines = []
     for network in networks:
@@ -19,7 +19,7 @@ def main() -> None:
       print(lines[-1], flush=True)
     whole = "\n".join([table.HEADER, *lines])
     text = markers.replace(text, name, table.COMMAND, whole)
-  table.README.write_text(text)
+  table.PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from configs import base
 from resnet_flax import models
 from resnet_flax.tools import summary
 
-README = pathlib.Path(__file__).parents[3] / "README.md"
+PAGE = pathlib.Path(__file__).parents[3] / "docs" / "networks.md"
 COMMAND = "python -m experiments.networks"
 
 _KERAS = "Keras example"

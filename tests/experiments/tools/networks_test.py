@@ -1,4 +1,4 @@
-"""The tables in the README are what the networks are."""
+"""The tables in docs/networks.md are what the networks are."""
 
 import functools
 
@@ -24,12 +24,12 @@ def published_number(text):
 
 @functools.cache
 def in_readme(network):
-  """(parameters, multiply-adds to the printed digits) of a README's line."""
-  for line in table.README.read_text().splitlines():
+  """(parameters, multiply-adds to the printed digits) of a line of the page."""
+  for line in table.PAGE.read_text().splitlines():
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     if len(cells) == 7 and cells[:2] == [network.title, str(network.depth)]:
       return int(cells[2].replace(",", "")), cells[4]
-  raise AssertionError(f"{network} is not in the README")
+  raise AssertionError(f"{network} is not on the page")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def in_readme(network):
   ids=lambda n: f"{n.title}-{n.depth}",
 )
 def test_line_is_what_the_command_writes(network):
-  assert table.row(network) in table.README.read_text().splitlines()
+  assert table.row(network) in table.PAGE.read_text().splitlines()
 
 
 @pytest.mark.parametrize(
