@@ -6,7 +6,10 @@ lines do as well. The same input gives the same bytes.
 
 import contextlib
 import io
+import itertools
 import math
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from resnet_flax.run import metrics
 from resnet_flax.tools.report import runs as runs_lib, scores as scores_lib
 
 # Without their yellow, which is lost on white.
@@ -29,6 +33,7 @@ _CUT_AT = 3.0
 # Counts are legible up to this many classes.
 _MOST_NUMBERED_CLASSES = 20
 _MISTAKES_IN_A_ROW = 5
+_WIDEST = 84  # Characters of a line.
 
 _STYLE = {
   "font.size": 10.0,
@@ -52,118 +57,117 @@ class Rendered(NamedTuple):
   svg: bytes
 
 
-class Metric(NamedTuple):
-  """What a learning curve shows."""
+# How the values of each split are drawn; those that one looks for are last.
+_LINES: dict[str, dict[str, Any]] = {
+  "train": {"linewidth": 0.9, "dashes": (5, 2), "markersize": 3},
+  "val": {"linewidth": 1.6, "linestyle": ":", "markersize": 5},
+  "test": {"linewidth": 2.4, "markersize": 8, "markeredgecolor": "white"},
+}
+# Of the axis, where it is not the metric's name.
+_TITLES = {"accuracy": "error (%)", "loss": "cross-entropy (nats)"}
+# Of each split that has values, the epochs, from 1, and float64[n, epochs].
+_Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
-  name: str  # Of the records' keys, after `train_` and `test_`.
-  title: str  # Of the axis, with the unit.
-  file: str  # Of the figure's files.
 
-  def values(self, group: runs_lib.Group, split: str) -> np.ndarray:
-    """float64[n, num_epochs] of 'train' or 'test', in the axis's unit."""
-    curves = group.curves(f"{split}_{self.name}")
-    return 100 * (1 - curves) if self.name == "accuracy" else curves
-
-
-ERROR = Metric("accuracy", "error (%)", "learning_curves_error")
-LOSS = Metric("loss", "cross-entropy (nats)", "learning_curves_loss")
+def metric_names(groups: Sequence[runs_lib.Group]) -> list[str]:
+  """What is recorded of a split, for example 'loss' for `train_loss`."""
+  records = itertools.chain(*(run.records for g in groups for run in g.runs))
+  keys = {key for record in records for key in metrics.of_seeds(record)[0]}
+  parts = [key.partition("_") for key in keys]
+  return sorted({name for split, _, name in parts if split in _LINES})
 
 
 def learning_curves(
-  groups: Sequence[runs_lib.Group], metric: Metric
+  groups: Sequence[runs_lib.Group], metric: str, end: str = ""
 ) -> list[Rendered]:
-  """Curves over the epochs, a few groups in each figure, on the same axes."""
-  groups = [group for group in groups if group.num_epochs]
-  num_epochs = max((group.num_epochs for group in groups), default=0)
-  limits = _limits(
-    [metric.values(group, "test") for group in groups],
-    [metric.values(group, "train") for group in groups],
-  )
+  """Curves over the epochs, a few groups in each figure, on the same axes.
+
+  They are of one data set; `end` is that of the names of the files.
+  """
+  title = _TITLES.get(metric, metric)
+  # Accuracies are drawn as errors.
+  file = {"accuracy": "error", "error": "error_"}.get(metric, metric)
+  drawn = [(group, c) for group in groups if (c := _curves(group, metric))]
   rendered = []
-  for first in range(0, len(groups), _MOST_CURVES):
-    part = groups[first : first + _MOST_CURVES]
-    with _axes(7.2, 4.6 + 0.2 * len(part)) as (figure, axes):
-      for position, group in enumerate(part):
-        _draw_curves(axes, group, metric, position)
+  for first in range(0, len(drawn), _MOST_CURVES):
+    part = drawn[first : first + _MOST_CURVES]
+    with _axes(7.2, 4.6, groups[0].data) as (figure, axes):
+      for position, (group, curves) in enumerate(part):
+        _draw_curves(axes, group, curves, position)
       # For the legend.
-      axes.plot([], [], color="gray", linewidth=2.4, label="test")
-      axes.plot([], [], color="gray", label="train", **_TRAIN_LINE)
+      for split in reversed(_LINES):
+        if any(split in curves for _, curves in part):
+          axes.plot([], [], color="gray", label=split, **_LINES[split])
+      num_epochs = max(group.num_epochs for group, _ in drawn)
       margin = 0.02 * num_epochs + 0.1
       axes.set_xlim(1 - margin, num_epochs + margin)
-      axes.set_ylim(limits)
-      axes.set_xlabel("epochs of training")
-      axes.set_ylabel(metric.title)
+      axes.set_ylim(_limits([curves for _, curves in drawn]))
+      axes.set(xlabel="epochs of training", ylabel=_plain(title))
       axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-      names = "; ".join(group.name for group in part)
-      number = f"_{first // _MOST_CURVES + 1}" if groups[_MOST_CURVES:] else ""
+      names = "; ".join(f"{group.number}: {group.name}" for group, _ in part)
+      number = f"_{first // _MOST_CURVES + 1}" if drawn[_MOST_CURVES:] else ""
       rendered.append(
         _render(
           figure,
-          metric.file + number,
-          text=f"Curves of {metric.title} over the epochs for {names}. The"
-          " tables hold the final values.",
-          caption="Test bold, train dashed; mean over the seeds, shaded ±"
-          " their standard deviation where there are several. Training values"
-          " are means over an epoch, while the network changes. What is above"
-          " the axes is cut off.",
+          re.sub(r"\W", "_", f"learning_curves_{file}{end}{number}"),
+          text=f"{title} over the epochs on {groups[0].data}, for {names}.",
+          caption="Mean over the seeds, shaded ± their standard deviation"
+          " where there are several. Training values are means over an epoch,"
+          " while the network changes. What is above the axes is cut off.",
         )
       )
   return rendered
 
 
-def _limits(
-  test: Sequence[np.ndarray], train: Sequence[np.ndarray]
-) -> tuple[float, float]:
-  """The ends of the axis for curves of shape [n, num_epochs]."""
-  if not test:
-    return 0.0, 1.0
-  final = max(float(curve[:, -1].max()) for curve in test)
-  lowest = min(float(curve.min()) for curve in [*test, *train])
-  highest = max(float(curve.max()) for curve in [*test, *train])
+def _curves(group: runs_lib.Group, metric: str) -> _Curves:
+  found = {}
+  for split in _LINES if group.num_epochs else ():
+    values = group.curves(f"{split}_{metric}")
+    # Seeds and epochs from before the metric was added have none.
+    values = values[~np.isnan(values).all(axis=1)]
+    known = ~np.isnan(values).any(axis=0)
+    if (values := values[:, known]).size:
+      values = 100 * (1 - values) if metric == "accuracy" else values
+      found[split] = 1 + np.flatnonzero(known), values
+  return found
+
+
+def _limits(groups: Sequence[_Curves]) -> tuple[float, float]:
+  """The ends of the axis."""
+  every = [values for curves in groups for _, values in curves.values()]
+  lowest = min(float(values.min()) for values in every)
+  highest = max(float(values.max()) for values in every)
+  if lowest < 0:
+    return 1.1 * lowest, max(1.1 * highest, 0.0)
+  final = max(float([*each.values()][-1][1][:, -1].max()) for each in groups)
   # Of a network that makes no mistake something is still to be seen.
-  top = max(min(_CUT_AT * final, 1.05 * highest), 0.1 * highest, 1e-9)
+  top = max(min(_CUT_AT * final, 1.05 * highest), 0.1 * highest) or 1.0
   # From zero, unless that would leave most of the figure empty.
   return (0.0 if lowest < top / 3 else 0.9 * lowest), top
 
 
-_TRAIN_LINE: dict[str, Any] = {"linewidth": 0.9, "dashes": (5, 2)}
-_TEST_LINE: dict[str, Any] = {"linewidth": 2.4, "markeredgecolor": "white"}
-
-
 def _draw_curves(
-  axes: Any, group: runs_lib.Group, metric: Metric, position: int
+  axes: Any, group: runs_lib.Group, curves: _Curves, position: int
 ) -> None:
-  epochs = np.arange(1, group.num_epochs + 1)
   every = math.ceil(group.num_epochs / _MARKERS_OF_A_CURVE)
-  label = _plain(group.name) + ("" if group.finished else " (unfinished)")
-  for split, size, line in (
-    ("train", 3, _TRAIN_LINE),
-    ("test", 8, _TEST_LINE | {"label": label}),
-  ):
-    curves = metric.values(group, split)
-    mean, color = curves.mean(axis=0), _COLORS[position]
-    axes.plot(
-      epochs,
-      mean,
-      color=color,
-      marker=_MARKERS[position],
-      markersize=size,
-      # Markers of like curves do not hide each other.
-      markevery=(position * every // _MOST_CURVES, every),
-      **line,
-    )
-    if len(curves) > 1:
-      std = curves.std(axis=0, ddof=1)
-      axes.fill_between(
-        epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0
-      )
+  for split, (epochs, values) in curves.items():
+    mean = values.mean(axis=0)
+    look = {"color": _COLORS[position], "marker": _MARKERS[position]}
+    # Markers of like curves do not hide each other.
+    places = (position * every // _MOST_CURVES, every)
+    (line,) = axes.plot(epochs, mean, markevery=places, **look, **_LINES[split])
+    if len(values) > 1:
+      std = values.std(axis=0, ddof=1)
+      shade = {"color": _COLORS[position], "alpha": 0.2, "linewidth": 0}
+      axes.fill_between(epochs, mean - std, mean + std, **shade)
+  end = "" if group.finished else " (unfinished)"
+  line.set_label(_plain(f"{group.number}: {group.name}{end}"))
 
 
-def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
+def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   """Final test error against depth; one line for what differs in depth alone.
 
-  Returns:
-    None if no line has two depths.
+  See `learning_curves`. None if no line has two depths.
   """
   families: dict[str, list[runs_lib.Group]] = {}
   for group in groups:
@@ -173,18 +177,17 @@ def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
   lines = list(families.values())
   if all(len(line) < 2 for line in lines):
     return None
-  labels = runs_lib.labels([_without_depth(line[0]) for line in lines])
-  names = [name for name, _ in labels]
+  names = runs_lib.labels([_without_depth(line[0]) for line in lines])
   depths = sorted({g.config["model.depth"] for line in lines for g in line})
-  with _axes(7.2, 4.4 + 0.2 * len(lines)) as (figure, axes):
+  with _axes(7.2, 4.4, groups[0].data) as (figure, axes):
     for position, line in enumerate(lines):
       line.sort(key=lambda group: group.config["model.depth"])
-      errors = [ERROR.values(group, "test")[:, -1] for group in line]
+      finals = [f for g in line if (f := g.final("test_accuracy", 100))]
       again, place = divmod(position, len(_COLORS))
       axes.errorbar(
         [group.config["model.depth"] for group in line],
-        [error.mean() for error in errors],
-        yerr=[error.std(ddof=1) if len(error) > 1 else 0.0 for error in errors],
+        [100 - final.mean for final in finals],
+        yerr=[final.std or 0.0 for final in finals],
         capsize=4,
         linewidth=1.6,
         color=_COLORS[place],
@@ -202,9 +205,9 @@ def depth(groups: Sequence[runs_lib.Group]) -> Rendered | None:
     axes.set_ylabel("test error after the last epoch (%)")
     return _render(
       figure,
-      "depth",
-      text=f"Final test error against depths {depths} for {'; '.join(names)}."
-      " The table of accuracies holds the values.",
+      f"depth{end}",
+      text=f"Final test error on {groups[0].data} against depths {depths} for"
+      f" {'; '.join(names)}. The table of accuracies holds the values.",
       caption="After the last epoch, so that nothing was chosen; finished"
       " groups only. Bars are ± one standard deviation over the seeds; a point"
       " without a bar is of one seed.",
@@ -289,23 +292,27 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 
 def _plain(text: str) -> str:
-  """Text in which a dollar sign begins no formula."""
-  return runs_lib.shown(text).replace("$", r"\$")
+  """Text in lines that fit, in which a dollar sign begins no formula."""
+  return textwrap.fill(runs_lib.shown(text), _WIDEST).replace("$", r"\$")
 
 
 @contextlib.contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
+def _axes(
+  width: float, height: float, title: str = ""
+) -> Iterator[tuple[Figure, Any]]:
   """A figure of this size, in inches, with one pair of axes, in our style."""
   # Not the user's own settings, which differ between machines.
   with style.context(["default", _STYLE]):
     figure = Figure((width, height), layout="constrained")
-    yield figure, figure.add_subplot()
+    yield figure, figure.add_subplot(title=_plain(title))
 
 
 def _render(figure: Figure, name: str, *, text: str, caption: str) -> Rendered:
   _, labels = figure.axes[0].get_legend_handles_labels()
   if labels:
-    columns = 1 if max(map(len, labels)) > 30 and len(labels) < 4 else 2
+    columns = 1 if max(map(len, labels)) > _WIDEST // 2 else 2
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.2 * lines / columns)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
   # Neither the time nor the version of the library.
   unstamped = {

@@ -39,6 +39,8 @@ _logger = logging.getLogger(__name__)
 SCORED = ("best", "each", "none")
 
 _MOST_CONFUSED = 10
+_NO_CURVES = "No run has finished an epoch yet."
+_NO_DEPTHS = "This needs finished groups that differ in model.depth alone."
 
 
 class Summary(NamedTuple):
@@ -78,10 +80,18 @@ def make(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
       pass
+  by_data = runs_lib.by_data(groups)
+  curves = [
+    figure
+    for end, of_data in by_data
+    for metric in figures_lib.metric_names(of_data)
+    for figure in figures_lib.learning_curves(of_data, metric, end)
+  ]
+  depths = [f for end, each in by_data if (f := figures_lib.depth(each, end))]
   sections = [
     _accuracies(groups),
-    _curves(groups),
-    _depths(groups),
+    Section("Learning curves", [] if curves else [_NO_CURVES], curves),
+    Section("Error against depth", [] if depths else [_NO_DEPTHS], depths),
     _times(groups),
     _configurations(groups),
     _runs(groups),
@@ -118,15 +128,19 @@ def _explain_write_errors(out: pathlib.Path) -> Iterator[None]:
 
 # ---- Sections about groups
 
-_NUMBER = Column("#", lambda group: group.number)
-_LABEL = Column("group", lambda group: group.label)
+_GROUP = (
+  Column("#", lambda group: group.number),
+  Column("data set", lambda group: group.data),
+  Column("group", lambda group: group.name),
+)
 
 
 def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
     "Accuracies and errors are of the test split; “best” is the epoch that"
     " checkpoint.monitor chooses. ± is the sample standard deviation over n"
-    " seeds."
+    " seeds. Groups are named by as many keys as tell those of a data set"
+    " apart; “Configurations” has all that differ."
   ]
   on_test = [
     group.number
@@ -156,7 +170,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
       f"Unfinished runs of finished groups are not counted: {left_out}."
     )
 
-  def statistic(title, digits, function, *arguments):
+  def column(title, digits, function, *arguments):
     return Column(
       title, lambda group: function(group, *arguments), digits, statistic=True
     )
@@ -165,35 +179,15 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     "accuracy",
     "Final and best accuracy of each group.",
     groups,
-    _NUMBER,
-    _LABEL,
+    *_GROUP,
+    Column("n", lambda g: len(g.repetitions)),
     Column("epochs", lambda g: _epochs(g.num_epochs, g.config)),
-    statistic("final test accuracy (%)", 2, Group.final, "test_accuracy", 100),
-    statistic("best test accuracy (%)", 2, Group.best, "test_accuracy", 100),
-    statistic("final test loss (nats)", 4, Group.final, "test_loss"),
-    statistic(
-      "final train accuracy (%)", 2, Group.final, "train_accuracy", 100
-    ),
+    column("final test accuracy (%)", 2, Group.final, "test_accuracy", 100),
+    column("best test accuracy (%)", 2, Group.best, "test_accuracy", 100),
+    column("final train accuracy (%)", 2, Group.final, "train_accuracy", 100),
+    column("final test loss (nats)", 4, Group.final, "test_loss"),
   )
   return Section("Accuracy", notes=notes, tables=[table])
-
-
-def _curves(groups: Sequence[Group]) -> Section:
-  curves = [
-    figure
-    for metric in (figures_lib.ERROR, figures_lib.LOSS)
-    for figure in figures_lib.learning_curves(groups, metric)
-  ]
-  notes = [] if curves else ["No run has finished an epoch yet."]
-  return Section("Learning curves", notes=notes, figures=curves)
-
-
-def _depths(groups: Sequence[Group]) -> Section:
-  figure = figures_lib.depth(groups)
-  if figure is None:
-    note = "This needs finished groups that differ in model.depth alone."
-    return Section("Error against depth", notes=[note])
-  return Section("Error against depth", figures=[figure])
 
 
 def _times(groups: Sequence[Group]) -> Section:
@@ -211,8 +205,8 @@ def _times(groups: Sequence[Group]) -> Section:
     "time",
     "Time and speed of each group.",
     groups,
-    _NUMBER,
-    _LABEL,
+    *_GROUP,
+    Column("n", lambda group: len(group.counted_runs)),
     over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
     over_runs("images/s", 0, lambda r: r.images_per_second),
     over_runs("training time (min)", 1, lambda r: r.seconds / 60),
@@ -340,19 +334,14 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   begun = [group for group in groups if group.num_epochs]
   if scored == "each":
     return begun
-  # Accuracies on other images cannot be compared.
-  of_data: dict[tuple[str, str], list[Group]] = {}
-  for group in begun:
-    data = group.config["dataset.name"], group.config["data"]
-    of_data.setdefault(data, []).append(group)
 
   def mean_of_best(group: Group) -> float:
     best = group.best("test_accuracy")
     assert best is not None
     return best.mean
 
-  best = [max(each, key=mean_of_best) for each in of_data.values()]
-  return sorted(best, key=lambda group: group.number)
+  # Accuracies on other images cannot be compared.
+  return [max(each, key=mean_of_best) for _, each in runs_lib.by_data(begun)]
 
 
 def _checkpoint(group: Group) -> Section:
@@ -362,7 +351,7 @@ def _checkpoint(group: Group) -> Section:
   ]
   best = metrics.best_record(records, group.config["checkpoint.monitor"])
   run, seed = group.repetitions[records.index(best)]
-  title = f"Best checkpoint of group {group.name}"
+  title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
     scores = score(run, seed)
   except errors.UserError as error:

@@ -4,10 +4,13 @@ Reads config.json, metrics.jsonl and environment.json, nothing else.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+import operator
 import os
 import pathlib
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,8 +32,6 @@ _CONFIG_KEYS = (
   *("seed", "num_seeds", "num_epochs", "dataset.name", "checkpoint.monitor"),
   *("model.name", "model.depth"),
 )
-
-_LONGEST_NAME = 40
 
 Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
 
@@ -61,8 +62,8 @@ class Run:
   config: Config
   records: list[metrics.Record]  # One for each finished epoch, oldest first.
   device: str  # What it was trained on, for people; '' if that is not known.
-  # Names the pixels it was trained on (`Dataset.source`), if known.
-  data: str | None
+  # Names the pixels it was trained on (`Dataset.source`), or 'unknown'.
+  data: str
 
   @property
   def finished(self) -> bool:
@@ -120,8 +121,8 @@ class Group:
   """Runs whose configurations differ in nothing that an experiment is about."""
 
   number: int  # Counts the groups of a report from 1.
-  name: str  # Short, for legends, for example '2: plain, depth=56'.
-  label: str  # In full, for example 'model.name=plain, model.depth=56'.
+  data: str  # The data set, for example 'cifar10'.
+  name: str  # Among those of its data set, for example 'plain, depth=56'.
   config: Config  # Without the keys in which the runs may differ.
   runs: tuple[Run, ...]  # All of them.
   # What is counted, each seed once: those that are finished, or where none is,
@@ -141,10 +142,10 @@ class Group:
     return tuple(run for run in self.runs if id(run) in counted)
 
   def curves(self, key: str) -> np.ndarray:
-    """A metric as float64[n, num_epochs] of n repetitions."""
+    """A metric as float64[n, num_epochs] of n repetitions; NaN without it."""
     return np.array(
       [
-        [record[key] for record in r.run.of_seed(r.seed)[: self.num_epochs]]
+        [e.get(key, np.nan) for e in r.run.of_seed(r.seed)][: self.num_epochs]
         for r in self.repetitions
       ],
       np.float64,
@@ -248,7 +249,7 @@ def _read(path: pathlib.Path, name: str) -> Run:
     config=config,
     records=metrics.MetricsLog(path, stored).read(),
     device=_device(environment),
-    data=environment.get("data"),
+    data=environment.get("data") or "unknown",
   )
 
 
@@ -271,12 +272,13 @@ def group(runs: Iterable[Run]) -> list[Group]:
   Runs on different data are apart, as if `data` were a key.
 
   Returns:
-    The groups, in the order of the values of the keys in which they differ.
+    The groups, in the order of the values of the keys in which they differ:
+    those of a data set follow each other.
   """
   by_config: dict[str, tuple[Config, list[Run]]] = {}
   for run in runs:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
-    config["data"] = run.data or "unknown"
+    config["data"] = run.data
     key = json.dumps(config, sort_keys=True)
     by_config.setdefault(key, (config, []))[1].append(run)
   keys = differing_keys([config for config, _ in by_config.values()])
@@ -291,17 +293,30 @@ def group(runs: Iterable[Run]) -> list[Group]:
     ]
 
   members = sorted(by_config.values(), key=order)
-  names = labels([config for config, _ in members])
-  return [
-    _group(number, name, label, config, of_group)
-    for number, ((name, label), (config, of_group)) in enumerate(
-      zip(names, members, strict=True), start=1
-    )
-  ]
+  sets = {(config["dataset.name"], config["data"]) for config, _ in members}
+  names = [name for name, _ in sets]
+
+  def data_set(member: tuple[Config, list[Run]]) -> str:
+    name, data = member[0]["dataset.name"], member[0]["data"]
+    return f"{name} ({data})" if names.count(name) > 1 else name
+
+  groups: list[Group] = []
+  for data, of_data in itertools.groupby(members, data_set):
+    configs, runs_of = zip(*of_data, strict=True)
+    for each in zip(labels(configs), configs, runs_of, strict=True):
+      groups.append(_group(len(groups) + 1, data, *each))
+  return groups
+
+
+def by_data(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
+  """The groups of each data set, after the end of the names of its files."""
+  of_data = itertools.groupby(groups, operator.attrgetter("data"))
+  found = [(re.sub(r"\W", "_", f"_{data}"), [*each]) for data, each in of_data]
+  return found if found[1:] else [("", each) for _, each in found]
 
 
 def _group(
-  number: int, name: str, label: str, config: Config, runs: Sequence[Run]
+  number: int, data: str, name: str, config: Config, runs: Sequence[Run]
 ) -> Group:
   by_seed: dict[int, Run] = {}
   # The same seed twice is not two repetitions: the longer, first one counts.
@@ -312,8 +327,8 @@ def _group(
   counted = {seed: run for seed, run in begun.items() if run.finished} or begun
   return Group(
     number=number,
-    name=f"{number}: {name}",
-    label=label,
+    data=data,
+    name=name,
     config=config,
     runs=tuple(runs),
     repetitions=tuple(
@@ -326,9 +341,9 @@ def _group(
 def differing_keys(configs: Sequence[Config]) -> list[str]:
   """The keys whose values are not the same in all configurations.
 
-  The network and its depth come first.
+  The data set, the network and its depth come first.
   """
-  first = ("model.name", "model.depth")
+  first = ("dataset.name", "data", "model.name", "model.depth")
   others = sorted({key for config in configs for key in config} - {*first})
   return [
     key
@@ -337,30 +352,26 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
   ]
 
 
-def labels(configs: Sequence[Config]) -> list[tuple[str, str]]:
-  """What tells configurations apart: each short, and in full."""
-  keys = differing_keys(configs)
-  if not keys:
-    keys = [key for key in ("model.name", "model.depth") if key in configs[0]]
+def labels(configs: Sequence[Config]) -> list[str]:
+  """What tells configurations apart, with no more keys than that needs."""
+  keys: list[str] = []
+  apart = 1
+  for key in differing_keys(configs):
+    values = {json.dumps([*map(each.get, [*keys, key])]) for each in configs}
+    if len(values) > apart:
+      keys.append(key)
+      apart = len(values)
+  keys = keys or [k for k in ("model.name", "model.depth") if k in configs[0]]
   # A key's last part, where that is not another's as well.
   last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
-  short = [
-    part if last.count(part) == 1 else key
+  names = [
+    f"{part if last.count(part) == 1 else key}=".removeprefix("model=")
     for key, part in zip(keys, last, strict=True)
   ]
-
-  def joined(names: Sequence[str], config: Config) -> str:
-    return ", ".join(
-      name + shown(config.get(key))
-      for name, key in zip(names, keys, strict=True)
-    )
-
-  named = [
-    "" if k == "model.name" else f"{s}="
-    for k, s in zip(keys, short, strict=True)
+  return [
+    ", ".join(n + shown(each.get(k)) for k, n in zip(keys, names, strict=True))
+    for each in configs
   ]
-  full = [f"{key}=" for key in keys]
-  return [(_cut(joined(named, each)), joined(full, each)) for each in configs]
 
 
 def shown(value: Any) -> str:
@@ -371,11 +382,3 @@ def shown(value: Any) -> str:
     return json.dumps(value)
   # A path may have line breaks and bytes that are no text.
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
-
-
-def _cut(name: str) -> str:
-  """As many parts as a legend has room for."""
-  if len(name) <= _LONGEST_NAME:
-    return name
-  parts = name[: _LONGEST_NAME + 2].rpartition(", ")[0]
-  return f"{parts}, …" if parts else f"{name[:_LONGEST_NAME]}…"

@@ -28,7 +28,7 @@ class Column:
       return "–"
     if isinstance(cell, runs_lib.Statistic):
       std = "" if cell.std is None else f" ± {cell.std:.{self.digits}f}"
-      return f"{cell.mean:.{self.digits}f}{std} (n = {cell.n})"
+      return f"{cell.mean:.{self.digits}f}{std}"
     if isinstance(cell, float):
       return f"{cell:.{self.digits}f}"
     return f"{cell:,}" if isinstance(cell, int) else cell

@@ -1,4 +1,5 @@
 import io
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -70,13 +71,14 @@ def scored():
 
 
 def test_learning_curves(groups, drawn):
-  (rendered,) = figures.learning_curves(groups, figures.ERROR)
+  (rendered,) = figures.learning_curves(groups, "accuracy")
   (figure,) = drawn
   (axes,) = figure.axes
   assert axes.get_xlabel() == "epochs of training"
   assert axes.get_ylabel() == "error (%)"
+  assert axes.get_title() == "cifar10"
   train, test = axes.lines[4:6]
-  assert groups[2].name == "3: resnet_v1, depth=20"
+  assert groups[2].name == "resnet_v1, depth=20"
   np.testing.assert_allclose(test.get_xdata(), [1, 2, 3])
   np.testing.assert_allclose(test.get_ydata(), [70, 50, 29])
   np.testing.assert_allclose(train.get_ydata(), [75, 55, 34])
@@ -92,30 +94,85 @@ def test_learning_curves(groups, drawn):
   path = axes.collections[1].get_paths()[0].vertices
   last = path[path[:, 0] == 3, 1]
   np.testing.assert_allclose([last.min(), last.max()], [28, 30])
-  assert texts(figure) == [*(group.name for group in groups), "test", "train"]
-  for group in groups:
-    assert group.name in rendered.text
+  names = [f"{group.number}: {group.name}" for group in groups]
+  assert texts(figure) == [*names, "test", "train"]
+  assert "; ".join(names) in rendered.text
+  assert "cifar10" in rendered.text
 
 
 def test_losses(groups, drawn):
-  figures.learning_curves(groups, figures.LOSS)
+  figures.learning_curves(groups, "loss")
   (axes,) = drawn[0].axes
   assert axes.get_ylabel() == "cross-entropy (nats)"
   np.testing.assert_allclose(axes.lines[1].get_ydata(), [1.1, 1.0, 0.8])
+
+
+def add(folder, metrics, epochs=slice(None)):
+  """Adds metrics of an epoch, by their names, to some records of a run."""
+  path = folder / "metrics.jsonl"
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  for record in records[epochs]:
+    record.update({k: make(record["epoch"]) for k, make in metrics.items()})
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_metric_of_ones_own_is_drawn(tmp_path, drawn):
+  for seed in range(3):
+    workdirs.write(tmp_path / str(seed), seed=seed)
+  workdirs.write(tmp_path / "without", model__depth=56)
+  # One seed is from before it, one has been resumed with it.
+  mine = {
+    "train_a/$b$": lambda k: -k,
+    "val_c": lambda k: k,
+    "test_": lambda _: 1,
+  }
+  add(tmp_path / "1", mine)
+  add(tmp_path / "2", mine, slice(1, None))
+  groups = runs.group(runs.read(runs.find([tmp_path])))
+  names = ["", "a/$b$", "accuracy", "c", "loss", "objective"]
+  assert figures.metric_names(groups) == names
+  (rendered,) = figures.learning_curves(groups, "a/$b$")
+  assert rendered.name == "learning_curves_a__b_"
+  assert texts(drawn[0]) == ["1: depth=20", "train"]
+  (axes,) = drawn[0].axes
+  assert axes.get_ylabel() == r"a/\$b\$"
+  np.testing.assert_allclose(axes.lines[0].get_xydata(), [[2, -1], [3, -2]])
+  assert axes.get_ylim()[0] < -2
+  figures.learning_curves(groups, "c")
+  assert texts(drawn[1]) == ["1: depth=20", "val"]
+  # Files of other metrics are not those of the accuracy.
+  add(tmp_path / "1", {"test_error": lambda k: k})
+  groups = runs.group(runs.read(runs.find([tmp_path])))
+  (own,) = figures.learning_curves(groups, "error")
+  (errors,) = figures.learning_curves(groups, "accuracy")
+  assert own.name != errors.name
+
+
+def test_long_names_have_room(tmp_path, drawn):
+  paths = [f"/{'long/' * 60}{k}" for k in range(6)]
+  for k, path in enumerate(paths):
+    workdirs.write(tmp_path / f"{k}", init_from=path)
+  groups = runs.group(runs.read(runs.find([tmp_path])))
+  figures.learning_curves(groups, "accuracy")
+  named = [text.replace("\n", "") for text in texts(drawn[0])[:6]]
+  assert [name.rpartition("=")[2] for name in named] == paths
+  (legend,) = drawn[0].legends
+  assert legend.get_window_extent().width < drawn[0].bbox.width
+  assert drawn[0].axes[0].get_window_extent().height > 300
 
 
 def test_many_groups_are_drawn_on_the_same_axes(tmp_path, drawn):
   for depth in range(8, 8 + 6 * 13, 6):
     workdirs.write(tmp_path / f"{depth}", model__depth=depth)
   groups = runs.group(runs.read(runs.find([tmp_path])))
-  rendered = figures.learning_curves(groups, figures.ERROR)
+  rendered = figures.learning_curves(groups, "accuracy")
   assert [figure.name for figure in rendered] == [
     f"learning_curves_error_{number}" for number in (1, 2, 3)
   ]
   assert len({figure.axes[0].get_ylim() for figure in drawn}) == 1
   assert len({figure.axes[0].get_xlim() for figure in drawn}) == 1
   named = [name for figure in drawn for name in texts(figure)[:-2]]
-  assert named == [group.name for group in groups]
+  assert named == [f"{group.number}: {group.name}" for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +186,7 @@ def test_many_groups_are_drawn_on_the_same_axes(tmp_path, drawn):
 def test_limits_of_the_axis(tmp_path, drawn, accuracies, limits):
   workdirs.write(tmp_path / "run", accuracies)
   groups = runs.group(runs.read(runs.find([tmp_path])))
-  figures.learning_curves(groups, figures.ERROR)
+  figures.learning_curves(groups, "accuracy")
   np.testing.assert_allclose(drawn[0].axes[0].get_ylim(), limits)
 
 
@@ -137,14 +194,14 @@ def test_unfinished_is_in_the_legend(tmp_path, drawn):
   workdirs.write(tmp_path / "run", [0.5])
   workdirs.write(tmp_path / "none", [], model__depth=56)
   groups = runs.group(runs.read(runs.find([tmp_path])))
-  figures.learning_curves(groups, figures.ERROR)
+  figures.learning_curves(groups, "accuracy")
   assert texts(drawn[0])[:-2] == ["1: depth=20 (unfinished)"]
 
 
 def test_no_epoch_yet(tmp_path):
   workdirs.write(tmp_path / "run", [])
   groups = runs.group(runs.read(runs.find([tmp_path])))
-  assert figures.learning_curves(groups, figures.ERROR) == []
+  assert figures.learning_curves(groups, "accuracy") == []
   assert figures.depth(groups) is None
 
 
@@ -229,7 +286,7 @@ def test_mistakes(scored, drawn):
 def test_same_input_same_bytes(groups, scored):
   def everything():
     return [
-      *figures.learning_curves(groups, figures.ERROR),
+      *figures.learning_curves(groups, "accuracy"),
       figures.depth(groups),
       figures.confusion(scored, "confusion", "a checkpoint"),
       figures.mistakes(scored, "mistakes", "a checkpoint"),

@@ -44,7 +44,7 @@ def test_report(tmp_path):
   (line,) = ended.stderr.splitlines()
   assert line.startswith("warning: the report lacks the checkpoint of group 1")
   assert ended.stdout == f"Runs: 2\nGroups: 1\nPage: {out}/index.html\n"
-  assert "(n = 2)" in (out / "index.html").read_text()
+  assert "60.00 ± 0.00" in (out / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,12 @@ def page_file(trained, tmp_path_factory):
         seed=seed,
         model__depth=depth,
       )
+  # Its name is long, and has nowhere to break.
+  workdirs.write(folder / "runs" / "long", init_from="x" * 300)
   return report.make([folder / "runs"], folder / "out").page
 
 
-@pytest.mark.parametrize("width", [1200, 390], ids=["desk", "phone"])
+@pytest.mark.parametrize("width", [1300, 390], ids=["desk", "phone"])
 def test_page_renders(browser, page_file, width, tmp_path):
   said, requested = [], []
   context = browser.new_context(
@@ -71,14 +73,19 @@ def test_page_renders(browser, page_file, width, tmp_path):
   sizes = page.locator("img").evaluate_all(
     "all => all.map(i => [i.complete, i.naturalWidth, i.clientWidth])"
   )
-  # Two of curves, one of depth, the confusion matrix and the mistakes.
-  assert len(sizes) == 5
+  # Of two data sets three of curves each, of one of them the depth, of the
+  # other the confusion matrix and the mistakes.
+  assert len(sizes) == 9
   for complete, natural, shown in sizes:
     assert complete
     assert natural > 100
     assert 100 < shown <= width
   # Tables scroll by themselves, the page does not.
   assert page.evaluate("document.documentElement.scrollWidth") <= width
+  scrolled, seen = page.locator(".scroll").first.evaluate(
+    "e => [e.scrollWidth, e.clientWidth]"
+  )
+  assert scrolled == seen or width < 1300
   headings = page.locator("h2").all_inner_texts()
   assert headings[:2] == ["Accuracy", "Learning curves"]
   assert headings[-1].startswith("Best checkpoint of group")

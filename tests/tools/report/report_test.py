@@ -63,7 +63,8 @@ def two_runs(tmp_path):
 def test_everything_is_there(trained, tmp_path):
   done = report.make([trained], tmp_path / "out")
   assert (done.num_runs, done.num_groups) == (1, 1)
-  names = ["learning_curves_error", "learning_curves_loss"]
+  curves = ["error", "loss", "objective"]
+  names = [f"learning_curves_{metric}" for metric in curves]
   names += ["confusion_group1", "mistakes_group1"]
   tables = ["accuracy", "time", "same", "runs", "classes_group1"]
   tables += ["confused_group1", "confusion_group1", "mistakes_group1"]
@@ -81,7 +82,7 @@ def test_everything_is_there(trained, tmp_path):
     for line in (trained / "metrics.jsonl").read_text().splitlines()
   ]
   best = max(record["test_accuracy"] for record in records)
-  assert f"{100 * best:.2f} (n = 1)" in page.texts
+  assert f"{100 * best:.2f}" in page.texts
   assert f"({best:.2%})" in page.text
   assert f"{100 * best:.10g}".encode() in files["tables/accuracy.csv"]
   assert "chosen on the test split" in page.text
@@ -150,7 +151,8 @@ def test_ensembles_of_several_seeds(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     page = Page(report.make([tmp_path], tmp_path / "out").page)
   # Mean and deviation over the seeds, though it is one run.
-  assert "80.00 ± 14.14 (n = 2)" in page.texts
+  table = (tmp_path / "out" / "tables" / "accuracy.md").read_text()
+  assert "depth=20 | 2 | 3 of 3 | 70.00 ± 14.14 | 80.00 ± 14.14" in table
   assert {"3–4", "95.00"} <= set(page.texts)
   assert "has no best checkpoint" in page.text
   assert "has no best checkpoint" in caplog.text
@@ -180,8 +182,36 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
   page = Page(report.make([tmp_path], tmp_path / "out", scored).page)
   assert page.text.count("This could not be made: none here.") == len(groups)
   # Of a group the best run.
-  names = {1: "a", 2: "d", 3: "c"}
+  names = {1: "a", 2: "c", 3: "d"}
   assert asked == [names[number] for number in groups]
+
+
+def test_each_figure_is_of_one_data_set(tmp_path):
+  for depth in (20, 56):
+    for data in ("cifar10", "digits"):
+      workdirs.write(
+        tmp_path / f"{data}{depth}", dataset__name=data, model__depth=depth
+      )
+  done = report.make([tmp_path], tmp_path / "out", "none")
+  names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+  assert names == {
+    f"{what}_{data}.{kind}"
+    for what in (
+      *("learning_curves_error", "learning_curves_loss"),
+      *("learning_curves_objective", "depth"),
+    )
+    for data in ("cifar10", "digits")
+    for kind in ("png", "svg")
+  }
+  for image in Page(done.page).of("img"):
+    assert ("cifar10" in image["alt"]) != ("digits" in image["alt"])
+  rows = (tmp_path / "out" / "tables" / "accuracy.md").read_text().splitlines()
+  assert [row.split(" | ")[1:3] for row in rows[4:]] == [
+    ["cifar10", "depth=20"],
+    ["cifar10", "depth=56"],
+    ["digits", "depth=20"],
+    ["digits", "depth=56"],
+  ]
 
 
 def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
@@ -192,7 +222,7 @@ def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
   with caplog.at_level(logging.WARNING):
     page = Page(report.make([trained], tmp_path / "out").page)
   assert "This could not be made: digits is not here." in page.texts
-  assert len(page.of("img")) == 2
+  assert len(page.of("img")) == 3
   (record,) = [r for r in caplog.records if r.name == report.__name__]
   assert "group 1: digits is not here." in record.getMessage()
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 
@@ -193,12 +194,12 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
   workdirs.write(tmp_path / "d", model__depth=56, model__name="plain")
   plain, shallow, deep = groups_of(tmp_path)
   assert [group.name for group in (plain, shallow, deep)] == [
-    "1: plain, depth=56",
-    "2: resnet_v1, depth=20",
+    "plain, depth=56",
+    "resnet_v1, depth=20",
     # By size: as text, 110 would come before 20.
-    "3: resnet_v1, depth=110",
+    "resnet_v1, depth=110",
   ]
-  assert plain.label == "model.name=plain, model.depth=56"
+  assert [group.number for group in (plain, shallow, deep)] == [1, 2, 3]
   assert shallow.final("test_accuracy") == runs.Statistic.of([0.3, 0.5])
   assert shallow.final("test_accuracy").n == 2
   assert deep.final("test_accuracy").std is None
@@ -210,18 +211,19 @@ def test_runs_on_different_data_are_no_repetitions(tmp_path):
     (folder / "environment.json").write_text(json.dumps({"data": data}))
   workdirs.write(tmp_path / "3", seed=3)
   groups = groups_of(tmp_path)
-  assert [(group.label, len(group.runs)) for group in groups] == [
-    ("data=cifar10-1-aa", 2),
-    ("data=cifar10-1-bb", 1),
-    ("data=unknown", 1),
+  assert [(group.data, len(group.runs)) for group in groups] == [
+    ("cifar10 (cifar10-1-aa)", 2),
+    ("cifar10 (cifar10-1-bb)", 1),
+    ("cifar10 (unknown)", 1),
   ]
+  assert [len(each) for _, each in runs.by_data(groups)] == [1, 1, 1]
   assert groups[0].final("test_accuracy").n == 2
 
 
 def test_one_group_is_called_by_its_network(tmp_path):
   workdirs.write(tmp_path / "a")
   (group,) = groups_of(tmp_path)
-  assert group.name == "1: resnet_v1, depth=20"
+  assert (group.data, group.name) == ("cifar10", "resnet_v1, depth=20")
 
 
 def test_key_that_older_workdirs_lack(tmp_path):
@@ -237,20 +239,51 @@ def test_key_that_older_workdirs_lack(tmp_path):
   assert len(groups_of(tmp_path)) == 1
 
 
-def test_short_names_stay_clear_and_short():
+def test_names_tell_all_groups_apart(tmp_path):
+  """Those that differ in the fourth key as well, with no key in vain."""
+  values = itertools.product(
+    ["plain", "resnet_v1"], [20, 56], [64, 128], [0.0, 0.5]
+  )
+  for k, (name, depth, batch_size, l2) in enumerate(values):
+    workdirs.write(
+      tmp_path / f"{k:02}",
+      model__name=name,
+      model__depth=depth,
+      batch_size=batch_size,
+      optimizer__l2=l2,
+      # This tells nothing that the batch size does not.
+      optimizer__learning_rate=batch_size / 1000,
+    )
+  # What differs between data sets alone tells no groups of one apart.
+  workdirs.write(tmp_path / "flip", dataset__name="digits", batch_size=32)
+  workdirs.write(
+    tmp_path / "none",
+    dataset__name="digits",
+    batch_size=32,
+    augment__flip=False,
+  )
+  *groups, first, second = groups_of(tmp_path)
+  names = {group.name for group in groups}
+  assert len(names) == 16
+  assert "resnet_v1, depth=56, batch_size=128, l2=0.5" in names
+  assert (first.name, second.name) == ("flip=false", "flip=true")
+
+
+def test_short_names_stay_clear():
   configs = [
     {"model.name": "plain", "optimizer.name": name, "a.b1": 1, "c.b1": k}
     for k, name in enumerate(["adam", "sgd"])
   ]
   configs[0]["a.b1"] = 2
-  assert runs.labels(configs)[0] == (
-    "a.b1=2, c.b1=0, optimizer=adam",
-    "a.b1=2, c.b1=0, optimizer.name=adam",
-  )
+  configs.append(configs[0] | {"c.b1": 1})
+  configs.append(configs[0] | {"optimizer.name": "sgd"})
+  names = runs.labels(configs)
+  assert names[0] == "a.b1=2, c.b1=0, optimizer=adam"
+  assert len(set(names)) == 4
   long = [{"init_from": "x" * 100 + str(k), "seed": k} for k in range(2)]
-  for name, _ in runs.labels(long):
-    assert len(name) < 50
-    assert name.endswith("…")
+  assert runs.labels(long) == [
+    f"init_from={each['init_from']}" for each in long
+  ]
 
 
 def test_same_seed_twice_is_counted_once(tmp_path):
