@@ -1,7 +1,10 @@
 import json
+import os
 import pathlib
 import re
 import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +79,47 @@ def test_commands_name_configs_that_exist():
   assert "configs/quickstart.py" in names
   for name in names:
     assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+  pytest.importorskip("material")
+  built = subprocess.run(
+    [
+      *(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"),
+      *("--config-file", ".mkdocs.yml", "--site-dir", str(tmp_path / "site")),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert built.returncode == 0, built.stderr
+  text = (tmp_path / "site" / "results" / "index.html").read_text()
+  pictures = re.findall(r'<img [^>]*src="([^"]+)"', text)
+  assert pictures
+  for picture in pictures:
+    assert (tmp_path / "site" / "results" / picture).is_file(), picture
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(tmp_path):
+  pytest.importorskip("matplotlib")
+  cells = []
+  for name in ("first_training", "look_at_mistakes"):
+    path = ROOT / "docs" / "notebooks" / f"{name}.ipynb"
+    for cell in json.loads(path.read_text())["cells"]:
+      if cell["cell_type"] == "code":
+        assert not cell["outputs"]
+        cells.append("".join(cell["source"]))
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+  # It warns of oneDNN's programs, which it cannot keep.
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  ran = subprocess.run(
+    [sys.executable, "-W", "error", "-c", "\n".join(cells)],
+    cwd=tmp_path,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert float(ran.stdout.split()[0]) > 0.7
