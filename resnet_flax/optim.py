@@ -138,11 +138,9 @@ def drop_epochs(
 ) -> tuple[int, ...]:
   """The 0-based epochs at which the rate drops, in integer arithmetic.
 
-  Args:
-    num_epochs: length of the run.
-    percents: where the drops are, in percent of the run.
-    inclusive: drop at the named epoch (He et al. 2015: 82 and 123 of 164) or
-      at the first one after it (the Keras example: 81, 121, 161, 181 of 200).
+  With `inclusive` at the epoch that a percentage of the run names (He et al.
+  2015: 82 and 123 of 164), else at the first one after it (the Keras example:
+  81, 121, 161 and 181 of 200).
   """
   if inclusive:
     return tuple(-(-percent * num_epochs // 100) for percent in percents)
@@ -250,10 +248,8 @@ def create_learning_rate(
   config: ConfigDict, steps_per_epoch: int
 ) -> LearningRate:
   """The learning rate that the whole configuration describes."""
-  base, epochs = (
-    config.optimizer.learning_rate,
-    config.schedule.linear_warmup_epochs,
-  )
+  base = config.optimizer.learning_rate
+  epochs = config.schedule.linear_warmup_epochs
   warmup = round(epochs * steps_per_epoch)
   schedule = SCHEDULES[config.schedule.name](config, steps_per_epoch, warmup)
   if warmup:

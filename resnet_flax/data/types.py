@@ -94,7 +94,7 @@ class DatasetInfo:
   image_shape: tuple[int, int, int]  # (H, W, C) of every image.
   num_train: int  # Images of the official training split.
   num_test: int
-  # Of a set in memory: by `config.dataset` and this, `Arrays` and their source.
+  # By `config.dataset` and this, `Arrays` of a set in memory and their source.
   read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
 
 

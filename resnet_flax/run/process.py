@@ -25,7 +25,7 @@ def run(
 ) -> None:
   """Runs a command line; mistakes and signals to stop end in one line.
 
-  Signals end the process at once, unless `main` enters `signals.StopSignals`.
+  Signals end it at once, unless `main` enters `signals.StopSignals`.
 
   Args:
     main: called with the program's name and the arguments that are no flags.
