@@ -6,7 +6,7 @@ Cost: that of v2_depth29.
 Command: python -m resnet_flax.main --config=configs/cifar100_v2_depth29.py
 """
 
-from configs import v2_depth29
+from resnet_flax.configs import v2_depth29
 
 
 def get_config():

@@ -10,7 +10,7 @@ Command: python -m resnet_flax.main --config=configs/he2015_depth20.py
 Depth 110 (--config.model.depth=110) warms up at rate 0.01 by itself.
 """
 
-from configs import base
+from resnet_flax.configs import base
 
 
 def get_config():

@@ -17,7 +17,7 @@ Other depths: --config.model.depth=18 (34, 101, 152); without shortcuts:
   --config.model.stride_in_3x3=true
 """
 
-from configs import base
+from resnet_flax.configs import base
 
 
 def get_config():

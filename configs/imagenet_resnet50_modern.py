@@ -15,7 +15,7 @@ Other batch sizes: --config.batch_size=256 --config.optimizer.learning_rate=0.1
 Ten crops, of a run or of its best checkpoint: --config.dataset.test_crops=10
 """
 
-from configs import imagenet_resnet50
+from resnet_flax.configs import imagenet_resnet50
 
 
 def get_config():

@@ -7,7 +7,7 @@ Cost: under two minutes on 2 cores.
 Command: python -m resnet_flax.main --config=configs/quickstart.py
 """
 
-from configs import base
+from resnet_flax.configs import base
 
 
 def get_config():

@@ -11,7 +11,7 @@ Command: python -m resnet_flax.main --config=configs/resnet50_torchvision.py
 Other depths: --config.model.depth=18 (34, 101, 152)
 """
 
-from configs import base
+from resnet_flax.configs import base
 
 
 def get_config():

@@ -7,7 +7,7 @@ Command: python -m resnet_flax.main --config=configs/v1_depth20.py
 Other depths of v1 (6n+2): --config.model.depth=32 (44, 56, 110)
 """
 
-from configs import base
+from resnet_flax.configs import base
 
 
 def get_config():

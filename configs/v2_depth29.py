@@ -8,7 +8,7 @@ Command: python -m resnet_flax.main --config=configs/v2_depth29.py
 Other depths of v2 (9n+2): --config.model.depth=56 (110, 164)
 """
 
-from configs import base
+from resnet_flax.configs import base
 
 
 def get_config():

@@ -8,7 +8,6 @@ from absl import flags
 
 from resnet_flax.run import (
   command_line,
-  errors,
   host_flags,
   huge_pages,
   process,
@@ -39,13 +38,8 @@ def _run(argv: list[str]) -> None:
 
   # What is to be done, and where.
   mode, folder = _MODE.value, process.WORKDIR.value
-  if mode == "eval" and not (folder or command_line.has_config()):
-    raise errors.ConfigError(
-      "--mode=eval needs --workdir=DIR, a run's folder, or the --config and the"
-      " overrides that it was trained with."
-    )
   config = None
-  if mode != "eval" or command_line.has_config():
+  if mode != "eval" or not folder or command_line.has_config():
     config, default_workdir = command_line.config_and_workdir()
     folder = folder or default_workdir
   cluster = host_flags.find_cluster(mode)

@@ -39,7 +39,7 @@ READING_PATH = (
 # Layers from top to bottom. A module imports from its own layer and from those
 # below it; `BASE` may be imported by all.
 LAYERS = (
-  {"main", "convert", "report"},
+  {"main", "convert", "predict", "report"},
   {"tools", "train"},
   {"run"},
   {"parallel"},
@@ -109,7 +109,7 @@ def entries() -> list[str]:
   return [
     path.name
     for path in sorted(PACKAGE.iterdir())
-    if path.name not in ("__pycache__", "__init__.py", "py.typed")
+    if path.name not in ("__pycache__", "__init__.py", "py.typed", "configs")
     and not (path.suffix == ".py" and num_lines(path) < 20)
   ]
 

@@ -472,9 +472,13 @@ class _Workers:
 
 def _import_grain() -> Any:
   """Grain, where it is needed: it takes a second or two."""
-  import grain
   from absl import flags
 
+  try:
+    import grain
+  except ImportError:
+    message = "need Grain: pip install 'resnet_flax[streaming]'."
+    raise errors.DataError(f"images that are streamed {message}") from None
   # It reads flags of its own, which absl refuses where none have been parsed,
   # as in a notebook. This lets them have their defaults.
   for name in flags.FLAGS:

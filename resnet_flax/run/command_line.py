@@ -14,11 +14,13 @@ from resnet_flax.run import config as config_keys, errors, help_text, keys
 
 # The command line with what flag files hold, for ml_collections.
 _ARGV: list[str] = []
+# Those of the repository, which an installed package has as well.
+_SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file, for example configs/v1_depth20.py. Must come before its"
-  " overrides, for example --config.model.depth=56.",
+  "Config file, such as configs/v1_depth20.py, or the name of one of the"
+  " program's own. Comes before its overrides, --config.model.depth=56.",
   sys_argv=_ARGV,
 )
 
@@ -77,10 +79,13 @@ class _ConfigFile(ConfigFileFlagParser):
 
   def parse(self, path: str) -> ConfigDict:
     path = str(errors.local_path(path, "--config"))
-    if not os.path.isfile(path.partition(":")[0]):
-      known = [*map(str, pathlib.Path("configs").glob("[!_]*.py"))]
-      known = known or ["those of the repository, in its folder configs/"]
-      raise errors.unknown_name("the file --config", path, known)
+    file, *argument = path.split(":", 1)
+    if not os.path.isfile(file):
+      known = [each.stem for each in _SHIPPED.glob("[!_]*.py")]
+      if file not in known:
+        what = f"there is no file --config={path[:100]}, and the name"
+        raise errors.unknown_name(what, pathlib.PurePath(file).stem, known)
+      path = ":".join([f"{_SHIPPED / file}.py", *argument])
     try:
       config = super().parse(path)
     except KeyboardInterrupt:
@@ -89,7 +94,7 @@ class _ConfigFile(ConfigFileFlagParser):
     except BaseException as error:
       text = f"{type(error).__name__}: {_last_line(error)}"
       if isinstance(error, ModuleNotFoundError):
-        text += ". Run from the repository's top folder by python -m."
+        text += ". The program's own configs are in resnet_flax.configs."
       raise errors.ConfigError(f"--config={path} fails: {text}") from error
     if not isinstance(config, ConfigDict):
       raise errors.ConfigError(

@@ -28,9 +28,8 @@ def run(
   Signals end it at once, unless `main` enters `signals.StopSignals`.
 
   Args:
-    main: called with the program's name and the arguments that are no flags.
-    parse: what the command line leaves of itself for `main`; by default
-      `command_line.parse_flags`.
+    main: called with what `parse` leaves of the command line.
+    parse: by default `command_line.parse_flags`.
   """
   # A handler that ends the process: what one raises while libraries are
   # imported may be caught there, and the signal would be lost.

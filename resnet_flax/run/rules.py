@@ -17,7 +17,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     DataError: see `dataset.info`.
   """
   check_values(config)
-  _check_model(config.model)
+  check_model(config.model)
   _check_streaming(config)
   shape = dataset.info(config.dataset).image_shape
   check_input_size(config.model, shape)
@@ -73,8 +73,12 @@ def _require(holds: bool, message: str) -> None:
     raise errors.ConfigError(message)
 
 
-def _check_model(model: ConfigDict) -> None:
-  """Checks the depth, the shortcut and keys that the family does not read."""
+def check_model(model: ConfigDict) -> None:
+  """Checks the depth, the shortcut and keys that the family does not read.
+
+  Raises:
+    ConfigError: they are of no network; the values must be checked before.
+  """
   registry.check_depth(model.name, model.depth)
   shortcuts = registry.MODELS[model.name].shortcuts
   _require(

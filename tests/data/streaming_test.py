@@ -124,6 +124,13 @@ def test_images_of_the_wanted_size_are_taken_as_they_are(tmp_path):
     np.testing.assert_array_equal(image, expected)
 
 
+def test_without_grain(root, monkeypatch):
+  monkeypatch.setitem(sys.modules, "grain", None)
+  message = r"are streamed need Grain: .*'resnet_flax\[streaming\]'"
+  with pytest.raises(errors.DataError, match=message):
+    load(root)
+
+
 def test_a_set_without_names_has_numbers(copy):
   (copy / "label.labels.txt").unlink()
   assert load(copy.parent.parent).class_names == ("0", "1", "2", "3")

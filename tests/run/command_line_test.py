@@ -145,14 +145,26 @@ def test_arguments_that_cannot_be_used(arguments, message):
 
 @pytest.mark.parametrize(
   "path",
-  ["quickstart", "configs/quickstart", "quikstart.py", "a/quickstart.py"],
+  ["quikstart", "configs/quickstart", "quickstart.py", "a/quickstart.py"],
 )
-def test_a_config_file_that_is_meant_is_named(path, monkeypatch, tmp_path):
-  monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"])
+def test_a_config_file_that_is_meant_is_named(path, folder, monkeypatch):
+  monkeypatch.chdir(folder)
   message = refusal(config=path)
-  assert "Did you mean 'configs/quickstart.py'? Known: configs/b" in message
+  assert f"there is no file --config={path}, and the name=" in message
+  assert "Did you mean 'quickstart'? Known: base, cifar100" in message
+
+
+def test_a_config_by_name(monkeypatch, tmp_path):
+  """From any folder; a file of that name comes first."""
   monkeypatch.chdir(tmp_path)
-  assert "in its folder configs/." in refusal(config=path)
+  config, workdir = parse("--config.seed=3", config="quickstart")
+  assert (config.dataset.name, config.seed) == ("digits", 3)
+  assert workdir == "runs/quickstart,seed=3"
+  (tmp_path / "quickstart").write_text(
+    "from resnet_flax.configs.v1_depth20 import get_config\n"
+  )
+  assert parse(config="quickstart")[0].dataset.name == "cifar10"
 
 
 def test_flags_from_a_file(tmp_path):
@@ -172,7 +184,7 @@ def test_flags_from_a_file(tmp_path):
     ),
     (
       "--config=configs/v1.py",
-      "file --config='configs/v1.py' is not known",
+      "no file --config=configs/v1.py, and",
     ),
     ("\xff", "--flagfile: 'utf-8' codec can't decode"),
     (None, "No such file or directory"),
@@ -327,7 +339,10 @@ class Unusual(BaseException):
 @pytest.mark.parametrize(
   ("body", "message"),
   [
-    ("import no_such_module", "No module named 'no_such_module'. Run from"),
+    (
+      "import no_such_module",
+      "'no_such_module'. The program's own configs are",
+    ),
     ("raise ValueError('my reason')", "my reason"),
     ("raise SystemExit", "fails: SystemExit"),
     ("raise SystemExit('bye')", "bye"),

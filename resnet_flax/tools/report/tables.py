@@ -100,7 +100,7 @@ class Table:
           cells += [None, None, 0] if column.statistic else [cell]
       writer.writerow(
         # Ten digits: the others are rounding errors.
-        [f"{c:.10g}" if isinstance(c, float) else _no_formula(c) for c in cells]
+        [f"{c:.10g}" if isinstance(c, float) else no_formula(c) for c in cells]
       )
     return file.getvalue()
 
@@ -110,9 +110,9 @@ def _printable(cell: Cell) -> Cell:
   return runs_lib.shown(cell) if isinstance(cell, str) and cell else cell
 
 
-def _no_formula(cell: str | int | None) -> str | int | None:
+def no_formula(cell: Cell) -> Cell:
   """What a spreadsheet would take for a formula becomes a text there."""
-  is_one = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
+  is_one = isinstance(cell, str) and cell.startswith((*"=+-@\t\r\n",))
   return f"'{cell}" if is_one else cell
 
 

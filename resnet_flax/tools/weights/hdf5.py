@@ -135,8 +135,11 @@ def read(file: BinaryIO) -> Tree:
       is to follow the file's name.
     Exception: whatever h5py raises where the file is damaged.
   """
-  import h5py
-
+  try:
+    import h5py
+  except ImportError:
+    message = " needs h5py: pip install 'resnet_flax[h5py]'."
+    raise errors.WeightsError(message) from None
   tree = Tree()
   with h5py.File(file, "r") as root:
     _walk(tree, root, "", 0, set())

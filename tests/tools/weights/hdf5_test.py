@@ -56,6 +56,16 @@ def test_reads_what_was_packed_anew(tmp_path, how, version):
   np.testing.assert_array_equal(found, kernel)
 
 
+def test_without_its_library(tmp_path, monkeypatch):
+  monkeypatch.setitem(hdf5.sys.modules, "h5py", None)
+  (tmp_path / "a.h5").touch()
+  with (
+    (tmp_path / "a.h5").open("rb") as file,
+    pytest.raises(errors.WeightsError, match=r"install 'resnet_flax\[h5py\]'"),
+  ):
+    hdf5.read(file)
+
+
 def external_link(file):
   file["kernel"] = h5py.ExternalLink("/etc/passwd", "/kernel")
 

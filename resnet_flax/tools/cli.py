@@ -1,0 +1,22 @@
+"""The command `resnet-flax NAME ...`: `python -m resnet_flax.NAME ...`."""
+
+import runpy
+import sys
+
+from resnet_flax.run import errors
+
+_MODES = ("train", "eval", "summary")  # Of `resnet_flax.main`.
+COMMANDS = (*_MODES, "predict", "convert", "export", "report", "compare")
+
+
+def run() -> None:
+  """Runs the command that is named first; an unknown one ends in one line."""
+  name = "".join(sys.argv[1:2])
+  if name in ("-h", "--help"):
+    print(f"resnet-flax {'|'.join(COMMANDS)} ... (each has its own --help)")
+    return
+  if name not in COMMANDS:
+    errors.leave(str(errors.unknown_name("command", name, COMMANDS)), 2)
+  sys.argv[1:2] = [f"--mode={name}"] if name in _MODES else []
+  module = f"resnet_flax.{'main' if name in _MODES else name}"
+  runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,161 @@
+"""Says which classes a trained network sees in pictures.
+
+python -m resnet_flax.predict WORKDIR PATH... [--topk=5] [--strict]
+  [--format=table|csv|json] [--checkpoint=best|latest] [--batch_size=32]
+
+A PATH is a file, a folder, of which all files are taken, or a pattern.
+"""
+
+import argparse
+import csv
+import functools
+import glob
+import itertools
+import json
+import logging
+import os
+import pathlib
+import types
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from typing import Any, NoReturn
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+from resnet_flax.data import crops, pictures
+from resnet_flax.run import arguments, errors, files as files_lib, surroundings
+
+_logger = logging.getLogger(__name__)
+
+
+def find(path: str) -> Iterator[str]:
+  """The files that a path or a pattern leads to; `DataError` if nowhere."""
+
+  def fail(error: OSError) -> NoReturn:
+    raise errors.DataError(f"cannot be listed: {errors.one_line(error)}")
+
+  if os.path.isdir(path):
+    for folder, folders, names in os.walk(path, onerror=fail):
+      folders.sort()
+      yield from (os.path.join(folder, name) for name in sorted(names))
+  elif os.path.lexists(path):
+    yield path
+  elif matches := glob.glob(path, recursive=True):
+    # '**' has a folder, and also what lies in it.
+    yield from sorted({file for match in matches for file in find(match)})
+  else:
+    raise errors.DataError(f"there is no {path}, nor anything of this pattern.")
+
+
+def predict_files(
+  loaded: Any, files: Iterable[str], batch_size: int
+) -> Iterator[tuple[str, np.ndarray | str]]:
+  """Yields each file and its float32[classes] probabilities, in order.
+
+  With a text instead if it cannot be decoded. `loaded` is a `load.LoadedModel`;
+  so many files are read at once, at most its configuration's `eval_batch_size`.
+  """
+  from resnet_flax.data import dataset, streaming
+  from resnet_flax.run import environment
+
+  config, files = loaded.config, iter(files)
+  shape = dataset.info(config.dataset).image_shape
+  is_streamed = streaming.is_streamed(config.dataset.name)
+  read = functools.partial(_read, shape[1::-1], is_streamed)
+  size = min(batch_size, config.eval_batch_size)
+  with futures.ThreadPoolExecutor(environment.num_cpu_threads()) as pool:
+    while names := list(itertools.islice(files, size)):
+      found = list(pool.map(read, names))
+      images = [each for each in found if isinstance(each, np.ndarray)]
+      # Of one size, so that one program is compiled.
+      padding = np.zeros((size - len(images), *shape), np.uint8)
+      rows = iter(loaded.predict(np.stack([*images, *padding])))
+      for name, each in zip(names, found, strict=True):
+        yield name, each if isinstance(each, str) else next(rows)
+
+
+def _read(size: tuple[int, int], is_streamed: bool, path: str) -> Any:
+  """uint8[H, W, 3], cut and resized as the data set was; or what is wrong."""
+  try:
+    picture = pictures.decode(files_lib.read_bytes(pathlib.Path(path)))
+  except Exception as error:
+    return errors.one_line(error)
+  is_whole = picture.size == size or not is_streamed
+  box = None if is_whole else crops.central(*picture.size)
+  return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
+  """Prints a row for each file, names those that are skipped; counts rows."""
+  from resnet_flax.run import experiment
+  from resnet_flax.tools.report import runs, tables
+
+  num_classes, num_rows = experiment.num_classes(loaded.config), 0
+  classes = loaded.class_names or [*map(str, range(num_classes))]
+  width, k = max(map(len, classes)), min(args.topk, num_classes)
+  output: Any = types.SimpleNamespace(write=surroundings.show)
+  # Quoted, whatever a name has in it.
+  writer = csv.writer(output, quoting=csv.QUOTE_NONNUMERIC, lineterminator="")
+  if args.format == "csv":
+    titles = ([f"class_{n + 1}", f"probability_{n + 1}"] for n in range(k))
+    writer.writerow(sum(titles, ["path"]))
+  files = itertools.chain.from_iterable(map(find, args.paths))
+  with tqdm.tqdm(total=total, unit=" files", leave=False, disable=None) as bar:
+    for name, found in predict_files(loaded, files, args.batch_size):
+      bar.update()
+      with bar.external_write_mode():
+        # Bytes that are no text as \xff.
+        path = os.fsencode(name).decode(errors="backslashreplace")
+        if isinstance(found, str):
+          _logger.warning("%s", runs.shown(f"skipped {path}: {found}"))
+          continue
+        best = np.argsort(-found, kind="stable")[:k]
+        pairs = [(classes[each], float(found[each])) for each in best]
+        if args.format == "csv":
+          writer.writerow(map(tables.no_formula, [path, *sum(pairs, ())]))
+        elif args.format == "json":
+          seen = [{"class": label, "probability": p} for label, p in pairs]
+          row = {"path": path, "classes": seen}
+          surroundings.show(f"{',' if num_rows else '['}{json.dumps(row)}")
+        else:
+          parts = [f"{label:{width}} {p:7.2%}" for label, p in pairs]
+          surroundings.show(runs.shown("  ".join([*parts, path])))
+        num_rows += 1
+  if args.format == "json":
+    surroundings.show("]" if num_rows else "[]")
+  return num_rows
+
+
+def _main(argv: list[str]) -> None:
+  parser = arguments.Parser(
+    "resnet_flax.predict", description=__doc__.split("\n")[0]
+  )
+  add = parser.add_argument
+  add("workdir", metavar="WORKDIR", help="folder of the network's run")
+  add("paths", metavar="PATH", nargs="+", help="file, folder or pattern")
+  add("--topk", type=int, default=5, help="classes for each picture")
+  add("--format", choices=["table", "csv", "json"], default="table")
+  add("--strict", action="store_true", help="fail if a file is no picture")
+  add("--checkpoint", choices=["best", "latest"], default="best")
+  add("--batch_size", type=int, default=32, help="pictures at once")
+  args = parser.parse_intermixed_args(argv[1:])
+  if min(args.topk, args.batch_size) < 1:
+    parser.error("--topk and --batch_size must be from 1 on")
+  total = sum(1 for path in args.paths for _ in find(path))
+  surroundings.set_up()
+  from resnet_flax.run import load
+
+  # Of pictures that are skipped anyway, or do not mind.
+  warnings.filterwarnings("ignore", module="PIL")
+  num_rows = _show(load.load_model(args.workdir, args.checkpoint), total, args)
+  if not num_rows or (args.strict and num_rows < total):
+    found = f"{num_rows} of {total} files could be predicted"
+    raise errors.DataError(f"{found}. Pass pictures.")
+
+
+def run() -> None:
+  """Runs the command line; mistakes and signals end in one line."""
+  arguments.run(_main)
