@@ -96,6 +96,7 @@ class DatasetInfo:
   num_test: int
   # Of a set in memory: by `config.dataset` and this, `Arrays` and their source.
   read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
+  class_names: tuple[str, ...] = ()  # Of a streamed set, if they are known.
 
 
 @dataclasses.dataclass(frozen=True)

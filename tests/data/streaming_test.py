@@ -232,7 +232,8 @@ def test_any_prepared_set_can_be_named(root, tmp_path):
   config.batch_size = 4
   rules.check(config, 1)
   info = dataset_lib.info(config.dataset)
-  assert info == types.DatasetInfo(2, (64, 64, 3), 5, 3)
+  names = "n00000000", "n00000001"
+  assert info == types.DatasetInfo(2, (64, 64, 3), 5, 3, class_names=names)
   assert len(dataset_lib.load(config.dataset).test) == 3
   config.dataset.name = "tfds/trees"
   with pytest.raises(errors.DataError, match=r"trees\. Set .*data_dir.*Prep"):
@@ -351,12 +352,14 @@ def test_examples_that_are_none(copy, image, label, message):
 
 def test_the_shard_of_a_bad_image_is_named(root):
   train_split = load(root).train
-  shard = train_split.shards[0]
+  shard = train_split.source.shards[0]
   shards = [
     dataclasses.replace(shard, filename=f"/data/{k}", take=-1, **sizes)
     for k, sizes in enumerate([{"examples_in_shard": 30}] * 2)
   ]
-  split = dataclasses.replace(train_split, shards=shards, num_classes=0)
+  changes = {"shards": shards, "num_classes": 0}
+  source = dataclasses.replace(train_split.source, **changes)
+  split = dataclasses.replace(train_split, source=source)
   with pytest.raises(errors.DataError, match=r"record 34, from.*record 4 of 1"):
     split.take(np.array([34]))
 
@@ -372,7 +375,7 @@ def test_bad_images_are_skipped_exactly(copy, caplog):
   assert all((labels == 0).all() for _, labels in whole)
   list(split.batches(order))
   (line,) = caplog.messages
-  assert line.startswith("skipped: record 39")
+  assert line.startswith("bad image: record 39")
   assert line.endswith("1 so far")
   worker = dataclasses.replace(split, num_workers=1)
   equal(list(worker.batches(order, draw)), whole)
