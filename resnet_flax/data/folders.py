@@ -78,9 +78,12 @@ def _list(root: str) -> tuple[Parts, int]:
     parts[name] = {each: pictures for each, (_, pictures, _) in found.items()}
     num_others += sum(others for *_, others in found.values())
   if len(parts) == 1:
-    whole = parts[names[0]].items()
-    scored = {each: pictures[::10] for each, pictures in whole}
-    rest = {each: sorted({*p} - {*scored[each]}) for each, p in whole}
+    (whole,) = parts.values()
+    scored = {each: pictures[::10] for each, pictures in whole.items()}
+    rest = {
+      each: [picture for k, picture in enumerate(pictures) if k % 10]
+      for each, pictures in whole.items()
+    }
     parts = {"train": rest, "a tenth": scored}
   return parts, num_others
 

@@ -78,7 +78,7 @@ def remembering(name: str, known: _Known | None) -> Iterator[None]:
 
 def is_streamed(name: str) -> bool:
   """Whether a data set is decoded while training, or may be."""
-  return name in KNOWN or name.startswith((PREFIX, FOLDER))
+  return name in (*KNOWN, FOLDER) or name.startswith(PREFIX)
 
 
 def info(config: ConfigDict) -> types.DatasetInfo:

@@ -1,7 +1,11 @@
 import functools
 import os
+import pathlib
+import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -357,6 +361,39 @@ def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
 # ---- Training
 
 
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "use.md"
+SECTION = PAGE.read_text().partition("## Your own pictures\n")[2]
+COMMANDS = re.findall(
+  r"^python -m (resnet_flax\.main .*)$", SECTION.partition("\n## ")[0], re.M
+)
+SMALL = (
+  *("--config.batch_size=6", "--config.num_epochs=1"),
+  *("--config.dataset.image_size=64", "--config.model.num_filters=4"),
+  *("--config.log.tensorboard=False", "--workdir=run"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_train(tmp_path, command):
+  root = make(tmp_path / "DIR", ("",), 6)
+  depth = f"--config.model.depth={18 if 'resnet50' in command else 8}"
+  shutil.copytree(PAGE.parent.parent / "configs", tmp_path / "configs")
+  done = subprocess.run(
+    [sys.executable, "-m", *command.split(), *SMALL, depth],
+    cwd=root.parent,
+    env=os.environ | {"PYTHONPATH": str(PAGE.parent.parent)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "train 15, a tenth 3; 0 other files" in done.stderr
+
+
+def test_the_page_has_commands():
+  assert len(COMMANDS) == 2
+
+
 @pytest.fixture(scope="module")
 def programs():
   return Programs()
@@ -381,16 +418,22 @@ def test_learns_and_is_used_where_the_folder_is_not(
     inference.evaluate_workdir(workdir, devices=one_device)
 
 
-@pytest.mark.parametrize("crop", ["crop_flip", "random_resized_crop"])
-def test_a_run_goes_on_to_the_same_bits(tmp_path, one_device, crop, programs):
+# Several steps in a call need a training split in memory.
+@pytest.mark.parametrize(
+  ("crop", "steps"), [("crop_flip", 2), ("random_resized_crop", 1)]
+)
+def test_a_run_goes_on_to_the_same_bits(
+  tmp_path, one_device, crop, steps, programs
+):
   config = make_config(make(tmp_path / "pictures"))
-  config.augment.name = crop
+  config.augment.name, config.steps_per_call = crop, steps
   run = functools.partial(programs.train, devices=one_device)
   undisturbed = run(config, tmp_path / "undisturbed")
-  config.checkpoint.every_steps = 1
+  config.checkpoint.every_steps = steps
   terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+  stop = at_event("step", 8 // steps, terminate)
   with pytest.raises(errors.Interrupted, match="saved up to step 8"):
-    run(config, tmp_path / "run", on_event=at_event("step", 8, terminate))
+    run(config, tmp_path / "run", on_event=stop)
   assert untimed(run(config, tmp_path / "run")) == untimed(undisturbed)
 
 
