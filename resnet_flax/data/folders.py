@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import pathlib
@@ -30,7 +29,6 @@ _FORM = (
   " tenth is scored. A set of TFDS is --config.dataset.name=tfds/NAME."
 )
 SKIP = "dataset.bad_images=skip does without bad images."
-REMEDY = f"Mend or remove it. {SKIP}"
 # Up to so many bytes, all together, contents make a set what it is.
 _SMALL = 2**30
 
@@ -95,12 +93,11 @@ def _check(parts: Parts) -> None:
     raise ValueError(f"its class folders are {[*classes]}")
   for part, of_classes in parts.items():
     for each in sorted(classes ^ of_classes.keys()):
-      one = f"only one of train and {part} has a class folder {each!r}"
-      raise ValueError(one)
+      raise ValueError(f"only one of train and {part} has a class {each!r}")
     for each, pictures in of_classes.items():
       if not pictures:
-        what = ", ".join(_EXTENSIONS)
-        raise ValueError(f"class {each!r} has no picture ({what}) in {part}")
+        kinds = ", ".join(_EXTENSIONS)
+        raise ValueError(f"class {each!r} has no picture ({kinds}) in {part}")
 
 
 def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
@@ -141,7 +138,7 @@ class Files:
   name: str
   paths: Sequence[str]
   labels: np.ndarray  # int32
-  remedy = REMEDY
+  remedy = f"Mend or remove it. {SKIP}"
 
   def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
     """See `streaming.Records`."""
@@ -167,7 +164,7 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   for part, pictures in parts.items():
     numbers = np.arange(len(pictures), dtype=np.int32)
     labels = np.repeat(numbers, [*map(len, pictures.values())])
-    paths = [*itertools.chain.from_iterable(pictures.values())]
+    paths = [path for each in pictures.values() for path in each]
     sources.append(Files(root, part, paths, labels))
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
   text = "pictures in %s: %s; %d other files are left out"

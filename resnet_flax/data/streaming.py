@@ -54,7 +54,7 @@ _BAD = -1  # Stands for the label of an image that is to be skipped.
 
 
 # Sets that a network can be looked at and loaded for where there is no copy:
-# names of the classes, training and test images.
+# names of the classes ('' if not known), training and test images.
 _Known = tuple[tuple[str, ...], int, int]
 KNOWN: dict[str, _Known] = {"imagenet2012": (("",) * 1000, 1_281_167, 50_000)}
 _OF_RUN: dict[str, _Known] = {}
@@ -90,11 +90,9 @@ def info(config: ConfigDict) -> types.DatasetInfo:
     if config.name not in KNOWN:
       raise
     known = KNOWN[config.name]
-  names, num_train, num_test = known
   shape = (config.image_size, config.image_size, 3)
-  return types.DatasetInfo(
-    len(names), shape, num_train, num_test, class_names=names
-  )
+  names = tuple(filter(None, known[0]))
+  return types.DatasetInfo(len(known[0]), shape, *known[1:], class_names=names)
 
 
 def _look(config: ConfigDict) -> _Known:
@@ -163,7 +161,7 @@ def load(
   And int32[N] labels of the training split, where they are known.
   """
   if config.name == FOLDER:
-    with prepared.reading(pathlib.Path(config.data_dir), folders.REMEDY):
+    with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
       sources, class_names, source = folders.read(config)
     rows = [np.arange(len(each.paths)) for each in sources]
     labels = sources[0].labels

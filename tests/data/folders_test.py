@@ -206,8 +206,8 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
       "its class folders are ['red']",
     ),
     (lambda root: shutil.rmtree(root / "train" / "red"), "only one of train"),
-    (lambda root: shutil.rmtree(root / "test" / "red"), "folder 'red'"),
-    (lambda root: (root / "test" / "pink").mkdir(), "folder 'pink'"),
+    (lambda root: shutil.rmtree(root / "test" / "red"), "class 'red'"),
+    (lambda root: (root / "test" / "pink").mkdir(), "class 'pink'"),
     (
       lambda root: [p.unlink() for p in (root / "test" / "red").iterdir()],
       "class 'red' has no picture (.bmp",

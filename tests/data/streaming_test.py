@@ -244,6 +244,8 @@ def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   config = imagenet_resnet50.get_config()
   config.dataset.data_dir = str(tmp_path)
   rules.check(config, 1)
+  assert dataset_lib.info(config.dataset).num_classes == 1000
+  assert dataset_lib.info(config.dataset).class_names == ()
   experiment = experiment_lib.build(config)
   assert experiment.learning_rate.steps_per_epoch == 1_281_167 // 256
   with pytest.raises(errors.DataError, match="no prepared imagenet2012 in"):
