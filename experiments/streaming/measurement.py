@@ -70,7 +70,7 @@ def _decode(
 ) -> None:
   """Decodes as many images as is asked for; says how long it took."""
   rows = split.indices[positions]
-  raw = split.records.__getitems__(rows.tolist())
+  raw = split.source.examples(rows)
   draw, number = datasets.Draw(0, 0), itertools.count()
   # What is imported and set up once is not timed.
   split._decode(draw, positions[:16], rows[:16], raw[:16])

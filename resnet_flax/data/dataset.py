@@ -16,7 +16,7 @@ DATASETS = {
   ),
 }
 
-NAMES = (*DATASETS, *streaming.KNOWN)
+NAMES = (*DATASETS, *streaming.KNOWN, streaming.FOLDER)
 
 
 def info(config: ConfigDict) -> types.DatasetInfo:
@@ -24,7 +24,7 @@ def info(config: ConfigDict) -> types.DatasetInfo:
 
   Raises:
     ConfigError: an unknown data set.
-    DataError: only its prepared copy can tell, and there is none.
+    DataError: only its copy or folder can tell, and there is none.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]
@@ -61,7 +61,7 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   """Opens the set that `config.dataset` names, preparing it if need be.
 
   The validation part is held out, the training part cut to `train_examples`;
-  class-balanced but for streamed sets, whose labels are not known before they
+  class-balanced but for streamed copies, whose labels are not known before they
   are read.
 
   Raises:
@@ -70,7 +70,7 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   """
   num_train = num_train_examples(config)
   if streaming.is_streamed(config.name):
-    dataset, labels = streaming.load(config, augmentation), None
+    dataset, labels = streaming.load(config, augmentation)
   else:
     known = DATASETS[config.name]
     arrays, source = known.read(config, known)
@@ -86,10 +86,8 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   kept, held_out = splits.choose(
     len(train), labels, num_train, num_held_out, config.split_seed
   )
-  validation = train.subset(held_out) if len(held_out) else None
-  return dataclasses.replace(
-    dataset,
-    train=streaming.settle(train.subset(kept), is_scored=False),
-    validation=validation and streaming.settle(validation, is_scored=True),
-    test=streaming.settle(dataset.test, is_scored=True),
+  if len(held_out):
+    dataset = dataclasses.replace(dataset, validation=train.subset(held_out))
+  return streaming.settle(
+    dataclasses.replace(dataset, train=train.subset(kept))
   )

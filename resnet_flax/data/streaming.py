@@ -1,8 +1,9 @@
 """Data sets that are larger than memory, read and decoded while training.
 
 Any image classification set that TFDS has prepared as ArrayRecord, with the
-features `image` (JPEG or PNG) and `label`. Grain runs the worker processes;
-which image is read when is not its choice, so that a run can go on at any step.
+features `image` (JPEG or PNG) and `label`; `folders` has another source.
+Grain runs the worker processes; which image is read when is not its choice, so
+that a run can go on at any step.
 """
 
 import contextlib
@@ -17,20 +18,28 @@ import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.data import crops, pictures, prepared, randomness, types
+from resnet_flax.data import (
+  crops,
+  folders,
+  pictures,
+  prepared,
+  randomness,
+  types,
+)
 from resnet_flax.run import environment, errors, files, signals
 
 _logger = logging.getLogger(__name__)
 
 # Any other prepared copy is named by its folder: 'tfds/food101'.
 PREFIX = "tfds/"
+FOLDER = "folder"  # Of pictures: see `folders`.
 
 # What is handed over at once, as each time costs milliseconds: 64 images of
 # 224x224, or about as many bytes. Each worker or thread decodes one ahead.
@@ -41,40 +50,56 @@ _IN_MEMORY_BYTES = 2**30
 # With fewer images in an epoch than 10,000 of 224x224, worker processes, which
 # take seconds to start, decode no faster than threads.
 _WORKERS_BYTES = 10_000 * 224 * 224 * 3
-_REMEDY = (
-  f"{prepared.PREPARE_AGAIN} dataset.bad_images=skip does without bad images."
-)
 _BAD = -1  # Stands for the label of an image that is to be skipped.
 
 
 # Sets that a network can be looked at and loaded for where there is no copy:
-# classes, training and test images.
-KNOWN = {"imagenet2012": (1000, 1_281_167, 50_000)}
+# names of the classes ('' if not known), training and test images.
+_Known = tuple[tuple[str, ...], int, int]
+KNOWN: dict[str, _Known] = {"imagenet2012": (("",) * 1000, 1_281_167, 50_000)}
+_OF_RUN: dict[str, _Known] = {}
 
 
-def remember(name: str, classes: int, num_train: int, num_test: int) -> None:
-  """Lets `info` know a set without its copy."""
-  if name.startswith(PREFIX):
-    KNOWN[name] = classes, num_train, num_test
+@contextlib.contextmanager
+def remembering(name: str, known: _Known | None) -> Iterator[None]:
+  """Within, `info` goes by what a run knows, whatever became of the data.
+
+  After it, too, where there is no data.
+  """
+  if known:
+    _OF_RUN[name] = known
+    if name.startswith((PREFIX, FOLDER)):
+      KNOWN[name] = known
+  try:
+    yield
+  finally:
+    _OF_RUN.clear()
 
 
 def is_streamed(name: str) -> bool:
-  """Whether a data set is decoded while training."""
-  return name in KNOWN or name.startswith(PREFIX)
+  """Whether a data set is decoded while training, or may be."""
+  return name in (*KNOWN, FOLDER) or name.startswith(PREFIX)
 
 
 def info(config: ConfigDict) -> types.DatasetInfo:
-  """What is known of a set; `DataError` if only a copy can tell that."""
+  """What is known of a set; `DataError` if only its data can tell that."""
   try:
-    facts = read_facts(find(config.name, config.data_dir))
-    known = len(facts.class_names), facts.num_train, facts.num_test
+    known = _OF_RUN.get(config.name) or _look(config)
   except errors.DataError:
-    # `load` says what is wrong with the copy.
+    # `load` says what is wrong with the data.
     if config.name not in KNOWN:
       raise
     known = KNOWN[config.name]
   shape = (config.image_size, config.image_size, 3)
-  return types.DatasetInfo(known[0], shape, *known[1:])
+  names = tuple(filter(None, known[0]))
+  return types.DatasetInfo(len(known[0]), shape, *known[1:], class_names=names)
+
+
+def _look(config: ConfigDict) -> _Known:
+  if config.name == FOLDER:
+    return folders.facts(config)
+  facts = read_facts(find(config.name, config.data_dir))
+  return facts.class_names, facts.num_train, facts.num_test
 
 
 def find(name: str, configured_dir: str) -> pathlib.Path:
@@ -128,8 +153,45 @@ def read_facts(folder: pathlib.Path) -> Facts:
   return Facts(num_train, num_test, test, labels)
 
 
-def load(config: ConfigDict, augmentation: str) -> types.Dataset:
-  """A copy's official splits, or parts of its only one; `DataError` if none."""
+def load(
+  config: ConfigDict, augmentation: str
+) -> tuple[types.Dataset, np.ndarray | None]:
+  """The official splits, or parts of the only one; `DataError` if none.
+
+  And int32[N] labels of the training split, where they are known.
+  """
+  if config.name == FOLDER:
+    with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
+      sources, class_names, source = folders.read(config)
+    rows = [np.arange(len(each.paths)) for each in sources]
+    labels = sources[0].labels
+  else:
+    sources, rows, class_names, source = _open_copy(config)
+    labels = None
+  # Before anything is compiled.
+  if config.num_workers:
+    _check_semaphores()
+  crop = augmentation if augmentation in crops.RANDOM else "none"
+  train, *others, test = (
+    StreamedSplit(
+      indices=indices,
+      source=each,
+      image_size=config.image_size,
+      crop=crop if each is sources[0] else "none",
+      num_workers=config.num_workers,
+      num_crops=config.test_crops,
+      skips_bad=config.bad_images == "skip",
+    )
+    for each, indices in zip(sources, rows, strict=True)
+  )
+  validation = others[0] if others else None
+  return types.Dataset(train, validation, test, class_names, source), labels
+
+
+def _open_copy(
+  config: ConfigDict,
+) -> tuple[list[Any], list[np.ndarray], tuple[str, ...], str]:
+  """Sources of the training and test split, their rows, class names, name."""
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
   digest = prepared.fingerprint(folder, read_all=False)
@@ -137,53 +199,44 @@ def load(config: ConfigDict, augmentation: str) -> types.Dataset:
     from array_record.python import array_record_data_source as array_record
 
     splits = prepared.open_builder(folder, ("train", facts.test)).info.splits
-    shards = [splits[name].file_instructions for name in ("train", facts.test)]
-    sources = [array_record.ArrayRecordDataSource(each) for each in shards]
-  _allow_open_files(sum(map(len, shards)))
-  train = StreamedSplit(
-    indices=np.arange(facts.num_train),
-    folder=folder,
-    name="train",
-    records=sources[0],
-    shards=shards[0],
-    image_size=config.image_size,
-    num_classes=len(facts.class_names),
-    crop=augmentation if augmentation in crops.RANDOM else "none",
-    num_workers=config.num_workers,
-    num_crops=config.test_crops,
-    skips_bad=config.bad_images == "skip",
-  )
+    sources = [
+      Records(
+        *(folder, name, array_record.ArrayRecordDataSource(shards), shards),
+        len(facts.class_names),
+      )
+      for name in ("train", facts.test)
+      for shards in [splits[name].file_instructions]
+    ]
+  _allow_open_files(sum(len(each.shards) for each in sources))
   first_test = facts.num_train if facts.test == "train" else 0
-  indices = first_test + np.arange(facts.num_test)
-  test = dataclasses.replace(
-    train,
-    indices=indices,
-    name=facts.test,
-    records=sources[1],
-    shards=shards[1],
-    crop="none",
-    skipped=set(),
-  )
-  # What is wrong here, or with all images, is said before anything is compiled.
-  if config.num_workers:
-    _check_semaphores()
-  for split in (train, test):
-    dataclasses.replace(split, num_workers=0).take(np.arange(1))
-  return types.Dataset(
-    train=train,
-    validation=None,
-    test=test,
-    class_names=facts.class_names,
-    source=f"{config.name}-{folder.name}-{digest[:16]}",
-  )
+  rows = [np.arange(facts.num_train), first_test + np.arange(facts.num_test)]
+  source = f"{config.name}-{folder.name}-{digest[:16]}"
+  return sources, rows, facts.class_names, source
 
 
-def settle(split: types.Split, *, is_scored: bool) -> types.Split:
-  """Keeps a split decoded if it never changes and fits into memory.
+def settle(dataset: types.Dataset) -> types.Dataset:
+  """Keeps the splits decoded that never change and fit into memory.
 
   Of a split that is scored, `bad_images=skip` leaves out the bad images. To
-  find them, it is decoded whatever its size.
+  find them, it is decoded whatever its size. Otherwise a `DataError` counts the
+  bad images of all splits that were decoded.
   """
+  bad: list[str] = []
+  train = _settle(dataset.train, False, bad)
+  held_out = dataset.validation and _settle(dataset.validation, True, bad)
+  test = _settle(dataset.test, True, bad)
+  if bad:
+    source: Any = dataset.train.source  # type: ignore[attr-defined]
+    raise errors.DataError(
+      f"{source.folder} has {len(bad)} images that cannot be decoded, first"
+      f" {bad[0]}. {source.remedy}"
+    )
+  return dataclasses.replace(
+    dataset, train=train, validation=held_out, test=test
+  )
+
+
+def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
   if not isinstance(split, StreamedSplit):
     return split
   size = len(split) * math.prod(split.image_shape)
@@ -191,12 +244,17 @@ def settle(split: types.Split, *, is_scored: bool) -> types.Split:
   keep = keep and size <= _IN_MEMORY_BYTES
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
+    # What is wrong with all images is said before anything is compiled.
+    dataclasses.replace(split, num_workers=0).take(np.arange(1))
     return split
   positions = np.arange(len(split))
   order = np.split(positions, range(_CHUNK, len(split), _CHUNK))
-  batches = [batch for batch in split.batches(order) if keep]
+  whole = dataclasses.replace(split, skips_bad=True, skipped={})
+  batches = [batch for batch in whole.batches(order) if keep]
+  if not split.skips_bad:
+    bad += whole.skipped.values()
   if find_bad:
-    positions = positions[~np.isin(split.indices, list(split.skipped))]
+    positions = positions[~np.isin(split.indices, list(whole.skipped))]
   if not keep:
     return split.subset(positions)
   images, labels = map(np.concatenate, zip(*batches, strict=True))
@@ -251,16 +309,50 @@ class DecodedSplit(types.ArraySplit):
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedSplit(types.Split):
-  """Images in the files of a prepared copy."""
+class Records:
+  """The images of an official split, in the files of a prepared copy."""
 
-  indices: np.ndarray
-  folder: pathlib.Path  # Of the copy, for messages.
-  name: str  # Of the official split, for messages.
+  folder: pathlib.Path  # This and the next are for messages.
+  name: str  # Of the split.
   records: Any  # ArrayRecord's source of the official split.
   shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
-  image_size: int  # Height and width of what is cut out of the images.
   num_classes: int  # Labels are below.
+  remedy = f"{prepared.PREPARE_AGAIN} {folders.SKIP}"
+
+  def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
+    """What gives the encoded image of a row and its label, or an exception."""
+    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
+    return [functools.partial(self._parse, raw) for raw in records]
+
+  def _parse(self, raw: bytes) -> tuple[bytes, int]:
+    """A serialised `tf.train.Example`."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(raw).features.feature
+    (encoded,) = feature["image"].bytes_list.value
+    (label,) = feature["label"].int64_list.value
+    if not 0 <= label < self.num_classes:
+      most = self.num_classes - 1
+      raise ValueError(f"it has label {label}; needed: 0 to {most}")
+    return encoded, label
+
+  def place(self, row: int) -> str:
+    """Where the image of a row is, for people."""
+    of_split = f"record {row}, from 0, of the split {self.name!r}"
+    for shard in self.shards:
+      if row < shard.examples_in_shard:
+        break
+      row -= shard.examples_in_shard
+    return f"{of_split} (record {row} of {os.path.basename(shard.filename)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit(types.Split):
+  """Images that are decoded when they are wanted."""
+
+  indices: np.ndarray  # Rows of the source.
+  source: Records | folders.Files
+  image_size: int  # Height and width of what is cut out of the images.
   crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
   # Processes that decode; 0: threads of this one, -1: one per CPU thread if
   # that is worth it.
@@ -268,8 +360,8 @@ class StreamedSplit(types.Split):
   num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
   # Whether a bad image is replaced by the next good one of this split.
   skips_bad: bool = False
-  # Which of the official split were, as far as they have been met.
-  skipped: set[int] = dataclasses.field(default_factory=set)
+  # Which rows were, and why, as far as they have been met.
+  skipped: dict[int, str] = dataclasses.field(default_factory=dict)
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -321,11 +413,11 @@ class StreamedSplit(types.Split):
     )
     if workers:
       _check_semaphores()
-    alive, iterator = _Workers(self.folder), iter(pipeline)
+    alive, iterator = _Workers(self.source.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
     try:
-      with prepared.reading(self.folder, _REMEDY):
+      with prepared.reading(self.source.folder, self.source.remedy):
         for positions, parts in zip(order, chunks, strict=True):
           arrays = [take(iterator) for _ in parts]
           images, labels = map(np.concatenate, zip(*arrays, strict=True))
@@ -347,48 +439,33 @@ class StreamedSplit(types.Split):
         return images[0], labels[0]
       except ValueError as error:
         if row not in self.skipped:
-          self.skipped.add(row)
-          _logger.warning("skipped: %s; %d so far", error, len(self.skipped))
-    raise ValueError(f"no image of the split {self.name!r} can be read")
-
-  def _place(self, row: int) -> str:
-    of_split = f"record {row}, from 0, of the split {self.name!r}"
-    for shard in self.shards:
-      if row < shard.examples_in_shard:
-        break
-      row -= shard.examples_in_shard
-    return f"{of_split} (record {row} of {os.path.basename(shard.filename)})"
+          self.skipped[row] = str(error)
+          _logger.warning("bad image: %s; %d so far", error, len(self.skipped))
+    name = self.source.name
+    raise ValueError(f"no image of the split {name!r} can be read")
 
   def _read(self, draw: types.Draw | None, chunk) -> types.Batch:
     """Of the positions of a chunk and the indices that they have."""
     positions, rows = chunk
-    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
-    return self._decode(draw, positions, rows, records)
+    return self._decode(draw, positions, rows, self.source.examples(rows))
 
   def _decode(
-    self, draw: types.Draw | None, positions, rows, records
+    self, draw: types.Draw | None, positions, rows, examples
   ) -> types.Batch:
-    """Of the serialised `tf.train.Example`s at these positions."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    shape = (len(records), self.num_crops, *self.image_shape)
-    images, labels = np.empty(shape, np.uint8), np.empty(len(records), np.int32)
-    for k, raw in enumerate(records):
+    """Of a source's examples at these positions."""
+    shape = (len(rows), self.num_crops, *self.image_shape)
+    images, labels = np.empty(shape, np.uint8), np.empty(len(rows), np.int32)
+    for k, example in enumerate(examples):
       rng = None
       if draw and self.crop != "none":
         purpose, position = randomness.Purpose.HOST_CROP, int(positions[k])
         rng = randomness.host_rng(draw.seed, purpose, draw.epoch, position)
       try:
-        feature = tf_example_pb2.Example.FromString(raw).features.feature
-        (encoded,) = feature["image"].bytes_list.value
-        (labels[k],) = feature["label"].int64_list.value
-        if not 0 <= labels[k] < self.num_classes:
-          most = self.num_classes - 1
-          raise ValueError(f"it has label {labels[k]}; needed: 0 to {most}")
+        encoded, labels[k] = example()
         images[k] = self._cut(encoded, rng)
       except Exception as error:
         if not self.skips_bad:
-          what = f"{self._place(rows[k])}: {errors.one_line(error)}"
+          what = f"{self.source.place(rows[k])}: {errors.one_line(error)}"
           raise ValueError(what) from error
         images[k], labels[k] = 0, _BAD
     return (images[:, 0] if self.num_crops == 1 else images), labels

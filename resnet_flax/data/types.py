@@ -96,6 +96,7 @@ class DatasetInfo:
   num_test: int
   # By `config.dataset` and this, `Arrays` of a set in memory and their source.
   read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
+  class_names: tuple[str, ...] = ()  # Of a streamed set, if they are known.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ _RESNETS = (*_SMALL, "resnet_imagenet", "plain_imagenet")
 _NORMED = (*_SMALL, "vgg")
 _NORMALIZATION = choice("pixel_mean", "channel", "imagenet", "caffe", "none")
 _DATASET = choice(
-  *("cifar10", "cifar100", "digits", "imagenet2012"), prefix="tfds/"
+  *("cifar10", "cifar100", "digits", "imagenet2012", "folder"), prefix="tfds/"
 )
 _AUGMENT = choice(
   *("shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none")
@@ -84,11 +84,13 @@ _KEYS = (
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
     "imagenet2012 and tfds/NAME, a set that TFDS has as ArrayRecord with the"
-    " features image and label, are decoded while training; others are in"
-    " memory."
+    " features image and label, and folder, your own pictures in data_dir, are"
+    " decoded while training; others are in memory."
   ),
   Key("dataset.data_dir", "", PATH, may_differ=True).means(
     "TFDS data directory. Empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets."
+    " Of name=folder it holds train/CLASS/*, and perhaps val/ and test/, or"
+    " CLASS/*: see docs/use.md."
   ),
   Key("dataset.archive", "", PATH, may_differ=True).means(
     "Official archive, to be used instead of a download."
@@ -115,11 +117,12 @@ _KEYS = (
     " section 4.1); only for images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
-    "Train on a fixed subset of this many, class-balanced if in memory. 0: all."
+    "Train on a fixed subset of this many, class-balanced but for streamed TFDS"
+    " sets. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
-    "Training images to hold out, stratified if in memory. 0: the best"
-    " checkpoint is chosen on the test split, as in the recipe."
+    "Training images to hold out, stratified but for streamed TFDS sets. 0: the"
+    " best checkpoint is chosen on the test split, as in the recipe."
   ),
   Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
     "Chooses the held-out images, apart from `seed`."

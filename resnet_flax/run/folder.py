@@ -331,16 +331,16 @@ def read_facts(
     return None
 
 
-def check_data(workdir: pathlib.Path, data: str) -> None:
+def check_data(workdir: pathlib.Path, data: str, known: str = "") -> None:
   """Checks that a run was on this data, a `Dataset.source`.
 
-  Warns where environment.json does not say on which.
+  Or on what is `known` of it. Warns where environment.json does not say that.
 
   Raises:
     WorkdirError: it was on other data, or environment.json cannot be read.
   """
   stored = read_environment(workdir)
-  there = stored.get("data")
+  there = known or stored.get("data")
   if there is None and "converted" not in stored:
     _logger.warning(
       "warning: %s does not say which data the run was on; here it is %s",

@@ -245,14 +245,13 @@ def _restore(
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
   workdir = mirror.local(workdir, "workdir")
   config = given or folder.load_config(workdir)
-  if facts := folder.read_facts(workdir):
-    names, *counts = facts
-    streaming.remember(config.dataset.name, len(names), *counts)
-  # The batch size of training does not matter here, nor do its devices.
-  rules.check(config, num_devices=1)
-  if given is not None:
-    folder.check_same(workdir, given, free=["dataset.test_crops"])
-  experiment = experiment_lib.build(config)
+  facts = folder.read_facts(workdir)
+  with streaming.remembering(config.dataset.name, facts):
+    # The batch size of training does not matter here, nor do its devices.
+    rules.check(config, num_devices=1)
+    if given is not None:
+      folder.check_same(workdir, given, free=["dataset.test_crops"])
+    experiment = experiment_lib.build(config)
   # Tracing a deep network takes long.
   like = functools.cache(
     lambda: experiment_lib.abstract_state(config, experiment)
@@ -370,7 +369,9 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
     )
   _logger.info("starting from step %d of %s", source.step, workdir)
   params = dict(source.variables["params"])
-  if source.config.dataset.name != config.dataset.name:
+  names = {source.class_names, dataset_lib.info(config.dataset).class_names}
+  is_other_data = source.config.dataset.name != config.dataset.name
+  if is_other_data or len(names - {()}) > 1:
     del params[_HEAD]
   return source.variables | {"params": params}
 

@@ -111,7 +111,8 @@ def _check_streaming(config: ConfigDict) -> None:
   _require(
     not is_streamed or config.normalization in fixed,
     f"normalization={config.normalization} is measured on images in memory, but"
-    f" dataset.name={name} is not there. It must be one of {', '.join(fixed)}.",
+    f" dataset.name={name} may not fit there. It must be one of"
+    f" {', '.join(fixed)}.",
   )
   _require(
     is_streamed or crop not in crops.RANDOM,

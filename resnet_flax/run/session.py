@@ -95,6 +95,13 @@ class Session:
         )
       )
       self._stack.enter_context(self._explain_interruption())
+      # Before what is of other numbers of classes and steps is read.
+      if facts := folder.read_facts(self._workdir):
+        known = dataset_lib.info(self._config.dataset)
+        text = "{} classes, {} and {} images".format
+        here = text(known.num_classes, known.num_train, known.num_test)
+        there = text(len(facts[0]), *facts[1:])
+        folder.check_data(self._workdir, here, there)
       notes, step = checkpoint.NEW_EPOCH, 0
       # Tracing a deep network takes long: not for a run that is new.
       if self._checkpoints.steps():

@@ -240,7 +240,8 @@ def test_any_prepared_set_can_be_named(root, tmp_path):
   config.batch_size = 4
   rules.check(config, 1)
   info = dataset_lib.info(config.dataset)
-  assert info == types.DatasetInfo(2, (64, 64, 3), 5, 3)
+  names = "n00000000", "n00000001"
+  assert info == types.DatasetInfo(2, (64, 64, 3), 5, 3, class_names=names)
   assert len(dataset_lib.load(config.dataset).test) == 3
   config.dataset.name = "tfds/trees"
   with pytest.raises(errors.DataError, match=r"trees\. Set .*data_dir.*Prep"):
@@ -251,6 +252,8 @@ def test_imagenet_without_a_copy_is_known_but_cannot_be_trained_on(tmp_path):
   config = imagenet_resnet50.get_config()
   config.dataset.data_dir = str(tmp_path)
   rules.check(config, 1)
+  assert dataset_lib.info(config.dataset).num_classes == 1000
+  assert dataset_lib.info(config.dataset).class_names == ()
   experiment = experiment_lib.build(config)
   assert experiment.learning_rate.steps_per_epoch == 1_281_167 // 256
   with pytest.raises(errors.DataError, match="no prepared imagenet2012 in"):
@@ -359,12 +362,14 @@ def test_examples_that_are_none(copy, image, label, message):
 
 def test_the_shard_of_a_bad_image_is_named(root):
   train_split = load(root).train
-  shard = train_split.shards[0]
+  shard = train_split.source.shards[0]
   shards = [
     dataclasses.replace(shard, filename=f"/data/{k}", take=-1, **sizes)
     for k, sizes in enumerate([{"examples_in_shard": 30}] * 2)
   ]
-  split = dataclasses.replace(train_split, shards=shards, num_classes=0)
+  changes = {"shards": shards, "num_classes": 0}
+  source = dataclasses.replace(train_split.source, **changes)
+  split = dataclasses.replace(train_split, source=source)
   with pytest.raises(errors.DataError, match=r"record 34, from.*record 4 of 1"):
     split.take(np.array([34]))
 
@@ -380,7 +385,7 @@ def test_bad_images_are_skipped_exactly(copy, caplog):
   assert all((labels == 0).all() for _, labels in whole)
   list(split.batches(order))
   (line,) = caplog.messages
-  assert line.startswith("skipped: record 39")
+  assert line.startswith("bad image: record 39")
   assert line.endswith("1 so far")
   worker = dataclasses.replace(split, num_workers=1)
   equal(list(worker.batches(order, draw)), whole)

@@ -97,11 +97,10 @@ def test_streamed_sets_are_cut_as_they_were_in_training(tmp_path):
   generated.prepare(tmp_path, counts, num_classes=2, width=60, height=45)
   settings = {"name": "imagenet2012", "data_dir": str(tmp_path)}
   seen = Seen(**settings, image_size=24)
-  split = streaming.load(seen.config.dataset, "none").test
+  split = streaming.load(seen.config.dataset, "none")[0].test
   for position in range(3):
-    (record,) = split.records.__getitems__([position])
-    start = record.index(b"\xff\xd8\xff")  # Of the JPEG in it.
-    (tmp_path / "picture").write_bytes(record[start:])
+    (example,) = split.source.examples(np.array([position]))
+    (tmp_path / "picture").write_bytes(example()[0])
     seen.batches.clear()
     images, _ = split.take(np.array([position]))
     found = pixels_of(seen, tmp_path / "picture")

@@ -1,0 +1,183 @@
+"""Folders of pictures: train/CLASS/*, perhaps with val/ and test/, or CLASS/*.
+
+What is scored is test/, else val/ (or validation/), else every tenth picture of
+each class by name, which then is not trained on. A val/ beside test/ is the
+validation split.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax.run import errors, files
+
+_logger = logging.getLogger(__name__)
+
+# Of what `pictures` decodes; in any case.
+_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+_FORM = (
+  "It must hold CLASS/PICTURE, or train/CLASS/PICTURE and perhaps the same in"
+  " val/ or test/, for two classes or more, with two pictures of each where a"
+  " tenth is scored. A set of TFDS is --config.dataset.name=tfds/NAME."
+)
+SKIP = "dataset.bad_images=skip does without bad images."
+# Up to so many bytes, all together, contents make a set what it is.
+_SMALL = 2**30
+
+# Paths of pictures by part and class, all sorted; but what is trained on is the
+# first part, what is scored the last.
+Parts = dict[str, dict[str, list[str]]]
+
+
+@functools.lru_cache(1 << 14)
+def _scan(folder: str, changed: int) -> tuple[list[str], list[str], int]:
+  """Names of folders, paths of pictures, and how many others there are.
+
+  Only links are looked at, and only a folder that has `changed` is read again.
+  """
+  folders, pictures, num_others = [], [], 0
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.name.startswith("."):
+        continue
+      num_others += 1
+      with contextlib.suppress(OSError):  # Links go round in circles.
+        if entry.is_dir():
+          folders.append(entry.name)
+        elif entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
+          pictures.append(entry.path)
+          num_others -= 1
+  return sorted(folders), sorted(pictures), num_others
+
+
+def _list(root: str) -> tuple[Parts, int]:
+  """The parts, and how many other files are beside their pictures."""
+
+  def scan(*names: str) -> tuple[list[str], list[str], int]:
+    folder = os.path.join(root, *names)
+    return _scan(folder, os.stat(folder).st_mtime_ns)
+
+  parts: Parts = {}
+  num_others = 0
+  names, top = [""], scan()[0]
+  # With pictures alone it is a class of that name.
+  if "train" in top and scan("train")[0]:
+    names = [n for n in ("train", "val", "validation", "test") if n in top]
+  for name in names:
+    found = {each: scan(name, each) for each in scan(name)[0]}
+    parts[name] = {each: pictures for each, (_, pictures, _) in found.items()}
+    num_others += sum(others for *_, others in found.values())
+  if len(parts) == 1:
+    (whole,) = parts.values()
+    scored = {each: pictures[::10] for each, pictures in whole.items()}
+    rest = {
+      each: [picture for k, picture in enumerate(pictures) if k % 10]
+      for each, pictures in whole.items()
+    }
+    parts = {"train": rest, "a tenth": scored}
+  return parts, num_others
+
+
+def _check(parts: Parts) -> None:
+  """Raises a ValueError unless all parts have pictures of the same classes."""
+  classes = parts["train"].keys()
+  if len(classes) < 2:
+    raise ValueError(f"its class folders are {[*classes]}")
+  for part, of_classes in parts.items():
+    for each in sorted(classes ^ of_classes.keys()):
+      raise ValueError(f"only one of train and {part} has a class {each!r}")
+    for each, pictures in of_classes.items():
+      if not pictures:
+        kinds = ", ".join(_EXTENSIONS)
+        raise ValueError(f"class {each!r} has no picture ({kinds}) in {part}")
+
+
+def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
+  """The folder that `config.dataset` names, its parts, how many other files.
+
+  Raises:
+    ConfigError: it names none.
+    DataError: the folder has another form, or classes without pictures.
+  """
+  if not config.data_dir:
+    raise errors.ConfigError(
+      "dataset.data_dir='' must name a folder of pictures for dataset.name="
+      f"folder; TFDS_DATA_DIR is not used. {_FORM}"
+    )
+  root = errors.resolve(config.data_dir, "dataset.data_dir")
+  try:
+    parts, num_others = _list(str(root))
+    _check(parts)
+  except (OSError, ValueError) as error:
+    raise errors.DataError(
+      f"dataset.data_dir={root} cannot be used: {error}. {_FORM}"
+    ) from error
+  return root, parts, num_others
+
+
+def facts(config: ConfigDict) -> tuple[tuple[str, ...], int, int]:
+  """Class names, pictures to train on and to score; raises as `find`."""
+  train, *_, scored = find(config)[1].values()
+  num_train, num_test = (sum(map(len, p.values())) for p in (train, scored))
+  return tuple(train), num_train, num_test
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """The pictures of a part; see `streaming.Records`."""
+
+  folder: pathlib.Path
+  name: str
+  paths: Sequence[str]
+  labels: np.ndarray  # int32
+  remedy = f"Mend or remove it. {SKIP}"
+
+  def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
+    """See `streaming.Records`."""
+    return [functools.partial(self._read, row) for row in rows]
+
+  def _read(self, row: int) -> tuple[bytes, int]:
+    return files.read_bytes(pathlib.Path(self.paths[row])), self.labels[row]
+
+  def place(self, row: int) -> str:
+    """The path of a picture."""
+    return os.path.relpath(self.paths[row], self.folder)
+
+
+def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
+  """The parts as sources, the classes' names and what names the pixels.
+
+  Raises:
+    ConfigError, DataError: see `find`.
+    OSError: a file cannot be read.
+  """
+  root, parts, num_others = find(config)
+  sources = []
+  for part, pictures in parts.items():
+    numbers = np.arange(len(pictures), dtype=np.int32)
+    labels = np.repeat(numbers, [*map(len, pictures.values())])
+    paths = [path for each in pictures.values() for path in each]
+    sources.append(Files(root, part, paths, labels))
+  counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
+  text = "pictures in %s: %s; %d other files are left out"
+  _logger.info(text, root, counts, num_others)
+  paths = [path for each in sources for path in each.paths]
+  sizes = [os.stat(path).st_size for path in paths]
+  is_small = sum(sizes) <= _SMALL
+  # Names have the labels.
+  digest = hashlib.sha256()
+  for path, size in zip(paths, sizes, strict=True):
+    name = os.fsencode(os.path.relpath(path, root))
+    digest.update(b"%b\0%d\0" % (name, size))
+    if is_small:
+      with open(path, "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+  return sources, tuple(parts["train"]), f"folder-{digest.hexdigest()[:16]}"
