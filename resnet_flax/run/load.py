@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib, prepared, streaming
+from resnet_flax.data import dataset as dataset_lib, prepared, streaming, types
 from resnet_flax.models import registry
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
@@ -208,6 +208,48 @@ def evaluate_workdir(
   # Each seed has its own.
   own = ("step", "epoch", "step_std", "epoch_std")
   return {k: v for k, v in result.items() if k not in own}
+
+
+class Predictions(NamedTuple):
+  """Of one checkpoint, for each of N test images."""
+
+  dataset: types.Dataset
+  labels: np.ndarray  # int32[N].
+  probabilities: np.ndarray  # float32[N, classes].
+  step: int  # The training steps that the checkpoint has.
+
+
+def predict_test(
+  workdir: pathlib.Path, seed: int, which: str = "best"
+) -> Predictions:
+  """What a seed's checkpoint, 'best' or 'latest', makes of the test images.
+
+  Raises:
+    ConfigError: its configuration is of another version, or its network is
+      not for these classes.
+    DataError: the data cannot be had.
+    WorkdirError: there is no checkpoint, or none that can be read, or the run
+      was on other data.
+  """
+  # Before the data, which takes longer.
+  loaded = load_model(workdir, which, seed=seed)
+  rules.check_labels(loaded.config)
+  say_what_is_trusted(loaded.config)
+  dataset = dataset_lib.load(loaded.config.dataset)
+  folder.check_data(workdir, dataset.source)
+  size = loaded.config.eval_batch_size
+  everything = np.arange(len(dataset.test))
+  order = [everything[start : start + size] for start in everything[::size]]
+  probabilities, labels = [], []
+  for images, of_batch in dataset.test.batches(order):
+    # Means over the crops of an image, where it has several.
+    found = loaded.predict(images.reshape(-1, *images.shape[-3:]))
+    found = found.reshape(len(images), -1, found.shape[-1]).mean(axis=1)
+    probabilities.append(found)
+    labels.append(of_batch)
+  return Predictions(
+    dataset, np.concatenate(labels), np.concatenate(probabilities), loaded.step
+  )
 
 
 def say_what_is_trusted(config: ConfigDict) -> None:

@@ -10,18 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import (
-  errors,
-  files as files_lib,
-  folder,
-  load,
-  metrics,
-  mirror,
-  rules,
-)
+from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
 from resnet_flax.tools.report import (
   figures as figures_lib,
   page,
@@ -430,33 +419,13 @@ def _score_tables(
 def score(run: Run, seed: int) -> scores_lib.Scores:
   """Scores a seed's best checkpoint on the test split of its data set.
 
-  Raises:
-    ConfigError: its configuration is of another version, or its network is
-      not for these classes.
-    DataError: the data cannot be had.
-    WorkdirError: there is no checkpoint, or none that can be read, or the run
-      was on other data.
+  Raises as `load.predict_test`.
   """
-  # Before the data, which takes longer.
-  loaded = load.load_model(run.folder, seed=seed)
-  rules.check_labels(loaded.config)
-  load.say_what_is_trusted(loaded.config)
-  dataset = dataset_lib.load(loaded.config.dataset)
-  folder.check_data(run.folder, dataset.source)
-  size = loaded.config.eval_batch_size
-  everything = np.arange(len(dataset.test))
-  order = [everything[start : start + size] for start in everything[::size]]
-  probabilities, labels = [], []
-  for images, of_batch in dataset.test.batches(order):
-    # Means over the crops of an image, where it has several.
-    found = loaded.predict(images.reshape(-1, *images.shape[-3:]))
-    found = found.reshape(len(images), -1, found.shape[-1]).mean(axis=1)
-    probabilities.append(found)
-    labels.append(of_batch)
+  found = load.predict_test(run.folder, seed)
   return scores_lib.summarize(
-    dataset.test,
-    np.concatenate(labels),
-    np.concatenate(probabilities),
-    class_names=dataset.class_names,
-    step=loaded.step,
+    found.dataset.test,
+    found.labels,
+    found.probabilities,
+    class_names=found.dataset.class_names,
+    step=found.step,
   )

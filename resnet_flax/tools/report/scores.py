@@ -1,4 +1,4 @@
-"""What the best checkpoint of a run makes of the test images."""
+"""What a checkpoint of a run makes of the test images."""
 
 import dataclasses
 

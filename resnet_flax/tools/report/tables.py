@@ -1,4 +1,4 @@
-"""Tables for people, as Markdown and HTML cells, and for programs, as CSV."""
+"""Tables for people: text, Markdown, LaTeX, HTML cells; for programs: CSV."""
 
 import csv
 import dataclasses
@@ -8,6 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from resnet_flax.tools.report import runs as runs_lib
+
+_LATEX = str.maketrans(
+  {each: f"\\{each}" for each in "{}$&#%_"}
+  | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}"}
+  | {"~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+  # At the start of a row the last two would be arguments of the row before.
+  | {"|": r"\textbar{}", "[": "{[}", "*": "{*}"}
+)
 
 Cell = str | int | float | runs_lib.Statistic | None
 
@@ -72,15 +80,37 @@ class Table:
       for row in self.rows
     ]
 
+  def _all_rows(self) -> list[list[str]]:
+    return [[column.title for column in self.columns], *self.shown_rows()]
+
   def to_markdown(self) -> str:
     """The table in GitHub's Markdown."""
     rules = ["---:" if right else "---" for right in self.numeric]
-    titles, *rows = [
-      list(map(_escape, cells))
-      for cells in ([c.title for c in self.columns], *self.shown_rows())
-    ]
+    titles, *rows = [list(map(_escape, cells)) for cells in self._all_rows()]
     lines = [f"| {' | '.join(cells)} |\n" for cells in (titles, rules, *rows)]
     return f"{_escape(self.caption)}\n\n{''.join(lines)}"
+
+  def to_text(self) -> str:
+    """The table for a terminal."""
+    rows = self._all_rows()
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    form = "  ".join(
+      f"{{:{'>' if right else '<'}{width}}}"
+      for right, width in zip(self.numeric, widths, strict=True)
+    )
+    lines = [form.format(*cells).rstrip() for cells in rows]
+    return "\n".join([f"{self.caption}:", *lines, ""])
+
+  def to_latex(self) -> str:
+    """The table as a `tabular`, which needs no package."""
+    titles, *rows = [
+      " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+      for cells in self._all_rows()
+    ]
+    columns = "".join("r" if right else "l" for right in self.numeric)
+    begin = f"% {self.caption}\n\\begin{{tabular}}{{{columns}}}"
+    end = "\\end{tabular}\n"
+    return "\n".join([begin, titles, r"\hline", *rows, end])
 
   def to_csv(self) -> str:
     """The table for programs: statistics take three columns."""

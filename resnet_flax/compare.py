@@ -1,0 +1,6 @@
+"""The command `python -m resnet_flax.compare`: see `tools/compare.py`."""
+
+from resnet_flax.tools import compare
+
+if __name__ == "__main__":
+  compare.run()

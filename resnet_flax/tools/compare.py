@@ -1,0 +1,33 @@
+"""The command that compares two experiments; see `comparison.py`."""
+
+from resnet_flax.run import arguments, surroundings
+
+
+def _main(argv: list[str]) -> None:
+  parser = arguments.Parser(
+    "python -m resnet_flax.compare",
+    description="Compares A and B, each the seeds of one experiment: over seeds"
+    " and test images, with 95 % intervals, and in what else differs.",
+  )
+  add = parser.add_argument
+  add("a", nargs="+", metavar="A", help="workdir, or folder of workdirs")
+  add("--with", nargs="+", required=True, metavar="B", dest="b")
+  add("--metric", default="accuracy", help="of the test split, or in full")
+  add("--which", default="best", choices=["best", "last"], help="epoch")
+  formats = ["text", "markdown", "csv", "latex"]
+  add("--format", default="text", choices=formats)
+  add("--no-images", dest="images", action="store_false")
+  given = parser.parse_args(argv[1:])
+  surroundings.set_up()
+  from resnet_flax.tools import comparison
+
+  tables = comparison.compare(
+    given.a, given.b, given.metric, given.which, images=given.images
+  )
+  texts = [getattr(table, f"to_{given.format}")() for table in tables]
+  surroundings.show("\n".join(texts).removesuffix("\n"))
+
+
+def run() -> None:
+  """Runs the command line; mistakes and signals end in one line."""
+  arguments.run(_main)

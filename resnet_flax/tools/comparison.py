@@ -1,0 +1,248 @@
+"""Two experiments compared: over seeds, over test images, and in their keys."""
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from resnet_flax.run import errors, folder, keys, load, mirror
+from resnet_flax.tools.report import runs as runs_lib
+from resnet_flax.tools.report.runs import Group, Statistic
+from resnet_flax.tools.report.tables import Column, Table
+
+_ROUNDING = 1e-9  # Spreads below it are none.
+
+Paths = Iterable[str | os.PathLike[str]]
+
+
+class _Row(NamedTuple):
+  what: str
+  note: str = ""
+  a: Statistic | None = None
+  b: Statistic | None = None
+  low: float | None = None
+  high: float | None = None
+  p: float | None = None
+
+
+def interval(
+  a: np.ndarray, b: np.ndarray, *, paired: bool
+) -> tuple[float, float, float] | None:
+  """The 95 % t interval of mean(a) - mean(b), of float64[N] and float64[M].
+
+  Welch's, unless `paired`, when a[k] and b[k] belong together.
+
+  Returns:
+    Its ends, and the two-sided p of no difference; None if they cannot be told:
+    a side has one value, or nothing is spread.
+  """
+  spread = np.ptp(a - b) if paired else np.ptp(a) + np.ptp(b)
+  if min(len(a), len(b)) < 2 or spread < _ROUNDING:
+    return None
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # One side has no spread.
+    welch = {"equal_var": False}
+    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, **welch)
+  low, high = test.confidence_interval(0.95)
+  return float(low), float(high), float(test.pvalue)
+
+
+def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
+  """The two-sided p of McNemar's exact test, of bool[N] or int64[N].
+
+  Counts of equally many networks give the sign test of the images that more
+  networks of one side than of the other get right.
+  """
+  more_a, more_b = np.sum(right_a > right_b), np.sum(right_a < right_b)
+  both = int(more_a + more_b)
+  return stats.binomtest(int(more_a), both).pvalue if both else 1.0
+
+
+def seeds_needed(a: np.ndarray, b: np.ndarray, points: float) -> int | None:
+  """The fewest seeds of each side with which a t-test finds a difference.
+
+  At 5 %, two-sided, in 80 % of cases, with the pooled standard deviation of
+  float64[N] and float64[M]; None if they have none.
+  """
+  freedom = len(a) + len(b) - 2
+  if np.ptp(a) + np.ptp(b) < _ROUNDING:
+    return None
+  variance = (len(a) * np.var(a) + len(b) * np.var(b)) / freedom
+  effect = points / np.sqrt(variance)
+  # With a known deviation it would be this many; it is not fewer.
+  n = max(2, int(2 * (stats.norm.ppf([0.975, 0.8]).sum() / effect) ** 2))
+
+  def power() -> float:
+    limit = stats.t.ppf(0.975, 2 * n - 2)
+    return stats.nct.sf(limit, 2 * n - 2, effect * np.sqrt(n / 2))
+
+  while power() < 0.8:
+    n += 1
+  return n
+
+
+def compare(
+  a: Paths, b: Paths, metric: str, which: str, *, images: bool
+) -> list[Table]:
+  """Warnings, if there are any, comparisons, and what differs.
+
+  Args:
+    a: workdirs of one experiment's seeds, or folders that they lie in.
+    b: those of the other side.
+    metric: a key of metrics.jsonl, or one without its 'test_'.
+    which: 'best' or 'last' epoch of each seed.
+    images: whether to score checkpoints on the test images.
+
+  Raises:
+    ConfigError: a side has several experiments, or the metric is not known.
+    WorkdirError: there is no run, no finished epoch, or a damaged file.
+  """
+  sides = _side("A", a), _side("B", b)
+  key = _key(metric, sides)
+  data = [side.config["data"] for side in sides]
+  same_data = data[0] == data[1] != "unknown"
+  epochs = [f"{s.num_epochs} of {s.config['num_epochs']}" for s in sides]
+  cautions = []
+  if not same_data:
+    cautions.append(f"not on the same data: A on {data[0]}, B on {data[1]}")
+  if epochs[0] != epochs[1] or not all(side.finished for side in sides):
+    cautions.append(f"epochs differ or lack: A {epochs[0]}, B {epochs[1]}")
+  rows = _over_seeds(sides, key, which)
+  if images and same_data:
+    rows += _over_images(sides, which)
+  chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
+  facts = [_facts(side) for side in sides]
+  digits = 2 if key.endswith("accuracy") else 4
+  tables = [
+    Table("warnings", "Warnings", cautions, Column("warning", str)),
+    Table(
+      "comparison",
+      "A - B, 95 % intervals, "
+      + (f"best epochs by {chosen}" if which == "best" else "last epochs"),
+      rows,
+      Column("of", lambda row: row.what),
+      Column("A", lambda row: row.a, digits, statistic=True),
+      Column("B", lambda row: row.b, digits, statistic=True),
+      Column("n", lambda row: row.a and f"{row.a.n}, {row.b.n}"),
+      Column("A - B", lambda row: row.a and row.a.mean - row.b.mean, digits),
+      Column("from", lambda row: row.low, digits),
+      Column("to", lambda row: row.high, digits),
+      Column("p", lambda row: row.p, 4),
+      Column("note", lambda row: row.note),
+    ),
+    Table(
+      "differences",
+      "What differs",
+      runs_lib.differing_keys(facts),
+      Column("key", str),
+      Column("A", facts[0].get),
+      Column("B", facts[1].get),
+    ),
+  ]
+  return [table for table in tables if table.rows]
+
+
+def _side(name: str, paths: Paths) -> Group:
+  runs = runs_lib.read(runs_lib.find([mirror.local(p, name) for p in paths]))
+  groups = runs_lib.group(runs)
+  if len(groups) > 1:
+    differing = runs_lib.differing_keys([group.config for group in groups])
+    raise errors.ConfigError(
+      f"{name} has runs of several experiments, which differ in"
+      f" {', '.join(differing)}: pass the seeds of one."
+    )
+  if not groups[0].num_epochs:
+    raise errors.WorkdirError(
+      f"{runs[0].folder} has no finished epoch: train it before it is compared."
+    )
+  return groups[0]
+
+
+def _key(metric: str, sides: Sequence[Group]) -> str:
+  """The key of a metric that all networks have."""
+  records = [run.of_seed(k)[0] for side in sides for run, k in side.repetitions]
+  known = set.intersection(*map(set, records))
+  known = {k for k in known if k.startswith(("train_", "val_", "test_"))}
+  key = metric if metric in known else f"test_{metric}"
+  if key not in known:
+    raise errors.unknown_name("--metric", metric, known)
+  return key
+
+
+def _facts(side: Group) -> dict[str, str]:
+  """How a side was trained; of several runs all values."""
+  facts = [
+    keys.flatten(folder.read_environment(run.folder))
+    | {**side.config, "runs": run.folder}
+    for run in side.counted_runs
+  ]
+  values = {
+    key: [runs_lib.shown(each.get(key)) for each in facts]
+    for key in set().union(*facts)
+  }
+  return {key: "; ".join(dict.fromkeys(values[key])) for key in values}
+
+
+def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
+  factor, title = (100, f"{key} (%)") if "accuracy" in key else (1, key)
+  of_seed = [
+    {
+      seed: factor
+      * (
+        run.best_record(seed, side.num_epochs)
+        if which == "best"
+        else run.of_seed(seed)[side.num_epochs - 1]
+      )[key]
+      for run, seed in side.repetitions
+    }
+    for side in sides
+  ]
+  a, b = (np.array(list(values.values())) for values in of_seed)
+  rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
+  same = [seed for seed in of_seed[0] if seed in of_seed[1]]
+  if len(same) > 1:
+    pairs = np.array([[values[seed] for seed in same] for values in of_seed])
+    rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
+  if factor == 100:
+    count = seeds_needed(a, b, 0.2)
+    note = f"{count} of each side show it in 80 % of cases, at 5 %"
+    if count is None:
+      note = "cannot tell: no side has seeds that differ"
+    rows.append(_Row("seeds for 0.2 points", note))
+  return rows
+
+
+def _over_images(sides: Sequence[Group], which: str) -> list[_Row]:
+  what = "test images"
+  checkpoint = "latest" if which == "last" else which
+  right, counts = [], [len(side.repetitions) for side in sides]
+  try:
+    for side in sides:
+      found = [
+        load.predict_test(run.folder, seed, checkpoint)
+        for run, seed in side.repetitions
+      ]
+      each = [x.probabilities.argmax(1) == x.labels for x in found]
+      right.append(np.sum(each, axis=0))
+  except errors.UserError as error:
+    return [_Row(what, f"left out: {error}")]
+  a, b = (100 * k / n for k, n in zip(right, counts, strict=True))
+  rows = [_row(f"{what}, right (%) (paired t)", a, b, paired=True)]
+  if counts[0] != counts[1]:
+    return [*rows, _Row(f"{what} (McNemar)", "left out: unequally many seeds")]
+  note = f"{np.sum(a > b)} more often right with A, {np.sum(a < b)} with B"
+  return [*rows, _Row(f"{what} (McNemar)", note, p=mcnemar(*right))]
+
+
+def _row(what: str, a: np.ndarray, b: np.ndarray, *, paired: bool) -> _Row:
+  found = interval(a, b, paired=paired)
+  note = "cannot tell: one seed on a side, or no spread" if not found else ""
+  # The spread of one side is not that of pairs.
+  a_mean, b_mean = (
+    Statistic(x.mean(), None if paired or len(x) < 2 else x.std(ddof=1), len(x))
+    for x in (a, b)
+  )
+  return _Row(what, note, a_mean, b_mean, *(found or ()))
