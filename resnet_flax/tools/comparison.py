@@ -1,19 +1,15 @@
 """Two experiments compared: over seeds, over test images, and in their keys."""
 
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from resnet_flax.run import errors, folder, keys, load, mirror
-from resnet_flax.tools.report import runs as runs_lib
+from resnet_flax.tools.report import intervals, runs as runs_lib
 from resnet_flax.tools.report.runs import Group, Statistic
 from resnet_flax.tools.report.tables import Column, Table
-
-_ROUNDING = 1e-9  # Spreads below it are none.
 
 Paths = Iterable[str | os.PathLike[str]]
 
@@ -26,62 +22,6 @@ class _Row(NamedTuple):
   low: float | None = None
   high: float | None = None
   p: float | None = None
-
-
-def interval(
-  a: np.ndarray, b: np.ndarray, *, paired: bool
-) -> tuple[float, float, float] | None:
-  """The 95 % t interval of mean(a) - mean(b), of float64[N] and float64[M].
-
-  Welch's, unless `paired`, when a[k] and b[k] belong together.
-
-  Returns:
-    Its ends, and the two-sided p of no difference; None if they cannot be told:
-    a side has one value, or nothing is spread.
-  """
-  spread = np.ptp(a - b) if paired else np.ptp(a) + np.ptp(b)
-  if min(len(a), len(b)) < 2 or spread < _ROUNDING:
-    return None
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore", RuntimeWarning)  # One side has no spread.
-    welch = {"equal_var": False}
-    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, **welch)
-  low, high = test.confidence_interval(0.95)
-  return float(low), float(high), float(test.pvalue)
-
-
-def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
-  """The two-sided p of McNemar's exact test, of bool[N] or int64[N].
-
-  Counts of equally many networks give the sign test of the images that more
-  networks of one side than of the other get right.
-  """
-  more_a, more_b = np.sum(right_a > right_b), np.sum(right_a < right_b)
-  both = int(more_a + more_b)
-  return stats.binomtest(int(more_a), both).pvalue if both else 1.0
-
-
-def seeds_needed(a: np.ndarray, b: np.ndarray, points: float) -> int | None:
-  """The fewest seeds of each side with which a t-test finds a difference.
-
-  At 5 %, two-sided, in 80 % of cases, with the pooled standard deviation of
-  float64[N] and float64[M]; None if they have none.
-  """
-  freedom = len(a) + len(b) - 2
-  if np.ptp(a) + np.ptp(b) < _ROUNDING:
-    return None
-  variance = (len(a) * np.var(a) + len(b) * np.var(b)) / freedom
-  effect = points / np.sqrt(variance)
-  # With a known deviation it would be this many; it is not fewer.
-  n = max(2, int(2 * (stats.norm.ppf([0.975, 0.8]).sum() / effect) ** 2))
-
-  def power() -> float:
-    limit = stats.t.ppf(0.975, 2 * n - 2)
-    return stats.nct.sf(limit, 2 * n - 2, effect * np.sqrt(n / 2))
-
-  while power() < 0.8:
-    n += 1
-  return n
 
 
 def compare(
@@ -207,7 +147,7 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     pairs = np.array([[values[seed] for seed in same] for values in of_seed])
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
-    count = seeds_needed(a, b, 0.2)
+    count = intervals.seeds_needed(a, b, 0.2)
     note = f"{count} of each side show it in 80 % of cases, at 5 %"
     if count is None:
       note = "cannot tell: no side has seeds that differ"
@@ -234,11 +174,11 @@ def _over_images(sides: Sequence[Group], which: str) -> list[_Row]:
   if counts[0] != counts[1]:
     return [*rows, _Row(f"{what} (McNemar)", "left out: unequally many seeds")]
   note = f"{np.sum(a > b)} more often right with A, {np.sum(a < b)} with B"
-  return [*rows, _Row(f"{what} (McNemar)", note, p=mcnemar(*right))]
+  return [*rows, _Row(f"{what} (McNemar)", note, p=intervals.mcnemar(*right))]
 
 
 def _row(what: str, a: np.ndarray, b: np.ndarray, *, paired: bool) -> _Row:
-  found = interval(a, b, paired=paired)
+  found = intervals.interval(a, b, paired=paired)
   note = "cannot tell: one seed on a side, or no spread" if not found else ""
   # The spread of one side is not that of pairs.
   a_mean, b_mean = (

@@ -15,6 +15,7 @@ from resnet_flax import train
 from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.run import errors, load
 from resnet_flax.tools import comparison
+from resnet_flax.tools.report import intervals
 from tests.tools.report import workdirs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -99,26 +100,26 @@ def test_one_seed_cannot_tell(tmp_path):
 
 def test_rounding_is_no_spread():
   a, b = np.array([97.22, 96.94]), np.array([96.94, 96.66])
-  assert comparison.interval(a, b, paired=True) is None
+  assert intervals.interval(a, b, paired=True) is None
   same = np.full(3, 97.22)
-  assert comparison.interval(same, same - 1, paired=False) is None
-  assert comparison.interval(a, same, paired=False) is not None
+  assert intervals.interval(same, same - 1, paired=False) is None
+  assert intervals.interval(a, same, paired=False) is not None
 
 
 def test_seeds_needed():
   """Cohen's tables, for standard deviations of one."""
   values = np.array([-1, 1]) / np.sqrt(2)
   found = [
-    comparison.seeds_needed(values, values[::-1], d) for d in (0.2, 0.5, 0.8, 1)
+    intervals.seeds_needed(values, values[::-1], d) for d in (0.2, 0.5, 0.8, 1)
   ]
   assert found == [394, 64, 26, 17]
-  assert comparison.seeds_needed(np.ones(1), np.ones(1), 0.2) is None
+  assert intervals.seeds_needed(np.ones(1), np.ones(1), 0.2) is None
 
 
 def test_seeds_needed_have_the_power():
   rng = np.random.default_rng(0)
   values = np.array([-1, 1]) / np.sqrt(2)
-  n = comparison.seeds_needed(values, values, 1)
+  n = intervals.seeds_needed(values, values, 1)
   for count, enough in ((n, True), (n - 1, False)):
     a, b = (
       rng.normal(1, 1, (40_000, count)),
@@ -147,7 +148,7 @@ def test_intervals_cover(kind):
   covered = 0
   for _ in range(4000):
     a, b, difference = draw()
-    found = comparison.interval(a, b, paired=kind != "seeds")
+    found = intervals.interval(a, b, paired=kind != "seeds")
     covered += found[0] <= difference <= found[1]
   assert 0.94 <= covered / 4000 <= 0.96
 
@@ -158,7 +159,7 @@ def test_mcnemar(a, b):
   right_b = np.array([False] * a + [True] * b + [True] * 4 + [False] * 2)
   # Twice the smaller tail of a fair coin.
   p = min(1, 2 * stats.binom.cdf(min(a, b), a + b, 0.5))
-  np.testing.assert_allclose(comparison.mcnemar(right_a, right_b), p, rtol=1e-9)
+  np.testing.assert_allclose(intervals.mcnemar(right_a, right_b), p, rtol=1e-9)
 
 
 def test_what_differs_and_warnings(tmp_path):

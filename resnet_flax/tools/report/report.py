@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import operator
 import os
 import pathlib
 import statistics
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
 from resnet_flax.tools.report import (
   figures as figures_lib,
+  intervals,
   page,
   runs as runs_lib,
   scores as scores_lib,
@@ -176,7 +178,37 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     column("final train accuracy (%)", 2, Group.final, "train_accuracy", 100),
     column("final test loss (nats)", 4, Group.final, "test_loss"),
   )
-  return Section("Accuracy", notes=notes, tables=[table])
+  tables = [table]
+  rows = [*filter(None, (_difference(group, groups) for group in groups))]
+  if rows:
+    compared = Table(
+      "intervals",
+      "Final test accuracy less that of the first group on the same data, in"
+      " points, with 95 % intervals over seeds (Welch's t).",
+      rows,
+      *(
+        Column(title, operator.itemgetter(k), 2 if k > 1 else 0)
+        for k, title in enumerate(("group", "first", "points", "from", "to"))
+      ),
+    )
+    notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
+    tables.append(compared)
+  return Section("Accuracy", notes=notes, tables=tables)
+
+
+def _difference(
+  group: Group, groups: Sequence[Group]
+) -> tuple[int, int, float, float, float] | None:
+  """A row that compares a group with the first of its data; None if it is it.
+
+  Or if there are too few seeds, or none that differ.
+  """
+  first = next(g for g in groups if g.config["data"] == group.config["data"])
+  if first is group or not (first.num_epochs and group.num_epochs):
+    return None
+  a, b = (100 * g.curves("test_accuracy")[:, -1] for g in (group, first))
+  found = intervals.interval(a, b, paired=False)
+  return found and (group.number, first.number, a.mean() - b.mean(), *found[:2])
 
 
 def _times(groups: Sequence[Group]) -> Section:
