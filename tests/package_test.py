@@ -48,7 +48,7 @@ def command(monkeypatch, *arguments):
     ("train", "main", ["--mode=train", "--workdir=a"]),
     ("eval", "main", ["--mode=eval", "--workdir=a"]),
     ("summary", "main", ["--mode=summary", "--workdir=a"]),
-    *((name, name, ["--workdir=a"]) for name in cli.COMMANDS[3:]),
+    *((name, name, ["--workdir=a"]) for name in cli.COMMANDS[3:-1]),
   ],
 )
 def test_commands_are_modules(name, module, rest, monkeypatch):
@@ -60,6 +60,17 @@ def test_commands_are_modules(name, module, rest, monkeypatch):
   )
   command(monkeypatch, name, "--workdir=a")
   assert started == [(f"resnet_flax.{module}", *rest)]
+
+
+def test_sweeps_are_run_in_the_repository(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  started = []
+  monkeypatch.setattr(
+    cli.runpy, "run_module", lambda name, **_: started.append(name)
+  )
+  command(monkeypatch, "sweep", "--dry_run")
+  assert (started, sys.argv[1:]) == (["experiments.sweep"], ["--dry_run"])
 
 
 def test_every_door_is_a_command():
@@ -84,15 +95,16 @@ def test_help_lists_the_commands(monkeypatch, capsys):
       ["predcit", "--topk=3"],
       "command='predcit' is not known. Did you mean 'p",
     ),
-    (["sweep"], "command='sweep' is not known. Known: compare, convert, eval"),
     ([], "command='' is not known. Known: compare, convert"),
+    (["sweep"], "sweep is in the repository alone"),
   ],
 )
-def test_an_unknown_command_is_one_line(arguments, message):
+def test_an_unknown_command_is_one_line(arguments, message, tmp_path):
   code = "from resnet_flax.tools import cli; cli.run()"
   done = subprocess.run(
     [sys.executable, "-c", code, *arguments],
-    cwd=ROOT,
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
   )

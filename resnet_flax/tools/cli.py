@@ -1,12 +1,14 @@
 """The command `resnet-flax NAME ...`: `python -m resnet_flax.NAME ...`."""
 
+import os
 import runpy
 import sys
 
 from resnet_flax.run import errors
 
 _MODES = ("train", "eval", "summary")  # Of `resnet_flax.main`.
-COMMANDS = (*_MODES, "predict", "convert", "export", "report", "compare")
+_DOORS = ("predict", "convert", "export", "report", "compare")
+COMMANDS = (*_MODES, *_DOORS, "sweep")
 
 
 def run() -> None:
@@ -17,6 +19,11 @@ def run() -> None:
     return
   if name not in COMMANDS:
     errors.leave(str(errors.unknown_name("command", name, COMMANDS)), 2)
-  sys.argv[1:2] = [f"--mode={name}"] if name in _MODES else []
   module = f"resnet_flax.{'main' if name in _MODES else name}"
+  if name == "sweep":
+    if not os.path.exists("experiments/sweep.py"):
+      errors.leave("sweep is in the repository alone: run it in its folder", 2)
+    module = "experiments.sweep"
+    sys.path.insert(0, "")
+  sys.argv[1:2] = [f"--mode={name}"] if name in _MODES else []
   runpy.run_module(module, run_name="__main__", alter_sys=True)
