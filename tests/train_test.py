@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import quickstart
 from resnet_flax import data, step as step_lib, train
+from resnet_flax.models.kernels import onednn
 from resnet_flax.parallel import evaluate, program
 from resnet_flax.run import (
   checkpoint,
@@ -499,6 +501,30 @@ def test_the_monitored_metric_chooses_the_best_epoch(
   monkeypatch.setattr(evaluate, "evaluate", scripted)
   programs.train(tiny_config, tmp_path / "run", devices=one_device)
   assert saved_steps(tmp_path / "run") == [4, 12, 16]
+
+
+@slow
+def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
+  """Over three seeds: within what seeds differ by."""
+  monkeypatch.setattr(onednn, "enabled", True)
+  if not onednn.can_convolve(jnp.bfloat16):
+    pytest.skip("this processor has no bfloat16")
+  config = quickstart.get_config()
+  config.num_epochs, config.num_seeds, config.log.tensorboard = 3, 3, False
+  config.dataset.train_examples = 512
+  losses = {}
+  for config.model.dtype in ("float32", "bfloat16"):
+    records = train.train_and_evaluate(config, tmp_path / config.model.dtype)
+    of_seeds = [metrics.of_seeds(record) for record in records]
+    losses[config.model.dtype] = np.array(
+      [[seed["train_loss"] for seed in each] for each in of_seeds]
+    )
+  mean = losses["float32"].mean(axis=1)
+  spread = losses["float32"].std(axis=1, ddof=1)
+  difference = losses["bfloat16"].mean(axis=1) - mean
+  assert mean[-1] < 0.8 * mean[0]
+  # The standard error of the difference is 0.8 of the spread; and 2 %.
+  assert (np.abs(difference) < 3 * 0.8 * spread + 0.02 * mean).all()
 
 
 def test_a_run_at_a_constant_rate_can_be_lengthened_not_shortened(

@@ -153,7 +153,8 @@ _KEYS = (
     "Side in pixels to which the device resizes images. 0: it does not."
   ),
   Key("model.dtype", "float32", choice("float32", "bfloat16")).means(
-    "What is computed in. Parameters and statistics stay float32."
+    "What is computed in. Parameters and statistics stay float32. bfloat16 is"
+    " slow on CPUs without AVX512-BF16 or AMX."
   ),
   Key("model.shortcut", "default", _SHORTCUT).means(
     "Where a block changes shape. keras: 1x1 convolution. A: strided identity"

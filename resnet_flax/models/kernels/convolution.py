@@ -2,11 +2,11 @@
 
 XLA's own is good on TPUs and GPUs. On CPUs it is half as fast as oneDNN's, and
 its weight gradient runs at a tenth of the speed of a matrix product. There all
-three operations of a float32 convolution are forward convolutions of oneDNN,
-where jaxlib brings it; only the weight gradient of a 1x1 kernel is one product
-of matrices. Otherwise the weight gradient is computed as products of matrices
-that stay in the cache, and the rest by XLA. The choice is made when a program
-is lowered for a platform.
+three operations of a convolution are forward convolutions of oneDNN, where
+jaxlib brings it: in float32, and in bfloat16 where the processor has that. Only
+the weight gradient of a 1x1 kernel is one product of matrices. Otherwise the
+weight gradient is computed as products of matrices that stay in the cache, and
+the rest by XLA. The choice is made when a program is lowered for a platform.
 """
 
 import functools
@@ -196,6 +196,7 @@ def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
     (1, 1),
     ((top, bottom), (left * c, right * c)),
     (sh, sw * c),
+    jnp.float32,
   )
   return result.reshape(kh, kw, c, d)
 
@@ -317,7 +318,7 @@ def conv_general_dilated(
   for JAX. Dilated and grouped convolutions, and others than two-dimensional
   NHWC ones, are passed on as they are. Reverse-mode derivatives of any order,
   `vmap` and batches that are sharded over devices work; forward mode does not
-  (JAX says so). oneDNN always computes in float32.
+  (JAX says so). oneDNN always sums in float32.
   """
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if not (

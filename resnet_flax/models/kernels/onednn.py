@@ -8,10 +8,13 @@ program that contains it cannot be serialised: not exported for CPUs, and not
 kept in the persistent compilation cache.
 """
 
+import functools
 import json
+import pathlib
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +29,24 @@ HW = tuple[int, ...]  # For rows, then for columns.
 Pads = Sequence[tuple[int, int]]
 
 
-def can_convolve(dtype: jnp.dtype) -> bool:
+@functools.cache
+def _has_bfloat16() -> bool:
+  """Whether the processor multiplies it by itself."""
+  try:
+    flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+  except OSError:
+    return False
+  return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def can_convolve(dtype: Any) -> bool:
   """Whether `convolve` works here, and for this dtype."""
   # Another version may end the process if it cannot read the configuration.
   is_known = jaxlib_version.__version__ == "0.10.2"
   system = sys.platform, platform.machine()
   is_there = is_known and system == ("linux", "x86_64")
-  return enabled and is_there and dtype == jnp.float32
+  is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and _has_bfloat16())
+  return enabled and is_there and is_fast
 
 
 def pad(x: Array, pads: Pads) -> Array:
@@ -42,12 +56,19 @@ def pad(x: Array, pads: Pads) -> Array:
 
 
 def convolve(
-  x: Array, kernel: Array, strides: HW, pads: Pads, dilation: HW = (1, 1)
+  x: Array,
+  kernel: Array,
+  strides: HW,
+  pads: Pads,
+  dilation: HW = (1, 1),
+  dtype: Any = None,
 ) -> Array:
   """The convolution of NHWC images with an HWIO kernel, on a CPU.
 
-  It has no derivative and no partitioning rule; negative pads cut off.
+  It has no derivative and no partitioning rule; negative pads cut off. Sums are
+  float32; `dtype` is that of the result, by default that of the images.
   """
+  dtype = dtype or x.dtype
   kernel_hw = kernel.shape[:2]
   out_hw = (
     max(0, (size + before + after - (k - 1) * gap - 1) // stride + 1)
@@ -58,7 +79,7 @@ def convolve(
   shape = (x.shape[0], *out_hw, kernel.shape[3])
   # An empty sum is zero; oneDNN is not asked about empty operands.
   if 0 in (*shape, *x.shape, *kernel.shape):
-    return jnp.zeros(shape, x.dtype)
+    return jnp.zeros(shape, dtype)
   if any(min(each) < 0 for each in pads):
     # All of it at once: a cut alone may be of more than there is.
     x, pads = pad(x, pads), ((0, 0), (0, 0))
@@ -82,7 +103,7 @@ def convolve(
   }
   return jax.ffi.ffi_call(
     "__onednn$convolution",
-    jax.ShapeDtypeStruct(shape, x.dtype),
+    jax.ShapeDtypeStruct(shape, dtype),
     custom_call_api_version=2,
     legacy_backend_config=json.dumps({"onednn_conv_config": convolution}),
     vmap_method="sequential",

@@ -184,6 +184,23 @@ def test_dtypes(dtype, tolerance):
     assert_close(a, b, tolerance)
 
 
+def test_bfloat16_is_float32_rounded():
+  """Sums are float32: what is rounded are operands and results."""
+  if not onednn.can_convolve(jnp.bfloat16):
+    pytest.skip("this processor has no bfloat16")
+  # More images than one chunk of the weight gradient, whose sum is float32 too.
+  x, kernel = normal((600, 16, 16, 16)), he_normal((3, 3, 16, 16))
+  half = [a.astype(jnp.bfloat16) for a in (x, kernel)]
+  mine = derivatives(ours, *half, (1, 1), "SAME")
+  same = [a.astype(jnp.float32) for a in half]
+  theirs = derivatives(plain, *same, (1, 1), "SAME")
+  for a, b in zip(mine, theirs, strict=True):
+    assert a.dtype == jnp.bfloat16
+    # 2**-9 for the result and for the gradient that comes in, which is that of
+    # a rounded result.
+    assert_close(a, b, 2**-6)
+
+
 @pytest.mark.parametrize("argnum", [0, 1])
 def test_gradient_of_a_gradient(argnum):
   x, kernel = normal((5, 9, 8, 3)), normal((3, 3, 3, 4), seed=1)
