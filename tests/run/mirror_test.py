@@ -21,8 +21,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from resnet_flax import train
-from resnet_flax.run import errors, mirror
-from tests.helpers import at_event, changed
+from resnet_flax.run import errors, folder, mirror
+from tests.helpers import assert_same_run, at_event, changed
 
 ROOT = pathlib.Path(__file__).parents[2]
 AWS = {
@@ -473,39 +473,45 @@ def test_names_in_a_list_lead_nowhere_else(workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_with_its_disk_at_any_moment(tmp_path):
+def test_killed_with_its_disk_at_any_moment(address, tmp_path):
   """The same command on a new machine ends in the bits of its twin."""
+  workdir = tmp_path / "run"
 
-  def command(name, *more):
+  def command(workdir, *more):
     return [
-      *(sys.executable, "-m", "resnet_flax.main"),
-      *("--config=configs/quickstart.py", "--config.num_epochs=6"),
+      *(
+        sys.executable,
+        "-m",
+        "resnet_flax.main",
+        f"--workdir={workdir}",
+        *more,
+      ),
+      *("--config=configs/quickstart.py", "--config.num_epochs=40"),
       *("--config.dataset.train_examples=640", "--config.model.depth=8"),
       *("--config.model.num_filters=4", "--config.checkpoint.every_steps=3"),
-      *(f"--workdir={tmp_path / name}", *more),
     ]
 
-  def metrics(name):
-    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    timed = ("epoch_seconds", "images_per_second")
-    return [
-      {k: v for k, v in json.loads(line).items() if k not in timed}
-      for line in lines
-    ]
-
-  subprocess.run(command("twin"), cwd=ROOT, check=True)
-  killed = command("run", f"--config.checkpoint.mirror={tmp_path / 'disk'}")
+  subprocess.run(command(tmp_path / "twin"), cwd=ROOT, check=True)
+  killed = command(workdir, f"--config.checkpoint.mirror={address}")
   rng = random.Random(0)
-  for _ in range(10):
-    with subprocess.Popen(killed, cwd=ROOT) as process:
-      try:
-        process.wait(rng.uniform(6, 14))
-      except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
+  for _ in range(20):
+    with subprocess.Popen(
+      killed, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+      if is_early := rng.random() < 0.3:
+        time.sleep(rng.uniform(0, 10))
       else:
-        assert process.returncode == 0
-        break
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-  else:
-    subprocess.run(killed, cwd=ROOT, check=True)
-  assert metrics("run") == metrics("twin")
+        assert any("compiled in" in line for line in process.stderr)
+        time.sleep(rng.uniform(0, 2.5))
+      process.kill()
+    assert process.returncode == -signal.SIGKILL
+    here = mirror.progress(workdir)
+    there = [state.progress for state in mirror._Store(address).states()]
+    print("early" if is_early else "training", here, there, flush=True)
+    shutil.rmtree(workdir, ignore_errors=True)
+  ended = subprocess.run(
+    killed, cwd=ROOT, check=True, stderr=subprocess.PIPE, text=True
+  )
+  assert f"filled {workdir} from {address}" in ended.stderr
+  config = folder.load_config(workdir)
+  assert_same_run(config, workdir, tmp_path / "twin")
