@@ -183,8 +183,7 @@ class Mirror:
     }
     # Digests of files that are there, whole.
     self._stored: set[str] = set()
-    self._known: dict[pathlib.Path, tuple[tuple[int, ...], str]] = {}
-    self._pushed: dict[str, str] | None = None  # The files of the last state.
+    self._pushed: dict[str, Any] | None = None  # What there was to copy last.
     self._number = 0
     self._beaten = 0.0  # When it was last said whose it is.
     self._closing = threading.Event()
@@ -241,7 +240,8 @@ class Mirror:
 
   def _keep(self) -> bool:
     """Says now and then whose it is; false if it is no longer this run's."""
-    if time.monotonic() - self._beaten > _FRESH / 6:
+    age = time.monotonic() - self._beaten
+    if age > _FRESH / 6 and not self._abandoned:
       content = self._store.read("owner.json")
       if content and json.loads(content)["run"] != self._owner["run"]:
         self._abandoned = True
@@ -284,50 +284,45 @@ class Mirror:
 
   def _push(self) -> bool:
     """Copies the workdir's state, if it is new; whether it is there."""
-    reached = progress(self._workdir)
-    try:
-      files = self._look()
-      if progress(self._workdir) != reached:
+    seen = self._look()
+    # A workdir without its configuration holds nothing yet.
+    if seen == self._pushed or "config.json" not in seen:
+      return self._keep()
+    with _temporary(self._workdir) as folder:
+      # The run removes checkpoints, however slow the server is.
+      with contextlib.suppress(FileNotFoundError):
+        for name in seen:
+          _link(self._workdir / name, folder / name)
+      if self._look() != seen:
         return False
-      # A workdir without its configuration holds nothing yet.
-      if files == self._pushed or "config.json" not in files:
-        return self._keep()
+      files = {name: _digest(folder / name) for name in seen}
       for name, digest in files.items():
         if digest not in self._stored and self._keep():
-          self._store.upload(self._workdir / name, f"files/{digest}")
-          if self._digest(self._workdir / name) != digest:
-            return False  # Something else was copied.
+          self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
-    except FileNotFoundError as error:
-      if str(self._workdir) in str(error):
-        return False  # A checkpoint that the run has removed.
-      raise
+      state = _State(self._number + 1, *progress(folder), files)
     if not self._keep():
       return False
-    state = _State(self._number + 1, *reached, files)
     content = json.dumps(dataclasses.asdict(state)).encode()
     self._store.write(f"states/{_state_name(state.number, content)}", content)
-    self._number, self._pushed = state.number, files
+    self._number, self._pushed = state.number, seen
     self._remove_old()
     return True
 
-  def _look(self) -> dict[str, str]:
-    """The files of the workdir that are complete, with their digests."""
-    names = [name for name in _FILES if (self._workdir / name).exists()]
+  def _look(self) -> dict[str, tuple[int, int]]:
+    """The files of the workdir that are complete, and what tells of changes."""
+    paths = [self._workdir / name for name in _FILES]
     for folder in checkpoints(self._workdir):
-      names += [
-        str(path.relative_to(self._workdir))
-        for path in sorted(folder.rglob("*"))
+      paths += sorted(folder.rglob("*"))
+    try:
+      return {
+        str(path.relative_to(self._workdir)): (now.st_mtime_ns, now.st_size)
+        for path in paths
         if path.is_file()
-      ]
-    return {name: self._digest(self._workdir / name) for name in names}
-
-  def _digest(self, path: pathlib.Path) -> str:
-    now = path.stat()
-    key = (now.st_size, now.st_mtime_ns, now.st_ino)
-    if self._known.get(path, ((), ""))[0] != key:
-      self._known[path] = key, _digest(path)
-    return self._known[path][1]
+        for now in [path.stat()]
+      }
+    except FileNotFoundError:  # The run is removing a checkpoint.
+      return self._look()
 
   def _remove_old(self) -> None:
     used = _digests(self._store.states()[:_KEPT_STATES])
@@ -336,6 +331,24 @@ class Mirror:
       self._store.remove(f"states/{name}")
     for digest in self._store.names("files") - used:
       self._store.remove(f"files/{digest}")
+
+
+@contextlib.contextmanager
+def _temporary(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder in a workdir, the only one: killed runs have left others."""
+  for path in workdir.glob(".mirror-*"):
+    shutil.rmtree(path, ignore_errors=True)
+  with tempfile.TemporaryDirectory(dir=workdir, prefix=".mirror-") as name:
+    yield pathlib.Path(name)
+
+
+def _link(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Keeps a file as it is now."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with contextlib.suppress(OSError):  # Not all file systems can.
+    if source.name not in _FILES:
+      return target.hardlink_to(source)
+  shutil.copyfile(source, target)
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
@@ -398,10 +411,7 @@ def fill(
   Raises:
     WorkdirError: there is no such state.
   """
-  with tempfile.TemporaryDirectory(
-    dir=workdir, prefix=".filling-"
-  ) as temporary:
-    folder = pathlib.Path(temporary)
+  with _temporary(workdir) as folder:
     for state in states:
       shutil.rmtree(folder)
       folder.mkdir()
