@@ -53,6 +53,11 @@ _now, _monotonic, _start = time.time(), time.monotonic, time.monotonic()
 time.time = lambda: _now - 3600 * (_monotonic() - _start)
 time.time_ns = lambda: int(1e9 * time.time())
 """
+_ELSEWHERE = """\
+import socket
+
+socket.gethostname = lambda: "elsewhere"
+"""
 
 
 class Skipped(Exception):
@@ -459,10 +464,16 @@ def second_machine(case: Case) -> None:
   """The same command is started on another machine while it runs."""
   folder = _mirrored(case)
   process = case.start_until(lambda process: _copied(folder))
-  owner = json.loads((folder / "owner.json").read_text())
-  (folder / "owner.json").write_text(json.dumps(owner | {"host": "other"}))
+  module = case.job.new_workdir()
+  module.mkdir()
+  (module / "sitecustomize.py").write_text(_ELSEWHERE)
   first, case.workdir = case.workdir, case.job.new_workdir()
-  case.refuses("is in use by", str(process.pid), "on other")
+  # So that it does not finish before the other one has begun.
+  os.kill(process.pid, signal.SIGSTOP)
+  other = case.end(case.start(PYTHONPATH=str(module)))
+  os.kill(process.pid, signal.SIGCONT)
+  words = "is in use by", str(process.pid), f"on {socket.gethostname()}"
+  case.refuses(*words, error=other.error)
   case.workdir = first
   case.compare(case.end(process))
   case.notes.append("the first one finishes")
