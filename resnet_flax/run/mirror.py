@@ -48,14 +48,8 @@ class _State:
   """A whole state of a workdir."""
 
   number: int  # States are numbered from 1.
-  step: int  # Of the latest checkpoint; 0 without any.
-  records: int  # Epochs in metrics.jsonl.
+  progress: list[int]  # See `progress`.
   files: dict[str, str]  # By path in the workdir the SHA-256.
-
-  @property
-  def progress(self) -> tuple[int, int]:
-    """What tells a later state from an earlier one."""
-    return self.step, self.records
 
 
 class _Store:
@@ -196,10 +190,9 @@ class Mirror:
       self._claim()
       states = self._store.states()
       self._number = states[0].number if states else 0
-      step, records = progress(self._workdir)
       # A file without a list may be half of one; what is damaged is written
       # again.
-      if states and states[0].progress > (step, records):
+      if states and states[0].progress > progress(self._workdir):
         states = [fill(self._store, states, self._workdir, self._check)]
         _logger.info("filled %s from %s", self._workdir, self._store.url)
       self._stored = _digests(states)
@@ -300,7 +293,7 @@ class Mirror:
         if digest not in self._stored and self._keep():
           self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
-      state = _State(self._number + 1, *progress(folder), files)
+      state = _State(self._number + 1, progress(folder), files)
     if not self._keep():
       return False
     content = json.dumps(dataclasses.asdict(state)).encode()
@@ -353,7 +346,7 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _has_ended(owner: dict[str, Any]) -> bool:
   """Whether the owner was a process of this machine that is no more."""
-  if not owner or owner["host"] != socket.gethostname():
+  if owner["host"] != socket.gethostname():
     return False
   try:
     os.kill(owner["pid"], 0)
@@ -389,12 +382,15 @@ def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
   return sorted(numbered, key=lambda path: int(path.name))
 
 
-def progress(workdir: pathlib.Path) -> tuple[int, int]:
-  """How far a workdir is: its latest checkpoint's step, and its records."""
+def progress(workdir: pathlib.Path) -> list[int]:
+  """How far a workdir is: its latest checkpoint's step, and its records.
+
+  0 without any; later states of a run are greater.
+  """
   steps = [int(path.name) for path in checkpoints(workdir)]
   log = workdir / "metrics.jsonl"
   records = log.read_bytes().count(b"\n") if log.exists() else 0
-  return max(steps, default=0), records
+  return [max(steps, default=0), records]
 
 
 def fill(
