@@ -33,6 +33,20 @@ AWS = {
 }
 
 
+def start_s3(monkeypatch, port=0):
+  """A server, which has what an earlier one had."""
+  boto3 = pytest.importorskip("boto3")
+  pytest.importorskip("s3fs")
+  moto = pytest.importorskip("moto.server")
+  server = moto.ThreadedMotoServer(port=port, verbose=False)
+  server.start()
+  url = "http://{}:{}".format(*server.get_host_and_port())
+  for name, value in {**AWS, "AWS_ENDPOINT_URL": url}.items():
+    monkeypatch.setenv(name, value)
+  boto3.client("s3").create_bucket(Bucket="bucket")
+  return server
+
+
 @pytest.fixture(params=["folder", "s3", "gs"])
 def address(request, tmp_path, monkeypatch):
   """An empty address of each kind, on a server of this machine."""
@@ -40,15 +54,7 @@ def address(request, tmp_path, monkeypatch):
     yield str(tmp_path / "disk" / "run")
     return
   if request.param == "s3":
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {**AWS, "AWS_ENDPOINT_URL": url}.items():
-      monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="bucket")
+    server = start_s3(monkeypatch)
   else:
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server")
@@ -323,6 +329,27 @@ def test_a_server_that_is_ill_for_a_while(
   other.mkdir()
   mirror.fetch(str(address), other)
   assert content(other) == content(workdir)
+
+
+@pytest.mark.slow
+def test_an_s3_server_that_is_stopped_for_a_while(
+  workdir, tmp_path, caplog, monkeypatch
+):
+  caplog.set_level(logging.INFO, "resnet_flax")
+  server = start_s3(monkeypatch)
+  _, port = server.get_host_and_port()
+  address = f"s3://bucket/runs/{tmp_path.name}"
+  with mirror.Mirror(address, workdir):
+    server.stop()
+    save(workdir, 1, records=0)
+    wait_until(lambda: "cannot be written" in caplog.text)
+    server = start_s3(monkeypatch, port)
+  assert "is up to date again" in caplog.text
+  other = tmp_path / "other"
+  other.mkdir()
+  mirror.fetch(address, other)
+  assert content(other) == content(workdir)
+  server.stop()
 
 
 @pytest.mark.parametrize("illness", ILLNESSES)
