@@ -86,6 +86,7 @@ class Case:
 
   Attributes:
     workdir: of the run on trial; does not exist at first.
+    extra: arguments of the command besides the job's.
     rng: draws what the fault leaves open.
     injected: how many times the fault was injected.
     attempts: all starts of the command, as JSON.
@@ -98,6 +99,7 @@ class Case:
   def __init__(self, job: Job, rng: np.random.Generator):
     self.job = job
     self.workdir = job.new_workdir()
+    self.extra: list[str] = []
     self.rng = rng
     self.injected = 1
     self.attempts: list[dict[str, Any]] = []
@@ -124,7 +126,7 @@ class Case:
 
   def start(self, *extra: str, **environment: str) -> harness.Process:
     """Starts the command."""
-    arguments = [*self.job.arguments, *extra]
+    arguments = [*self.job.arguments, *self.extra, *extra]
     return harness.Process(arguments, self.workdir, **environment)
 
   def end(self, process: harness.Process) -> harness.Ended:
@@ -190,10 +192,14 @@ class Case:
     """
     self._done.append("recovers" if identical else "finishes")
     ended = self.end(self.start(**environment))
+    self.says(ended, *says)
+    self.compare(ended, identical=identical)
+
+  def says(self, ended: harness.Ended, *says: str) -> None:
+    """Sees that a process has said these words."""
     text = "".join(ended.lines)
     for words in says:
       self.expect(words in text, f"the run does not say {words!r}")
-    self.compare(ended, identical=identical)
 
   def compare(self, ended: harness.Ended, *, identical: bool = True) -> None:
     """Compares the finished run with the reference."""

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -41,6 +42,7 @@ _SECONDS_TO_STOP = 10.0
 _AT_ONCE = 2.0
 _SECONDS_TO_TRACE = 2.0
 _NUM_FLIPPED = 3
+_NUM_LOST = 10
 _DISK = "16m"
 _DAY = 24 * 60 * 60.0
 _STEPS_PER_EPOCH = 20
@@ -50,6 +52,11 @@ import time
 _now, _monotonic, _start = time.time(), time.monotonic, time.monotonic()
 time.time = lambda: _now - 3600 * (_monotonic() - _start)
 time.time_ns = lambda: int(1e9 * time.time())
+"""
+_ELSEWHERE = """\
+import socket
+
+socket.gethostname = lambda: "elsewhere"
 """
 
 
@@ -351,6 +358,127 @@ def two_signals(case: Case) -> None:
   case.recovers()
 
 
+# ---- The copy of a run that `checkpoint.mirror` keeps
+
+
+def _mirrored(case: Case) -> pathlib.Path:
+  """From now on the command keeps a mirror, in this folder."""
+  folder = case.job.new_workdir()
+  case.extra = [f"--config.checkpoint.mirror={folder}"]
+  return folder
+
+
+def _copied(folder: pathlib.Path, count: int = 1) -> bool:
+  """Whether there are so many lists of states with checkpoints."""
+  lists = folder.glob("states/*.json")
+  return sum('"checkpoints/' in path.read_text() for path in lists) >= count
+
+
+def lost_disks(case: Case) -> None:
+  """SIGKILL at random, and the workdir is gone, but for its mirror."""
+  folder = _mirrored(case)
+  early = case.job.reference.seconds_to_compiled
+  case.injected = 0
+  while case.injected < _NUM_LOST:
+    process = case.start()
+    wait = case.rng.uniform(0, early)
+    if case.rng.random() < 0.7:
+      process.wait_until(process.is_compiled)
+      wait = process.age + case.rng.uniform(0, 2)
+    process.wait_until(functools.partial(process.is_older, wait))
+    process.send(signal.SIGKILL)
+    ended = case.end(process)
+    if ended.code == 0:
+      break
+    case.injected += 1
+    shutil.rmtree(case.workdir, ignore_errors=True)
+  case.expect(_copied(folder), "nothing was copied")
+  case.recovers("filled")
+
+
+def damaged_mirror(case: Case) -> None:
+  """One byte changes in the mirror's last state, and the workdir is gone."""
+  folder = _mirrored(case)
+  case.stop_when(lambda process: _copied(folder, 2), signal.SIGKILL)
+  shutil.rmtree(case.workdir)
+  before, last = (
+    json.loads(path.read_text())["files"].values()
+    for path in sorted(folder.glob("states/*.json"))[-2:]
+  )
+  _flip(
+    max((folder / "files" / name for name in {*last} - {*before}), key=_size),
+    case.rng,
+  )
+  case.recovers("is damaged", "filled", "resuming after step")
+
+
+def truncated_mirror(case: Case) -> None:
+  """All files of the mirror lose their second half, and the workdir is gone."""
+  folder = _mirrored(case)
+  case.stop_when(lambda process: _copied(folder), signal.SIGKILL)
+  shutil.rmtree(case.workdir)
+  for path in _files(folder / "files"):
+    os.truncate(path, _size(path) // 2)
+  case.refuses("holds no state whose files are all right")
+  shutil.rmtree(folder)
+  case.recovers()
+
+
+def full_mirror(case: Case) -> None:
+  """The mirror's disk fills up under the run; later there is room."""
+  folder = _mirrored(case)
+  with _small_disk(folder):
+    process = case.start_until(lambda process: _copied(folder))
+    filler = folder / "filler"
+    _fill(filler)
+    process.wait_until(lambda: "No space left" in process.messages())
+    filler.unlink()
+    ended = case.end(process)
+    case.says(ended, "cannot be written", "trying again", "is up to date again")
+    case.compare(ended)
+    shutil.rmtree(case.workdir)
+    case.recovers("filled")
+
+
+def absent_mirror(case: Case) -> None:
+  """The mirror cannot be reached at the start; later it can."""
+  folder = _mirrored(case)
+  folder.write_text("not a folder")
+  case.refuses("cannot be used", "See that it can be reached")
+  folder.unlink()
+  case.recovers()
+
+
+def stopped_with_mirror(case: Case) -> None:
+  """SIGTERM, and what was saved then is on the mirror alone."""
+  _mirrored(case)
+  ended = case.stop_when(lambda process: process.has_saved(27), signal.SIGTERM)
+  case.refuses("saved up to step", error=ended.error)
+  step = int(harness.latest(case.workdir).name)
+  shutil.rmtree(case.workdir)
+  case.recovers(f"resuming after step {step} of")
+  case.notes.append(f"{ended.seconds:.1f} s")
+
+
+def second_machine(case: Case) -> None:
+  """The same command is started on another machine while it runs."""
+  folder = _mirrored(case)
+  process = case.start_until(lambda process: _copied(folder))
+  module = case.job.new_workdir()
+  module.mkdir()
+  (module / "sitecustomize.py").write_text(_ELSEWHERE)
+  first, case.workdir = case.workdir, case.job.new_workdir()
+  # So that it does not finish before the other one has begun.
+  os.kill(process.pid, signal.SIGSTOP)
+  other = case.end(case.start(PYTHONPATH=str(module)))
+  os.kill(process.pid, signal.SIGCONT)
+  words = "is in use by", str(process.pid), f"on {socket.gethostname()}"
+  case.refuses(*words, error=other.error)
+  case.workdir = first
+  case.compare(case.end(process))
+  case.notes.append("the first one finishes")
+
+
 # By name. A docstring's first line is what the table calls the fault.
 FAULTS: dict[str, Callable[[Case], None]] = {
   fault.__name__: fault
@@ -378,6 +506,13 @@ FAULTS: dict[str, Callable[[Case], None]] = {
     sigterm,
     sigint,
     two_signals,
+    lost_disks,
+    damaged_mirror,
+    truncated_mirror,
+    full_mirror,
+    absent_mirror,
+    stopped_with_mirror,
+    second_machine,
   )
 }
 ON_CIFAR10 = (truncated_data.__name__, altered_data.__name__)

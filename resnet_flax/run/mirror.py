@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import fsspec
@@ -33,10 +34,11 @@ _logger = logging.getLogger(__name__)
 # Besides checkpoints; in this order, so that a record has its checkpoint.
 _FILES = ("config.json", "environment.json", "metrics.jsonl")
 _KEPT_STATES = 2
-# Seconds: between looks at the workdir, between attempts that fail at most, in
-# which an owner must have been heard of, and for the last files at the end of a
-# run and when it is stopped.
+# Seconds: between looks at the workdir, between attempts that fail at most, for
+# an answer, for a file of a checkpoint, in which an owner must have been heard
+# of, and for the last files at the end of a run and when it is stopped.
 _POLL, _MOST_PATIENCE = 1.0, 60.0
+_ANSWER, _TRANSFER = 60.0, 1800.0
 _FRESH = 120.0
 _AT_THE_END, _WHEN_STOPPED = 600.0, 30.0
 
@@ -46,14 +48,8 @@ class _State:
   """A whole state of a workdir."""
 
   number: int  # States are numbered from 1.
-  step: int  # Of the latest checkpoint; 0 without any.
-  records: int  # Epochs in metrics.jsonl.
+  progress: list[int]  # See `progress`.
   files: dict[str, str]  # By path in the workdir the SHA-256.
-
-  @property
-  def progress(self) -> tuple[int, int]:
-    """What tells a later state from an earlier one."""
-    return self.step, self.records
 
 
 class _Store:
@@ -70,14 +66,32 @@ class _Store:
         f"checkpoint.mirror={url} cannot be used: {errors.one_line(error)}."
         " gs:// needs pip install 'resnet_flax[gcs]', s3:// 'resnet_flax[s3]'."
       ) from error
+    # It writes tracebacks of what it raises as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     if hasattr(self.system, "auto_mkdir"):
       self.system.auto_mkdir = True  # On disks, where folders must be made.
+
+  def _call(self, seconds: float, method: str, *arguments: Any) -> Any:
+    """What a method of the system returns; libraries may wait for ever."""
+    answer: futures.Future[Any] = futures.Future()
+
+    def call() -> None:
+      try:
+        answer.set_result(getattr(self.system, method)(*arguments))
+      except BaseException as error:
+        answer.set_exception(error)
+
+    # Of a pool's threads the interpreter would wait for the end.
+    threading.Thread(target=call, daemon=True).start()
+    if not futures.wait([answer], seconds).done:
+      raise TimeoutError(f"no answer for {seconds:g} s")
+    return answer.result()
 
   def names(self, folder: str) -> set[str]:
     """The names in a folder."""
     try:
       self.system.invalidate_cache()
-      paths = self.system.ls(f"{self.root}/{folder}", detail=False)
+      paths = self._call(_ANSWER, "ls", f"{self.root}/{folder}", False)
     except FileNotFoundError:
       return set()
     return {path.rstrip("/").rpartition("/")[2] for path in paths} - {folder}
@@ -85,42 +99,44 @@ class _Store:
   def read(self, name: str) -> bytes | None:
     """A file's content; None without it."""
     try:
-      return self.system.cat_file(f"{self.root}/{name}")
+      return self._call(_ANSWER, "cat_file", f"{self.root}/{name}")
     except FileNotFoundError:
       return None
 
   def write(self, name: str, content: bytes) -> None:
     """Writes a file."""
-    self.system.pipe_file(f"{self.root}/{name}", content)
+    self._call(_ANSWER, "pipe_file", f"{self.root}/{name}", content)
 
   def remove(self, name: str) -> None:
     """Removes a file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
-      self.system.rm_file(f"{self.root}/{name}")
+      self._call(_ANSWER, "rm_file", f"{self.root}/{name}")
 
   def upload(self, path: pathlib.Path, name: str) -> None:
     """Copies a local file."""
-    self.system.put_file(str(path), f"{self.root}/{name}")
+    self._call(_TRANSFER, "put_file", str(path), f"{self.root}/{name}")
 
   def download(self, name: str, path: pathlib.Path) -> None:
     """Makes a local file."""
-    self.system.get_file(f"{self.root}/{name}", str(path))
+    self._call(_TRANSFER, "get_file", f"{self.root}/{name}", str(path))
 
   def states(self) -> list[_State]:
     """The states whose lists are whole, the latest first."""
     found = []
     for name in sorted(self.names("states"), reverse=True):
       content = self.read(f"states/{name}") or b""
-      if name == _state_name(content):
+      # Not of half a list.
+      if name[9:] == _state_name(0, content)[9:]:
         found.append(_State(**json.loads(content)))
     return found
 
 
-def _state_name(content: bytes) -> str:
-  """Sorted by number; a list that is not whole has another name."""
-  number = re.match(rb'\{"number": (\d{1,9}),', content)
-  digest = hashlib.sha256(content).hexdigest()[:16]
-  return f"{int(number[1]):09}-{digest}.json" if number else ""
+def _state_name(number: int, content: bytes) -> str:
+  return f"{number:09}-{hashlib.sha256(content).hexdigest()[:16]}.json"
+
+
+def _digests(states: list[_State]) -> set[str]:
+  return {digest for state in states for digest in state.files.values()}
 
 
 def _digest(path: pathlib.Path) -> str:
@@ -159,10 +175,11 @@ class Mirror:
       "host": socket.gethostname(),
       "pid": os.getpid(),
     }
-    self._stored: set[str] = set()  # Digests of files that are there.
-    self._known: dict[pathlib.Path, tuple[tuple[int, ...], str]] = {}
-    self._pushed: dict[str, str] | None = None  # The files of the last state.
+    # Digests of files that are there, whole.
+    self._stored: set[str] = set()
+    self._pushed: dict[str, Any] | None = None  # What there was to copy last.
     self._number = 0
+    self._beaten = 0.0  # When it was last said whose it is.
     self._closing = threading.Event()
     self._abandoned = False
     self._failing = False
@@ -173,11 +190,12 @@ class Mirror:
       self._claim()
       states = self._store.states()
       self._number = states[0].number if states else 0
-      step, records = progress(self._workdir)
-      if states and states[0].progress > (step, records):
-        fill(self._store, states, self._workdir, self._check)
+      # A file without a list may be half of one; what is damaged is written
+      # again.
+      if states and states[0].progress > progress(self._workdir):
+        states = [fill(self._store, states, self._workdir, self._check)]
         _logger.info("filled %s from %s", self._workdir, self._store.url)
-      self._stored = self._store.names("files")
+      self._stored = _digests(states)
     self._thread.start()
     return self
 
@@ -211,32 +229,36 @@ class Mirror:
   def _beat(self) -> None:
     owner = self._owner | {"time": time.time()}
     self._store.write("owner.json", json.dumps(owner).encode())
+    self._beaten = time.monotonic()
 
-  def _still_ours(self) -> bool:
-    content = self._store.read("owner.json")
-    return not content or json.loads(content)["run"] == self._owner["run"]
+  def _keep(self) -> bool:
+    """Says now and then whose it is; false if it is no longer this run's."""
+    age = time.monotonic() - self._beaten
+    if age > _FRESH / 6 and not self._abandoned:
+      content = self._store.read("owner.json")
+      if content and json.loads(content)["run"] != self._owner["run"]:
+        self._abandoned = True
+        _logger.warning(
+          "warning: another run has taken over %s; nothing more is copied"
+          " there",
+          self._store.url,
+        )
+      else:
+        self._beat()
+    return not self._abandoned
 
   # ---- The thread
 
   def _run(self) -> None:
-    patience, beaten = _POLL, time.monotonic()
+    patience = _POLL
     while not self._abandoned:
       closing = self._closing.wait(patience)
       try:
-        if time.monotonic() - beaten > _FRESH / 6:
-          if not self._still_ours():
-            _logger.warning(
-              "warning: another run has taken over %s; nothing more is copied"
-              " there",
-              self._store.url,
-            )
-            return
-          self._beat()
-          beaten = time.monotonic()
         is_done = self._push()
-        if self._failing:
+        if is_done and self._failing:
           _logger.info("%s is up to date again", self._store.url)
-        patience, self._failing = _POLL, False
+          self._failing = False
+        patience = _POLL
         if closing and is_done:
           self._store.remove("owner.json")
           return
@@ -251,67 +273,80 @@ class Mirror:
         self._failing = True
         patience = min(2 * patience, _MOST_PATIENCE)
         if closing:
-          time.sleep(patience)
+          time.sleep(_POLL)
 
   def _push(self) -> bool:
     """Copies the workdir's state, if it is new; whether it is there."""
-    try:
-      files = self._look()
-      # A workdir without its configuration holds nothing yet.
-      if files == self._pushed or "config.json" not in files:
-        return True
-      for name, digest in files.items():
-        if digest not in self._stored:
-          self._store.upload(self._workdir / name, f"files/{digest}")
-          self._stored.add(digest)
-      # What changed meanwhile was copied as something else.
-      if self._look() != files:
+    seen = self._look()
+    # A workdir without its configuration holds nothing yet.
+    if seen == self._pushed or "config.json" not in seen:
+      return self._keep()
+    with _temporary(self._workdir) as folder:
+      # The run removes checkpoints, however slow the server is.
+      with contextlib.suppress(FileNotFoundError):
+        for name in seen:
+          _link(self._workdir / name, folder / name)
+      if self._look() != seen:
         return False
-    except FileNotFoundError as error:
-      if str(self._workdir) in str(error):
-        return False  # A checkpoint that the run has removed.
-      raise
-    step, records = progress(self._workdir)
-    state = _State(self._number + 1, step, records, files)
+      files = {name: _digest(folder / name) for name in seen}
+      for name, digest in files.items():
+        if digest not in self._stored and self._keep():
+          self._store.upload(folder / name, f"files/{digest}")
+          self._stored.add(digest)
+      state = _State(self._number + 1, progress(folder), files)
+    if not self._keep():
+      return False
     content = json.dumps(dataclasses.asdict(state)).encode()
-    self._store.write(f"states/{_state_name(content)}", content)
-    self._number, self._pushed = state.number, files
+    self._store.write(f"states/{_state_name(state.number, content)}", content)
+    self._number, self._pushed = state.number, seen
     self._remove_old()
     return True
 
-  def _look(self) -> dict[str, str]:
-    """The files of the workdir that are complete, with their digests."""
-    names = [name for name in _FILES if (self._workdir / name).exists()]
+  def _look(self) -> dict[str, tuple[int, int]]:
+    """The files of the workdir that are complete, and what tells of changes."""
+    paths = [self._workdir / name for name in _FILES]
     for folder in checkpoints(self._workdir):
-      names += [
-        str(path.relative_to(self._workdir))
-        for path in sorted(folder.rglob("*"))
+      paths += sorted(folder.rglob("*"))
+    try:
+      return {
+        str(path.relative_to(self._workdir)): (now.st_mtime_ns, now.st_size)
+        for path in paths
         if path.is_file()
-      ]
-    digests = {}
-    for name in names:
-      path = self._workdir / name
-      now = path.stat()
-      known = self._known.get(path)
-      key = (now.st_size, now.st_mtime_ns, now.st_ino)
-      if known is None or known[0] != key:
-        known = self._known[path] = key, _digest(path)
-      digests[name] = known[1]
-    return digests
+        for now in [path.stat()]
+      }
+    except FileNotFoundError:  # The run is removing a checkpoint.
+      return self._look()
 
   def _remove_old(self) -> None:
-    kept = self._store.states()[:_KEPT_STATES]
+    used = _digests(self._store.states()[:_KEPT_STATES])
+    self._stored &= used
     for name in sorted(self._store.names("states"))[:-_KEPT_STATES]:
       self._store.remove(f"states/{name}")
-    used = {digest for state in kept for digest in state.files.values()}
-    for digest in self._stored - used:
+    for digest in self._store.names("files") - used:
       self._store.remove(f"files/{digest}")
-    self._stored &= used
+
+
+@contextlib.contextmanager
+def _temporary(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder in a workdir, the only one: killed runs have left others."""
+  for path in workdir.glob(".mirror-*"):
+    shutil.rmtree(path, ignore_errors=True)
+  with tempfile.TemporaryDirectory(dir=workdir, prefix=".mirror-") as name:
+    yield pathlib.Path(name)
+
+
+def _link(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Keeps a file as it is now."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with contextlib.suppress(OSError):  # Not all file systems can.
+    if source.name not in _FILES:
+      return target.hardlink_to(source)
+  shutil.copyfile(source, target)
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
   """Whether the owner was a process of this machine that is no more."""
-  if not owner or owner["host"] != socket.gethostname():
+  if owner["host"] != socket.gethostname():
     return False
   try:
     os.kill(owner["pid"], 0)
@@ -347,12 +382,15 @@ def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
   return sorted(numbered, key=lambda path: int(path.name))
 
 
-def progress(workdir: pathlib.Path) -> tuple[int, int]:
-  """How far a workdir is: its latest checkpoint's step, and its records."""
+def progress(workdir: pathlib.Path) -> list[int]:
+  """How far a workdir is: its latest checkpoint's step, and its records.
+
+  0 without any; later states of a run are greater.
+  """
   steps = [int(path.name) for path in checkpoints(workdir)]
   log = workdir / "metrics.jsonl"
   records = log.read_bytes().count(b"\n") if log.exists() else 0
-  return max(steps, default=0), records
+  return [max(steps, default=0), records]
 
 
 def fill(
@@ -360,7 +398,7 @@ def fill(
   states: list[_State],
   workdir: pathlib.Path,
   check: Callable[[pathlib.Path], None] = lambda folder: None,
-) -> None:
+) -> _State:
   """Fills a workdir with the latest state all of whose files are right.
 
   What the workdir has is replaced file by file; checkpoints that it has are
@@ -369,10 +407,7 @@ def fill(
   Raises:
     WorkdirError: there is no such state.
   """
-  with tempfile.TemporaryDirectory(
-    dir=workdir, prefix=".filling-"
-  ) as temporary:
-    folder = pathlib.Path(temporary)
+  with _temporary(workdir) as folder:
     for state in states:
       shutil.rmtree(folder)
       folder.mkdir()
@@ -395,6 +430,7 @@ def fill(
     for name in reversed(_FILES):
       if (folder / name).exists():
         (folder / name).replace(workdir / name)
+  return state
 
 
 def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:

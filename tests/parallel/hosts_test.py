@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from resnet_flax.run import errors, metrics
 from tests.helpers import Programs, saved_steps, untimed
 
 ROOT = pathlib.Path(__file__).parents[2]
+NEVER = 10**9
 SLURM = {
   "SLURM_JOB_ID": "7",
   "SLURM_STEP_NODELIST": "localhost",
@@ -102,6 +104,32 @@ def run(scenario, environments, seconds=0):
   return codes, said, texts
 
 
+def train_two(config, workdirs, count, name, *flags):
+  """Codes and errors of two processes, one of which gets a signal."""
+  stored = workdirs[0].parent / "config.json"
+  stored.write_text(json.dumps(config.to_dict()))
+  config_file = workdirs[0].parent / "config.py"
+  config_file.write_text(
+    "import json, ml_collections\n"
+    "def get_config():\n"
+    f"  with open({str(stored)!r}) as file:\n"
+    "    return ml_collections.ConfigDict(json.load(file))\n"
+  )
+  address = free_address()
+  commands = [
+    (
+      *("train", *event, f"--config={config_file}", f"--workdir={workdir}"),
+      *(f"--coordinator_address={address}", "--num_processes=2"),
+      *(f"--process_id={index}", *flags),
+    )
+    for index, (workdir, event) in enumerate(
+      zip(workdirs, [(NEVER, "SIGTERM"), (count, name)], strict=True)
+    )
+  ]
+  codes, _, texts = ends(start(commands, [{}, {}]), within=60)
+  return codes, texts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_two_processes_are_one_run(tiny_config, tmp_path, steps_per_call):
@@ -110,32 +138,11 @@ def test_two_processes_are_one_run(tiny_config, tmp_path, steps_per_call):
   # A bias before a batch norm has no gradient but rounding errors, of which
   # Adam makes steps of full size.
   tiny_config.model.conv_bias = False
-  stored = tmp_path / "config.json"
-  stored.write_text(json.dumps(tiny_config.to_dict()))
-  config_file = tmp_path / "config.py"
-  config_file.write_text(
-    "import json, ml_collections\n"
-    "def get_config():\n"
-    f"  with open({str(stored)!r}) as file:\n"
-    "    return ml_collections.ConfigDict(json.load(file))\n"
-  )
   workdirs = tmp_path / "run", tmp_path / "unused"
 
   def train_until(count, name, *flags):
     """Process 1 gets a signal."""
-    address = free_address()
-    commands = [
-      (
-        *("train", *event, f"--config={config_file}", f"--workdir={workdir}"),
-        *(f"--coordinator_address={address}", "--num_processes=2"),
-        *(f"--process_id={index}", *flags),
-      )
-      for index, (workdir, event) in enumerate(
-        zip(workdirs, [(10**9, "SIGTERM"), (count, name)], strict=True)
-      )
-    ]
-    codes, _, texts = ends(start(commands, [{}, {}]), within=60)
-    return codes, texts
+    return train_two(tiny_config, workdirs, count, name, *flags)
 
   # In the first epoch; the other process hears of it a step later.
   codes, texts = train_until(2, "SIGTERM")
@@ -167,6 +174,31 @@ def test_two_processes_are_one_run(tiny_config, tmp_path, steps_per_call):
   alone = programs.train(tiny_config, tmp_path / "alone", devices=four)
   for one, other in zip(untimed(alone), untimed(resumed), strict=True):
     assert other == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_from_a_mirror(tiny_config, tmp_path):
+  """Process 0 alone fills its workdir, and copies what is in it."""
+  twins = tmp_path / "twin", tmp_path / "unused"
+  codes, texts = train_two(tiny_config, twins, NEVER, "SIGTERM")
+  assert codes == [0, 0], texts
+
+  tiny_config.checkpoint.mirror = str(tmp_path / "disk")
+  workdirs = tmp_path / "run", tmp_path / "unused"
+  codes, texts = train_two(tiny_config, workdirs, 5, "SIGTERM")
+  assert codes == [143, 143], texts
+  (step,) = saved_steps(workdirs[0])[1:]
+  shutil.rmtree(workdirs[0])
+  codes, texts = train_two(tiny_config, workdirs, NEVER, "SIGTERM")
+  assert codes == [0, 0], texts
+  assert f"filled {workdirs[0]} from {tmp_path / 'disk'}" in texts[0]
+  assert f"resuming after step {step} of" in texts[0]
+  assert "filled" not in texts[1]
+  assert not workdirs[1].exists()
+  one, other = (
+    metrics.MetricsLog(folder).read() for folder in (twins[0], workdirs[0])
+  )
+  assert untimed(one) == untimed(other)
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """A run that outlives its machine; servers of clouds are emulated here."""
 
 import contextlib
+import errno
+import functools
+import http.server
 import json
 import logging
 import os
@@ -10,13 +13,38 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from unittest import mock
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
-from resnet_flax.run import errors, mirror
+from resnet_flax import train
+from resnet_flax.run import errors, folder, mirror
+from tests.helpers import assert_same_run, at_event, changed
 
 ROOT = pathlib.Path(__file__).parents[2]
+AWS = {
+  "AWS_ACCESS_KEY_ID": "test",
+  "AWS_SECRET_ACCESS_KEY": "test",
+  "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def start_s3(monkeypatch, port=0):
+  """A server, which has what an earlier one had."""
+  boto3 = pytest.importorskip("boto3")
+  pytest.importorskip("s3fs")
+  moto = pytest.importorskip("moto.server")
+  server = moto.ThreadedMotoServer(port=port, verbose=False)
+  server.start()
+  url = "http://{}:{}".format(*server.get_host_and_port())
+  for name, value in {**AWS, "AWS_ENDPOINT_URL": url}.items():
+    monkeypatch.setenv(name, value)
+  boto3.client("s3").create_bucket(Bucket="bucket")
+  return server
 
 
 @pytest.fixture(params=["folder", "s3", "gs"])
@@ -26,20 +54,7 @@ def address(request, tmp_path, monkeypatch):
     yield str(tmp_path / "disk" / "run")
     return
   if request.param == "s3":
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {
-      "AWS_ENDPOINT_URL": url,
-      "AWS_ACCESS_KEY_ID": "test",
-      "AWS_SECRET_ACCESS_KEY": "test",
-      "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-      monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="bucket")
+    server = start_s3(monkeypatch)
   else:
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server")
@@ -56,7 +71,7 @@ def address(request, tmp_path, monkeypatch):
 def save(workdir, step, records):
   """What a run has written after so many steps."""
   folder = workdir / "checkpoints" / str(step)
-  (folder / "state").mkdir(parents=True)
+  (folder / "state").mkdir(parents=True, exist_ok=True)
   (folder / "state" / "array").write_bytes(step.to_bytes(4, "big") * 1000)
   (folder / "manifest.json").write_text("{}")
   (workdir / "config.json").write_text('{"seed": 0}')
@@ -70,6 +85,13 @@ def content(workdir):
     for path in sorted(workdir.rglob("*"))
     if path.is_file()
   }
+
+
+def wait_until(condition):
+  deadline = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 
 
 @pytest.fixture
@@ -122,19 +144,24 @@ def test_what_is_ahead_is_left_alone(address, workdir, tmp_path):
   assert content(workdir_again) == before
 
 
-def test_a_flipped_byte_is_not_taken(address, workdir, tmp_path, caplog):
+@pytest.mark.parametrize(
+  "damage", [lambda b: b[:-1] + b"x", lambda b: b[:-1]], ids=["flip", "cut"]
+)
+def test_what_is_damaged_is_not_taken(
+  address, workdir, tmp_path, caplog, damage
+):
   with mirror.Mirror(address, workdir):
     save(workdir, 1, records=0)
-    time.sleep(3 * mirror._POLL)
+    wait_until(mirror._Store(address).states)
     save(workdir, 2, records=1)
   store = mirror._Store(address)
   last, before = store.states()
   digest = last.files["checkpoints/2/state/array"]
-  store.write(f"files/{digest}", store.read(f"files/{digest}")[:-1] + b"x")
+  store.write(f"files/{digest}", damage(store.read(f"files/{digest}")))
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
-  assert mirror.progress(other) == before.progress == (1, 0)
+  assert mirror.progress(other) == before.progress == [1, 0]
   assert f"state {last.number} of" in caplog.text
   for digest in before.files.values():
     store.remove(f"files/{digest}")
@@ -143,6 +170,32 @@ def test_a_flipped_byte_is_not_taken(address, workdir, tmp_path, caplog):
   with pytest.raises(errors.WorkdirError, match="holds no state"):
     mirror.fetch(address, other)
   assert not content(other)
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_half_a_file_is_written_again(workdir, tmp_path, is_listed):
+  """Of a damaged state, which is trained again, or of a run that was killed."""
+  address = str(tmp_path / "disk")
+  save(workdir, 1, records=0)
+  with mirror.Mirror(address, workdir):
+    wait_until(mirror._Store(address).states)
+    save(workdir, 2, records=1)
+  store = mirror._Store(address)
+  last, _ = store.states()
+  digest = last.files["checkpoints/2/state/array"]
+  store.write(f"files/{digest}", b"half")
+  other = tmp_path / "other"
+  other.mkdir()
+  if not is_listed:
+    (name, *_) = sorted(store.names("states"), reverse=True)
+    store.remove(f"states/{name}")
+  with mirror.Mirror(address, other):
+    assert mirror.progress(other) == [1, 0]
+    save(other, 2, records=1)
+  again = tmp_path / "again"
+  again.mkdir()
+  mirror.fetch(address, again)
+  assert content(again) == content(workdir)
 
 
 def test_another_machine_is_refused_while_the_first_is_there(
@@ -203,16 +256,74 @@ def test_an_address_out_of_reach_is_an_error_at_the_start(
     pass
 
 
-def test_a_server_that_is_away_for_a_while(workdir, tmp_path, caplog):
-  """Training hears a warning, once; then all is there."""
+# ---- Servers that are ill
+
+ILLNESSES = {
+  "forbids": PermissionError("Forbidden"),  # 403 of S3.
+  "is unavailable": OSError("503, Service Unavailable"),
+  "is full": OSError(errno.ENOSPC, "No space left on device"),
+  "has no room": OSError("507, Insufficient Storage"),
+  "is away": ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+  "hangs": None,
+}
+
+
+@pytest.fixture
+def server(monkeypatch):
+  """A folder's; `asked` has all that was asked, `ill` is called before it."""
+  server = types.SimpleNamespace(ill=lambda: None, asked=[])
+  server.recovered = threading.Event()
+
+  def answer(system, *arguments, method):
+    server.asked.append((method.__name__, *arguments))
+    server.ill()
+    return method(system, *arguments)
+
+  for name in (
+    *("ls", "cat_file", "pipe_file", "rm_file", "put_file", "get_file"),
+  ):
+    method = getattr(LocalFileSystem, name)
+    partial = functools.partialmethod(answer, method=method)
+    monkeypatch.setattr(LocalFileSystem, name, partial)
+  monkeypatch.setattr(mirror, "_POLL", 0.05)
+  monkeypatch.setattr(mirror, "_MOST_PATIENCE", 0.1)
+  yield server
+  server.recovered.set()
+
+
+def fall_ill(server, illness, monkeypatch):
+  """From now on it does not answer as it should, until it has recovered."""
+
+  def ill():
+    if error := ILLNESSES[illness]:
+      if not server.recovered.is_set():
+        raise error
+    else:
+      server.recovered.wait()
+
+  monkeypatch.setattr(mirror, "_ANSWER", 0.2)
+  monkeypatch.setattr(mirror, "_TRANSFER", 0.2)
+  server.ill = ill
+
+
+@pytest.mark.parametrize("illness", ILLNESSES)
+def test_a_server_that_is_ill_for_a_while(
+  server, illness, workdir, tmp_path, caplog, monkeypatch
+):
+  """Warns once, tries again, and has all in the end."""
   caplog.set_level(logging.INFO)
   address = tmp_path / "disk"
   with mirror.Mirror(str(address), workdir):
-    (address / "states").write_text("no folder")
+    fall_ill(server, illness, monkeypatch)
     save(workdir, 1, records=0)
-    time.sleep(4 * mirror._POLL)
+    wait_until(lambda: "cannot be written" in caplog.text)
+    count = len(server.asked)
+    save(workdir, 2, records=1)
+    wait_until(lambda: len(server.asked) > count + 1)  # It is tried again.
     assert caplog.text.count("cannot be written") == 1
-    (address / "states").unlink()
+    server.recovered.set()
+  error = ILLNESSES[illness] or "TimeoutError: no answer for 0.2 s"
+  assert str(error) in caplog.text
   assert "is up to date again" in caplog.text
   other = tmp_path / "other"
   other.mkdir()
@@ -220,19 +331,175 @@ def test_a_server_that_is_away_for_a_while(workdir, tmp_path, caplog):
   assert content(other) == content(workdir)
 
 
-def test_a_run_that_is_stopped_does_not_wait_for_ever(
+@pytest.mark.slow
+def test_an_s3_server_that_is_stopped_for_a_while(
   workdir, tmp_path, caplog, monkeypatch
 ):
-  monkeypatch.setattr(mirror, "_WHEN_STOPPED", 0.5)
-  address = tmp_path / "disk"
+  caplog.set_level(logging.INFO, "resnet_flax")
+  server = start_s3(monkeypatch)
+  _, port = server.get_host_and_port()
+  address = f"s3://bucket/runs/{tmp_path.name}"
+  with mirror.Mirror(address, workdir):
+    server.stop()
+    save(workdir, 1, records=0)
+    wait_until(lambda: "cannot be written" in caplog.text)
+    server = start_s3(monkeypatch, port)
+  assert "is up to date again" in caplog.text
+  other = tmp_path / "other"
+  other.mkdir()
+  mirror.fetch(address, other)
+  assert content(other) == content(workdir)
+  server.stop()
+
+
+@pytest.mark.parametrize("illness", ILLNESSES)
+def test_a_server_that_is_ill_at_the_start_is_an_error(
+  server, illness, workdir, tmp_path, monkeypatch
+):
+  fall_ill(server, illness, monkeypatch)
+  with (
+    pytest.raises(
+      errors.WorkdirError, match=r"disk cannot be used: \w+Error: "
+    ),
+    mirror.Mirror(str(tmp_path / "disk"), workdir),
+  ):
+    pass
+  assert not content(workdir)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+@pytest.mark.parametrize("illness", ["is away", "hangs"])
+def test_the_end_does_not_wait_for_ever(
+  server, illness, is_stopped, workdir, tmp_path, caplog, monkeypatch
+):
+  seconds = "_WHEN_STOPPED" if is_stopped else "_AT_THE_END"
+  monkeypatch.setattr(mirror, seconds, 0.5)
   with (
     contextlib.suppress(KeyboardInterrupt),
-    mirror.Mirror(str(address), workdir),
+    mirror.Mirror(str(tmp_path / "disk"), workdir),
   ):
-    (address / "states").write_text("no folder")
+    fall_ill(server, illness, monkeypatch)
     save(workdir, 1, records=0)
-    raise KeyboardInterrupt
+    if is_stopped:
+      raise KeyboardInterrupt
   assert f"lacks what was saved last; it is in {workdir} alone" in caplog.text
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_a_slow_server_gets_what_is_removed_meanwhile(
+  server, workdir, tmp_path, monkeypatch, can_link
+):
+  """A checkpoint may last less long than its copying."""
+  if not can_link:
+    refuse = mock.Mock(side_effect=OSError(errno.EPERM, "not permitted"))
+    monkeypatch.setattr(pathlib.Path, "hardlink_to", refuse)
+  address = str(tmp_path / "disk")
+  store = mirror._Store(address)
+  uploading = threading.Event()
+
+  def slow():
+    if server.asked[-1][0] == "put_file":
+      uploading.set()
+      server.recovered.wait()
+
+  with mirror.Mirror(address, workdir):
+    server.ill = slow
+    save(workdir, 1, records=1)
+    assert uploading.wait(60)
+    before = content(workdir)
+    shutil.rmtree(workdir / "checkpoints" / "1")
+    save(workdir, 2, records=2)
+    server.recovered.set()
+    wait_until(lambda: len(store.states()) == 2)
+  last, first = store.states()
+  assert first.progress == [1, 1]
+  assert last.progress == [2, 2]
+  mirrored = {
+    name: store.read(f"files/{digest}") for name, digest in first.files.items()
+  }
+  assert mirrored == {k: v for k, v in before.items() if k in first.files}
+  assert set(mirrored) >= {"metrics.jsonl", "checkpoints/1/state/array"}
+  assert not list(workdir.glob(".mirror-*"))
+
+
+def test_training_goes_on_while_a_server_hangs(
+  server, tiny_config, tmp_path, caplog, monkeypatch
+):
+  monkeypatch.setattr(mirror, "_AT_THE_END", 0.5)
+  config = changed(tiny_config, num_epochs=1)
+  config.checkpoint.mirror = str(tmp_path / "disk")
+  hang = functools.partial(fall_ill, server, "hangs", monkeypatch)
+  records = train.train_and_evaluate(
+    config, tmp_path / "run", on_event=at_event("step", 1, hang)
+  )
+  assert len(records) == 1
+  assert "lacks what was saved last" in caplog.text
+
+
+def test_it_is_heard_of_while_it_copies(server, workdir, tmp_path, monkeypatch):
+  """Large files of slow servers take longer than an owner is believed."""
+  monkeypatch.setattr(mirror, "_FRESH", 0.0)
+  save(workdir, 1, records=0)
+  with mirror.Mirror(str(tmp_path / "disk"), workdir):
+    pass
+  copied = [
+    "beat" if "owner.json" in arguments[0] else name
+    for name, *arguments in server.asked
+    # A thread of an earlier test may not have ended yet.
+    if name in ("put_file", "pipe_file") and str(tmp_path) in arguments[0]
+  ]
+  assert copied[:9] == ["beat", *["beat", "put_file"] * 4]
+
+
+def test_a_run_that_is_taken_over_copies_nothing_more(
+  workdir, tmp_path, caplog, monkeypatch
+):
+  monkeypatch.setattr(mirror, "_FRESH", 5 * mirror._POLL)
+  address = str(tmp_path / "disk")
+  store = mirror._Store(address)
+  with mirror.Mirror(address, workdir):
+    owner = json.loads(store.read("owner.json")) | {"run": "another"}
+    store.write("owner.json", json.dumps(owner).encode())
+    wait_until(lambda: "another run has taken over" in caplog.text)
+    save(workdir, 1, records=0)
+  assert not store.states()
+  assert json.loads(store.read("owner.json")) == owner
+
+
+@pytest.mark.parametrize("code", [403, 503, 507])
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_what_the_libraries_make_of_a_servers_errors(
+  kind, code, workdir, monkeypatch, caplog
+):
+  """One line, whatever a library has to say besides."""
+  pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[kind])
+
+  class Refuse(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+      self.rfile.read(int(self.headers.get("Content-Length", 0)))
+      self.send_response(code)
+      self.send_header("Content-Length", "0")
+      self.end_headers()
+
+    do_GET = do_PUT = do_POST = do_HEAD = answer
+
+    def log_message(self, *_):
+      pass
+
+  monkeypatch.setattr(mirror, "_ANSWER", 5.0)
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {**AWS, "AWS_ENDPOINT_URL": url}.items():
+      monkeypatch.setenv(name, value)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with (
+      pytest.raises(errors.WorkdirError, match=r"cannot be used: \w+Error: "),
+      mirror.Mirror(f"{kind}://bucket/run", workdir),
+    ):
+      pass
+    server.shutdown()
+  assert "Traceback" not in caplog.text
 
 
 def test_names_in_a_list_lead_nowhere_else(workdir, tmp_path):
@@ -244,9 +511,9 @@ def test_names_in_a_list_lead_nowhere_else(workdir, tmp_path):
   store = mirror._Store(address)
   (state,) = store.states()
   files = {"../stolen": state.files["config.json"]}
-  raw = {"number": 9, "step": 9, "records": 9, "files": files}
+  raw = {"number": 9, "progress": [9, 9], "files": files}
   bad = json.dumps(raw).encode()
-  store.write(f"states/{mirror._state_name(bad)}", bad)
+  store.write(f"states/{mirror._state_name(9, bad)}", bad)
   other = tmp_path / "other" / "run"
   other.mkdir(parents=True)
   mirror.fetch(address, other)
@@ -255,39 +522,40 @@ def test_names_in_a_list_lead_nowhere_else(workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_with_its_disk_at_any_moment(tmp_path):
+def test_killed_with_its_disk_at_any_moment(address, tmp_path):
   """The same command on a new machine ends in the bits of its twin."""
+  workdir = tmp_path / "run"
 
-  def command(name, *more):
+  def command(workdir, *more):
     return [
-      *(sys.executable, "-m", "resnet_flax.main"),
-      *("--config=configs/quickstart.py", "--config.num_epochs=6"),
+      *(sys.executable, "-m", "resnet_flax.main", f"--workdir={workdir}"),
+      *("--config=configs/quickstart.py", "--config.num_epochs=40"),
       *("--config.dataset.train_examples=640", "--config.model.depth=8"),
       *("--config.model.num_filters=4", "--config.checkpoint.every_steps=3"),
-      *(f"--workdir={tmp_path / name}", *more),
+      *more,
     ]
 
-  def metrics(name):
-    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    timed = ("epoch_seconds", "images_per_second")
-    return [
-      {k: v for k, v in json.loads(line).items() if k not in timed}
-      for line in lines
-    ]
-
-  subprocess.run(command("twin"), cwd=ROOT, check=True)
-  killed = command("run", f"--config.checkpoint.mirror={tmp_path / 'disk'}")
+  subprocess.run(command(tmp_path / "twin"), cwd=ROOT, check=True)
+  killed = command(workdir, f"--config.checkpoint.mirror={address}")
   rng = random.Random(0)
-  for _ in range(10):
-    with subprocess.Popen(killed, cwd=ROOT) as process:
-      try:
-        process.wait(rng.uniform(6, 14))
-      except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
+  for _ in range(20):
+    with subprocess.Popen(
+      killed, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+      if is_early := rng.random() < 0.3:
+        time.sleep(rng.uniform(0, 10))
       else:
-        assert process.returncode == 0
-        break
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-  else:
-    subprocess.run(killed, cwd=ROOT, check=True)
-  assert metrics("run") == metrics("twin")
+        assert any("compiled in" in line for line in process.stderr)
+        time.sleep(rng.uniform(0, 2.5))
+      process.kill()
+    assert process.returncode == -signal.SIGKILL
+    here = mirror.progress(workdir)
+    there = [state.progress for state in mirror._Store(address).states()]
+    print("early" if is_early else "training", here, there, flush=True)
+    shutil.rmtree(workdir, ignore_errors=True)
+  ended = subprocess.run(
+    killed, cwd=ROOT, check=True, stderr=subprocess.PIPE, text=True
+  )
+  assert f"filled {workdir} from {address}" in ended.stderr
+  config = folder.load_config(workdir)
+  assert_same_run(config, workdir, tmp_path / "twin")
