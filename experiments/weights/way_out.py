@@ -40,7 +40,13 @@ _FOLDER = pathlib.Path(__file__).parent
 
 NUM_IMAGES = 256
 # Of networks for large images: the sides of their inputs here.
-SIDE = 96
+SIDE = 64
+# Those that are compared, by their names in `__main__`.
+NAMES = (
+  *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+  *("vgg19", "vgg19_bn", "alexnet", "cifar20", "cifar56"),
+  *("application_50", "example_v1_20", "example_v1_56", "example_v2_29"),
+)
 # The relative error up to which logits count as the same.
 LIMIT = 1e-5
 
@@ -72,8 +78,8 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
   experiment = experiment_lib.build(config)
   model, rng = experiment.model, np.random.default_rng(0)
   side = config.model.input_size or 32
-  images = rng.normal(0, 1, (4, side, side, 3)).astype(np.float32)
-  variables = model.lazy_init(jax.random.key(0), images[:1], train=False)
+  images = rng.normal(0, 1, (64, side, side, 3)).astype(np.float32)
+  first = model.lazy_init(jax.random.key(0), images[:1], train=False)
 
   def drawn(path: Any, leaf: jax.Array) -> np.ndarray:
     low = {"scale": 0.5, "bias": -0.2}.get(path[-1].key)
@@ -81,11 +87,8 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
       return np.asarray(leaf)
     return rng.uniform(low, low + 0.4, leaf.shape).astype(np.float32)
 
-  params = jax.tree_util.tree_map_with_path(drawn, variables["params"])
-  variables = {
-    "params": params,
-    "batch_stats": variables.get("batch_stats", {}),
-  }
+  params = jax.tree_util.tree_map_with_path(drawn, first["params"])
+  variables = {"params": params, "batch_stats": first.get("batch_stats", {})}
 
   @jax.jit
   def measured(variables: Any) -> Any:
@@ -105,7 +108,7 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
   )
   return load.LoadedModel(
     model=model,
-    variables={"params": params, "batch_stats": stats},
+    variables=variables | {"batch_stats": stats},
     predict=lambda images: None,
     preprocess=normalize.placeholder("none", experiment.image_shape),
     class_names=(),
@@ -218,8 +221,8 @@ def main() -> None:
   results = (
     json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
   )
-  for name, overrides in {**TORCH, **KERAS}.items():
-    is_torch = name in TORCH
+  for name in NAMES:
+    is_torch, overrides = name in TORCH, (TORCH | KERAS)[name]
     python = arguments.torch_python if is_torch else arguments.keras_python
     chosen = not arguments.names or name in arguments.names.split(",")
     if python and chosen and name not in results:

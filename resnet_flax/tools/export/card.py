@@ -9,7 +9,6 @@ import numpy as np
 from resnet_flax.data import dataset as dataset_lib, normalize
 from resnet_flax.run import experiment as experiment_lib, files, folder, metrics
 from resnet_flax.run.load import LoadedModel
-from resnet_flax.tools.export.weights import Network
 
 _NUM_CHECKED = 8
 
@@ -51,7 +50,7 @@ def write(
   loaded: LoadedModel,
   workdir: pathlib.Path,
   form: tuple[str, str],
-  network: Network,
+  title: str,
   licence: str,
 ) -> None:
   """Writes README.md, preprocess.json, labels.txt, check.npz and mean.npy.
@@ -63,7 +62,7 @@ def write(
     loaded: the network.
     workdir: the local folder that it is from.
     form: the format, and whose names the arrays have.
-    network: the network as these have it.
+    title: what the network is there, "torchvision's ResNet-18".
     licence: what the card says of it; '': it is not stated.
   """
   config, scale, (name, names) = loaded.config, loaded.preprocess, form
@@ -101,8 +100,8 @@ def write(
   card = _CARD.format(
     config=config,
     loaded=loaded,
-    title=network.title,
-    size=sum(array.size for array in network.arrays.values()),
+    title=title,
+    size=sum(leaf.size for leaf in jax.tree.leaves(loaded.variables)),
     data=stored.get("data") or "none",
     start=begun or "random weights",
     optimizer=", ".join(experiment.optimizer.links),

@@ -65,7 +65,7 @@ def export(
     try:
       networks[each] = weights.named(loaded, each)
     except errors.WeightsError as error:
-      reasons[each] = str(error)
+      reasons[each] = str(error).rstrip(".")
   asked = [n for n in FORMATS[form] if names in ("", n)]
   fitting = [n for n in asked if n in networks]
   if not fitting:
@@ -83,7 +83,8 @@ def export(
   with new_folder.fill(out, "--out") as folder:
     weights.write(form, network, loaded, folder)
     local = mirror.local(workdir, "workdir")
-    card.write(folder, loaded, local, (form, fitting[0]), network, licence)
+    form_and_names = form, fitting[0]
+    card.write(folder, loaded, local, form_and_names, network.title, licence)
   return network.title
 
 

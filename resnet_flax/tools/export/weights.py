@@ -86,8 +86,8 @@ def write(
             for k, variable in enumerate(variables):
               group[str(k)] = arrays[f"{name}/{variable}"]
       case "orbax":
-        with ocp.StandardCheckpointer() as checkpointer:
-          variables = jax.device_get(loaded.variables)
+        variables = jax.device_get(loaded.variables)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
           checkpointer.save(folder / "checkpoint", variables)
       case _:
         # By name, since the others do without what it imports.
