@@ -20,16 +20,14 @@ _LOADING = {
 }
 
 _CARD = """\
-# {title}, trained on {config.dataset.name}
+# {title}{trained}
 
 | | |
 | --- | --- |
 | network | {config.model.name}, depth {config.model.depth}: {size:,} numbers |
 | data | {data} |
-| recipe | from {start}; {config.num_epochs} epochs of batches of \
-{config.batch_size}; {optimizer}; {rates}; augmentation {config.augment.name}, \
-normalization {config.normalization}, smoothing {config.label_smoothing}; \
-computed in {config.model.dtype} |
+| recipe | from {start}{recipe} |
+| computed in | {config.model.dtype} |
 | checkpoint | step {loaded.step} of seed {loaded.seed} |
 | test accuracy | {accuracy} |
 | licence | {licence} |
@@ -62,8 +60,8 @@ def write(
     loaded: the network.
     workdir: the local folder that it is from.
     form: the format, and whose names the arrays have.
-    title: what the network is there, "torchvision's ResNet-18".
-    licence: what the card says of it; '': it is not stated.
+    title: what the network is there.
+    licence: '' if it is not stated.
   """
   config, scale, (name, names) = loaded.config, loaded.preprocess, form
   assert isinstance(scale, normalize.Normalization)
@@ -92,26 +90,33 @@ def write(
   }
   files.write_json(out / "preprocess.json", preprocess)
   labels = loaded.class_names or map(str, range(logits.shape[1]))
-  (out / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+  (out / "labels.txt").write_text("\n".join([*labels, ""]), "utf-8")
 
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config)
+  recipe = (
+    f"; {config.num_epochs} epochs of batches of {config.batch_size};"
+    f" {', '.join(experiment.optimizer.links)};"
+    f" {', '.join(experiment.learning_rate.describe())}; augmentation"
+    f" {config.augment.name}, normalization {config.normalization}, label"
+    f" smoothing {config.label_smoothing}"
+  )
   card = _CARD.format(
     config=config,
     loaded=loaded,
     title=title,
+    trained=f", trained on {config.dataset.name}" if loaded.step else "",
+    recipe=recipe if loaded.step else ", not trained on",
     size=sum(leaf.size for leaf in jax.tree.leaves(loaded.variables)),
     data=stored.get("data") or "none",
     start=begun or "random weights",
-    optimizer=", ".join(experiment.optimizer.links),
-    rates=", ".join(experiment.learning_rate.describe()),
     accuracy=_accuracy(workdir, loaded),
     licence=licence or "not stated",
     loading=_LOADING.get(name, name),
     checked=_NUM_CHECKED,
   )
-  (out / "README.md").write_text(card)
+  (out / "README.md").write_text(card, "utf-8")
 
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:

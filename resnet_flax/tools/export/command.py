@@ -33,21 +33,16 @@ def export(
 ) -> str:
   """Writes a network, and what goes with it, into a new folder.
 
-  Args:
-    workdir: see `load.load_model`, also for `which` and `seed`.
-    out: a folder that does not exist or is empty.
-    form: a key of `FORMATS`.
-    names: whose names the arrays get; '': the first that has such a network.
-    licence: what the model card says of it.
+  `workdir`, `which` and `seed` are those of `load.load_model`; `form` is a key
+  of `FORMATS`, whose first names that have such a network are taken for ''.
 
   Returns:
     What the network is there, for example "torchvision's ResNet-18".
 
   Raises:
-    ConfigError: there is no such network in this format or with these names,
-      or no such seed.
-    WorkdirError: `workdir` holds no network, or `out` cannot be written or
-      holds something.
+    ConfigError: see `load_model`; or no such names have such a network.
+    WorkdirError: see `load_model`; or `out` holds something or cannot be
+      written.
   """
   if form == "torch" and importlib.util.find_spec("torch") is None:
     raise errors.ConfigError(
@@ -60,31 +55,23 @@ def export(
 
   out = new_folder.resolve(out, "--out")
   loaded = load.load_model(workdir, which, seed=seed)
-  networks, reasons = {}, {}
-  for each in NAMES:
+  reasons = []
+  for chosen in [n for n in FORMATS[form] if names in ("", n)]:
     try:
-      networks[each] = weights.named(loaded, each)
+      network = weights.named(loaded, chosen)
+      break
     except errors.WeightsError as error:
-      reasons[each] = str(error).rstrip(".")
-  asked = [n for n in FORMATS[form] if names in ("", n)]
-  fitting = [n for n in asked if n in networks]
-  if not fitting:
-    # What there is instead.
-    there = ", ".join(
-      f"{other} ({', '.join(n for n in has if n in networks)})"
-      for other, has in FORMATS.items()
-      if networks.keys() & has
-    )
-    why = "; ".join(reasons[n] for n in asked) or f"no names of {names}"
+      reasons.append(str(error).rstrip("."))
+  else:
     raise errors.ConfigError(
-      f"--format={form} cannot have this network: {why}. There are: {there}."
+      f"--format={form} cannot have this network:"
+      f" {'; '.join(reasons) or f'it has no --names={names}'}. All networks can"
+      " be had as safetensors (--names=flax), orbax, stablehlo and onnx."
     )
-  network = networks[fitting[0]]
   with new_folder.fill(out, "--out") as folder:
     weights.write(form, network, loaded, folder)
     local = mirror.local(workdir, "workdir")
-    form_and_names = form, fitting[0]
-    card.write(folder, loaded, local, form_and_names, network.title, licence)
+    card.write(folder, loaded, local, (form, chosen), network.title, licence)
   return network.title
 
 

@@ -41,6 +41,12 @@ _ALEXNET = (0, 3, 6, 8, 10)
 _VGG_DENSE = {"dense1": 0, "dense2": 3, "head": 6}, 512
 _ALEXNET_DENSE = {"dense1": 1, "dense2": 4, "head": 6}, 256
 
+# OIHW as HWIO, and back.
+_CONV = tuple(
+  functools.partial(np.transpose, axes=axes)
+  for axes in ((2, 3, 1, 0), (3, 2, 0, 1))
+)
+
 _EPSILON = {"model.batch_norm_epsilon": (1e-5,)}
 _RESNET = {
   **_EPSILON,
@@ -218,21 +224,11 @@ ORIGINS: dict[tuple[str, str], Callable[[ConfigDict], mapping.OriginOf]] = {
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
   """Where the kernel, bias, ... of one of our layers comes from."""
   if leaf == "kernel":
-    layouts = (_conv, _conv_back) if "conv" in layer else (np.transpose,)
+    layouts = _CONV if "conv" in layer else (np.transpose,)
     return Origin(f"{module}.weight", *layouts)
   if "bn" in layer:
     return Origin(f"{module}.{_NORM[leaf]}")
   return Origin(f"{module}.{leaf}")
-
-
-def _conv(array: np.ndarray) -> np.ndarray:
-  """OIHW as HWIO."""
-  return np.transpose(array, (2, 3, 1, 0))
-
-
-def _conv_back(array: np.ndarray) -> np.ndarray:
-  """HWIO as OIHW."""
-  return np.transpose(array, (3, 2, 0, 1))
 
 
 def _flattened(channels: int, array: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """From a workdir to a folder for others, whole or not at all."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -63,7 +64,8 @@ def test_in_and_out_and_in(converted, tmp_path):
   card = (out / "README.md").read_text()
   assert "| licence | CC0-1.0 |" in card
   assert "| test accuracy | not scored |" in card
-  assert f"recipe | from {title}; " in card
+  assert card.startswith(f"# {title}\n")
+  assert f"recipe | from {title}, not trained on |" in card
 
 
 def prepared(out, images):
@@ -124,13 +126,13 @@ def test_what_there_is_instead(converted, tmp_path):
   assert message == (
     "--format=keras cannot have this network: the network has 7 convolutions,"
     " as no ResNet v1 of the Keras example has: for n blocks in each stage"
-    " there are 6n+3. There are: safetensors (cifar, flax), torch (cifar),"
-    " orbax (flax), stablehlo (flax), onnx (flax)."
+    " there are 6n+3. All networks can be had as safetensors (--names=flax),"
+    " orbax, stablehlo and onnx."
   )
   message = refused(
     errors.ConfigError, converted, tmp_path, "orbax", "torchvision"
   )
-  assert "no names of torchvision" in message
+  assert "it has no --names=torchvision" in message
 
 
 def test_torch_is_an_extra(converted, tmp_path, monkeypatch):
@@ -213,19 +215,21 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(converted, tmp_path):
+def test_the_commands_of_the_page(
+  converted, make_tiny_config, tmp_path, one_device
+):
   """Those of docs/use.md, on runs of their names."""
-  workdir, _ = converted
+  runs = tmp_path / "runs"
+  train.train_and_evaluate(
+    make_tiny_config(tmp_path / "cache"), runs / "keras20", devices=one_device
+  )
+  converted[0].rename(runs / "resnet20")
   page = (ROOT / "docs" / "use.md").read_text()
   commands = re.findall(r"^python -m (resnet_flax\.export .*)$", page, re.M)
   assert len(commands) >= 4
-  runs = {shlex.split(line)[1] for line in commands}
-  (tmp_path / "runs").mkdir()
-  for name in runs:
-    (tmp_path / name).symlink_to(workdir)
   for line in commands:
-    if "--format=torch" in line:
-      pytest.importorskip("torch")
+    if "--format=torch" in line and not importlib.util.find_spec("torch"):
+      continue
     result = run(*shlex.split(line), cwd=tmp_path)
     assert result.returncode == 0, (line, result.stderr)
     assert result.stdout.startswith("Network: ")
