@@ -72,7 +72,8 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
   """A network in which every number counts, and which has not been trained.
 
   Statistics are first those of a batch, so that deep networks neither explode
-  nor die, and then moved away from it.
+  nor die, and then moved away from it. Branches are small beside what they are
+  added to: otherwise rounding grows with the depth, in any library.
   """
   config.model.batch_norm_momentum = 0.0
   experiment = experiment_lib.build(config)
@@ -81,11 +82,20 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
   images = rng.normal(0, 1, (64, side, side, 3)).astype(np.float32)
   first = model.lazy_init(jax.random.key(0), images[:1], train=False)
 
+  block = first["params"].get("stage1_block1", {})
+  # What is added to a shortcut; in v2 that is a convolution.
+  last_norm = "bn3" if "bn3" in block else "bn2"
+  if config.model.name == "resnet_v2":
+    last_norm = ""
+
   def drawn(path: Any, leaf: jax.Array) -> np.ndarray:
-    low = {"scale": 0.5, "bias": -0.2}.get(path[-1].key)
-    if low is None:
+    layer, kind = path[-2].key, path[-1].key
+    if kind == "kernel":
       return np.asarray(leaf)
-    return rng.uniform(low, low + 0.4, leaf.shape).astype(np.float32)
+    low, high = (0.5, 0.7) if kind == "scale" else (-0.1, 0.1)
+    if (layer, kind) == (last_norm, "scale"):
+      low, high = 0.02, 0.06
+    return rng.uniform(low, high, leaf.shape).astype(np.float32)
 
   params = jax.tree_util.tree_map_with_path(drawn, first["params"])
   variables = {"params": params, "batch_stats": first.get("batch_stats", {})}
