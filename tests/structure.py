@@ -39,7 +39,7 @@ READING_PATH = (
 # Layers from top to bottom. A module imports from its own layer and from those
 # below it; `BASE` may be imported by all.
 LAYERS = (
-  {"main", "compare", "convert", "predict", "report"},
+  {"main", "compare", "convert", "export", "predict", "report"},
   {"tools", "train"},
   {"run"},
   {"parallel"},

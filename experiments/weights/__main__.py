@@ -120,7 +120,7 @@ OLDER_KERAS = {
 _SAME_ARRAYS = """
 import pathlib, sys
 import numpy as np
-from resnet_flax.weights import files
+from resnet_flax.tools.weights import files
 one, other = (files.read(pathlib.Path(path)) for path in sys.argv[1:])
 assert one.arrays.keys() == other.arrays.keys()
 assert sorted(one.passed_over) == sorted(other.passed_over)
@@ -130,8 +130,8 @@ for name, array in one.arrays.items():
 # A file that would run a command when it is unpickled.
 _CODE = """
 import os, pathlib, sys, torch
-from resnet_flax import errors
-from resnet_flax.weights import files
+from resnet_flax.run import errors
+from resnet_flax.tools.weights import files
 class Code:
   def __reduce__(self):
     return os.system, (f"touch {sys.argv[1]}/ran",)

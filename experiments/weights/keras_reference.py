@@ -1,7 +1,8 @@
 """Keras's side: random weights in its files, and what it makes of images.
 
-  python keras_reference.py --name=example_v1_20 --folder=DIR
+  python keras_reference.py --name=example_v1_20 --folder=DIR [--weights=FILE]
 
+With a file, what a network that loads it makes of DIR/inputs.npy.
 Needs Keras with a backend, nothing of this repository.
 """
 
@@ -12,6 +13,7 @@ import sys
 
 import keras
 import numpy as np
+import safetensors.numpy
 from keras import layers
 
 BATCH = 2
@@ -77,14 +79,16 @@ def finish(inputs, x):
   return keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
 
 
-def build(name):
-  """The network, and the side of its images."""
+def build(name, side=224, is_first=False):
+  """The network, and the side of its images; `side` for large ones."""
   kind, _, depth = name.rpartition("_")
   if kind == "application":
-    return getattr(keras.applications, f"ResNet{depth}")(weights=None), 224
-  # Another model of the process: automatic names do not start at nothing.
-  other = keras.Input((32, 32, 3))
-  finish(other, norm_relu(conv(other, 3)))
+    model = getattr(keras.applications, f"ResNet{depth}")
+    return model(weights=None, input_shape=(side, side, 3)), side
+  if not is_first:
+    # Another model of the process: automatic names do not start at nothing.
+    other = keras.Input((32, 32, 3))
+    finish(other, norm_relu(conv(other, 3)))
   build_example = example_v1 if kind == "example_v1" else example_v2
   return build_example(int(depth)), 32
 
@@ -137,7 +141,16 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument("--name", required=True)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
+  parser.add_argument("--weights", type=pathlib.Path)
   arguments = parser.parse_args()
+  if arguments.weights:
+    inputs = np.load(arguments.folder / "inputs.npy")
+    model, _ = build(arguments.name, inputs.shape[1], is_first=True)
+    load(model, arguments.weights)
+    parts = [logits_of(model, x) for x in np.split(inputs, len(inputs) // 32)]
+    np.save(arguments.folder / "logits.npy", np.concatenate(parts))
+    print_versions()
+    return
   keras.utils.set_random_seed(0)
   rng = np.random.default_rng(0)
   model, side = build(arguments.name)
@@ -165,6 +178,21 @@ def main():
   model.save_weights(arguments.folder / "weights.weights.h5")
   model.save(arguments.folder / "weights.keras")
   model.save(arguments.folder / "weights.h5")
+  print_versions()
+
+
+def load(model, path):
+  """Gives a model the weights of a file."""
+  if path.suffix == ".h5":
+    model.load_weights(path)
+    return
+  arrays = safetensors.numpy.load_file(path)
+  for layer in model.layers:
+    layer.set_weights([arrays[f"{layer.name}/{w.name}"] for w in layer.weights])
+
+
+def print_versions():
+  """As JSON."""
   versions = {
     "python": sys.version.split()[0],
     "keras": keras.__version__,

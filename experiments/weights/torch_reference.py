@@ -1,7 +1,8 @@
 """PyTorch's side: random weights in its files, and what it makes of images.
 
-  python torch_reference.py --name=resnet18 --folder=DIR
+  python torch_reference.py --name=resnet18 --folder=DIR [--weights=FILE]
 
+With a file, what a network that loads it, strictly, makes of DIR/inputs.npy.
 Needs torch, torchvision and safetensors, nothing of this repository.
 """
 
@@ -122,9 +123,20 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument("--name", required=True)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
+  parser.add_argument("--weights", type=pathlib.Path)
   arguments = parser.parse_args()
   torch.manual_seed(0)
   model, side = build(arguments.name)
+  if arguments.weights:
+    load = safetensors.torch.load_file
+    if arguments.weights.suffix == ".pt":
+      load = torch.load
+    model.load_state_dict(load(arguments.weights), strict=True)
+    inputs = torch.from_numpy(np.load(arguments.folder / "inputs.npy"))
+    parts = [model.eval()(x) for x in inputs.permute(0, 3, 1, 2).split(32)]
+    np.save(arguments.folder / "logits.npy", torch.cat(parts).numpy())
+    print_versions()
+    return
   randomize(model, side)
   save(model, arguments.name, arguments.folder)
 
@@ -144,6 +156,11 @@ def main():
     images=images,
     image_logits=model(prepared).numpy(),
   )
+  print_versions()
+
+
+def print_versions():
+  """As JSON."""
   versions = {
     "python": sys.version.split()[0],
     "torch": torch.__version__,

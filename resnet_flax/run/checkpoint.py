@@ -141,7 +141,7 @@ class Checkpoints:
   def __exit__(self, *exception: object) -> None:
     with self._stack:
       try:
-        with _only_os_errors():
+        with only_os_errors():
           self._manager.close()
       except OSError:
         # What is being reported already is also what closing finds.
@@ -183,7 +183,7 @@ class Checkpoints:
       "notes": notes,
       "arrays": arrays,
     }
-    with _only_os_errors():
+    with only_os_errors():
       self._manager.save(
         step,
         args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(packed)}),
@@ -191,7 +191,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until all is on disk; an OSError says that it could not be."""
-    with _only_os_errors():
+    with only_os_errors():
       self._manager.wait_until_finished()
 
   def steps(self) -> list[int]:
@@ -338,7 +338,7 @@ def _quiet_threads() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_os_errors() -> Iterator[None]:
+def only_os_errors() -> Iterator[None]:
   """Orbax and TensorStore have many kinds for what a disk can do."""
   try:
     yield

@@ -86,7 +86,7 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
         workdir.rmdir()
 
 
-def check_name(workdir: pathlib.Path) -> None:
+def check_name(workdir: pathlib.Path, flag: str = "--workdir") -> None:
   """Checks that checkpoints in this folder can be read again.
 
   Orbax takes a '[' for a pattern and would leave out files; what TensorStore
@@ -96,8 +96,8 @@ def check_name(workdir: pathlib.Path) -> None:
   # Surrogates stand for bytes that are not UTF-8.
   if re.search("[\\[\ud800-\udfff]", path) or not errors.is_local(path):
     raise errors.WorkdirError(
-      f"workdir {path!r} cannot hold checkpoints: its path has a '[', a '\\' or"
-      " a 'gs:', or is not UTF-8. Pass another one with --workdir."
+      f"{path!r} cannot hold checkpoints: its path has a '[', a '\\' or"
+      f" a 'gs:', or is not UTF-8. Pass another one with {flag}."
     )
 
 

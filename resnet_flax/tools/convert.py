@@ -9,11 +9,8 @@ written.
 """
 
 import contextlib
-import glob
 import os
 import pathlib
-import shutil
-import tempfile
 from typing import NamedTuple
 
 import jax
@@ -30,12 +27,12 @@ from resnet_flax.run import (
   errors,
   experiment as experiment_lib,
   files as files_lib,
-  folder as workdir_lib,
   process,
   rules,
   signals,
   surroundings,
 )
+from resnet_flax.tools import new_folder
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
 _IDENTIFY = {"keras": keras_names.identify, "pytorch": pytorch_names.identify}
@@ -71,11 +68,7 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     DataError: the normalization is to be measured and the data cannot be had.
   """
   source = errors.local_path(source, "--source")
-  # Where a link leads: the link itself cannot be replaced by a folder. Unlike
-  # Path.resolve, this leaves it to _check_is_new to find a loop of links.
-  workdir = pathlib.Path(
-    os.path.realpath(errors.local_path(workdir, "--workdir"))
-  )
+  workdir = new_folder.resolve(workdir, "--workdir")
   config = ConfigDict(config.to_dict())
   rules.check(config, num_devices=1)
   if config.num_seeds > 1:
@@ -89,7 +82,6 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
       f"init_from={config.init_from} cannot be used here: the weights are"
       " those of --source. Leave it empty."
     )
-  _check_is_new(workdir)
 
   file = files.read(source)
   kind = _identify(file)
@@ -131,24 +123,6 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   return Conversion(kind.title, len(file.arrays), file.passed_over, config)
 
 
-def _check_is_new(workdir: pathlib.Path) -> None:
-  workdir_lib.check_name(workdir)
-  try:
-    is_used = any(workdir.iterdir())
-  except FileNotFoundError:
-    return
-  except OSError as error:
-    raise errors.WorkdirError(
-      f"workdir {workdir} cannot be written: {error.strerror}. Pass another"
-      " one with --workdir."
-    ) from error
-  if is_used:
-    raise errors.WorkdirError(
-      f"workdir {workdir} holds something already, and nothing is overwritten."
-      " Pass a new one with --workdir."
-    )
-
-
 def _identify(file: files.WeightsFile) -> mapping.Source:
   try:
     return _IDENTIFY[file.library](file)
@@ -166,37 +140,13 @@ def _identify(file: files.WeightsFile) -> mapping.Source:
 def _write(
   workdir: pathlib.Path, state: step_lib.TrainState, **documents: object
 ) -> None:
-  """Writes a workdir beside its place, then puts it there as a whole."""
-  prefix = f".converting-{workdir.name}-"
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
   state = jax.device_put(state, mesh_lib.sharding(mesh))
-  try:
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed conversion to this workdir has left.
-    for left in workdir.parent.glob(f"{glob.escape(prefix)}*"):
-      shutil.rmtree(left, ignore_errors=True)
-    with (
-      tempfile.TemporaryDirectory(dir=workdir.parent, prefix=prefix) as folder,
-      # Orbax's threads must have ended before the folder is removed.
-      signals.StopSignals() as stops,
-      stops.hold(),
-    ):
-      unfinished = pathlib.Path(folder) / "workdir"
-      unfinished.mkdir()
-      for name, content in documents.items():
-        files_lib.write_json(unfinished / f"{name}.json", content)
-      with checkpoint.Checkpoints(unfinished) as checkpoints:
-        checkpoints.save(state, checkpoint.NEW_EPOCH)
-      stops.check()
-      _check_is_new(workdir)
-      # An empty folder is replaced, one that was filled meanwhile is not.
-      os.rename(unfinished, workdir)
-  except OSError as error:
-    raise errors.WorkdirError(
-      f"workdir {workdir} cannot be written:"
-      f" {error.strerror or errors.one_line(error)}. Nothing was left there;"
-      " pass another one with --workdir."
-    ) from error
+  with new_folder.fill(workdir, "--workdir") as unfinished:
+    for name, content in documents.items():
+      files_lib.write_json(unfinished / f"{name}.json", content)
+    with checkpoint.Checkpoints(unfinished) as checkpoints:
+      checkpoints.save(state, checkpoint.NEW_EPOCH)
 
 
 def _run(argv: list[str]) -> None:

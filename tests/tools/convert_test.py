@@ -332,11 +332,11 @@ def test_a_signal_leaves_nothing(
 
 
 def test_what_a_killed_conversion_left_is_cleared(source, config, tmp_path):
-  (tmp_path / ".converting-run-x1" / "workdir").mkdir(parents=True)
-  (tmp_path / ".converting-other-x1").mkdir()
+  (tmp_path / ".unfinished-run-x1" / "unfinished").mkdir(parents=True)
+  (tmp_path / ".unfinished-other-x1").mkdir()
   convert.convert(source, config, tmp_path / "run")
   assert sorted(os.listdir(tmp_path)) == [
-    *(".converting-other-x1", "run", source.name)
+    *(".unfinished-other-x1", "run", source.name)
   ]
 
 
@@ -402,7 +402,7 @@ def test_command_line(source, tmp_path):
   assert again.returncode == 1
   assert again.stdout == ""
   (line,) = again.stderr.splitlines()
-  assert line.startswith(f"error: workdir {tmp_path}/run holds something")
+  assert line.startswith(f"error: --workdir={tmp_path}/run holds something")
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,9 @@ def _read_safetensors(path: pathlib.Path) -> WeightsFile:
       except AttributeError:  # NumPy's, for a type that it lacks.
         dtype = file.get_slice(name).get_dtype()
         raise wrong_type(path, name, dtype) from None
+  # As `resnet_flax.export` writes Keras's; PyTorch's names have dots.
+  if all("/" in name for name in arrays):
+    return WeightsFile(path, "keras", arrays, ())
   return _pytorch(path, arrays)
 
 
@@ -259,7 +262,7 @@ _AUTOMATIC = {
   "Dense": "dense",
   "BatchNormalization": "batch_normalization",
 }
-_VARIABLES = {
+VARIABLES = {
   "conv2d": ("kernel", "bias"),
   "dense": ("kernel", "bias"),
   "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
@@ -322,7 +325,7 @@ def _layer_and_variable(key: str) -> tuple[str, str]:
     return parts[0], parts[-1].removesuffix(":0")
   # layers/conv2d_7/vars/0
   if len(parts) == 4 and parts[2] == "vars" and parts[3].isdecimal():
-    variables = _VARIABLES.get(layer_class(parts[1]), ())
+    variables = VARIABLES.get(layer_class(parts[1]), ())
     number = int(parts[3][:3])
     if number < len(variables):
       return parts[1], variables[number]

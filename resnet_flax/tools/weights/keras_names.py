@@ -4,9 +4,12 @@ Sources: the layers of the Keras example (ResNet v1 and v2 for CIFAR-10), which
 have automatic names, and those of `keras.applications`' ResNet50, 101 and 152.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from resnet_flax.models import registry
 from resnet_flax.run import config as config_rules, errors
@@ -25,6 +28,8 @@ _NORM = {
 }
 # In older files the head is called after what it gives.
 _HEADS = ("predictions", "probs")
+# Parts of our layers' names, and the automatic names of such layers.
+_KINDS = (("conv", "conv2d"), ("bn", "batch_normalization"))
 
 
 def identify(file: files.WeightsFile) -> Source:
@@ -72,7 +77,8 @@ def _example(file: files.WeightsFile) -> Source:
   (head,) = _numbered(file, "dense")
   # A bottleneck begins with a 1x1 convolution.
   is_v2 = shape_of(file, f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
-  version, per_group, projections = ("v2", 9, 3) if is_v2 else ("v1", 6, 2)
+  version, projections = ("v2", 3) if is_v2 else ("v1", 2)
+  per_group = _PER_GROUP[f"resnet_{version}"]
   # The stem and the projections are no part of the groups.
   blocks, rest = divmod(len(convs) - 1 - projections, per_group)
   if rest or blocks < 1:
@@ -81,25 +87,10 @@ def _example(file: files.WeightsFile) -> Source:
       f" {version} of the Keras example has: for n blocks in"
       f" each stage there are {per_group}n+{1 + projections}."
     )
-
-  def v1_block(stage: int, block: int) -> list[str]:
-    projects = stage > 1 and block == 1
-    return ["conv1", "bn1", "conv2", "bn2"] + ["shortcut_conv"] * projects
-
-  def v2_block(stage: int, block: int) -> list[str]:
-    layers = ["bn1", "conv1", "bn2", "conv2", "bn3", "conv3"]
-    if stage == block == 1:
-      del layers[0]
-    if block == 1:
-      # It is created last, but comes before conv3 in `model.layers`.
-      at = len(layers) if file.has_layer_names else -1
-      layers[at:at] = ["shortcut_conv"]
-    return layers
-
-  ours = _in_order([blocks] * 3, v2_block if is_v2 else v1_block)
-  theirs = _in_turn(file, [*ours, ("final_bn",)] if is_v2 else ours, head)
-  _check_layers(file, theirs, padding="same", stem_strides=1)
   depth = per_group * blocks + 2
+  ours = _example_layers(f"resnet_{version}", depth, file.has_layer_names)
+  theirs = _in_turn(file, ours, head)
+  _check_layers(file, theirs, padding="same", stem_strides=1)
   return Source(
     f"the Keras example's ResNet-{depth} {version}",
     {
@@ -117,7 +108,7 @@ def _example(file: files.WeightsFile) -> Source:
       "normalization": ("pixel_mean", "none"),
     },
     shape_of(file, f"{head}/bias")[-1],
-    lambda path: _origin(theirs, path),
+    functools.partial(_origin, theirs),
   )
 
 
@@ -143,12 +134,7 @@ def _applications(file: files.WeightsFile) -> Source:
       " keras.applications' ResNet50, ResNet101 and ResNet152 has."
     )
 
-  def block_layers(stage: int, block: int) -> list[str]:
-    del stage
-    shortcut = ["shortcut_conv", "shortcut_bn"] if block == 1 else []
-    return ["conv1", "bn1", "conv2", "bn2", *shortcut, "conv3", "bn3"]
-
-  ours = _in_order(registry.IMAGENET_SIZES[depth], block_layers)
+  ours = _application_layers(depth)
   if file.has_layer_names:
     head = next((name for name in _HEADS if name in layers), _HEADS[0])
     theirs = {path: _application_name(path) for path in ours}
@@ -174,11 +160,47 @@ def _applications(file: files.WeightsFile) -> Source:
       "normalization": ("caffe",),
     },
     shape_of(file, f"{head}/bias")[-1],
-    lambda path: _origin(theirs, path, flip_stem=True),
+    functools.partial(_origin, theirs, flip_stem=True),
   )
 
 
 # ---- Our layers and theirs
+
+# For each network of the example, by how many layers a block of each stage adds
+# to its depth.
+_PER_GROUP = {"resnet_v1": 6, "resnet_v2": 9}
+
+
+def _example_layers(name: str, depth: int, as_created: bool) -> list[Path]:
+  """In the order in which they are created, or of `model.layers`."""
+
+  def v1_block(stage: int, block: int) -> list[str]:
+    projects = stage > 1 and block == 1
+    return ["conv1", "bn1", "conv2", "bn2"] + ["shortcut_conv"] * projects
+
+  def v2_block(stage: int, block: int) -> list[str]:
+    layers = ["bn1", "conv1", "bn2", "conv2", "bn3", "conv3"]
+    if stage == block == 1:
+      del layers[0]
+    if block == 1:
+      # It is created last, but comes before conv3 in `model.layers`.
+      at = len(layers) if as_created else -1
+      layers[at:at] = ["shortcut_conv"]
+    return layers
+
+  sizes = [(depth - 2) // _PER_GROUP[name]] * 3
+  if name == "resnet_v1":
+    return _in_order(sizes, v1_block)
+  return [*_in_order(sizes, v2_block), ("final_bn",)]
+
+
+def _application_layers(depth: int) -> list[Path]:
+  def block_layers(stage: int, block: int) -> list[str]:
+    del stage
+    shortcut = ["shortcut_conv", "shortcut_bn"] if block == 1 else []
+    return ["conv1", "bn1", "conv2", "bn2", *shortcut, "conv3", "bn3"]
+
+  return _in_order(registry.IMAGENET_SIZES[depth], block_layers)
 
 
 def _in_order(
@@ -202,7 +224,7 @@ def _in_turn(
 ) -> dict[Path, str]:
   """Pairs layers by their order; those without one get a name to miss."""
   names: dict[Path, str] = {("head",): head}
-  for part, kind in (("conv", "conv2d"), ("bn", "batch_normalization")):
+  for part, kind in _KINDS:
     paths = [path for path in ours if part in path[-1]]
     theirs = _numbered(file, kind)
     theirs += [f"{kind} number {k}" for k in range(len(theirs), len(paths))]
@@ -221,6 +243,15 @@ def _application_name(path: Path) -> str:
   return f"conv{int(stage) + 1}_block{number}_{within}_{kind}"
 
 
+def _automatic(ours: Sequence[Path]) -> dict[Path, str]:
+  """The names that layers in this order have in a process's first model."""
+  names: dict[Path, str] = {("head",): "dense"}
+  for part, kind in _KINDS:
+    paths = [path for path in ours if part in path[-1]]
+    names |= {p: f"{kind}_{k}" if k else kind for k, p in enumerate(paths)}
+  return names
+
+
 def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   *layer, leaf = path[1:]
   flips = flip_stem and path[1:] == ("stem_conv", "kernel")
@@ -229,6 +260,38 @@ def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
     (lambda kernel: kernel[:, :, ::-1]) if flips else mapping.as_it_is,
   )
 
+
+# ---- The way out
+
+
+def layers_of(model: ConfigDict) -> dict[Path, tuple[str, str]]:
+  """The layers of Keras's network that `config.model` describes, by ours.
+
+  Of each its name and its place in a file, 'conv2d_3': those of a class are
+  numbered in the order of `model.layers`.
+  """
+  if model.name in _PER_GROUP:
+    names, places = (
+      _automatic(_example_layers(model.name, model.depth, as_created))
+      for as_created in (True, False)
+    )
+  else:
+    places = _automatic(_application_layers(model.depth))
+    names = {path: _application_name(path) for path in places}
+    names[("head",)] = _HEADS[0]
+  return {path: (name, places[path]) for path, name in names.items()}
+
+
+def _origin_of(model: ConfigDict) -> mapping.OriginOf:
+  names = {path: name for path, (name, _) in layers_of(model).items()}
+  flips = model.name == "resnet_imagenet"
+  return functools.partial(_origin, names, flip_stem=flips)
+
+
+# See `pytorch_names.ORIGINS`.
+ORIGINS: dict[tuple[str, str], Callable[[ConfigDict], mapping.OriginOf]] = {
+  ("keras", name): _origin_of for name in (*_PER_GROUP, "resnet_imagenet")
+}
 
 # ---- What a file says of its layers
 

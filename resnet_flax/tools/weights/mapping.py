@@ -42,6 +42,11 @@ class Origin:
 
   name: str  # Of the library's array.
   layout: Layout = as_it_is  # Brings it into our order of dimensions.
+  back: Layout | None = None  # Brings ours into its order; None: as `layout`.
+
+
+# Where our array of a path comes from.
+OriginOf = Callable[[Path], Origin]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Source:
   # with which our network computes what theirs does.
   needed: Mapping[str, tuple[Any, ...]]
   num_classes: int  # Size of its head.
-  origin: Callable[[Path], Origin]  # Where our array of a path comes from.
+  origin: OriginOf
 
 
 def check_config(
@@ -66,17 +71,21 @@ def check_config(
   Raises:
     ConfigError: it does not; names the values that are needed.
   """
-  flat = keys.to_flat(config)
-  wrong = [
-    f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"
-    for key, allowed in source.needed.items()
-    if flat[key] not in allowed
-  ]
-  if wrong:
+  if wrong := differing(source, config):
     raise errors.ConfigError(
       f"{file.path} holds {source.title}, of which the configuration is not:"
-      f" needed are {', '.join(wrong)}."
+      f" needed are {', '.join(wrong.values())}."
     )
+
+
+def differing(source: Source, config: ConfigDict) -> dict[str, str]:
+  """For keys whose values `source` cannot have, the flag that is needed."""
+  flat = keys.to_flat(config)
+  return {
+    key: f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"
+    for key, allowed in source.needed.items()
+    if flat[key] not in allowed
+  }
 
 
 def _flag(value: Any) -> str:

@@ -8,10 +8,11 @@ named like torchvision's and whose head is called `linear`.
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from resnet_flax.models import registry
 from resnet_flax.run import errors
@@ -36,9 +37,15 @@ _IMAGENET_DEPTHS = {
 _VGG19 = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)
 _VGG19_BN = (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49)
 _ALEXNET = (0, 3, 6, 8, 10)
-# And of the dense layers in `classifier`.
-_VGG_DENSE = {"dense1": 0, "dense2": 3, "head": 6}
-_ALEXNET_DENSE = {"dense1": 1, "dense2": 4, "head": 6}
+# And of the dense layers in `classifier`, and the channels that they are given.
+_VGG_DENSE = {"dense1": 0, "dense2": 3, "head": 6}, 512
+_ALEXNET_DENSE = {"dense1": 1, "dense2": 4, "head": 6}, 256
+
+# OIHW as HWIO, and back.
+_CONV = tuple(
+  functools.partial(np.transpose, axes=axes)
+  for axes in ((2, 3, 1, 0), (3, 2, 0, 1))
+)
 
 _EPSILON = {"model.batch_norm_epsilon": (1e-5,)}
 _RESNET = {
@@ -104,7 +111,7 @@ def _torchvision_resnet(file: files.WeightsFile) -> Source:
     f"torchvision's ResNet-{depth}",
     needed,
     shape_of(file, "fc.weight")[0],
-    functools.partial(_resnet_origin, "fc", "downsample"),
+    _torchvision_origin,
   )
 
 
@@ -128,14 +135,15 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
       "normalization": ("imagenet", "channel", "none"),
     },
     shape_of(file, "linear.weight")[0],
-    functools.partial(_resnet_origin, "linear", "shortcut"),
+    _cifar_origin,
   )
 
 
 def _feedforward(file: files.WeightsFile) -> Source:
   has_norm = any(name.endswith(".running_mean") for name in file.arrays)
   is_alexnet = "classifier.1.weight" in file.arrays
-  indexes = _ALEXNET if is_alexnet else _VGG19_BN if has_norm else _VGG19
+  origin = _alexnet_origin if is_alexnet else _vgg_origin(has_norm)
+  indexes = origin.args[0]
   convs = sum(1 for array in file.arrays.values() if array.ndim == 4)
   if convs != len(indexes):
     raise errors.WeightsError(
@@ -157,12 +165,7 @@ def _feedforward(file: files.WeightsFile) -> Source:
     f"torchvision's {title}",
     needed,
     shape_of(file, "classifier.6.weight")[0],
-    functools.partial(
-      _feedforward_origin,
-      indexes,
-      _ALEXNET_DENSE if is_alexnet else _VGG_DENSE,
-      shape_of(file, f"features.{indexes[-1]}.weight")[0],
-    ),
+    origin,
   )
 
 
@@ -190,30 +193,57 @@ def _feedforward_origin(
     return _leaf(f"features.{index}", layer, leaf)
   origin = _leaf(f"classifier.{dense[layer]}", layer, leaf)
   if (layer, leaf) == ("dense1", "kernel"):
-    return Origin(origin.name, functools.partial(_flattened, channels))
+    layouts = (
+      functools.partial(f, channels) for f in (_flattened, _unflattened)
+    )
+    return Origin(origin.name, *layouts)
   return origin
+
+
+def _vgg_origin(has_norm: bool) -> functools.partial[Origin]:
+  indexes = _VGG19_BN if has_norm else _VGG19
+  return functools.partial(_feedforward_origin, indexes, *_VGG_DENSE)
+
+
+_torchvision_origin = functools.partial(_resnet_origin, "fc", "downsample")
+_cifar_origin = functools.partial(_resnet_origin, "linear", "shortcut")
+_alexnet_origin = functools.partial(
+  _feedforward_origin, _ALEXNET, *_ALEXNET_DENSE
+)
+
+# The way out: by whose names and by `model.name`, what makes of `config.model`
+# the `Source.origin` of the library's network.
+ORIGINS: dict[tuple[str, str], Callable[[ConfigDict], mapping.OriginOf]] = {
+  ("torchvision", "resnet_imagenet"): lambda model: _torchvision_origin,
+  ("torchvision", "vgg"): lambda model: _vgg_origin(model.norm != "none"),
+  ("torchvision", "alexnet"): lambda model: _alexnet_origin,
+  ("cifar", "resnet_v1"): lambda model: _cifar_origin,
+}
 
 
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
   """Where the kernel, bias, ... of one of our layers comes from."""
   if leaf == "kernel":
-    layout: mapping.Layout = _conv if "conv" in layer else np.transpose
-    return Origin(f"{module}.weight", layout)
+    layouts = _CONV if "conv" in layer else (np.transpose,)
+    return Origin(f"{module}.weight", *layouts)
   if "bn" in layer:
     return Origin(f"{module}.{_NORM[leaf]}")
   return Origin(f"{module}.{leaf}")
 
 
-def _conv(array: np.ndarray) -> np.ndarray:
-  """OIHW as HWIO."""
-  return np.transpose(array, (2, 3, 1, 0))
-
-
 def _flattened(channels: int, array: np.ndarray) -> np.ndarray:
   """[out, C*H*W] as [H*W*C, out]: what a dense layer after a flatten sees."""
   units, inputs = array.shape
-  side = math.isqrt(inputs // max(channels, 1))
+  side = math.isqrt(inputs // channels)
   if channels * side * side != inputs:
     return np.transpose(array)
   array = array.reshape(units, channels, side, side)
   return np.transpose(array, (2, 3, 1, 0)).reshape(inputs, units)
+
+
+def _unflattened(channels: int, array: np.ndarray) -> np.ndarray:
+  """Undoes `_flattened`."""
+  inputs, units = array.shape
+  side = math.isqrt(inputs // channels)
+  array = array.reshape(side, side, channels, units)
+  return np.transpose(array, (3, 2, 0, 1)).reshape(units, inputs)

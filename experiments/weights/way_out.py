@@ -1,0 +1,249 @@
+"""Holds exported weights to the libraries that load them.
+
+  python -m experiments.weights.way_out --torch_python=PYTHON
+    --keras_python=PYTHON --out=experiments/weights/way_out.json
+
+Random networks are made workdirs and exported; each library loads the files in
+a process of its own environment (`torch_reference.py`, `keras_reference.py`),
+and both sides are given the same inputs. OUT is written after each network, and
+what it has already is not done again. The last lines are the table of
+README.md.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import resnet_flax
+from configs import base
+from experiments.weights.__main__ import KERAS, TORCH, relative_error
+from resnet_flax.data import normalize
+from resnet_flax.run import (
+  errors,
+  experiment as experiment_lib,
+  files as files_lib,
+  load,
+)
+from resnet_flax.tools import convert
+from resnet_flax.tools.export import weights
+
+_FOLDER = pathlib.Path(__file__).parent
+
+NUM_IMAGES = 256
+# Of networks for large images: the sides of their inputs here.
+SIDE = 64
+# Those that are compared, by their names in `__main__`.
+NAMES = (
+  *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+  *("vgg19", "vgg19_bn", "alexnet", "cifar20", "cifar56"),
+  *("application_50", "example_v1_20", "example_v1_56", "example_v2_29"),
+)
+# The relative error up to which logits count as the same.
+LIMIT = 1e-5
+
+# For each format of weights its file.
+FILES = {
+  "safetensors": "weights.safetensors",
+  "torch": "weights.pt",
+  "keras": "model.weights.h5",
+}
+
+
+def make_config(overrides: dict[str, Any], side: int = SIDE) -> ConfigDict:
+  """A configuration by overrides of configs/base.py, for inputs of a side."""
+  config = base.get_config()
+  config.dataset.name = "digits"
+  config.update_from_flattened_dict(overrides)
+  if config.model.input_size:
+    config.model.input_size = side
+  return config
+
+
+def random_network(config: ConfigDict) -> load.LoadedModel:
+  """A network in which every number counts, and which has not been trained.
+
+  Statistics are first those of a batch, so that deep networks neither explode
+  nor die, and then moved away from it. Branches are small beside what they are
+  added to: otherwise rounding grows with the depth, in any library.
+  """
+  config.model.batch_norm_momentum = 0.0
+  experiment = experiment_lib.build(config)
+  model, rng = experiment.model, np.random.default_rng(0)
+  side = config.model.input_size or 32
+  images = rng.normal(0, 1, (64, side, side, 3)).astype(np.float32)
+  first = model.lazy_init(jax.random.key(0), images[:1], train=False)
+
+  block = first["params"].get("stage1_block1", {})
+  # What is added to a shortcut; in v2 that is a convolution.
+  last_norm = "bn3" if "bn3" in block else "bn2"
+  if config.model.name == "resnet_v2":
+    last_norm = ""
+
+  def drawn(path: Any, leaf: jax.Array) -> np.ndarray:
+    layer, kind = path[-2].key, path[-1].key
+    if kind == "kernel":
+      return np.asarray(leaf)
+    low, high = (0.5, 0.7) if kind == "scale" else (-0.1, 0.1)
+    if (layer, kind) == (last_norm, "scale"):
+      low, high = 0.02, 0.06
+    return rng.uniform(low, high, leaf.shape).astype(np.float32)
+
+  params = jax.tree_util.tree_map_with_path(drawn, first["params"])
+  variables = {"params": params, "batch_stats": first.get("batch_stats", {})}
+
+  @jax.jit
+  def measured(variables: Any) -> Any:
+    key = jax.random.key(0)
+    _, updated = model.apply(
+      variables,
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": key},
+    )
+    return updated.get("batch_stats", {})
+
+  stats = jax.tree.map(
+    lambda a: np.float32(a * rng.uniform(0.8, 1.2, a.shape)),
+    measured(variables),
+  )
+  return load.LoadedModel(
+    model=model,
+    variables=variables | {"batch_stats": stats},
+    predict=lambda images: None,
+    preprocess=normalize.placeholder("none", experiment.image_shape),
+    class_names=(),
+    config=config,
+    step=0,
+    seed=0,
+  )
+
+
+def measure(
+  name: str, python: pathlib.Path, overrides: dict[str, Any]
+) -> dict[str, Any]:
+  """Exports a random network and compares what its library makes of each file.
+
+  Returns:
+    The relative error of logits by format, the largest logit, and whether
+    `convert` gave every array back to the bit.
+  """
+  is_torch = name in TORCH
+  config = make_config(overrides)
+  if config.model.input_size:
+    config.model.num_classes = 1000  # As the libraries' networks have it.
+  side = config.model.input_size or 32
+  drawn = random_network(config)
+  names = "keras"
+  if is_torch:
+    names = "cifar" if name.startswith("cifar") else "torchvision"
+  network = weights.named(drawn, names)
+  rng = np.random.default_rng(1)
+  inputs = rng.normal(0, 1, (NUM_IMAGES, side, side, 3)).astype(np.float32)
+  apply = jax.jit(lambda v, x: drawn.model.apply(v, x, train=False))
+  ours = np.concatenate(
+    [apply(drawn.variables, x) for x in np.split(inputs, 8)]
+  )
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(temporary)
+    sees_bgr = name.startswith("application")
+    np.save(folder / "inputs.npy", inputs[..., ::-1] if sees_bgr else inputs)
+    weights.write("safetensors", network, drawn, folder)
+    run = folder / "run"
+    convert.convert(folder / FILES["safetensors"], config, run)
+    returned = resnet_flax.load_model(run).variables
+    same = jax.tree.map(np.array_equal, returned, drawn.variables)
+    result: dict[str, Any] = {
+      "holds": network.title,
+      "arrays": len(network.arrays),
+      "largest_logit": float(np.abs(ours).max()),
+      "same_bits_after_convert": all(jax.tree.leaves(same)),
+      "errors": {},
+    }
+    for form in ("safetensors", "torch" if is_torch else "keras"):
+      out = folder / form
+      options = [f"--format={form}", f"--out={out}", f"--names={names}"]
+      _run(python, "-m", "resnet_flax.export", run, *options)
+      worker = _FOLDER / f"{'torch' if is_torch else 'keras'}_reference.py"
+      options = [f"--name={name}", f"--folder={folder}"]
+      said = _run(python, worker, *options, f"--weights={out / FILES[form]}")
+      result["versions"] = json.loads(said.splitlines()[-1])
+      theirs = np.load(folder / "logits.npy")
+      result["errors"][form] = relative_error(ours, theirs)
+  return result
+
+
+def _run(*command_line: Any) -> str:
+  environment = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "KERAS_BACKEND": "jax",
+    "PYTHONPATH": str(_FOLDER.parents[1]),
+  }
+  process = subprocess.run(
+    list(map(str, command_line)),
+    env=os.environ | environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if process.returncode:
+    raise errors.UserError(f"{command_line[1:3]}: {process.stderr[-2000:]}")
+  return process.stdout.strip()
+
+
+def table(results: dict[str, Any]) -> str:
+  """The results as a table in Markdown."""
+  lines = [
+    "| network | arrays | largest logit | `safetensors` | `torch` | `keras` |"
+    " back by `convert` |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for result in results.values():
+    found = [result["errors"].get(form) for form in FILES]
+    cells = [
+      result["holds"],
+      result["arrays"],
+      f"{result['largest_logit']:.3g}",
+      *("–" if error is None else f"{error:.1e}" for error in found),
+      "every bit" if result["same_bits_after_convert"] else "no",
+    ]
+    lines.append(f"| {' | '.join(map(str, cells))} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  """Measures what --out does not have yet, and prints all as a table."""
+  parser = argparse.ArgumentParser("python -m experiments.weights.way_out")
+  parser.add_argument("--torch_python", type=pathlib.Path)
+  parser.add_argument("--keras_python", type=pathlib.Path)
+  parser.add_argument("--names", default="")
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  arguments = parser.parse_args()
+  results = (
+    json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+  )
+  for name in NAMES:
+    is_torch, overrides = name in TORCH, (TORCH | KERAS)[name]
+    python = arguments.torch_python if is_torch else arguments.keras_python
+    chosen = not arguments.names or name in arguments.names.split(",")
+    if python and chosen and name not in results:
+      results[name] = measure(name, python, overrides)
+      print(name, results[name], flush=True)
+      files_lib.write_json(arguments.out, results)
+  print(table(results))
+  found = [e for r in results.values() for e in r["errors"].values()]
+  if not all(error <= LIMIT for error in found):
+    sys.exit(f"error: a relative error is larger than {LIMIT}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,141 @@
+"""What goes with exported weights: how to use and check them, a model card."""
+
+import pathlib
+import statistics
+
+import jax
+import numpy as np
+
+from resnet_flax.data import dataset as dataset_lib, normalize
+from resnet_flax.run import experiment as experiment_lib, files, folder, metrics
+from resnet_flax.run.load import LoadedModel
+
+_NUM_CHECKED = 8
+
+_LOADING = {
+  "safetensors": "safetensors.numpy.load_file('weights.safetensors')",
+  "torch": "model.load_state_dict(torch.load('weights.pt'))",
+  "keras": "model.load_weights('model.weights.h5')",
+  "orbax": "orbax.checkpoint.StandardCheckpointer().restore(path)",
+}
+
+_CARD = """\
+# {title}{trained}
+
+| | |
+| --- | --- |
+| network | {config.model.name}, depth {config.model.depth}: {size:,} numbers |
+| data | {data} |
+| recipe | from {start}{recipe} |
+| computed in | {config.model.dtype} |
+| checkpoint | step {loaded.step} of seed {loaded.seed} |
+| test accuracy | {accuracy} |
+| licence | {licence} |
+
+Names and layouts of the arrays are those of {title}. They are loaded by
+`{loading}`; more is in resnet_flax's docs/use.md.
+
+`preprocess.json` says how uint8[N, H, W, 3] images in RGB, of `image_size`,
+become what the network takes: divide by 255, subtract `mean` (a name is that of
+a file), divide by `std`, resize to `size`, bring `channels` and axes (`layout`)
+in order. Line k of `labels.txt`, counted from 0, names class k. `check.npz` has
+{checked} `images` of noise, and their `logits` to check against.
+"""
+
+
+def write(
+  out: pathlib.Path,
+  loaded: LoadedModel,
+  workdir: pathlib.Path,
+  form: tuple[str, str],
+  title: str,
+  licence: str,
+) -> None:
+  """Writes README.md, preprocess.json, labels.txt, check.npz and mean.npy.
+
+  The last one only for a mean image, float32[H, W, C].
+
+  Args:
+    out: an existing folder.
+    loaded: the network.
+    workdir: the local folder that it is from.
+    form: the format, and whose names the arrays have.
+    title: what the network is there.
+    licence: '' if it is not stated.
+  """
+  config, scale, (name, names) = loaded.config, loaded.preprocess, form
+  assert isinstance(scale, normalize.Normalization)
+  shape = dataset_lib.info(config.dataset).image_shape
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (_NUM_CHECKED, *shape), np.uint8)
+  logits = jax.jit(
+    lambda variables, x: loaded.model.apply(variables, scale(x), train=False)
+  )(loaded.variables, images)
+  np.savez(out / "check.npz", images=images, logits=np.asarray(logits))
+
+  mean, side = np.asarray(scale.mean), config.model.input_size
+  is_image = mean.size > shape[-1]
+  if is_image:
+    np.save(out / "mean.npy", mean)
+  sees_bgr = names == "keras" and config.model.name == "resnet_imagenet"
+  preprocess = {
+    "image_size": shape[:2],
+    "value_range": [0, 1],
+    "mean": "mean.npy" if is_image else mean.ravel().tolist(),
+    "std": np.asarray(scale.std).ravel().tolist(),
+    "size": [side, side] if side else shape[:2],
+    "interpolation": "bilinear",
+    "channels": "BGR" if sees_bgr else "RGB",
+    "layout": "NCHW" if names in ("torchvision", "cifar") else "NHWC",
+  }
+  files.write_json(out / "preprocess.json", preprocess)
+  labels = loaded.class_names or map(str, range(logits.shape[1]))
+  (out / "labels.txt").write_text("\n".join([*labels, ""]), "utf-8")
+
+  stored = folder.read_environment(workdir)
+  begun = stored.get("converted", {}).get("holds") or config.init_from
+  experiment = experiment_lib.build(config)
+  recipe = (
+    f"; {config.num_epochs} epochs of batches of {config.batch_size};"
+    f" {', '.join(experiment.optimizer.links)};"
+    f" {', '.join(experiment.learning_rate.describe())}; augmentation"
+    f" {config.augment.name}, normalization {config.normalization}, label"
+    f" smoothing {config.label_smoothing}"
+  )
+  card = _CARD.format(
+    config=config,
+    loaded=loaded,
+    title=title,
+    trained=f", trained on {config.dataset.name}" if loaded.step else "",
+    recipe=recipe if loaded.step else ", not trained on",
+    size=sum(leaf.size for leaf in jax.tree.leaves(loaded.variables)),
+    data=stored.get("data") or "none",
+    start=begun or "random weights",
+    accuracy=_accuracy(workdir, loaded),
+    licence=licence or "not stated",
+    loading=_LOADING.get(name, name),
+    checked=_NUM_CHECKED,
+  )
+  (out / "README.md").write_text(card, "utf-8")
+
+
+def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
+  """On the test split: the network's, and that of all seeds at their best."""
+  config = loaded.config
+  records = metrics.MetricsLog(workdir, config).read()
+  own = [
+    metrics.of_seeds(record)[loaded.seed - config.seed]["test_accuracy"]
+    for record in records
+    if record["step"] == loaded.step
+  ]
+  if not own:
+    return "not scored"
+  best = metrics.best_records(records, config.checkpoint.monitor)
+  values = [record["test_accuracy"] for record in best]
+  std = f" ± {statistics.stdev(values):.2%}" if values[1:] else ""
+  return (
+    f"{own[0]:.2%} on {dataset_lib.info(config.dataset).num_test:,} images;"
+    f" n = {len(values)} seeds, each in its best epoch by"
+    f" {metrics.monitored(best[0], config.checkpoint.monitor)}:"
+    f" {statistics.fmean(values):.2%}{std}"
+  )

@@ -1,0 +1,110 @@
+"""Writes a trained network as other libraries and programs have theirs.
+
+python -m resnet_flax.export WORKDIR --format=safetensors --out=DIR
+"""
+
+import argparse
+import importlib.util
+import os
+from typing import NoReturn
+
+from absl import flags
+
+from resnet_flax.run import errors, process, surroundings
+
+# For each format, whose names its arrays can have, the first choice first.
+FORMATS = {
+  "safetensors": ("torchvision", "cifar", "keras", "flax"),
+  "torch": ("torchvision", "cifar"),
+  "keras": ("keras",),
+  **dict.fromkeys(("orbax", "stablehlo", "onnx"), ("flax",)),
+}
+NAMES = FORMATS["safetensors"]
+
+
+def export(
+  workdir: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  form: str,
+  names: str = "",
+  which: str = "best",
+  seed: int | None = None,
+  licence: str = "",
+) -> str:
+  """Writes a network, and what goes with it, into a new folder.
+
+  `workdir`, `which` and `seed` are those of `load.load_model`; `form` is a key
+  of `FORMATS`, whose first names that have such a network are taken for ''.
+
+  Returns:
+    What the network is there, for example "torchvision's ResNet-18".
+
+  Raises:
+    ConfigError: see `load_model`; or no such names have such a network.
+    WorkdirError: see `load_model`; or `out` holds something or cannot be
+      written.
+  """
+  if form == "torch" and importlib.util.find_spec("torch") is None:
+    raise errors.ConfigError(
+      "--format=torch needs PyTorch, which is not installed: pip install"
+      " 'resnet_flax[torch]'. --format=safetensors holds the same, without."
+    )
+  from resnet_flax.run import load, mirror
+  from resnet_flax.tools import new_folder
+  from resnet_flax.tools.export import card, weights
+
+  out = new_folder.resolve(out, "--out")
+  loaded = load.load_model(workdir, which, seed=seed)
+  reasons = []
+  for chosen in [n for n in FORMATS[form] if names in ("", n)]:
+    try:
+      network = weights.named(loaded, chosen)
+      break
+    except errors.WeightsError as error:
+      reasons.append(str(error).rstrip("."))
+  else:
+    raise errors.ConfigError(
+      f"--format={form} cannot have this network:"
+      f" {'; '.join(reasons) or f'it has no --names={names}'}. All networks can"
+      " be had as safetensors (--names=flax), orbax, stablehlo and onnx."
+    )
+  with new_folder.fill(out, "--out") as folder:
+    weights.write(form, network, loaded, folder)
+    local = mirror.local(workdir, "workdir")
+    card.write(folder, loaded, local, (form, chosen), network.title, licence)
+  return network.title
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    """Ends in one line, without the usage."""
+    raise errors.ConfigError(f"{message}. --help says what there is.")
+
+
+def _main(argv: list[str]) -> None:
+  parser = _Parser("python -m resnet_flax.export", description=__doc__)
+  add = parser.add_argument
+  add("workdir", help="Folder of a run, or an address of checkpoint.mirror.")
+  add("--format", choices=FORMATS, required=True)
+  add("--out", required=True, help="Folder to make.")
+  add("--names", choices=NAMES, default="", help="Whose names the arrays get.")
+  add("--checkpoint", choices=("best", "latest"), default="best")
+  add("--seed", type=int, help="Of a run of several; by default the first.")
+  add("--license", default="", help="For the model card.")
+  given = parser.parse_args(argv[1:])
+  surroundings.set_up()
+  from resnet_flax.run import signals
+
+  # What is half written is removed before the process ends.
+  with signals.StopSignals():
+    title = export(
+      *(given.workdir, given.out, given.format, given.names),
+      *(given.checkpoint, given.seed, given.license),
+    )
+  surroundings.show(f"Network: {title}\nFolder: {given.out}")
+
+
+def run() -> None:
+  """Runs the command line; mistakes and signals end in one line."""
+  # Absl wants to have parsed its flags, of which there are none here.
+  process.run(_main, parse=lambda argv: flags.FLAGS(argv[:1]) + argv[1:])

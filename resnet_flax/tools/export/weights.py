@@ -1,0 +1,98 @@
+"""A network's arrays by a library's names, and the files that hold them."""
+
+import importlib
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import h5py
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from safetensors import numpy as safetensors_numpy
+
+from resnet_flax.run import checkpoint, errors
+from resnet_flax.run.load import LoadedModel
+from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
+
+_ORIGINS = pytorch_names.ORIGINS | keras_names.ORIGINS
+
+
+class Network(NamedTuple):
+  """A network as a library has it."""
+
+  title: str  # For example "torchvision's ResNet-18".
+  arrays: Mapping[str, np.ndarray]  # float32 by name, in the library's layouts.
+
+
+def named(loaded: LoadedModel, names: str) -> Network:
+  """A network as 'torchvision', 'cifar' or 'keras' has it; ours for 'flax'.
+
+  Raises:
+    WeightsError: the library has no network that computes what ours does.
+  """
+  model = loaded.config.model
+  flat = traverse_util.flatten_dict(jax.device_get(loaded.variables))
+  if names == "flax":
+    ours = {"/".join(path): array for path, array in flat.items()}
+    return Network(f"resnet_flax's {model.name}", ours)
+  if (names, model.name) not in _ORIGINS:
+    raise errors.WeightsError(f"{names} has no {model.name}")
+  origin_of = _ORIGINS[names, model.name](model)
+  try:
+    origins = [(origin_of(path), array) for path, array in flat.items()]
+  except KeyError as error:
+    raise errors.WeightsError(f"{names} has no layer {error}") from error
+  arrays = {o.name: (o.back or o.layout)(array) for o, array in origins}
+  # What the way in makes of them says whether they are of such a network.
+  library = keras_names if names == "keras" else pytorch_names
+  file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())
+  source = library.identify(file)
+  wrong = mapping.differing(source, loaded.config)
+  wrong.pop("normalization", None)  # It is no part of the library's network.
+  if wrong:
+    flags = ", ".join(wrong.values())
+    raise errors.WeightsError(f"{source.title} would need {flags}")
+  return Network(source.title, arrays)
+
+
+def write(
+  form: str, network: Network, loaded: LoadedModel, folder: pathlib.Path
+) -> None:
+  """Writes the files of a format into an existing folder.
+
+  Raises:
+    OSError: whatever a library has raised.
+  """
+  arrays = {k: np.ascontiguousarray(a) for k, a in network.arrays.items()}
+  with checkpoint.only_os_errors():
+    match form:
+      case "safetensors":
+        safetensors_numpy.save_file(arrays, folder / "weights.safetensors")
+      case "torch":
+        import torch
+
+        state = {name: torch.tensor(array) for name, array in arrays.items()}
+        torch.save(state, folder / "weights.pt")
+      case "keras":
+        with h5py.File(folder / "model.weights.h5", "w") as file:
+          for name, place in keras_names.layers_of(
+            loaded.config.model
+          ).values():
+            group = file.create_group(f"layers/{place}/vars")
+            group.attrs["name"] = name
+            variables = files.VARIABLES[files.layer_class(place)]
+            for k, variable in enumerate(variables):
+              group[str(k)] = arrays[f"{name}/{variable}"]
+      case "orbax":
+        variables = jax.device_get(loaded.variables)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+          checkpointer.save(folder / "checkpoint", variables)
+      case _:
+        # By name, since the others do without what it imports.
+        package = "resnet_flax.tools.export.programs"
+        write_program = getattr(
+          importlib.import_module(package), f"write_{form}"
+        )
+        write_program(loaded, folder)

@@ -1,0 +1,235 @@
+"""From a workdir to a folder for others, whole or not at all."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+import resnet_flax
+from resnet_flax import train
+from resnet_flax.run import errors
+from resnet_flax.tools import convert
+from resnet_flax.tools.export import command
+from tests.tools.weights import networks
+
+ROOT = pathlib.Path(__file__).parents[3]
+BESIDE = {"README.md", "preprocess.json", "labels.txt", "check.npz"}
+
+
+@pytest.fixture
+def converted(tiny_config, tmp_path):
+  """(workdir, config) of a CIFAR ResNet that PyTorch has saved."""
+  source = networks.save(
+    networks.cifar_state_dict(), tmp_path / "first.safetensors"
+  )
+  config = networks.for_cifar(tiny_config)
+  convert.convert(source, config, tmp_path / "run")
+  return tmp_path / "run", config
+
+
+def names_in(folder):
+  return {path.name for path in folder.iterdir()}
+
+
+def test_in_and_out_and_in(converted, tmp_path):
+  workdir, config = converted
+  out = tmp_path / "out"
+  title = command.export(workdir, out, "safetensors", licence="CC0-1.0")
+  assert title == "a PyTorch CIFAR ResNet-8 with option A shortcuts"
+  assert names_in(out) == BESIDE | {"weights.safetensors"}
+  assert out.stat().st_mode & 0o777 == 0o755
+  there = safetensors_numpy.load_file(out / "weights.safetensors")
+  given = networks.cifar_state_dict()
+  for name, array in there.items():
+    np.testing.assert_array_equal(array, given[name])
+  assert given.keys() - there.keys() == {
+    name for name in given if name.endswith("num_batches_tracked")
+  }
+  convert.convert(out / "weights.safetensors", config, tmp_path / "again")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    resnet_flax.load_model(tmp_path / "again").variables,
+    resnet_flax.load_model(workdir).variables,
+  )
+  card = (out / "README.md").read_text()
+  assert "| licence | CC0-1.0 |" in card
+  assert "| test accuracy | not scored |" in card
+  assert card.startswith(f"# {title}\n")
+  assert f"recipe | from {title}, not trained on |" in card
+
+
+def prepared(out, images):
+  """Images as preprocess.json says, by NumPy alone."""
+  said = json.loads((out / "preprocess.json").read_text())
+  mean = said["mean"]
+  mean = np.load(out / mean) if isinstance(mean, str) else np.array(mean)
+  assert said["image_size"] == said["size"] == [32, 32]
+  x = (np.float32(images) / 255 - mean) / np.array(said["std"])
+  x = x[..., ::-1] if said["channels"] == "BGR" else x
+  return np.float32(x), said
+
+
+def test_of_a_run_of_two_seeds(tiny_config, tmp_path, one_device):
+  tiny_config.num_seeds = 2
+  workdir = tmp_path / "run"
+  records = train.train_and_evaluate(tiny_config, workdir, devices=one_device)
+  out = tmp_path / "out"
+  title = command.export(workdir, out, "keras", which="latest", seed=1)
+  assert title == "the Keras example's ResNet-8 v1"
+  assert names_in(out) == BESIDE | {"model.weights.h5", "mean.npy"}
+  loaded = resnet_flax.load_model(workdir, "latest", seed=1)
+  check = np.load(out / "check.npz")
+  assert check["images"].shape == (8, 32, 32, 3)
+  x, said = prepared(out, check["images"])
+  assert (said["layout"], said["mean"]) == ("NHWC", "mean.npy")
+  ours = loaded.model.apply(loaded.variables, x, train=False)
+  np.testing.assert_allclose(check["logits"], ours, rtol=1e-4, atol=1e-5)
+  assert (out / "labels.txt").read_text().split() == list("0123456789")
+  card = (out / "README.md").read_text()
+  own = records[-1]["seeds"][1]["test_accuracy"]
+  assert f"| {own:.2%} on 360 images; n = 2 seeds" in card
+  best = [
+    max(record["seeds"][k]["test_accuracy"] for record in records)
+    for k in range(2)
+  ]
+  assert (
+    f"by test_accuracy: {np.mean(best):.2%} ± {np.std(best, ddof=1):.2%}"
+    in card
+  )
+  assert "2 epochs of batches of 8" in card
+  assert "| licence | not stated |" in card
+  with pytest.raises(errors.ConfigError, match="seed=7 was not trained"):
+    command.export(workdir, tmp_path / "other", "keras", seed=7)
+
+
+def refused(kind, converted, tmp_path, *arguments, **more):
+  before = names_in(tmp_path)
+  with pytest.raises(kind) as raised:
+    command.export(converted[0], tmp_path / "out", *arguments, **more)
+  assert names_in(tmp_path) == before
+  assert len(str(raised.value).splitlines()) == 1
+  return str(raised.value)
+
+
+def test_what_there_is_instead(converted, tmp_path):
+  message = refused(errors.ConfigError, converted, tmp_path, "keras")
+  assert message == (
+    "--format=keras cannot have this network: the network has 7 convolutions,"
+    " as no ResNet v1 of the Keras example has: for n blocks in each stage"
+    " there are 6n+3. All networks can be had as safetensors (--names=flax),"
+    " orbax, stablehlo and onnx."
+  )
+  message = refused(
+    errors.ConfigError, converted, tmp_path, "orbax", "torchvision"
+  )
+  assert "it has no --names=torchvision" in message
+
+
+def test_torch_is_an_extra(converted, tmp_path, monkeypatch):
+  monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+  message = refused(errors.ConfigError, converted, tmp_path, "torch")
+  assert "pip install 'resnet_flax[torch]'" in message
+
+
+def test_programs_are_written_by_their_module(converted, tmp_path, monkeypatch):
+  def write_onnx(loaded, folder):
+    (folder / "model.onnx").write_text(str(loaded.step))
+
+  programs = types.SimpleNamespace(write_onnx=write_onnx)
+  name = "resnet_flax.tools.export.programs"
+  monkeypatch.setitem(sys.modules, name, programs)
+  command.export(converted[0], tmp_path / "out", "onnx")
+  assert names_in(tmp_path / "out") == BESIDE | {"model.onnx"}
+
+
+def test_nothing_is_overwritten(converted, tmp_path):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "mine").touch()
+  message = refused(errors.WorkdirError, converted, tmp_path, "safetensors")
+  assert "holds something already" in message
+  assert names_in(tmp_path / "out") == {"mine"}
+
+
+def test_a_failed_write_leaves_nothing(converted, tmp_path, monkeypatch):
+  def fail(*arguments, **more):
+    raise ValueError("the disk\nis gone")
+
+  monkeypatch.setattr(np, "savez", fail)
+  with pytest.raises(ValueError, match="is gone"):
+    command.export(converted[0], tmp_path / "out", "safetensors")
+  assert not (tmp_path / "out").exists()
+  monkeypatch.setattr(safetensors_numpy, "save_file", fail)
+  message = refused(errors.WorkdirError, converted, tmp_path, "safetensors")
+  assert "the disk is gone" in message
+
+
+@pytest.mark.parametrize("form", ["safetensors", "keras", "orbax"])
+def test_a_full_disk(small_disk, form, tiny_config, tmp_path, one_device):
+  tiny_config.num_epochs = 1
+  train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
+  small_disk.fill()
+  with pytest.raises(errors.WorkdirError, match="Nothing was left there"):
+    command.export(tmp_path / "run", small_disk.folder / "out", form)
+  assert names_in(small_disk.folder) == {"filler"}
+
+
+def run(*arguments, cwd=ROOT):
+  return subprocess.run(
+    [sys.executable, "-m", *map(str, arguments)],
+    cwd=cwd,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "the following arguments are required: workdir"),
+    (["run", "--format=safetensor", "--out=o"], "invalid choice: 'safetensor'"),
+    (["run", "--format=keras", "--out=o"], "run/config.json does not exist"),
+    (["run", "--format=orbax", "--out=gs://o"], "--out=gs://o must be"),
+  ],
+)
+def test_mistakes_end_in_one_line(arguments, message, tmp_path):
+  result = run("resnet_flax.export", *arguments, cwd=tmp_path)
+  assert result.returncode in (1, 2)
+  assert result.stdout == ""
+  (line,) = result.stderr.splitlines()
+  assert line.startswith("error: ")
+  assert message in line
+  assert not names_in(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(
+  converted, make_tiny_config, tmp_path, one_device
+):
+  """Those of docs/use.md, on runs of their names."""
+  runs = tmp_path / "runs"
+  train.train_and_evaluate(
+    make_tiny_config(tmp_path / "cache"), runs / "keras20", devices=one_device
+  )
+  converted[0].rename(runs / "resnet20")
+  page = (ROOT / "docs" / "use.md").read_text()
+  commands = re.findall(r"^python -m (resnet_flax\.export .*)$", page, re.M)
+  assert len(commands) >= 4
+  for line in commands:
+    if "--format=torch" in line and not importlib.util.find_spec("torch"):
+      continue
+    result = run(*shlex.split(line), cwd=tmp_path)
+    assert result.returncode == 0, (line, result.stderr)
+    assert result.stdout.startswith("Network: ")
