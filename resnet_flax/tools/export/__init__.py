@@ -1,0 +1,1 @@
+"""Trained networks, in the files of other libraries and programs."""
