@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
+from ml_collections import ConfigDict
 
 from resnet_flax.data import dataset
-from resnet_flax.models import resnet
+from resnet_flax.models import registry
 from resnet_flax.run import errors, load
 
 
@@ -45,24 +46,21 @@ def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
       f"ONNX files need {error.name}, which is not installed: pip install"
       " 'resnet_flax[onnx]'. StableHLO needs no more than JAX."
     ) from error
-  logits, image_shape = _logits(loaded, dtype=jnp.float32)
+  logits, image_shape = _logits(loaded, dtype="float32")
   path = folder / "model.onnx"
   onnx_graph.write(logits, image_shape, loaded.class_names, path)
 
 
 def _logits(
-  loaded: load.LoadedModel, **changes: Any
+  loaded: load.LoadedModel, **changes: str
 ) -> tuple[Callable[[jax.Array], jax.Array], tuple[int, ...]]:
-  """Maps images to logits, with changed layers; and the images' shape."""
-  model: Any = loaded.model
-  if isinstance(model, resnet.ResNet):
-    model = model.clone(scan=False, remat=False)
-  model = model.clone(
-    # XLA's own: oneDNN's cannot leave this machine.
-    conv=functools.partial(model.conv, conv_general_dilated=None, **changes),
-    norm=functools.partial(model.norm, **changes),
-    dense=functools.partial(model.dense, **changes),
-  )
+  """Maps images to logits, with changes of `model` keys; the images' shape."""
+  no_loops = {"scan": False, "remat": False}
+  config = ConfigDict(loaded.config.model.to_dict() | no_loops | changes)
+  model: Any = registry.create_model(config, loaded.model.num_classes)
+  # XLA's own convolutions: oneDNN's cannot be saved.
+  conv = functools.partial(model.conv, conv_general_dilated=None)
+  model = model.clone(conv=conv)
 
   def logits(images):
     return model.apply(loaded.variables, loaded.preprocess(images), train=False)

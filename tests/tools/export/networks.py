@@ -3,6 +3,7 @@
 `python -m tests.tools.export.networks` prints the table in docs/use.md.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -46,26 +47,31 @@ NETWORKS = {
 }
 
 
+@contextlib.contextmanager
+def few_filters():
+  """VGG and AlexNet have 8 filters in each layer."""
+  with pytest.MonkeyPatch.context() as patch:
+    for network in feedforward.NETWORKS.values():
+      narrow = [
+        dataclasses.replace(layer, num_filters=8)
+        if isinstance(layer, feedforward.Conv)
+        else layer
+        for layer in network["features"]
+      ]
+      patch.setitem(network, "features", narrow)
+    yield
+
+
 def load_random(normalization="channel", **changes):
   """What `load_model` gives of a network with random numbers.
 
-  `changes` are of `config.model`; VGG and AlexNet have fewer filters, too.
+  `changes` are of `config.model`.
   """
   config = base.get_config()
   config.dataset.name = "digits"
   config.normalization = normalization
   config.model.update({"depth": 8, "num_filters": 4} | changes)
   experiment = experiment_lib.build(config)
-  model = experiment.model
-  if isinstance(model, feedforward.FeedForward):
-    narrow = [
-      dataclasses.replace(layer, num_filters=8)
-      if isinstance(layer, feedforward.Conv)
-      else layer
-      for layer in model.features
-    ]
-    model = model.clone(features=narrow, hidden_sizes=(16, 16))
-  experiment = dataclasses.replace(experiment, model=model)
   rng = np.random.default_rng(0)
   placeholder = normalize.placeholder(normalization, experiment.image_shape)
   scale = jax.tree.map(
@@ -131,6 +137,7 @@ def run_stablehlo(path, inputs):
   return export.deserialize(bytearray(path.read_bytes())).call(inputs)
 
 
+@few_filters()
 def errors_of(title, folder):
   """The largest relative errors of probabilities: of ONNX and StableHLO.
 

@@ -19,7 +19,12 @@ from tests.tools.export import networks
 
 ROOT = pathlib.Path(__file__).parents[3]
 USE = (ROOT / "docs" / "use.md").read_text()
-FAST = ("resnet_v1, shortcuts A", "preact", "highway", "alexnet")
+FAST = (
+  "resnet_v1, shortcuts A",
+  "resnet_v1, input_size 20",
+  "preact",
+  "highway",
+)
 
 
 @pytest.fixture
@@ -125,9 +130,9 @@ def test_a_block_that_is_not_in_the_package(tmp_path, onnx):
   from resnet_flax.tools.export import onnx_graph
 
   rng = np.random.default_rng(0)
-  kernel, grouped, dense, per_pixel = (
+  kernel, grouped, dense, per_pixel, flat = (
     rng.normal(size=shape).astype(np.float32)
-    for shape in ((3, 3, 3, 4), (3, 3, 2, 4), (4, 4), (1, 8, 8, 4))
+    for shape in ((3, 3, 3, 4), (3, 3, 2, 4), (4, 4), (1, 8, 8, 4), (256, 4))
   )
 
   def convolve(x, kernel, groups):
@@ -142,7 +147,7 @@ def test_a_block_that_is_not_in_the_package(tmp_path, onnx):
     x = (x + per_pixel) * per_pixel - x
     gate = jax.nn.sigmoid(jnp.mean(x, (1, 2)) @ dense)
     x = convolve(jax.nn.relu(2 - x * gate[:, None, None, :]), grouped, 2)
-    return jnp.sum(x, (1, 2)) / 100
+    return (jnp.sum(x, (1, 2)) + x.reshape(len(x), -1) @ flat) / 300
 
   onnx_graph.write(logits, (8, 8, 3), ("a", "b", "c", "d"), tmp_path / "x.onnx")
   images = networks.images()[:, :8, :8]
