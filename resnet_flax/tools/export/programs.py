@@ -1,0 +1,68 @@
+"""Writes a trained network as a program that needs nothing of this package."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from ml_collections import ConfigDict
+
+from resnet_flax.data import dataset
+from resnet_flax.models import registry
+from resnet_flax.run import errors, load
+
+
+def write_stablehlo(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
+  """Writes `program.stablehlo`, for `jax.export.deserialize`.
+
+  It maps uint8[N, H, W, C] images, N > 0, to float32[N, classes] probabilities,
+  as `loaded.predict` does, on CPUs, CUDA's GPUs and TPUs.
+  """
+  logits, image_shape = _logits(loaded)
+  batch = export.symbolic_shape("batch")
+  exported = export.export(
+    jax.jit(lambda images: jax.nn.softmax(logits(images))),
+    platforms=("cpu", "cuda", "tpu"),
+  )(jax.ShapeDtypeStruct((*batch, *image_shape), jnp.uint8))
+  (folder / "program.stablehlo").write_bytes(exported.serialize())
+
+
+def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
+  """Writes `model.onnx`, which maps 'images' to 'probabilities'.
+
+  These are uint8[N, H, W, C] and float32[N, classes], as of `loaded.predict`;
+  the network computes in float32, whatever its dtype. The metadata's
+  `class_names` is a JSON list in the order of the labels, empty if unknown.
+
+  ConfigError: onnx is not installed, or has nothing for one of the layers.
+  """
+  try:
+    from resnet_flax.tools.export import onnx_graph
+  except ModuleNotFoundError as error:
+    raise errors.ConfigError(
+      f"ONNX files need {error.name}, which is not installed: pip install"
+      " 'resnet_flax[onnx]'. StableHLO needs no more than JAX."
+    ) from error
+  logits, image_shape = _logits(loaded, dtype="float32")
+  path = folder / "model.onnx"
+  onnx_graph.write(logits, image_shape, loaded.class_names, path)
+
+
+def _logits(
+  loaded: load.LoadedModel, **changes: str
+) -> tuple[Callable[[jax.Array], jax.Array], tuple[int, ...]]:
+  """Maps images to logits, with changes of `model` keys; the images' shape."""
+  no_loops = {"scan": False, "remat": False}
+  config = ConfigDict(loaded.config.model.to_dict() | no_loops | changes)
+  model: Any = registry.create_model(config, loaded.model.num_classes)
+  # XLA's own convolutions: oneDNN's cannot be saved.
+  conv = functools.partial(model.conv, conv_general_dilated=None)
+  model = model.clone(conv=conv)
+
+  def logits(images):
+    return model.apply(loaded.variables, loaded.preprocess(images), train=False)
+
+  return logits, dataset.info(loaded.config.dataset).image_shape
