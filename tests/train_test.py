@@ -503,6 +503,16 @@ def test_the_monitored_metric_chooses_the_best_epoch(
   assert saved_steps(tmp_path / "run") == [4, 12, 16]
 
 
+def test_a_save_in_progress_does_not_make_a_removed_workdir_anew(run, tmp_path):
+  """Else the run could not start anew: it would lack the records."""
+  workdir = tmp_path / "run"
+  # In Orbax's thread, before the checkpoint has its name.
+  on_event = at_event("manifest", 2, lambda: (workdir / "config.json").unlink())
+  with pytest.raises(errors.WorkdirError, match="removed or emptied"):
+    run(workdir, on_event=on_event)
+  assert saved_steps(workdir) == [3]
+
+
 @slow
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
   """Over three seeds: within what seeds differ by."""

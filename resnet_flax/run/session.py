@@ -93,7 +93,7 @@ class Session:
         self._stack.enter_context(mirror.Mirror(address, self._workdir, check))
       self._checkpoints = self._stack.enter_context(
         checkpoint.Checkpoints(
-          self._workdir, best_steps=self._best_steps, on_event=self.on_event
+          self._workdir, best_steps=self._best_steps, on_event=self._saving
         )
       )
       self._stack.enter_context(self._explain_interruption())
@@ -118,6 +118,11 @@ class Session:
         step, self._steps_per_epoch, fallen_back=fallen_back
       )
     return self._restored is not None, step, notes, records
+
+  def _saving(self, event: str) -> None:
+    """Sees to it that no checkpoint is finished in a folder made anew."""
+    self.on_event(event)
+    folder.check_not_removed(self._workdir)
 
   def _best_steps(self) -> set[int]:
     best = metrics.best_records(self.records, self._config.checkpoint.monitor)

@@ -186,7 +186,7 @@ def test_the_examples_of_the_documentation(tmp_path, monkeypatch, onnx):
     write = getattr(programs, f"write_{form}")
     write(dataclasses.replace(loaded, class_names=names), folder)
   monkeypatch.chdir(tmp_path)
-  section = USE[USE.index("## As a program") :]
+  section = USE[USE.index("## Programs out") :]
   examples = re.findall(r"```python\n(.*?)```", section, re.S)[:2]
   for example in examples:
     found = {}
