@@ -96,9 +96,9 @@ def build(name, side=224, is_first=False):
 def logits_of(model, x):
   """The head without its softmax."""
   head = model.layers[-1]
-  features = keras.Model(model.inputs, head.input)(x, training=False)
+  features = keras.Model(model.input, head.input)(x, training=False)
   kernel, bias = head.get_weights()
-  return np.asarray(features) @ kernel + bias
+  return keras.ops.convert_to_numpy(features) @ kernel + bias
 
 
 def noise(count, side, rng):
