@@ -97,8 +97,9 @@ def logits_of(model, x):
   """The head without its softmax."""
   head = model.layers[-1]
   features = keras.Model(model.input, head.input)(x, training=False)
-  kernel, bias = head.get_weights()
-  return keras.ops.convert_to_numpy(features) @ kernel + bias
+  numpy = keras.ops.convert_to_numpy
+  kernel, bias = numpy(head.kernel.value), numpy(head.bias.value)
+  return numpy(features) @ kernel + bias
 
 
 def noise(count, side, rng):
