@@ -183,9 +183,14 @@ def test_logits_in_torch(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["keras", "safetensors"])
 @pytest.mark.parametrize(
-  "kind", ["example_v1_20", "example_v2_29", "application_50"]
+  ("kind", "form"),
+  [
+    ("example_v1_20", "keras"),
+    ("example_v1_20", "safetensors"),
+    ("example_v2_29", "keras"),
+    ("application_50", "keras"),
+  ],
 )
 def test_logits_in_keras(kind, form, tmp_path):
   pytest.importorskip("keras", reason="needs the extra [parity]")
