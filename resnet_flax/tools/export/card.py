@@ -38,8 +38,9 @@ Names and layouts of the arrays are those of {title}. They are loaded by
 `preprocess.json` says how uint8[N, H, W, 3] images in RGB, of `image_size`,
 become what the network takes: divide by 255, subtract `mean` (a name is that of
 a file), divide by `std`, resize to `size`, bring `channels` and axes (`layout`)
-in order. Line k of `labels.txt`, counted from 0, names class k. `check.npz` has
-{checked} `images` of noise, and their `logits` to check against.
+in order. StableHLO and ONNX do all of this themselves, and give probabilities,
+not logits. Line k of `labels.txt`, counted from 0, names class k. `check.npz`
+has {checked} `images` of noise, and their `logits` to check against.
 """
 
 
