@@ -3,6 +3,10 @@
 import functools
 import itertools
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +16,21 @@ from ml_collections import ConfigDict
 from resnet_flax import data, train
 from resnet_flax.parallel import evaluate, networks, program
 from resnet_flax.run import checkpoint, experiment as experiment_lib, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run_module(module, *arguments, cwd=ROOT):
+  """Runs `python -m MODULE ARGUMENTS` with this checkout's package."""
+  return subprocess.run(
+    [sys.executable, "-m", module, *map(str, arguments)],
+    cwd=cwd,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
 
 
 def changed(config, **values):

@@ -274,22 +274,29 @@ def table(results: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def main() -> None:
-  """Measures what --out does not have yet, and prints all as a table."""
-  parser = argparse.ArgumentParser("python -m experiments.weights")
-  parser.add_argument("--torch_python", type=pathlib.Path)
-  parser.add_argument("--keras_python", type=pathlib.Path)
-  parser.add_argument("--older_keras_python", type=pathlib.Path)
+def parse(
+  program: str, *libraries: str
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+  """The command line, with --LIBRARY_python=..., and what --out has already."""
+  parser = argparse.ArgumentParser(f"python -m {program}")
+  for library in libraries:
+    parser.add_argument(f"--{library}_python", type=pathlib.Path)
   parser.add_argument("--names", default="")
   parser.add_argument("--out", type=pathlib.Path, required=True)
   arguments = parser.parse_args()
+  out = arguments.out
+  return arguments, json.loads(out.read_text()) if out.exists() else {}
+
+
+def main() -> None:
+  """Measures what --out does not have yet, and prints all as a table."""
+  arguments, results = parse(
+    "experiments.weights", "torch", "keras", "older_keras"
+  )
   sets = (
     (arguments.torch_python, TORCH),
     (arguments.keras_python, KERAS),
     (arguments.older_keras_python, OLDER_KERAS),
-  )
-  results = (
-    json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
   )
   failed = False
   for python, networks in sets:

@@ -10,7 +10,6 @@ what it has already is not done again. The last lines are the table of
 README.md.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from configs import base
-from experiments.weights.__main__ import KERAS, TORCH, relative_error
+from experiments.weights.__main__ import KERAS, TORCH, parse, relative_error
 from resnet_flax.data import normalize
 from resnet_flax.run import (
   errors,
@@ -225,15 +224,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
   """Measures what --out does not have yet, and prints all as a table."""
-  parser = argparse.ArgumentParser("python -m experiments.weights.way_out")
-  parser.add_argument("--torch_python", type=pathlib.Path)
-  parser.add_argument("--keras_python", type=pathlib.Path)
-  parser.add_argument("--names", default="")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  arguments = parser.parse_args()
-  results = (
-    json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-  )
+  arguments, results = parse("experiments.weights.way_out", "torch", "keras")
   for name in NAMES:
     is_torch, overrides = name in TORCH, (TORCH | KERAS)[name]
     python = arguments.torch_python if is_torch else arguments.keras_python

@@ -23,6 +23,11 @@ def central(width: int, height: int) -> Box:
   return _square(width, height, _CENTRAL_SIDE, 0.5, 0.5)
 
 
+def scored(size: tuple[int, int], side: int) -> Box:
+  """What is scored at side x side: all of such an image, else `central`."""
+  return (0, 0, side, side) if size == (side, side) else central(*size)
+
+
 def corners_and_centre(width: int, height: int) -> list[Box]:
   """The five boxes whose crops and their mirror images are the ten crops.
 

@@ -479,10 +479,8 @@ class StreamedSplit(types.Split):
       boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
     elif self.num_crops > 1:
       boxes = crops.corners_and_centre(*decoded.size)
-    elif decoded.size == (self.image_size, self.image_size):
-      boxes = [(0, 0, *decoded.size)]  # As it is.
     else:
-      boxes = [crops.central(*decoded.size)]
+      boxes = [crops.scored(decoded.size, self.image_size)]
     size, method = (self.image_size,) * 2, Image.Resampling.BILINEAR
     cut = [np.asarray(decoded.resize(size, method, box=box)) for box in boxes]
     if self.num_crops > 1:

@@ -83,8 +83,7 @@ def _read(size: tuple[int, int], is_streamed: bool, path: str) -> Any:
     picture = pictures.decode(files_lib.read_bytes(pathlib.Path(path)))
   except Exception as error:
     return errors.one_line(error)
-  is_whole = picture.size == size or not is_streamed
-  box = None if is_whole else crops.central(*picture.size)
+  box = crops.scored(picture.size, size[0]) if is_streamed else None
   return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box=box))
 
 

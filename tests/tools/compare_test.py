@@ -1,10 +1,7 @@
 """The command line and its numbers as a user meets them."""
 
 import csv
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,9 +13,9 @@ from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.run import errors, load
 from resnet_flax.tools import comparison
 from resnet_flax.tools.report import intervals
+from tests.helpers import ROOT, run_module
 from tests.tools.report import workdirs
 
-ROOT = pathlib.Path(__file__).parents[2]
 A, B = [0.91, 0.93, 0.925, 0.915], [0.90, 0.905, 0.92, 0.91]
 
 
@@ -264,16 +261,6 @@ def test_without_the_data(trained, monkeypatch):
   assert numbers(table, 3)["note"] == "left out: there is no such data"
 
 
-def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "resnet_flax.compare", *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "command",
@@ -284,7 +271,8 @@ def run(*arguments):
 def test_commands_of_the_page(trained, command):
   for place, name in (("runs/v1_depth20", "a"), ("runs/plain", "b")):
     command = re.sub(rf"{place}\S*", str(trained / name), command)
-  done = run(*command.partition(" > ")[0].split())
+  arguments = command.partition(" > ")[0].split()
+  done = run_module("resnet_flax.compare", *arguments)
   assert done.returncode == 0, done.stderr
   assert "A - B" in done.stdout
 
@@ -301,7 +289,8 @@ def test_commands_of_the_page(trained, command):
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, code, message):
   a = write(tmp_path / "a", A)
-  done = run(*(text.format(a=a) for text in arguments))
+  arguments = [text.format(a=a) for text in arguments]
+  done = run_module("resnet_flax.compare", *arguments)
   assert (done.returncode, done.stdout) == (code, "")
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: ")

@@ -3,10 +3,7 @@
 import io
 import json
 import os
-import pathlib
 import signal
-import subprocess
-import sys
 import zipfile
 
 import jax
@@ -17,9 +14,8 @@ import resnet_flax
 from resnet_flax import train
 from resnet_flax.run import errors, load as inference
 from resnet_flax.tools import convert
+from tests.helpers import run_module
 from tests.tools.weights import networks
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -363,15 +359,7 @@ def test_someone_else_fills_the_workdir(source, config, tmp_path, monkeypatch):
 
 
 def run(*arguments, module="convert"):
-  return subprocess.run(
-    [sys.executable, "-m", f"resnet_flax.{module}", *map(str, arguments)],
-    cwd=ROOT,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
+  return run_module(f"resnet_flax.{module}", *arguments)
 
 
 FLAGS = [
