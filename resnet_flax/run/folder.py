@@ -263,11 +263,12 @@ def record_start(
       cannot be read.
   """
   # Each by itself: a run may be killed between the two.
-  first = config
-  if (workdir / "config.json").exists():
-    first = load_config(workdir).unlock()
-    first.num_epochs = config.num_epochs  # It may have been lengthened.
-  files.write_json(workdir / "config.json", first.to_dict())
+  if not (workdir / "config.json").exists():
+    files.write_json(workdir / "config.json", config.to_dict())
+  elif (first := load_config(workdir)).num_epochs != config.num_epochs:
+    # The run is lengthened.
+    longer = first.to_dict() | {"num_epochs": config.num_epochs}
+    files.write_json(workdir / "config.json", longer)
   path = workdir / "environment.json"
   now = environment.describe(devices) | {"data": data}
   if not path.exists():

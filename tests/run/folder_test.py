@@ -222,6 +222,25 @@ def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
   assert (message in str(caught.value)) == says
 
 
+def test_a_resumed_run_leaves_its_configuration_as_it_is(tmp_path):
+  """Of a longer run the epochs alone are new, also without newer keys."""
+  config = base.get_config()
+  config.schedule.name = "constant"
+  start(tmp_path, config)
+  path = tmp_path / "config.json"
+  stored = json.loads(path.read_text())
+  del stored["dataset"]["bad_images"]  # Of an older version.
+  path.write_text(json.dumps(stored))
+  config.eval_batch_size = 7
+  start(tmp_path, config)
+  assert json.loads(path.read_text()) == stored
+  config.num_epochs = 300
+  start(tmp_path, config)
+  longer = json.loads(path.read_text())
+  assert longer["num_epochs"] == 300
+  assert longer["eval_batch_size"] == stored["eval_batch_size"]
+
+
 def test_keys_outside_the_mathematics_may_differ(tmp_path):
   start(tmp_path, base.get_config())
   other = base.get_config()
