@@ -3,14 +3,10 @@
 python -m resnet_flax.export WORKDIR --format=safetensors --out=DIR
 """
 
-import argparse
 import importlib.util
 import os
-from typing import NoReturn
 
-from absl import flags
-
-from resnet_flax.run import errors, process, surroundings
+from resnet_flax.run import arguments, errors, surroundings
 
 # For each format, whose names its arrays can have, the first choice first.
 FORMATS = {
@@ -20,6 +16,8 @@ FORMATS = {
   **dict.fromkeys(("orbax", "stablehlo", "onnx"), ("flax",)),
 }
 NAMES = FORMATS["safetensors"]
+# What formats need besides: modules, called as their extras, and their titles.
+_NEEDED = {"torch": ("torch", "PyTorch"), "keras": ("h5py", "h5py")}
 
 
 def export(
@@ -44,10 +42,11 @@ def export(
     WorkdirError: see `load_model`; or `out` holds something or cannot be
       written.
   """
-  if form == "torch" and importlib.util.find_spec("torch") is None:
+  module, title = _NEEDED.get(form, ("", ""))
+  if module and importlib.util.find_spec(module) is None:
     raise errors.ConfigError(
-      "--format=torch needs PyTorch, which is not installed: pip install"
-      " 'resnet_flax[torch]'. --format=safetensors holds the same, without."
+      f"--format={form} needs {title}, which is not installed: pip install"
+      f" 'resnet_flax[{module}]'. --format=safetensors holds the same, without."
     )
   from resnet_flax.run import load, mirror
   from resnet_flax.tools import new_folder
@@ -75,14 +74,8 @@ def export(
   return network.title
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    """Ends in one line, without the usage."""
-    raise errors.ConfigError(f"{message}. --help says what there is.")
-
-
 def _main(argv: list[str]) -> None:
-  parser = _Parser("python -m resnet_flax.export", description=__doc__)
+  parser = arguments.Parser("python -m resnet_flax.export", description=__doc__)
   add = parser.add_argument
   add("workdir", help="Folder of a run, or an address of checkpoint.mirror.")
   add("--format", choices=FORMATS, required=True)
@@ -106,5 +99,4 @@ def _main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the command line; mistakes and signals end in one line."""
-  # Absl wants to have parsed its flags, of which there are none here.
-  process.run(_main, parse=lambda argv: flags.FLAGS(argv[:1]) + argv[1:])
+  arguments.run(_main)

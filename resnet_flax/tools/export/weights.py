@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import h5py
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -76,6 +75,8 @@ def write(
         state = {name: torch.tensor(array) for name, array in arrays.items()}
         torch.save(state, folder / "weights.pt")
       case "keras":
+        import h5py
+
         with h5py.File(folder / "model.weights.h5", "w") as file:
           for name, place in keras_names.layers_of(
             loaded.config.model

@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
-import pathlib
 import re
 import shlex
-import subprocess
 import sys
 import types
 
@@ -19,10 +16,10 @@ import resnet_flax
 from resnet_flax import train
 from resnet_flax.run import errors
 from resnet_flax.tools import convert
-from resnet_flax.tools.export import command
+from resnet_flax.tools.export import command, weights
+from tests.helpers import ROOT, run_module
 from tests.tools.weights import networks
 
-ROOT = pathlib.Path(__file__).parents[3]
 BESIDE = {"README.md", "preprocess.json", "labels.txt", "check.npz"}
 
 
@@ -141,6 +138,17 @@ def test_torch_is_an_extra(converted, tmp_path, monkeypatch):
   assert "pip install 'resnet_flax[torch]'" in message
 
 
+def test_h5py_is_needed_for_keras_alone(converted, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "h5py", None)
+  # It is imported anew.
+  monkeypatch.delitem(sys.modules, weights.__name__)
+  monkeypatch.delattr(weights.__name__)
+  command.export(converted[0], tmp_path / "out", "safetensors", "flax")
+  monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+  message = refused(errors.ConfigError, converted, tmp_path, "keras")
+  assert "pip install 'resnet_flax[h5py]'" in message
+
+
 def test_programs_are_written_by_their_module(converted, tmp_path, monkeypatch):
   def write_onnx(loaded, folder):
     (folder / "model.onnx").write_text(str(loaded.step))
@@ -183,18 +191,6 @@ def test_a_full_disk(small_disk, form, tiny_config, tmp_path, one_device):
   assert names_in(small_disk.folder) == {"filler"}
 
 
-def run(*arguments, cwd=ROOT):
-  return subprocess.run(
-    [sys.executable, "-m", *map(str, arguments)],
-    cwd=cwd,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-
-
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -205,7 +201,7 @@ def run(*arguments, cwd=ROOT):
   ],
 )
 def test_mistakes_end_in_one_line(arguments, message, tmp_path):
-  result = run("resnet_flax.export", *arguments, cwd=tmp_path)
+  result = run_module("resnet_flax.export", *arguments, cwd=tmp_path)
   assert result.returncode in (1, 2)
   assert result.stdout == ""
   (line,) = result.stderr.splitlines()
@@ -230,6 +226,6 @@ def test_the_commands_of_the_page(
   for line in commands:
     if "--format=torch" in line and not importlib.util.find_spec("torch"):
       continue
-    result = run(*shlex.split(line), cwd=tmp_path)
+    result = run_module(*shlex.split(line), cwd=tmp_path)
     assert result.returncode == 0, (line, result.stderr)
     assert result.stdout.startswith("Network: ")
