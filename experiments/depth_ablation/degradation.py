@@ -1,8 +1,8 @@
 """Plain and residual networks of 20 and 56 layers, trained until they stop.
 
 He et al. 2015, figures 1 and 6, on 10,000 of the 50,000 training images,
-without augmentation: 32 epochs of 312 steps, with the recipe's four drops at the
-same parts of the training. README.md states what is called degradation.
+without augmentation: 32 epochs of 312 steps, with the recipe's four drops at
+the same parts of the training. README.md states what is called degradation.
 
   python -m experiments.sweep --sweep=experiments/depth_ablation/degradation.py
     --workdir=runs/degradation

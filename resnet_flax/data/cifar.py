@@ -181,7 +181,7 @@ def load(
   folder = prepared.find(config.name, root)
   if folder is None:
     folder = prepare(config.name, root, config.archive)
-  digest = prepared.fingerprint(folder, read_all=True)
+  digest = prepared.fingerprint(folder)
   key = f"{config.name}-{folder.name}-{digest[:16]}"
   cache_dir = cache.cache_dir(config.cache_dir)
   counts = {"train": known.num_train, "test": known.num_test}

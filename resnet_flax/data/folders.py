@@ -29,8 +29,6 @@ _FORM = (
   " tenth is scored. A set of TFDS is --config.dataset.name=tfds/NAME."
 )
 SKIP = "dataset.bad_images=skip does without bad images."
-# Up to so many bytes, all together, contents make a set what it is.
-_SMALL = 2**30
 
 # Paths of pictures by part and class, all sorted; but what is trained on is the
 # first part, what is scored the last.
@@ -171,7 +169,7 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   _logger.info(text, root, counts, num_others)
   paths = [path for each in sources for path in each.paths]
   sizes = [os.stat(path).st_size for path in paths]
-  is_small = sum(sizes) <= _SMALL
+  is_small = sum(sizes) <= files.READ_WHOLE
   # Names have the labels.
   digest = hashlib.sha256()
   for path, size in zip(paths, sizes, strict=True):

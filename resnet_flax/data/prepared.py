@@ -118,6 +118,7 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
         "a script that decodes images in processes must train under: if"
         " __name__ == '__main__', or set dataset.num_workers=0."
       ) from error
+    remedy = getattr(error, "remedy", remedy)  # It may know a better one.
     message = f"{folder} cannot be read ({problem}). {remedy}"
     raise errors.DataError(message) from error
 
@@ -145,8 +146,8 @@ def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
   return builder
 
 
-def check_features(folder: pathlib.Path) -> None:
-  """Checks that features.json names no code but that of the features known.
+def check_features(folder: pathlib.Path) -> Any:
+  """The features by name; features.json may name no code but of those known.
 
   It is read as TFDS reads it, since a name can be spelt in several ways. What
   has no parsed form, JSON in a text and the form of old versions, is refused.
@@ -166,36 +167,31 @@ def check_features(folder: pathlib.Path) -> None:
       check(feature.sequence.feature)
 
   parsed = json.loads(files.read_text(folder / "features.json"))
-  check(json_format.ParseDict(parsed, feature_pb2.Feature()))
+  whole = json_format.ParseDict(parsed, feature_pb2.Feature())
+  check(whole)
+  return whole.features_dict.features
 
 
-def label_names(
-  folder: pathlib.Path, *, numbered: bool = False
-) -> tuple[str, ...]:
-  """The labels' names, in order; some exception if there are none.
-
-  With `numbered` those of a set that has none are numbers, as in TFDS.
-  """
+def label_names(folder: pathlib.Path) -> tuple[str, ...]:
+  """The labels' names, in order; some exception if there are none."""
   path = folder / "label.labels.txt"
-  if numbered and not path.exists():
-    features = json.loads(files.read_text(folder / "features.json"))
-    label = features["featuresDict"]["features"]["label"]
-    return tuple(map(str, range(int(label["classLabel"]["numClasses"]))))
   lines = files.read_text(path).split("\n")
   if names := tuple(filter(None, map(str.strip, lines))):
     return names
   raise ValueError(f"{path.name} is empty")
 
 
-def fingerprint(folder: pathlib.Path, *, read_all: bool) -> str:
+def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
   """A digest of all files' names and contents; `DataError` if it is damaged.
 
-  Without `read_all`, of all sizes, the contents of small files, and beginning,
-  middle and end of others: a streamed set may have hundreds of gigabytes.
+  Above `files.READ_WHOLE`, of all sizes, the contents of small files, and
+  beginning, middle and end of others.
   """
   digest = hashlib.sha256()
-  with reading(folder, DELETE if read_all else PREPARE_AGAIN):
-    for path in sorted(each for each in folder.iterdir() if not each.is_dir()):
+  with reading(folder, remedy):
+    paths = sorted(each for each in folder.iterdir() if not each.is_dir())
+    read_all = sum(path.stat().st_size for path in paths) <= files.READ_WHOLE
+    for path in paths:
       digest.update(path.name.encode(errors="surrogateescape") + b"\0")
       if read_all:
         with files.open_regular(path) as file:

@@ -50,6 +50,15 @@ _IN_MEMORY_BYTES = 2**30
 # With fewer images in an epoch than 10,000 of 224x224, worker processes, which
 # take seconds to start, decode no faster than threads.
 _WORKERS_BYTES = 10_000 * 224 * 224 * 3
+# Why a worker may have ended, by a signal and by itself.
+_KILLED = (
+  "The system does that most likely for want of memory: pass a smaller"
+  " --config.dataset.num_workers."
+)
+_NO_GUARD = (
+  "A script must train under: if __name__ == '__main__'; otherwise see what the"
+  " process says above, or set dataset.num_workers=0."
+)
 _BAD = -1  # Stands for the label of an image that is to be skipped.
 
 
@@ -138,19 +147,35 @@ def read_facts(folder: pathlib.Path) -> Facts:
       str(split["name"]): sum(map(int, split["shardLengths"]))
       for split in info["splits"]
     }
+    features = prepared.check_features(folder)
+    if not features["label"].HasField("class_label"):
+      raise _unfit(folder, "its feature 'label' is no ClassLabel")
     # ImageNet's 'test' has no labels.
     test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
     if test == "train":
       if len(counts) > 1 or info.get("disableShuffling"):
-        raise ValueError("it has no split 'validation' or 'test'")
+        raise _unfit(folder, "it has no split 'validation' or 'test'")
       num_test = -(-num_train // 10)
       num_train -= num_test
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
-        raise ValueError(f"it has no images in the split {split!r}")
-    labels = prepared.label_names(folder, numbered=True)
+        raise _unfit(folder, f"it has no images in the split {split!r}")
+    # As in TFDS, classes without names have numbers.
+    num_classes = features["label"].class_label.num_classes
+    labels = tuple(map(str, range(num_classes)))
+    if (folder / "label.labels.txt").exists():
+      labels = prepared.label_names(folder)
   return Facts(num_train, num_test, test, labels)
+
+
+def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
+  """The error for a set that another copy would not help."""
+  return errors.DataError(
+    f"{folder} cannot be trained on: {what}. It must have the features image"
+    " and label (a ClassLabel), and the splits train and validation or test, or"
+    " train alone."
+  )
 
 
 def load(
@@ -194,7 +219,7 @@ def _open_copy(
   """Sources of the training and test split, their rows, class names, name."""
   folder = find(config.name, config.data_dir)
   facts = read_facts(folder)
-  digest = prepared.fingerprint(folder, read_all=False)
+  digest = prepared.fingerprint(folder, prepared.PREPARE_AGAIN)
   with prepared.reading(folder, prepared.PREPARE_AGAIN):
     from array_record.python import array_record_data_source as array_record
 
@@ -297,6 +322,12 @@ def _allow_open_files(count: int) -> None:
     )
 
 
+class BadImage(ValueError):
+  """An image that cannot be decoded: where it is, why, and what can be done."""
+
+  remedy = ""
+
+
 class DecodedSplit(types.ArraySplit):
   """A streamed split that was decoded: `images[k]` is that of `indices[k]`."""
 
@@ -317,7 +348,7 @@ class Records:
   records: Any  # ArrayRecord's source of the official split.
   shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
   num_classes: int  # Labels are below.
-  remedy = f"{prepared.PREPARE_AGAIN} {folders.SKIP}"
+  remedy = folders.SKIP  # For a bad image, which another copy has as well.
 
   def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
     """What gives the encoded image of a row and its label, or an exception."""
@@ -413,11 +444,13 @@ class StreamedSplit(types.Split):
     )
     if workers:
       _check_semaphores()
+      # Of a process that ends in an error; Python's helper cleans them up.
+      os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     alive, iterator = _Workers(self.source.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
     take = alive.next_of if workers else next
     try:
-      with prepared.reading(self.source.folder, self.source.remedy):
+      with prepared.reading(self.source.folder, prepared.PREPARE_AGAIN):
         for positions, parts in zip(order, chunks, strict=True):
           arrays = [take(iterator) for _ in parts]
           images, labels = map(np.concatenate, zip(*arrays, strict=True))
@@ -437,7 +470,7 @@ class StreamedSplit(types.Split):
           draw, (np.array([other]), np.array([row]))
         )
         return images[0], labels[0]
-      except ValueError as error:
+      except BadImage as error:
         if row not in self.skipped:
           self.skipped[row] = str(error)
           _logger.warning("bad image: %s; %d so far", error, len(self.skipped))
@@ -466,7 +499,9 @@ class StreamedSplit(types.Split):
       except Exception as error:
         if not self.skips_bad:
           what = f"{self.source.place(rows[k])}: {errors.one_line(error)}"
-          raise ValueError(what) from error
+          bad = BadImage(what)
+          bad.remedy = self.source.remedy
+          raise bad from error
         images[k], labels[k] = 0, _BAD
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
@@ -521,10 +556,8 @@ class _Workers:
     if result.done() and not (error and died):
       return result.result()
     raise errors.DataError(
-      f"a process that decodes images of {self._folder} was ended ({died});"
-      " if it says nothing itself, most likely for want of memory. Pass a"
-      " smaller --config.dataset.num_workers. A script must train under: if"
-      " __name__ == '__main__'."
+      f"a process that decodes images of {self._folder} was ended ({died}). "
+      + (_KILLED if "code -" in died else _NO_GUARD)
     ) from error
 
   def _died(self) -> str:

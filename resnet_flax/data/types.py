@@ -107,7 +107,7 @@ class Dataset:
   validation: Split | None  # Held-out part of the training images.
   test: Split
   class_names: tuple[str, ...]
-  # Names the pixels exactly: data set, version, fingerprint of the copy.
+  # Names the pixels, or above 1 GiB samples of them: set, version, digest.
   source: str
 
 

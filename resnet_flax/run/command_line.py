@@ -14,7 +14,6 @@ from resnet_flax.run import config as config_keys, errors, help_text, keys
 
 # The command line with what flag files hold, for ml_collections.
 _ARGV: list[str] = []
-# Those of the repository, which an installed package has as well.
 _SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -56,6 +55,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     if "before a value for --config" in str(error):
       hint = ". Put --config=FILE before its overrides."
     elif isinstance(error, flags.UnrecognizedFlagError):
+      if (name := error.flagname).startswith("config."):
+        text = f"--{name} needs --config=FILE before it; with --mode=eval, too."
+        raise errors.ConfigError(text) from None
       for key in keys.nearest_keys(error.flagname, config_keys.KEYS)[:1]:
         hint = f". A key is set by --config.{key}=VALUE, after --config."
     raise errors.ConfigError(_last_line(error) + hint) from error
@@ -83,8 +85,10 @@ class _ConfigFile(ConfigFileFlagParser):
     if not os.path.isfile(file):
       known = [each.stem for each in _SHIPPED.glob("[!_]*.py")]
       if file not in known:
-        what = f"there is no file --config={path[:100]}, and the name"
-        raise errors.unknown_name(what, pathlib.PurePath(file).stem, known)
+        what = f"there is no file --config={path[:100]}"
+        if (name := pathlib.PurePath(file).stem) in known:
+          raise errors.ConfigError(f"{what}. The program has --config={name}.")
+        raise errors.unknown_name(f"{what}, and the name", name, known)
       path = ":".join([f"{_SHIPPED / file}.py", *argument])
     try:
       config = super().parse(path)

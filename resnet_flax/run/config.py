@@ -31,6 +31,7 @@ _DATASET = choice(
 _AUGMENT = choice(
   *("shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none")
 )
+_BAD_IMAGES = choice("error", "skip")
 _EXECUTION = choice("auto", "in_turn", "vectorized")
 _SCHEDULE = choice("drops", "cosine", "constant")
 _L2_WEIGHTS = choice("conv_kernels", "kernels", "all")
@@ -108,7 +109,7 @@ _KEYS = (
     " one per CPU thread, but 0 for less than 10,000 images of 224x224. Does"
     " not change any result."
   ),
-  Key("dataset.bad_images", "error", choice("error", "skip")).means(
+  Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
     "What images that cannot be decoded do while training. skip: each is listed"
     " and replaced by the next good one; those to be scored are left out."
   ),

@@ -9,6 +9,8 @@ import pathlib
 import stat
 from typing import Any
 
+# A set of images has a digest of all its bytes up to so many, else of samples.
+READ_WHOLE = 2**30
 # The largest file of a run that is read as a whole, in bytes.
 _LARGEST = 1 << 26
 

@@ -183,7 +183,15 @@ def evaluate_workdir(
   rules.check_labels(config)
   if given is None:
     say_what_is_trusted(config)
-  dataset = dataset_lib.load(config.dataset)
+  try:
+    dataset = dataset_lib.load(config.dataset)
+  except errors.DataError as error:
+    if given is not None or not config.dataset.data_dir:
+      raise
+    raise errors.DataError(
+      f"{error} The run's config.json names {config.dataset.data_dir}: for data"
+      " elsewhere pass --config=FILE --config.dataset.data_dir=DIR, too."
+    ) from error
   folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
   layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(

@@ -43,6 +43,9 @@ _FRESH = 120.0
 _AT_THE_END, _WHEN_STOPPED = 600.0, 30.0
 
 
+_KEY = "checkpoint.mirror"
+
+
 @dataclasses.dataclass(frozen=True)
 class _State:
   """A whole state of a workdir."""
@@ -55,7 +58,7 @@ class _State:
 class _Store:
   """The files at an address."""
 
-  def __init__(self, url: str):
+  def __init__(self, url: str, name: str = _KEY):
     self.url = url
     try:
       self.system, self.root = fsspec.core.url_to_fs(
@@ -63,7 +66,7 @@ class _Store:
       )
     except (ImportError, ValueError) as error:
       raise errors.ConfigError(
-        f"checkpoint.mirror={url} cannot be used: {errors.one_line(error)}."
+        f"{name}={url} cannot be used: {errors.one_line(error)}."
         " gs:// needs pip install 'resnet_flax[gcs]', s3:// 'resnet_flax[s3]'."
       ) from error
     # It writes tracebacks of what it raises as well.
@@ -358,7 +361,7 @@ def _has_ended(owner: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _explain(url: str) -> Iterator[None]:
+def _explain(url: str, name: str = _KEY) -> Iterator[None]:
   try:
     yield
   except errors.UserError:
@@ -366,8 +369,8 @@ def _explain(url: str) -> Iterator[None]:
   # Each kind of address has kinds of its own.
   except Exception as error:
     raise errors.WorkdirError(
-      f"checkpoint.mirror={url} cannot be used: {errors.one_line(error)}. See"
-      " that it can be reached and written from here, or pass another address."
+      f"{name}={url} cannot be used: {errors.one_line(error)}. See that it can"
+      " be reached and written from here, or pass another address."
     ) from error
 
 
@@ -460,29 +463,31 @@ def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
   """
   text = os.fspath(workdir)
   if re.match(r"(gs|s3)://", text):
-    return _fetched(text)
+    return _fetched(text, name)
   path = errors.local_path(workdir, name)
   is_mirror = (path / "states").is_dir() and (path / "files").is_dir()
-  return _fetched(str(path)) if is_mirror else path
+  return _fetched(str(path), name) if is_mirror else path
 
 
 @functools.cache
-def _fetched(url: str) -> pathlib.Path:
+def _fetched(url: str, name: str) -> pathlib.Path:
   folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  fetch(url, folder)
+  fetch(url, folder, name)
   return folder
 
 
-def fetch(url: str, workdir: pathlib.Path) -> None:
+def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
   """Fills an empty folder with the latest state at an address.
+
+  `name` is that of the flag or key that has it.
 
   Raises:
     ConfigError: a library for such addresses is not installed.
     WorkdirError: it is out of reach, or holds no run.
   """
-  store = _Store(url)
-  with _explain(url):
+  store = _Store(url, name)
+  with _explain(url, name):
     states = store.states()
     if not states:
       raise errors.WorkdirError(f"{url} holds no run that was mirrored there.")

@@ -20,7 +20,9 @@ def check(config: ConfigDict, num_devices: int) -> None:
   check_model(config.model)
   _check_streaming(config)
   shape = dataset.info(config.dataset).image_shape
-  check_input_size(config.model, shape)
+  check_input_size(
+    config.model, shape, streaming.is_streamed(config.dataset.name)
+  )
   steps = _check_batch_size(config, num_devices)
   _check_schedule(config)
   last = config_keys.LAST_SEED + 1 - config.num_seeds
@@ -180,7 +182,9 @@ def _check_schedule(config: ConfigDict) -> None:
   )
 
 
-def check_input_size(config: ConfigDict, image_shape: tuple[int, ...]) -> None:
+def check_input_size(
+  config: ConfigDict, image_shape: tuple[int, ...], is_streamed: bool = False
+) -> None:
   """Refuses (H, W, C) images that the network's stem is not made for.
 
   Raises:
@@ -188,8 +192,9 @@ def check_input_size(config: ConfigDict, image_shape: tuple[int, ...]) -> None:
       them.
   """
   height, width = image_shape[:2]
+  key = "dataset.image_size" if is_streamed else "model.input_size"
   if config.input_size:
-    height = width = config.input_size
+    key, height, width = "model.input_size", *(config.input_size,) * 2
   families = registry.MODELS
   is_large = families[config.name].large_images
   low, high = (64, 2048) if is_large else (1, 128)
@@ -201,6 +206,6 @@ def check_input_size(config: ConfigDict, image_shape: tuple[int, ...]) -> None:
     f"model.name={config.name}, model.input_size={config.input_size}:"
     f" {height}x{width} images are too {'small' if is_small else 'large'} for"
     f" the network's stem, which takes {low}x{low} to {high}x{high}. Set"
-    f" model.input_size={224 if is_small else 32}, or a model.name for"
+    f" {key}={224 if is_small else 32}, or a model.name for"
     f" {'small' if is_small else 'large'} images ({', '.join(others)})."
   )

@@ -65,9 +65,10 @@ def check_platform() -> None:
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as error:
+    why = f" ({errors.one_line(error)})" if str(error) else ""
     errors.leave(
       f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such"
-      f" device ({errors.one_line(error)}). Install its extra,"
+      f" device{why}. Install its extra,"
       " 'resnet_flax[cuda]' or 'resnet_flax[tpu]', or set JAX_PLATFORMS=cpu.",
       1,
     )

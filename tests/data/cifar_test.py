@@ -126,9 +126,9 @@ def test_two_copies_of_one_version_have_two_caches(
   config.archive = str(path)
   dataset_lib.load(config)
   folder = prepared.find("cifar10", pathlib.Path(config.data_dir))
-  before = prepared.fingerprint(folder, read_all=True)
+  before = prepared.fingerprint(folder)
   (folder / "label.labels.txt").write_text("\n".join("abcdefghij"))
-  assert prepared.fingerprint(folder, read_all=True) != before
+  assert prepared.fingerprint(folder) != before
   assert dataset_lib.load(config).class_names[0] == "a"
   assert len(list(pathlib.Path(config.cache_dir).iterdir())) == 2
 
@@ -277,7 +277,7 @@ def read_copy(folder):
   """All that is done with a copy, as `loading` does it."""
   found = prepared.find("cifar10", folder.parent.parent)
   assert found == folder
-  prepared.fingerprint(found, read_all=True)
+  prepared.fingerprint(found)
   return cifar.read(found, COUNTS)
 
 
@@ -586,7 +586,5 @@ def test_real_cifar10(cifar_data_dir):
   assert dataset.class_names[-1] == "truck"
   mean = dataset.train.images[:1000].mean() / 255
   assert 0.45 < mean < 0.5
-  entry = (
-    f"cifar10-{folder.name}-{prepared.fingerprint(folder, read_all=True)[:16]}"
-  )
+  entry = f"cifar10-{folder.name}-{prepared.fingerprint(folder)[:16]}"
   assert (cache.cache_dir("") / entry).is_dir()

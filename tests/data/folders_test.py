@@ -13,8 +13,8 @@ from PIL import Image
 
 from configs import base
 from resnet_flax import data as datasets, train
-from resnet_flax.data import dataset as dataset_lib, folders, streaming
-from resnet_flax.run import errors, load as inference, rules
+from resnet_flax.data import dataset as dataset_lib, streaming
+from resnet_flax.run import errors, files, load as inference, rules
 from tests.helpers import Programs, at_event, untimed
 
 CLASSES = ("blue", "green", "red")
@@ -281,6 +281,21 @@ def test_a_streamed_bad_picture_is_named_when_it_is_met(damaged):
     split.take(np.array([7, 8]))
 
 
+def test_a_run_that_a_bad_picture_ended_resumes_without_it(
+  damaged, tmp_path, one_device, programs
+):
+  (damaged / "test" / "red" / "1.png").unlink()
+  config = make_config(damaged)
+  config.augment.name = "random_resized_crop"
+  config.num_epochs = 1
+  run = functools.partial(programs.train, devices=one_device)
+  with pytest.raises(errors.DataError, match="bad_images=skip does without"):
+    run(config, tmp_path / "run")
+  config.dataset.bad_images = "skip"
+  resumed = run(config, tmp_path / "run")
+  assert untimed(resumed) == untimed(run(config, tmp_path / "again"))
+
+
 # ---- In memory and streamed
 
 
@@ -334,7 +349,7 @@ def test_every_change_is_another_set(tmp_path, monkeypatch):
   sources.append(source())
   assert len(set(sources)) == 4
   # Of a large set contents are not read, but sizes are.
-  monkeypatch.setattr(folders, "_SMALL", 0)
+  monkeypatch.setattr(files, "READ_WHOLE", 0)
   large = source()
   content[-1] ^= 1
   picture.write_bytes(content)

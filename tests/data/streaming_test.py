@@ -37,6 +37,7 @@ from resnet_flax.parallel import evaluate, program
 from resnet_flax.run import (
   errors,
   experiment as experiment_lib,
+  files,
   load as inference,
   rules,
 )
@@ -279,9 +280,9 @@ def test_what_does_not_go_together(root, name, key, value, message):
     rules.check(config, 1)
 
 
-def refusal(copy):
+def refusal(copy, remedy="Prepare it|bad_images=skip|must have the features"):
   """The one line that a copy is refused with."""
-  with pytest.raises(errors.DataError, match="Prepare it") as caught:
+  with pytest.raises(errors.DataError, match=remedy) as caught:
     read_all(copy)
   message = str(caught.value)
   assert message.isprintable()
@@ -357,7 +358,11 @@ BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
 )
 def test_examples_that_are_none(copy, image, label, message):
   write_train_split(copy, image, label)
-  assert message in refusal(copy)
+  found = refusal(
+    copy, r"\)\. dataset\.bad_images=skip does without bad images"
+  )
+  assert message in found
+  assert "Prepare it" not in found  # Another copy has the same image.
 
 
 def test_the_shard_of_a_bad_image_is_named(root):
@@ -563,7 +568,7 @@ def test_any_damage_is_one_line_or_harmless(root, data, edits, cut):
 def test_records_in_another_order_are_another_set(copy):
   """ArrayRecord pads its files: their sizes are the same."""
   path = copy / TRAIN_FILE
-  before, size = prepared.fingerprint(copy, read_all=False), path.stat().st_size
+  before, size = prepared.fingerprint(copy), path.stat().st_size
   records = array_record_module.ArrayRecordReader(str(path)).read_all()
   path.unlink()
   writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
@@ -571,7 +576,56 @@ def test_records_in_another_order_are_another_set(copy):
     writer.write(record)
   writer.close()
   assert path.stat().st_size == size
-  assert prepared.fingerprint(copy, read_all=False) != before
+  assert prepared.fingerprint(copy) != before
+
+
+def test_one_label_that_changed_makes_another_set(copy, monkeypatch):
+  """In the middle of a file that is not compressed, and nothing besides."""
+  path = copy / TRAIN_FILE
+  options = "group_size:1,uncompressed"
+  path.unlink()
+  writer = array_record_module.ArrayRecordWriter(str(path), options)
+  for k in range(40):
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    feature["image"].bytes_list.value.append(bytes([k]) * 5_000)
+    feature["label"].int64_list.value.append(1)
+    writer.write(example.SerializeToString())
+  writer.close()
+  whole = path.read_bytes()
+  before = prepared.fingerprint(copy)
+  monkeypatch.setattr(files, "READ_WHOLE", 0)
+  sampled = prepared.fingerprint(copy)
+  label = whole.index(b"label", len(whole) // 4)
+  path.write_bytes(whole[:label] + b"l4bel" + whole[label + 5 :])
+  # What a digest of samples does not promise.
+  assert prepared.fingerprint(copy) == sampled
+  monkeypatch.undo()
+  assert prepared.fingerprint(copy) != before
+
+
+@pytest.mark.parametrize(
+  ("feature", "message"),
+  [
+    (
+      {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar"},
+      "its feature 'label' is no ClassLabel",
+    ),
+    (None, "its feature 'label' is no ClassLabel"),
+  ],
+)
+def test_a_set_without_classes(copy, feature, message):
+  path = copy / "features.json"
+  stated = json.loads(path.read_text())
+  features = stated["featuresDict"]["features"]
+  del features["label"]
+  if feature:
+    features["label"] = feature
+  path.write_text(json.dumps(stated))
+  (copy / "label.labels.txt").unlink()
+  found = refusal(copy, "must have the features image and label")
+  assert message in found
+  assert "Prepare it" not in found
 
 
 @pytest.mark.slow
@@ -600,13 +654,11 @@ def test_a_script_without_a_guard_is_told_so(root, tmp_path):
 
 
 def test_fingerprints_tell_copies_apart(copy, root):
-  before = prepared.fingerprint(copy, read_all=False)
-  assert before == prepared.fingerprint(
-    root / "imagenet2012" / "5.1.0", read_all=False
-  )
+  before = prepared.fingerprint(copy)
+  assert before == prepared.fingerprint(root / "imagenet2012" / "5.1.0")
   with (copy / TRAIN_FILE).open("ab") as file:
     file.write(b"x")
-  assert prepared.fingerprint(copy, read_all=False) != before
+  assert prepared.fingerprint(copy) != before
 
 
 def test_a_network_is_used_where_its_data_is_not(copy, tmp_path, one_device):
@@ -621,7 +673,8 @@ def test_a_network_is_used_where_its_data_is_not(copy, tmp_path, one_device):
   assert len(loaded.class_names) == 4
   images = np.zeros((2, 32, 32, 3), np.uint8)
   assert loaded.predict(images).shape == (2, 4)
-  with pytest.raises(errors.DataError, match="there is no prepared"):
+  message = r"there is no prepared.*config\.json names .*pass --config=FILE"
+  with pytest.raises(errors.DataError, match=message):
     inference.evaluate_workdir(workdir, devices=one_device)
 
 

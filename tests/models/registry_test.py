@@ -205,6 +205,12 @@ def test_images_that_a_stem_is_not_made_for(name, depth, size, message):
   config.update({"name": name, "depth": depth})
   with pytest.raises(errors.ConfigError, match=message):
     rules.check_input_size(config, (size, size, 3))
+  # Of images that are decoded while training another key says the size.
+  with pytest.raises(errors.ConfigError, match=r"Set dataset\.image_size="):
+    rules.check_input_size(config, (size, size, 3), is_streamed=True)
+  config.input_size = size
+  with pytest.raises(errors.ConfigError, match=r"Set model\.input_size="):
+    rules.check_input_size(config, (1, 1, 3), is_streamed=True)
 
 
 def test_resized_images_are_taken():

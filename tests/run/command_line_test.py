@@ -132,7 +132,7 @@ def test_overrides_that_cannot_be_used(override, message):
     (["--cnofig=configs/v1_depth20.py"], "Unknown command line flag"),
     (["--model.depth=8"], "is set by --config.model.depth=VALUE"),
     (["--lr=0.1"], "is set by --config.optimizer.learning_rate=VALUE"),
-    (["--config.seed=1"], "is set by --config.seed=VALUE, after --config"),
+    (["--config.seed=1"], "needs --config=FILE before it"),
     (["--mode=trian"], "trian"),
     (["configs/v1_depth20.py"], "unexpected argument 'configs/v1_depth20.py'"),
     (["--flagfile"], "--flagfile"),
@@ -143,16 +143,23 @@ def test_arguments_that_cannot_be_used(arguments, message):
   assert message in refusal(*arguments, config=None)
 
 
-@pytest.mark.parametrize(
-  "path",
-  ["quikstart", "configs/quickstart", "quickstart.py", "a/quickstart.py"],
-)
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"])
-def test_a_config_file_that_is_meant_is_named(path, folder, monkeypatch):
+def test_a_config_file_that_is_meant_is_named(folder, monkeypatch):
   monkeypatch.chdir(folder)
-  message = refusal(config=path)
-  assert f"there is no file --config={path}, and the name=" in message
+  message = refusal(config="quikstart")
+  assert "there is no file --config=quikstart, and the name=" in message
   assert "Did you mean 'quickstart'? Known: base, cifar100" in message
+
+
+@pytest.mark.parametrize(
+  "path", ["configs/quickstart.py", "quickstart.py", "a/quickstart"]
+)
+def test_a_configuration_of_the_program_is_named(path, monkeypatch, tmp_path):
+  """From a folder that has no such file."""
+  monkeypatch.chdir(tmp_path)
+  message = refusal(config=path)
+  assert f"there is no file --config={path}." in message
+  assert "The program has --config=quickstart." in message
 
 
 def test_a_config_by_name(monkeypatch, tmp_path):
@@ -165,6 +172,13 @@ def test_a_config_by_name(monkeypatch, tmp_path):
     "from resnet_flax.configs.v1_depth20 import get_config\n"
   )
   assert parse(config="quickstart")[0].dataset.name == "cifar10"
+
+
+def test_a_file_of_overrides_alone(tmp_path):
+  path = tmp_path / "flags"
+  path.write_text("--config.model.depth=32\n--workdir=runs/x\n")
+  message = refusal(f"--flagfile={path}", config=None)
+  assert message.startswith("--config.model.depth needs --config=FILE before")
 
 
 def test_flags_from_a_file(tmp_path):

@@ -498,6 +498,9 @@ def test_what_the_libraries_make_of_a_servers_errors(
       mirror.Mirror(f"{kind}://bucket/run", workdir),
     ):
       pass
+    message = rf"^--from={kind}://bucket/run cannot be used: "
+    with pytest.raises(errors.WorkdirError, match=message):
+      mirror.local(f"{kind}://bucket/run", "--from")
     server.shutdown()
   assert "Traceback" not in caplog.text
 

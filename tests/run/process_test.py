@@ -158,5 +158,6 @@ def test_a_device_that_is_not_there_is_one_line(platform):
     pytest.skip(f"there is a {platform}")
   (line,) = ended.stderr.splitlines()
   assert line.startswith(f"error: JAX_PLATFORMS={platform}: ")
+  assert ": )" not in line  # An error without a text.
   assert "'resnet_flax[cuda]'" in line
   assert ended.returncode == 1

@@ -10,6 +10,7 @@ kept in the persistent compilation cache.
 
 import functools
 import json
+import os
 import pathlib
 import platform
 import sys
@@ -46,7 +47,10 @@ def can_convolve(dtype: Any) -> bool:
   system = sys.platform, platform.machine()
   is_there = is_known and system == ("linux", "x86_64")
   is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and _has_bfloat16())
-  return enabled and is_there and is_fast
+  # Its kernels for processors before AVX wait for each other for ever.
+  most = [os.environ.get(f"{n}_MAX_CPU_ISA", "") for n in ("ONEDNN", "DNNL")]
+  waits = "SSE41" in "".join(most).upper()
+  return enabled and is_there and is_fast and not waits
 
 
 def pad(x: Array, pads: Pads) -> Array:

@@ -184,6 +184,12 @@ def test_dtypes(dtype, tolerance):
     assert_close(a, b, tolerance)
 
 
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_kernels_that_wait_for_ever_are_not_used(name, monkeypatch):
+  monkeypatch.setenv(name, "sse41")
+  assert not onednn.can_convolve(jnp.float32)
+
+
 def test_bfloat16_is_float32_rounded():
   """Sums are float32: what is rounded are operands and results."""
   if not onednn.can_convolve(jnp.bfloat16):
