@@ -6,7 +6,6 @@ a half-written one is never found; one that fails its check is built anew.
 """
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -15,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -26,6 +26,7 @@ from resnet_flax.run import errors, files
 _logger = logging.getLogger(__name__)
 
 _FORMAT = 2
+_LEFT = 24 * 3600.0  # Seconds after which nobody writes any more.
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -92,22 +93,14 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
 def _temporary(entry: pathlib.Path) -> Iterator[str]:
   """A folder beside the entry; those that killed writers left are removed."""
   prefix = f".{entry.name}-"
-  lock = os.open(entry.parent, os.O_RDONLY)
-  try:
-    # Each writer shares a lock. Where there is none, as on NFS, or while others
-    # write, all is left as it is.
-    with contextlib.suppress(OSError):
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      for left in entry.parent.glob(f"{glob.escape(prefix)}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    with contextlib.suppress(OSError):
-      fcntl.flock(lock, fcntl.LOCK_SH)
-    with tempfile.TemporaryDirectory(
-      prefix=prefix, dir=entry.parent, ignore_cleanup_errors=True
-    ) as temporary:
-      yield temporary
-  finally:
-    os.close(lock)
+  for left in entry.parent.glob(f"{glob.escape(prefix)}*"):
+    with contextlib.suppress(OSError):  # Another process removes it, too.
+      if time.time() - left.stat().st_mtime > _LEFT:
+        shutil.rmtree(left)
+  with tempfile.TemporaryDirectory(
+    prefix=prefix, dir=entry.parent, ignore_cleanup_errors=True
+  ) as temporary:
+    yield temporary
 
 
 def _store(entry: pathlib.Path, temporary: str, arrays: types.Arrays) -> None:

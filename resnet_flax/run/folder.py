@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,8 +12,9 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
+import filelock
 import jax
 from ml_collections import ConfigDict
 
@@ -32,6 +32,7 @@ _logger = logging.getLogger(__name__)
 _MAX_NAME = 120
 # What flock says on file systems that have no locks, as some in networks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_PATIENCE = 0.2  # Seconds in which a holder that ends may remove its file.
 
 
 def default_name(config_path: str, overrides: dict[str, Any]) -> str:
@@ -144,10 +145,20 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   behind is taken over. WorkdirError: another process has it.
   """
   path = workdir / "lock"
+  # What it would fall back to outlives a process that is killed.
+  lock = filelock.FileLock(path, timeout=_PATIENCE, fallback_to_soft=False)
   try:
-    file = _acquire(path)
+    with contextlib.suppress(FileNotFoundError):
+      files.open_regular(path).close()
+    held = lock.acquire()
+  except filelock.Timeout:
+    raise errors.WorkdirError(
+      f"workdir {workdir} is in use by {_owner(path)}. Wait for it or stop it,"
+      " or pass another --workdir."
+    ) from None
   except OSError as error:
-    if error.errno not in _NO_LOCKS:
+    # Of a file system without locks it names no file.
+    if error.errno not in _NO_LOCKS or error.filename is not None:
       raise errors.WorkdirError(
         f"{path} cannot be locked: {error.strerror or error}. See that it is a"
         " file that can be written, or pass another --workdir."
@@ -159,14 +170,12 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     )
     yield
     return
-  with file:
-    if file.read(1):
-      _logger.info("taking over the lock of %s, which has ended", _owner(file))
+  with held:
+    if path.stat().st_size:
+      _logger.info("taking over the lock of %s, which has ended", _owner(path))
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-    file.truncate(0)
-    json.dump(owner, file)
-    file.flush()
+    path.write_text(json.dumps(owner))
     try:
       yield
     finally:
@@ -175,34 +184,11 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
         path.unlink()
 
 
-def _acquire(path: pathlib.Path) -> TextIO:
-  while True:
-    with contextlib.ExitStack() as stack:
-      # Whatever bytes a killed process has left.
-      file = stack.enter_context(
-        open(path, "a+", errors="replace", opener=files.no_link)
-      )
-      file.seek(0)
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise errors.WorkdirError(
-          f"workdir {path.parent} is in use by {_owner(file)}. Wait for it or"
-          " stop it, or pass another --workdir."
-        ) from None
-      # Its holder may have removed it since it was opened.
-      with contextlib.suppress(FileNotFoundError):
-        if os.path.samefile(path, file.fileno()):
-          stack.pop_all()
-          return file
-
-
-def _owner(file: TextIO) -> str:
-  file.seek(0)
+def _owner(path: pathlib.Path) -> str:
   try:
-    owner = files.parse_object(file.read(1000).encode())
+    owner = files.parse_object(files.read_bytes(path))
     return "process {pid} on {host} since {since}".format(**owner)
-  except (ValueError, LookupError):  # Empty, or being written.
+  except (OSError, ValueError, LookupError):  # Empty, or being written.
     return "another process"
 
 
