@@ -124,6 +124,7 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
     predict=lambda images: None,
     preprocess=normalize.placeholder("none", experiment.image_shape),
     class_names=(),
+    image_shape=experiment.image_shape,
     config=config,
     step=0,
     seed=0,

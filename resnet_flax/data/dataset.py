@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from resnet_flax.data import cifar, digits, splits, streaming, types
+from resnet_flax.data import cifar, digits, prepared, splits, streaming, types
 from resnet_flax.run import errors
 
 # Sets that are held in memory.
@@ -19,8 +19,12 @@ DATASETS = {
 NAMES = (*DATASETS, *streaming.KNOWN, streaming.FOLDER)
 
 
-def info(config: ConfigDict) -> types.DatasetInfo:
+def info(
+  config: ConfigDict, facts: types.Facts | None = None
+) -> types.DatasetInfo:
   """What is known of the set that `config.dataset` names, without opening it.
+
+  `facts`, which a run remembers, go before what a streamed set's data says.
 
   Raises:
     ConfigError: an unknown data set.
@@ -29,19 +33,21 @@ def info(config: ConfigDict) -> types.DatasetInfo:
   if config.name in DATASETS:
     return DATASETS[config.name]
   if streaming.is_streamed(config.name):
-    return streaming.info(config)
-  names = [*NAMES, f"{streaming.PREFIX}NAME"]
+    return streaming.info(config, facts)
+  names = [*NAMES, f"{prepared.PREFIX}NAME"]
   raise errors.unknown_name("dataset.name", config.name, names)
 
 
-def num_train_examples(config: ConfigDict) -> int:
+def num_train_examples(
+  config: ConfigDict, facts: types.Facts | None = None
+) -> int:
   """How many images an experiment with this `config.dataset` trains on.
 
   Raises:
     ConfigError: an unknown data set, or parts larger than the whole.
     DataError: see `info`.
   """
-  whole = info(config).num_train
+  whole = info(config, facts).num_train
   rest = whole - config.validation_examples
   if rest <= 0:
     raise errors.ConfigError(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from resnet_flax.data import types
 from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ _FORM = (
   " val/ or test/, for two classes or more, with two pictures of each where a"
   " tenth is scored. A set of TFDS is --config.dataset.name=tfds/NAME."
 )
-SKIP = "dataset.bad_images=skip does without bad images."
 
 # Paths of pictures by part and class, all sorted; but what is trained on is the
 # first part, what is scored the last.
@@ -121,11 +121,11 @@ def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
   return root, parts, num_others
 
 
-def facts(config: ConfigDict) -> tuple[tuple[str, ...], int, int]:
+def facts(config: ConfigDict) -> types.Facts:
   """Class names, pictures to train on and to score; raises as `find`."""
   train, *_, scored = find(config)[1].values()
   num_train, num_test = (sum(map(len, p.values())) for p in (train, scored))
-  return tuple(train), num_train, num_test
+  return types.Facts(tuple(train), num_train, num_test)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Files:
   name: str
   paths: Sequence[str]
   labels: np.ndarray  # int32
-  remedy = f"Mend or remove it. {SKIP}"
+  remedy = "Mend or remove it. "
 
   def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
     """See `streaming.Records`."""

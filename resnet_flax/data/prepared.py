@@ -1,16 +1,25 @@
 """Copies that TFDS has prepared, and anybody may have written."""
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax.data import types
 from resnet_flax.run import errors, files
 
 FILE_FORMAT = "array_record"
+# A set with the features `image` and `label`, a ClassLabel: 'tfds/food101'.
+PREFIX = "tfds/"
 SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
 DELETE = "Delete it to have it prepared again."
 PREPARE_AGAIN = "Prepare it again, or take another copy."
@@ -208,3 +217,156 @@ def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
           file.seek(start)
           digest.update(file.read(_SAMPLE))
   return digest.hexdigest()
+
+
+# ---- Sets that are decoded while training
+
+
+def folder_of(name: str, configured_dir: str) -> pathlib.Path:
+  """The folder of a prepared copy; a `DataError` if none can be read."""
+  name, root = name.removeprefix(PREFIX), data_dir(configured_dir)
+  command = (
+    "Prepare it with TFDS and TensorFlow, on any machine: import"
+    f" tensorflow_datasets as tfds; tfds.builder({name!r})"
+    f".download_and_prepare(file_format={FILE_FORMAT!r})."
+  )
+  folder = find(name, root, command)
+  if folder is None:
+    raise errors.DataError(
+      f"there is no prepared {name} in {root / name}. {SET_DATA_DIR}"
+      f" the TFDS data directory that holds one. {command}"
+    )
+  return folder
+
+
+def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
+  """What a copy says of itself, without its shards, and the split to score.
+
+  That is 'validation', else 'test'; with neither, 'train', whose last tenth is
+  scored (TFDS has shuffled it). `DataError`: it cannot be read.
+  """
+  with reading(folder, PREPARE_AGAIN):
+    info = json.loads(files.read_text(folder / "dataset_info.json"))
+    counts = {
+      str(split["name"]): sum(map(int, split["shardLengths"]))
+      for split in info["splits"]
+    }
+    features = check_features(folder)
+    if not features["label"].HasField("class_label"):
+      raise _unfit(folder, "its feature 'label' is no ClassLabel")
+    # ImageNet's 'test' has no labels.
+    test = next((n for n in ("validation", "test") if n in counts), "train")
+    num_train, num_test = counts.get("train", 0), counts.get(test, 0)
+    if test == "train":
+      if len(counts) > 1 or info.get("disableShuffling"):
+        raise _unfit(folder, "it has no split 'validation' or 'test'")
+      num_test = -(-num_train // 10)
+      num_train -= num_test
+    for split, count in (("train", num_train), (test, num_test)):
+      if not 0 < count < 2**31:
+        raise _unfit(folder, f"it has no images in the split {split!r}")
+    # As in TFDS, classes without names have numbers.
+    num_classes = features["label"].class_label.num_classes
+    labels = tuple(map(str, range(num_classes)))
+    if (folder / "label.labels.txt").exists():
+      labels = label_names(folder)
+  return types.Facts(labels, num_train, num_test), test
+
+
+def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
+  """The error for a set that another copy would not help."""
+  return errors.DataError(
+    f"{folder} cannot be trained on: {what}. It must have the features image"
+    " and label (a ClassLabel), and the splits train and validation or test, or"
+    " train alone."
+  )
+
+
+def read(
+  config: ConfigDict,
+) -> tuple[list["Records"], list[np.ndarray], tuple[str, ...], str]:
+  """Sources of the training and test split, their rows, class names, name.
+
+  `DataError`: there is no such copy, or it cannot be read.
+  """
+  folder = folder_of(config.name, config.data_dir)
+  facts, test = read_facts(folder)
+  digest = fingerprint(folder, PREPARE_AGAIN)
+  with reading(folder, PREPARE_AGAIN):
+    from array_record.python import array_record_data_source as array_record
+
+    splits = open_builder(folder, ("train", test)).info.splits
+    sources = [
+      Records(
+        *(folder, name, array_record.ArrayRecordDataSource(shards), shards),
+        len(facts.class_names),
+      )
+      for name in ("train", test)
+      for shards in [splits[name].file_instructions]
+    ]
+  _allow_open_files(sum(len(each.shards) for each in sources))
+  first_test = facts.num_train if test == "train" else 0
+  rows = [np.arange(facts.num_train), first_test + np.arange(facts.num_test)]
+  source = f"{config.name}-{folder.name}-{digest[:16]}"
+  return sources, rows, facts.class_names, source
+
+
+def _allow_open_files(count: int) -> None:
+  """For ImageNet, which has more files than the thousand that shells allow."""
+  try:
+    import resource
+  except ImportError:  # There is no such limit on Windows.
+    return
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  infinity = resource.RLIM_INFINITY  # On Linux it is -1.
+  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
+  needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
+  for wanted in (16 * needed, needed):  # Of several seeds each has its own.
+    if soft < (allowed := min(wanted, hard)):
+      with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+        soft = allowed
+  if soft < needed:
+    raise errors.DataError(
+      f"the data set has {count} files, which are open at the same time, but a"
+      f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
+      f" to {needed} or more."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """The images of an official split, in the files of a prepared copy."""
+
+  folder: pathlib.Path  # This and the next are for messages.
+  name: str  # Of the split.
+  records: Any  # ArrayRecord's source of the official split.
+  shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
+  num_classes: int  # Labels are below.
+  remedy = ""  # For a bad image, which another copy has as well.
+
+  def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
+    """What gives the encoded image of a row and its label, or an exception."""
+    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
+    return [functools.partial(self._parse, raw) for raw in records]
+
+  def _parse(self, raw: bytes) -> tuple[bytes, int]:
+    """A serialised `tf.train.Example`."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(raw).features.feature
+    (encoded,) = feature["image"].bytes_list.value
+    (label,) = feature["label"].int64_list.value
+    if not 0 <= label < self.num_classes:
+      most = self.num_classes - 1
+      raise ValueError(f"it has label {label}; needed: 0 to {most}")
+    return encoded, label
+
+  def place(self, row: int) -> str:
+    """Where the image of a row is, for people."""
+    of_split = f"record {row}, from 0, of the split {self.name!r}"
+    for shard in self.shards:
+      if row < shard.examples_in_shard:
+        break
+      row -= shard.examples_in_shard
+    return f"{of_split} (record {row} of {os.path.basename(shard.filename)})"

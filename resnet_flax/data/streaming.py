@@ -1,26 +1,19 @@
-"""Data sets that are larger than memory, read and decoded while training.
+"""Data sets that may be larger than memory, decoded while training.
 
-Any image classification set that TFDS has prepared as ArrayRecord, with the
-features `image` (JPEG or PNG) and `label`; `folders` has another source.
-Grain runs the worker processes; which image is read when is not its choice, so
-that a run can go on at any step.
+Encoded images come from `prepared`, sets of TFDS, or `folders`. Grain runs the
+processes in `workers`; which image is read when is not its choice, so that a
+run can resume at any step.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
-import multiprocessing
 import os
 import pathlib
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -32,14 +25,14 @@ from resnet_flax.data import (
   prepared,
   randomness,
   types,
+  workers,
 )
-from resnet_flax.run import environment, errors, files, signals
+from resnet_flax.run import environment, errors, signals
 
 _logger = logging.getLogger(__name__)
 
-# Any other prepared copy is named by its folder: 'tfds/food101'.
-PREFIX = "tfds/"
 FOLDER = "folder"  # Of pictures: see `folders`.
+_SKIP = "dataset.bad_images=skip does without bad images."
 
 # What is handed over at once, as each time costs milliseconds: 64 images of
 # 224x224, or about as many bytes. Each worker or thread decodes one ahead.
@@ -50,132 +43,40 @@ _IN_MEMORY_BYTES = 2**30
 # With fewer images in an epoch than 10,000 of 224x224, worker processes, which
 # take seconds to start, decode no faster than threads.
 _WORKERS_BYTES = 10_000 * 224 * 224 * 3
-# Why a worker may have ended, by a signal and by itself.
-_KILLED = (
-  "The system does that most likely for want of memory: pass a smaller"
-  " --config.dataset.num_workers."
-)
-_NO_GUARD = (
-  "A script must train under: if __name__ == '__main__'; otherwise see what the"
-  " process says above, or set dataset.num_workers=0."
-)
 _BAD = -1  # Stands for the label of an image that is to be skipped.
 
-
-# Sets that a network can be looked at and loaded for where there is no copy:
-# names of the classes ('' if not known), training and test images.
-_Known = tuple[tuple[str, ...], int, int]
-KNOWN: dict[str, _Known] = {"imagenet2012": (("",) * 1000, 1_281_167, 50_000)}
-_OF_RUN: dict[str, _Known] = {}
-
-
-@contextlib.contextmanager
-def remembering(name: str, known: _Known | None) -> Iterator[None]:
-  """Within, `info` goes by what a run knows, whatever became of the data.
-
-  After it, too, where there is no data.
-  """
-  if known:
-    _OF_RUN[name] = known
-    if name.startswith((PREFIX, FOLDER)):
-      KNOWN[name] = known
-  try:
-    yield
-  finally:
-    _OF_RUN.clear()
+# Sets that a network can be looked at and loaded for where there is no copy.
+KNOWN = {"imagenet2012": types.Facts(("",) * 1000, 1_281_167, 50_000)}
 
 
 def is_streamed(name: str) -> bool:
   """Whether a data set is decoded while training, or may be."""
-  return name in (*KNOWN, FOLDER) or name.startswith(PREFIX)
+  return name in (*KNOWN, FOLDER) or name.startswith(prepared.PREFIX)
 
 
-def info(config: ConfigDict) -> types.DatasetInfo:
+def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
   """What is known of a set; `DataError` if only its data can tell that."""
   try:
-    known = _OF_RUN.get(config.name) or _look(config)
+    facts = facts or _look(config)
   except errors.DataError:
     # `load` says what is wrong with the data.
     if config.name not in KNOWN:
       raise
-    known = KNOWN[config.name]
-  shape = (config.image_size, config.image_size, 3)
-  names = tuple(filter(None, known[0]))
-  return types.DatasetInfo(len(known[0]), shape, *known[1:], class_names=names)
+    facts = KNOWN[config.name]
+  return types.DatasetInfo(
+    num_classes=len(facts.class_names),
+    image_shape=(config.image_size, config.image_size, 3),
+    num_train=facts.num_train,
+    num_test=facts.num_test,
+    class_names=tuple(filter(None, facts.class_names)),
+  )
 
 
-def _look(config: ConfigDict) -> _Known:
+def _look(config: ConfigDict) -> types.Facts:
   if config.name == FOLDER:
     return folders.facts(config)
-  facts = read_facts(find(config.name, config.data_dir))
-  return facts.class_names, facts.num_train, facts.num_test
-
-
-def find(name: str, configured_dir: str) -> pathlib.Path:
-  """The folder of a prepared copy; a `DataError` if none can be read."""
-  name, root = name.removeprefix(PREFIX), prepared.data_dir(configured_dir)
-  command = (
-    "Prepare it with TFDS and TensorFlow, on any machine: import"
-    f" tensorflow_datasets as tfds; tfds.builder({name!r})"
-    f".download_and_prepare(file_format={prepared.FILE_FORMAT!r})."
-  )
-  folder = prepared.find(name, root, command)
-  if folder is None:
-    raise errors.DataError(
-      f"there is no prepared {name} in {root / name}. {prepared.SET_DATA_DIR}"
-      f" the TFDS data directory that holds one. {command}"
-    )
-  return folder
-
-
-class Facts(NamedTuple):
-  """What a copy says of itself."""
-
-  num_train: int  # Images that are trained on.
-  num_test: int  # Images that are scored.
-  # Their split: 'validation', else 'test'; with neither, 'train', whose last
-  # tenth it is (TFDS has shuffled it).
-  test: str
-  class_names: tuple[str, ...]
-
-
-def read_facts(folder: pathlib.Path) -> Facts:
-  """Reads what a copy says, without its shards; `DataError` if it does not."""
-  with prepared.reading(folder, prepared.PREPARE_AGAIN):
-    info = json.loads(files.read_text(folder / "dataset_info.json"))
-    counts = {
-      str(split["name"]): sum(map(int, split["shardLengths"]))
-      for split in info["splits"]
-    }
-    features = prepared.check_features(folder)
-    if not features["label"].HasField("class_label"):
-      raise _unfit(folder, "its feature 'label' is no ClassLabel")
-    # ImageNet's 'test' has no labels.
-    test = next((n for n in ("validation", "test") if n in counts), "train")
-    num_train, num_test = counts.get("train", 0), counts.get(test, 0)
-    if test == "train":
-      if len(counts) > 1 or info.get("disableShuffling"):
-        raise _unfit(folder, "it has no split 'validation' or 'test'")
-      num_test = -(-num_train // 10)
-      num_train -= num_test
-    for split, count in (("train", num_train), (test, num_test)):
-      if not 0 < count < 2**31:
-        raise _unfit(folder, f"it has no images in the split {split!r}")
-    # As in TFDS, classes without names have numbers.
-    num_classes = features["label"].class_label.num_classes
-    labels = tuple(map(str, range(num_classes)))
-    if (folder / "label.labels.txt").exists():
-      labels = prepared.label_names(folder)
-  return Facts(num_train, num_test, test, labels)
-
-
-def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
-  """The error for a set that another copy would not help."""
-  return errors.DataError(
-    f"{folder} cannot be trained on: {what}. It must have the features image"
-    " and label (a ClassLabel), and the splits train and validation or test, or"
-    " train alone."
-  )
+  folder = prepared.folder_of(config.name, config.data_dir)
+  return prepared.read_facts(folder)[0]
 
 
 def load(
@@ -187,15 +88,16 @@ def load(
   """
   if config.name == FOLDER:
     with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
-      sources, class_names, source = folders.read(config)
-    rows = [np.arange(len(each.paths)) for each in sources]
-    labels = sources[0].labels
+      files, class_names, source = folders.read(config)
+    sources: list[Any] = [*files]
+    rows = [np.arange(len(each.paths)) for each in files]
+    labels = files[0].labels
   else:
-    sources, rows, class_names, source = _open_copy(config)
+    sources, rows, class_names, source = prepared.read(config)
     labels = None
   # Before anything is compiled.
   if config.num_workers:
-    _check_semaphores()
+    workers.check_semaphores()
   crop = augmentation if augmentation in crops.RANDOM else "none"
   train, *others, test = (
     StreamedSplit(
@@ -213,32 +115,6 @@ def load(
   return types.Dataset(train, validation, test, class_names, source), labels
 
 
-def _open_copy(
-  config: ConfigDict,
-) -> tuple[list[Any], list[np.ndarray], tuple[str, ...], str]:
-  """Sources of the training and test split, their rows, class names, name."""
-  folder = find(config.name, config.data_dir)
-  facts = read_facts(folder)
-  digest = prepared.fingerprint(folder, prepared.PREPARE_AGAIN)
-  with prepared.reading(folder, prepared.PREPARE_AGAIN):
-    from array_record.python import array_record_data_source as array_record
-
-    splits = prepared.open_builder(folder, ("train", facts.test)).info.splits
-    sources = [
-      Records(
-        *(folder, name, array_record.ArrayRecordDataSource(shards), shards),
-        len(facts.class_names),
-      )
-      for name in ("train", facts.test)
-      for shards in [splits[name].file_instructions]
-    ]
-  _allow_open_files(sum(len(each.shards) for each in sources))
-  first_test = facts.num_train if facts.test == "train" else 0
-  rows = [np.arange(facts.num_train), first_test + np.arange(facts.num_test)]
-  source = f"{config.name}-{folder.name}-{digest[:16]}"
-  return sources, rows, facts.class_names, source
-
-
 def settle(dataset: types.Dataset) -> types.Dataset:
   """Keeps the splits decoded that never change and fit into memory.
 
@@ -254,7 +130,7 @@ def settle(dataset: types.Dataset) -> types.Dataset:
     source: Any = dataset.train.source  # type: ignore[attr-defined]
     raise errors.DataError(
       f"{source.folder} has {len(bad)} images that cannot be decoded, first"
-      f" {bad[0]}. {source.remedy}"
+      f" {bad[0]}. {source.remedy}{_SKIP}"
     )
   return dataclasses.replace(
     dataset, train=train, validation=held_out, test=test
@@ -287,41 +163,6 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
   return DecodedSplit(images[positions], labels[positions], indices)
 
 
-def _check_semaphores() -> None:
-  """Checks that processes, which have some between them, can be started."""
-  try:
-    multiprocessing.Semaphore()
-  except OSError as error:
-    raise errors.DataError(
-      "processes that decode images cannot be started, as there can be no"
-      f" semaphore in /dev/shm ({error.strerror}). Make it writable and free"
-      " some room there, or set dataset.num_workers=0."
-    ) from error
-
-
-def _allow_open_files(count: int) -> None:
-  """For ImageNet, which has more files than the thousand that shells allow."""
-  try:
-    import resource
-  except ImportError:  # There is no such limit on Windows.
-    return
-  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinity = resource.RLIM_INFINITY  # On Linux it is -1.
-  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
-  needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
-  for wanted in (16 * needed, needed):  # Of several seeds each has its own.
-    if soft < (allowed := min(wanted, hard)):
-      with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
-        soft = allowed
-  if soft < needed:
-    raise errors.DataError(
-      f"the data set has {count} files, which are open at the same time, but a"
-      f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
-      f" to {needed} or more."
-    )
-
-
 class BadImage(ValueError):
   """An image that cannot be decoded: where it is, why, and what can be done."""
 
@@ -340,49 +181,11 @@ class DecodedSplit(types.ArraySplit):
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
-  """The images of an official split, in the files of a prepared copy."""
-
-  folder: pathlib.Path  # This and the next are for messages.
-  name: str  # Of the split.
-  records: Any  # ArrayRecord's source of the official split.
-  shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
-  num_classes: int  # Labels are below.
-  remedy = folders.SKIP  # For a bad image, which another copy has as well.
-
-  def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
-    """What gives the encoded image of a row and its label, or an exception."""
-    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
-    return [functools.partial(self._parse, raw) for raw in records]
-
-  def _parse(self, raw: bytes) -> tuple[bytes, int]:
-    """A serialised `tf.train.Example`."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(raw).features.feature
-    (encoded,) = feature["image"].bytes_list.value
-    (label,) = feature["label"].int64_list.value
-    if not 0 <= label < self.num_classes:
-      most = self.num_classes - 1
-      raise ValueError(f"it has label {label}; needed: 0 to {most}")
-    return encoded, label
-
-  def place(self, row: int) -> str:
-    """Where the image of a row is, for people."""
-    of_split = f"record {row}, from 0, of the split {self.name!r}"
-    for shard in self.shards:
-      if row < shard.examples_in_shard:
-        break
-      row -= shard.examples_in_shard
-    return f"{of_split} (record {row} of {os.path.basename(shard.filename)})"
-
-
-@dataclasses.dataclass(frozen=True)
 class StreamedSplit(types.Split):
   """Images that are decoded when they are wanted."""
 
   indices: np.ndarray  # Rows of the source.
-  source: Records | folders.Files
+  source: prepared.Records | folders.Files
   image_size: int  # Height and width of what is cut out of the images.
   crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
   # Processes that decode; 0: threads of this one, -1: one per CPU thread if
@@ -411,7 +214,7 @@ class StreamedSplit(types.Split):
 
     A `DataError` if an image cannot be read or a worker died.
     """
-    grain = _import_grain()
+    grain = workers.import_grain()
     num_crops = self.num_crops if draw is None else 1
     image_bytes = num_crops * math.prod(self.image_shape)
     size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
@@ -424,13 +227,13 @@ class StreamedSplit(types.Split):
     rows = [(part, self.indices[part]) for parts in chunks for part in parts]
     none = self.indices[:0]
     lean = dataclasses.replace(self, indices=none, num_crops=num_crops)
-    workers = self.num_workers
-    if workers < 0:
+    processes = self.num_workers
+    if processes < 0:
       is_large = sum(map(len, order)) * image_bytes >= _WORKERS_BYTES
-      workers = environment.num_cpu_threads() if is_large else 0
-    workers = min(workers, len(rows))
+      processes = environment.num_cpu_threads() if is_large else 0
+    processes = min(processes, len(rows))
     # A worker hands over what it has while its thread decodes.
-    threads = 1 if workers else 2
+    threads = 1 if processes else 2
     pipeline = grain.experimental.WithOptionsIterDataset(
       grain.MapDataset.source(rows)
       .map(functools.partial(lean._read, draw))
@@ -439,16 +242,16 @@ class StreamedSplit(types.Split):
       # workers, and outlives a process that is killed.
       grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
     ).mp_prefetch(
-      grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
-      worker_init_fn=_start_worker,
+      grain.MultiprocessingOptions(processes, per_worker_buffer_size=1),
+      worker_init_fn=functools.partial(workers.start, signals.SIGNALS),
     )
-    if workers:
-      _check_semaphores()
+    if processes:
+      workers.check_semaphores()
       # Of a process that ends in an error; Python's helper cleans them up.
       os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    alive, iterator = _Workers(self.source.folder), iter(pipeline)
+    alive, iterator = workers.Workers(self.source.folder), iter(pipeline)
     # Threads of this process do not die by themselves.
-    take = alive.next_of if workers else next
+    take = alive.next_of if processes else next
     try:
       with prepared.reading(self.source.folder, prepared.PREPARE_AGAIN):
         for positions, parts in zip(order, chunks, strict=True):
@@ -500,7 +303,7 @@ class StreamedSplit(types.Split):
         if not self.skips_bad:
           what = f"{self.source.place(rows[k])}: {errors.one_line(error)}"
           bad = BadImage(what)
-          bad.remedy = self.source.remedy
+          bad.remedy = f"{self.source.remedy}{_SKIP}"
           raise bad from error
         images[k], labels[k] = 0, _BAD
     return (images[:, 0] if self.num_crops == 1 else images), labels
@@ -521,92 +324,3 @@ class StreamedSplit(types.Split):
     if self.num_crops > 1:
       cut += [image[:, ::-1] for image in cut]
     return np.stack(cut)
-
-
-class _Workers:
-  """The processes that Grain starts for an iterator.
-
-  For one that is killed amid handing over Grain waits for ever: its pipe has an
-  end in this process, too.
-  """
-
-  def __init__(self, folder: pathlib.Path) -> None:
-    self._folder, self._others = folder, set(multiprocessing.active_children())
-    self._own: set[multiprocessing.process.BaseProcess] = set()
-
-  def next_of(self, iterator: Iterator[Any]) -> Any:
-    """What comes next; `DataError` if a worker was killed."""
-    result: futures.Future[Any] = futures.Future()
-
-    def take() -> None:
-      try:
-        result.set_result(next(iterator))
-      except Exception as error:
-        result.set_exception(error)
-
-    threading.Thread(target=take, name="next images", daemon=True).start()
-    while futures.wait([result], 0.2).not_done and not self._died():
-      pass
-    # Often enough for none to end unseen.
-    died = self._died()
-    error = result.exception() if result.done() else None
-    # What Grain itself says of one.
-    if error and "terminated unexpectedly" in str(error):
-      died = died or errors.one_line(error)
-    if result.done() and not (error and died):
-      return result.result()
-    raise errors.DataError(
-      f"a process that decodes images of {self._folder} was ended ({died}). "
-      + (_KILLED if "code -" in died else _NO_GUARD)
-    ) from error
-
-  def _died(self) -> str:
-    self._own |= {
-      child
-      for child in multiprocessing.active_children()
-      if child.name.startswith("grain-process-prefetch")
-    } - self._others
-    codes = [worker.exitcode for worker in self._own if worker.exitcode]
-    return f"exit code {codes[0]}" if codes else ""
-
-  def close(self, iterator: Any) -> None:
-    """Ends all of them, and the iterator."""
-    if not self._died():
-      iterator.close()
-    else:  # To close it would wait for those that died.
-      for worker in self._own:
-        worker.kill()
-
-
-def _import_grain() -> Any:
-  """Grain, where it is needed: it takes a second or two."""
-  from absl import flags
-
-  try:
-    import grain
-  except ImportError:
-    message = "need Grain: pip install 'resnet_flax[streaming]'."
-    raise errors.DataError(f"images that are streamed {message}") from None
-  # It reads flags of its own, which absl refuses where none have been parsed,
-  # as in a notebook. This lets them have their defaults.
-  for name in flags.FLAGS:
-    if name.startswith("grain_"):
-      flags.FLAGS[name].present = 1
-  return grain
-
-
-def _start_worker(index: int, count: int) -> None:
-  """Ties a worker to the process that it works for."""
-  # Ctrl-C and schedulers signal all processes of a job. The parent decides
-  # when to stop, and still needs batches for its last step.
-  for number in signals.SIGNALS:
-    signal.signal(number, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-
-  def follow() -> None:
-    parent.join()
-    os._exit(1)
-
-  # One that was killed closes nothing.
-  threading.Thread(target=follow, name="parent", daemon=True).start()

@@ -86,6 +86,14 @@ def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
   return ArraySplit(images, labels, np.arange(len(labels)))
 
 
+class Facts(NamedTuple):
+  """What a run remembers of a streamed set, whatever becomes of its data."""
+
+  class_names: tuple[str, ...]  # One for each class, '' if it is not known.
+  num_train: int
+  num_test: int
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
   """What is known of a data set without opening it."""

@@ -6,31 +6,33 @@ import jax
 from ml_collections import ConfigDict
 
 from resnet_flax import optim, step as step_lib
-from resnet_flax.data import augment, dataset, normalize, randomness
+from resnet_flax.data import augment, dataset, normalize, randomness, types
 from resnet_flax.models import registry
 
 
-def build(config: ConfigDict) -> step_lib.Experiment:
+def build(
+  config: ConfigDict, facts: types.Facts | None = None
+) -> step_lib.Experiment:
   """Builds model, optimizer, schedule and augmentation; loads no data."""
   # The last, smaller batch is dropped; every epoch drops other images.
-  steps_per_epoch = (
-    dataset.num_train_examples(config.dataset) // config.batch_size
-  )
-  classes = num_classes(config)
+  num_train = dataset.num_train_examples(config.dataset, facts)
+  steps_per_epoch = num_train // config.batch_size
+  classes = num_classes(config, facts)
   return step_lib.Experiment(
     model=registry.create_model(config.model, classes),
     optimizer=optim.create_optimizer(config.optimizer),
     learning_rate=optim.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment),
-    image_shape=dataset.info(config.dataset).image_shape,
+    image_shape=dataset.info(config.dataset, facts).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,
   )
 
 
-def num_classes(config: ConfigDict) -> int:
+def num_classes(config: ConfigDict, facts: types.Facts | None = None) -> int:
   """The size of the network's head."""
-  return config.model.num_classes or dataset.info(config.dataset).num_classes
+  data = dataset.info(config.dataset, facts)
+  return config.model.num_classes or data.num_classes
 
 
 def abstract_state(

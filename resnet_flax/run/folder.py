@@ -19,6 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from resnet_flax import optim
+from resnet_flax.data import types
 from resnet_flax.run import (
   config as config_lib,
   environment,
@@ -301,10 +302,8 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
-def read_facts(
-  workdir: pathlib.Path,
-) -> tuple[tuple[str, ...], int, int] | None:
-  """Class names, training and test images of a run's data, if they are known.
+def read_facts(workdir: pathlib.Path) -> types.Facts | None:
+  """What is remembered of a run's data, if it is.
 
   Raises:
     WorkdirError: environment.json cannot be read.
@@ -312,7 +311,7 @@ def read_facts(
   facts: Any = read_environment(workdir).get("dataset")
   try:
     counts = int(facts["train"]), int(facts["test"])
-    return tuple(map(str, facts["class_names"])), *counts
+    return types.Facts(tuple(map(str, facts["class_names"])), *counts)
   # Written by an older version, or edited.
   except (TypeError, ValueError, LookupError):
     return None

@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib, prepared, streaming, types
+from resnet_flax.data import dataset as dataset_lib, prepared, types
 from resnet_flax.models import registry
 from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
@@ -73,6 +73,7 @@ class LoadedModel:
   # Of the data set, in the order of the labels; () if they are not known, or if
   # the head has other classes.
   class_names: tuple[str, ...]
+  image_shape: tuple[int, int, int]  # (H, W, C) that `predict` takes.
   config: ConfigDict  # The configuration it was trained with.
   step: int  # The training step of the checkpoint.
   seed: int  # Of its training.
@@ -144,6 +145,7 @@ def load_model(
     predict=predict,
     preprocess=state.normalization,
     class_names=names if len(names) == experiment.num_classes else (),
+    image_shape=experiment.image_shape,
     config=config,
     step=int(state.step),
     seed=seed,
@@ -180,10 +182,10 @@ def evaluate_workdir(
   """
   given = config
   config, experiment, states = _restore(workdir, which, config)
-  rules.check_labels(config)
   if given is None:
     say_what_is_trusted(config)
   try:
+    rules.check_labels(config)
     dataset = dataset_lib.load(config.dataset)
   except errors.DataError as error:
     if given is not None or not config.dataset.data_dir:
@@ -296,12 +298,11 @@ def _restore(
   workdir = mirror.local(workdir, "workdir")
   config = given or folder.load_config(workdir)
   facts = folder.read_facts(workdir)
-  with streaming.remembering(config.dataset.name, facts):
-    # The batch size of training does not matter here, nor do its devices.
-    rules.check(config, num_devices=1)
-    if given is not None:
-      folder.check_same(workdir, given, free=["dataset.test_crops"])
-    experiment = experiment_lib.build(config)
+  # The batch size of training does not matter here, nor do its devices.
+  rules.check(config, num_devices=1, facts=facts)
+  if given is not None:
+    folder.check_same(workdir, given, free=["dataset.test_crops"])
+  experiment = experiment_lib.build(config, facts)
   # Tracing a deep network takes long.
   like = functools.cache(
     lambda: experiment_lib.abstract_state(config, experiment)

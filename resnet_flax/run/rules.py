@@ -3,14 +3,25 @@
 from ml_collections import ConfigDict
 
 from resnet_flax import optim
-from resnet_flax.data import augment, crops, dataset, normalize, streaming
+from resnet_flax.data import (
+  augment,
+  crops,
+  dataset,
+  normalize,
+  streaming,
+  types,
+)
 from resnet_flax.models import registry
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
 
 
-def check(config: ConfigDict, num_devices: int) -> None:
+def check(
+  config: ConfigDict, num_devices: int, facts: types.Facts | None = None
+) -> None:
   """Checks a configuration as a whole, before a run on so many devices.
+
+  `facts`, if a run remembers them, go before what its data says.
 
   Raises:
     ConfigError: the first thing that is wrong, and what would work.
@@ -19,11 +30,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
   check_values(config)
   check_model(config.model)
   _check_streaming(config)
-  shape = dataset.info(config.dataset).image_shape
+  shape = dataset.info(config.dataset, facts).image_shape
   check_input_size(
     config.model, shape, streaming.is_streamed(config.dataset.name)
   )
-  steps = _check_batch_size(config, num_devices)
+  steps = _check_batch_size(config, num_devices, facts)
   _check_schedule(config)
   last = config_keys.LAST_SEED + 1 - config.num_seeds
   _require(
@@ -128,10 +139,12 @@ def _check_streaming(config: ConfigDict) -> None:
   )
 
 
-def _check_batch_size(config: ConfigDict, num_devices: int) -> int:
+def _check_batch_size(
+  config: ConfigDict, num_devices: int, facts: types.Facts | None
+) -> int:
   """Checks that batches fill an epoch, devices and groups; steps per epoch."""
   size = config.batch_size
-  num_train = dataset.num_train_examples(config.dataset)
+  num_train = dataset.num_train_examples(config.dataset, facts)
   _require(
     size <= num_train,
     f"batch_size={size} is more than the {num_train} training images; at most"

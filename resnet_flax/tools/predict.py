@@ -58,11 +58,11 @@ def predict_files(
   With a text instead if it cannot be decoded. `loaded` is a `load.LoadedModel`;
   so many files are read at once, at most its configuration's `eval_batch_size`.
   """
-  from resnet_flax.data import dataset, streaming
+  from resnet_flax.data import streaming
   from resnet_flax.run import environment
 
   config, files = loaded.config, iter(files)
-  shape = dataset.info(config.dataset).image_shape
+  shape = loaded.image_shape
   is_streamed = streaming.is_streamed(config.dataset.name)
   read = functools.partial(_read, shape[1::-1], is_streamed)
   size = min(batch_size, config.eval_batch_size)
@@ -89,10 +89,9 @@ def _read(size: tuple[int, int], is_streamed: bool, path: str) -> Any:
 
 def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
   """Prints a row for each file, names those that are skipped; counts rows."""
-  from resnet_flax.run import experiment
   from resnet_flax.tools.report import runs, tables
 
-  num_classes, num_rows = experiment.num_classes(loaded.config), 0
+  num_classes, num_rows = loaded.model.num_classes, 0
   classes = loaded.class_names or [*map(str, range(num_classes))]
   width, k = max(map(len, classes)), min(args.topk, num_classes)
   output: Any = types.SimpleNamespace(write=surroundings.show)

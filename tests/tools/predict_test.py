@@ -20,7 +20,7 @@ from PIL import Image
 import resnet_flax
 from experiments.streaming import generated
 from resnet_flax import train
-from resnet_flax.data import crops, streaming
+from resnet_flax.data import crops, dataset as dataset_lib, streaming
 from resnet_flax.run import config as config_lib, errors, surroundings
 from resnet_flax.tools import predict
 from tests.data import pictures_kinds as kinds
@@ -36,6 +36,7 @@ class Seen:
   def __init__(self, **dataset):
     self.config = config_lib.default_config()
     self.config.dataset.update(dataset)
+    self.image_shape = dataset_lib.info(self.config.dataset).image_shape
     self.batches = []
 
   def predict(self, images):
@@ -294,6 +295,8 @@ def test_classes_without_names_have_numbers(run, pictures, monkeypatch):
   nameless = types.SimpleNamespace(
     config=config_lib.default_config(),
     class_names=(),
+    image_shape=(32, 32, 3),
+    model=types.SimpleNamespace(num_classes=10),
     predict=lambda images: np.tile(np.arange(10) / 45, (len(images), 1)),
   )
   monkeypatch.setattr(load, "load_model", lambda *_: nameless)

@@ -66,7 +66,7 @@ def write(
   """
   config, scale, (name, names) = loaded.config, loaded.preprocess, form
   assert isinstance(scale, normalize.Normalization)
-  shape = dataset_lib.info(config.dataset).image_shape
+  shape = loaded.image_shape
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (_NUM_CHECKED, *shape), np.uint8)
   logits = jax.jit(
@@ -95,7 +95,7 @@ def write(
 
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
-  experiment = experiment_lib.build(config)
+  experiment = experiment_lib.build(config, folder.read_facts(workdir))
   recipe = (
     f"; {config.num_epochs} epochs of batches of {config.batch_size};"
     f" {', '.join(experiment.optimizer.links)};"
@@ -131,11 +131,12 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   ]
   if not own:
     return "not scored"
+  info = dataset_lib.info(config.dataset, folder.read_facts(workdir))
   best = metrics.best_records(records, config.checkpoint.monitor)
   values = [record["test_accuracy"] for record in best]
   std = f" ± {statistics.stdev(values):.2%}" if values[1:] else ""
   return (
-    f"{own[0]:.2%} on {dataset_lib.info(config.dataset).num_test:,} images;"
+    f"{own[0]:.2%} on {info.num_test:,} images;"
     f" n = {len(values)} seeds, each in its best epoch by"
     f" {metrics.monitored(best[0], config.checkpoint.monitor)}:"
     f" {statistics.fmean(values):.2%}{std}"

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import export
 from ml_collections import ConfigDict
 
-from resnet_flax.data import dataset
 from resnet_flax.models import registry
 from resnet_flax.run import errors, load
 
@@ -65,4 +64,4 @@ def _logits(
   def logits(images):
     return model.apply(loaded.variables, loaded.preprocess(images), train=False)
 
-  return logits, dataset.info(loaded.config.dataset).image_shape
+  return logits, loaded.image_shape

@@ -57,6 +57,7 @@ def random_network(overrides, **more):
     predict=lambda images: None,
     preprocess=normalize.placeholder("none", (32, 32, 3)),
     class_names=(),
+    image_shape=(32, 32, 3),
     config=config,
     step=0,
     seed=0,
