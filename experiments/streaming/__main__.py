@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     files_lib.write_json(
       pathlib.Path(_OUT.value),
       {
-        "cpu": environment.cpu_model(),
+        "cpu": environment.cpu()["cpu_model"],
         "threads": environment.num_cpu_threads(),
         "images": len(split),
         "workers": _WORKERS.value,

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -34,6 +35,8 @@ _VARIABLES = (
   *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
   *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Also what begins so.
 )
+# Instructions by which libraries choose how they compute.
+_VECTOR = re.compile("avx|amx|fma|f16c|sse4|asimd|sve|bf16|i8mm")
 # What a run executes.
 _CODE = (":/resnet_flax", ":/configs", ":/pyproject.toml")
 
@@ -53,7 +56,7 @@ def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
     **{name: getattr(jax.config, name) for name in _SETTINGS},
     **{k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)},
     "platform": platform.platform(),
-    "cpu_model": cpu_model(),
+    **cpu(),
     "cpu_threads": num_cpu_threads(),
     "devices": [device.device_kind for device in devices],
     "processes": jax.process_count(),
@@ -94,15 +97,34 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   return errors.differences(old, new, "{}: {} -> {}")
 
 
-def cpu_model() -> str:
-  """The CPU's name as the operating system tells it."""
+def cpu() -> dict[str, str]:
+  """The processor's name, and what else decides how sums are computed.
+
+  Several generations have the same name; `cpu_flags` are the vector
+  instructions that it has. On Linux alone both are known.
+  """
   try:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-      if line.startswith("model name"):
-        return line.partition(":")[2].strip()
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
   except OSError:
-    pass
-  return platform.processor() or platform.machine()
+    lines = []
+  # All processors of a machine are alike.
+  info = {
+    name.strip(): value.strip()
+    for name, _, value in (line.partition(":") for line in reversed(lines))
+  }
+  numbers = [
+    f"{name} {info[name]}"
+    for name in ("cpu family", "model", "stepping")
+    if name in info
+  ]
+  flags = info.get("flags", info.get("Features", "")).split()
+  return {
+    "cpu_model": info.get("model name")
+    or platform.processor()
+    or platform.machine(),
+    "cpu_generation": ", ".join(numbers),
+    "cpu_flags": " ".join(sorted(filter(_VECTOR.match, flags))),
+  }
 
 
 def _git_state() -> tuple[str | None, bool | None]:

@@ -26,8 +26,9 @@ def set_up() -> None:
     "ignore", "Error writing persistent compilation cache entry.*MemoryError"
   )
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    # Programs for a CPU depend on its model, and home directories are shared.
-    cpu = hashlib.sha256(environment.cpu_model().encode()).hexdigest()[:8]
+    # Programs depend on the CPU, and home directories are shared.
+    text = str(environment.cpu()).encode()
+    cpu = hashlib.sha256(text).hexdigest()[:8]
     folder = cache.cache_dir("") / f"compiled-{cpu}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

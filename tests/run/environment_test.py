@@ -1,4 +1,5 @@
 import os
+import pathlib
 import subprocess
 from importlib import metadata
 
@@ -129,3 +130,37 @@ def test_changes():
     "e: None -> 1",
   ]
   assert environment.changes(old, old) == []
+
+
+CPU = """processor : 0
+model name\t: AMD EPYC
+cpu family\t: 25
+model\t: {}
+stepping\t: 1
+flags\t: fpu sse4_2 avx2 {} rdtscp
+
+processor : 1
+model name\t: AMD EPYC
+"""
+
+
+@pytest.mark.parametrize(
+  ("text", "generation", "flags"),
+  [
+    (
+      CPU.format(17, "avx512_bf16"),
+      "cpu family 25, model 17, stepping 1",
+      "avx2 avx512_bf16 sse4_2",
+    ),
+    (CPU.format(1, ""), "cpu family 25, model 1, stepping 1", "avx2 sse4_2"),
+    ("processor: 0\nFeatures: fp asimd bf16\n", "", "asimd bf16"),
+    ("", "", ""),
+  ],
+)
+def test_a_processor_is_more_than_its_name(
+  monkeypatch, text, generation, flags
+):
+  monkeypatch.setattr(pathlib.Path, "read_text", lambda path: text)
+  found = environment.cpu()
+  assert found["cpu_model"]
+  assert (found["cpu_generation"], found["cpu_flags"]) == (generation, flags)
