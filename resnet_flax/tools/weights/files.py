@@ -1,12 +1,13 @@
 """Files of weights, as flat dictionaries of arrays; no code in them is run."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,15 @@ class WeightsFile:
   has_layer_names: bool = True
   # Of a whole Keras model; empty where a file holds weights alone.
   layers: tuple[Layer, ...] = ()
+
+  @property
+  def num_convs(self) -> int:
+    """How many convolutions there are, by their kernels."""
+    return sum(array.ndim == 4 for array in self.arrays.values())
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of an array; (0,) if it has none."""
+    return getattr(self.arrays.get(name), "shape", ()) or (0,)
 
 
 def read(path: pathlib.Path) -> WeightsFile:
@@ -255,8 +265,8 @@ def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   return _keras(path, tree, _layers(tree.model) if tree.model else ())
 
 
-# For the classes of layers with weights their automatic names, and the names of
-# their variables, which Keras 3 numbers in this order.
+# For the classes of layers with weights the start of their automatic names, and
+# the names of their variables, which Keras 3 numbers in this order.
 _AUTOMATIC = {
   "Conv2D": "conv2d",
   "Dense": "dense",
@@ -267,6 +277,18 @@ VARIABLES = {
   "dense": ("kernel", "bias"),
   "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
 }
+
+
+def automatic_names(start: str) -> Iterator[str]:
+  """'conv2d', 'conv2d_1', ...: those of the layers of a class, in turn."""
+  yield start
+  for number in itertools.count(1):
+    yield f"{start}_{number}"
+
+
+def layer_class(name: str) -> str:
+  """'conv2d' of 'conv2d_7': an automatic name without its number."""
+  return re.sub(r"_\d+$", "", name)
 
 
 def _layers(text: str | bytes) -> tuple[Layer, ...]:
@@ -285,14 +307,25 @@ def _keras(
   path: pathlib.Path, tree: hdf5.Tree, layers: tuple[Layer, ...]
 ) -> WeightsFile:
   """Gives the arrays of both of Keras's layouts the same names."""
-  names = {**_layer_names(layers), **tree.layer_names}
+  # For a layer's place in a file of Keras 3 its own name.
+  names = {}
+  for kind, start in _AUTOMATIC.items():
+    of_kind = [layer.name for layer in layers if layer.kind == kind]
+    names.update(zip(automatic_names(start), of_kind, strict=False))
+  names |= tree.layer_names
   arrays: dict[str, np.ndarray] = {}
   has_layer_names = True
   for key, array in tree.arrays.items():
-    layer, variable = _layer_and_variable(key)
-    if key.startswith(("layers/", "layers\\")):
-      has_layer_names &= layer in names
-      layer = names.get(layer, layer)
+    parts = key.replace("\\", "/").split("/")  # Windows has the former.
+    if parts[0] == "layers":  # layers/conv2d_7/vars/0
+      place = parts[1]
+      layer, variable = names.get(place, place), "/".join(parts[2:])
+      has_layer_names &= place in names
+      for number, name in enumerate(VARIABLES.get(layer_class(place), ())):
+        variable = name if variable == f"vars/{number}" else variable
+    else:  # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
+      layer = parts[parts[0] == "model_weights"]
+      variable = parts[-1].removesuffix(":0")
     name = f"{layer}/{variable}"
     if name in arrays:
       raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
@@ -300,36 +333,6 @@ def _keras(
   return WeightsFile(
     path, "keras", arrays, tuple(tree.passed_over), has_layer_names, layers
   )
-
-
-def _layer_names(layers: tuple[Layer, ...]) -> dict[str, str]:
-  """For a layer's place in a file of Keras 3, its own name."""
-  names = {}
-  for kind, automatic in _AUTOMATIC.items():
-    of_kind = [layer.name for layer in layers if layer.kind == kind]
-    for number, name in enumerate(of_kind):
-      names[f"{automatic}_{number}" if number else automatic] = name
-  return names
-
-
-def layer_class(name: str) -> str:
-  """'conv2d' of 'conv2d_7': an automatic name without its number."""
-  return re.sub(r"_\d+$", "", name)
-
-
-def _layer_and_variable(key: str) -> tuple[str, str]:
-  parts = key.replace("\\", "/").split("/")  # Windows has the former.
-  if parts[0] != "layers":
-    # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
-    parts = parts[1:] if parts[0] == "model_weights" else parts
-    return parts[0], parts[-1].removesuffix(":0")
-  # layers/conv2d_7/vars/0
-  if len(parts) == 4 and parts[2] == "vars" and parts[3].isdecimal():
-    variables = VARIABLES.get(layer_class(parts[1]), ())
-    number = int(parts[3][:3])
-    if number < len(variables):
-      return parts[1], variables[number]
-  return parts[1], "/".join(parts[2:])
 
 
 # For each extension what reads the file, and the pattern of its first bytes.

@@ -20,29 +20,13 @@ Layout = Callable[[np.ndarray], np.ndarray]
 _MOST_LISTED = 30
 
 
-def as_it_is(array: np.ndarray) -> np.ndarray:
-  """The layout of what both sides keep in the same order."""
-  return array
-
-
-def width(found: int, usual: int) -> tuple[int, ...]:
-  """What `model.num_filters` can be; 0 stands for the family's usual one."""
-  return (0, found) if found == usual else (found,)
-
-
-def shape_of(file: files.WeightsFile, name: str) -> tuple[int, ...]:
-  """The shape of an array of the file; (0,) if it has none."""
-  shape = file.arrays[name].shape if name in file.arrays else ()
-  return shape or (0,)
-
-
 @dataclasses.dataclass(frozen=True)
 class Origin:
   """Where one of our arrays comes from."""
 
   name: str  # Of the library's array.
-  layout: Layout = as_it_is  # Brings it into our order of dimensions.
-  back: Layout | None = None  # Brings ours into its order; None: as `layout`.
+  layout: Layout = np.asarray  # Brings it into our order of dimensions.
+  back: Layout = np.asarray  # Brings ours into the library's order.
 
 
 # Where our array of a path comes from.
@@ -59,6 +43,19 @@ class Source:
   needed: Mapping[str, tuple[Any, ...]]
   num_classes: int  # Size of its head.
   origin: OriginOf
+
+
+def width(found: int, usual: int) -> tuple[int, ...]:
+  """What `model.num_filters` can be; 0 stands for the family's usual one."""
+  return (0, found) if found == usual else (found,)
+
+
+def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
+  """The error for a file of none of the networks that are known."""
+  some = ", ".join(sorted(file.arrays)[:5]) or "none"
+  return errors.WeightsError(
+    f"{file.path} is of no network that is known: {known}. It has: {some}."
+  )
 
 
 def check_config(
@@ -110,23 +107,30 @@ def variables(
       shape, or hold what no trained network does.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-  wanted = []
+  wanted = {}
   for entries, leaf in leaves:
-    path = tuple(str(entry.key) for entry in entries)
-    wanted.append((source.origin(path), path, leaf))
-  _check_one_to_one(file, source, wanted)
-  values = []
-  wrong = []
-  for origin, path, leaf in wanted:
+    path = tuple(entry.key for entry in entries)
+    wanted[path] = source.origin(path), _shown("/".join(path), leaf), leaf.shape
+  ours = {origin.name: shown for origin, shown, _ in wanted.values()}
+  assert len(ours) == len(wanted), "an array would be used twice"
+  theirs = {name: _shown(name, array) for name, array in file.arrays.items()}
+  left_over = [theirs[name] for name in theirs if name not in ours]
+  missing = [f"{name} for {ours[name]}" for name in ours if name not in theirs]
+  if left_over or missing:
+    raise errors.WeightsError(
+      f"{file.path} ({source.title}) and the network do not have the same"
+      f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
+    )
+  values, wrong = [], []
+  for path, (origin, shown, shape) in wanted.items():
     array = file.arrays[origin.name]
-    # A layout is for as many dimensions as ours has.
-    value = origin.layout(array) if array.ndim == leaf.ndim else array
-    if value.shape == leaf.shape:
-      values.append(_checked(file, origin, path, value))
+    # A layout is for the dimensions that ours has, in whatever order.
+    fits = sorted(array.shape) == sorted(shape)
+    value = origin.layout(array) if fits else array
+    if value.shape == shape:
+      values.append(_checked(file, origin.name, value, path))
     else:
-      wrong.append(
-        f"{_shown(origin.name, array)} for {_shown('/'.join(path), leaf)}"
-      )
+      wrong.append(f"{theirs[origin.name]} for {shown}")
   if wrong:
     raise errors.WeightsError(
       f"{file.path} ({source.title}) has arrays of other shapes than the"
@@ -135,46 +139,20 @@ def variables(
   return jax.tree_util.tree_unflatten(structure, values)
 
 
-def _check_one_to_one(
-  file: files.WeightsFile,
-  source: Source,
-  wanted: list[tuple[Origin, Path, Any]],
-) -> None:
-  names = {origin.name for origin, _, _ in wanted}
-  assert len(names) == len(wanted), "an array would be used twice"
-  left_over = [
-    _shown(name, array)
-    for name, array in file.arrays.items()
-    if name not in names
-  ]
-  missing = [
-    f"{origin.name} for {_shown('/'.join(path), leaf)}"
-    for origin, path, leaf in wanted
-    if origin.name not in file.arrays
-  ]
-  if left_over or missing:
-    raise errors.WeightsError(
-      f"{file.path} ({source.title}) and the network do not have the same"
-      f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
-    )
-
-
 def _checked(
-  file: files.WeightsFile, origin: Origin, path: Path, value: np.ndarray
+  file: files.WeightsFile, name: str, value: np.ndarray, path: Path
 ) -> np.ndarray:
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-    raise files.wrong_type(file.path, origin.name, value.dtype)
+    raise files.wrong_type(file.path, name, value.dtype)
   # A float64 that float32 does not hold becomes infinite, which is found here.
   with np.errstate(over="ignore"):
     value = np.ascontiguousarray(value, np.float32)
   if not np.isfinite(value).all():
     raise errors.WeightsError(
-      f"{file.path}: {origin.name} holds values that are not finite in float32."
+      f"{file.path}: {name} holds values that are not finite in float32."
     )
   if path[0] == "batch_stats" and path[-1] == "var" and (value < 0).any():
-    raise errors.WeightsError(
-      f"{file.path}: {origin.name} holds negative variances."
-    )
+    raise errors.WeightsError(f"{file.path}: {name} holds negative variances.")
   return value
 
 
@@ -183,7 +161,6 @@ def _shown(name: str, array: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-  if not names:
-    return "none"
   more = len(names) - _MOST_LISTED
-  return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" * (more > 0))
+  rest = f" and {more} more" if more > 0 else ""
+  return (", ".join(names[:_MOST_LISTED]) or "none") + rest
