@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from resnet_flax.data import types
 from resnet_flax.run import errors, folder, keys, load, mirror
 from resnet_flax.tools.report import intervals, runs as runs_lib
 from resnet_flax.tools.report.runs import Group, Statistic
@@ -128,23 +129,14 @@ def _facts(side: Group) -> dict[str, str]:
 
 def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   factor, title = (100, f"{key} (%)") if "accuracy" in key else (1, key)
-  of_seed = [
-    {
-      seed: factor
-      * (
-        run.best_record(seed, side.num_epochs)
-        if which == "best"
-        else run.of_seed(seed)[side.num_epochs - 1]
-      )[key]
-      for run, seed in side.repetitions
-    }
-    for side in sides
-  ]
-  a, b = (np.array(list(values.values())) for values in of_seed)
+  a, b = (np.array(side.at(which, key, factor)) for side in sides)
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
-  same = [seed for seed in of_seed[0] if seed in of_seed[1]]
+  a_seeds, b_seeds = ([r.seed for r in side.repetitions] for side in sides)
+  same, a_places, b_places = np.intersect1d(
+    a_seeds, b_seeds, return_indices=True
+  )
   if len(same) > 1:
-    pairs = np.array([[values[seed] for seed in same] for values in of_seed])
+    pairs = a[a_places], b[b_places]
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
@@ -158,11 +150,12 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
 def _over_images(sides: Sequence[Group], which: str) -> list[_Row]:
   what = "test images"
   checkpoint = "latest" if which == "last" else which
+  opened: dict[str, types.Dataset] = {}
   right, counts = [], [len(side.repetitions) for side in sides]
   try:
     for side in sides:
       found = [
-        load.predict_test(run.folder, seed, checkpoint)
+        load.predict_test(run.folder, seed, checkpoint, opened=opened)
         for run, seed in side.repetitions
       ]
       each = [x.probabilities.argmax(1) == x.labels for x in found]

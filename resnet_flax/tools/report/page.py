@@ -1,25 +1,22 @@
 """One HTML page that has everything in it: no script, no other file."""
 
 import base64
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import jinja2
 
-if TYPE_CHECKING:
-  from resnet_flax.tools.report.figures import Rendered
-  from resnet_flax.tools.report.tables import Table
+from resnet_flax.tools.report.figures import Rendered
+from resnet_flax.tools.report.tables import Table
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
   """A part of the page under one heading."""
 
   title: str  # The heading.
   notes: Sequence[str] = ()  # Paragraphs of plain text.
-  figures: "Sequence[Rendered]" = ()  # Shown below them.
-  tables: "Sequence[Table]" = ()  # Shown last.
+  figures: Sequence[Rendered] = ()  # Shown below them.
+  tables: Sequence[Table] = ()  # Shown last.
 
 
 def render(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:

@@ -11,6 +11,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from resnet_flax.data import types
 from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
 from resnet_flax.tools.report import (
   figures as figures_lib,
@@ -79,6 +82,7 @@ def make(
     for figure in figures_lib.learning_curves(of_data, metric, end)
   ]
   depths = [f for end, each in by_data if (f := figures_lib.depth(each, end))]
+  opened: dict[str, types.Dataset] = {}  # Each data set once.
   sections = [
     _accuracies(groups),
     Section("Learning curves", [] if curves else [_NO_CURVES], curves),
@@ -86,7 +90,7 @@ def make(
     _times(groups),
     _configurations(groups),
     _runs(groups),
-    *map(_checkpoint, _scored(groups, scored)),
+    *(_checkpoint(group, opened) for group in _scored(groups, scored)),
   ]
   files: dict[str, bytes] = {}
   for section in sections:
@@ -161,54 +165,52 @@ def _accuracies(groups: Sequence[Group]) -> Section:
       f"Unfinished runs of finished groups are not counted: {left_out}."
     )
 
-  def column(title, digits, function, *arguments):
-    return Column(
-      title, lambda group: function(group, *arguments), digits, statistic=True
-    )
+  def column(title, which, key, factor=100, digits=2):
+    def cell(group: Group) -> Statistic | None:
+      return group.statistic(which, key, factor)
+
+    return Column(title, cell, digits, statistic=True)
 
   table = Table(
     "accuracy",
     "Final and best accuracy of each group.",
     groups,
     *_GROUP,
-    Column("n", lambda g: len(g.repetitions)),
-    Column("epochs", lambda g: _epochs(g.num_epochs, g.config)),
-    column("final test accuracy (%)", 2, Group.final, "test_accuracy", 100),
-    column("best test accuracy (%)", 2, Group.best, "test_accuracy", 100),
-    column("final train accuracy (%)", 2, Group.final, "train_accuracy", 100),
-    column("final test loss (nats)", 4, Group.final, "test_loss"),
+    Column("n", lambda group: len(group.repetitions)),
+    Column("epochs", lambda group: _epochs(group.num_epochs, group.config)),
+    column("final test accuracy (%)", "last", "test_accuracy"),
+    column("best test accuracy (%)", "best", "test_accuracy"),
+    column("final train accuracy (%)", "last", "train_accuracy"),
+    column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
-  tables = [table]
-  rows = [*filter(None, (_difference(group, groups) for group in groups))]
-  if rows:
-    compared = Table(
-      "intervals",
-      "Final test accuracy less that of the first group on the same data, in"
-      " points, with 95 % intervals over seeds (Welch's t).",
-      rows,
-      *(
-        Column(title, operator.itemgetter(k), 2 if k > 1 else 0)
-        for k, title in enumerate(("group", "first", "points", "from", "to"))
-      ),
-    )
-    notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
-    tables.append(compared)
-  return Section("Accuracy", notes=notes, tables=tables)
+  compared = _differences(groups)
+  if not compared.rows:
+    return Section("Accuracy", notes, tables=[table])
+  notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
+  return Section("Accuracy", notes, tables=[table, compared])
 
 
-def _difference(
-  group: Group, groups: Sequence[Group]
-) -> tuple[int, int, float, float, float] | None:
-  """A row that compares a group with the first of its data; None if it is it.
-
-  Or if there are too few seeds, or none that differ.
-  """
-  first = next(g for g in groups if g.config["data"] == group.config["data"])
-  if first is group or not (first.num_epochs and group.num_epochs):
-    return None
-  a, b = (100 * g.curves("test_accuracy")[:, -1] for g in (group, first))
-  found = intervals.interval(a, b, paired=False)
-  return found and (group.number, first.number, a.mean() - b.mean(), *found[:2])
+def _differences(groups: Sequence[Group]) -> Table:
+  """Groups less the first of their data, where there are seeds that differ."""
+  rows = []
+  for _, (first, *others) in runs_lib.by_data(groups):
+    b = np.array(first.at("last", "test_accuracy", 100))
+    for group in others:
+      a = np.array(group.at("last", "test_accuracy", 100))
+      if found := intervals.interval(a, b, paired=False):
+        points = a.mean() - b.mean()
+        rows.append((group.number, first.number, points, *found[:2]))
+  return Table(
+    "intervals",
+    "Final test accuracy less that of the first group on the same data, in"
+    " points, with 95 % intervals over seeds (Welch's t).",
+    rows,
+    Column("group", operator.itemgetter(0)),
+    Column("first", operator.itemgetter(1)),
+    Column("points", operator.itemgetter(2), 2),
+    Column("from", operator.itemgetter(3), 2),
+    Column("to", operator.itemgetter(4), 2),
+  )
 
 
 def _times(groups: Sequence[Group]) -> Section:
@@ -238,27 +240,19 @@ def _times(groups: Sequence[Group]) -> Section:
     " counts runs. Where a run trains several seeds, images/s are those of all"
     " seeds together."
   )
-  return Section("Time", notes=[note], tables=[table])
+  return Section("Time", [note], tables=[table])
 
 
 def _configurations(groups: Sequence[Group]) -> Section:
   configs = [group.config for group in groups]
   differing = runs_lib.differing_keys(configs)
 
-  def of_group(group):
-    config = group.config
-    return Column(
-      f"group {group.number}",
-      lambda key: shown(config[key]) if key in config else None,
-    )
+  def of_group(group: Group) -> Column:
+    def cell(key: str) -> str | None:
+      return shown(group.config[key]) if key in group.config else None
 
-  differences = Table(
-    "differences",
-    "The keys in which the groups differ.",
-    differing,
-    Column("key", str),
-    *map(of_group, groups),
-  )
+    return Column(f"group {group.number}", cell)
+
   same = Table(
     "same",
     "The keys that have one value in all groups.",
@@ -267,12 +261,19 @@ def _configurations(groups: Sequence[Group]) -> Section:
     Column("value", lambda key: shown(configs[0][key])),
     folded=True,
   )
+  differences = Table(
+    "differences",
+    "The keys in which the groups differ.",
+    differing,
+    Column("key", str),
+    *map(of_group, groups),
+  )
   note = (
     "Seeds, and keys that do not change what is computed, do not part groups;"
     " data, the copy that was trained on, does."
   )
   tables = [differences, same] if differing else [same]
-  return Section("Configurations", notes=[note], tables=tables)
+  return Section("Configurations", [note], tables=tables)
 
 
 def _runs(groups: Sequence[Group]) -> Section:
@@ -323,7 +324,7 @@ def _runs(groups: Sequence[Group]) -> Section:
     " occurs twice in a group is counted once, in the run with more epochs."
   )
   table = Table("runs", "Each run.", every, *columns)
-  return Section("Runs", notes=[note], tables=[table])
+  return Section("Runs", [note], tables=[table])
 
 
 def _epochs(done: int, config: runs_lib.Config) -> str:
@@ -350,22 +351,18 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   """The groups whose best checkpoint is scored."""
-  if scored == "none":
-    return []
-  begun = [group for group in groups if group.num_epochs]
-  if scored == "each":
+  begun = [g for g in groups if g.num_epochs and scored != "none"]
+  if scored != "best":
     return begun
 
   def mean_of_best(group: Group) -> float:
-    best = group.best("test_accuracy")
-    assert best is not None
-    return best.mean
+    return statistics.fmean(group.at("best", "test_accuracy"))
 
   # Accuracies on other images cannot be compared.
   return [max(each, key=mean_of_best) for _, each in runs_lib.by_data(begun)]
 
 
-def _checkpoint(group: Group) -> Section:
+def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   # The run and the seed that are the best by `checkpoint.monitor`.
   records = [
     r.run.best_record(r.seed, len(r.run.records)) for r in group.repetitions
@@ -374,14 +371,14 @@ def _checkpoint(group: Group) -> Section:
   run, seed = group.repetitions[records.index(best)]
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
-    scores = score(run, seed)
+    scores = score(run, seed, opened)
   except errors.UserError as error:
     _logger.warning(
       "warning: the report lacks the checkpoint of group %d: %s",
       group.number,
       error,
     )
-    return Section(title, notes=[f"This could not be made: {error}"])
+    return Section(title, [f"This could not be made: {error}"])
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   notes = [
@@ -390,26 +387,36 @@ def _checkpoint(group: Group) -> Section:
     f" ({scores.num_correct / scores.num_images:.2%})."
   ]
   figures = [figures_lib.confusion(scores, f"confusion_{name}", what)]
-  if len(scores.mistakes):
+  if scores.mistakes:
     figures.append(figures_lib.mistakes(scores, f"mistakes_{name}", what))
   else:
     notes.append("No test image is classified wrongly.")
-  tables = _score_tables(scores, name, what)
-  return Section(title, notes=notes, figures=figures, tables=tables)
+  return Section(title, notes, figures, _score_tables(scores, name, what))
+
+
+def score(
+  run: Run, seed: int, opened: dict[str, types.Dataset]
+) -> scores_lib.Scores:
+  """Scores a seed's best checkpoint on the test split of its data set.
+
+  Raises as `load.predict_test`.
+  """
+  found = load.predict_test(run.folder, seed, opened=opened)
+  return scores_lib.summarize(found)
 
 
 def _score_tables(
   scores: scores_lib.Scores, name: str, what: str
 ) -> list[Table]:
-  names, matrix, wrong = scores.class_names, scores.confusion, scores.mistakes
+  names, matrix = scores.class_names, scores.confusion
   classes = range(len(names))
-
-  def column(j: int) -> Column:
-    return Column(names[j], lambda k: int(matrix[k, j]))
+  images = matrix.sum(axis=1).tolist()
 
   def accuracy(k: int) -> float | None:
-    images = int(matrix[k].sum())
-    return 100 * int(matrix[k, k]) / images if images else None
+    return 100 * int(matrix[k, k]) / images[k] if images[k] else None
+
+  def predicted(j: int) -> Column:
+    return Column(names[j], lambda k: int(matrix[k, j]))
 
   return [
     Table(
@@ -417,47 +424,32 @@ def _score_tables(
       f"Accuracy of each class, of {what}.",
       classes,
       Column("class", names.__getitem__),
-      Column("test images", lambda k: int(matrix[k].sum())),
+      Column("test images", images.__getitem__),
       Column("accuracy (%)", accuracy, 2),
     ),
     Table(
       f"confused_{name}",
       "What is taken for what most often.",
       scores.confused(_MOST_CONFUSED),
-      Column("true class", lambda pair: names[pair[0]]),
-      Column("predicted class", lambda pair: names[pair[1]]),
-      Column("test images", lambda pair: pair[2]),
+      Column("true class", operator.itemgetter(0)),
+      Column("predicted class", operator.itemgetter(1)),
+      Column("test images", operator.itemgetter(2)),
     ),
     Table(
       f"confusion_{name}",
       "The confusion matrix: rows are true classes, columns predicted ones.",
       classes,
       Column("true class", names.__getitem__),
-      *map(column, classes),
+      *map(predicted, classes),
       folded=True,
     ),
     Table(
       f"mistakes_{name}",
       "The most confident mistakes.",
-      range(len(wrong)),
-      Column("test image, from 0", lambda k: int(wrong.positions[k])),
-      Column("true class", lambda k: names[wrong.labels[k]]),
-      Column("predicted class", lambda k: names[wrong.predicted[k]]),
-      Column("probability (%)", lambda k: 100 * float(wrong.confidences[k]), 2),
+      scores.mistakes,
+      Column("test image, from 0", lambda mistake: mistake.position),
+      Column("true class", lambda mistake: mistake.true),
+      Column("predicted class", lambda mistake: mistake.predicted),
+      Column("probability (%)", lambda mistake: 100 * mistake.confidence, 2),
     ),
   ]
-
-
-def score(run: Run, seed: int) -> scores_lib.Scores:
-  """Scores a seed's best checkpoint on the test split of its data set.
-
-  Raises as `load.predict_test`.
-  """
-  found = load.predict_test(run.folder, seed)
-  return scores_lib.summarize(
-    found.dataset.test,
-    found.labels,
-    found.probabilities,
-    class_names=found.dataset.class_names,
-    step=found.step,
-  )

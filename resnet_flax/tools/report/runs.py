@@ -151,48 +151,43 @@ class Group:
       np.float64,
     )
 
-  def final(self, key: str, factor: float = 1) -> Statistic | None:
-    """A metric at the last epoch, times a factor; None if there is no epoch."""
-    if not self.num_epochs:
-      return None
-    return Statistic.of((factor * self.curves(key)[:, -1]).tolist())
-
-  def best(self, key: str, factor: float = 1) -> Statistic | None:
-    """A metric at each seed's best epoch, as `final`."""
-    return Statistic.of(
-      [
-        factor * float(r.run.best_record(r.seed, self.num_epochs)[key])
-        for r in self.repetitions
-      ]
+  def at(self, which: str, key: str, factor: float = 1) -> list[float]:
+    """A metric times a factor at each repetition's 'best' or 'last' epoch."""
+    records = (
+      run.best_record(seed, self.num_epochs)
+      if which == "best"
+      else run.of_seed(seed)[self.num_epochs - 1]
+      for run, seed in self.repetitions
     )
+    return [factor * record[key] for record in records]
+
+  def statistic(
+    self, which: str, key: str, factor: float = 1
+  ) -> Statistic | None:
+    """Of the values `at` an epoch; None if there is no epoch."""
+    return Statistic.of(self.at(which, key, factor))
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-  """The workdirs at and below some folders.
+  """The workdirs at and anywhere below some folders.
 
-  Args:
-    paths: workdirs (folders with a config.json), or folders with workdirs
-      anywhere below.
-
-  Returns:
-    Each workdir once: in the order of the arguments, and by name below each.
+  Each once: in the order of the arguments, and by name below each.
 
   Raises:
     WorkdirError: a folder does not exist or holds no run.
   """
+  advice = (
+    "Pass the workdirs of runs, or a folder that they lie in, for example runs."
+  )
   found: dict[str, pathlib.Path] = {}
   for path in map(pathlib.Path, paths):
     if not path.is_dir():
-      raise errors.WorkdirError(
-        f"{path} is no folder. Pass the workdirs of runs, or a folder that they"
-        " lie in, for example runs."
-      )
+      raise errors.WorkdirError(f"{path} is no folder. {advice}")
     below = _find_below(path)
     if not below:
       raise errors.WorkdirError(
         f"no run lies in {path}: neither it nor a folder below it has a"
-        " config.json. Pass the workdirs of runs, or a folder that they lie in,"
-        " for example runs."
+        f" config.json. {advice}"
       )
     for folder in below:
       found.setdefault(os.path.realpath(folder), folder)
@@ -208,11 +203,11 @@ def _find_below(path: pathlib.Path) -> list[pathlib.Path]:
 
   found = []
   for folder, below, files in os.walk(path, onerror=fail):
+    # Hidden are those that are being made; see `convert`.
+    below[:] = sorted(name for name in below if not name.startswith("."))
     if "config.json" in files:
       found.append(pathlib.Path(folder))
       below.clear()
-    # Hidden are those that are being made; see `convert`.
-    below[:] = sorted(name for name in below if not name.startswith("."))
   return found
 
 
@@ -231,7 +226,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _read(path: pathlib.Path, name: str) -> Run:
-  stored = load_config(path)
+  stored, environment = load_config(path), read_environment(path)
   config = keys_lib.flatten(stored.to_dict())
   try:
     # Those that a report reads; a run of another version has them.
@@ -242,15 +237,9 @@ def _read(path: pathlib.Path, name: str) -> Run:
       f"{path / 'config.json'} is not the configuration of a run: {error}"
       " Restore it, or leave its folder out."
     ) from error
-  environment = read_environment(path)
-  return Run(
-    folder=path,
-    name=name,
-    config=config,
-    records=metrics.MetricsLog(path, stored).read(),
-    device=_device(environment),
-    data=environment.get("data") or "unknown",
-  )
+  records = metrics.MetricsLog(path, stored).read()
+  data = environment.get("data") or "unknown"
+  return Run(path, name, config, records, _device(environment), data)
 
 
 def _device(environment: Mapping[str, Any]) -> str:
@@ -325,16 +314,11 @@ def _group(
       by_seed.setdefault(seed, run)
   begun = {seed: run for seed, run in by_seed.items() if run.records}
   counted = {seed: run for seed, run in begun.items() if run.finished} or begun
+  repetitions = [Repetition(counted[seed], seed) for seed in sorted(counted)]
+  num_epochs = min((len(run.records) for run in counted.values()), default=0)
   return Group(
-    number=number,
-    data=data,
-    name=name,
-    config=config,
-    runs=tuple(runs),
-    repetitions=tuple(
-      Repetition(counted[seed], seed) for seed in sorted(counted)
-    ),
-    num_epochs=min((len(run.records) for run in counted.values()), default=0),
+    *(number, data, name, config),
+    *(tuple(runs), tuple(repetitions), num_epochs),
   )
 
 

@@ -55,6 +55,7 @@ class Table:
   ):
     self.name = name  # Of its files, without suffix.
     self.caption = caption  # One sentence.
+    self.titles = [column.title for column in columns]
     self.columns = columns
     self.rows = [
       [_printable(column.cell(item)) for column in columns] for item in items
@@ -73,26 +74,23 @@ class Table:
   def shown_rows(self) -> list[list[str]]:
     """All cells as people read them."""
     return [
-      [
-        column.show(cell)
-        for column, cell in zip(self.columns, row, strict=True)
-      ]
+      [c.show(cell) for c, cell in zip(self.columns, row, strict=True)]
       for row in self.rows
     ]
-
-  def _all_rows(self) -> list[list[str]]:
-    return [[column.title for column in self.columns], *self.shown_rows()]
 
   def to_markdown(self) -> str:
     """The table in GitHub's Markdown."""
     rules = ["---:" if right else "---" for right in self.numeric]
-    titles, *rows = [list(map(_escape, cells)) for cells in self._all_rows()]
+    titles, *rows = [
+      [_escape(cell) for cell in row]
+      for row in (self.titles, *self.shown_rows())
+    ]
     lines = [f"| {' | '.join(cells)} |\n" for cells in (titles, rules, *rows)]
     return f"{_escape(self.caption)}\n\n{''.join(lines)}"
 
   def to_text(self) -> str:
     """The table for a terminal."""
-    rows = self._all_rows()
+    rows = [self.titles, *self.shown_rows()]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     form = "  ".join(
       f"{{:{'>' if right else '<'}{width}}}"
@@ -105,7 +103,7 @@ class Table:
     """The table as a `tabular`, which needs no package."""
     titles, *rows = [
       " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
-      for cells in self._all_rows()
+      for cells in (self.titles, *self.shown_rows())
     ]
     columns = "".join("r" if right else "l" for right in self.numeric)
     begin = f"% {self.caption}\n\\begin{{tabular}}{{{columns}}}"
@@ -122,10 +120,10 @@ class Table:
       titles += [column.title + part for part in parts]
     writer.writerow(titles)
     for row in self.rows:
-      cells: list[str | int | float | None] = []
+      cells: list[Any] = []
       for column, cell in zip(self.columns, row, strict=True):
         if isinstance(cell, runs_lib.Statistic):
-          cells += [cell.mean, cell.std, cell.n]
+          cells += cell
         else:
           cells += [None, None, 0] if column.statistic else [cell]
       writer.writerow(

@@ -308,7 +308,7 @@ def _keras(
 ) -> WeightsFile:
   """Gives the arrays of both of Keras's layouts the same names."""
   # For a layer's place in a file of Keras 3 its own name.
-  names = {}
+  names: dict[str, str] = {}
   for kind, start in _AUTOMATIC.items():
     of_kind = [layer.name for layer in layers if layer.kind == kind]
     names.update(zip(automatic_names(start), of_kind, strict=False))

@@ -23,8 +23,6 @@ import numpy as np
 
 from resnet_flax.run import errors
 
-# Deeper than any model nests layers.
-_DEEPEST = 16
 # Longer than any layer's name; names are read whole.
 _LONGEST_NAME = 4096
 
@@ -133,45 +131,35 @@ def read(file: BinaryIO) -> Tree:
     message = " needs h5py: pip install 'resnet_flax[h5py]'."
     raise errors.WeightsError(message) from None
   tree = Tree()
+  addresses: set[int] = set()
+  links: list[tuple[str, Any]] = []
   with h5py.File(file, "r") as root:
-    _walk(tree, root, "", 0, set())
+    root.visititems_links(lambda key, link: links.append((key, link)))
+    for key, link in links:
+      if not isinstance(link, h5py.HardLink):
+        raise _bad(key, "is a link to another place or file")
+      member = root[key]
+      address = h5py.h5o.get_info(member.id).addr
+      if address in addresses:
+        raise _bad(key, "is in the file under two names")
+      addresses.add(address)
+      if isinstance(member, h5py.Group):
+        match key.split("/"):
+          case ["layers", place, "vars"] if "name" in member.attrs:
+            size = member.attrs.get_id("name").get_storage_size()
+            if size > _LONGEST_NAME:
+              raise _bad(key, "has a name that is too long")
+            tree.layer_names[place] = str(member.attrs["name"])
+      elif not isinstance(member, h5py.Dataset):
+        raise _bad(key, "is neither a group nor an array")
+      elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
+        tree.passed_over.append(key)
+      else:
+        tree.arrays[key] = _array(member, key)
     model = root.attrs.get("model_config", "")
   # Older versions of h5py wrote bytes.
   tree.model = model.decode() if isinstance(model, bytes) else str(model)
   return tree
-
-
-def _walk(
-  tree: Tree, group: Any, prefix: str, depth: int, seen: set[int]
-) -> None:
-  """Adds what is in a group; `seen` are the addresses of what was found."""
-  import h5py
-
-  if depth > _DEEPEST:
-    raise _bad(prefix, f"is nested deeper than {_DEEPEST} groups")
-  for name in group:
-    key = f"{prefix}{name}"
-    if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
-      raise _bad(key, "is a link to another place or file")
-    member = group[name]
-    address = h5py.h5o.get_info(member.id).addr
-    if address in seen:
-      raise _bad(key, "is in the file under two names")
-    seen.add(address)
-    if isinstance(member, h5py.Group):
-      match key.split("/"):
-        case ["layers", place, "vars"] if "name" in member.attrs:
-          size = member.attrs.get_id("name").get_storage_size()
-          if size > _LONGEST_NAME:
-            raise _bad(key, "has a name that is too long")
-          tree.layer_names[place] = str(member.attrs["name"])
-      _walk(tree, member, f"{key}/", depth + 1, seen)
-    elif not isinstance(member, h5py.Dataset):
-      raise _bad(key, "is neither a group nor an array")
-    elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
-      tree.passed_over.append(key)
-    else:
-      tree.arrays[key] = _array(member, key)
 
 
 def _array(dataset: Any, key: str) -> np.ndarray:

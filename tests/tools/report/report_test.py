@@ -176,7 +176,7 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
     path.write_text(json.dumps(config))
   asked = []
 
-  def score(run, seed):
+  def score(run, seed, opened):
     assert seed in run.seeds
     asked.append(run.name)
     raise errors.DataError("none here.")
