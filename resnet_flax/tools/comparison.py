@@ -18,8 +18,8 @@ Paths = Iterable[str | os.PathLike[str]]
 class _Row(NamedTuple):
   what: str
   note: str = ""
-  a: Statistic | None = None
-  b: Statistic | None = None
+  a: Statistic = Statistic.of([])
+  b: Statistic = Statistic.of([])
   low: float | None = None
   high: float | None = None
   p: float | None = None
@@ -56,34 +56,33 @@ def compare(
     rows += _over_images(sides, which)
   chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
   facts = [_facts(side) for side in sides]
+  differing = runs_lib.differing_keys(facts)
   digits = 2 if key.endswith("accuracy") else 4
   tables = [
-    Table("warnings", "Warnings", cautions, Column("warning", str)),
+    Table("warnings", "Warnings", Column("warning", cautions)),
     Table(
       "comparison",
       "A - B, 95 % intervals, "
       + (f"best epochs by {chosen}" if which == "best" else "last epochs"),
-      rows,
-      Column("of", lambda row: row.what),
-      Column("A", lambda row: row.a, digits, statistic=True),
-      Column("B", lambda row: row.b, digits, statistic=True),
-      Column("n", lambda row: row.a and f"{row.a.n}, {row.b.n}"),
-      Column("A - B", lambda row: row.a and row.a.mean - row.b.mean, digits),
-      Column("from", lambda row: row.low, digits),
-      Column("to", lambda row: row.high, digits),
-      Column("p", lambda row: row.p, 4),
-      Column("note", lambda row: row.note),
+      Column("of", [row.what for row in rows]),
+      Column("A", [row.a for row in rows], digits),
+      Column("B", [row.b for row in rows], digits),
+      Column("n", [f"{r.a.n}, {r.b.n}" if r.a.n else None for r in rows]),
+      Column("A - B", [row.a.mean - row.b.mean for row in rows], digits),
+      Column("from", [row.low for row in rows], digits),
+      Column("to", [row.high for row in rows], digits),
+      Column("p", [row.p for row in rows], 4),
+      Column("note", [row.note for row in rows]),
     ),
     Table(
       "differences",
       "What differs",
-      runs_lib.differing_keys(facts),
-      Column("key", str),
-      Column("A", facts[0].get),
-      Column("B", facts[1].get),
+      Column("key", differing),
+      Column("A", [facts[0].get(key) for key in differing]),
+      Column("B", [facts[1].get(key) for key in differing]),
     ),
   ]
-  return [table for table in tables if table.rows]
+  return [table for table in tables if table.shown_rows()]
 
 
 def _side(name: str, paths: Paths) -> Group:

@@ -58,8 +58,7 @@ def write(
 
   Args:
     out: an existing folder.
-    loaded: the network.
-    workdir: the local folder that it is from.
+    loaded: the network of the local folder `workdir`.
     form: the format, and whose names the arrays have.
     title: what the network is there.
     licence: '' if it is not stated.
@@ -69,10 +68,13 @@ def write(
   shape = dataset_lib.info(config.dataset).image_shape
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (_NUM_CHECKED, *shape), np.uint8)
-  logits = jax.jit(
-    lambda variables, x: loaded.model.apply(variables, scale(x), train=False)
-  )(loaded.variables, images)
-  np.savez(out / "check.npz", images=images, logits=np.asarray(logits))
+
+  @jax.jit
+  def logits_of(variables, images):
+    return loaded.model.apply(variables, scale(images), train=False)
+
+  logits = np.asarray(logits_of(loaded.variables, images))
+  np.savez(out / "check.npz", images=images, logits=logits)
 
   mean, side = np.asarray(scale.mean), config.model.input_size
   is_image = mean.size > shape[-1]

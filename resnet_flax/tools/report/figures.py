@@ -182,9 +182,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   with _axes(7.2, 4.4, groups[0].data) as (figure, axes):
     for position, line in enumerate(lines):
       line.sort(key=lambda group: group.config["model.depth"])
-      finals = [
-        f for g in line if (f := g.statistic("last", "test_accuracy", 100))
-      ]
+      finals = [g.statistic("last", "test_accuracy", 100) for g in line]
       again, place = divmod(position, len(_COLORS))
       axes.errorbar(
         [group.config["model.depth"] for group in line],

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import operator
 import os
 import pathlib
 import statistics
@@ -123,11 +122,13 @@ def _explain_write_errors(out: pathlib.Path) -> Iterator[None]:
 
 # ---- Sections about groups
 
-_GROUP = (
-  Column("#", lambda group: group.number),
-  Column("data set", lambda group: group.data),
-  Column("group", lambda group: group.name),
-)
+
+def _names(groups: Sequence[Group]) -> list[Column]:
+  return [
+    Column("#", [group.number for group in groups]),
+    Column("data set", [group.data for group in groups]),
+    Column("group", [group.name for group in groups]),
+  ]
 
 
 def _accuracies(groups: Sequence[Group]) -> Section:
@@ -166,31 +167,28 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     )
 
   def column(title, which, key, factor=100, digits=2):
-    def cell(group: Group) -> Statistic | None:
-      return group.statistic(which, key, factor)
-
-    return Column(title, cell, digits, statistic=True)
+    found = [group.statistic(which, key, factor) for group in groups]
+    return Column(title, found, digits)
 
   table = Table(
     "accuracy",
     "Final and best accuracy of each group.",
-    groups,
-    *_GROUP,
-    Column("n", lambda group: len(group.repetitions)),
-    Column("epochs", lambda group: _epochs(group.num_epochs, group.config)),
+    *_names(groups),
+    Column("n", [len(group.repetitions) for group in groups]),
+    Column("epochs", [_epochs(g.num_epochs, g.config) for g in groups]),
     column("final test accuracy (%)", "last", "test_accuracy"),
     column("best test accuracy (%)", "best", "test_accuracy"),
     column("final train accuracy (%)", "last", "train_accuracy"),
     column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
   compared = _differences(groups)
-  if not compared.rows:
+  if compared is None:
     return Section("Accuracy", notes, tables=[table])
   notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
   return Section("Accuracy", notes, tables=[table, compared])
 
 
-def _differences(groups: Sequence[Group]) -> Table:
+def _differences(groups: Sequence[Group]) -> Table | None:
   """Groups less the first of their data, where there are seeds that differ."""
   rows = []
   for _, (first, *others) in runs_lib.by_data(groups):
@@ -200,25 +198,21 @@ def _differences(groups: Sequence[Group]) -> Table:
       if found := intervals.interval(a, b, paired=False):
         points = a.mean() - b.mean()
         rows.append((group.number, first.number, points, *found[:2]))
+  if not rows:
+    return None
+  titles = ("group", "first", "points", "from", "to")
   return Table(
     "intervals",
     "Final test accuracy less that of the first group on the same data, in"
     " points, with 95 % intervals over seeds (Welch's t).",
-    rows,
-    Column("group", operator.itemgetter(0)),
-    Column("first", operator.itemgetter(1)),
-    Column("points", operator.itemgetter(2), 2),
-    Column("from", operator.itemgetter(3), 2),
-    Column("to", operator.itemgetter(4), 2),
+    *map(Column, titles, zip(*rows, strict=True)),
   )
 
 
 def _times(groups: Sequence[Group]) -> Section:
   def over_runs(title, digits, value):
-    def cell(group: Group) -> Statistic | None:
-      return Statistic.of(list(map(value, group.counted_runs)))
-
-    return Column(title, cell, digits, statistic=True)
+    found = [Statistic.of([*map(value, g.counted_runs)]) for g in groups]
+    return Column(title, found, digits)
 
   def devices(group: Group) -> str:
     names = (run.device or "unknown" for run in group.counted_runs)
@@ -227,13 +221,12 @@ def _times(groups: Sequence[Group]) -> Section:
   table = Table(
     "time",
     "Time and speed of each group.",
-    groups,
-    *_GROUP,
-    Column("n", lambda group: len(group.counted_runs)),
+    *_names(groups),
+    Column("n", [len(group.counted_runs) for group in groups]),
     over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
     over_runs("images/s", 0, lambda r: r.images_per_second),
     over_runs("training time (min)", 1, lambda r: r.seconds / 60),
-    Column("trained on", devices),
+    Column("trained on", [devices(group) for group in groups]),
   )
   note = (
     "The training part of the epochs, without compilation and evaluation; n"
@@ -246,27 +239,26 @@ def _times(groups: Sequence[Group]) -> Section:
 def _configurations(groups: Sequence[Group]) -> Section:
   configs = [group.config for group in groups]
   differing = runs_lib.differing_keys(configs)
+  common = sorted(configs[0].keys() - set(differing))
 
-  def of_group(group: Group) -> Column:
-    def cell(key: str) -> str | None:
-      return shown(group.config[key]) if key in group.config else None
-
-    return Column(f"group {group.number}", cell)
+  def values(config: runs_lib.Config, keys: Sequence[str]) -> list[str | None]:
+    return [shown(config[key]) if key in config else None for key in keys]
 
   same = Table(
     "same",
     "The keys that have one value in all groups.",
-    sorted(configs[0].keys() - set(differing)),
-    Column("key", str),
-    Column("value", lambda key: shown(configs[0][key])),
+    Column("key", common),
+    Column("value", values(configs[0], common)),
     folded=True,
   )
   differences = Table(
     "differences",
     "The keys in which the groups differ.",
-    differing,
-    Column("key", str),
-    *map(of_group, groups),
+    Column("key", differing),
+    *(
+      Column(f"group {group.number}", values(group.config, differing))
+      for group in groups
+    ),
   )
   note = (
     "Seeds, and keys that do not change what is computed, do not part groups;"
@@ -278,11 +270,11 @@ def _configurations(groups: Sequence[Group]) -> Section:
 
 def _runs(groups: Sequence[Group]) -> Section:
   every = [(group, run) for group in groups for run in group.runs]
-  ensemble = "test_ensemble_accuracy"
+  runs = [run for _, run in every]
 
   def column(title, cell, digits=0):
     """Of a run that has an epoch."""
-    return Column(title, lambda x: cell(x[1]) if x[1].records else None, digits)
+    return Column(title, [cell(r) if r.records else None for r in runs], digits)
 
   def best(run: Run, key: str) -> list[float]:
     count = len(run.records)
@@ -292,16 +284,15 @@ def _runs(groups: Sequence[Group]) -> Section:
     last = run.records[-1]
     return 100 * last[key] if key in last else None
 
-  def counted(item: tuple[Group, Run]) -> str | None:
-    group, run = item
+  def counted(group: Group, run: Run) -> str | None:
     return _ranges([r.seed for r in group.repetitions if r.run is run]) or None
 
   columns = [
-    Column("#", lambda x: x[0].number),
-    Column("run", lambda x: x[1].name),
-    Column("seeds", lambda x: _ranges(x[1].seeds)),
-    Column("epochs", lambda x: _epochs(len(x[1].records), x[1].config)),
-    Column("counted seeds", counted),
+    Column("#", [group.number for group, _ in every]),
+    Column("run", [run.name for run in runs]),
+    Column("seeds", [_ranges(run.seeds) for run in runs]),
+    Column("epochs", [_epochs(len(r.records), r.config) for r in runs]),
+    Column("counted seeds", [counted(*each) for each in every]),
     column("final test accuracy (%)", lambda r: final(r, "test_accuracy"), 2),
     column(
       "best test accuracy (%)",
@@ -316,15 +307,15 @@ def _runs(groups: Sequence[Group]) -> Section:
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
   ]
-  if any(ensemble in record for _, run in every for record in run.records):
+  ensemble = "test_ensemble_accuracy"
+  if any(ensemble in record for run in runs for record in run.records):
     title = "ensemble's final test accuracy (%)"
     columns.append(column(title, lambda r: final(r, ensemble), 2))
   note = (
     "Of a run with several seeds the values are means over them. A seed that"
     " occurs twice in a group is counted once, in the run with more epochs."
   )
-  table = Table("runs", "Each run.", every, *columns)
-  return Section("Runs", [note], tables=[table])
+  return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])
 
 
 def _epochs(done: int, config: runs_lib.Config) -> str:
@@ -408,48 +399,41 @@ def score(
 def _score_tables(
   scores: scores_lib.Scores, name: str, what: str
 ) -> list[Table]:
-  names, matrix = scores.class_names, scores.confusion
-  classes = range(len(names))
+  names, matrix, wrong = scores.class_names, scores.confusion, scores.mistakes
+  confused = scores.confused(_MOST_CONFUSED)
   images = matrix.sum(axis=1).tolist()
-
-  def accuracy(k: int) -> float | None:
-    return 100 * int(matrix[k, k]) / images[k] if images[k] else None
-
-  def predicted(j: int) -> Column:
-    return Column(names[j], lambda k: int(matrix[k, j]))
-
+  accuracies = [
+    100 * right / count if count else None
+    for right, count in zip(matrix.diagonal().tolist(), images, strict=True)
+  ]
   return [
     Table(
       f"classes_{name}",
       f"Accuracy of each class, of {what}.",
-      classes,
-      Column("class", names.__getitem__),
-      Column("test images", images.__getitem__),
-      Column("accuracy (%)", accuracy, 2),
+      Column("class", names),
+      Column("test images", images),
+      Column("accuracy (%)", accuracies),
     ),
     Table(
       f"confused_{name}",
       "What is taken for what most often.",
-      scores.confused(_MOST_CONFUSED),
-      Column("true class", operator.itemgetter(0)),
-      Column("predicted class", operator.itemgetter(1)),
-      Column("test images", operator.itemgetter(2)),
+      Column("true class", [true for true, _, _ in confused]),
+      Column("predicted class", [predicted for _, predicted, _ in confused]),
+      Column("test images", [count for _, _, count in confused]),
     ),
     Table(
       f"confusion_{name}",
       "The confusion matrix: rows are true classes, columns predicted ones.",
-      classes,
-      Column("true class", names.__getitem__),
-      *map(predicted, classes),
+      Column("true class", names),
+      *map(Column, names, matrix.T.tolist()),
       folded=True,
     ),
     Table(
       f"mistakes_{name}",
       "The most confident mistakes.",
-      scores.mistakes,
-      Column("test image, from 0", lambda mistake: mistake.position),
-      Column("true class", lambda mistake: mistake.true),
-      Column("predicted class", lambda mistake: mistake.predicted),
-      Column("probability (%)", lambda mistake: 100 * mistake.confidence, 2),
+      Column("test image, from 0", [each.position for each in wrong]),
+      Column("true class", [each.true for each in wrong]),
+      Column("predicted class", [each.predicted for each in wrong]),
+      Column("probability (%)", [100 * each.confidence for each in wrong]),
     ),
   ]

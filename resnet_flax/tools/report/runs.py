@@ -13,7 +13,7 @@ import pathlib
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -39,18 +39,17 @@ Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
 class Statistic(NamedTuple):
   """A mean over repetitions."""
 
-  mean: float
+  mean: float  # NaN of no value.
   # The sample standard deviation (ddof = 1); None of a single value.
   std: float | None
   n: int  # How many values.
 
   @classmethod
-  def of(cls, values: Sequence[float]) -> "Statistic | None":
-    """The statistic of some values; None if there are none."""
-    if not values:
-      return None
+  def of(cls, values: Sequence[float]) -> Self:
+    """The statistic of some values, or of none."""
+    mean = statistics.fmean(values) if values else math.nan
     std = statistics.stdev(values) if len(values) > 1 else None
-    return cls(statistics.fmean(values), std, len(values))
+    return cls(mean, std, len(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +160,8 @@ class Group:
     )
     return [factor * record[key] for record in records]
 
-  def statistic(
-    self, which: str, key: str, factor: float = 1
-  ) -> Statistic | None:
-    """Of the values `at` an epoch; None if there is no epoch."""
+  def statistic(self, which: str, key: str, factor: float = 1) -> Statistic:
+    """Of the values `at` an epoch."""
     return Statistic.of(self.at(which, key, factor))
 
 

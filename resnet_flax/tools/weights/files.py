@@ -1,5 +1,6 @@
 """Files of weights, as flat dictionaries of arrays; no code in them is run."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -111,15 +112,20 @@ def read(path: pathlib.Path) -> WeightsFile:
     raise errors.WeightsError(
       f"{path} is not what its extension says: it is {what}."
     )
-  try:
+  with explain(f"{path} is damaged, or is not what its extension says"):
     return reader(path)
+
+
+@contextlib.contextmanager
+def explain(fault: str, advice: str = "") -> Iterator[None]:
+  """Names the fault of a file; libraries raise many kinds of errors for it."""
+  try:
+    yield
   except errors.UserError:
     raise
-  # The libraries raise many kinds, according to what is wrong.
   except Exception as error:
     raise errors.WeightsError(
-      f"{path} is damaged, or is not what its extension says:"
-      f" {errors.one_line(error)}."
+      f"{fault}: {errors.one_line(error)}.{advice}"
     ) from error
 
 

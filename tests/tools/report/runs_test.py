@@ -323,8 +323,8 @@ def test_unfinished_runs(tmp_path):
 def test_nothing_yet(tmp_path):
   workdirs.write(tmp_path / "a", [])
   (group,) = groups_of(tmp_path)
-  assert group.statistic("last", "test_accuracy") is None
-  assert group.statistic("best", "test_accuracy") is None
+  assert group.statistic("last", "test_accuracy").n == 0
+  assert group.statistic("best", "test_accuracy").n == 0
   assert group.runs[0].chosen_by is None
   assert not group.finished
 
