@@ -1,19 +1,19 @@
 """What is in a report, and its files: made as a whole, then written."""
 
-import contextlib
 import itertools
 import logging
 import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from resnet_flax.data import types
 from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
+from resnet_flax.tools import new_folder
 from resnet_flax.tools.report import (
   figures as figures_lib,
   intervals,
@@ -69,7 +69,7 @@ def make(
   folders = [mirror.local(path, "folder") for path in paths]
   runs = runs_lib.read(runs_lib.find(folders))
   groups = runs_lib.group(runs)
-  with _explain_write_errors(out):
+  with new_folder.writing(out, "--out", "Pass another folder."):
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
       pass
@@ -101,23 +101,12 @@ def make(
       files[f"tables/{table.name}.csv"] = table.to_csv().encode()
   # Last: what it shows is there when it is.
   files["index.html"] = page.render(len(runs), len(groups), sections).encode()
-  with _explain_write_errors(out):
+  with new_folder.writing(out, "--out", "Pass another folder."):
     for name, content in files.items():
       path = out / name
       path.parent.mkdir(exist_ok=True)
       files_lib.write_file(path, content)
   return Summary(len(runs), len(groups), out / "index.html")
-
-
-@contextlib.contextmanager
-def _explain_write_errors(out: pathlib.Path) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise errors.WorkdirError(
-      f"--out={out} cannot be written:"
-      f" {error.strerror or errors.one_line(error)}. Pass another folder."
-    ) from error
 
 
 # ---- Sections about groups

@@ -105,10 +105,10 @@ def read(path: pathlib.Path) -> WeightsFile:
     ) from error
   reader, right_start = _READERS[extension]
   if not re.match(right_start, start, re.DOTALL):
-    what = next(
-      (what for sign, what in _SIGNATURES.items() if start.startswith(sign)),
-      "something else" if start else "empty",
-    )
+    known = [
+      text for sign, text in _SIGNATURES.items() if start.startswith(sign)
+    ]
+    what = (known or ["something else" if start else "empty"])[0]
     raise errors.WeightsError(
       f"{path} is not what its extension says: it is {what}."
     )
@@ -129,6 +129,15 @@ def explain(fault: str, advice: str = "") -> Iterator[None]:
     ) from error
 
 
+def wrong_type(
+  path: pathlib.Path, name: str, dtype: Any
+) -> errors.WeightsError:
+  """The error for an array whose numbers are no weights."""
+  return errors.WeightsError(
+    f"{path}: {name} is {dtype}; needed: float32, float16, bfloat16 or float64."
+  )
+
+
 def _read_safetensors(path: pathlib.Path) -> WeightsFile:
   import safetensors
 
@@ -144,15 +153,6 @@ def _read_safetensors(path: pathlib.Path) -> WeightsFile:
   if all("/" in name for name in arrays):
     return WeightsFile(path, "keras", arrays, ())
   return _pytorch(path, arrays)
-
-
-def wrong_type(
-  path: pathlib.Path, name: str, dtype: Any
-) -> errors.WeightsError:
-  """The error for an array whose numbers are no weights."""
-  return errors.WeightsError(
-    f"{path}: {name} is {dtype}; needed: float32, float16, bfloat16 or float64."
-  )
 
 
 def _read_torch(path: pathlib.Path) -> WeightsFile:
@@ -198,45 +198,45 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       f"{path} holds no state dict: needed is a dictionary of tensors, or one"
       f" that has it as {' or '.join(map(repr, _STATE_DICT_KEYS))}."
     )
-  return _pytorch(
-    path, {str(name): _to_numpy(path, name, t) for name, t in loaded.items()}
-  )
-
-
-def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
-  import torch
-
-  if tensor.layout != torch.strided or tensor.is_quantized:
-    raise errors.WeightsError(
-      f"{path}: {name} is sparse or quantized; needed: plain tensors."
-    )
-  stored = tensor.untyped_storage().nbytes()
-  if tensor.numel() * tensor.element_size() > stored:
-    raise errors.WeightsError(
-      f"{path}: {name} claims the shape {list(tensor.shape)} but has {stored}"
-      " bytes."
-    )
-  if tensor.dtype == torch.bfloat16:
-    tensor = tensor.float()
-  try:
-    return tensor.detach().numpy()
-  except TypeError:  # NumPy has no such type.
-    raise wrong_type(path, name, tensor.dtype) from None
+  arrays = {}
+  for name, tensor in loaded.items():
+    if tensor.layout != torch.strided or tensor.is_quantized:
+      raise errors.WeightsError(
+        f"{path}: {name} is sparse or quantized; needed: plain tensors."
+      )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:
+      raise errors.WeightsError(
+        f"{path}: {name} claims the shape {list(tensor.shape)} but has"
+        f" {stored} bytes."
+      )
+    if tensor.dtype == torch.bfloat16:
+      tensor = tensor.float()
+    try:
+      arrays[str(name)] = tensor.detach().numpy()
+    except TypeError:  # NumPy has no such type.
+      raise wrong_type(path, name, tensor.dtype) from None
+  return _pytorch(path, arrays)
 
 
 def _pytorch(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> WeightsFile:
-  counters = {k for k in arrays if k.rpartition(".")[2] in _COUNTERS}
-  names = arrays.keys() - counters
-  wrappers = {_WRAPPERS.findall(name)[0] for name in names}
-  if len(wrappers) == 1:  # Of all weights: no part of their names.
-    (wrapper,) = wrappers
-    counters = {name.removeprefix(wrapper) for name in counters}
-    arrays = {name.removeprefix(wrapper): a for name, a in arrays.items()}
-  weights = {k: v for k, v in arrays.items() if k not in counters}
-  passed_over = tuple(name for name in arrays if name in counters)
-  return WeightsFile(path, "pytorch", weights, passed_over)
+  weights, passed_over = {}, []
+  for name, array in arrays.items():
+    if name.rpartition(".")[2] in _COUNTERS:
+      passed_over.append(name)
+    else:
+      weights[name] = array
+  wrappers = {_WRAPPERS.findall(name)[0] for name in weights}
+  # One before all weights is no part of their names.
+  wrapper = wrappers.pop() if len(wrappers) == 1 else ""
+  return WeightsFile(
+    path,
+    "pytorch",
+    {name.removeprefix(wrapper): weights[name] for name in weights},
+    tuple(name.removeprefix(wrapper) for name in passed_over),
+  )
 
 
 def _read_keras(path: pathlib.Path) -> WeightsFile:

@@ -102,24 +102,20 @@ def _example(file: files.WeightsFile) -> Source:
   ours = _ours(name, depth, file.has_layer_names)
   theirs = _in_turn(ours, head, functools.partial(_found, file))
   _check_layers(file, theirs, padding="same", stem_strides=1)
-  return Source(
+  return mapping.source(
     f"the Keras example's ResNet-{depth} {version}",
-    {
-      "model.name": (name,),
-      "model.depth": (depth,),
-      "model.num_filters": mapping.width(
-        file.shape(f"{convs[0]}/kernel")[-1], usual=16
-      ),
-      "model.shortcut": ("keras", "default"),
-      "model.padding": ("same",),
-      "model.conv_bias": (True,),
-      "model.norm": ("batch_norm",),
-      "model.batch_norm_epsilon": (_epsilon(file, usual=1e-3),),
-      # What the example has a switch for.
-      "normalization": ("pixel_mean", "none"),
-    },
     file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs),
+    # What the example has a switch for.
+    normalization=("pixel_mean", "none"),
+    name=name,
+    depth=depth,
+    num_filters=mapping.width(file.shape(f"{convs[0]}/kernel")[-1], usual=16),
+    shortcut=("keras", "default"),
+    padding="same",
+    conv_bias=True,
+    norm="batch_norm",
+    batch_norm_epsilon=_epsilon(file, usual=1e-3),
   )
 
 
@@ -152,23 +148,19 @@ def _applications(file: files.WeightsFile) -> Source:
     theirs = _in_turn(ours, head, functools.partial(_found, file))
   _check_layers(file, theirs, padding=None, stem_strides=2)
   stem = theirs[("stem_conv",)]
-  return Source(
+  return mapping.source(
     f"keras.applications' ResNet{depth}",
-    {
-      "model.name": ("resnet_imagenet",),
-      "model.depth": (depth,),
-      "model.num_filters": mapping.width(
-        file.shape(f"{stem}/bias")[-1], usual=64
-      ),
-      "model.shortcut": ("B", "default"),
-      "model.stride_in_3x3": (False,),
-      "model.padding": ("symmetric",),
-      "model.conv_bias": (True,),
-      "model.batch_norm_epsilon": (_epsilon(file, usual=1.001e-5),),
-      "normalization": ("caffe",),
-    },
     file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs, flip_stem=True),
+    normalization=("caffe",),
+    name="resnet_imagenet",
+    depth=depth,
+    num_filters=mapping.width(file.shape(f"{stem}/bias")[-1], usual=64),
+    shortcut=("B", "default"),
+    stride_in_3x3=False,
+    padding="symmetric",
+    conv_bias=True,
+    batch_norm_epsilon=_epsilon(file, usual=1.001e-5),
   )
 
 

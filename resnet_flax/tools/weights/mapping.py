@@ -45,6 +45,25 @@ class Source:
   origin: OriginOf
 
 
+def source(
+  title: str,
+  num_classes: int,
+  origin: OriginOf,
+  normalization: tuple[str, ...],
+  **model: Any,
+) -> Source:
+  """A source; `model` are the needed keys of `config.model`.
+
+  Of those that have several values, which are tuples, the first is recommended.
+  """
+  needed = {
+    f"model.{key}": value if isinstance(value, tuple) else (value,)
+    for key, value in model.items()
+  }
+  needed["normalization"] = normalization
+  return Source(title, needed, num_classes, origin)
+
+
 def width(found: int, usual: int) -> tuple[int, ...]:
   """What `model.num_filters` can be; 0 stands for the family's usual one."""
   return (0, found) if found == usual else (found,)

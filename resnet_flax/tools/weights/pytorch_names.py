@@ -53,11 +53,11 @@ _ALEXNET = _Features(
   (0, 3, 6, 8, 10), {"dense1": 1, "dense2": 4, "head": 6}, 256
 )
 
-_EPSILON = {"model.batch_norm_epsilon": (1e-5,)}
+# Of all its ResNets.
 _RESNET = {
-  **_EPSILON,
-  "model.padding": ("symmetric",),
-  "model.conv_bias": (False,),
+  "padding": "symmetric",
+  "conv_bias": False,
+  "batch_norm_epsilon": 1e-5,
 }
 
 
@@ -101,21 +101,18 @@ def _torchvision_resnet(
       f"{file.path} is a ResNet with {sizes} blocks, which is none of"
       " torchvision's ResNet-18, 34, 50, 101 and 152."
     )
-  needed: dict[str, tuple[Any, ...]] = {
-    "model.name": ("resnet_imagenet",),
-    "model.depth": (depth,),
-    "model.num_filters": mapping.width(file.shape("conv1.weight")[0], usual=64),
-    "model.shortcut": ("B", "default"),
-    **_RESNET,
-    "normalization": ("imagenet",),
-  }
-  if has_bottlenecks:
-    needed["model.stride_in_3x3"] = (True,)
-  return Source(
+  more = {"stride_in_3x3": True} if has_bottlenecks else {}
+  return mapping.source(
     f"torchvision's ResNet-{depth}",
-    needed,
     file.shape("fc.weight")[0],
     _torchvision_origin,
+    normalization=("imagenet",),
+    name="resnet_imagenet",
+    depth=depth,
+    num_filters=mapping.width(file.shape("conv1.weight")[0], usual=64),
+    shortcut=("B", "default"),
+    **_RESNET,
+    **more,
   )
 
 
@@ -123,22 +120,18 @@ def _cifar_resnet(file: files.WeightsFile, sizes: tuple[int, ...]) -> Source:
   depth = 6 * sizes[0] + 2
   has_projections = any(".shortcut.0." in name for name in file.arrays)
   shortcut = "B" if has_projections else "A"
-  return Source(
+  return mapping.source(
     f"a PyTorch CIFAR ResNet-{depth} with option {shortcut} shortcuts",
-    {
-      "model.name": ("resnet_v1",),
-      "model.depth": (depth,),
-      "model.num_filters": mapping.width(
-        file.shape("conv1.weight")[0], usual=16
-      ),
-      "model.shortcut": (shortcut,),
-      "model.norm": ("batch_norm",),
-      **_RESNET,
-      # Not the mean image: PyTorch's recipes normalise by channel.
-      "normalization": ("imagenet", "channel", "none"),
-    },
     file.shape("linear.weight")[0],
     _cifar_origin,
+    # Not the mean image: PyTorch's recipes normalise by channel.
+    normalization=("imagenet", "channel", "none"),
+    name="resnet_v1",
+    depth=depth,
+    num_filters=mapping.width(file.shape("conv1.weight")[0], usual=16),
+    shortcut=shortcut,
+    norm="batch_norm",
+    **_RESNET,
   )
 
 
@@ -151,22 +144,21 @@ def _feedforward(file: files.WeightsFile) -> Source:
       f"{file.path} has {file.num_convs} convolutions and three dense layers,"
       " as neither torchvision's VGG-19 nor its AlexNet has."
     )
-  title = "AlexNet" if is_alexnet else "VGG-19" + " with BN" * has_norm
-  needed: dict[str, tuple[Any, ...]] = {
-    "model.name": ("alexnet" if is_alexnet else "vgg",),
-    "model.depth": (8 if is_alexnet else 19,),
-    "model.conv_bias": (True,),
-    "normalization": ("imagenet",),
-  }
-  if not is_alexnet:
-    needed["model.norm"] = ("batch_norm" if has_norm else "none",)
-  if has_norm:
-    needed |= _EPSILON
-  return Source(
+  more: dict[str, Any] = {"batch_norm_epsilon": 1e-5} if has_norm else {}
+  if is_alexnet:
+    title, depth = "AlexNet", 8
+  else:
+    title, depth = "VGG-19" + " with BN" * has_norm, 19
+    more["norm"] = "batch_norm" if has_norm else "none"
+  return mapping.source(
     f"torchvision's {title}",
-    needed,
     file.shape("classifier.6.weight")[0],
     functools.partial(_feedforward_origin, features),
+    normalization=("imagenet",),
+    name="alexnet" if is_alexnet else "vgg",
+    depth=depth,
+    conv_bias=True,
+    **more,
   )
 
 
