@@ -1,5 +1,6 @@
 """What is in a report, and its files: made as a whole, then written."""
 
+import base64
 import itertools
 import logging
 import os
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 
 from resnet_flax.data import types
@@ -17,11 +19,9 @@ from resnet_flax.tools import new_folder
 from resnet_flax.tools.report import (
   figures as figures_lib,
   intervals,
-  page,
   runs as runs_lib,
   scores as scores_lib,
 )
-from resnet_flax.tools.report.page import Section
 from resnet_flax.tools.report.runs import Group, Run, Statistic, shown
 from resnet_flax.tools.report.tables import Column, Table
 
@@ -34,6 +34,15 @@ SCORED = ("best", "each", "none")
 _MOST_CONFUSED = 10
 _NO_CURVES = "No run has finished an epoch yet."
 _NO_DEPTHS = "This needs finished groups that differ in model.depth alone."
+
+
+class Section(NamedTuple):
+  """A part of the page under one heading."""
+
+  title: str  # The heading.
+  notes: Sequence[str] = ()  # Paragraphs of plain text.
+  figures: Sequence[figures_lib.Rendered] = ()  # Shown below them.
+  tables: Sequence[Table] = ()  # Shown last.
 
 
 class Summary(NamedTuple):
@@ -100,13 +109,30 @@ def make(
       files[f"tables/{table.name}.md"] = table.to_markdown().encode()
       files[f"tables/{table.name}.csv"] = table.to_csv().encode()
   # Last: what it shows is there when it is.
-  files["index.html"] = page.render(len(runs), len(groups), sections).encode()
+  files["index.html"] = _page(len(runs), len(groups), sections).encode()
   with new_folder.writing(out, "--out", "Pass another folder."):
     for name, content in files.items():
       path = out / name
       path.parent.mkdir(exist_ok=True)
       files_lib.write_file(path, content)
   return Summary(len(runs), len(groups), out / "index.html")
+
+
+def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
+  """One HTML page that has everything in it: no script, no other file."""
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("resnet_flax.tools.report", ""),
+    # Names of folders and values of configurations are anyone's.
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters["base64"] = lambda raw: base64.b64encode(raw).decode()
+  template = environment.get_template("page.html.jinja")
+  return template.render(
+    num_runs=num_runs, num_groups=num_groups, sections=sections
+  )
 
 
 # ---- Sections about groups

@@ -17,12 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from resnet_flax.run import (
-  config as config_lib,
-  errors,
-  keys as keys_lib,
-  metrics,
-)
+from resnet_flax.run import config as config_lib, errors, keys, metrics
 from resnet_flax.run.folder import load_config, read_environment
 
 # Runs that differ in these alone are repetitions of one experiment.
@@ -224,7 +219,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 def _read(path: pathlib.Path, name: str) -> Run:
   stored, environment = load_config(path), read_environment(path)
-  config = keys_lib.flatten(stored.to_dict())
+  config = keys.flatten(stored.to_dict())
   try:
     # Those that a report reads; a run of another version has them.
     for key in _CONFIG_KEYS:
@@ -267,7 +262,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
     config["data"] = run.data
     key = json.dumps(config, sort_keys=True)
     by_config.setdefault(key, (config, []))[1].append(run)
-  keys = differing_keys([config for config, _ in by_config.values()])
+  differing = differing_keys([config for config, _ in by_config.values()])
 
   def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, float, str]]:
     # Numbers by their size, before what is compared as text.
@@ -275,7 +270,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
       (False, float(value), "")
       if isinstance(value, int | float)
       else (True, 0.0, str(value))
-      for value in map(member[0].get, keys)
+      for value in map(member[0].get, differing)
     ]
 
   members = sorted(by_config.values(), key=order)
@@ -335,22 +330,26 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 
 def labels(configs: Sequence[Config]) -> list[str]:
   """What tells configurations apart, with no more keys than that needs."""
-  keys: list[str] = []
+  chosen: list[str] = []
   apart = 1
   for key in differing_keys(configs):
-    values = {json.dumps([*map(each.get, [*keys, key])]) for each in configs}
+    values = {json.dumps([*map(each.get, [*chosen, key])]) for each in configs}
     if len(values) > apart:
-      keys.append(key)
+      chosen.append(key)
       apart = len(values)
-  keys = keys or [k for k in ("model.name", "model.depth") if k in configs[0]]
+  chosen = chosen or [
+    k for k in ("model.name", "model.depth") if k in configs[0]
+  ]
   # A key's last part, where that is not another's as well.
-  last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
+  last = [key.removesuffix(".name").rpartition(".")[2] for key in chosen]
   names = [
     f"{part if last.count(part) == 1 else key}=".removeprefix("model=")
-    for key, part in zip(keys, last, strict=True)
+    for key, part in zip(chosen, last, strict=True)
   ]
   return [
-    ", ".join(n + shown(each.get(k)) for k, n in zip(keys, names, strict=True))
+    ", ".join(
+      n + shown(each.get(k)) for k, n in zip(chosen, names, strict=True)
+    )
     for each in configs
   ]
 
