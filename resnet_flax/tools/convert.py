@@ -89,7 +89,11 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     " Pass one that the library has saved with --source.",
   ):
     kind = _LIBRARIES[file.library].identify(file)
-  mapping.check_config(file, kind, config)
+  if wrong := mapping.differing(kind, config):
+    raise errors.ConfigError(
+      f"{file.path} holds {kind.title}, of which the configuration is not:"
+      f" needed are {', '.join(wrong.values())}."
+    )
   # No configuration has a head without classes: the check of shapes says so.
   if 0 < kind.num_classes != experiment_lib.num_classes(config):
     if config.model.num_classes:

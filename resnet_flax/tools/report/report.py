@@ -377,7 +377,8 @@ def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   run, seed = group.repetitions[records.index(best)]
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
-    scores = score(run, seed, opened)
+    found = load.predict_test(run.folder, seed, opened=opened)
+    scores = scores_lib.summarize(found)
   except errors.UserError as error:
     _logger.warning(
       "warning: the report lacks the checkpoint of group %d: %s",
@@ -398,17 +399,6 @@ def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   else:
     notes.append("No test image is classified wrongly.")
   return Section(title, notes, figures, _score_tables(scores, name, what))
-
-
-def score(
-  run: Run, seed: int, opened: dict[str, types.Dataset]
-) -> scores_lib.Scores:
-  """Scores a seed's best checkpoint on the test split of its data set.
-
-  Raises as `load.predict_test`.
-  """
-  found = load.predict_test(run.folder, seed, opened=opened)
-  return scores_lib.summarize(found)
 
 
 def _score_tables(

@@ -171,36 +171,31 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
   advice = (
     "Pass the workdirs of runs, or a folder that they lie in, for example runs."
   )
-  found: dict[str, pathlib.Path] = {}
-  for path in map(pathlib.Path, paths):
-    if not path.is_dir():
-      raise errors.WorkdirError(f"{path} is no folder. {advice}")
-    below = _find_below(path)
-    if not below:
-      raise errors.WorkdirError(
-        f"no run lies in {path}: neither it nor a folder below it has a"
-        f" config.json. {advice}"
-      )
-    for folder in below:
-      found.setdefault(os.path.realpath(folder), folder)
-  return list(found.values())
 
-
-def _find_below(path: pathlib.Path) -> list[pathlib.Path]:
   def fail(error: OSError) -> None:
     raise errors.WorkdirError(
       f"{error.filename} cannot be read: {error.strerror}. Make it readable, or"
       " pass the workdirs one by one."
     ) from error
 
-  found = []
-  for folder, below, files in os.walk(path, onerror=fail):
-    # Hidden are those that are being made; see `convert`.
-    below[:] = sorted(name for name in below if not name.startswith("."))
-    if "config.json" in files:
-      found.append(pathlib.Path(folder))
-      below.clear()
-  return found
+  found: dict[str, pathlib.Path] = {}
+  for path in map(pathlib.Path, paths):
+    if not path.is_dir():
+      raise errors.WorkdirError(f"{path} is no folder. {advice}")
+    is_empty = True
+    for folder, below, files in os.walk(path, onerror=fail):
+      # Hidden are those that are being made; see `convert`.
+      below[:] = sorted(name for name in below if not name.startswith("."))
+      if "config.json" in files:
+        found.setdefault(os.path.realpath(folder), pathlib.Path(folder))
+        below.clear()
+        is_empty = False
+    if is_empty:
+      raise errors.WorkdirError(
+        f"no run lies in {path}: neither it nor a folder below it has a"
+        f" config.json. {advice}"
+      )
+  return list(found.values())
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:

@@ -1,15 +1,14 @@
 """Files of weights, as flat dictionaries of arrays; no code in them is run."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,17 +39,7 @@ _SIGNATURES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-  """What a Keras file says of a layer."""
-
-  kind: str  # The name of its class, for example 'Conv2D'.
-  name: str  # Its own.
-  settings: Mapping[str, Any]  # Its arguments, as JSON has them.
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsFile:
+class WeightsFile(NamedTuple):
   """What a file holds."""
 
   path: pathlib.Path  # The file.
@@ -63,8 +52,9 @@ class WeightsFile:
   # False for files of older Keras 3, where layers are only numbered in the
   # order of `model.layers`, apart for each class.
   has_layer_names: bool = True
-  # Of a whole Keras model; empty where a file holds weights alone.
-  layers: tuple[Layer, ...] = ()
+  # Of a whole Keras model, in the order of `model.layers`: the class_name and
+  # the config, with the name. Empty where a file holds weights alone.
+  layers: Sequence[dict[str, Any]] = ()
 
   @property
   def num_convs(self) -> int:
@@ -242,12 +232,12 @@ def _pytorch(
 def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
     weights = _member(path, archive, "model.weights.h5")
-    layers = _layers(_member(path, archive, "config.json"))
+    model = _member(path, archive, "config.json")
   with tempfile.TemporaryDirectory() as folder:
     content = pathlib.Path(folder) / "model.weights.h5"
     content.write_bytes(weights)
     tree = hdf5.read_apart(path, content)
-  return _keras(path, tree, layers)
+  return _keras(path, tree, model)
 
 
 def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
@@ -268,7 +258,7 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   tree = hdf5.read_apart(path, path)
-  return _keras(path, tree, _layers(tree.model) if tree.model else ())
+  return _keras(path, tree, tree.model)
 
 
 # For the classes of layers with weights the start of their automatic names, and
@@ -297,26 +287,18 @@ def layer_class(name: str) -> str:
   return re.sub(r"_\d+$", "", name)
 
 
-def _layers(text: str | bytes) -> tuple[Layer, ...]:
-  """Those of a model's JSON text, in the order of `model.layers`."""
-  return tuple(
-    Layer(
-      str(layer["class_name"]),
-      str(layer["config"]["name"]),
-      dict(layer["config"]),
-    )
-    for layer in json.loads(text)["config"]["layers"]
-  )
-
-
 def _keras(
-  path: pathlib.Path, tree: hdf5.Tree, layers: tuple[Layer, ...]
+  path: pathlib.Path, tree: hdf5.Tree, model: str | bytes
 ) -> WeightsFile:
-  """Gives the arrays of both of Keras's layouts the same names."""
+  """Gives the arrays of both of Keras's layouts the same names.
+
+  `model` is the JSON text of the whole one, if the file holds it.
+  """
+  layers = json.loads(model)["config"]["layers"] if model else []
   # For a layer's place in a file of Keras 3 its own name.
   names: dict[str, str] = {}
   for kind, start in _AUTOMATIC.items():
-    of_kind = [layer.name for layer in layers if layer.kind == kind]
+    of_kind = [x["config"]["name"] for x in layers if x["class_name"] == kind]
     names.update(zip(automatic_names(start), of_kind, strict=False))
   names |= tree.layer_names
   arrays: dict[str, np.ndarray] = {}

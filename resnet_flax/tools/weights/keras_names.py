@@ -102,7 +102,7 @@ def _example(file: files.WeightsFile) -> Source:
   ours = _ours(name, depth, file.has_layer_names)
   theirs = _in_turn(ours, head, functools.partial(_found, file))
   _check_layers(file, theirs, padding="same", stem_strides=1)
-  return mapping.source(
+  return Source(
     f"the Keras example's ResNet-{depth} {version}",
     file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs),
@@ -148,7 +148,7 @@ def _applications(file: files.WeightsFile) -> Source:
     theirs = _in_turn(ours, head, functools.partial(_found, file))
   _check_layers(file, theirs, padding=None, stem_strides=2)
   stem = theirs[("stem_conv",)]
-  return mapping.source(
+  return Source(
     f"keras.applications' ResNet{depth}",
     file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs, flip_stem=True),
@@ -291,9 +291,9 @@ _PLAIN_RELU = {
 def _epsilon(file: files.WeightsFile, usual: float) -> float:
   """The batch norms' epsilon; the usual one if the file does not tell."""
   found = {
-    float(layer.settings["epsilon"])
+    float(layer["config"]["epsilon"])
     for layer in file.layers
-    if layer.kind == "BatchNormalization"
+    if layer["class_name"] == "BatchNormalization"
   }
   for epsilon in found:
     try:
@@ -320,34 +320,31 @@ def _check_layers(
   """Checks that what the file says of its layers, if it does, is so in ours."""
   paths = {name: path for path, name in theirs.items()}
   for layer in file.layers:
-    what = f"{file.path}: the layer {layer.name}"
-    if layer.kind not in _CLASSES:
+    kind, has = layer["class_name"], _USUAL | layer["config"]
+    what = f"{file.path}: the layer {has['name']}"
+    if kind not in _CLASSES:
       raise errors.WeightsError(
-        f"{what} is a {layer.kind}, which our networks do not have."
+        f"{what} is a {kind}, which our networks do not have."
       )
-    allowed = {"activation": _activations(layer, file.layers[-1])}
-    if layer.kind == "ReLU":
+    allowed: dict[str, tuple[Any, ...]] = {"activation": ("linear",)}
+    if kind == "Dense" or (kind == "Activation" and layer is file.layers[-1]):
+      # What follows the head makes probabilities of logits.
+      allowed["activation"] = ("linear", "softmax")
+    elif kind == "Activation":
+      allowed["activation"] = ("relu",)
+    elif kind == "ReLU":
       allowed |= _PLAIN_RELU
-    if layer.kind == "Conv2D" and layer.name in paths:
-      strides = _strides(paths[layer.name], stem_strides)
+    elif kind == "Conv2D" and has["name"] in paths:
+      strides = _strides(paths[has["name"]], stem_strides)
       allowed |= {"strides": ([strides, strides],)}
       allowed |= {"padding": (padding,)} if padding else {}
       allowed |= {"dilation_rate": ([1, 1],), "groups": (1,)}
-    has = {**_USUAL, **layer.settings}
     for key, values in allowed.items():
       if has[key] not in values:
         raise errors.WeightsError(
           f"{what} has the {key} {has[key]} where ours has"
           f" {' or '.join(map(str, values))}."
         )
-
-
-def _activations(layer: files.Layer, last: files.Layer) -> tuple[Any, ...]:
-  """Those that a layer may have."""
-  # What may follow the head makes probabilities of logits.
-  if layer.kind == "Dense" or (layer.kind == "Activation" and layer is last):
-    return "linear", "softmax"
-  return ("relu",) if layer.kind == "Activation" else ("linear",)
 
 
 def _strides(path: Path, stem_strides: int) -> int:

@@ -1,9 +1,8 @@
 """From a library's arrays to our variables: every array exactly once."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +19,7 @@ Layout = Callable[[np.ndarray], np.ndarray]
 _MOST_LISTED = 30
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
   """Where one of our arrays comes from."""
 
   name: str  # Of the library's array.
@@ -33,35 +31,31 @@ class Origin:
 OriginOf = Callable[[Path], Origin]
 
 
-@dataclasses.dataclass(frozen=True)
 class Source:
-  """A kind of network that a library has, as found in a file."""
+  """A kind of network that a library has, as found in a file.
 
-  title: str  # What to call it.
-  # For keys of the configuration the values, the first of which is recommended,
-  # with which our network computes what theirs does.
-  needed: Mapping[str, tuple[Any, ...]]
-  num_classes: int  # Size of its head.
-  origin: OriginOf
-
-
-def source(
-  title: str,
-  num_classes: int,
-  origin: OriginOf,
-  normalization: tuple[str, ...],
-  **model: Any,
-) -> Source:
-  """A source; `model` are the needed keys of `config.model`.
-
-  Of those that have several values, which are tuples, the first is recommended.
+  Args:
+    title: what to call it.
+    num_classes: size of its head.
+    origin: where our arrays come from.
+    normalization: values of that key with which our network computes what
+      theirs does, the recommended one first.
+    model: such values of keys of `config.model`: one, or a tuple of several.
   """
-  needed = {
-    f"model.{key}": value if isinstance(value, tuple) else (value,)
-    for key, value in model.items()
-  }
-  needed["normalization"] = normalization
-  return Source(title, needed, num_classes, origin)
+
+  def __init__(
+    self,
+    title: str,
+    num_classes: int,
+    origin: OriginOf,
+    normalization: tuple[str, ...],
+    **model: Any,
+  ):
+    self.title, self.num_classes, self.origin = title, num_classes, origin
+    self.needed = {
+      f"model.{key}": value if isinstance(value, tuple) else (value,)
+      for key, value in model.items()
+    } | {"normalization": normalization}
 
 
 def width(found: int, usual: int) -> tuple[int, ...]:
@@ -77,25 +71,11 @@ def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
   )
 
 
-def check_config(
-  file: files.WeightsFile, source: Source, config: ConfigDict
-) -> None:
-  """Checks that our network computes what the file's does.
-
-  Most of it shapes cannot show: a wrong epsilon gives wrong logits.
-
-  Raises:
-    ConfigError: it does not; names the values that are needed.
-  """
-  if wrong := differing(source, config):
-    raise errors.ConfigError(
-      f"{file.path} holds {source.title}, of which the configuration is not:"
-      f" needed are {', '.join(wrong.values())}."
-    )
-
-
 def differing(source: Source, config: ConfigDict) -> dict[str, str]:
-  """For keys whose values `source` cannot have, the flag that is needed."""
+  """For keys whose values `source` cannot have, the flag that is needed.
+
+  Most of them change no shape: a wrong epsilon gives wrong logits.
+  """
   flat = keys.to_flat(config)
   return {
     key: f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"

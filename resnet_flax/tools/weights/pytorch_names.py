@@ -102,7 +102,7 @@ def _torchvision_resnet(
       " torchvision's ResNet-18, 34, 50, 101 and 152."
     )
   more = {"stride_in_3x3": True} if has_bottlenecks else {}
-  return mapping.source(
+  return Source(
     f"torchvision's ResNet-{depth}",
     file.shape("fc.weight")[0],
     _torchvision_origin,
@@ -120,7 +120,7 @@ def _cifar_resnet(file: files.WeightsFile, sizes: tuple[int, ...]) -> Source:
   depth = 6 * sizes[0] + 2
   has_projections = any(".shortcut.0." in name for name in file.arrays)
   shortcut = "B" if has_projections else "A"
-  return mapping.source(
+  return Source(
     f"a PyTorch CIFAR ResNet-{depth} with option {shortcut} shortcuts",
     file.shape("linear.weight")[0],
     _cifar_origin,
@@ -150,7 +150,7 @@ def _feedforward(file: files.WeightsFile) -> Source:
   else:
     title, depth = "VGG-19" + " with BN" * has_norm, 19
     more["norm"] = "batch_norm" if has_norm else "none"
-  return mapping.source(
+  return Source(
     f"torchvision's {title}",
     file.shape("classifier.6.weight")[0],
     functools.partial(_feedforward_origin, features),

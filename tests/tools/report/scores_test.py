@@ -8,12 +8,16 @@ import resnet_flax
 from resnet_flax import data as datasets, train
 from resnet_flax.data import types
 from resnet_flax.run import errors, load, metrics
-from resnet_flax.tools.report import report, runs, scores
+from resnet_flax.tools.report import runs, scores
 
 
 def read(folder):
   (run,) = runs.read([folder])
   return run
+
+
+def score(run, seed):
+  return scores.summarize(load.predict_test(run.folder, seed, opened={}))
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def test_most_confident_are_kept():
 
 def test_score_is_that_of_the_record(trained):
   run = read(trained)
-  scored = report.score(run, run.seeds[0], {})
+  scored = score(run, run.seeds[0])
   best = metrics.best_record(run.records, "accuracy")
   assert scored.step == best["step"]
   assert scored.num_images == 360
@@ -92,7 +96,7 @@ def test_score_is_that_of_the_record(trained):
 def test_no_checkpoint(copied):
   shutil.rmtree(copied / "checkpoints")
   with pytest.raises(errors.WorkdirError, match="no best checkpoint"):
-    report.score(read(copied), 0, {})
+    score(read(copied), 0)
 
 
 def test_other_data(copied):
@@ -100,7 +104,7 @@ def test_other_data(copied):
   environment = json.loads(path.read_text()) | {"data": "cifar10-1-ab"}
   path.write_text(json.dumps(environment))
   with pytest.raises(errors.WorkdirError, match="cifar10-1-ab there, digits"):
-    report.score(read(copied), 0, {})
+    score(read(copied), 0)
 
 
 def test_several_seeds(make_tiny_config, tmp_path, one_device):
@@ -111,5 +115,5 @@ def test_several_seeds(make_tiny_config, tmp_path, one_device):
   run = read(tmp_path / "run")
   for seed in run.seeds:
     best = run.best_record(seed, 1)
-    scored = report.score(run, seed, {})
+    scored = score(run, seed)
     assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])

@@ -22,7 +22,7 @@ def origin(path):
   )
 
 
-SOURCE = mapping.Source("a network", {}, 0, origin)
+SOURCE = mapping.Source("a network", 0, origin, ())
 
 
 def good():
