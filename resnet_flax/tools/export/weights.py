@@ -12,7 +12,6 @@ from safetensors import numpy as safetensors_numpy
 
 from resnet_flax.run import checkpoint, errors
 from resnet_flax.run.load import LoadedModel
-from resnet_flax.tools.export import programs
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
 
@@ -87,7 +86,7 @@ def write(
         variables = jax.device_get(loaded.variables)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
           checkpointer.save(folder / "checkpoint", variables)
-      case "stablehlo":
-        programs.write_stablehlo(loaded, folder)
-      case "onnx":
-        programs.write_onnx(loaded, folder)
+      case "stablehlo" | "onnx":
+        from resnet_flax.tools.export import programs
+
+        getattr(programs, f"write_{form}")(loaded, folder)

@@ -378,7 +378,7 @@ def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
     found = load.predict_test(run.folder, seed, opened=opened)
-    scores = scores_lib.summarize(found)
+    scores = scores_lib.summarize(*found)
   except errors.UserError as error:
     _logger.warning(
       "warning: the report lacks the checkpoint of group %d: %s",

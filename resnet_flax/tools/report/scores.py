@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resnet_flax.run import load
+from resnet_flax.data import types
 
 # Rows of five, as many as can be looked through.
 _MOST_MISTAKES = 25
@@ -55,11 +55,16 @@ class Scores:
     ]
 
 
-def summarize(found: load.Predictions) -> Scores:
-  """What predictions are worth."""
-  labels, names = found.labels, found.dataset.class_names
-  predicted = np.argmax(found.probabilities, axis=1)
-  confidences = np.max(found.probabilities, axis=1)
+def summarize(
+  dataset: types.Dataset,
+  labels: np.ndarray,
+  probabilities: np.ndarray,
+  step: int,
+) -> Scores:
+  """What the parts of `load.Predictions` are worth."""
+  names = dataset.class_names
+  predicted = np.argmax(probabilities, axis=1)
+  confidences = np.max(probabilities, axis=1)
   confusion = np.zeros((len(names), len(names)), np.int64)
   np.add.at(confusion, (labels, predicted), 1)
   wrong = np.flatnonzero(predicted != labels)
@@ -74,7 +79,7 @@ def summarize(found: load.Predictions) -> Scores:
       float(confidences[position]),
     )
     for image, position in zip(
-      found.dataset.test.take(chosen)[0], chosen, strict=True
+      dataset.test.take(chosen)[0], chosen, strict=True
     )
   ]
-  return Scores(names, confusion, mistakes, found.step)
+  return Scores(names, confusion, mistakes, step)

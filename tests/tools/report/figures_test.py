@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from resnet_flax.data import types
-from resnet_flax.run import load
 from resnet_flax.tools.report import figures, runs, scores
 from tests.tools.report import workdirs
 
@@ -61,8 +60,7 @@ def summarize(probabilities, labels, class_names=None):
   names = class_names or tuple(f"$class{k}" for k in range(classes))
   dataset = types.Dataset(split, None, split, names, "source")
   probabilities = np.array(probabilities, np.float32)
-  found = load.Predictions(dataset, labels, probabilities, step=1)
-  return scores.summarize(found)
+  return scores.summarize(dataset, labels, probabilities, step=1)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def read(folder):
 
 
 def score(run, seed):
-  return scores.summarize(load.predict_test(run.folder, seed, opened={}))
+  return scores.summarize(*load.predict_test(run.folder, seed, opened={}))
 
 
 @pytest.fixture
@@ -30,10 +30,8 @@ def copied(trained, tmp_path):
 def summarize(images, labels, probabilities, class_names):
   split = types.whole_split(images, np.array(labels, np.int32))
   dataset = types.Dataset(split, None, split, class_names, "source")
-  found = load.Predictions(
-    dataset, np.array(labels), np.array(probabilities, np.float32), step=7
-  )
-  return scores.summarize(found)
+  probabilities = np.array(probabilities, np.float32)
+  return scores.summarize(dataset, np.array(labels), probabilities, step=7)
 
 
 def test_summarize():
