@@ -251,24 +251,23 @@ def group(runs: Iterable[Run]) -> list[Group]:
     The groups, in the order of the values of the keys in which they differ:
     those of a data set follow each other.
   """
-  by_config: dict[str, tuple[Config, list[Run]]] = {}
+  by_config: dict[str, list[Run]] = {}
   for run in runs:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
-    config["data"] = run.data
-    key = json.dumps(config, sort_keys=True)
-    by_config.setdefault(key, (config, []))[1].append(run)
-  differing = differing_keys([config for config, _ in by_config.values()])
+    key = json.dumps(config | {"data": run.data}, sort_keys=True)
+    by_config.setdefault(key, []).append(run)
+  members = [(json.loads(key), found) for key, found in by_config.items()]
+  differing = differing_keys([config for config, _ in members])
 
-  def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, float, str]]:
+  def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, Any]]:
+    values = map(member[0].get, differing)
     # Numbers by their size, before what is compared as text.
     return [
-      (False, float(value), "")
-      if isinstance(value, int | float)
-      else (True, 0.0, str(value))
-      for value in map(member[0].get, differing)
+      (False, value) if isinstance(value, int | float) else (True, str(value))
+      for value in values
     ]
 
-  members = sorted(by_config.values(), key=order)
+  members.sort(key=order)
   sets = {(config["dataset.name"], config["data"]) for config, _ in members}
   names = [name for name, _ in sets]
 
