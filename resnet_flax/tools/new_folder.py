@@ -70,8 +70,11 @@ def writing(folder: pathlib.Path, flag: str, advice: str) -> Iterator[None]:
 
 
 def _check_is_new(folder: pathlib.Path, flag: str) -> None:
-  with writing(folder, flag, "Pass another one."):
-    if os.path.lexists(folder) and any(folder.iterdir()):
+  with (
+    writing(folder, flag, "Pass another one."),
+    contextlib.suppress(FileNotFoundError),
+  ):
+    if any(folder.iterdir()):
       raise errors.WorkdirError(
         f"{flag}={folder} holds something already, and nothing is overwritten."
         " Pass a new one."
