@@ -230,9 +230,16 @@ class Predictions(NamedTuple):
 
 
 def predict_test(
-  workdir: pathlib.Path, seed: int, which: str = "best"
+  workdir: pathlib.Path,
+  seed: int,
+  which: str = "best",
+  *,
+  opened: dict[str, types.Dataset],
 ) -> Predictions:
   """What a seed's checkpoint, 'best' or 'latest', makes of the test images.
+
+  `opened` has data sets by their configurations and is given this one's, so
+  that those who pass it again open each once.
 
   Raises:
     ConfigError: its configuration is of another version, or its network is
@@ -244,8 +251,11 @@ def predict_test(
   # Before the data, which takes longer.
   loaded = load_model(workdir, which, seed=seed)
   rules.check_labels(loaded.config)
-  say_what_is_trusted(loaded.config)
-  dataset = dataset_lib.load(loaded.config.dataset)
+  key = loaded.config.dataset.to_json()
+  if key not in opened:
+    say_what_is_trusted(loaded.config)
+    opened[key] = dataset_lib.load(loaded.config.dataset)
+  dataset = opened[key]
   folder.check_data(workdir, dataset.source)
   size = loaded.config.eval_batch_size
   everything = np.arange(len(dataset.test))

@@ -3,7 +3,8 @@
 from resnet_flax.run import arguments, surroundings
 
 
-def _main(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
+  """The command line."""
   parser = arguments.Parser(
     "python -m resnet_flax.compare",
     description="Compares A and B, each the seeds of one experiment: over seeds"
@@ -26,8 +27,3 @@ def _main(argv: list[str]) -> None:
   )
   texts = [getattr(table, f"to_{given.format}")() for table in tables]
   surroundings.show("\n".join(texts).removesuffix("\n"))
-
-
-def run() -> None:
-  """Runs the command line; mistakes and signals end in one line."""
-  arguments.run(_main)

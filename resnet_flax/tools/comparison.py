@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from resnet_flax.data import types
 from resnet_flax.run import errors, folder, keys, load, mirror
 from resnet_flax.tools.report import intervals, runs as runs_lib
 from resnet_flax.tools.report.runs import Group, Statistic
@@ -17,8 +18,8 @@ Paths = Iterable[str | os.PathLike[str]]
 class _Row(NamedTuple):
   what: str
   note: str = ""
-  a: Statistic | None = None
-  b: Statistic | None = None
+  a: Statistic = Statistic.of([])
+  b: Statistic = Statistic.of([])
   low: float | None = None
   high: float | None = None
   p: float | None = None
@@ -55,34 +56,33 @@ def compare(
     rows += _over_images(sides, which)
   chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
   facts = [_facts(side) for side in sides]
+  differing = runs_lib.differing_keys(facts)
   digits = 2 if key.endswith("accuracy") else 4
   tables = [
-    Table("warnings", "Warnings", cautions, Column("warning", str)),
+    Table("warnings", "Warnings", Column("warning", cautions)),
     Table(
       "comparison",
       "A - B, 95 % intervals, "
       + (f"best epochs by {chosen}" if which == "best" else "last epochs"),
-      rows,
-      Column("of", lambda row: row.what),
-      Column("A", lambda row: row.a, digits, statistic=True),
-      Column("B", lambda row: row.b, digits, statistic=True),
-      Column("n", lambda row: row.a and f"{row.a.n}, {row.b.n}"),
-      Column("A - B", lambda row: row.a and row.a.mean - row.b.mean, digits),
-      Column("from", lambda row: row.low, digits),
-      Column("to", lambda row: row.high, digits),
-      Column("p", lambda row: row.p, 4),
-      Column("note", lambda row: row.note),
+      Column("of", [row.what for row in rows]),
+      Column("A", [row.a for row in rows], digits),
+      Column("B", [row.b for row in rows], digits),
+      Column("n", [f"{r.a.n}, {r.b.n}" if r.a.n else None for r in rows]),
+      Column("A - B", [row.a.mean - row.b.mean for row in rows], digits),
+      Column("from", [row.low for row in rows], digits),
+      Column("to", [row.high for row in rows], digits),
+      Column("p", [row.p for row in rows], 4),
+      Column("note", [row.note for row in rows]),
     ),
     Table(
       "differences",
       "What differs",
-      runs_lib.differing_keys(facts),
-      Column("key", str),
-      Column("A", facts[0].get),
-      Column("B", facts[1].get),
+      Column("key", differing),
+      Column("A", [facts[0].get(key) for key in differing]),
+      Column("B", [facts[1].get(key) for key in differing]),
     ),
   ]
-  return [table for table in tables if table.rows]
+  return [table for table in tables if table.shown_rows()]
 
 
 def _side(name: str, paths: Paths) -> Group:
@@ -128,23 +128,14 @@ def _facts(side: Group) -> dict[str, str]:
 
 def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   factor, title = (100, f"{key} (%)") if "accuracy" in key else (1, key)
-  of_seed = [
-    {
-      seed: factor
-      * (
-        run.best_record(seed, side.num_epochs)
-        if which == "best"
-        else run.of_seed(seed)[side.num_epochs - 1]
-      )[key]
-      for run, seed in side.repetitions
-    }
-    for side in sides
-  ]
-  a, b = (np.array(list(values.values())) for values in of_seed)
+  a, b = (np.array(side.at(which, key, factor)) for side in sides)
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
-  same = [seed for seed in of_seed[0] if seed in of_seed[1]]
+  a_seeds, b_seeds = ([r.seed for r in side.repetitions] for side in sides)
+  same, a_places, b_places = np.intersect1d(
+    a_seeds, b_seeds, return_indices=True
+  )
   if len(same) > 1:
-    pairs = np.array([[values[seed] for seed in same] for values in of_seed])
+    pairs = a[a_places], b[b_places]
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
@@ -158,11 +149,12 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
 def _over_images(sides: Sequence[Group], which: str) -> list[_Row]:
   what = "test images"
   checkpoint = "latest" if which == "last" else which
+  opened: dict[str, types.Dataset] = {}
   right, counts = [], [len(side.repetitions) for side in sides]
   try:
     for side in sides:
       found = [
-        load.predict_test(run.folder, seed, checkpoint)
+        load.predict_test(run.folder, seed, checkpoint, opened=opened)
         for run, seed in side.repetitions
       ]
       each = [x.probabilities.argmax(1) == x.labels for x in found]

@@ -35,7 +35,7 @@ from resnet_flax.run import (
 from resnet_flax.tools import new_folder
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
-_IDENTIFY = {"keras": keras_names.identify, "pytorch": pytorch_names.identify}
+_LIBRARIES = {"keras": keras_names, "pytorch": pytorch_names}
 
 Path = str | os.PathLike[str]
 
@@ -73,19 +73,27 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   rules.check(config, num_devices=1)
   if config.num_seeds > 1:
     raise errors.ConfigError(
-      f"num_seeds={config.num_seeds} cannot be used here: the file holds one"
-      " network. Leave it 1; a run of several seeds can start from the workdir"
-      " (init_from)."
+      f"num_seeds={config.num_seeds} must be 1 here: the file holds one"
+      " network. A run of several seeds can start from the workdir (init_from)."
     )
   if config.init_from:
     raise errors.ConfigError(
-      f"init_from={config.init_from} cannot be used here: the weights are"
-      " those of --source. Leave it empty."
+      f"init_from={config.init_from} must be empty here: the weights are those"
+      " of --source."
     )
-
   file = files.read(source)
-  kind = _identify(file)
-  mapping.check_config(file, kind, config)
+  # What a file says of its layers may lack anything, and be of any type.
+  with files.explain(
+    f"{file.path} is damaged, or its layers are not described as in files of"
+    f" {file.library}",
+    " Pass one that the library has saved with --source.",
+  ):
+    kind = _LIBRARIES[file.library].identify(file)
+  if wrong := mapping.differing(kind, config):
+    raise errors.ConfigError(
+      f"{file.path} holds {kind.title}, of which the configuration is not:"
+      f" needed are {', '.join(wrong.values())}."
+    )
   # No configuration has a head without classes: the check of shapes says so.
   if 0 < kind.num_classes != experiment_lib.num_classes(config):
     if config.model.num_classes:
@@ -121,20 +129,6 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   }
   _write(workdir, state, environment=described, config=config.lock().to_dict())
   return Conversion(kind.title, len(file.arrays), file.passed_over, config)
-
-
-def _identify(file: files.WeightsFile) -> mapping.Source:
-  try:
-    return _IDENTIFY[file.library](file)
-  except errors.UserError:
-    raise
-  # What a file says of its layers may lack anything, and be of any type.
-  except Exception as error:
-    raise errors.WeightsError(
-      f"{file.path} is damaged, or its layers are not described as in files of"
-      f" {file.library}: {errors.one_line(error)}. Pass one that"
-      " the library has saved with --source."
-    ) from error
 
 
 def _write(

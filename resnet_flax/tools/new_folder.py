@@ -37,7 +37,7 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
       OSError from inside is taken for that.
   """
   prefix = f".unfinished-{folder.name}-"
-  try:
+  with writing(folder, flag, "Nothing was left there; pass another one."):
     folder.parent.mkdir(parents=True, exist_ok=True)
     # What a killed command for this folder has left.
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
@@ -55,25 +55,27 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
       _check_is_new(folder, flag)
       # An empty folder is replaced, one that was filled meanwhile is not.
       os.rename(unfinished, folder)
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path, flag: str, advice: str) -> Iterator[None]:
+  """Makes an OSError from inside a `WorkdirError` that names the folder."""
+  try:
+    yield
   except OSError as error:
     raise errors.WorkdirError(
       f"{flag}={folder} cannot be written:"
-      f" {error.strerror or errors.one_line(error)}. Nothing was left there;"
-      f" pass another one with {flag}."
+      f" {error.strerror or errors.one_line(error)}. {advice}"
     ) from error
 
 
 def _check_is_new(folder: pathlib.Path, flag: str) -> None:
-  try:
-    is_used = any(folder.iterdir())
-  except FileNotFoundError:
-    return
-  except OSError as error:
-    raise errors.WorkdirError(
-      f"{flag}={folder} cannot be written: {error.strerror}. Pass another one."
-    ) from error
-  if is_used:
-    raise errors.WorkdirError(
-      f"{flag}={folder} holds something already, and nothing is overwritten."
-      " Pass a new one."
-    )
+  with (
+    writing(folder, flag, "Pass another one."),
+    contextlib.suppress(FileNotFoundError),
+  ):
+    if any(folder.iterdir()):
+      raise errors.WorkdirError(
+        f"{flag}={folder} holds something already, and nothing is overwritten."
+        " Pass a new one."
+      )

@@ -127,7 +127,8 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
   return num_rows
 
 
-def _main(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
+  """The command line."""
   parser = arguments.Parser(
     "resnet_flax.predict", description=__doc__.split("\n")[0]
   )
@@ -152,8 +153,3 @@ def _main(argv: list[str]) -> None:
   if not num_rows or (args.strict and num_rows < total):
     found = f"{num_rows} of {total} files could be predicted"
     raise errors.DataError(f"{found}. Pass pictures.")
-
-
-def run() -> None:
-  """Runs the command line; mistakes and signals end in one line."""
-  arguments.run(_main)

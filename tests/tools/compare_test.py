@@ -170,10 +170,10 @@ def test_what_differs_and_warnings(tmp_path):
   tables = comparison.compare([a], [b], "accuracy", "best", images=True)
   assert [t.name for t in tables] == ["warnings", "comparison", "differences"]
   assert tables[0].shown_rows() == [
-    ["not on the same data: A on digits, B on other"],
-    ["epochs differ or lack: A 1 of 1, B 1 of 2"],
+    ("not on the same data: A on digits, B on other",),
+    ("epochs differ or lack: A 1 of 1, B 1 of 2",),
   ]
-  differing = {row[0]: row[1:] for row in tables[2].shown_rows()}
+  differing = {row[0]: [*row[1:]] for row in tables[2].shown_rows()}
   assert differing == {
     "data": ["digits", "other"],
     "model.depth": ["32", "20"],
@@ -227,14 +227,25 @@ def trained(make_tiny_config, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_images(trained):
-  tables = compare(trained / "a", trained / "b", which="last", images=True)
+def test_images(trained, monkeypatch):
+  opened, open_data = [], dataset_lib.load
+
+  def load_data(config):
+    opened.append(config.name)
+    return open_data(config)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(dataset_lib, "load", load_data)
+    tables = compare(trained / "a", trained / "b", which="last", images=True)
+  assert opened == ["digits"]  # Once, for two seeds on each side.
   welch, _, _, images, mcnemar = (
     numbers(tables["comparison"], k) for k in range(5)
   )
   right = []
   for name in "ab":
-    found = [load.predict_test(trained / name, k, "latest") for k in (0, 1)]
+    found = [
+      load.predict_test(trained / name, k, "latest", opened={}) for k in (0, 1)
+    ]
     assert [x.step for x in found] == [8, 8]
     right.append(sum(x.probabilities.argmax(1) == x.labels for x in found))
   a, b = (each / 2 for each in right)

@@ -223,7 +223,7 @@ def test_layers_that_are_not_described(layer, config, tmp_path):
 def test_null_is_no_stride(config, tmp_path):
   path = keras_file(tmp_path / "a.keras", ("Conv2D", {"strides": None}))
   message = refused(path, config, tmp_path / "run")
-  assert "has strides None where ours has 1" in message
+  assert "has the strides None where ours has [1, 1]" in message
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def run(workdir, monkeypatch, capsys):
   monkeypatch.setattr(surroundings, "set_up", lambda: None)
 
   def run(*arguments):
-    predict._main(["predict", str(workdir), *arguments])
+    predict.main(["predict", str(workdir), *arguments])
     return capsys.readouterr().out
 
   return run

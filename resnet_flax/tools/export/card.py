@@ -1,14 +1,14 @@
 """What goes with exported weights: how to use and check them, a model card."""
 
 import pathlib
-import statistics
 
 import jax
 import numpy as np
 
 from resnet_flax.data import dataset as dataset_lib, normalize
-from resnet_flax.run import experiment as experiment_lib, files, folder, metrics
+from resnet_flax.run import experiment as experiment_lib, files, folder
 from resnet_flax.run.load import LoadedModel
+from resnet_flax.tools.report import runs
 
 _NUM_CHECKED = 8
 
@@ -58,8 +58,7 @@ def write(
 
   Args:
     out: an existing folder.
-    loaded: the network.
-    workdir: the local folder that it is from.
+    loaded: the network of the local folder `workdir`.
     form: the format, and whose names the arrays have.
     title: what the network is there.
     licence: '' if it is not stated.
@@ -69,10 +68,13 @@ def write(
   shape = loaded.image_shape
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (_NUM_CHECKED, *shape), np.uint8)
-  logits = jax.jit(
-    lambda variables, x: loaded.model.apply(variables, scale(x), train=False)
-  )(loaded.variables, images)
-  np.savez(out / "check.npz", images=images, logits=np.asarray(logits))
+
+  @jax.jit
+  def logits_of(variables, images):
+    return loaded.model.apply(variables, scale(images), train=False)
+
+  logits = np.asarray(logits_of(loaded.variables, images))
+  np.savez(out / "check.npz", images=images, logits=logits)
 
   mean, side = np.asarray(scale.mean), config.model.input_size
   is_image = mean.size > shape[-1]
@@ -122,22 +124,18 @@ def write(
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   """On the test split: the network's, and that of all seeds at their best."""
-  config = loaded.config
-  records = metrics.MetricsLog(workdir, config).read()
+  (run,) = runs.read([workdir])
   own = [
-    metrics.of_seeds(record)[loaded.seed - config.seed]["test_accuracy"]
-    for record in records
+    record["test_accuracy"]
+    for record in run.of_seed(loaded.seed)
     if record["step"] == loaded.step
   ]
   if not own:
     return "not scored"
-  info = dataset_lib.info(config.dataset, folder.read_facts(workdir))
-  best = metrics.best_records(records, config.checkpoint.monitor)
-  values = [record["test_accuracy"] for record in best]
-  std = f" ± {statistics.stdev(values):.2%}" if values[1:] else ""
+  info = dataset_lib.info(loaded.config.dataset, folder.read_facts(workdir))
+  (group,) = runs.group([run])
+  mean, std, n = group.statistic("best", "test_accuracy")
   return (
-    f"{own[0]:.2%} on {info.num_test:,} images;"
-    f" n = {len(values)} seeds, each in its best epoch by"
-    f" {metrics.monitored(best[0], config.checkpoint.monitor)}:"
-    f" {statistics.fmean(values):.2%}{std}"
+    f"{own[0]:.2%} on {info.num_test:,} images; n = {n} seeds, each in its best epoch by {run.chosen_by}:"
+    f" {mean:.2%}" + ("" if std is None else f" ± {std:.2%}")
   )

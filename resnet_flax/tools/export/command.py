@@ -74,7 +74,8 @@ def export(
   return network.title
 
 
-def _main(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
+  """The command line."""
   parser = arguments.Parser("python -m resnet_flax.export", description=__doc__)
   add = parser.add_argument
   add("workdir", help="Folder of a run, or an address of checkpoint.mirror.")
@@ -95,8 +96,3 @@ def _main(argv: list[str]) -> None:
       *(given.checkpoint, given.seed, given.license),
     )
   surroundings.show(f"Network: {title}\nFolder: {given.out}")
-
-
-def run() -> None:
-  """Runs the command line; mistakes and signals end in one line."""
-  arguments.run(_main)

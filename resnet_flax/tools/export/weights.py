@@ -1,6 +1,5 @@
 """A network's arrays by a library's names, and the files that hold them."""
 
-import importlib
 import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,8 +13,6 @@ from safetensors import numpy as safetensors_numpy
 from resnet_flax.run import checkpoint, errors
 from resnet_flax.run.load import LoadedModel
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
-
-_ORIGINS = pytorch_names.ORIGINS | keras_names.ORIGINS
 
 
 class Network(NamedTuple):
@@ -36,16 +33,16 @@ def named(loaded: LoadedModel, names: str) -> Network:
   if names == "flax":
     ours = {"/".join(path): array for path, array in flat.items()}
     return Network(f"resnet_flax's {model.name}", ours)
-  if (names, model.name) not in _ORIGINS:
+  library = keras_names if names == "keras" else pytorch_names
+  origin_of = library.origin_of(names, model)
+  if origin_of is None:
     raise errors.WeightsError(f"{names} has no {model.name}")
-  origin_of = _ORIGINS[names, model.name](model)
   try:
     origins = [(origin_of(path), array) for path, array in flat.items()]
   except KeyError as error:
     raise errors.WeightsError(f"{names} has no layer {error}") from error
-  arrays = {o.name: (o.back or o.layout)(array) for o, array in origins}
+  arrays = {origin.name: origin.back(array) for origin, array in origins}
   # What the way in makes of them says whether they are of such a network.
-  library = keras_names if names == "keras" else pytorch_names
   file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())
   source = library.identify(file)
   wrong = mapping.differing(source, loaded.config)
@@ -77,10 +74,9 @@ def write(
       case "keras":
         import h5py
 
+        layers = keras_names.layers_of(loaded.config.model)
         with h5py.File(folder / "model.weights.h5", "w") as file:
-          for name, place in keras_names.layers_of(
-            loaded.config.model
-          ).values():
+          for name, place in layers.values():
             group = file.create_group(f"layers/{place}/vars")
             group.attrs["name"] = name
             variables = files.VARIABLES[files.layer_class(place)]
@@ -90,10 +86,7 @@ def write(
         variables = jax.device_get(loaded.variables)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
           checkpointer.save(folder / "checkpoint", variables)
-      case _:
-        # By name, since the others do without what it imports.
-        package = "resnet_flax.tools.export.programs"
-        write_program = getattr(
-          importlib.import_module(package), f"write_{form}"
-        )
-        write_program(loaded, folder)
+      case "stablehlo" | "onnx":
+        from resnet_flax.tools.export import programs
+
+        getattr(programs, f"write_{form}")(loaded, folder)

@@ -171,7 +171,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   """
   families: dict[str, list[runs_lib.Group]] = {}
   for group in groups:
-    if group.num_epochs and group.finished:
+    if group.finished:
       key = repr(sorted(_without_depth(group).items()))
       families.setdefault(key, []).append(group)
   lines = list(families.values())
@@ -182,7 +182,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   with _axes(7.2, 4.4, groups[0].data) as (figure, axes):
     for position, line in enumerate(lines):
       line.sort(key=lambda group: group.config["model.depth"])
-      finals = [f for g in line if (f := g.final("test_accuracy", 100))]
+      finals = [g.statistic("last", "test_accuracy", 100) for g in line]
       again, place = divmod(position, len(_COLORS))
       axes.errorbar(
         [group.config["model.depth"] for group in line],
@@ -232,10 +232,9 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
   with _axes(size, size - 0.6) as (figure, axes):
     axes.grid(False)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("share of the true class (%)")
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    label = "share of the true class (%)"
+    figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    axes.set(xlabel="predicted class", ylabel="true class")
     labels = [_plain(label) for label in scores.class_names]
     font = {"fontsize": 10 if numbered else 4}
     turned = 90 if max(map(len, labels)) > 2 else 0
@@ -243,13 +242,10 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     axes.set_yticks(range(classes), labels, **font)
     if numbered:
       for i, j in np.ndindex(matrix.shape):
-        axes.text(
-          *(j, i, str(matrix[i, j])),
-          **{"ha": "center", "va": "center", "fontsize": 8},
-          color="white" if share[i, j] > 50 else "black",
-          # What is not there is no news.
-          alpha=1.0 if matrix[i, j] else 0.35,
-        )
+        text = axes.text(j, i, str(matrix[i, j]), ha="center", va="center")
+        text.set(fontsize=8, color="white" if share[i, j] > 50 else "black")
+        # What is not there is no news.
+        text.set_alpha(1.0 if matrix[i, j] else 0.35)
     return _render(
       figure,
       name,
@@ -267,25 +263,24 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
   See `confusion`.
   """
-  wrong = scores.mistakes
-  rows = math.ceil(len(wrong) / _MISTAKES_IN_A_ROW)
+  rows = math.ceil(len(scores.mistakes) / _MISTAKES_IN_A_ROW)
   with _axes(7.2, 2.05 * rows) as (figure, axes):
     axes.remove()
     cells = figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).ravel()
     for cell in cells:
       cell.axis("off")
-    for k, cell in enumerate(cells[: len(wrong)]):
-      true = _plain(scores.class_names[wrong.labels[k]])
-      predicted = _plain(scores.class_names[wrong.predicted[k]])
-      cell.imshow(wrong.images[k], interpolation="none")
-      title = f"true: {true}\npredicted: {predicted}"
-      title += f"\nwith {wrong.confidences[k]:.1%}"
-      cell.set_title(title, fontsize=7.5)
+    for cell, mistake in zip(cells, scores.mistakes, strict=False):
+      cell.imshow(mistake.image, interpolation="none")
+      cell.set_title(
+        f"true: {_plain(mistake.true)}\npredicted: {_plain(mistake.predicted)}"
+        f"\nwith {mistake.confidence:.1%}",
+        fontsize=7.5,
+      )
     return _render(
       figure,
       name,
-      text=f"The {len(wrong)} most confident mistakes of {what}; their labels"
-      " are in the table of mistakes.",
+      text=f"The {len(scores.mistakes)} most confident mistakes of {what};"
+      " their labels are in the table of mistakes.",
       caption="Above each test image its label, then what was predicted and"
       " with which probability; the most confident first.",
     )
@@ -314,14 +309,9 @@ def _render(figure: Figure, name: str, *, text: str, caption: str) -> Rendered:
     lines = sum(label.count("\n") + 1 for label in labels)
     figure.set_figheight(figure.get_figheight() + 0.2 * lines / columns)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+  png, svg = io.BytesIO(), io.BytesIO()
   # Neither the time nor the version of the library.
-  unstamped = {
-    "png": {"Software": None},
-    "svg": {"Date": None, "Creator": None},
-  }
-  files = {}
-  for kind, metadata in unstamped.items():
-    file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=150, metadata=metadata)
-    files[kind] = file.getvalue()
-  return Rendered(name, text, caption, **files)
+  figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+  undated = {"Date": None, "Creator": None}
+  figure.savefig(svg, format="svg", dpi=150, metadata=undated)
+  return Rendered(name, text, caption, png.getvalue(), svg.getvalue())

@@ -19,8 +19,10 @@ def interval(
     Its ends, and the two-sided p of no difference; None if they cannot be told:
     a side has one value, or nothing is spread.
   """
+  if min(len(a), len(b)) < 2:
+    return None
   spread = np.ptp(a - b) if paired else np.ptp(a) + np.ptp(b)
-  if min(len(a), len(b)) < 2 or spread < _ROUNDING:
+  if spread < _ROUNDING:
     return None
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # One side has no spread.

@@ -1,25 +1,27 @@
 """What is in a report, and its files: made as a whole, then written."""
 
-import contextlib
+import base64
 import itertools
 import logging
-import operator
 import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jinja2
+import numpy as np
+
+from resnet_flax.data import types
 from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
+from resnet_flax.tools import new_folder
 from resnet_flax.tools.report import (
   figures as figures_lib,
   intervals,
-  page,
   runs as runs_lib,
   scores as scores_lib,
 )
-from resnet_flax.tools.report.page import Section
 from resnet_flax.tools.report.runs import Group, Run, Statistic, shown
 from resnet_flax.tools.report.tables import Column, Table
 
@@ -32,6 +34,15 @@ SCORED = ("best", "each", "none")
 _MOST_CONFUSED = 10
 _NO_CURVES = "No run has finished an epoch yet."
 _NO_DEPTHS = "This needs finished groups that differ in model.depth alone."
+
+
+class Section(NamedTuple):
+  """A part of the page under one heading."""
+
+  title: str  # The heading.
+  notes: Sequence[str] = ()  # Paragraphs of plain text.
+  figures: Sequence[figures_lib.Rendered] = ()  # Shown below them.
+  tables: Sequence[Table] = ()  # Shown last.
 
 
 class Summary(NamedTuple):
@@ -67,7 +78,7 @@ def make(
   folders = [mirror.local(path, "folder") for path in paths]
   runs = runs_lib.read(runs_lib.find(folders))
   groups = runs_lib.group(runs)
-  with _explain_write_errors(out):
+  with new_folder.writing(out, "--out", "Pass another folder."):
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
       pass
@@ -79,6 +90,7 @@ def make(
     for figure in figures_lib.learning_curves(of_data, metric, end)
   ]
   depths = [f for end, each in by_data if (f := figures_lib.depth(each, end))]
+  opened: dict[str, types.Dataset] = {}  # Each data set once.
   sections = [
     _accuracies(groups),
     Section("Learning curves", [] if curves else [_NO_CURVES], curves),
@@ -86,7 +98,7 @@ def make(
     _times(groups),
     _configurations(groups),
     _runs(groups),
-    *map(_checkpoint, _scored(groups, scored)),
+    *(_checkpoint(group, opened) for group in _scored(groups, scored)),
   ]
   files: dict[str, bytes] = {}
   for section in sections:
@@ -97,8 +109,8 @@ def make(
       files[f"tables/{table.name}.md"] = table.to_markdown().encode()
       files[f"tables/{table.name}.csv"] = table.to_csv().encode()
   # Last: what it shows is there when it is.
-  files["index.html"] = page.render(len(runs), len(groups), sections).encode()
-  with _explain_write_errors(out):
+  files["index.html"] = _page(len(runs), len(groups), sections).encode()
+  with new_folder.writing(out, "--out", "Pass another folder."):
     for name, content in files.items():
       path = out / name
       path.parent.mkdir(exist_ok=True)
@@ -106,24 +118,32 @@ def make(
   return Summary(len(runs), len(groups), out / "index.html")
 
 
-@contextlib.contextmanager
-def _explain_write_errors(out: pathlib.Path) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise errors.WorkdirError(
-      f"--out={out} cannot be written:"
-      f" {error.strerror or errors.one_line(error)}. Pass another folder."
-    ) from error
+def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
+  """One HTML page that has everything in it: no script, no other file."""
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("resnet_flax.tools.report", ""),
+    # Names of folders and values of configurations are anyone's.
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters["base64"] = lambda raw: base64.b64encode(raw).decode()
+  template = environment.get_template("page.html.jinja")
+  return template.render(
+    num_runs=num_runs, num_groups=num_groups, sections=sections
+  )
 
 
 # ---- Sections about groups
 
-_GROUP = (
-  Column("#", lambda group: group.number),
-  Column("data set", lambda group: group.data),
-  Column("group", lambda group: group.name),
-)
+
+def _names(groups: Sequence[Group]) -> list[Column]:
+  return [
+    Column("#", [group.number for group in groups]),
+    Column("data set", [group.data for group in groups]),
+    Column("group", [group.name for group in groups]),
+  ]
 
 
 def _accuracies(groups: Sequence[Group]) -> Section:
@@ -161,62 +181,53 @@ def _accuracies(groups: Sequence[Group]) -> Section:
       f"Unfinished runs of finished groups are not counted: {left_out}."
     )
 
-  def column(title, digits, function, *arguments):
-    return Column(
-      title, lambda group: function(group, *arguments), digits, statistic=True
-    )
+  def column(title, which, key, factor=100, digits=2):
+    found = [group.statistic(which, key, factor) for group in groups]
+    return Column(title, found, digits)
 
   table = Table(
     "accuracy",
     "Final and best accuracy of each group.",
-    groups,
-    *_GROUP,
-    Column("n", lambda g: len(g.repetitions)),
-    Column("epochs", lambda g: _epochs(g.num_epochs, g.config)),
-    column("final test accuracy (%)", 2, Group.final, "test_accuracy", 100),
-    column("best test accuracy (%)", 2, Group.best, "test_accuracy", 100),
-    column("final train accuracy (%)", 2, Group.final, "train_accuracy", 100),
-    column("final test loss (nats)", 4, Group.final, "test_loss"),
+    *_names(groups),
+    Column("n", [len(group.repetitions) for group in groups]),
+    Column("epochs", [_epochs(g.num_epochs, g.config) for g in groups]),
+    column("final test accuracy (%)", "last", "test_accuracy"),
+    column("best test accuracy (%)", "best", "test_accuracy"),
+    column("final train accuracy (%)", "last", "train_accuracy"),
+    column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
-  tables = [table]
-  rows = [*filter(None, (_difference(group, groups) for group in groups))]
-  if rows:
-    compared = Table(
-      "intervals",
-      "Final test accuracy less that of the first group on the same data, in"
-      " points, with 95 % intervals over seeds (Welch's t).",
-      rows,
-      *(
-        Column(title, operator.itemgetter(k), 2 if k > 1 else 0)
-        for k, title in enumerate(("group", "first", "points", "from", "to"))
-      ),
-    )
-    notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
-    tables.append(compared)
-  return Section("Accuracy", notes=notes, tables=tables)
+  compared = _differences(groups)
+  if compared is None:
+    return Section("Accuracy", notes, tables=[table])
+  notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
+  return Section("Accuracy", notes, tables=[table, compared])
 
 
-def _difference(
-  group: Group, groups: Sequence[Group]
-) -> tuple[int, int, float, float, float] | None:
-  """A row that compares a group with the first of its data; None if it is it.
-
-  Or if there are too few seeds, or none that differ.
-  """
-  first = next(g for g in groups if g.config["data"] == group.config["data"])
-  if first is group or not (first.num_epochs and group.num_epochs):
+def _differences(groups: Sequence[Group]) -> Table | None:
+  """Groups less the first of their data, where there are seeds that differ."""
+  rows = []
+  for _, (first, *others) in runs_lib.by_data(groups):
+    b = np.array(first.at("last", "test_accuracy", 100))
+    for group in others:
+      a = np.array(group.at("last", "test_accuracy", 100))
+      if found := intervals.interval(a, b, paired=False):
+        points = a.mean() - b.mean()
+        rows.append((group.number, first.number, points, *found[:2]))
+  if not rows:
     return None
-  a, b = (100 * g.curves("test_accuracy")[:, -1] for g in (group, first))
-  found = intervals.interval(a, b, paired=False)
-  return found and (group.number, first.number, a.mean() - b.mean(), *found[:2])
+  titles = ("group", "first", "points", "from", "to")
+  return Table(
+    "intervals",
+    "Final test accuracy less that of the first group on the same data, in"
+    " points, with 95 % intervals over seeds (Welch's t).",
+    *map(Column, titles, zip(*rows, strict=True)),
+  )
 
 
 def _times(groups: Sequence[Group]) -> Section:
   def over_runs(title, digits, value):
-    def cell(group: Group) -> Statistic | None:
-      return Statistic.of(list(map(value, group.counted_runs)))
-
-    return Column(title, cell, digits, statistic=True)
+    found = [Statistic.of([*map(value, g.counted_runs)]) for g in groups]
+    return Column(title, found, digits)
 
   def devices(group: Group) -> str:
     names = (run.device or "unknown" for run in group.counted_runs)
@@ -225,63 +236,60 @@ def _times(groups: Sequence[Group]) -> Section:
   table = Table(
     "time",
     "Time and speed of each group.",
-    groups,
-    *_GROUP,
-    Column("n", lambda group: len(group.counted_runs)),
+    *_names(groups),
+    Column("n", [len(group.counted_runs) for group in groups]),
     over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
     over_runs("images/s", 0, lambda r: r.images_per_second),
     over_runs("training time (min)", 1, lambda r: r.seconds / 60),
-    Column("trained on", devices),
+    Column("trained on", [devices(group) for group in groups]),
   )
   note = (
     "The training part of the epochs, without compilation and evaluation; n"
     " counts runs. Where a run trains several seeds, images/s are those of all"
     " seeds together."
   )
-  return Section("Time", notes=[note], tables=[table])
+  return Section("Time", [note], tables=[table])
 
 
 def _configurations(groups: Sequence[Group]) -> Section:
   configs = [group.config for group in groups]
   differing = runs_lib.differing_keys(configs)
+  common = sorted(configs[0].keys() - set(differing))
 
-  def of_group(group):
-    config = group.config
-    return Column(
-      f"group {group.number}",
-      lambda key: shown(config[key]) if key in config else None,
-    )
+  def values(config: runs_lib.Config, keys: Sequence[str]) -> list[str | None]:
+    return [shown(config[key]) if key in config else None for key in keys]
 
-  differences = Table(
-    "differences",
-    "The keys in which the groups differ.",
-    differing,
-    Column("key", str),
-    *map(of_group, groups),
-  )
   same = Table(
     "same",
     "The keys that have one value in all groups.",
-    sorted(configs[0].keys() - set(differing)),
-    Column("key", str),
-    Column("value", lambda key: shown(configs[0][key])),
+    Column("key", common),
+    Column("value", values(configs[0], common)),
     folded=True,
+  )
+  differences = Table(
+    "differences",
+    "The keys in which the groups differ.",
+    Column("key", differing),
+    *(
+      Column(f"group {group.number}", values(group.config, differing))
+      for group in groups
+    ),
   )
   note = (
     "Seeds, and keys that do not change what is computed, do not part groups;"
     " data, the copy that was trained on, does."
   )
   tables = [differences, same] if differing else [same]
-  return Section("Configurations", notes=[note], tables=tables)
+  return Section("Configurations", [note], tables=tables)
 
 
 def _runs(groups: Sequence[Group]) -> Section:
   every = [(group, run) for group in groups for run in group.runs]
-  ensemble = "test_ensemble_accuracy"
+  runs = [run for _, run in every]
 
   def column(title, cell, digits=0):
     """Of a run that has an epoch."""
-    return Column(title, lambda x: cell(x[1]) if x[1].records else None, digits)
+    return Column(title, [cell(r) if r.records else None for r in runs], digits)
 
   def best(run: Run, key: str) -> list[float]:
     count = len(run.records)
@@ -291,16 +299,15 @@ def _runs(groups: Sequence[Group]) -> Section:
     last = run.records[-1]
     return 100 * last[key] if key in last else None
 
-  def counted(item: tuple[Group, Run]) -> str | None:
-    group, run = item
+  def counted(group: Group, run: Run) -> str | None:
     return _ranges([r.seed for r in group.repetitions if r.run is run]) or None
 
   columns = [
-    Column("#", lambda x: x[0].number),
-    Column("run", lambda x: x[1].name),
-    Column("seeds", lambda x: _ranges(x[1].seeds)),
-    Column("epochs", lambda x: _epochs(len(x[1].records), x[1].config)),
-    Column("counted seeds", counted),
+    Column("#", [group.number for group, _ in every]),
+    Column("run", [run.name for run in runs]),
+    Column("seeds", [_ranges(run.seeds) for run in runs]),
+    Column("epochs", [_epochs(len(r.records), r.config) for r in runs]),
+    Column("counted seeds", [counted(*each) for each in every]),
     column("final test accuracy (%)", lambda r: final(r, "test_accuracy"), 2),
     column(
       "best test accuracy (%)",
@@ -315,15 +322,15 @@ def _runs(groups: Sequence[Group]) -> Section:
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
   ]
-  if any(ensemble in record for _, run in every for record in run.records):
+  ensemble = "test_ensemble_accuracy"
+  if any(ensemble in record for run in runs for record in run.records):
     title = "ensemble's final test accuracy (%)"
     columns.append(column(title, lambda r: final(r, ensemble), 2))
   note = (
     "Of a run with several seeds the values are means over them. A seed that"
     " occurs twice in a group is counted once, in the run with more epochs."
   )
-  table = Table("runs", "Each run.", every, *columns)
-  return Section("Runs", notes=[note], tables=[table])
+  return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])
 
 
 def _epochs(done: int, config: runs_lib.Config) -> str:
@@ -350,22 +357,18 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   """The groups whose best checkpoint is scored."""
-  if scored == "none":
-    return []
-  begun = [group for group in groups if group.num_epochs]
-  if scored == "each":
+  begun = [g for g in groups if g.num_epochs and scored != "none"]
+  if scored != "best":
     return begun
 
   def mean_of_best(group: Group) -> float:
-    best = group.best("test_accuracy")
-    assert best is not None
-    return best.mean
+    return statistics.fmean(group.at("best", "test_accuracy"))
 
   # Accuracies on other images cannot be compared.
   return [max(each, key=mean_of_best) for _, each in runs_lib.by_data(begun)]
 
 
-def _checkpoint(group: Group) -> Section:
+def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   # The run and the seed that are the best by `checkpoint.monitor`.
   records = [
     r.run.best_record(r.seed, len(r.run.records)) for r in group.repetitions
@@ -374,14 +377,15 @@ def _checkpoint(group: Group) -> Section:
   run, seed = group.repetitions[records.index(best)]
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
-    scores = score(run, seed)
+    found = load.predict_test(run.folder, seed, opened=opened)
+    scores = scores_lib.summarize(*found)
   except errors.UserError as error:
     _logger.warning(
       "warning: the report lacks the checkpoint of group %d: %s",
       group.number,
       error,
     )
-    return Section(title, notes=[f"This could not be made: {error}"])
+    return Section(title, [f"This could not be made: {error}"])
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   notes = [
@@ -390,74 +394,51 @@ def _checkpoint(group: Group) -> Section:
     f" ({scores.num_correct / scores.num_images:.2%})."
   ]
   figures = [figures_lib.confusion(scores, f"confusion_{name}", what)]
-  if len(scores.mistakes):
+  if scores.mistakes:
     figures.append(figures_lib.mistakes(scores, f"mistakes_{name}", what))
   else:
     notes.append("No test image is classified wrongly.")
-  tables = _score_tables(scores, name, what)
-  return Section(title, notes=notes, figures=figures, tables=tables)
+  return Section(title, notes, figures, _score_tables(scores, name, what))
 
 
 def _score_tables(
   scores: scores_lib.Scores, name: str, what: str
 ) -> list[Table]:
   names, matrix, wrong = scores.class_names, scores.confusion, scores.mistakes
-  classes = range(len(names))
-
-  def column(j: int) -> Column:
-    return Column(names[j], lambda k: int(matrix[k, j]))
-
-  def accuracy(k: int) -> float | None:
-    images = int(matrix[k].sum())
-    return 100 * int(matrix[k, k]) / images if images else None
-
+  confused = scores.confused(_MOST_CONFUSED)
+  images = matrix.sum(axis=1).tolist()
+  accuracies = [
+    100 * right / count if count else None
+    for right, count in zip(matrix.diagonal().tolist(), images, strict=True)
+  ]
   return [
     Table(
       f"classes_{name}",
       f"Accuracy of each class, of {what}.",
-      classes,
-      Column("class", names.__getitem__),
-      Column("test images", lambda k: int(matrix[k].sum())),
-      Column("accuracy (%)", accuracy, 2),
+      Column("class", names),
+      Column("test images", images),
+      Column("accuracy (%)", accuracies),
     ),
     Table(
       f"confused_{name}",
       "What is taken for what most often.",
-      scores.confused(_MOST_CONFUSED),
-      Column("true class", lambda pair: names[pair[0]]),
-      Column("predicted class", lambda pair: names[pair[1]]),
-      Column("test images", lambda pair: pair[2]),
+      Column("true class", [true for true, _, _ in confused]),
+      Column("predicted class", [predicted for _, predicted, _ in confused]),
+      Column("test images", [count for _, _, count in confused]),
     ),
     Table(
       f"confusion_{name}",
       "The confusion matrix: rows are true classes, columns predicted ones.",
-      classes,
-      Column("true class", names.__getitem__),
-      *map(column, classes),
+      Column("true class", names),
+      *map(Column, names, matrix.T.tolist()),
       folded=True,
     ),
     Table(
       f"mistakes_{name}",
       "The most confident mistakes.",
-      range(len(wrong)),
-      Column("test image, from 0", lambda k: int(wrong.positions[k])),
-      Column("true class", lambda k: names[wrong.labels[k]]),
-      Column("predicted class", lambda k: names[wrong.predicted[k]]),
-      Column("probability (%)", lambda k: 100 * float(wrong.confidences[k]), 2),
+      Column("test image, from 0", [each.position for each in wrong]),
+      Column("true class", [each.true for each in wrong]),
+      Column("predicted class", [each.predicted for each in wrong]),
+      Column("probability (%)", [100 * each.confidence for each in wrong]),
     ),
   ]
-
-
-def score(run: Run, seed: int) -> scores_lib.Scores:
-  """Scores a seed's best checkpoint on the test split of its data set.
-
-  Raises as `load.predict_test`.
-  """
-  found = load.predict_test(run.folder, seed)
-  return scores_lib.summarize(
-    found.dataset.test,
-    found.labels,
-    found.probabilities,
-    class_names=found.dataset.class_names,
-    step=found.step,
-  )

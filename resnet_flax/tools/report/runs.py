@@ -13,16 +13,11 @@ import pathlib
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from resnet_flax.run import (
-  config as config_lib,
-  errors,
-  keys as keys_lib,
-  metrics,
-)
+from resnet_flax.run import config as config_lib, errors, keys, metrics
 from resnet_flax.run.folder import load_config, read_environment
 
 # Runs that differ in these alone are repetitions of one experiment.
@@ -39,18 +34,17 @@ Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
 class Statistic(NamedTuple):
   """A mean over repetitions."""
 
-  mean: float
+  mean: float  # NaN of no value.
   # The sample standard deviation (ddof = 1); None of a single value.
   std: float | None
   n: int  # How many values.
 
   @classmethod
-  def of(cls, values: Sequence[float]) -> "Statistic | None":
-    """The statistic of some values; None if there are none."""
-    if not values:
-      return None
+  def of(cls, values: Sequence[float]) -> Self:
+    """The statistic of some values, or of none."""
+    mean = statistics.fmean(values) if values else math.nan
     std = statistics.stdev(values) if len(values) > 1 else None
-    return cls(statistics.fmean(values), std, len(values))
+    return cls(mean, std, len(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,69 +145,57 @@ class Group:
       np.float64,
     )
 
-  def final(self, key: str, factor: float = 1) -> Statistic | None:
-    """A metric at the last epoch, times a factor; None if there is no epoch."""
-    if not self.num_epochs:
-      return None
-    return Statistic.of((factor * self.curves(key)[:, -1]).tolist())
-
-  def best(self, key: str, factor: float = 1) -> Statistic | None:
-    """A metric at each seed's best epoch, as `final`."""
-    return Statistic.of(
-      [
-        factor * float(r.run.best_record(r.seed, self.num_epochs)[key])
-        for r in self.repetitions
-      ]
+  def at(self, which: str, key: str, factor: float = 1) -> list[float]:
+    """A metric times a factor at each repetition's 'best' or 'last' epoch."""
+    records = (
+      run.best_record(seed, self.num_epochs)
+      if which == "best"
+      else run.of_seed(seed)[self.num_epochs - 1]
+      for run, seed in self.repetitions
     )
+    return [factor * record[key] for record in records]
+
+  def statistic(self, which: str, key: str, factor: float = 1) -> Statistic:
+    """Of the values `at` an epoch."""
+    return Statistic.of(self.at(which, key, factor))
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-  """The workdirs at and below some folders.
+  """The workdirs at and anywhere below some folders.
 
-  Args:
-    paths: workdirs (folders with a config.json), or folders with workdirs
-      anywhere below.
-
-  Returns:
-    Each workdir once: in the order of the arguments, and by name below each.
+  Each once: in the order of the arguments, and by name below each.
 
   Raises:
     WorkdirError: a folder does not exist or holds no run.
   """
-  found: dict[str, pathlib.Path] = {}
-  for path in map(pathlib.Path, paths):
-    if not path.is_dir():
-      raise errors.WorkdirError(
-        f"{path} is no folder. Pass the workdirs of runs, or a folder that they"
-        " lie in, for example runs."
-      )
-    below = _find_below(path)
-    if not below:
-      raise errors.WorkdirError(
-        f"no run lies in {path}: neither it nor a folder below it has a"
-        " config.json. Pass the workdirs of runs, or a folder that they lie in,"
-        " for example runs."
-      )
-    for folder in below:
-      found.setdefault(os.path.realpath(folder), folder)
-  return list(found.values())
+  advice = (
+    "Pass the workdirs of runs, or a folder that they lie in, for example runs."
+  )
 
-
-def _find_below(path: pathlib.Path) -> list[pathlib.Path]:
   def fail(error: OSError) -> None:
     raise errors.WorkdirError(
       f"{error.filename} cannot be read: {error.strerror}. Make it readable, or"
       " pass the workdirs one by one."
     ) from error
 
-  found = []
-  for folder, below, files in os.walk(path, onerror=fail):
-    if "config.json" in files:
-      found.append(pathlib.Path(folder))
-      below.clear()
-    # Hidden are those that are being made; see `convert`.
-    below[:] = sorted(name for name in below if not name.startswith("."))
-  return found
+  found: dict[str, pathlib.Path] = {}
+  for path in map(pathlib.Path, paths):
+    if not path.is_dir():
+      raise errors.WorkdirError(f"{path} is no folder. {advice}")
+    is_empty = True
+    for folder, below, files in os.walk(path, onerror=fail):
+      # Hidden are those that are being made; see `convert`.
+      below[:] = sorted(name for name in below if not name.startswith("."))
+      if "config.json" in files:
+        found.setdefault(os.path.realpath(folder), pathlib.Path(folder))
+        below.clear()
+        is_empty = False
+    if is_empty:
+      raise errors.WorkdirError(
+        f"no run lies in {path}: neither it nor a folder below it has a"
+        f" config.json. {advice}"
+      )
+  return list(found.values())
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
@@ -231,8 +213,8 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _read(path: pathlib.Path, name: str) -> Run:
-  stored = load_config(path)
-  config = keys_lib.flatten(stored.to_dict())
+  stored, environment = load_config(path), read_environment(path)
+  config = keys.flatten(stored.to_dict())
   try:
     # Those that a report reads; a run of another version has them.
     for key in _CONFIG_KEYS:
@@ -242,15 +224,9 @@ def _read(path: pathlib.Path, name: str) -> Run:
       f"{path / 'config.json'} is not the configuration of a run: {error}"
       " Restore it, or leave its folder out."
     ) from error
-  environment = read_environment(path)
-  return Run(
-    folder=path,
-    name=name,
-    config=config,
-    records=metrics.MetricsLog(path, stored).read(),
-    device=_device(environment),
-    data=environment.get("data") or "unknown",
-  )
+  records = metrics.MetricsLog(path, stored).read()
+  data = environment.get("data") or "unknown"
+  return Run(path, name, config, records, _device(environment), data)
 
 
 def _device(environment: Mapping[str, Any]) -> str:
@@ -275,24 +251,23 @@ def group(runs: Iterable[Run]) -> list[Group]:
     The groups, in the order of the values of the keys in which they differ:
     those of a data set follow each other.
   """
-  by_config: dict[str, tuple[Config, list[Run]]] = {}
+  by_config: dict[str, list[Run]] = {}
   for run in runs:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
-    config["data"] = run.data
-    key = json.dumps(config, sort_keys=True)
-    by_config.setdefault(key, (config, []))[1].append(run)
-  keys = differing_keys([config for config, _ in by_config.values()])
+    key = json.dumps(config | {"data": run.data}, sort_keys=True)
+    by_config.setdefault(key, []).append(run)
+  members = [(json.loads(key), found) for key, found in by_config.items()]
+  differing = differing_keys([config for config, _ in members])
 
-  def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, float, str]]:
+  def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, Any]]:
+    values = map(member[0].get, differing)
     # Numbers by their size, before what is compared as text.
     return [
-      (False, float(value), "")
-      if isinstance(value, int | float)
-      else (True, 0.0, str(value))
-      for value in map(member[0].get, keys)
+      (False, value) if isinstance(value, int | float) else (True, str(value))
+      for value in values
     ]
 
-  members = sorted(by_config.values(), key=order)
+  members.sort(key=order)
   sets = {(config["dataset.name"], config["data"]) for config, _ in members}
   names = [name for name, _ in sets]
 
@@ -325,16 +300,11 @@ def _group(
       by_seed.setdefault(seed, run)
   begun = {seed: run for seed, run in by_seed.items() if run.records}
   counted = {seed: run for seed, run in begun.items() if run.finished} or begun
+  repetitions = [Repetition(counted[seed], seed) for seed in sorted(counted)]
+  num_epochs = min((len(run.records) for run in counted.values()), default=0)
   return Group(
-    number=number,
-    data=data,
-    name=name,
-    config=config,
-    runs=tuple(runs),
-    repetitions=tuple(
-      Repetition(counted[seed], seed) for seed in sorted(counted)
-    ),
-    num_epochs=min((len(run.records) for run in counted.values()), default=0),
+    *(number, data, name, config),
+    *(tuple(runs), tuple(repetitions), num_epochs),
   )
 
 
@@ -354,22 +324,26 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 
 def labels(configs: Sequence[Config]) -> list[str]:
   """What tells configurations apart, with no more keys than that needs."""
-  keys: list[str] = []
+  chosen: list[str] = []
   apart = 1
   for key in differing_keys(configs):
-    values = {json.dumps([*map(each.get, [*keys, key])]) for each in configs}
+    values = {json.dumps([*map(each.get, [*chosen, key])]) for each in configs}
     if len(values) > apart:
-      keys.append(key)
+      chosen.append(key)
       apart = len(values)
-  keys = keys or [k for k in ("model.name", "model.depth") if k in configs[0]]
+  chosen = chosen or [
+    k for k in ("model.name", "model.depth") if k in configs[0]
+  ]
   # A key's last part, where that is not another's as well.
-  last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
+  last = [key.removesuffix(".name").rpartition(".")[2] for key in chosen]
   names = [
     f"{part if last.count(part) == 1 else key}=".removeprefix("model=")
-    for key, part in zip(keys, last, strict=True)
+    for key, part in zip(chosen, last, strict=True)
   ]
   return [
-    ", ".join(n + shown(each.get(k)) for k, n in zip(keys, names, strict=True))
+    ", ".join(
+      n + shown(each.get(k)) for k, n in zip(chosen, names, strict=True)
+    )
     for each in configs
   ]
 

@@ -1,11 +1,11 @@
 """Tables for people: text, Markdown, LaTeX, HTML cells; for programs: CSV."""
 
 import csv
-import dataclasses
 import io
+import math
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from resnet_flax.tools.report import runs as runs_lib
 
@@ -20,44 +20,36 @@ _LATEX = str.maketrans(
 Cell = str | int | float | runs_lib.Statistic | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
   """One column."""
 
   title: str  # Its name with the unit, for example 'error (%)'.
-  cell: Callable[[Any], Cell]  # Of the item that a row is about.
-  digits: int = 0  # Decimals of a number, for people; CSV has ten digits.
-  # Whether its cells are statistics; CSV has three columns of them.
-  statistic: bool = False
+  cells: Sequence[Cell]  # From the first row to the last.
+  digits: int = 2  # Decimals of fractions, for people; CSV has ten digits.
 
   def show(self, cell: Cell) -> str:
     """A cell as people read it."""
-    if cell is None:
+    if cell is None or cell != cell:  # Not a number.
       return "–"
     if isinstance(cell, runs_lib.Statistic):
-      std = "" if cell.std is None else f" ± {cell.std:.{self.digits}f}"
-      return f"{cell.mean:.{self.digits}f}{std}"
+      std = "" if cell.std is None else f" ± {self.show(cell.std)}"
+      return self.show(cell.mean) + std
     if isinstance(cell, float):
       return f"{cell:.{self.digits}f}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
 class Table:
-  """A table: one row for each item."""
+  """A table of columns of the same length."""
 
   def __init__(
-    self,
-    name: str,
-    caption: str,
-    items: Iterable[Any],
-    *columns: Column,
-    folded: bool = False,
+    self, name: str, caption: str, *columns: Column, folded: bool = False
   ):
     self.name = name  # Of its files, without suffix.
     self.caption = caption  # One sentence.
-    self.columns = columns
-    self.rows = [
-      [_printable(column.cell(item)) for column in columns] for item in items
+    self.columns = [
+      Column(title, [*map(_printable, cells)], digits)
+      for title, cells, digits in columns
     ]
     # It is long, and of use to few: the page shows it when asked to.
     self.folded = folded
@@ -66,22 +58,17 @@ class Table:
   def numeric(self) -> list[bool]:
     """Which columns hold numbers."""
     return [
-      any(not isinstance(row[position], str | None) for row in self.rows)
-      for position in range(len(self.columns))
+      any(not isinstance(cell, str | None) for cell in column.cells)
+      for column in self.columns
     ]
 
-  def shown_rows(self) -> list[list[str]]:
+  def shown_rows(self) -> list[tuple[str, ...]]:
     """All cells as people read them."""
-    return [
-      [
-        column.show(cell)
-        for column, cell in zip(self.columns, row, strict=True)
-      ]
-      for row in self.rows
-    ]
+    shown = [map(column.show, column.cells) for column in self.columns]
+    return [*zip(*shown, strict=True)]
 
-  def _all_rows(self) -> list[list[str]]:
-    return [[column.title for column in self.columns], *self.shown_rows()]
+  def _all_rows(self) -> list[tuple[str, ...]]:
+    return [tuple(c.title for c in self.columns), *self.shown_rows()]
 
   def to_markdown(self) -> str:
     """The table in GitHub's Markdown."""
@@ -117,27 +104,31 @@ class Table:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     titles: list[str] = []
-    for column in self.columns:
-      parts = (" mean", " std", " n") if column.statistic else ("",)
-      titles += [column.title + part for part in parts]
+    columns: list[Sequence[Cell]] = []
+    for title, cells, _ in self.columns:
+      if any(isinstance(cell, runs_lib.Statistic) for cell in cells):
+        titles += [f"{title} {part}" for part in ("mean", "std", "n")]
+        columns += zip(*cells, strict=True)
+      else:
+        titles.append(title)
+        columns.append(cells)
     writer.writerow(titles)
-    for row in self.rows:
-      cells: list[str | int | float | None] = []
-      for column, cell in zip(self.columns, row, strict=True):
-        if isinstance(cell, runs_lib.Statistic):
-          cells += [cell.mean, cell.std, cell.n]
-        else:
-          cells += [None, None, 0] if column.statistic else [cell]
-      writer.writerow(
-        # Ten digits: the others are rounding errors.
-        [f"{c:.10g}" if isinstance(c, float) else no_formula(c) for c in cells]
-      )
+    writer.writerows(
+      map(_for_programs, row) for row in zip(*columns, strict=True)
+    )
     return file.getvalue()
 
 
 def _printable(cell: Cell) -> Cell:
   """Names of folders, classes and processors may hold any character."""
   return runs_lib.shown(cell) if isinstance(cell, str) and cell else cell
+
+
+def _for_programs(cell: Cell) -> Cell:
+  if not isinstance(cell, float):
+    return no_formula(cell)
+  # Ten digits: the others are rounding errors.
+  return None if math.isnan(cell) else f"{cell:.10g}"
 
 
 def no_formula(cell: Cell) -> Cell:

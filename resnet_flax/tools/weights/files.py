@@ -1,13 +1,14 @@
 """Files of weights, as flat dictionaries of arrays; no code in them is run."""
 
-import dataclasses
+import contextlib
+import itertools
 import json
 import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,17 +39,7 @@ _SIGNATURES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-  """What a Keras file says of a layer."""
-
-  kind: str  # The name of its class, for example 'Conv2D'.
-  name: str  # Its own.
-  settings: Mapping[str, Any]  # Its arguments, as JSON has them.
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsFile:
+class WeightsFile(NamedTuple):
   """What a file holds."""
 
   path: pathlib.Path  # The file.
@@ -61,8 +52,18 @@ class WeightsFile:
   # False for files of older Keras 3, where layers are only numbered in the
   # order of `model.layers`, apart for each class.
   has_layer_names: bool = True
-  # Of a whole Keras model; empty where a file holds weights alone.
-  layers: tuple[Layer, ...] = ()
+  # Of a whole Keras model, in the order of `model.layers`: the class_name and
+  # the config, with the name. Empty where a file holds weights alone.
+  layers: Sequence[dict[str, Any]] = ()
+
+  @property
+  def num_convs(self) -> int:
+    """How many convolutions there are, by their kernels."""
+    return sum(array.ndim == 4 for array in self.arrays.values())
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of an array; (0,) if it has none."""
+    return getattr(self.arrays.get(name), "shape", ()) or (0,)
 
 
 def read(path: pathlib.Path) -> WeightsFile:
@@ -94,23 +95,37 @@ def read(path: pathlib.Path) -> WeightsFile:
     ) from error
   reader, right_start = _READERS[extension]
   if not re.match(right_start, start, re.DOTALL):
-    what = next(
-      (what for sign, what in _SIGNATURES.items() if start.startswith(sign)),
-      "something else" if start else "empty",
-    )
+    known = [
+      text for sign, text in _SIGNATURES.items() if start.startswith(sign)
+    ]
+    what = (known or ["something else" if start else "empty"])[0]
     raise errors.WeightsError(
       f"{path} is not what its extension says: it is {what}."
     )
-  try:
+  with explain(f"{path} is damaged, or is not what its extension says"):
     return reader(path)
+
+
+@contextlib.contextmanager
+def explain(fault: str, advice: str = "") -> Iterator[None]:
+  """Names the fault of a file; libraries raise many kinds of errors for it."""
+  try:
+    yield
   except errors.UserError:
     raise
-  # The libraries raise many kinds, according to what is wrong.
   except Exception as error:
     raise errors.WeightsError(
-      f"{path} is damaged, or is not what its extension says:"
-      f" {errors.one_line(error)}."
+      f"{fault}: {errors.one_line(error)}.{advice}"
     ) from error
+
+
+def wrong_type(
+  path: pathlib.Path, name: str, dtype: Any
+) -> errors.WeightsError:
+  """The error for an array whose numbers are no weights."""
+  return errors.WeightsError(
+    f"{path}: {name} is {dtype}; needed: float32, float16, bfloat16 or float64."
+  )
 
 
 def _read_safetensors(path: pathlib.Path) -> WeightsFile:
@@ -128,15 +143,6 @@ def _read_safetensors(path: pathlib.Path) -> WeightsFile:
   if all("/" in name for name in arrays):
     return WeightsFile(path, "keras", arrays, ())
   return _pytorch(path, arrays)
-
-
-def wrong_type(
-  path: pathlib.Path, name: str, dtype: Any
-) -> errors.WeightsError:
-  """The error for an array whose numbers are no weights."""
-  return errors.WeightsError(
-    f"{path}: {name} is {dtype}; needed: float32, float16, bfloat16 or float64."
-  )
 
 
 def _read_torch(path: pathlib.Path) -> WeightsFile:
@@ -182,56 +188,56 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       f"{path} holds no state dict: needed is a dictionary of tensors, or one"
       f" that has it as {' or '.join(map(repr, _STATE_DICT_KEYS))}."
     )
-  return _pytorch(
-    path, {str(name): _to_numpy(path, name, t) for name, t in loaded.items()}
-  )
-
-
-def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
-  import torch
-
-  if tensor.layout != torch.strided or tensor.is_quantized:
-    raise errors.WeightsError(
-      f"{path}: {name} is sparse or quantized; needed: plain tensors."
-    )
-  stored = tensor.untyped_storage().nbytes()
-  if tensor.numel() * tensor.element_size() > stored:
-    raise errors.WeightsError(
-      f"{path}: {name} claims the shape {list(tensor.shape)} but has {stored}"
-      " bytes."
-    )
-  if tensor.dtype == torch.bfloat16:
-    tensor = tensor.float()
-  try:
-    return tensor.detach().numpy()
-  except TypeError:  # NumPy has no such type.
-    raise wrong_type(path, name, tensor.dtype) from None
+  arrays = {}
+  for name, tensor in loaded.items():
+    if tensor.layout != torch.strided or tensor.is_quantized:
+      raise errors.WeightsError(
+        f"{path}: {name} is sparse or quantized; needed: plain tensors."
+      )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:
+      raise errors.WeightsError(
+        f"{path}: {name} claims the shape {list(tensor.shape)} but has"
+        f" {stored} bytes."
+      )
+    if tensor.dtype == torch.bfloat16:
+      tensor = tensor.float()
+    try:
+      arrays[str(name)] = tensor.detach().numpy()
+    except TypeError:  # NumPy has no such type.
+      raise wrong_type(path, name, tensor.dtype) from None
+  return _pytorch(path, arrays)
 
 
 def _pytorch(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> WeightsFile:
-  counters = {k for k in arrays if k.rpartition(".")[2] in _COUNTERS}
-  names = arrays.keys() - counters
-  wrappers = {_WRAPPERS.findall(name)[0] for name in names}
-  if len(wrappers) == 1:  # Of all weights: no part of their names.
-    (wrapper,) = wrappers
-    counters = {name.removeprefix(wrapper) for name in counters}
-    arrays = {name.removeprefix(wrapper): a for name, a in arrays.items()}
-  weights = {k: v for k, v in arrays.items() if k not in counters}
-  passed_over = tuple(name for name in arrays if name in counters)
-  return WeightsFile(path, "pytorch", weights, passed_over)
+  weights, passed_over = {}, []
+  for name, array in arrays.items():
+    if name.rpartition(".")[2] in _COUNTERS:
+      passed_over.append(name)
+    else:
+      weights[name] = array
+  wrappers = {_WRAPPERS.findall(name)[0] for name in weights}
+  # One before all weights is no part of their names.
+  wrapper = wrappers.pop() if len(wrappers) == 1 else ""
+  return WeightsFile(
+    path,
+    "pytorch",
+    {name.removeprefix(wrapper): weights[name] for name in weights},
+    tuple(name.removeprefix(wrapper) for name in passed_over),
+  )
 
 
 def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
     weights = _member(path, archive, "model.weights.h5")
-    layers = _layers(_member(path, archive, "config.json"))
+    model = _member(path, archive, "config.json")
   with tempfile.TemporaryDirectory() as folder:
     content = pathlib.Path(folder) / "model.weights.h5"
     content.write_bytes(weights)
     tree = hdf5.read_apart(path, content)
-  return _keras(path, tree, layers)
+  return _keras(path, tree, model)
 
 
 def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
@@ -252,11 +258,11 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   tree = hdf5.read_apart(path, path)
-  return _keras(path, tree, _layers(tree.model) if tree.model else ())
+  return _keras(path, tree, tree.model)
 
 
-# For the classes of layers with weights their automatic names, and the names of
-# their variables, which Keras 3 numbers in this order.
+# For the classes of layers with weights the start of their automatic names, and
+# the names of their variables, which Keras 3 numbers in this order.
 _AUTOMATIC = {
   "Conv2D": "conv2d",
   "Dense": "dense",
@@ -269,47 +275,11 @@ VARIABLES = {
 }
 
 
-def _layers(text: str | bytes) -> tuple[Layer, ...]:
-  """Those of a model's JSON text, in the order of `model.layers`."""
-  return tuple(
-    Layer(
-      str(layer["class_name"]),
-      str(layer["config"]["name"]),
-      dict(layer["config"]),
-    )
-    for layer in json.loads(text)["config"]["layers"]
-  )
-
-
-def _keras(
-  path: pathlib.Path, tree: hdf5.Tree, layers: tuple[Layer, ...]
-) -> WeightsFile:
-  """Gives the arrays of both of Keras's layouts the same names."""
-  names = {**_layer_names(layers), **tree.layer_names}
-  arrays: dict[str, np.ndarray] = {}
-  has_layer_names = True
-  for key, array in tree.arrays.items():
-    layer, variable = _layer_and_variable(key)
-    if key.startswith(("layers/", "layers\\")):
-      has_layer_names &= layer in names
-      layer = names.get(layer, layer)
-    name = f"{layer}/{variable}"
-    if name in arrays:
-      raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
-    arrays[name] = array
-  return WeightsFile(
-    path, "keras", arrays, tuple(tree.passed_over), has_layer_names, layers
-  )
-
-
-def _layer_names(layers: tuple[Layer, ...]) -> dict[str, str]:
-  """For a layer's place in a file of Keras 3, its own name."""
-  names = {}
-  for kind, automatic in _AUTOMATIC.items():
-    of_kind = [layer.name for layer in layers if layer.kind == kind]
-    for number, name in enumerate(of_kind):
-      names[f"{automatic}_{number}" if number else automatic] = name
-  return names
+def automatic_names(start: str) -> Iterator[str]:
+  """'conv2d', 'conv2d_1', ...: those of the layers of a class, in turn."""
+  yield start
+  for number in itertools.count(1):
+    yield f"{start}_{number}"
 
 
 def layer_class(name: str) -> str:
@@ -317,19 +287,40 @@ def layer_class(name: str) -> str:
   return re.sub(r"_\d+$", "", name)
 
 
-def _layer_and_variable(key: str) -> tuple[str, str]:
-  parts = key.replace("\\", "/").split("/")  # Windows has the former.
-  if parts[0] != "layers":
-    # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
-    parts = parts[1:] if parts[0] == "model_weights" else parts
-    return parts[0], parts[-1].removesuffix(":0")
-  # layers/conv2d_7/vars/0
-  if len(parts) == 4 and parts[2] == "vars" and parts[3].isdecimal():
-    variables = VARIABLES.get(layer_class(parts[1]), ())
-    number = int(parts[3][:3])
-    if number < len(variables):
-      return parts[1], variables[number]
-  return parts[1], "/".join(parts[2:])
+def _keras(
+  path: pathlib.Path, tree: hdf5.Tree, model: str | bytes
+) -> WeightsFile:
+  """Gives the arrays of both of Keras's layouts the same names.
+
+  `model` is the JSON text of the whole one, if the file holds it.
+  """
+  layers = json.loads(model)["config"]["layers"] if model else []
+  # For a layer's place in a file of Keras 3 its own name.
+  names: dict[str, str] = {}
+  for kind, start in _AUTOMATIC.items():
+    of_kind = [x["config"]["name"] for x in layers if x["class_name"] == kind]
+    names.update(zip(automatic_names(start), of_kind, strict=False))
+  names |= tree.layer_names
+  arrays: dict[str, np.ndarray] = {}
+  has_layer_names = True
+  for key, array in tree.arrays.items():
+    parts = key.replace("\\", "/").split("/")  # Windows has the former.
+    if parts[0] == "layers":  # layers/conv2d_7/vars/0
+      place = parts[1]
+      layer, variable = names.get(place, place), "/".join(parts[2:])
+      has_layer_names &= place in names
+      for number, name in enumerate(VARIABLES.get(layer_class(place), ())):
+        variable = name if variable == f"vars/{number}" else variable
+    else:  # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
+      layer = parts[parts[0] == "model_weights"]
+      variable = parts[-1].removesuffix(":0")
+    name = f"{layer}/{variable}"
+    if name in arrays:
+      raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
+    arrays[name] = array
+  return WeightsFile(
+    path, "keras", arrays, tuple(tree.passed_over), has_layer_names, layers
+  )
 
 
 # For each extension what reads the file, and the pattern of its first bytes.

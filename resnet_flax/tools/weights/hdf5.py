@@ -5,7 +5,7 @@ larger than anything; none of it occurs in what Keras writes. And its library
 can be made to loop for ever by a few wrong bytes, so a process of its own,
 which can be ended, reads the file and hands over what it found.
 
-  python -m resnet_flax.tools.weights.hdf5 FILE FOLDER
+  python -m resnet_flax.tools.weights.hdf5 FILE ARRAYS
 """
 
 import contextlib
@@ -23,8 +23,6 @@ import numpy as np
 
 from resnet_flax.run import errors
 
-# Deeper than any model nests layers.
-_DEEPEST = 16
 # Longer than any layer's name; names are read whole.
 _LONGEST_NAME = 4096
 
@@ -34,10 +32,6 @@ _SECONDS_PER_BYTE = 1e-7
 # How much memory it may take, besides the arrays and their copies.
 _MEMORY = 2**29
 _COPIES = 3
-
-# What the process hands over, in a folder.
-_ARRAYS = "arrays.safetensors"
-_REST = "rest.json"
 
 _OPTIMIZER = ("optimizer", "optimizer_weights")
 _RANDOM = "seed_generator"
@@ -68,53 +62,49 @@ def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
 
   root = pathlib.Path(__file__).parents[3]
   limit = _SECONDS + _SECONDS_PER_BYTE * content.stat().st_size
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
+  with tempfile.TemporaryDirectory() as folder:
+    arrays = pathlib.Path(folder) / "arrays.safetensors"
     try:
       process = subprocess.run(
-        [sys.executable, "-m", __name__, content.absolute(), folder],
+        [sys.executable, "-m", __name__, content.absolute(), arrays],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         timeout=limit,
-        check=False,
       )
     except subprocess.TimeoutExpired:
       raise errors.WeightsError(
         f"{path} is damaged: the HDF5 library had not read it after"
         f" {limit:.0f} s."
       ) from None
-    if process.returncode or not (folder / _REST).exists():
+    if process.returncode:
       raise errors.WeightsError(
         f"{path} is damaged: the HDF5 library ended with status"
         f" {process.returncode}."
       )
-    rest = json.loads((folder / _REST).read_text())
+    rest = json.loads(process.stdout)
     if "error" in rest:
       raise errors.WeightsError(f"{path}{rest['error']}")
-    arrays = safetensors_numpy.load_file(folder / _ARRAYS)
-  return Tree(arrays, **rest)
+    return Tree(safetensors_numpy.load_file(arrays), **rest)
 
 
-def _hand_over(content: pathlib.Path, folder: pathlib.Path) -> None:
-  """What the process does."""
+def _hand_over(content: pathlib.Path, arrays: pathlib.Path) -> None:
+  """What the process does: writes the arrays, prints the rest as JSON."""
   from safetensors import numpy as safetensors_numpy
 
   try:
     with content.open("rb") as file:
       _limit_memory(content.stat().st_size)
-      tree = read(file)
-    rest = dict(vars(tree))
-    safetensors_numpy.save_file(rest.pop("arrays"), folder / _ARRAYS)
-    text = json.dumps(rest)
+      rest = dict(vars(read(file)))
+    safetensors_numpy.save_file(rest.pop("arrays"), arrays)
   except errors.WeightsError as error:
-    text = json.dumps({"error": str(error)})
+    rest = {"error": str(error)}
   # h5py raises many kinds, according to what is wrong.
   except Exception as error:
-    text = json.dumps({"error": f" is damaged: {errors.one_line(error)}."})
-  (folder / _REST).write_text(text)
+    rest = {"error": f" is damaged: {errors.one_line(error)}."}
+  print(json.dumps(rest))
 
 
 def _limit_memory(size: int) -> None:
@@ -141,48 +131,35 @@ def read(file: BinaryIO) -> Tree:
     message = " needs h5py: pip install 'resnet_flax[h5py]'."
     raise errors.WeightsError(message) from None
   tree = Tree()
+  addresses: set[int] = set()
+  links: list[tuple[str, Any]] = []
   with h5py.File(file, "r") as root:
-    _walk(tree, root, "", 0, set())
+    root.visititems_links(lambda key, link: links.append((key, link)))
+    for key, link in links:
+      if not isinstance(link, h5py.HardLink):
+        raise _bad(key, "is a link to another place or file")
+      member = root[key]
+      address = h5py.h5o.get_info(member.id).addr
+      if address in addresses:
+        raise _bad(key, "is in the file under two names")
+      addresses.add(address)
+      if isinstance(member, h5py.Group):
+        match key.split("/"):
+          case ["layers", place, "vars"] if "name" in member.attrs:
+            size = member.attrs.get_id("name").get_storage_size()
+            if size > _LONGEST_NAME:
+              raise _bad(key, "has a name that is too long")
+            tree.layer_names[place] = str(member.attrs["name"])
+      elif not isinstance(member, h5py.Dataset):
+        raise _bad(key, "is neither a group nor an array")
+      elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
+        tree.passed_over.append(key)
+      else:
+        tree.arrays[key] = _array(member, key)
     model = root.attrs.get("model_config", "")
   # Older versions of h5py wrote bytes.
   tree.model = model.decode() if isinstance(model, bytes) else str(model)
   return tree
-
-
-def _walk(
-  tree: Tree, group: Any, prefix: str, depth: int, seen: set[int]
-) -> None:
-  """Adds what is in a group; `seen` are the addresses of what was found."""
-  import h5py
-
-  if depth > _DEEPEST:
-    raise _bad(prefix, f"is nested deeper than {_DEEPEST} groups")
-  for name in group:
-    key = f"{prefix}{name}"
-    if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
-      raise _bad(key, "is a link to another place or file")
-    member = group[name]
-    address = h5py.h5o.get_info(member.id).addr
-    if address in seen:
-      raise _bad(key, "is in the file under two names")
-    seen.add(address)
-    if isinstance(member, h5py.Group):
-      match key.split("/"):
-        case ["layers", place, "vars"] if "name" in member.attrs:
-          tree.layer_names[place] = _layer_name(member, key)
-      _walk(tree, member, f"{key}/", depth + 1, seen)
-    elif not isinstance(member, h5py.Dataset):
-      raise _bad(key, "is neither a group nor an array")
-    elif key.partition("/")[0] in _OPTIMIZER or _RANDOM in key:
-      tree.passed_over.append(key)
-    else:
-      tree.arrays[key] = _array(member, key)
-
-
-def _layer_name(group: Any, key: str) -> str:
-  if group.attrs.get_id("name").get_storage_size() > _LONGEST_NAME:
-    raise _bad(key, "has a name that is too long")
-  return str(group.attrs["name"])
 
 
 def _array(dataset: Any, key: str) -> np.ndarray:

@@ -5,16 +5,18 @@ have automatic names, and those of `keras.applications`' ResNet50, 101 and 152.
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.models import registry
 from resnet_flax.run import config as config_rules, errors
 from resnet_flax.tools.weights import files, mapping
-from resnet_flax.tools.weights.mapping import Origin, Path, Source, shape_of
+from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
 
 # The name of each layer of ours, for example ('stage1_block1', 'conv1'), in a
 # file.
@@ -31,6 +33,21 @@ _HEADS = ("predictions", "probs")
 # Parts of our layers' names, and the automatic names of such layers.
 _KINDS = (("conv", "conv2d"), ("bn", "batch_normalization"))
 
+# For each network of the example, by how many layers a block of each stage adds
+# to its depth.
+_PER_GROUP = {"resnet_v1": 6, "resnet_v2": 9}
+# The layers of a block in the order in which they are created; those of the
+# shortcut are in a stage's first block alone.
+_BLOCKS = {
+  "resnet_v1": "conv1 bn1 conv2 bn2 shortcut_conv",
+  "resnet_v2": "bn1 conv1 bn2 conv2 bn3 conv3 shortcut_conv",
+  "resnet_imagenet": (
+    "conv1 bn1 conv2 bn2 shortcut_conv shortcut_bn conv3 bn3"
+  ),
+}
+# What the first block of all lacks.
+_FIRST_LACKS = {"resnet_v1": "shortcut_conv", "resnet_v2": "bn1"}
+
 
 def identify(file: files.WeightsFile) -> Source:
   """What a file with Keras's names is of.
@@ -43,11 +60,10 @@ def identify(file: files.WeightsFile) -> Source:
     return _applications(file)
   if _numbered(file, "conv2d") and len(_numbered(file, "dense")) == 1:
     return _example(file)
-  some = ", ".join(sorted(file.arrays)[:5])
-  raise errors.WeightsError(
-    f"{file.path} is of no network that is known: with Keras's names these are"
-    " the CIFAR-10 example's ResNet v1 and v2 and keras.applications' ResNet50,"
-    f" ResNet101 and ResNet152, with their heads. It has: {some or 'none'}."
+  raise mapping.unknown(
+    file,
+    "with Keras's names these are the CIFAR-10 example's ResNet v1 and v2 and"
+    " keras.applications' ResNet50, ResNet101 and ResNet152, with their heads",
   )
 
 
@@ -57,16 +73,11 @@ def _numbered(file: files.WeightsFile, kind: str) -> list[str]:
   The numbers go on over all models of a process, so they may start anywhere.
   """
   found = [name for name in _layers(file) if files.layer_class(name) == kind]
-  return sorted(found, key=_number)
+  return sorted(found, key=lambda name: (len(name), name))
 
 
 def _layers(file: files.WeightsFile) -> set[str]:
   return {name.partition("/")[0] for name in file.arrays}
-
-
-def _number(name: str) -> int:
-  match = re.search(r"_(\d{1,9})$", name)
-  return int(match[1]) if match else 0
 
 
 # ---- The networks
@@ -76,49 +87,44 @@ def _example(file: files.WeightsFile) -> Source:
   convs = _numbered(file, "conv2d")
   (head,) = _numbered(file, "dense")
   # A bottleneck begins with a 1x1 convolution.
-  is_v2 = shape_of(file, f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
+  is_v2 = file.shape(f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
   version, projections = ("v2", 3) if is_v2 else ("v1", 2)
-  per_group = _PER_GROUP[f"resnet_{version}"]
+  name = f"resnet_{version}"
   # The stem and the projections are no part of the groups.
-  blocks, rest = divmod(len(convs) - 1 - projections, per_group)
+  blocks, rest = divmod(len(convs) - 1 - projections, _PER_GROUP[name])
   if rest or blocks < 1:
     raise errors.WeightsError(
       f"{file.path} has {len(convs)} convolutions, as no ResNet"
       f" {version} of the Keras example has: for n blocks in"
-      f" each stage there are {per_group}n+{1 + projections}."
+      f" each stage there are {_PER_GROUP[name]}n+{1 + projections}."
     )
-  depth = per_group * blocks + 2
-  ours = _example_layers(f"resnet_{version}", depth, file.has_layer_names)
-  theirs = _in_turn(file, ours, head)
+  depth = _PER_GROUP[name] * blocks + 2
+  ours = _ours(name, depth, file.has_layer_names)
+  theirs = _in_turn(ours, head, functools.partial(_found, file))
   _check_layers(file, theirs, padding="same", stem_strides=1)
   return Source(
     f"the Keras example's ResNet-{depth} {version}",
-    {
-      "model.name": (f"resnet_{version}",),
-      "model.depth": (depth,),
-      "model.num_filters": mapping.width(
-        shape_of(file, f"{convs[0]}/kernel")[-1], usual=16
-      ),
-      "model.shortcut": ("keras", "default"),
-      "model.padding": ("same",),
-      "model.conv_bias": (True,),
-      "model.norm": ("batch_norm",),
-      "model.batch_norm_epsilon": (_epsilon(file, usual=1e-3),),
-      # What the example has a switch for.
-      "normalization": ("pixel_mean", "none"),
-    },
-    shape_of(file, f"{head}/bias")[-1],
+    file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs),
+    # What the example has a switch for.
+    normalization=("pixel_mean", "none"),
+    name=name,
+    depth=depth,
+    num_filters=mapping.width(file.shape(f"{convs[0]}/kernel")[-1], usual=16),
+    shortcut=("keras", "default"),
+    padding="same",
+    conv_bias=True,
+    norm="batch_norm",
+    batch_norm_epsilon=_epsilon(file, usual=1e-3),
   )
 
 
 def _applications(file: files.WeightsFile) -> Source:
   layers = _layers(file)
-  num_convs = sum(1 for array in file.arrays.values() if array.ndim == 4)
   if file.has_layer_names:
-    is_v2 = "post_bn" in layers or "conv2_block1_preact_bn" in layers
+    is_v2 = bool({"post_bn", "conv2_block1_preact_bn"} & layers)
   else:
-    is_v2 = len(_numbered(file, "batch_normalization")) != num_convs
+    is_v2 = len(_numbered(file, "batch_normalization")) != file.num_convs
   if is_v2:
     raise errors.WeightsError(
       f"{file.path} holds a ResNet V2 of keras.applications, which does not"
@@ -127,138 +133,107 @@ def _applications(file: files.WeightsFile) -> Source:
       " ResNet152."
     )
   # The head counts, a projection in each of four stages does not.
-  depth = num_convs + 1 - 4
+  depth = file.num_convs + 1 - 4
   if depth < registry.FIRST_BOTTLENECK or depth not in registry.IMAGENET_SIZES:
     raise errors.WeightsError(
-      f"{file.path} has {num_convs} convolutions, as none of"
+      f"{file.path} has {file.num_convs} convolutions, as none of"
       " keras.applications' ResNet50, ResNet101 and ResNet152 has."
     )
-
-  ours = _application_layers(depth)
+  ours = _ours("resnet_imagenet", depth)
   if file.has_layer_names:
     head = next((name for name in _HEADS if name in layers), _HEADS[0])
-    theirs = {path: _application_name(path) for path in ours}
-    theirs[("head",)] = head
+    theirs = _application_names(ours, head)
   else:
     head = next(iter(_numbered(file, "dense")), "dense")
-    theirs = _in_turn(file, ours, head)
+    theirs = _in_turn(ours, head, functools.partial(_found, file))
   _check_layers(file, theirs, padding=None, stem_strides=2)
   stem = theirs[("stem_conv",)]
   return Source(
     f"keras.applications' ResNet{depth}",
-    {
-      "model.name": ("resnet_imagenet",),
-      "model.depth": (depth,),
-      "model.num_filters": mapping.width(
-        shape_of(file, f"{stem}/bias")[-1], usual=64
-      ),
-      "model.shortcut": ("B", "default"),
-      "model.stride_in_3x3": (False,),
-      "model.padding": ("symmetric",),
-      "model.conv_bias": (True,),
-      "model.batch_norm_epsilon": (_epsilon(file, usual=1.001e-5),),
-      "normalization": ("caffe",),
-    },
-    shape_of(file, f"{head}/bias")[-1],
+    file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs, flip_stem=True),
+    normalization=("caffe",),
+    name="resnet_imagenet",
+    depth=depth,
+    num_filters=mapping.width(file.shape(f"{stem}/bias")[-1], usual=64),
+    shortcut=("B", "default"),
+    stride_in_3x3=False,
+    padding="symmetric",
+    conv_bias=True,
+    batch_norm_epsilon=_epsilon(file, usual=1.001e-5),
   )
 
 
 # ---- Our layers and theirs
 
-# For each network of the example, by how many layers a block of each stage adds
-# to its depth.
-_PER_GROUP = {"resnet_v1": 6, "resnet_v2": 9}
 
-
-def _example_layers(name: str, depth: int, as_created: bool) -> list[Path]:
-  """In the order in which they are created, or of `model.layers`."""
-
-  def v1_block(stage: int, block: int) -> list[str]:
-    projects = stage > 1 and block == 1
-    return ["conv1", "bn1", "conv2", "bn2"] + ["shortcut_conv"] * projects
-
-  def v2_block(stage: int, block: int) -> list[str]:
-    layers = ["bn1", "conv1", "bn2", "conv2", "bn3", "conv3"]
-    if stage == block == 1:
-      del layers[0]
-    if block == 1:
-      # It is created last, but comes before conv3 in `model.layers`.
-      at = len(layers) if as_created else -1
-      layers[at:at] = ["shortcut_conv"]
-    return layers
-
-  sizes = [(depth - 2) // _PER_GROUP[name]] * 3
-  if name == "resnet_v1":
-    return _in_order(sizes, v1_block)
-  return [*_in_order(sizes, v2_block), ("final_bn",)]
-
-
-def _application_layers(depth: int) -> list[Path]:
-  def block_layers(stage: int, block: int) -> list[str]:
-    del stage
-    shortcut = ["shortcut_conv", "shortcut_bn"] if block == 1 else []
-    return ["conv1", "bn1", "conv2", "bn2", *shortcut, "conv3", "bn3"]
-
-  return _in_order(registry.IMAGENET_SIZES[depth], block_layers)
-
-
-def _in_order(
-  sizes: Sequence[int], block_layers: Callable[[int, int], list[str]]
-) -> list[Path]:
-  """Our stem and blocks; `block_layers` orders those of a stage's block."""
-  return [
-    ("stem_conv",),
-    ("stem_bn",),
-    *(
-      (f"stage{stage}_block{block}", layer)
-      for stage, blocks in enumerate(sizes, start=1)
-      for block in range(1, blocks + 1)
-      for layer in block_layers(stage, block)
-    ),
-  ]
+def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
+  """Our layers but the head, as created by Keras or as in `model.layers`."""
+  if name == "resnet_imagenet":
+    sizes: Sequence[int] = registry.IMAGENET_SIZES[depth]
+  else:
+    sizes = [(depth - 2) // _PER_GROUP[name]] * 3
+  order = _BLOCKS[name].split()
+  if name == "resnet_v2" and not as_created:
+    # It is created last, but comes before conv3 there.
+    order[-2:] = ["shortcut_conv", "conv3"]
+  paths: list[Path] = [("stem_conv",), ("stem_bn",)]
+  for stage, blocks in enumerate(sizes, start=1):
+    for block in range(1, blocks + 1):
+      paths += [
+        (f"stage{stage}_block{block}", layer)
+        for layer in order
+        if block == 1 or not layer.startswith("shortcut")
+      ]
+  if name in _FIRST_LACKS:
+    paths.remove(("stage1_block1", _FIRST_LACKS[name]))
+  return [*paths, ("final_bn",)] if name == "resnet_v2" else paths
 
 
 def _in_turn(
-  file: files.WeightsFile, ours: Sequence[Path], head: str
+  ours: Sequence[Path], head: str, theirs: Callable[[str], Iterable[str]]
 ) -> dict[Path, str]:
-  """Pairs layers by their order; those without one get a name to miss."""
+  """Pairs layers by their order; `theirs` gives the names of a class."""
   names: dict[Path, str] = {("head",): head}
   for part, kind in _KINDS:
     paths = [path for path in ours if part in path[-1]]
-    theirs = _numbered(file, kind)
-    theirs += [f"{kind} number {k}" for k in range(len(theirs), len(paths))]
-    names.update(zip(paths, theirs, strict=False))
+    names.update(zip(paths, theirs(kind), strict=False))
   return names
 
 
-def _application_name(path: Path) -> str:
+def _found(file: files.WeightsFile, kind: str) -> Iterator[str]:
+  """The automatic names in a file, then names to miss."""
+  found = _numbered(file, kind)
+  yield from found
+  for number in itertools.count(len(found)):
+    yield f"{kind} number {number}"
+
+
+def _application_names(ours: Sequence[Path], head: str) -> dict[Path, str]:
   """'conv2_block1_0_conv' for stage1_block1's shortcut_conv."""
-  *block, layer = path
-  kind = "conv" if "conv" in layer else "bn"
-  if not block:
-    return f"conv1_{kind}"
-  stage, number = re.findall(r"\d+", block[0])
-  within = 0 if layer.startswith("shortcut") else layer[-1]
-  return f"conv{int(stage) + 1}_block{number}_{within}_{kind}"
-
-
-def _automatic(ours: Sequence[Path]) -> dict[Path, str]:
-  """The names that layers in this order have in a process's first model."""
-  names: dict[Path, str] = {("head",): "dense"}
-  for part, kind in _KINDS:
-    paths = [path for path in ours if part in path[-1]]
-    names |= {p: f"{kind}_{k}" if k else kind for k, p in enumerate(paths)}
+  names: dict[Path, str] = {("head",): head}
+  for path in ours:
+    *block, layer = path
+    kind = "conv" if "conv" in layer else "bn"
+    prefix = "conv1"
+    if block:
+      stage, number = re.findall(r"\d+", block[0])
+      within = 0 if layer.startswith("shortcut") else layer[-1]
+      prefix = f"conv{int(stage) + 1}_block{number}_{within}"
+    names[path] = f"{prefix}_{kind}"
   return names
 
 
 def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   *layer, leaf = path[1:]
-  flips = flip_stem and path[1:] == ("stem_conv", "kernel")
-  return Origin(
-    f"{theirs[tuple(layer)]}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}",
-    (lambda kernel: kernel[:, :, ::-1]) if flips else mapping.as_it_is,
-  )
+  name = f"{theirs[tuple(layer)]}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}"
+  if flip_stem and path[1:] == ("stem_conv", "kernel"):
+    return Origin(name, _flip_channels, _flip_channels)
+  return Origin(name)
+
+
+def _flip_channels(kernel: np.ndarray) -> np.ndarray:
+  return kernel[:, :, ::-1]
 
 
 # ---- The way out
@@ -270,28 +245,25 @@ def layers_of(model: ConfigDict) -> dict[Path, tuple[str, str]]:
   Of each its name and its place in a file, 'conv2d_3': those of a class are
   numbered in the order of `model.layers`.
   """
-  if model.name in _PER_GROUP:
-    names, places = (
-      _automatic(_example_layers(model.name, model.depth, as_created))
-      for as_created in (True, False)
-    )
+  created, in_model = (
+    _ours(model.name, model.depth, as_created) for as_created in (True, False)
+  )
+  places = _in_turn(in_model, "dense", files.automatic_names)
+  if model.name == "resnet_imagenet":
+    names = _application_names(created, _HEADS[0])
   else:
-    places = _automatic(_application_layers(model.depth))
-    names = {path: _application_name(path) for path in places}
-    names[("head",)] = _HEADS[0]
+    names = _in_turn(created, "dense", files.automatic_names)
   return {path: (name, places[path]) for path, name in names.items()}
 
 
-def _origin_of(model: ConfigDict) -> mapping.OriginOf:
-  names = {path: name for path, (name, _) in layers_of(model).items()}
+def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
+  """See `pytorch_names.origin_of`; `names` are 'keras'."""
+  if names != "keras" or model.name not in _BLOCKS:
+    return None
+  theirs = {path: name for path, (name, _) in layers_of(model).items()}
   flips = model.name == "resnet_imagenet"
-  return functools.partial(_origin, names, flip_stem=flips)
+  return functools.partial(_origin, theirs, flip_stem=flips)
 
-
-# See `pytorch_names.ORIGINS`.
-ORIGINS: dict[tuple[str, str], Callable[[ConfigDict], mapping.OriginOf]] = {
-  ("keras", name): _origin_of for name in (*_PER_GROUP, "resnet_imagenet")
-}
 
 # ---- What a file says of its layers
 
@@ -303,16 +275,25 @@ _CLASSES = (
   *("AveragePooling2D", "GlobalAveragePooling2D", "MaxPooling2D"),
   "ZeroPadding2D",
 )
-# What may follow the head: what makes probabilities of logits.
-_LAST_ACTIVATIONS = ("linear", "softmax")
+# Settings that not every class, or not every Keras, has.
+_USUAL = {
+  "activation": "linear",
+  **{"dilation_rate": [1, 1], "groups": 1},
+  **{"max_value": None, "negative_slope": 0.0, "threshold": 0.0},
+}
+_PLAIN_RELU = {
+  "max_value": (None,),
+  "negative_slope": (0.0, None),
+  "threshold": (0.0, None),
+}
 
 
 def _epsilon(file: files.WeightsFile, usual: float) -> float:
   """The batch norms' epsilon; the usual one if the file does not tell."""
   found = {
-    float(layer.settings["epsilon"])
+    float(layer["config"]["epsilon"])
     for layer in file.layers
-    if layer.kind == "BatchNormalization"
+    if layer["class_name"] == "BatchNormalization"
   }
   for epsilon in found:
     try:
@@ -339,46 +320,31 @@ def _check_layers(
   """Checks that what the file says of its layers, if it does, is so in ours."""
   paths = {name: path for path, name in theirs.items()}
   for layer in file.layers:
-    wrong = _wrong_activation(layer, is_last=layer is file.layers[-1])
-    if not wrong and layer.kind == "Conv2D" and layer.name in paths:
-      strides = _strides(paths[layer.name], stem_strides)
-      wrong = _wrong_conv(layer.settings, strides, padding)
-    if wrong:
-      raise errors.WeightsError(f"{file.path}: the layer {layer.name} {wrong}.")
-
-
-def _wrong_activation(layer: files.Layer, *, is_last: bool) -> str | None:
-  has = layer.settings
-  if layer.kind not in _CLASSES:
-    return f"is a {layer.kind}, which our networks do not have"
-  allowed: tuple[str, ...] = ("linear",)
-  if layer.kind == "Dense" or (layer.kind == "Activation" and is_last):
-    allowed = _LAST_ACTIVATIONS
-  elif layer.kind == "Activation":
-    allowed = ("relu",)
-  if (activation := has.get("activation", "linear")) not in allowed:
-    ours = " or ".join(allowed)
-    return f"has the activation {activation} where ours has {ours}"
-  is_plain = has.get("max_value") is None and not (
-    has.get("negative_slope") or has.get("threshold")
-  )
-  if layer.kind == "ReLU" and not is_plain:
-    return "is a ReLU with a slope, a threshold or a largest value"
-  return None
-
-
-def _wrong_conv(
-  has: Mapping[str, Any], strides: int, padding: str | None
-) -> str | None:
-  if has["strides"] != [strides] * 2:
-    return f"has strides {has['strides']} where ours has {strides}"
-  if padding and has["padding"] != padding:
-    return f"has the padding {has['padding']!r}, not {padding!r}"
-  # Files of Kerases that had no groups do not name them.
-  for key, ours in (("dilation_rate", [1, 1]), ("groups", 1)):
-    if has.get(key, ours) != ours:
-      return f"has {key} {has[key]} where ours has {ours}"
-  return None
+    kind, has = layer["class_name"], _USUAL | layer["config"]
+    what = f"{file.path}: the layer {has['name']}"
+    if kind not in _CLASSES:
+      raise errors.WeightsError(
+        f"{what} is a {kind}, which our networks do not have."
+      )
+    allowed: dict[str, tuple[Any, ...]] = {"activation": ("linear",)}
+    if kind == "Dense" or (kind == "Activation" and layer is file.layers[-1]):
+      # What follows the head makes probabilities of logits.
+      allowed["activation"] = ("linear", "softmax")
+    elif kind == "Activation":
+      allowed["activation"] = ("relu",)
+    elif kind == "ReLU":
+      allowed |= _PLAIN_RELU
+    elif kind == "Conv2D" and has["name"] in paths:
+      strides = _strides(paths[has["name"]], stem_strides)
+      allowed |= {"strides": ([strides, strides],)}
+      allowed |= {"padding": (padding,)} if padding else {}
+      allowed |= {"dilation_rate": ([1, 1],), "groups": (1,)}
+    for key, values in allowed.items():
+      if has[key] not in values:
+        raise errors.WeightsError(
+          f"{what} has the {key} {has[key]} where ours has"
+          f" {' or '.join(map(str, values))}."
+        )
 
 
 def _strides(path: Path, stem_strides: int) -> int:

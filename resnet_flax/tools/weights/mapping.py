@@ -1,9 +1,8 @@
 """From a library's arrays to our variables: every array exactly once."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,9 +19,43 @@ Layout = Callable[[np.ndarray], np.ndarray]
 _MOST_LISTED = 30
 
 
-def as_it_is(array: np.ndarray) -> np.ndarray:
-  """The layout of what both sides keep in the same order."""
-  return array
+class Origin(NamedTuple):
+  """Where one of our arrays comes from."""
+
+  name: str  # Of the library's array.
+  layout: Layout = np.asarray  # Brings it into our order of dimensions.
+  back: Layout = np.asarray  # Brings ours into the library's order.
+
+
+# Where our array of a path comes from.
+OriginOf = Callable[[Path], Origin]
+
+
+class Source:
+  """A kind of network that a library has, as found in a file.
+
+  Args:
+    title: what to call it.
+    num_classes: size of its head.
+    origin: where our arrays come from.
+    normalization: values of that key with which our network computes what
+      theirs does, the recommended one first.
+    model: such values of keys of `config.model`: one, or a tuple of several.
+  """
+
+  def __init__(
+    self,
+    title: str,
+    num_classes: int,
+    origin: OriginOf,
+    normalization: tuple[str, ...],
+    **model: Any,
+  ):
+    self.title, self.num_classes, self.origin = title, num_classes, origin
+    self.needed = {
+      f"model.{key}": value if isinstance(value, tuple) else (value,)
+      for key, value in model.items()
+    } | {"normalization": normalization}
 
 
 def width(found: int, usual: int) -> tuple[int, ...]:
@@ -30,56 +63,19 @@ def width(found: int, usual: int) -> tuple[int, ...]:
   return (0, found) if found == usual else (found,)
 
 
-def shape_of(file: files.WeightsFile, name: str) -> tuple[int, ...]:
-  """The shape of an array of the file; (0,) if it has none."""
-  shape = file.arrays[name].shape if name in file.arrays else ()
-  return shape or (0,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-  """Where one of our arrays comes from."""
-
-  name: str  # Of the library's array.
-  layout: Layout = as_it_is  # Brings it into our order of dimensions.
-  back: Layout | None = None  # Brings ours into its order; None: as `layout`.
-
-
-# Where our array of a path comes from.
-OriginOf = Callable[[Path], Origin]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A kind of network that a library has, as found in a file."""
-
-  title: str  # What to call it.
-  # For keys of the configuration the values, the first of which is recommended,
-  # with which our network computes what theirs does.
-  needed: Mapping[str, tuple[Any, ...]]
-  num_classes: int  # Size of its head.
-  origin: OriginOf
-
-
-def check_config(
-  file: files.WeightsFile, source: Source, config: ConfigDict
-) -> None:
-  """Checks that our network computes what the file's does.
-
-  Most of it shapes cannot show: a wrong epsilon gives wrong logits.
-
-  Raises:
-    ConfigError: it does not; names the values that are needed.
-  """
-  if wrong := differing(source, config):
-    raise errors.ConfigError(
-      f"{file.path} holds {source.title}, of which the configuration is not:"
-      f" needed are {', '.join(wrong.values())}."
-    )
+def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
+  """The error for a file of none of the networks that are known."""
+  some = ", ".join(sorted(file.arrays)[:5]) or "none"
+  return errors.WeightsError(
+    f"{file.path} is of no network that is known: {known}. It has: {some}."
+  )
 
 
 def differing(source: Source, config: ConfigDict) -> dict[str, str]:
-  """For keys whose values `source` cannot have, the flag that is needed."""
+  """For keys whose values `source` cannot have, the flag that is needed.
+
+  Most of them change no shape: a wrong epsilon gives wrong logits.
+  """
   flat = keys.to_flat(config)
   return {
     key: f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"
@@ -110,23 +106,30 @@ def variables(
       shape, or hold what no trained network does.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-  wanted = []
+  wanted = {}
   for entries, leaf in leaves:
-    path = tuple(str(entry.key) for entry in entries)
-    wanted.append((source.origin(path), path, leaf))
-  _check_one_to_one(file, source, wanted)
-  values = []
-  wrong = []
-  for origin, path, leaf in wanted:
+    path = tuple(entry.key for entry in entries)
+    wanted[path] = source.origin(path), _shown("/".join(path), leaf), leaf.shape
+  ours = {origin.name: shown for origin, shown, _ in wanted.values()}
+  assert len(ours) == len(wanted), "an array would be used twice"
+  theirs = {name: _shown(name, array) for name, array in file.arrays.items()}
+  left_over = [theirs[name] for name in theirs if name not in ours]
+  missing = [f"{name} for {ours[name]}" for name in ours if name not in theirs]
+  if left_over or missing:
+    raise errors.WeightsError(
+      f"{file.path} ({source.title}) and the network do not have the same"
+      f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
+    )
+  values, wrong = [], []
+  for path, (origin, shown, shape) in wanted.items():
     array = file.arrays[origin.name]
-    # A layout is for as many dimensions as ours has.
-    value = origin.layout(array) if array.ndim == leaf.ndim else array
-    if value.shape == leaf.shape:
-      values.append(_checked(file, origin, path, value))
+    # A layout is for the dimensions that ours has, in whatever order.
+    fits = sorted(array.shape) == sorted(shape)
+    value = origin.layout(array) if fits else array
+    if value.shape == shape:
+      values.append(_checked(file, origin.name, value, path))
     else:
-      wrong.append(
-        f"{_shown(origin.name, array)} for {_shown('/'.join(path), leaf)}"
-      )
+      wrong.append(f"{theirs[origin.name]} for {shown}")
   if wrong:
     raise errors.WeightsError(
       f"{file.path} ({source.title}) has arrays of other shapes than the"
@@ -135,46 +138,20 @@ def variables(
   return jax.tree_util.tree_unflatten(structure, values)
 
 
-def _check_one_to_one(
-  file: files.WeightsFile,
-  source: Source,
-  wanted: list[tuple[Origin, Path, Any]],
-) -> None:
-  names = {origin.name for origin, _, _ in wanted}
-  assert len(names) == len(wanted), "an array would be used twice"
-  left_over = [
-    _shown(name, array)
-    for name, array in file.arrays.items()
-    if name not in names
-  ]
-  missing = [
-    f"{origin.name} for {_shown('/'.join(path), leaf)}"
-    for origin, path, leaf in wanted
-    if origin.name not in file.arrays
-  ]
-  if left_over or missing:
-    raise errors.WeightsError(
-      f"{file.path} ({source.title}) and the network do not have the same"
-      f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
-    )
-
-
 def _checked(
-  file: files.WeightsFile, origin: Origin, path: Path, value: np.ndarray
+  file: files.WeightsFile, name: str, value: np.ndarray, path: Path
 ) -> np.ndarray:
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-    raise files.wrong_type(file.path, origin.name, value.dtype)
+    raise files.wrong_type(file.path, name, value.dtype)
   # A float64 that float32 does not hold becomes infinite, which is found here.
   with np.errstate(over="ignore"):
     value = np.ascontiguousarray(value, np.float32)
   if not np.isfinite(value).all():
     raise errors.WeightsError(
-      f"{file.path}: {origin.name} holds values that are not finite in float32."
+      f"{file.path}: {name} holds values that are not finite in float32."
     )
   if path[0] == "batch_stats" and path[-1] == "var" and (value < 0).any():
-    raise errors.WeightsError(
-      f"{file.path}: {origin.name} holds negative variances."
-    )
+    raise errors.WeightsError(f"{file.path}: {name} holds negative variances.")
   return value
 
 
@@ -183,7 +160,6 @@ def _shown(name: str, array: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-  if not names:
-    return "none"
   more = len(names) - _MOST_LISTED
-  return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" * (more > 0))
+  rest = f" and {more} more" if more > 0 else ""
+  return (", ".join(names[:_MOST_LISTED]) or "none") + rest

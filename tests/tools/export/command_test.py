@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import sys
-import types
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ import resnet_flax
 from resnet_flax import train
 from resnet_flax.run import errors
 from resnet_flax.tools import convert
-from resnet_flax.tools.export import command, weights
+from resnet_flax.tools.export import command, programs, weights
 from tests.helpers import ROOT, run_module
 from tests.tools.weights import networks
 
@@ -153,9 +152,7 @@ def test_programs_are_written_by_their_module(converted, tmp_path, monkeypatch):
   def write_onnx(loaded, folder):
     (folder / "model.onnx").write_text(str(loaded.step))
 
-  programs = types.SimpleNamespace(write_onnx=write_onnx)
-  name = "resnet_flax.tools.export.programs"
-  monkeypatch.setitem(sys.modules, name, programs)
+  monkeypatch.setattr(programs, "write_onnx", write_onnx)
   command.export(converted[0], tmp_path / "out", "onnx")
   assert names_in(tmp_path / "out") == BESIDE | {"model.onnx"}
 

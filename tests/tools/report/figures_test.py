@@ -52,17 +52,15 @@ def texts(figure):
   return [text.get_text() for text in legend.get_texts()]
 
 
-def summarize(probabilities, labels):
+def summarize(probabilities, labels, class_names=None):
   count, classes = np.shape(probabilities)
   labels = np.array(labels, np.int32)
   images = np.full((count, 32, 32, 3), 127, np.uint8)
-  return scores.summarize(
-    types.whole_split(images, labels),
-    labels,
-    np.array(probabilities, np.float32),
-    class_names=tuple(f"$class{k}" for k in range(classes)),
-    step=1,
-  )
+  split = types.whole_split(images, labels)
+  names = class_names or tuple(f"$class{k}" for k in range(classes))
+  dataset = types.Dataset(split, None, split, names, "source")
+  probabilities = np.array(probabilities, np.float32)
+  return scores.summarize(dataset, labels, probabilities, step=1)
 
 
 @pytest.fixture
@@ -260,15 +258,8 @@ def test_confusion_of_many_classes_has_no_numbers(drawn):
 
 def test_names_of_classes_may_hold_any_character():
   """An escape character would make the SVG no XML."""
-  labels = np.array([0, 1], np.int32)
-  images = np.full((2, 32, 32, 3), 127, np.uint8)
-  scored = scores.summarize(
-    types.whole_split(images, labels),
-    labels,
-    np.array([[0.9, 0.1], [0.8, 0.2]], np.float32),
-    class_names=("\x1b[31m", "a\nb"),
-    step=1,
-  )
+  names = ("\x1b[31m", "a\nb")
+  scored = summarize([[0.9, 0.1], [0.8, 0.2]], [0, 1], names)
   for figure in (figures.confusion, figures.mistakes):
     ElementTree.fromstring(figure(scored, "name", "what").svg)
 

@@ -50,9 +50,12 @@ def test_report(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--out=out"], "error: no runs: pass their workdirs"),
-    (["{runs}"], "error: no --out: pass the report's folder"),
-    (["{runs}", "--out=out", "--workdir=x"], "error: --workdir and --config"),
+    (["--out=out"], "error: the following arguments are required: FOLDER"),
+    (["{runs}"], "error: the following arguments are required: --out"),
+    (
+      ["{runs}", "--out=out", "--workdir=x"],
+      "error: unrecognized arguments: --workdir=x",
+    ),
   ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, message):

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import errors
+from resnet_flax.run import errors, load
 from resnet_flax.tools.report import report
 from tests.tools.report import workdirs
 
@@ -176,17 +176,16 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
     path.write_text(json.dumps(config))
   asked = []
 
-  def score(run, seed):
-    assert seed in run.seeds
-    asked.append(run.name)
+  def predict_test(workdir, seed, opened):
+    asked.append((workdir.name, seed))
     raise errors.DataError("none here.")
 
-  monkeypatch.setattr(report, "score", score)
+  monkeypatch.setattr(load, "predict_test", predict_test)
   page = Page(report.make([tmp_path], tmp_path / "out", scored).page)
   assert page.text.count("This could not be made: none here.") == len(groups)
   # Of a group the best run.
-  names = {1: "a", 2: "c", 3: "d"}
-  assert asked == [names[number] for number in groups]
+  best = {1: ("a", 0), 2: ("c", 2), 3: ("d", 0)}
+  assert asked == [best[number] for number in groups]
 
 
 def test_each_figure_is_of_one_data_set(tmp_path):

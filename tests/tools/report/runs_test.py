@@ -200,9 +200,11 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
     "resnet_v1, depth=110",
   ]
   assert [group.number for group in (plain, shallow, deep)] == [1, 2, 3]
-  assert shallow.final("test_accuracy") == runs.Statistic.of([0.3, 0.5])
-  assert shallow.final("test_accuracy").n == 2
-  assert deep.final("test_accuracy").std is None
+  assert shallow.statistic("last", "test_accuracy") == runs.Statistic.of(
+    [0.3, 0.5]
+  )
+  assert shallow.statistic("last", "test_accuracy").n == 2
+  assert deep.statistic("last", "test_accuracy").std is None
 
 
 def test_runs_on_different_data_are_no_repetitions(tmp_path):
@@ -217,7 +219,7 @@ def test_runs_on_different_data_are_no_repetitions(tmp_path):
     ("cifar10 (unknown)", 1),
   ]
   assert [len(each) for _, each in runs.by_data(groups)] == [1, 1, 1]
-  assert groups[0].final("test_accuracy").n == 2
+  assert groups[0].statistic("last", "test_accuracy").n == 2
 
 
 def test_one_group_is_called_by_its_network(tmp_path):
@@ -292,7 +294,9 @@ def test_same_seed_twice_is_counted_once(tmp_path):
   workdirs.write(tmp_path / "c", [0.1, 0.2, 0.4], seed=7)
   (group,) = groups_of(tmp_path)
   assert [r.run.name for r in group.repetitions] == ["b"]
-  assert group.final("test_accuracy") == runs.Statistic(0.4, None, 1)
+  assert group.statistic("last", "test_accuracy") == runs.Statistic(
+    0.4, None, 1
+  )
   assert [run.name for run in group.runs] == ["a", "b", "c"]
   assert [run.name for run in group.counted_runs] == ["b"]
 
@@ -304,19 +308,23 @@ def test_unfinished_runs(tmp_path):
   (group,) = groups_of(tmp_path)
   # None is finished: what all that have begun have.
   assert (group.finished, group.num_epochs) == (False, 1)
-  assert group.final("test_accuracy") == runs.Statistic.of([0.3, 0.5])
+  assert group.statistic("last", "test_accuracy") == runs.Statistic.of(
+    [0.3, 0.5]
+  )
   # Once one is finished, the others are not compared with it.
   workdirs.write(tmp_path / "d", [0.1, 0.2, 0.6], seed=3)
   (group,) = groups_of(tmp_path)
   assert (group.finished, group.num_epochs) == (True, 3)
-  assert group.final("test_accuracy") == runs.Statistic(0.6, None, 1)
+  assert group.statistic("last", "test_accuracy") == runs.Statistic(
+    0.6, None, 1
+  )
 
 
 def test_nothing_yet(tmp_path):
   workdirs.write(tmp_path / "a", [])
   (group,) = groups_of(tmp_path)
-  assert group.final("test_accuracy") is None
-  assert group.best("test_accuracy") is None
+  assert group.statistic("last", "test_accuracy").n == 0
+  assert group.statistic("best", "test_accuracy").n == 0
   assert group.runs[0].chosen_by is None
   assert not group.finished
 
@@ -325,7 +333,7 @@ def test_best_epoch_is_chosen_by_the_monitor(tmp_path):
   workdirs.write(tmp_path / "run", [0.5, 0.7, 0.6])
   (group,) = groups_of(tmp_path)
   assert group.runs[0].chosen_by == "test_accuracy"
-  assert group.best("test_accuracy").mean == 0.7
+  assert group.statistic("best", "test_accuracy").mean == 0.7
   path = tmp_path / "run" / "metrics.jsonl"
   records = [json.loads(line) for line in path.read_text().splitlines()]
   for record, validation in zip(records, [0.1, 0.2, 0.3], strict=True):
@@ -333,7 +341,7 @@ def test_best_epoch_is_chosen_by_the_monitor(tmp_path):
   path.write_text("".join(json.dumps(record) + "\n" for record in records))
   (group,) = groups_of(tmp_path)
   assert group.runs[0].chosen_by == "val_accuracy"
-  assert group.best("test_accuracy").mean == 0.6
+  assert group.statistic("best", "test_accuracy").mean == 0.6
 
 
 def test_several_seeds_in_one_run(tmp_path):
@@ -346,9 +354,13 @@ def test_several_seeds_in_one_run(tmp_path):
     ("a", 4),
     ("b", 5),
   ]
-  assert group.final("test_accuracy") == runs.Statistic.of([0.5, 0.6, 0.8])
+  assert group.statistic("last", "test_accuracy") == runs.Statistic.of(
+    [0.5, 0.6, 0.8]
+  )
   # Each seed at its own best epoch, as if it had been trained alone.
-  assert group.best("test_accuracy") == runs.Statistic.of([0.6, 0.9, 0.8])
+  assert group.statistic("best", "test_accuracy") == runs.Statistic.of(
+    [0.6, 0.9, 0.8]
+  )
   assert group.curves("train_accuracy").shape == (3, 3)
   # One program: its time is not counted twice.
   assert [run.name for run in group.counted_runs] == ["a", "b"]

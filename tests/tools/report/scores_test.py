@@ -7,13 +7,17 @@ import pytest
 import resnet_flax
 from resnet_flax import data as datasets, train
 from resnet_flax.data import types
-from resnet_flax.run import errors, metrics
-from resnet_flax.tools.report import report, runs, scores
+from resnet_flax.run import errors, load, metrics
+from resnet_flax.tools.report import runs, scores
 
 
 def read(folder):
   (run,) = runs.read([folder])
   return run
+
+
+def score(run, seed):
+  return scores.summarize(*load.predict_test(run.folder, seed, opened={}))
 
 
 @pytest.fixture
@@ -23,58 +27,53 @@ def copied(trained, tmp_path):
   return tmp_path / "run"
 
 
+def summarize(images, labels, probabilities, class_names):
+  split = types.whole_split(images, np.array(labels, np.int32))
+  dataset = types.Dataset(split, None, split, class_names, "source")
+  probabilities = np.array(probabilities, np.float32)
+  return scores.summarize(dataset, np.array(labels), probabilities, step=7)
+
+
 def test_summarize():
   images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
-  probabilities = np.array(
-    [
-      [0.6, 0.3, 0.1],  # Wrong.
-      [0.2, 0.7, 0.1],
-      [0.1, 0.0, 0.9],  # Wrong, and surer of it.
-      [0.6, 0.2, 0.2],  # Wrong, as sure as the first one.
-      [0.0, 0.1, 0.9],
-    ],
-    np.float32,
-  )
-  labels = np.array([1, 1, 0, 1, 2], np.int32)
-  scored = scores.summarize(
-    types.whole_split(images, labels),
-    labels,
-    probabilities,
-    class_names=("a", "b", "c"),
-    step=7,
-  )
+  probabilities = [
+    [0.6, 0.3, 0.1],  # Wrong.
+    [0.2, 0.7, 0.1],
+    [0.1, 0.0, 0.9],  # Wrong, and surer of it.
+    [0.6, 0.2, 0.2],  # Wrong, as sure as the first one.
+    [0.0, 0.1, 0.9],
+  ]
+  scored = summarize(images, [1, 1, 0, 1, 2], probabilities, ("a", "b", "c"))
   np.testing.assert_array_equal(
     scored.confusion, [[0, 0, 1], [2, 1, 0], [0, 0, 1]]
   )
   assert (scored.num_correct, scored.num_images, scored.step) == (2, 5, 7)
-  wrong = scored.mistakes
-  assert wrong.positions.tolist() == [2, 0, 3]
-  assert wrong.images.ravel().tolist() == [2, 0, 3]
-  assert wrong.labels.tolist() == [0, 1, 1]
-  assert wrong.predicted.tolist() == [2, 0, 0]
-  np.testing.assert_allclose(wrong.confidences, [0.9, 0.6, 0.6])
-  assert scored.confused(9) == [(1, 0, 2), (0, 2, 1)]
-  assert scored.confused(1) == [(1, 0, 2)]
+  wrong = [
+    (each.position, each.image.item(), each.true, each.predicted)
+    for each in scored.mistakes
+  ]
+  assert wrong == [(2, 2, "a", "c"), (0, 0, "b", "a"), (3, 3, "b", "a")]
+  confidences = [each.confidence for each in scored.mistakes]
+  np.testing.assert_allclose(confidences, [0.9, 0.6, 0.6])
+  assert scored.confused(9) == [("b", "a", 2), ("a", "c", 1)]
+  assert scored.confused(1) == [("b", "a", 2)]
 
 
 def test_most_confident_are_kept():
   count = 100
   confidence = np.linspace(0.51, 0.99, count, dtype=np.float32)
-  scored = scores.summarize(
-    types.whole_split(
-      np.zeros((count, 1, 1, 1), np.uint8), np.ones(count, np.int32)
-    ),
+  scored = summarize(
+    np.zeros((count, 1, 1, 1), np.uint8),
     np.ones(count, np.int32),
     np.stack([confidence, 1 - confidence], axis=1),
-    class_names=("a", "b"),
-    step=1,
+    ("a", "b"),
   )
-  assert scored.mistakes.positions.tolist() == list(range(99, 74, -1))
+  assert [each.position for each in scored.mistakes] == [*range(99, 74, -1)]
 
 
 def test_score_is_that_of_the_record(trained):
   run = read(trained)
-  scored = report.score(run, run.seeds[0])
+  scored = score(run, run.seeds[0])
   best = metrics.best_record(run.records, "accuracy")
   assert scored.step == best["step"]
   assert scored.num_images == 360
@@ -82,20 +81,20 @@ def test_score_is_that_of_the_record(trained):
   # The most confident mistake is one, by the network itself.
   loaded = resnet_flax.load_model(trained)
   dataset = datasets.load(loaded.config.dataset)
-  position = scored.mistakes.positions[:1]
-  images, labels = dataset.test.take(position)
-  np.testing.assert_array_equal(images, scored.mistakes.images[:1])
-  probabilities = loaded.predict(images)[0]
-  assert np.argmax(probabilities) == scored.mistakes.predicted[0] != labels[0]
-  assert max(probabilities) == pytest.approx(
-    scored.mistakes.confidences[0], rel=1e-5
-  )
+  first = scored.mistakes[0]
+  images, labels = dataset.test.take(np.array([first.position]))
+  np.testing.assert_array_equal(images[0], first.image)
+  (probabilities,) = loaded.predict(images)
+  names = dataset.class_names
+  assert names[np.argmax(probabilities)] == first.predicted
+  assert names[labels[0]] == first.true != first.predicted
+  assert max(probabilities) == pytest.approx(first.confidence, rel=1e-5)
 
 
 def test_no_checkpoint(copied):
   shutil.rmtree(copied / "checkpoints")
   with pytest.raises(errors.WorkdirError, match="no best checkpoint"):
-    report.score(read(copied), 0)
+    score(read(copied), 0)
 
 
 def test_other_data(copied):
@@ -103,7 +102,7 @@ def test_other_data(copied):
   environment = json.loads(path.read_text()) | {"data": "cifar10-1-ab"}
   path.write_text(json.dumps(environment))
   with pytest.raises(errors.WorkdirError, match="cifar10-1-ab there, digits"):
-    report.score(read(copied), 0)
+    score(read(copied), 0)
 
 
 def test_several_seeds(make_tiny_config, tmp_path, one_device):
@@ -114,5 +113,5 @@ def test_several_seeds(make_tiny_config, tmp_path, one_device):
   run = read(tmp_path / "run")
   for seed in run.seeds:
     best = run.best_record(seed, 1)
-    scored = report.score(run, seed)
+    scored = score(run, seed)
     assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])

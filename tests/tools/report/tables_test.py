@@ -1,25 +1,22 @@
 import csv
 import io
-import operator
 
 from resnet_flax.tools.report import runs, tables
 
 COLUMNS = [
-  tables.Column("#", operator.itemgetter(0)),
-  tables.Column("what", operator.itemgetter(1)),
-  tables.Column("accuracy (%)", operator.itemgetter(2), 2, statistic=True),
-  tables.Column("speed", operator.itemgetter(3), 1),
+  tables.Column("#", [1, 2, 3]),
+  tables.Column("what", ["a|b", "<b>", "*"]),
+  tables.Column(
+    "accuracy (%)",
+    [
+      runs.Statistic(92.163, 0.118, 5),
+      runs.Statistic(91.0, None, 1),
+      runs.Statistic.of([]),
+    ],
+  ),
+  tables.Column("speed", [1234.56, 70.13000000000001, None], 1),
 ]
-TABLE = tables.Table(
-  "name",
-  "A caption.",
-  [
-    [1, "a|b", runs.Statistic(92.163, 0.118, 5), 1234.56],
-    [2, "<b>", runs.Statistic(91.0, None, 1), 70.13000000000001],
-    [3, "*", None, None],
-  ],
-  *COLUMNS,
-)
+TABLE = tables.Table("name", "A caption.", *COLUMNS)
 
 
 def test_markdown():
@@ -56,9 +53,7 @@ def test_csv():
 def test_cells_may_hold_any_character():
   """A line break tears Markdown, and a spreadsheet runs what begins with =."""
   names = ["=1+1", "+1", "-1", "@x", "a\nb", "\x1b[31m", "\u202e"]
-  table = tables.Table(
-    "name", "A caption.", names, tables.Column("run", lambda name: name)
-  )
+  table = tables.Table("name", "A caption.", tables.Column("run", names))
   rows = [row["run"] for row in csv.DictReader(io.StringIO(table.to_csv()))]
   assert rows[:4] == ["'=1+1", "'+1", "'-1", "'@x"]
   assert all(row.isprintable() for row in rows)

@@ -18,11 +18,11 @@ LIKE = {
 def origin(path):
   transposed = path[-1] == "a"
   return mapping.Origin(
-    f"their_{path[-1]}", np.transpose if transposed else mapping.as_it_is
+    f"their_{path[-1]}", np.transpose if transposed else np.asarray
   )
 
 
-SOURCE = mapping.Source("a network", {}, 0, origin)
+SOURCE = mapping.Source("a network", 0, origin, ())
 
 
 def good():
