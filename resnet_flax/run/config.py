@@ -21,9 +21,11 @@ from resnet_flax.run.keys import (
 )
 
 LAST_SEED = 2**32 - 1
-_SMALL = ("resnet_v1", "resnet_v2", "plain", "preact", "highway")
-_RESNETS = (*_SMALL, "resnet_imagenet", "plain_imagenet")
-_NORMED = (*_SMALL, "vgg")
+_GROUPED = ("resnext", "resnet_imagenet")
+_SMALL = ("resnet_v1", "resnet_v2", "preact", "wide_resnet", "highway")
+_RESIDUAL = (*_SMALL, *_GROUPED)
+_RESNETS = (*_RESIDUAL, "plain", "plain_imagenet")
+_NORM = choice("batch_norm", "group_norm", "none")
 _NORMALIZATION = choice("pixel_mean", "channel", "imagenet", "caffe", "none")
 _DATASET = choice(
   *("cifar10", "cifar100", "digits", "imagenet2012", "folder"), prefix="tfds/"
@@ -136,14 +138,33 @@ _KEYS = (
   Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
   Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
     "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
-    " resnet_v2 (9n+2). For large ones: resnet_imagenet (18, 34, 50, 101, 152),"
-    " plain_imagenet (18, 34), vgg (19), alexnet (8)."
+    " resnet_v2 and resnext (9n+2), wide_resnet (6n+4). For large ones:"
+    " resnet_imagenet (18, 34, 50, 101, 152), plain_imagenet (18, 34), vgg"
+    " (19), alexnet (8)."
   ),
   Key("model.depth", 20, integer(1, 2000)).means(
     "Weighted layers, shortcuts not counted."
   ),
   Key("model.num_filters", 0, integer(0, 1024), _RESNETS).means(
     "Channels of the stem. 0: 16, or 64 for large images."
+  ),
+  Key("model.widen_factor", 10, integer(1, 64), ("wide_resnet",)).means(
+    "Width of the first stage over the stem's: 10 of WRN-28-10."
+  ),
+  Key("model.groups", 0, integer(0, 1024), _GROUPED).means(
+    "Groups of a bottleneck's 3x3 convolution (ResNeXt's cardinality). 0: 8 for"
+    " resnext, else 1."
+  ),
+  Key("model.group_width", 0, integer(0, 4096), _GROUPED).means(
+    "Channels of each group in the first stage. 0: the stem's channels."
+  ),
+  Key("model.squeeze_excitation", 0, integer(0, 1024), _RESNETS).means(
+    "Channels over those of the hidden layer of a gate on every branch (Hu et"
+    " al. 2018: 16). 0: no gates."
+  ),
+  Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
+    "Share of batches for which training drops the last block's branch, others"
+    " the less the earlier they are (Huang et al. 2016: 0.5)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -159,8 +180,8 @@ _KEYS = (
   Key("model.shortcut", "default", _SHORTCUT).means(
     "Where a block changes shape. keras: 1x1 convolution. A: strided identity"
     " and zero channels. B: 1x1 convolution with batch norm. C: B in every"
-    " block. default: keras (resnet_v1, resnet_v2), A (preact, highway), B"
-    " (resnet_imagenet)."
+    " block. default: keras (resnet_v1, resnet_v2, wide_resnet), A (preact,"
+    " highway), B (resnext, resnet_imagenet)."
   ),
   Key("model.stride_in_3x3", True, BOOLEAN, ("resnet_imagenet",)).means(
     "From depth 50 on, the stride is in a bottleneck's 3x3 convolution"
@@ -169,8 +190,16 @@ _KEYS = (
   Key("model.gate_bias", -2.0, number(-100, 100), ("highway",)).means(
     "Initial bias of the transform gates; the papers have -1 to -7."
   ),
-  Key("model.norm", "batch_norm", choice("batch_norm", "none"), _NORMED).means(
-    "The normalisation layers."
+  Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
+    "The normalisation layers. group_norm: of 32 groups, or of 8 channels each"
+    " where that is fewer groups."
+  ),
+  Key("model.weight_standardization", False, BOOLEAN).means(
+    "Convolve by kernels with mean 0 and variance 1 (Qiao et al. 2019)."
+  ),
+  Key("model.block_dropout", 0.0, number(0, 1), ("wide_resnet",)).means(
+    "Share of the pixels of channels that is dropped between a block's"
+    " convolutions (Zagoruyko and Komodakis 2016: 0.3)."
   ),
   Key("model.dropout", 0.5, number(0, 1), ("vgg", "alexnet")).means(
     "Share of the units that are dropped before dense layers."

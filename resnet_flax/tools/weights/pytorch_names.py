@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.models import registry
+from resnet_flax.models import bottleneck
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, Path, Source, shape_of
@@ -29,8 +29,8 @@ _NORM = {
 # (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
 # only in their blocks.
 _IMAGENET_DEPTHS = {
-  (sizes, depth >= registry.FIRST_BOTTLENECK): depth
-  for depth, sizes in registry.IMAGENET_SIZES.items()
+  (sizes, depth >= bottleneck.FIRST_BOTTLENECK): depth
+  for depth, sizes in bottleneck.IMAGENET_SIZES.items()
 }
 
 # The convolutions' indexes in `features`.
@@ -72,8 +72,9 @@ def identify(file: files.WeightsFile) -> Source:
   some = ", ".join(sorted(names)[:5])
   raise errors.WeightsError(
     f"{file.path} is of no network that is known: with PyTorch's names these"
-    " are torchvision's ResNet-18 to 152, VGG-19 and AlexNet, and CIFAR"
-    f" ResNets with three stages and a head 'linear'. It has: {some or 'none'}."
+    " are torchvision's ResNet-18 to 152, wide ones, ResNeXt, VGG-19 and"
+    " AlexNet, and CIFAR ResNets with three stages and a head 'linear'."
+    f" It has: {some or 'none'}."
   )
 
 
@@ -105,10 +106,21 @@ def _torchvision_resnet(file: files.WeightsFile) -> Source:
     **_RESNET,
     "normalization": ("imagenet",),
   }
+  title = f"torchvision's ResNet-{depth}"
   if has_bottlenecks:
-    needed["model.stride_in_3x3"] = (True,)
+    stem = shape_of(file, "conv1.weight")[0]
+    channels, width = shape_of(file, "layer1.0.conv2.weight")[:2]
+    groups = channels // max(width, 1)
+    # Wide ResNets and ResNeXts are called as torchvision calls the latter.
+    if (groups, width) != (1, stem):
+      title += f" {groups}x{width}d"
+    needed |= {
+      "model.stride_in_3x3": (True,),
+      "model.groups": (0, 1) if groups == 1 else (groups,),
+      "model.group_width": mapping.width(width, usual=stem),
+    }
   return Source(
-    f"torchvision's ResNet-{depth}",
+    title,
     needed,
     shape_of(file, "fc.weight")[0],
     _torchvision_origin,
