@@ -1,8 +1,7 @@
 """The basic residual block, and what all kinds of block share.
 
 He et al. 2015 (arXiv:1512.03385) is the source. Convolution, normalisation and
-activation are injected. Other kinds are in `bottleneck`, `preact` and
-`highway`.
+activation are injected. Other kinds are in `other_blocks`.
 """
 
 from collections.abc import Callable
@@ -118,9 +117,9 @@ class BasicBlock(Block):
 
 # ---- By the configuration
 
-BlockDef = Callable[..., Block]
 # (inner, outer) channels of a stage, by its number from 0.
 Widths = Callable[[int], tuple[int, int]]
+Kind = tuple[Callable[..., Block], Widths]
 
 
 def doubling(inner: int, outer: int) -> Widths:
@@ -128,6 +127,6 @@ def doubling(inner: int, outer: int) -> Widths:
   return lambda stage: (inner * 2**stage, outer * 2**stage)
 
 
-def basic(config: ConfigDict, stem: int) -> tuple[BlockDef, Widths]:
+def basic(config: ConfigDict, stem: int) -> Kind:
   """Two convolutions that are as wide as the stem, so many channels."""
   return BasicBlock, doubling(stem, stem)

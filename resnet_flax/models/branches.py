@@ -26,12 +26,10 @@ class Branch(nn.Module):
   def __call__(self, y: jax.Array, context: Context) -> jax.Array:
     """float[B, H, W, C] of the same."""
     if self.squeeze_excitation:
-      channels = y.shape[-1]
-      hidden = max(channels // self.squeeze_excitation, 1)
-      means = jnp.mean(y, axis=(1, 2))
-      means = nn.relu(self.dense(hidden, name="squeeze")(means))
-      gates = nn.sigmoid(self.dense(channels, name="excite")(means))
-      y = y * gates[:, None, None]
+      hidden = max(y.shape[-1] // self.squeeze_excitation, 1)
+      gates = self.dense(hidden, name="squeeze")(jnp.mean(y, axis=(1, 2)))
+      gates = self.dense(y.shape[-1], name="excite")(nn.relu(gates))
+      y = y * nn.sigmoid(gates)[:, None, None]
     if self.stochastic_depth:
       assert context.fraction is not None
       survival = 1 - self.stochastic_depth * context.fraction

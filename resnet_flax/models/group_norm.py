@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from resnet_flax.models.kernels.batch_norm import Activation
 
@@ -27,9 +27,7 @@ class GroupNorm(nn.Module):
   act: Activation | None = None  # Elementwise, applied last; None for none.
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, residual: jax.Array | None = None
-  ) -> jax.Array:
+  def __call__(self, x: Array, residual: Array | None = None) -> Array:
     """act(residual + group_norm(x)), dtype[..., C], of float[..., C]."""
     channels = x.shape[-1]
     most = min(_GROUPS, max(channels // _LEAST_CHANNELS, 1))
@@ -40,10 +38,7 @@ class GroupNorm(nn.Module):
     return y if self.act is None else self.act(y)
 
 
-Convolution = Callable[..., jax.Array]
-
-
-def standardize(convolve: Convolution | None) -> Convolution:
+def standardize(convolve: Callable[..., Array] | None) -> Callable[..., Array]:
   """A convolution by kernels of mean 0 and variance 1 for each output channel.
 
   Weight standardisation of Qiao et al. 2019 (arXiv:1903.10520, equations 5 to

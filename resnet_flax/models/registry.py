@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,13 +11,11 @@ from ml_collections import ConfigDict
 
 from resnet_flax.models import (
   blocks,
-  bottleneck,
   branches,
   feedforward,
   group_norm,
-  highway,
   layers,
-  preact,
+  other_blocks as others,
   resnet,
   stems,
 )
@@ -36,7 +35,7 @@ class Family:
   shortcuts: tuple[str, ...]  # Those that there are, the usual one first.
   # Block and widths, by the configuration and the stem's channels; None: one of
   # `feedforward.NETWORKS`.
-  block: Callable[..., tuple[blocks.BlockDef, blocks.Widths]] | None = None
+  block: Callable[..., blocks.Kind] | None = None
   num_filters: int = 0  # The usual channels of the stem.
   large_images: bool = False  # Which stem, and which sizes of images it takes.
   final_norm_act: bool = False
@@ -44,23 +43,24 @@ class Family:
 
 
 _PREACT = {"final_norm_act": True}
-_RESNEXT = functools.partial(bottleneck.bottleneck, groups=8)
+_WIDE = functools.partial(others.preact, wide=True)
+_RESNEXT = functools.partial(others.bottleneck, groups=8)
 
 MODELS = {
   "resnet_v1": Family(6, blocks.SHORTCUTS, blocks.basic, 16),
-  "resnet_v2": Family(9, ("keras",), preact.keras_bottleneck, 16, **_PREACT),
+  "resnet_v2": Family(9, ("keras",), others.keras_bottleneck, 16, **_PREACT),
   "plain": Family(6, ("none",), blocks.basic, 16),
-  "preact": Family(6, ("A", "keras"), preact.preact, 16, **_PREACT),
+  "preact": Family(6, ("A", "keras"), others.preact, 16, **_PREACT),
   # Its depth counts three shortcuts, too.
-  "wide_resnet": Family(6, ("keras",), preact.wide, 16, besides=4, **_PREACT),
+  "wide_resnet": Family(6, ("keras",), _WIDE, 16, besides=4, **_PREACT),
   "resnext": Family(9, ("B",), _RESNEXT, 64),
-  "highway": Family(6, ("A", "keras", "B"), highway.highway, 16),
+  "highway": Family(6, ("A", "keras", "B"), others.highway, 16),
   "resnet_imagenet": Family(
-    *(bottleneck.IMAGENET_SIZES, ("B", "A", "C"), bottleneck.imagenet, 64),
+    *(others.IMAGENET_SIZES, ("B", "A", "C"), others.imagenet, 64),
     large_images=True,
   ),
   "plain_imagenet": Family(
-    {d: bottleneck.IMAGENET_SIZES[d] for d in (18, 34)},
+    {d: others.IMAGENET_SIZES[d] for d in (18, 34)},
     *(("none",), blocks.basic, 64),
     large_images=True,
   ),
@@ -126,21 +126,17 @@ def _batch_norm(config: ConfigDict) -> Callable[..., nn.Module]:
   )
 
 
-def _group_norm(config: ConfigDict) -> Callable[..., nn.Module]:
-  return functools.partial(group_norm.GroupNorm, dtype=jnp.dtype(config.dtype))
-
-
-def _no_norm(config: ConfigDict) -> Callable[..., nn.Module]:
-  return functools.partial(batch_norm.NoNorm, dtype=jnp.dtype(config.dtype))
+def _of_dtype(norm: Any, config: ConfigDict) -> Callable[..., nn.Module]:
+  return functools.partial(norm, dtype=jnp.dtype(config.dtype))
 
 
 # For `model.norm`: what makes a normalisation layer, by the configuration. It
 # takes `use_running_average`, `act` and `name`; the layer is called with x and,
 # where there is one, a residual.
-NORMS = {
+NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
   "batch_norm": _batch_norm,
-  "group_norm": _group_norm,
-  "none": _no_norm,
+  "group_norm": functools.partial(_of_dtype, group_norm.GroupNorm),
+  "none": functools.partial(_of_dtype, batch_norm.NoNorm),
 }
 
 

@@ -23,6 +23,7 @@ from resnet_flax.run.keys import (
 LAST_SEED = 2**32 - 1
 _GROUPED = ("resnext", "resnet_imagenet")
 _SMALL = ("resnet_v1", "resnet_v2", "preact", "wide_resnet", "highway")
+_DROPPED = ("preact", "wide_resnet")
 _RESIDUAL = (*_SMALL, *_GROUPED)
 _RESNETS = (*_RESIDUAL, "plain", "plain_imagenet")
 _NORM = choice("batch_norm", "group_norm", "none")
@@ -131,11 +132,24 @@ _KEYS = (
   ),
   Key("augment.name", "shift_flip", _AUGMENT).means(
     "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
-    " none: nothing at all. Only for images that are decoded while training:"
+    " none: neither, nor a flip. Only for images decoded while training:"
     " scale_crop (He et al. 2015: shorter side 256 to 480 for crops of 224),"
     " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
   ),
   Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
+  Key("augment.trivial_augment", False, BOOLEAN).means(
+    "First, on bytes, a random operation for each image (Mueller, Hutter 2021)."
+  ),
+  Key("augment.cutout", 0, integer(0, 2048)).means(
+    "Side of a square that is set to 0 (DeVries and Taylor 2017: 16). 0: off."
+  ),
+  Key("augment.mixup", 0.0, number(0, 1e6)).means(
+    "Alpha of mixup, last of all (Zhang et al. 2018: 1 or 0.2). 0: off."
+  ),
+  Key("augment.cutmix", 0.0, number(0, 1e6)).means(
+    "Alpha of CutMix (Yun et al. 2019: 1), in mixup's place; with both, either"
+    " for half of the batches. 0: off."
+  ),
   Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
     "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
     " resnet_v2 and resnext (9n+2), wide_resnet (6n+4). For large ones:"
@@ -152,19 +166,16 @@ _KEYS = (
     "Width of the first stage over the stem's: 10 of WRN-28-10."
   ),
   Key("model.groups", 0, integer(0, 1024), _GROUPED).means(
-    "Groups of a bottleneck's 3x3 convolution (ResNeXt's cardinality). 0: 8 for"
-    " resnext, else 1."
+    "Of a bottleneck's 3x3 convolution. 0: 8 for resnext, else 1."
   ),
   Key("model.group_width", 0, integer(0, 4096), _GROUPED).means(
     "Channels of each group in the first stage. 0: the stem's channels."
   ),
   Key("model.squeeze_excitation", 0, integer(0, 1024), _RESNETS).means(
-    "Channels over those of the hidden layer of a gate on every branch (Hu et"
-    " al. 2018: 16). 0: no gates."
+    "Reduction in the gates of branches (Hu et al. 2018: 16). 0: no gates."
   ),
   Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
-    "Share of batches for which training drops the last block's branch, others"
-    " the less the earlier they are (Huang et al. 2016: 0.5)."
+    "Share of batches that lack the last block's branch (Huang et al. 2016)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -191,15 +202,13 @@ _KEYS = (
     "Initial bias of the transform gates; the papers have -1 to -7."
   ),
   Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
-    "The normalisation layers. group_norm: of 32 groups, or of 8 channels each"
-    " where that is fewer groups."
+    "The layers' normalisation; group_norm is that of Wu and He 2018."
   ),
   Key("model.weight_standardization", False, BOOLEAN).means(
     "Convolve by kernels with mean 0 and variance 1 (Qiao et al. 2019)."
   ),
-  Key("model.block_dropout", 0.0, number(0, 1), ("wide_resnet",)).means(
-    "Share of the pixels of channels that is dropped between a block's"
-    " convolutions (Zagoruyko and Komodakis 2016: 0.3)."
+  Key("model.block_dropout", 0.0, number(0, 1), _DROPPED).means(
+    "Share that is dropped between a block's convolutions."
   ),
   Key("model.dropout", 0.5, number(0, 1), ("vgg", "alexnet")).means(
     "Share of the units that are dropped before dense layers."

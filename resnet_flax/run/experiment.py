@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import optim, step as step_lib
 from resnet_flax.data import augment, dataset, normalize, randomness
+from resnet_flax.data.trivial_augment import trivial_augment
 from resnet_flax.models import registry
 
 
@@ -21,7 +22,10 @@ def build(config: ConfigDict) -> step_lib.Experiment:
     model=registry.create_model(config.model, classes),
     optimizer=optim.create_optimizer(config.optimizer),
     learning_rate=optim.create_learning_rate(config, steps_per_epoch),
-    augment=augment.create_augment(config.augment),
+    augment=augment.create_augment(config.augment, classes),
+    augment_pixels=(
+      trivial_augment if config.augment.trivial_augment else None
+    ),
     image_shape=dataset.info(config.dataset).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import optim
 from resnet_flax.data import augment, crops, dataset, normalize, streaming
-from resnet_flax.models import bottleneck, registry
+from resnet_flax.models import other_blocks as others, registry
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
 
@@ -99,22 +99,13 @@ def check_model(model: ConfigDict) -> None:
     f"model.batch_norm_groups={model.batch_norm_groups} does nothing without"
     " batch norm. Leave it 1.",
   )
-  is_basic = model.name == "resnet_imagenet" and (
-    model.depth < bottleneck.FIRST_BOTTLENECK
-  )
   _require(
-    not is_basic or (model.groups <= 1 and not model.group_width),
-    f"model.groups={model.groups}, model.group_width={model.group_width}:"
-    f" {model.name} has bottlenecks, which have groups, from depth"
-    f" {bottleneck.FIRST_BOTTLENECK} on; at {model.depth} leave both 0.",
-  )
-  without_norm = "none" if model.name == "alexnet" else model.norm
-  _require(
-    not model.weight_standardization
-    or (without_norm != "none" and model.name != "highway"),
-    f"model.weight_standardization=True makes signals grow unless each is"
-    f" normalised; model.name={model.name}, model.norm={without_norm} does not."
-    " Leave it False.",
+    (model.groups <= 1 and not model.group_width)
+    or model.name == "resnext"
+    or model.depth >= others.FIRST_BOTTLENECK,
+    f"model.groups={model.groups}, model.group_width={model.group_width} are of"
+    f" bottlenecks, which {model.name} has from depth {others.FIRST_BOTTLENECK}"
+    f" on; at {model.depth} leave both 0.",
   )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from resnet_flax.models import blocks, bottleneck, highway, layers, preact
+from resnet_flax.models import blocks, layers, other_blocks
 from resnet_flax.models.kernels import batch_norm
 
 EPSILON = 1e-3
@@ -177,7 +177,7 @@ def test_basic_where_it_does_not(shortcut, then):
 @pytest.mark.parametrize("stride_in_3x3", [False, True])
 def test_bottleneck(stride_in_3x3):
   block_cls = functools.partial(
-    bottleneck.BottleneckBlock, stride_in_3x3=stride_in_3x3
+    other_blocks.BottleneckBlock, stride_in_3x3=stride_in_3x3
   )
   block = make(block_cls, shortcut="B", strides=2, filters=6)
   assert_same(block, "bottleneck", "B", stride_in_3x3=stride_in_3x3)
@@ -185,7 +185,7 @@ def test_bottleneck(stride_in_3x3):
 
 def test_bottleneck_of_groups():
   block_cls = functools.partial(
-    bottleneck.BottleneckBlock, stride_in_3x3=True, groups=3
+    other_blocks.BottleneckBlock, stride_in_3x3=True, groups=3
   )
   block = make(block_cls, shortcut="B", strides=2, filters=6, inner=6)
   assert_same(block, "grouped", "B", groups=3)
@@ -193,13 +193,13 @@ def test_bottleneck_of_groups():
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_highway(strides):
-  block = make(highway.HighwayBlock, shortcut="A", strides=strides)
+  block = make(other_blocks.HighwayBlock, shortcut="A", strides=strides)
   assert_same(block, "highway", "A")
 
 
 def test_shut_gates_carry():
   """At a low bias the block is its shortcut, through the last ReLU."""
-  block_cls = functools.partial(highway.HighwayBlock, gate_bias=-30.0)
+  block_cls = functools.partial(other_blocks.HighwayBlock, gate_bias=-30.0)
   block = make(block_cls, shortcut="A")
   variables = block.init(jax.random.key(0), images())
   np.testing.assert_allclose(
@@ -212,8 +212,8 @@ def test_shut_gates_carry():
 @pytest.mark.parametrize(
   ("block_cls", "reference"),
   [
-    (preact.PreActBlock, "preact"),
-    (preact.PreActBottleneckBlock, "preact_bottleneck"),
+    (other_blocks.PreActBlock, "preact"),
+    (other_blocks.PreActBottleneckBlock, "preact_bottleneck"),
   ],
 )
 @pytest.mark.parametrize("first", [False, True])
@@ -226,7 +226,12 @@ def test_preact(block_cls, reference, first):
 @pytest.mark.parametrize("filters", [CHANNELS, 6])
 def test_wide(first, filters):
   """The shortcut takes the activated input where the shape changes."""
-  block = make(preact.WideBlock, shortcut="keras", filters=filters, first=first)
+  block = make(
+    functools.partial(other_blocks.PreActBlock, wide=True),
+    shortcut="keras",
+    filters=filters,
+    first=first,
+  )
   variables = randomized(block)
   x = images()
   of = Reference(variables, 1)
@@ -245,7 +250,7 @@ def test_wide(first, filters):
 def test_dropout_within_wide_blocks():
   """What is kept of the second convolution's input grows by 1 / (1 - rate)."""
   block = make(
-    functools.partial(preact.WideBlock, dropout=0.25),
+    functools.partial(other_blocks.PreActBlock, wide=True, dropout=0.25),
     shortcut="keras",
     inner=500,
   )

@@ -72,22 +72,14 @@ LARGE = {
     ({"model.groups": 8}, "it is for resnext, resnet_imagenet. Leave it 0"),
     (
       LARGE | {"model.groups": 32, "model.group_width": 4},
-      "groups=32, model.group_width=4: .* from depth 50 on; at 18 leave",
+      "groups=32, model.group_width=4 are .* from depth 50 on; at 18 leave",
     ),
     (
       {"model.name": "plain", "model.stochastic_depth": 0.5},
       "does nothing for model.name=plain",
     ),
     ({"model.stochastic_depth": 1.0}, "to below 1"),
-    ({"model.block_dropout": 0.3}, "it is for wide_resnet"),
-    (
-      {"model.norm": "none", "model.weight_standardization": True},
-      "makes signals grow .* model.norm=none does not",
-    ),
-    (
-      {"model.name": "highway", "model.weight_standardization": True},
-      "model.name=highway",
-    ),
+    ({"model.block_dropout": 0.3}, "it is for preact, wide_resnet"),
     (
       {"model.norm": "group_norm", "model.batch_norm_groups": 2},
       "does nothing without batch norm",
@@ -278,7 +270,6 @@ def test_networks_that_pass_can_be_built(name, depth):
   choices = {
     "model.shortcut": ("default", "A", "B", "C", "keras", "none"),
     "model.norm": ("batch_norm", "group_norm", "none"),
-    "model.weight_standardization": (False, True),
     "model.batch_norm_groups": (1, 2),
     "model.remat": (False, True),
     "model.dropout": (0.5, 0.0),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_flax.models import bottleneck
+from resnet_flax.models import other_blocks as others
 from resnet_flax.run import config as config_rules, errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, Path, Source, shape_of
@@ -102,7 +102,6 @@ def _example(file: files.WeightsFile) -> Source:
       "model.shortcut": ("keras", "default"),
       "model.padding": ("same",),
       "model.conv_bias": (True,),
-      "model.norm": ("batch_norm",),
       "model.batch_norm_epsilon": (_epsilon(file, usual=1e-3),),
       # What the example has a switch for.
       "normalization": ("pixel_mean", "none"),
@@ -128,10 +127,7 @@ def _applications(file: files.WeightsFile) -> Source:
     )
   # The head counts, a projection in each of four stages does not.
   depth = num_convs + 1 - 4
-  if (
-    depth < bottleneck.FIRST_BOTTLENECK
-    or depth not in bottleneck.IMAGENET_SIZES
-  ):
+  if depth < others.FIRST_BOTTLENECK or depth not in others.IMAGENET_SIZES:
     raise errors.WeightsError(
       f"{file.path} has {num_convs} convolutions, as none of"
       " keras.applications' ResNet50, ResNet101 and ResNet152 has."
@@ -203,7 +199,7 @@ def _application_layers(depth: int) -> list[Path]:
     shortcut = ["shortcut_conv", "shortcut_bn"] if block == 1 else []
     return ["conv1", "bn1", "conv2", "bn2", *shortcut, "conv3", "bn3"]
 
-  return _in_order(bottleneck.IMAGENET_SIZES[depth], block_layers)
+  return _in_order(others.IMAGENET_SIZES[depth], block_layers)
 
 
 def _in_order(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.models import bottleneck
+from resnet_flax.models import other_blocks as others
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, Path, Source, shape_of
@@ -29,8 +29,8 @@ _NORM = {
 # (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
 # only in their blocks.
 _IMAGENET_DEPTHS = {
-  (sizes, depth >= bottleneck.FIRST_BOTTLENECK): depth
-  for depth, sizes in bottleneck.IMAGENET_SIZES.items()
+  (sizes, depth >= others.FIRST_BOTTLENECK): depth
+  for depth, sizes in others.IMAGENET_SIZES.items()
 }
 
 # The convolutions' indexes in `features`.
@@ -141,7 +141,6 @@ def _cifar_resnet(file: files.WeightsFile) -> Source:
         shape_of(file, "conv1.weight")[0], usual=16
       ),
       "model.shortcut": (shortcut,),
-      "model.norm": ("batch_norm",),
       **_RESNET,
       # Not the mean image: PyTorch's recipes normalise by channel.
       "normalization": ("imagenet", "channel", "none"),
