@@ -9,10 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from resnet_flax.models.kernels.batch_norm import Activation
-
-_GROUPS, _LEAST_CHANNELS = 32, 8
-_EPSILON = 1e-5
+_GROUPS, _LEAST_CHANNELS, _EPSILON = 32, 8, 1e-5
 
 
 class GroupNorm(nn.Module):
@@ -24,7 +21,7 @@ class GroupNorm(nn.Module):
 
   use_running_average: bool  # Of no effect.
   dtype: Any = jnp.float32  # Of the result.
-  act: Activation | None = None  # Elementwise, applied last; None for none.
+  act: Callable[[Array], Array] | None = None  # Elementwise, applied last.
 
   @nn.compact
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
