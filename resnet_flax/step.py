@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +56,8 @@ class Experiment:
   # Share of each label that goes to all classes alike in training (Szegedy et
   # al. 2015, section 7).
   label_smoothing: float = 0.0
+  # Maps (key, uint8[B, H, W, C]) to the last, before normalisation.
+  augment_pixels: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 # ---- The train state
@@ -133,7 +135,8 @@ def metric_sums(
 
   Each entry is a sum over the images that `mask`, bool[B], lets count; its mean
   is recorded and drawn for every split under its name. `loss` is the sum of
-  cross-entropies, `objective` the same with the L2 term.
+  cross-entropies, `objective` the same with the L2 term. Labels are those of
+  the data, whatever targets an augmentation made of them.
   """
   sums = {
     "loss": loss,
@@ -211,6 +214,8 @@ def train_step_with_backward(
 ) -> tuple[TrainState, StepMetrics, PyTree, Mapping[str, PyTree]]:
   """`train_step`, the gradient of its loss and the collections it wrote."""
   keys = step_keys(key, state.step)
+  if experiment.augment_pixels:
+    images = experiment.augment_pixels(keys["augmentation"], images)
   # In the recipe's order: the shift fills edges with normalised pixels.
   images, targets = experiment.augment(
     keys["augmentation"], state.normalization(images), labels

@@ -7,16 +7,14 @@ mixes images changes as well.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_flax.data import crops
+from resnet_flax.data import crops, mixing
 
-Array = jax.Array
-Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
+Augment = mixing.Augment
 
 # The recipe's width_shift_range and height_shift_range, as a fraction.
 _SHIFT_RANGE = 0.1
@@ -106,12 +104,17 @@ MOVES: dict[str, Augment] = {
 }
 
 
-def create_augment(config: ConfigDict) -> Augment:
-  """The augmentation that `config.augment` describes."""
+def create_augment(config: ConfigDict, num_classes: int) -> Augment:
+  """The augmentation that `config.augment` describes, after normalisation."""
   flips = config.flip and config.name != "none"
   # In this order, each with a key of its own by its place. More are added at
   # the end.
-  return compose(MOVES[config.name], random_flip if flips else nothing)
+  used = [MOVES[config.name], random_flip if flips else nothing]
+  if config.cutout:
+    used.append(mixing.cutout(config.cutout))
+  if config.mixup or config.cutmix:
+    used.append(mixing.mix(config.mixup, config.cutmix, num_classes))
+  return compose(*used)
 
 
 def compose(*augmentations: Augment) -> Augment:

@@ -1,9 +1,7 @@
-"""The kinds of residual block, and the shortcuts that they can have.
+"""The basic residual block, and what all kinds of block share.
 
-He et al. 2015 (arXiv:1512.03385) is the source of the blocks that activate
-after the sum, He et al. 2016 (arXiv:1603.05027) of those that activate before
-their convolutions, Srivastava et al. 2015 (arXiv:1505.00387) of the gates.
-Convolution, normalisation and activation are injected.
+He et al. 2015 (arXiv:1512.03385) is the source. Convolution, normalisation and
+activation are injected. Other kinds are in `other_blocks`.
 """
 
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 ModuleDef = Callable[..., nn.Module]
 Activation = Callable[[jax.Array], jax.Array]
@@ -46,7 +45,7 @@ class Context(NamedTuple):
   fraction: jax.Array | None = None
 
 
-_NO_CONTEXT = Context()
+NO_CONTEXT = Context()
 
 
 class Block(nn.Module):
@@ -107,7 +106,7 @@ class BasicBlock(Block):
   """
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
     """See `Block`."""
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
     y = self.norm(act=self.act, name="bn1")(y)
@@ -116,97 +115,18 @@ class BasicBlock(Block):
     return self.norm_add_act("bn2", y, residual, context)
 
 
-class BottleneckBlock(Block):
-  """1x1, 3x3, 1x1, each with BN, add, ReLU (He et al. 2015, figure 5).
+# ---- By the configuration
 
-  With `stride_in_3x3` the 3x3 convolution carries the stride, as in torchvision
-  ('ResNet v1.5'); otherwise the first 1x1 does, as in the paper.
-  """
-
-  stride_in_3x3: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """See `Block`."""
-    first, second = self.strides, 1
-    if self.stride_in_3x3:
-      first, second = second, first
-    y = self.conv(self.inner_filters, (1, 1), first, name="conv1")(x)
-    y = self.norm(act=self.act, name="bn1")(y)
-    y = self.conv(self.inner_filters, (3, 3), second, name="conv2")(y)
-    y = self.norm(act=self.act, name="bn2")(y)
-    y = self.conv(self.num_filters, (1, 1), 1, name="conv3")(y)
-    return self.norm_add_act("bn3", y, self.apply_shortcut(x), context)
+# (inner, outer) channels of a stage, by its number from 0.
+Widths = Callable[[int], tuple[int, int]]
+Kind = tuple[Callable[..., Block], Widths]
 
 
-class HighwayBlock(Block):
-  """(1 - g) * shortcut + g * F, then ReLU, with g = sigmoid(1x1 conv).
-
-  g is the transform gate and 1 - g the carry gate of Srivastava et al. 2015,
-  F the basic block's two convolutions: 'exclusive gating' of He et al. 2016,
-  section 3.1. `gate_bias` is where the gate's bias starts; the more negative,
-  the nearer is the block to its shortcut.
-  """
-
-  gate_bias: float = -2.0
-
-  @nn.compact
-  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """See `Block`."""
-    y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(x)
-    y = self.norm(act=self.act, name="bn1")(y)
-    y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
-    y = self.norm(name="bn2")(y)
-    # The bias is what holds the gate shut, so it is there in any case.
-    gate = self.conv(
-      self.num_filters,
-      (1, 1),
-      self.strides,
-      use_bias=True,
-      bias_init=nn.initializers.constant(self.gate_bias),
-      name="gate_conv",
-    )(x)
-    gate = nn.sigmoid(gate)
-    y = self.apply_branch(y, context)
-    return self.act((1 - gate) * self.apply_shortcut(x) + gate * y)
+def doubling(inner: int, outer: int) -> Widths:
+  """Those of the first stage, twice as many in each that follows."""
+  return lambda stage: (inner * 2**stage, outer * 2**stage)
 
 
-class PreActBlock(Block):
-  """BN-ReLU-3x3, BN-ReLU-3x3, add (He et al. 2016, figure 4e).
-
-  The first block of the network does not repeat the stem's BN-ReLU, and the
-  shortcut takes the block's input as it comes (section 4 and appendix).
-  """
-
-  @nn.compact
-  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """See `Block`."""
-    y = x
-    if not self.first_in_network:
-      y = self.norm(act=self.act, name="bn1")(y)
-    y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(y)
-    y = self.norm(act=self.act, name="bn2")(y)
-    y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
-    return self.apply_shortcut(x) + self.apply_branch(y, context)
-
-
-class PreActBottleneckBlock(Block):
-  """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1, add (He et al. 2016).
-
-  As in the Keras example the first 1x1 carries the stride, the shortcut takes
-  the block's input as it comes, and the first block of the network does not
-  repeat the stem's BN-ReLU.
-  """
-
-  @nn.compact
-  def __call__(self, x: jax.Array, context: Context = _NO_CONTEXT) -> jax.Array:
-    """See `Block`."""
-    y = x
-    if not self.first_in_network:
-      y = self.norm(act=self.act, name="bn1")(y)
-    y = self.conv(self.inner_filters, (1, 1), self.strides, name="conv1")(y)
-    y = self.norm(act=self.act, name="bn2")(y)
-    y = self.conv(self.inner_filters, (3, 3), 1, name="conv2")(y)
-    y = self.norm(act=self.act, name="bn3")(y)
-    y = self.conv(self.num_filters, (1, 1), 1, name="conv3")(y)
-    return self.apply_shortcut(x) + self.apply_branch(y, context)
+def basic(config: ConfigDict, stem: int) -> Kind:
+  """Two convolutions that are as wide as the stem, so many channels."""
+  return BasicBlock, doubling(stem, stem)

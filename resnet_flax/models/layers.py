@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_flax.models import group_norm
+
 he_normal = nn.initializers.he_normal()
 
 # Rows and columns, before and after.
@@ -34,6 +36,8 @@ def conv(
   dtype: jnp.dtype,
   name: str,
   pads: Pads | None = None,
+  groups: int = 1,
+  standardized: bool = False,
   bias_init: Any = nn.initializers.zeros,
   conv_general_dilated: Any = None,
 ) -> nn.Module:
@@ -41,12 +45,16 @@ def conv(
 
   `padding` is that of `window_pads`, unless `pads` replaces it; `dtype` is that
   of the computation, which `conv_general_dilated` does, by default as `lax`.
+  See `group_norm.standardize` for `standardized`.
   """
+  if standardized:
+    conv_general_dilated = group_norm.standardize(conv_general_dilated)
   return nn.Conv(
     num_filters,
     kernel_size,
     strides,
     padding=pads or window_pads(padding, kernel_size),
+    feature_group_count=groups,
     use_bias=use_bias,
     kernel_init=he_normal,
     bias_init=bias_init,

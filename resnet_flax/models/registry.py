@@ -3,107 +3,65 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from resnet_flax.models import blocks, feedforward, layers, resnet, stems
+from resnet_flax.models import (
+  blocks,
+  branches,
+  feedforward,
+  group_norm,
+  layers,
+  other_blocks as others,
+  resnet,
+  stems,
+)
 from resnet_flax.models.kernels import batch_norm, convolution
 from resnet_flax.run import errors
 
-# ---- Blocks and their widths
-
-BlockDef = Callable[..., blocks.Block]
-# (inner, outer) channels of each stage, by those of the stem and the stages.
-Widths = Callable[[int, int], tuple[tuple[int, int], ...]]
-
-
-def _times(factor: int) -> Widths:
-  """Outside so many times as wide as inside: 1 for basic blocks."""
-  return lambda stem, stages: tuple(
-    (stem * 2**k, factor * stem * 2**k) for k in range(stages)
-  )
-
-
-def _keras_bottleneck(stem: int, stages: int) -> tuple[tuple[int, int], ...]:
-  """The Keras example's v2: a stage is as wide inside as its input is."""
-  outer = [stem * 4 * 2**k for k in range(stages)]
-  return tuple(zip([stem, *outer[:-1]], outer, strict=True))
-
-
-def _basic(config: ConfigDict) -> tuple[BlockDef, Widths]:
-  return blocks.BasicBlock, _times(1)
-
-
-def _highway(config: ConfigDict) -> tuple[BlockDef, Widths]:
-  block = functools.partial(blocks.HighwayBlock, gate_bias=config.gate_bias)
-  return block, _times(1)
-
-
-def _imagenet(config: ConfigDict) -> tuple[BlockDef, Widths]:
-  if config.depth < FIRST_BOTTLENECK:
-    return _basic(config)
-  # Bottlenecks (He et al. 2015, table 1).
-  block = functools.partial(
-    blocks.BottleneckBlock, stride_in_3x3=config.stride_in_3x3
-  )
-  return block, _times(4)
-
-
 # ---- Families
-
-# He et al. 2015, table 1: for each depth the blocks of each stage, which are
-# bottlenecks from 50 layers on.
-FIRST_BOTTLENECK = 50
-IMAGENET_SIZES: Mapping[int, tuple[int, ...]] = {
-  18: (2, 2, 2, 2),
-  34: (3, 4, 6, 3),
-  50: (3, 4, 6, 3),
-  101: (3, 4, 23, 3),
-  152: (3, 8, 36, 3),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
   """Networks that differ in depth."""
 
-  # An integer L: three stages of n blocks make L * n + 2 weighted layers. Or,
-  # for each depth that a paper lists, the blocks of each stage.
+  # An integer L: three stages of n blocks make L * n + `besides` weighted
+  # layers. Or, for each depth that a paper lists, the blocks of each stage.
   depths: int | Mapping[int, tuple[int, ...]]
   shortcuts: tuple[str, ...]  # Those that there are, the usual one first.
-  # Block and widths, by the configuration; None: one of `feedforward.NETWORKS`.
-  block: Callable[[ConfigDict], tuple[BlockDef, Widths]] | None = None
+  # Block and widths, by the configuration and the stem's channels; None: one of
+  # `feedforward.NETWORKS`.
+  block: Callable[..., blocks.Kind] | None = None
   num_filters: int = 0  # The usual channels of the stem.
   large_images: bool = False  # Which stem, and which sizes of images it takes.
   final_norm_act: bool = False
+  besides: int = 2
 
+
+_PREACT = {"final_norm_act": True}
+_WIDE = functools.partial(others.preact, wide=True)
+_RESNEXT = functools.partial(others.bottleneck, groups=8)
 
 MODELS = {
-  "resnet_v1": Family(6, blocks.SHORTCUTS, _basic, 16),
-  "resnet_v2": Family(
-    9,
-    ("keras",),
-    lambda config: (blocks.PreActBottleneckBlock, _keras_bottleneck),
-    16,
-    final_norm_act=True,
-  ),
-  "plain": Family(6, ("none",), _basic, 16),
-  "preact": Family(
-    6,
-    ("A", "keras"),
-    lambda config: (blocks.PreActBlock, _times(1)),
-    16,
-    final_norm_act=True,
-  ),
-  "highway": Family(6, ("A", "keras", "B"), _highway, 16),
+  "resnet_v1": Family(6, blocks.SHORTCUTS, blocks.basic, 16),
+  "resnet_v2": Family(9, ("keras",), others.keras_bottleneck, 16, **_PREACT),
+  "plain": Family(6, ("none",), blocks.basic, 16),
+  "preact": Family(6, ("A", "keras"), others.preact, 16, **_PREACT),
+  # Its depth counts three shortcuts, too.
+  "wide_resnet": Family(6, ("keras",), _WIDE, 16, besides=4, **_PREACT),
+  "resnext": Family(9, ("B",), _RESNEXT, 64),
+  "highway": Family(6, ("A", "keras", "B"), others.highway, 16),
   "resnet_imagenet": Family(
-    IMAGENET_SIZES, ("B", "A", "C"), _imagenet, 64, large_images=True
+    *(others.IMAGENET_SIZES, ("B", "A", "C"), others.imagenet, 64),
+    large_images=True,
   ),
   "plain_imagenet": Family(
-    {d: IMAGENET_SIZES[d] for d in (18, 34)},
-    *(("none",), _basic, 64),
+    {d: others.IMAGENET_SIZES[d] for d in (18, 34)},
+    *(("none",), blocks.basic, 64),
     large_images=True,
   ),
   "vgg": Family({19: ()}, ("none",), large_images=True),
@@ -114,7 +72,7 @@ MODELS = {
 def check_depth(name: str, depth: int) -> tuple[int, ...]:
   """The blocks in each stage of a network of so many weighted layers.
 
-  Shortcuts are not counted.
+  Shortcuts are not counted, but in wide_resnet.
 
   Raises:
     ConfigError: no network of the family has this depth; the message names the
@@ -122,13 +80,13 @@ def check_depth(name: str, depth: int) -> tuple[int, ...]:
   """
   if name not in MODELS:
     raise errors.unknown_name("model.name", name, MODELS)
-  depths = MODELS[name].depths
+  depths, besides = MODELS[name].depths, MODELS[name].besides
   if isinstance(depths, int):
-    n, rest = divmod(depth - 2, depths)
+    n, rest = divmod(depth - besides, depths)
     if rest == 0 and n >= 1:
       return (n,) * 3
-    around = [depths * max(k, 1) + 2 for k in (n, n + 1)]
-    title = f"{depths}n+2"
+    around = [depths * max(k, 1) + besides for k in (n, n + 1)]
+    title = f"{depths}n+{besides}"
   else:
     if depth in depths:
       return depths[depth]
@@ -168,14 +126,18 @@ def _batch_norm(config: ConfigDict) -> Callable[..., nn.Module]:
   )
 
 
-def _no_norm(config: ConfigDict) -> Callable[..., nn.Module]:
-  return functools.partial(batch_norm.NoNorm, dtype=jnp.dtype(config.dtype))
+def _of_dtype(norm: Any, config: ConfigDict) -> Callable[..., nn.Module]:
+  return functools.partial(norm, dtype=jnp.dtype(config.dtype))
 
 
 # For `model.norm`: what makes a normalisation layer, by the configuration. It
 # takes `use_running_average`, `act` and `name`; the layer is called with x and,
 # where there is one, a residual.
-NORMS = {"batch_norm": _batch_norm, "none": _no_norm}
+NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
+  "batch_norm": _batch_norm,
+  "group_norm": functools.partial(_of_dtype, group_norm.GroupNorm),
+  "none": functools.partial(_of_dtype, batch_norm.NoNorm),
+}
 
 
 def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
@@ -200,6 +162,7 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       padding=config.padding,
       use_bias=config.conv_bias,
       dtype=dtype,
+      standardized=config.weight_standardization,
       conv_general_dilated=convolution.conv_general_dilated,
     ),
     "norm": NORMS[norm](config),
@@ -215,13 +178,19 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       **feedforward.NETWORKS[config.name],
       **shared,
     )
-  block_cls, widths = family.block(config)
+  block_cls, widths = family.block(config, num_filters(config))
+  if config.squeeze_excitation or config.stochastic_depth:
+    branch = functools.partial(
+      branches.Branch,
+      *(config.squeeze_excitation, config.stochastic_depth, shared["dense"]),
+    )
+    block_cls = functools.partial(block_cls, branch=branch)
   stem = stems.small_images
   if family.large_images:
     stem = functools.partial(stems.large_images, padding=config.padding)
   return resnet.ResNet(
     stage_sizes=stage_sizes,
-    stage_filters=widths(num_filters(config), len(stage_sizes)),
+    stage_filters=tuple(map(widths, range(len(stage_sizes)))),
     stem=stem,
     stem_filters=num_filters(config),
     block_cls=block_cls,

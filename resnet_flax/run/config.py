@@ -21,9 +21,12 @@ from resnet_flax.run.keys import (
 )
 
 LAST_SEED = 2**32 - 1
-_SMALL = ("resnet_v1", "resnet_v2", "plain", "preact", "highway")
-_RESNETS = (*_SMALL, "resnet_imagenet", "plain_imagenet")
-_NORMED = (*_SMALL, "vgg")
+_GROUPED = ("resnext", "resnet_imagenet")
+_SMALL = ("resnet_v1", "resnet_v2", "preact", "wide_resnet", "highway")
+_DROPPED = ("preact", "wide_resnet")
+_RESIDUAL = (*_SMALL, *_GROUPED)
+_RESNETS = (*_RESIDUAL, "plain", "plain_imagenet")
+_NORM = choice("batch_norm", "group_norm", "none")
 _NORMALIZATION = choice("pixel_mean", "channel", "imagenet", "caffe", "none")
 _DATASET = choice(
   *("cifar10", "cifar100", "digits", "imagenet2012", "folder"), prefix="tfds/"
@@ -130,21 +133,50 @@ _KEYS = (
   ),
   Key("augment.name", "shift_flip", _AUGMENT).means(
     "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
-    " none: nothing at all. Only for images that are decoded while training:"
+    " none: neither, nor a flip. Only for images decoded while training:"
     " scale_crop (He et al. 2015: shorter side 256 to 480 for crops of 224),"
     " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
   ),
   Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
+  Key("augment.trivial_augment", False, BOOLEAN).means(
+    "First, on bytes, a random operation for each image (Mueller, Hutter 2021)."
+  ),
+  Key("augment.cutout", 0, integer(0, 2048)).means(
+    "Side of a square that is set to 0 (DeVries and Taylor 2017: 16). 0: off."
+  ),
+  Key("augment.mixup", 0.0, number(0, 1e6)).means(
+    "Alpha of mixup, last of all (Zhang et al. 2018: 1 or 0.2). 0: off."
+  ),
+  Key("augment.cutmix", 0.0, number(0, 1e6)).means(
+    "Alpha of CutMix (Yun et al. 2019: 1), in mixup's place; with both, either"
+    " for half of the batches. 0: off."
+  ),
   Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
     "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
-    " resnet_v2 (9n+2). For large ones: resnet_imagenet (18, 34, 50, 101, 152),"
-    " plain_imagenet (18, 34), vgg (19), alexnet (8)."
+    " resnet_v2 and resnext (9n+2), wide_resnet (6n+4). For large ones:"
+    " resnet_imagenet (18, 34, 50, 101, 152), plain_imagenet (18, 34), vgg"
+    " (19), alexnet (8)."
   ),
   Key("model.depth", 20, integer(1, 2000)).means(
     "Weighted layers, shortcuts not counted."
   ),
   Key("model.num_filters", 0, integer(0, 1024), _RESNETS).means(
     "Channels of the stem. 0: 16, or 64 for large images."
+  ),
+  Key("model.widen_factor", 10, integer(1, 64), ("wide_resnet",)).means(
+    "Width of the first stage over the stem's: 10 of WRN-28-10."
+  ),
+  Key("model.groups", 0, integer(0, 1024), _GROUPED).means(
+    "Of a bottleneck's 3x3 convolution. 0: 8 for resnext, else 1."
+  ),
+  Key("model.group_width", 0, integer(0, 4096), _GROUPED).means(
+    "Channels of each group in the first stage. 0: the stem's channels."
+  ),
+  Key("model.squeeze_excitation", 0, integer(0, 1024), _RESNETS).means(
+    "Reduction in the gates of branches (Hu et al. 2018: 16). 0: no gates."
+  ),
+  Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
+    "Share of batches that lack the last block's branch (Huang et al. 2016)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -160,8 +192,8 @@ _KEYS = (
   Key("model.shortcut", "default", _SHORTCUT).means(
     "Where a block changes shape. keras: 1x1 convolution. A: strided identity"
     " and zero channels. B: 1x1 convolution with batch norm. C: B in every"
-    " block. default: keras (resnet_v1, resnet_v2), A (preact, highway), B"
-    " (resnet_imagenet)."
+    " block. default: keras (resnet_v1, resnet_v2, wide_resnet), A (preact,"
+    " highway), B (resnext, resnet_imagenet)."
   ),
   Key("model.stride_in_3x3", True, BOOLEAN, ("resnet_imagenet",)).means(
     "From depth 50 on, the stride is in a bottleneck's 3x3 convolution"
@@ -170,8 +202,14 @@ _KEYS = (
   Key("model.gate_bias", -2.0, number(-100, 100), ("highway",)).means(
     "Initial bias of the transform gates; the papers have -1 to -7."
   ),
-  Key("model.norm", "batch_norm", choice("batch_norm", "none"), _NORMED).means(
-    "The normalisation layers."
+  Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
+    "The layers' normalisation; group_norm is that of Wu and He 2018."
+  ),
+  Key("model.weight_standardization", False, BOOLEAN).means(
+    "Convolve by kernels with mean 0 and variance 1 (Qiao et al. 2019)."
+  ),
+  Key("model.block_dropout", 0.0, number(0, 1), _DROPPED).means(
+    "Share that is dropped between a block's convolutions."
   ),
   Key("model.dropout", 0.5, number(0, 1), ("vgg", "alexnet")).means(
     "Share of the units that are dropped before dense layers."

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import optim, step as step_lib
 from resnet_flax.data import augment, dataset, normalize, randomness, types
+from resnet_flax.data.trivial_augment import trivial_augment
 from resnet_flax.models import registry
 
 
@@ -22,7 +23,10 @@ def build(
     model=registry.create_model(config.model, classes),
     optimizer=optim.create_optimizer(config.optimizer),
     learning_rate=optim.create_learning_rate(config, steps_per_epoch),
-    augment=augment.create_augment(config.augment),
+    augment=augment.create_augment(config.augment, classes),
+    augment_pixels=(
+      trivial_augment if config.augment.trivial_augment else None
+    ),
     image_shape=dataset.info(config.dataset, facts).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,

@@ -11,7 +11,7 @@ from resnet_flax.data import (
   streaming,
   types,
 )
-from resnet_flax.models import registry
+from resnet_flax.models import other_blocks as others, registry
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
 
@@ -111,6 +111,14 @@ def check_model(model: ConfigDict) -> None:
     model.batch_norm_groups == 1 or model.norm == "batch_norm",
     f"model.batch_norm_groups={model.batch_norm_groups} does nothing without"
     " batch norm. Leave it 1.",
+  )
+  _require(
+    (model.groups <= 1 and not model.group_width)
+    or model.name == "resnext"
+    or model.depth >= others.FIRST_BOTTLENECK,
+    f"model.groups={model.groups}, model.group_width={model.group_width} are of"
+    f" bottlenecks, which {model.name} has from depth {others.FIRST_BOTTLENECK}"
+    f" on; at {model.depth} leave both 0.",
   )
 
 

@@ -19,7 +19,7 @@ LABELS = jnp.zeros(8, jnp.int32)
 def create(name, flip=True):
   config = base.get_config().augment
   config.update({"name": name, "flip": flip})
-  created = augment.create_augment(config)
+  created = augment.create_augment(config, 10)
   return lambda key, images: created(key, images, LABELS)[0]
 
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from configs import base
-from resnet_flax import models
-from resnet_flax.models import blocks, layers
+from resnet_flax.models import blocks, layers, other_blocks
 from resnet_flax.models.kernels import batch_norm
 
 EPSILON = 1e-3
@@ -30,10 +28,12 @@ def test_subsample_and_pad(size):
   np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
-def make(block_cls, *, shortcut, strides=1, filters=CHANNELS, first=False):
+def make(
+  block_cls, *, shortcut, strides=1, filters=CHANNELS, first=False, inner=3
+):
   """A block at inference."""
   return block_cls(
-    inner_filters=3,
+    inner_filters=inner,
     num_filters=filters,
     strides=strides,
     first_in_network=first,
@@ -111,6 +111,22 @@ class Reference:
     y = nn.relu(self.bn("bn2", self.conv("conv2", y, second)))
     return nn.relu(self.bn("bn3", self.conv("conv3", y)) + residual)
 
+  def grouped(self, x, residual, groups):
+    """Xie et al. 2017, figure 3b: each path by itself, then concatenated."""
+    y = nn.relu(self.bn("bn1", self.conv("conv1", x)))
+    layer = self.params["conv2"]
+    width = y.shape[-1] // groups
+    paths = []
+    for k in range(groups):
+      part = slice(k * width, (k + 1) * width)
+      self.params["path"] = {
+        "kernel": layer["kernel"][..., part],
+        "bias": layer["bias"][part],
+      }
+      paths.append(self.conv("path", y[..., part], self.strides))
+    y = nn.relu(self.bn("bn2", jnp.concatenate(paths, -1)))
+    return nn.relu(self.bn("bn3", self.conv("conv3", y)) + residual)
+
   def highway(self, x, residual):
     y = nn.relu(self.bn("bn1", self.conv("conv1", x, self.strides)))
     y = self.bn("bn2", self.conv("conv2", y))
@@ -161,21 +177,29 @@ def test_basic_where_it_does_not(shortcut, then):
 @pytest.mark.parametrize("stride_in_3x3", [False, True])
 def test_bottleneck(stride_in_3x3):
   block_cls = functools.partial(
-    blocks.BottleneckBlock, stride_in_3x3=stride_in_3x3
+    other_blocks.BottleneckBlock, stride_in_3x3=stride_in_3x3
   )
   block = make(block_cls, shortcut="B", strides=2, filters=6)
   assert_same(block, "bottleneck", "B", stride_in_3x3=stride_in_3x3)
 
 
+def test_bottleneck_of_groups():
+  block_cls = functools.partial(
+    other_blocks.BottleneckBlock, stride_in_3x3=True, groups=3
+  )
+  block = make(block_cls, shortcut="B", strides=2, filters=6, inner=6)
+  assert_same(block, "grouped", "B", groups=3)
+
+
 @pytest.mark.parametrize("strides", [1, 2])
 def test_highway(strides):
-  block = make(blocks.HighwayBlock, shortcut="A", strides=strides)
+  block = make(other_blocks.HighwayBlock, shortcut="A", strides=strides)
   assert_same(block, "highway", "A")
 
 
 def test_shut_gates_carry():
   """At a low bias the block is its shortcut, through the last ReLU."""
-  block_cls = functools.partial(blocks.HighwayBlock, gate_bias=-30.0)
+  block_cls = functools.partial(other_blocks.HighwayBlock, gate_bias=-30.0)
   block = make(block_cls, shortcut="A")
   variables = block.init(jax.random.key(0), images())
   np.testing.assert_allclose(
@@ -188,8 +212,8 @@ def test_shut_gates_carry():
 @pytest.mark.parametrize(
   ("block_cls", "reference"),
   [
-    (blocks.PreActBlock, "preact"),
-    (blocks.PreActBottleneckBlock, "preact_bottleneck"),
+    (other_blocks.PreActBlock, "preact"),
+    (other_blocks.PreActBottleneckBlock, "preact_bottleneck"),
   ],
 )
 @pytest.mark.parametrize("first", [False, True])
@@ -198,81 +222,51 @@ def test_preact(block_cls, reference, first):
   assert_same(block, reference, "keras", first=first)
 
 
-class DropBranch(nn.Module):
-  """Stochastic depth by the linear rule (Huang et al. 2016, section 3)."""
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("filters", [CHANNELS, 6])
+def test_wide(first, filters):
+  """The shortcut takes the activated input where the shape changes."""
+  block = make(
+    functools.partial(other_blocks.PreActBlock, wide=True),
+    shortcut="keras",
+    filters=filters,
+    first=first,
+  )
+  variables = randomized(block)
+  x = images()
+  of = Reference(variables, 1)
+  active = x if first else nn.relu(of.bn("bn1", x))
+  y = nn.relu(of.bn("bn2", of.conv("conv1", active)))
+  is_same = filters == CHANNELS
+  residual = x if is_same else of.conv("shortcut_conv", active)
+  np.testing.assert_allclose(
+    block.apply(variables, x),
+    residual + of.conv("conv2", y),
+    rtol=1e-4,
+    atol=1e-4,
+  )
 
-  train: bool
 
-  def __call__(self, y, context):
-    if not self.train:
-      return y
-    kept = jax.random.bernoulli(context.key, 1 - 0.5 * context.fraction)
-    return jnp.where(kept, y, 0)
-
-
-class SqueezeExcite(nn.Module):
-  """Hu et al. 2017, section 3, with a reduction by 2."""
-
-  train: bool
-
-  @nn.compact
-  def __call__(self, y, context):
-    del context
-    means = jnp.mean(y, axis=(1, 2), keepdims=True)
-    hidden = nn.relu(nn.Dense(y.shape[-1] // 2, name="reduce")(means))
-    return y * nn.sigmoid(nn.Dense(y.shape[-1], name="expand")(hidden))
-
-
-@pytest.mark.parametrize(
-  ("name", "branch"),
-  [
-    ("resnet_v1", DropBranch),
-    ("resnet_v1", SqueezeExcite),
-    pytest.param("resnet_v2", DropBranch, marks=pytest.mark.slow),
-    pytest.param("highway", SqueezeExcite, marks=pytest.mark.slow),
-  ],
-)
-def test_a_branch_can_be_changed_in_loops_as_well(name, branch):
-  """The same draws, gradients and variables with and without loops."""
-  config = base.get_config().model
-  depth = 29 if name == "resnet_v2" else 20
-  config.update({"name": name, "depth": depth, "num_filters": 4})
-
-  def gradients(**switches):
-    config.update(switches)
-    model = models.create_model(config, 10)
-    model = model.clone(
-      block_cls=functools.partial(model.block_cls, branch=branch),
-      stage_sizes=(3, 1),
-      stage_filters=model.stage_filters[:2],
-    )
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)))
-    init = jax.jit(functools.partial(model.init, train=False))
-    variables = init(jax.random.key(0), x)
-    assert ("branch" in variables["params"]["stage1_block1"]) == (
-      branch is SqueezeExcite
-    )
-
-    @jax.jit
-    def loss(params, key):
-      logits, _ = model.apply(
-        variables | {"params": params},
-        x,
-        train=True,
-        mutable=["batch_stats"],
-        rngs={"dropout": key},
-      )
-      return jnp.mean(jnp.square(logits))
-
-    grads = jax.jit(jax.grad(loss))(variables["params"], jax.random.key(3))
-    losses = [loss(variables["params"], jax.random.key(k)) for k in range(8)]
-    return losses, grads
-
-  losses, plain = gradients()
-  assert (len({float(x) for x in losses}) > 1) == (branch is DropBranch)
-  _, looped = gradients(scan=True, remat=True)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-    looped,
-    plain,
+def test_dropout_within_wide_blocks():
+  """What is kept of the second convolution's input grows by 1 / (1 - rate)."""
+  block = make(
+    functools.partial(other_blocks.PreActBlock, wide=True, dropout=0.25),
+    shortcut="keras",
+    inner=500,
+  )
+  x = jnp.ones((1, 6, 6, CHANNELS))
+  variables = block.init(jax.random.key(0), x)
+  identity = jnp.zeros((3, 3, 500, CHANNELS)).at[1, 1, :, 0].set(1 / 500)
+  variables["params"]["conv2"]["kernel"] = identity
+  at_inference = block.apply(variables, x)
+  trained = block.clone(train=True)
+  means = jnp.stack(
+    [
+      trained.apply(variables, x, blocks.Context(jax.random.key(k)))
+      for k in range(2)
+    ]
+  )[:, 0, 2:4, 2:4, 0]
+  assert (np.asarray(means[0]) != np.asarray(means[1])).all()
+  np.testing.assert_allclose(
+    np.mean(means), np.mean(at_inference[0, 2:4, 2:4, 0]), rtol=0.1
   )

@@ -43,6 +43,63 @@ IMAGENET_PARAMETERS = {
 }
 
 
+# Trainable, without biases of convolutions, and who says so: Zagoruyko and
+# Komodakis 2016, table 4, in full as the authors' PyTorch port counts them; Xie
+# et al. 2017, table 7; torchvision; for squeeze-and-excitation timm (He et
+# al.'s network and 2 C^2 / 16 + C / 16 + C in each block of C channels).
+SE_16 = sum(
+  blocks * (2 * c * c // 16 + c // 16 + c)
+  for blocks, c in [(3, 256), (4, 512), (6, 1024), (3, 2048)]
+)
+PUBLISHED = [
+  ("wide_resnet", 28, {}, 36_479_194, "36.5 M"),
+  ("wide_resnet", 16, {"widen_factor": 4}, 2_748_890, "2.7 M"),
+  ("wide_resnet", 16, {"widen_factor": 8}, 10_961_370, "11.0 M"),
+  ("wide_resnet", 22, {"widen_factor": 8}, 17_158_106, "17.2 M"),
+  ("wide_resnet", 40, {"widen_factor": 1}, 563_930, "0.6 M"),
+  ("wide_resnet", 40, {"widen_factor": 2}, 2_243_546, "2.2 M"),
+  ("wide_resnet", 40, {"widen_factor": 4}, 8_949_210, "8.9 M"),
+  ("resnext", 29, {}, 34_426_698, "34.4 M"),
+  ("resnext", 29, {"groups": 16}, 68_155_210, "68.2 M"),
+  (
+    "resnet_imagenet",
+    50,
+    {"groups": 32, "group_width": 4},
+    25_028_904,
+    "torchvision's resnext50_32x4d",
+  ),
+  (
+    "resnet_imagenet",
+    101,
+    {"groups": 32, "group_width": 8},
+    88_791_336,
+    "torchvision's resnext101_32x8d",
+  ),
+  (
+    "resnet_imagenet",
+    50,
+    {"group_width": 128},
+    68_883_240,
+    "torchvision's wide_resnet50_2",
+  ),
+  (
+    "resnet_imagenet",
+    50,
+    {"squeeze_excitation": 16},
+    28_088_024,
+    "timm's seresnet50",
+  ),
+  # Group norm has the parameters of batch norm.
+  (
+    "resnet_imagenet",
+    50,
+    {"norm": "group_norm", "weight_standardization": True},
+    25_557_032,
+    "torchvision's resnet50",
+  ),
+]
+
+
 def make(name="resnet_v1", depth=8, num_classes=10, **overrides):
   config = base.get_config().model
   config.update({"name": name, "depth": depth, **overrides})
@@ -71,6 +128,23 @@ def test_imagenet_parameter_counts(name, depth):
   assert size.trainable == IMAGENET_PARAMETERS[name, depth]
 
 
+@pytest.mark.parametrize(
+  ("name", "depth", "overrides", "expected", "says"),
+  PUBLISHED,
+  ids=[f"{name}-{depth}-{says}" for name, depth, _, _, says in PUBLISHED],
+)
+def test_published_parameter_counts(name, depth, overrides, expected, says):
+  is_large = name == "resnet_imagenet"
+  classes, shape = (1000, LARGE) if is_large else (10, SHAPE)
+  model = make(name, depth, classes, conv_bias=False, **overrides)
+  found = summary.measure_size(model, shape).trainable
+  assert found == expected
+  if says.endswith(" M"):
+    assert f"{found / 1e6:.1f} M" == says
+  if "squeeze_excitation" in overrides:
+    assert found == 25_557_032 + SE_16
+
+
 def test_vgg_with_batch_norm():
   """torchvision's vgg19_bn: scale and bias for each of its 5,504 channels."""
   size = summary.measure_size(make("vgg", 19, 1000), LARGE)
@@ -85,6 +159,8 @@ def test_vgg_with_batch_norm():
     ("plain", 8, "none"),
     ("preact", 8, "A"),
     ("highway", 8, "B"),
+    ("wide_resnet", 10, "keras"),
+    ("resnext", 11, "B"),
   ],
 )
 def test_small_networks_without_batch_norm(name, depth, shortcut):
@@ -155,7 +231,8 @@ def test_variants_of_depth_20(name, overrides, expected):
 
 def test_every_model_has_a_pinned_count():
   names = {name for name, _ in [*PARAMETERS, *IMAGENET_PARAMETERS]}
-  assert names | {name for name, *_ in VARIANTS} == set(models.MODELS)
+  names |= {name for name, *_ in [*VARIANTS, *PUBLISHED]}
+  assert names == set(models.MODELS)
 
 
 def test_deepest_of_the_papers_can_be_built():
@@ -173,6 +250,9 @@ def test_deepest_of_the_papers_can_be_built():
     ("resnet_v2", 12, "11 and 20"),
     ("resnet_v2", -5, "11"),
     ("highway", 21, "20 and 26"),
+    ("wide_resnet", 20, "16 and 22"),
+    ("wide_resnet", 4, "10"),
+    ("resnext", 28, "20 and 29"),
     ("resnet_imagenet", 20, "18 and 34"),
     ("resnet_imagenet", 200, "152"),
     ("plain_imagenet", 50, "34"),

@@ -65,7 +65,25 @@ LARGE = {
     ({"dataset.name": "tfds/"}, "is not known"),
     ({"model.gate_bias": -3.0}, "=resnet_v1; it is for highway. Leave it -2.0"),
     ({"model.dropout": 0.0}, "does nothing .* it is for vgg, alexnet"),
-    (LARGE | {"model.norm": "none"}, "resnet_v2, plain, preact, highway, vgg"),
+    (
+      LARGE | {"model.name": "alexnet", "model.depth": 8, "model.norm": "none"},
+      "resnet_v2, preact, .*plain_imagenet, vgg",
+    ),
+    ({"model.groups": 8}, "it is for resnext, resnet_imagenet. Leave it 0"),
+    (
+      LARGE | {"model.groups": 32, "model.group_width": 4},
+      "groups=32, model.group_width=4 are .* from depth 50 on; at 18 leave",
+    ),
+    (
+      {"model.name": "plain", "model.stochastic_depth": 0.5},
+      "does nothing for model.name=plain",
+    ),
+    ({"model.stochastic_depth": 1.0}, "to below 1"),
+    ({"model.block_dropout": 0.3}, "it is for preact, wide_resnet"),
+    (
+      {"model.norm": "group_norm", "model.batch_norm_groups": 2},
+      "does nothing without batch norm",
+    ),
     (
       LARGE | {"model.name": "vgg", "model.depth": 19, "model.scan": True},
       "scan",
@@ -244,13 +262,14 @@ def test_every_key_refuses_values_of_other_kinds(value):
     *(("resnet_v1", 8), ("resnet_v2", 11), ("plain", 8), ("preact", 8)),
     *(("highway", 8), ("resnet_imagenet", 18), ("resnet_imagenet", 50)),
     *(("plain_imagenet", 18), ("vgg", 19), ("alexnet", 8)),
+    *(("wide_resnet", 10), ("resnext", 11)),
   ],
 )
 def test_networks_that_pass_can_be_built(name, depth):
   """Rules look at a network without building it."""
   choices = {
     "model.shortcut": ("default", "A", "B", "C", "keras", "none"),
-    "model.norm": ("batch_norm", "none"),
+    "model.norm": ("batch_norm", "group_norm", "none"),
     "model.batch_norm_groups": (1, 2),
     "model.remat": (False, True),
     "model.dropout": (0.5, 0.0),

@@ -8,6 +8,7 @@ from resnet_flax.models import registry
 from resnet_flax.run import errors
 
 DEPTHS = {"resnet_imagenet": 18, "plain_imagenet": 18, "vgg": 19, "alexnet": 8}
+DEPTHS |= {"wide_resnet": 16}
 
 
 @pytest.mark.parametrize("name", resnet_flax.list_models())

@@ -16,6 +16,8 @@ COMMAND = "python -m experiments.networks"
 _KERAS = "Keras example"
 _HE = "He et al. 2015"
 _TORCHVISION = "torchvision"
+_WIDE = "Zagoruyko and Komodakis 2016"
+_XIE = "Xie et al. 2017"
 _KERAS_APPLICATIONS = "keras.applications"
 
 
@@ -109,6 +111,22 @@ SMALL = (
     _KERAS,
   ),
   *_series("resnet_v2", [1001]),
+  *_series("wide_resnet", {28: ("36.5 M", "")}, _WIDE, conv_bias=False),
+  *_series(
+    "wide_resnet",
+    {16: ("11.0 M", ""), 22: ("17.2 M", "")},
+    _WIDE,
+    widen_factor=8,
+    conv_bias=False,
+  ),
+  *_series(
+    "wide_resnet", {40: ("2.2 M", "")}, _WIDE, widen_factor=2, conv_bias=False
+  ),
+  *_series(
+    "wide_resnet", {40: ("8.9 M", "")}, _WIDE, widen_factor=4, conv_bias=False
+  ),
+  *_series("wide_resnet", [16], widen_factor=4, conv_bias=False),
+  *_series("resnext", {29: ("34.4 M", "")}, _XIE, conv_bias=False),
 )
 
 LARGE = (
@@ -140,6 +158,28 @@ LARGE = (
     },
     f"{_KERAS_APPLICATIONS}, {_HE}",
     stride_in_3x3=False,
+  ),
+  *_series(
+    "resnet_imagenet",
+    {50: ("25,028,904", "4.2 G")},
+    f"{_TORCHVISION}, {_XIE}",
+    groups=32,
+    group_width=4,
+    conv_bias=False,
+  ),
+  *_series(
+    "resnet_imagenet",
+    {50: ("68,883,240", ""), 101: ("126,886,696", "")},
+    _TORCHVISION,
+    group_width=128,
+    conv_bias=False,
+  ),
+  *_series(
+    "resnet_imagenet",
+    {50: ("28,088,024", "")},
+    "timm's seresnet50",
+    squeeze_excitation=16,
+    conv_bias=False,
   ),
   *_series(
     "plain_imagenet",

@@ -136,6 +136,7 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   (group,) = runs.group([run])
   mean, std, n = group.statistic("best", "test_accuracy")
   return (
-    f"{own[0]:.2%} on {info.num_test:,} images; n = {n} seeds, each in its best epoch by {run.chosen_by}:"
-    f" {mean:.2%}" + ("" if std is None else f" ± {std:.2%}")
+    f"{own[0]:.2%} on {info.num_test:,} images; n = {n} seeds, each in"
+    f" its best epoch by {run.chosen_by}: {mean:.2%}"
+    + ("" if std is None else f" ± {std:.2%}")
   )

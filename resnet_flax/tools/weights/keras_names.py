@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.models import registry
+from resnet_flax.models import other_blocks as others
 from resnet_flax.run import config as config_rules, errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
@@ -114,7 +114,6 @@ def _example(file: files.WeightsFile) -> Source:
     shortcut=("keras", "default"),
     padding="same",
     conv_bias=True,
-    norm="batch_norm",
     batch_norm_epsilon=_epsilon(file, usual=1e-3),
   )
 
@@ -134,7 +133,7 @@ def _applications(file: files.WeightsFile) -> Source:
     )
   # The head counts, a projection in each of four stages does not.
   depth = file.num_convs + 1 - 4
-  if depth < registry.FIRST_BOTTLENECK or depth not in registry.IMAGENET_SIZES:
+  if depth < others.FIRST_BOTTLENECK or depth not in others.IMAGENET_SIZES:
     raise errors.WeightsError(
       f"{file.path} has {file.num_convs} convolutions, as none of"
       " keras.applications' ResNet50, ResNet101 and ResNet152 has."
@@ -170,7 +169,7 @@ def _applications(file: files.WeightsFile) -> Source:
 def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
   """Our layers but the head, as created by Keras or as in `model.layers`."""
   if name == "resnet_imagenet":
-    sizes: Sequence[int] = registry.IMAGENET_SIZES[depth]
+    sizes: Sequence[int] = others.IMAGENET_SIZES[depth]
   else:
     sizes = [(depth - 2) // _PER_GROUP[name]] * 3
   order = _BLOCKS[name].split()

@@ -71,6 +71,17 @@ def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
   )
 
 
+# What networks of other libraries do not have, unless they say so.
+_OURS_ALONE: dict[str, tuple[Any, ...]] = {
+  "model.squeeze_excitation": (0,),
+  "model.stochastic_depth": (0.0,),
+  "model.weight_standardization": (False,),
+  "model.norm": ("batch_norm",),
+  "model.groups": (0, 1),
+  "model.group_width": (0,),
+}
+
+
 def differing(source: Source, config: ConfigDict) -> dict[str, str]:
   """For keys whose values `source` cannot have, the flag that is needed.
 
@@ -79,7 +90,7 @@ def differing(source: Source, config: ConfigDict) -> dict[str, str]:
   flat = keys.to_flat(config)
   return {
     key: f"--config.{key}={_flag(allowed[0])} (now {_flag(flat[key])})"
-    for key, allowed in source.needed.items()
+    for key, allowed in (_OURS_ALONE | dict(source.needed)).items()
     if flat[key] not in allowed
   }
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.models import registry
+from resnet_flax.models import other_blocks as others
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
@@ -28,8 +28,8 @@ _NORM = {
 # (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
 # only in their blocks.
 _IMAGENET_DEPTHS = {
-  (sizes, depth >= registry.FIRST_BOTTLENECK): depth
-  for depth, sizes in registry.IMAGENET_SIZES.items()
+  (sizes, depth >= others.FIRST_BOTTLENECK): depth
+  for depth, sizes in others.IMAGENET_SIZES.items()
 }
 
 
@@ -78,8 +78,9 @@ def identify(file: files.WeightsFile) -> Source:
       return _cifar_resnet(file, sizes)
   raise mapping.unknown(
     file,
-    "with PyTorch's names these are torchvision's ResNet-18 to 152, VGG-19 and"
-    " AlexNet, and CIFAR ResNets with three stages and a head 'linear'",
+    "with PyTorch's names these are torchvision's ResNet-18 to 152, wide ones,"
+    " ResNeXt, VGG-19 and AlexNet, and CIFAR ResNets with three stages and a"
+    " head 'linear'",
   )
 
 
@@ -101,15 +102,27 @@ def _torchvision_resnet(
       f"{file.path} is a ResNet with {sizes} blocks, which is none of"
       " torchvision's ResNet-18, 34, 50, 101 and 152."
     )
-  more = {"stride_in_3x3": True} if has_bottlenecks else {}
+  title, more = f"torchvision's ResNet-{depth}", dict[str, Any]()
+  stem = file.shape("conv1.weight")[0]
+  if has_bottlenecks:
+    channels, width = file.shape("layer1.0.conv2.weight")[:2]
+    groups = channels // max(width, 1)
+    # Wide ResNets and ResNeXts are called as torchvision calls the latter.
+    if (groups, width) != (1, stem):
+      title += f" {groups}x{width}d"
+    more = {
+      "stride_in_3x3": True,
+      "groups": (0, 1) if groups == 1 else (groups,),
+      "group_width": mapping.width(width, usual=stem),
+    }
   return Source(
-    f"torchvision's ResNet-{depth}",
+    title,
     file.shape("fc.weight")[0],
     _torchvision_origin,
     normalization=("imagenet",),
     name="resnet_imagenet",
     depth=depth,
-    num_filters=mapping.width(file.shape("conv1.weight")[0], usual=64),
+    num_filters=mapping.width(stem, usual=64),
     shortcut=("B", "default"),
     **_RESNET,
     **more,
@@ -130,7 +143,6 @@ def _cifar_resnet(file: files.WeightsFile, sizes: tuple[int, ...]) -> Source:
     depth=depth,
     num_filters=mapping.width(file.shape("conv1.weight")[0], usual=16),
     shortcut=shortcut,
-    norm="batch_norm",
     **_RESNET,
   )
 

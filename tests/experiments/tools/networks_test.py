@@ -48,12 +48,13 @@ def test_line_is_what_the_command_writes(network):
 )
 def test_deep_ones_are_on_the_line_of_shallow_ones(network):
   """Each further block of a stage is as large as the one before."""
-  group = models.MODELS[network.name].depths
+  family = models.MODELS[network.name]
+  group, besides = family.depths, family.besides
   first, second = (
     table.measure(table.Network(network.name, depth, network.overrides))
-    for depth in (2 + 2 * group, 2 + 3 * group)
+    for depth in (besides + 2 * group, besides + 3 * group)
   )
-  steps = (network.depth - 2) // group - 2
+  steps = (network.depth - besides) // group - 2
   expected = [a + steps * (b - a) for a, b in zip(first, second, strict=True)]
   _, trainable, multiply_adds = expected
   assert in_readme(network) == (trainable, f"{multiply_adds / 1e6:.1f} M")

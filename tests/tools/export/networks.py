@@ -36,6 +36,10 @@ NETWORKS = {
   "plain": {"name": "plain"},
   "preact": {"name": "preact"},
   "highway": {"name": "highway"},
+  "wide_resnet": {"name": "wide_resnet", "depth": 10, "widen_factor": 2},
+  "resnext": {"name": "resnext", "depth": 11, "groups": 2},
+  "resnet_v1, squeeze-and-excitation": {"squeeze_excitation": 2},
+  "preact, stochastic depth": {"name": "preact", "stochastic_depth": 0.5},
   "resnet_imagenet 18": _IMAGENET | {"depth": 18},
   "resnet_imagenet 50": _IMAGENET | {"depth": 50},
   "resnet_imagenet 50, stride in 1x1": _IMAGENET

@@ -125,6 +125,18 @@ def test_neutral_parameters(tmp_path, onnx):
   ]
 
 
+def test_group_norm_is_written_as_stablehlo_alone(tmp_path, onnx):
+  loaded = networks.load_random(norm="group_norm", weight_standardization=True)
+  with pytest.raises(errors.ConfigError, match=r"Norm.* not written as ONNX"):
+    programs.write_onnx(loaded, tmp_path)
+  programs.write_stablehlo(loaded, tmp_path)
+  found = networks.run_stablehlo(
+    tmp_path / "program.stablehlo", networks.images()
+  )
+  expected = loaded.predict(networks.images())
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_a_block_that_is_not_in_the_package(tmp_path, onnx):
   """Squeeze and excitation, a grouped convolution, sums of pixels."""
   from resnet_flax.tools.export import onnx_graph

@@ -28,6 +28,14 @@ KINDS = {
     for name in ("cifar20", "cifar56", "cifar110")
   },
   "cifar20_b": ("cifar", way_in.TORCH["cifar20"] | B),
+  "resnext50": (
+    "torchvision",
+    way_in.TORCH["resnet50"] | {"model.groups": 2, "model.group_width": 3},
+  ),
+  "wide_resnet50": (
+    "torchvision",
+    way_in.TORCH["resnet50"] | {"model.group_width": 8},
+  ),
   **{name: ("keras", overrides) for name, overrides in way_in.KERAS.items()},
 }
 FILES = {
@@ -118,6 +126,25 @@ def test_orbax_and_flax_names(tmp_path):
       way_in.TORCH["resnet50"],
       "keras",
       "would need .*--config.model.stride_in_3x3=false .now true.",
+    ),
+    *(
+      (base | {f"model.{key}": value}, names, f"{key}|'branch'")
+      for names, base in (
+        ("torchvision", way_in.TORCH["resnet50"]),
+        ("keras", way_in.KERAS["application_50"]),
+      )
+      for key, value in {
+        "squeeze_excitation": 2,
+        "stochastic_depth": 0.5,
+        "weight_standardization": True,
+        "norm": "group_norm",
+      }.items()
+    ),
+    (way_in.KERAS["application_50"] | {"model.groups": 2}, "keras", "groups"),
+    (
+      {"model.name": "resnext", "model.depth": 11},
+      "torchvision",
+      "has no resnext",
     ),
     (way_in.TORCH["resnet18"], "keras", "as none of keras.applications'"),
     (

@@ -74,12 +74,65 @@ def arrays_of(names, **shapes):
 )
 def test_torchvision_resnets(depth, sizes, convs):
   names = resnet_names(sizes, convs)
-  source = pytorch_names.identify(weights_file(arrays_of(names)))
+  width = {"layer1.0.conv2.weight": (64, 64, 3, 3)}
+  arrays = arrays_of(names, **width)
+  source = pytorch_names.identify(weights_file(arrays))
   assert source.title == f"torchvision's ResNet-{depth}"
   assert source.needed["model.depth"] == (depth,)
   assert ("model.stride_in_3x3" in source.needed) == (convs == 3)
   origins = [source.origin(path).name for path in our_paths(source)]
   assert sorted(origins) == sorted(names)
+
+
+@pytest.mark.parametrize(
+  ("groups", "width", "keys"),
+  [
+    # torchvision's resnext50_32x4d and wide_resnet50_2.
+    (32, 4, {"model.groups": (32,), "model.group_width": (4,)}),
+    (1, 128, {"model.groups": (0, 1), "model.group_width": (128,)}),
+    (1, 64, {"model.groups": (0, 1), "model.group_width": (0, 64)}),
+  ],
+)
+def test_torchvision_resnets_of_groups_and_wide_ones(groups, width, keys):
+  """By torchvision's resnet.py: int(planes * width / 64) * groups inside."""
+  names = resnet_names((3, 4, 6, 3), 3)
+  kernels, channels_in = {}, 64
+  for stage, blocks in enumerate((3, 4, 6, 3)):
+    planes = 64 * 2**stage
+    inner = int(planes * width / 64) * groups
+    for block in range(blocks):
+      prefix = f"layer{stage + 1}.{block}"
+      kernels |= {
+        f"{prefix}.conv1.weight": (inner, channels_in, 1, 1),
+        f"{prefix}.conv2.weight": (inner, inner // groups, 3, 3),
+        f"{prefix}.conv3.weight": (4 * planes, inner, 1, 1),
+      }
+      if block == 0:
+        shape = (4 * planes, channels_in, 1, 1)
+        kernels[f"{prefix}.downsample.0.weight"] = shape
+      channels_in = 4 * planes
+  source = pytorch_names.identify(weights_file(arrays_of(names, **kernels)))
+  assert source.title == "torchvision's ResNet-50" + (
+    f" {groups}x{width}d" * ((groups, width) != (1, 64))
+  )
+  assert keys.items() <= source.needed.items()
+  config = base.get_config()
+  for key, values in source.needed.items():
+    config.update_from_flattened_dict({key: values[0]})
+  model = models.create_model(config.model, 10)
+  shapes = jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False
+    )
+  )
+  found = {}
+  for path, leaf in jax.tree.leaves_with_path(shapes):
+    origin = source.origin(tuple(key.key for key in path))
+    assert origin.name in names
+    if origin.name in kernels:
+      h, w, i, o = leaf.shape
+      found[origin.name] = (o, i, h, w)
+  assert found == kernels
 
 
 def feedforward_names(convs, norms, dense):

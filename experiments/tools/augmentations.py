@@ -1,0 +1,78 @@
+"""Draws what each augmentation does to pictures into docs/augmentations.png.
+
+  python -m experiments.tools.augmentations
+
+Needs a prepared CIFAR-10; takes seconds.
+"""
+
+import io
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import PIL.Image
+from matplotlib import pyplot as plt
+
+from configs import base
+from resnet_flax.data import augment, dataset, trivial_augment
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "augmentations.png"
+COLUMNS = 12
+ROWS: dict[str, dict[str, Any]] = {
+  "as they are": {"name": "none"},
+  "shift_flip": {},
+  "crop_flip": {"name": "crop_flip"},
+  "trivial_augment": {"name": "none", "trivial_augment": True},
+  "cutout 16": {"name": "none", "cutout": 16},
+  "mixup 1": {"name": "none", "mixup": 1.0},
+  "cutmix 1": {"name": "none", "cutmix": 1.0},
+  "all": {"trivial_augment": True, "cutout": 16, "mixup": 1.0, "cutmix": 1.0},
+}
+
+
+def augmented(images: jax.Array, labels: jax.Array, **changes) -> jax.Array:
+  """Batches as a step sees them: normalised, by the mean grey, in [0, 1]."""
+  config = base.get_config().augment
+  config.update(changes)
+  key = jax.random.key(2)
+  if config.trivial_augment:
+    images = trivial_augment.trivial_augment(key, images)
+  normalized = images / 255 - 0.5
+  return augment.create_augment(config, 10)(key, normalized, labels)[0] + 0.5
+
+
+def main() -> None:
+  """Draws the sheet."""
+  config = base.get_config().dataset
+  taken = dataset.load(config).train.take(np.arange(COLUMNS))
+  images, labels = map(jnp.asarray, taken)
+  rows = {
+    name: augmented(images, labels, **changes) for name, changes in ROWS.items()
+  }
+  levels = jnp.linspace(-1, 1, COLUMNS)
+  for name, operation in trivial_augment.OPERATIONS.items():
+    picture = jnp.stack([images[9].astype(jnp.int32)] * COLUMNS)
+    rows[f"· {name}"] = jax.vmap(operation)(picture, levels) / 255
+  figure, axes = plt.subplots(
+    *(len(rows), COLUMNS), figsize=(COLUMNS * 0.62 + 1.5, len(rows) * 0.62)
+  )
+  for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+    for axis, picture in zip(line, pictures, strict=True):
+      axis.imshow(np.clip(picture, 0, 1))
+      axis.set_axis_off()
+    line[0].text(-6, 16, name, ha="right", va="center", fontsize=9)
+  figure.subplots_adjust(0.17, 0.005, 0.995, 0.995, 0.05, 0.05)
+  drawn = io.BytesIO()
+  figure.savefig(drawn, dpi=80)
+  with PIL.Image.open(drawn) as sheet:
+    sheet.convert("RGB").quantize(256).save(PAGE, optimize=True)
+
+
+if __name__ == "__main__":
+  main()
