@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resnet_flax import optim
 from resnet_flax.data import augment, normalize
 from resnet_flax.models.kernels import grouping
+from resnet_flax.optim import learning_rates, optimizers, rate_rules
 
 PyTree = Any
 # Sums over images, float32[] each, so that means are exact whatever the sizes
@@ -28,7 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
   params: PyTree  # float32
   batch_stats: PyTree  # Running means and variances, float32.
   opt_state: PyTree  # Of the Optax chain.
-  rate_state: optim.RateState
+  rate_state: rate_rules.RateState
   # Of the epoch so far. A checkpoint may have more or fewer of them.
   epoch_sums: MetricSums
   normalization: normalize.Normalization
@@ -48,8 +48,8 @@ class Experiment:
   """The fixed parts of an experiment, which the steps close over."""
 
   model: nn.Module  # Called as model.apply(variables, images, train=...).
-  optimizer: optim.Optimizer
-  learning_rate: optim.LearningRate
+  optimizer: optimizers.Optimizer
+  learning_rate: learning_rates.LearningRate
   augment: augment.Augment  # Maps (key, images, targets) to the last two.
   image_shape: tuple[int, int, int]  # (H, W, C)
   num_classes: int  # Of the network's head.
@@ -92,7 +92,7 @@ def state_of(
     # Networks without batch norm have none.
     batch_stats=variables.get("batch_stats", {}),
     opt_state=experiment.optimizer.tx.init(variables["params"]),
-    rate_state=experiment.learning_rate.init(),
+    rate_state=experiment.learning_rate.rules.init(),
     epoch_sums={name: jnp.zeros((), jnp.float32) for name in sums},
     normalization=normalization,
   )
@@ -241,7 +241,7 @@ def train_step_with_backward(
   sums = metric_sums(
     loss * count, objective * count, logits, labels, jnp.ones(count, bool)
   )
-  error = 1 - sums["accuracy"] / count
+  error, rules = 1 - sums["accuracy"] / count, experiment.learning_rate.rules
   starts = state.step % experiment.learning_rate.steps_per_epoch == 0
   sums = jax.tree.map(
     lambda old, new: jnp.where(starts, new, old + new), state.epoch_sums, sums
@@ -251,7 +251,7 @@ def train_step_with_backward(
     params=params,
     batch_stats=batch_stats,
     opt_state=opt_state,
-    rate_state=experiment.learning_rate.after_step(state.rate_state, error),
+    rate_state=rules.after_step(state.rate_state, error),
     epoch_sums=sums,
   )
   floats = [

@@ -228,7 +228,7 @@ def _after_epoch(
   objective = metrics.monitored(record, "objective")
   before = layout.get(layout.map(lambda one: one.rate_state, state))
   after = [
-    experiment.learning_rate.after_epoch(
+    experiment.learning_rate.rules.after_epoch(
       rate_state, metrics.comparable(of_seed[objective])
     )
     for rate_state, of_seed in zip(

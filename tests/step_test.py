@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import optim, step as step_lib
+from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.models import feedforward
+from resnet_flax.optim import any_optax, optimizers
 from resnet_flax.run import experiment as experiment_lib
 
 
@@ -61,7 +62,9 @@ def batch(count=4):
   return jnp.asarray(images), jnp.asarray(np.arange(count) % 10, jnp.int32)
 
 
-@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+@pytest.mark.parametrize(
+  "optimizer", [*optimizers.OPTIMIZERS, *any_optax.OPTIMIZERS]
+)
 @pytest.mark.parametrize("normalization", ["pixel_mean", "channel", "caffe"])
 def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
   """A checkpoint opens where somebody's notebook has set jax_enable_x64."""
@@ -80,6 +83,29 @@ def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
   expected = form()
   with jax.enable_x64(True):
     assert form() == expected
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_accumulated_steps_are_a_larger_batch(name):
+  """8 of 16 images are one of 128, where there is no batch norm."""
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4, "norm": "none"})
+  config.optimizer.update({"name": name, "clip_norm": 0.1})
+  config.augment.name = "none"
+  images, labels = batch(128)
+  states = []
+  for size in (128, 16):
+    config.batch_size = size
+    config.optimizer.accumulate_steps = 128 // size
+    experiment = experiment_lib.build(config)
+    step, state = jitted(experiment), create_state(experiment)
+    for start in range(0, 128, size):
+      part = slice(start, start + size)
+      state, _ = step(state, images[part], labels[part], jax.random.key(0))
+    states.append(state.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states
+  )
 
 
 def test_sums_of_the_epoch(experiment, state, step):

@@ -5,9 +5,10 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import optim, step as step_lib
+from resnet_flax import step as step_lib
 from resnet_flax.data import augment, dataset, normalize, randomness
 from resnet_flax.models import registry
+from resnet_flax.optim import learning_rates, optimizers
 
 
 def build(config: ConfigDict) -> step_lib.Experiment:
@@ -19,8 +20,8 @@ def build(config: ConfigDict) -> step_lib.Experiment:
   classes = num_classes(config)
   return step_lib.Experiment(
     model=registry.create_model(config.model, classes),
-    optimizer=optim.create_optimizer(config.optimizer),
-    learning_rate=optim.create_learning_rate(config, steps_per_epoch),
+    optimizer=optimizers.create_optimizer(config.optimizer),
+    learning_rate=learning_rates.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment),
     image_shape=dataset.info(config.dataset).image_shape,
     num_classes=classes,

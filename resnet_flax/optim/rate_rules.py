@@ -4,6 +4,7 @@ Each has a state, which is part of the train state and of every checkpoint.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 PyTree = Any
+RateState = dict[str, PyTree]  # Of the rules, by their names.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,41 @@ class WarmupByError:
     return f"warm-up: {self.rate:g} until the training error < {self.error:g}"
 
 
-def create(config: ConfigDict) -> dict[str, Plateau | WarmupByError]:
-  """The rules of the whole configuration by their names, in their order."""
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """The rules of a run by their names, in their order."""
+
+  by_name: Mapping[str, Plateau | WarmupByError]
+
+  def init(self) -> RateState:
+    """The states before the first step."""
+    return {name: rule.init() for name, rule in self.by_name.items()}
+
+  def __call__(self, rate: jax.Array, state: RateState) -> jax.Array:
+    """The rate, float32[], that becomes of a schedule's."""
+    for name, rule in self.by_name.items():
+      rate = rule(rate, state[name])
+    return rate
+
+  def after_step(self, state: RateState, error: jax.Array) -> RateState:
+    """Takes in the training error, float32[] in [0, 1], of one batch."""
+    rules = self.by_name.items()
+    return {name: rule.after_step(state[name], error) for name, rule in rules}
+
+  def after_epoch(self, state: RateState, objective: float) -> RateState:
+    """Takes in the monitored loss, L2 included, at the end of an epoch."""
+    rules = self.by_name.items()
+    return {
+      name: rule.after_epoch(state[name], objective) for name, rule in rules
+    }
+
+  def describe(self) -> list[str]:
+    """One line for each, for people."""
+    return [rule.describe() for rule in self.by_name.values()]
+
+
+def create(config: ConfigDict) -> Rules:
+  """The rules of the whole configuration."""
   rules: dict[str, Plateau | WarmupByError] = {}
   schedule = config.schedule
   if config.plateau.enabled:
@@ -106,4 +141,4 @@ def create(config: ConfigDict) -> dict[str, Plateau | WarmupByError]:
     rules["warmup_error"] = WarmupByError(
       schedule.warmup_learning_rate, schedule.warmup_error
     )
-  return rules
+  return Rules(rules)
