@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from resnet_flax.data import augment, normalize
@@ -19,6 +20,8 @@ PyTree = Any
 # Sums over images, float32[] each, so that means are exact whatever the sizes
 # of batches: 'loss', 'objective', 'accuracy' (right ones) and 'count'.
 MetricSums = dict[str, jax.Array]
+# With `log.norms`: of the loss's gradient and of the weights, over all arrays.
+NORMS = ("gradient_norm", "weight_norm")
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -56,6 +59,7 @@ class Experiment:
   # Share of each label that goes to all classes alike in training (Szegedy et
   # al. 2015, section 7).
   label_smoothing: float = 0.0
+  log_norms: bool = False  # Whether training sums `NORMS`, too.
 
 
 # ---- The train state
@@ -86,6 +90,7 @@ def state_of(
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
   mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
   sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, mask)
+  names = (*sums, *NORMS * experiment.log_norms)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
@@ -93,7 +98,7 @@ def state_of(
     batch_stats=variables.get("batch_stats", {}),
     opt_state=experiment.optimizer.tx.init(variables["params"]),
     rate_state=experiment.learning_rate.rules.init(),
-    epoch_sums={name: jnp.zeros((), jnp.float32) for name in sums},
+    epoch_sums={name: jnp.zeros((), jnp.float32) for name in names},
     normalization=normalization,
   )
 
@@ -122,6 +127,15 @@ def cross_entropy(
   return optax.softmax_cross_entropy(logits, targets)
 
 
+def in_top5(scores: Any, labels: Any) -> Any:
+  """Whether labels are among the 5 first of scores, [B, classes]: bool[B]."""
+  # Without a sort, for which devices would gather their images' scores.
+  classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
+  own = (scores * (classes == labels)).sum(axis=-1, keepdims=True)
+  before = (scores > own) | ((scores == own) & (classes < labels))
+  return before.sum(axis=-1) < 5
+
+
 def metric_sums(
   loss: jax.Array,
   objective: jax.Array,
@@ -141,6 +155,8 @@ def metric_sums(
     "accuracy": jnp.sum((jnp.argmax(logits, axis=-1) == labels) & mask),
     "count": jnp.sum(mask),
   }
+  if logits.shape[-1] >= 10:
+    sums["top5"] = jnp.sum(in_top5(logits, labels) & mask)
   return {name: jnp.asarray(x, jnp.float32) for name, x in sums.items()}
 
 
@@ -241,6 +257,9 @@ def train_step_with_backward(
   sums = metric_sums(
     loss * count, objective * count, logits, labels, jnp.ones(count, bool)
   )
+  if experiment.log_norms:
+    trees = zip(NORMS, (grads, state.params), strict=True)
+    sums |= {name: count * grouping.norm(tree) for name, tree in trees}
   error, rules = 1 - sums["accuracy"] / count, experiment.learning_rate.rules
   starts = state.step % experiment.learning_rate.steps_per_epoch == 0
   sums = jax.tree.map(

@@ -84,7 +84,7 @@ def train_and_evaluate(
     state, program, layout = setup.state, setup.program, setup.layout
 
     for epoch in range(len(run.records), config.num_epochs):
-      for batch in program.batches(epoch, run.start_epoch(epoch)):
+      for batch in run.batches(epoch, program.batches):
         setup.before_step(run.step, state, batch)
         state, step_metrics = program.step(state, batch)
         run.report(step_metrics, batch.num_steps)  # Reads one step late.

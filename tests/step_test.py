@@ -123,6 +123,46 @@ def test_sums_of_the_epoch(experiment, state, step):
   assert int(state.step) == steps + 1
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_top5(ties):
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(200, 12)).astype(np.float32)
+  scores = np.round(scores) if ties else scores
+  labels = rng.integers(0, 12, 200)
+  first = np.argsort(-scores, axis=-1, kind="stable")[:, :5]
+  expected = (first == labels[:, None]).any(axis=-1)
+  assert 0 < expected.sum() < 200
+  np.testing.assert_array_equal(step_lib.in_top5(scores, labels), expected)
+  found = jax.jit(step_lib.in_top5)(scores, labels)
+  np.testing.assert_array_equal(found, expected)
+  mask = np.arange(200) % 2 == 0
+  sums = step_lib.metric_sums(0.0, 0.0, jnp.asarray(scores), labels, mask)
+  assert sums["top5"] == (expected & mask).sum()
+
+
+def test_few_classes_have_no_top5():
+  nine, ones = jnp.zeros((4, 9)), jnp.ones(4, bool)
+  sums = step_lib.metric_sums(0.0, 0.0, nine, jnp.zeros(4, int), ones)
+  assert sums.keys() == {"loss", "objective", "accuracy", "count"}
+
+
+def test_norms_of_gradient_and_weights(experiment, state, step):
+  images, labels = batch()
+  logging = dataclasses.replace(experiment, log_norms=True)
+  logged = create_state(logging)
+  logged, found = jitted(logging)(logged, images, labels, jax.random.key(0))
+  _, grads = jax.value_and_grad(step_lib.loss_fn, argnums=1, has_aux=True)(
+    *(experiment, state.params, state.batch_stats),
+    *(state.normalization(images), labels, jax.random.key(0)),
+  )
+  for name, tree in (("gradient_norm", grads), ("weight_norm", state.params)):
+    expected = np.sqrt(sum(np.sum(w**2) for w in jax.tree.leaves(tree)))
+    assert float(found.sums[name]) / 4 == pytest.approx(expected, rel=1e-4)
+  # And they change nothing.
+  other, _ = step(state, images, labels, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, logged.params, other.params)
+
+
 def test_objective_is_loss_plus_penalty(experiment, state, step):
   images, labels = batch()
   _, step_metrics = step(state, images, labels, jax.random.key(0))

@@ -53,12 +53,19 @@ def test_a_run_leaves_its_numbers(tiny_config, tmp_path, one_device):
     "train_accuracy",
     "train_loss",
     "train_objective",
+    "train_top5",
     "test_accuracy",
     "test_loss",
     "test_objective",
+    "test_top5",
     "epoch_seconds",
+    "data_seconds",
     "images_per_second",
+    "evaluation_seconds",
   ]
+  assert records[1]["train_accuracy"] < records[1]["train_top5"] <= 1
+  assert 0 < records[0]["data_seconds"] < records[0]["epoch_seconds"]
+  assert records[0]["evaluation_seconds"] > 0
   assert records[0]["train_objective"] > records[0]["train_loss"]
   assert records == metrics.MetricsLog(workdir).read()
   stored = json.loads((workdir / "config.json").read_text())
@@ -602,6 +609,7 @@ def test_a_run_resumes_between_accumulated_steps(
     {"name": name, "accumulate_steps": 3, "clip_norm": 0.5, "l2": 0.0}
   )
   tiny_config.optimizer.weight_decay = 0.1
+  tiny_config.log.norms = True
   tiny_config.schedule.name = "onecycle"
   tiny_config.checkpoint.every_steps = 5
   run = functools.partial(
@@ -613,6 +621,8 @@ def test_a_run_resumes_between_accumulated_steps(
   assert saved_steps(tmp_path / "died")[-1] == 5
   run(tmp_path / "died")
   assert_same_run(tiny_config, tmp_path / "died", tmp_path / "straight")
+  record = metrics.MetricsLog(tmp_path / "died").read()[-1]
+  assert 0 < record["train_gradient_norm"] < record["train_weight_norm"] < 100
   last = restore(tiny_config, tmp_path / "died")
   assert np.ravel(last.opt_state.gradient_step)[0] == 2
   assert np.ravel(last.opt_state.mini_step)[0] == 2

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
 PREFIX = "optax/"
+_COEFFICIENTS = np.array((3.4445, -4.775, 2.0315), np.float32)  # Muon's.
+_MASKS = {"mask", "weight_decay_mask"}  # Of an optimizer's own weight decay.
 OPTIMIZERS = ("adamw", "lamb", "lion", "muon")  # These need no prefix.
 # They are scored with other weights than they train with, keep random keys or
 # gradients of single images, or are no optimizer.
@@ -26,19 +29,26 @@ class Rule(NamedTuple):
   title: str  # For people.
   # Optax's optimizer at a learning rate, float32[].
   at_rate: Callable[..., optax.GradientTransformation]
-  # Whether it sees to `optimizer.weight_decay` by itself.
-  decays_weights: bool = False
+  decays_weights: bool  # Whether it sees to `optimizer.weight_decay` itself.
+
+
+def rule(name: str, **arguments: Any) -> Rule:
+  """Optax's optimizer of this name with these arguments."""
+  shown = [f"{k}={v}" for k, v in arguments.items() if not callable(v)]
+  at_rate = functools.partial(functions()[name], **arguments)
+  decays_weights = not _MASKS.isdisjoint(arguments)
+  return Rule(f"{name}({', '.join(shown)})", at_rate, decays_weights)
 
 
 def follow_rate(
-  rule: Rule, initial: float
+  made: Rule, initial: float
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer at the rate that `update` is given, which is logged too."""
 
   def update(updates, state, params=None, *, learning_rate, **_):
-    return rule.at_rate(learning_rate).update(updates, state, params)
+    return made.at_rate(learning_rate).update(updates, state, params)
 
-  init = rule.at_rate(initial).init
+  init = made.at_rate(initial).init
   return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -53,6 +63,8 @@ def _muon(learning_rate, weight_decay, weight_decay_mask, **arguments):
       lambda w: matrix if w.ndim == 4 else None, params
     ),
   }
+  # The state has them, which has one form whatever JAX's default is.
+  arguments.setdefault("ns_coeffs", _COEFFICIENTS)
   decay = -learning_rate * weight_decay
   return optax.chain(
     optax.contrib.muon(learning_rate, **arguments),
@@ -86,24 +98,18 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   name = config.name.removeprefix(PREFIX)
   parameters = inspect.signature(functions()[name]).parameters
   decays = {each for each in parameters if each.endswith("weight_decay")}
-  masks = {"mask", "weight_decay_mask"} & parameters.keys()
   # The rate and the decay have keys of their own.
-  takes = parameters.keys() - decays - masks - {"learning_rate"}
-  decay = config.weight_decay if masks and decays else 0.0
+  takes = parameters.keys() - decays - _MASKS - {"learning_rate"}
+  masks = parameters.keys() & _MASKS if decays else set()
+  given = dict.fromkeys(decays, config.weight_decay if masks else 0.0)
   try:
     arguments = _parse(config.arguments)
     if wrong := sorted(arguments.keys() - takes):
       raise ValueError(f"{wrong[0]} is none of them")
-    given = arguments | dict.fromkeys(decays, decay)
-    if decays:
-      given |= dict.fromkeys(masks, mask)
-    texts = [f"{key}={value}" for key, value in arguments.items()]
-    texts += [f"weight_decay={decay:g}"] * bool(decay)
-    at_rate = functools.partial(functions()[name], **given)
-    rule = Rule(f"{name}({', '.join(texts)})", at_rate, bool(masks and decays))
+    made = rule(name, **arguments, **given, **dict.fromkeys(masks, mask))
     # Traces a step.
     params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
-    tx = follow_rate(rule, 0.1)
+    tx = follow_rate(made, 0.1)
     jax.eval_shape(
       lambda w: tx.update(w, tx.init(w), w, learning_rate=0.1), params
     )
@@ -114,7 +120,7 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
       f" {' '.join(str(error).split()):.120}. {name} takes:"
       f" {', '.join(each for each in parameters if each in takes)}."
     ) from error
-  return rule
+  return made
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -58,11 +58,7 @@ SCHEDULES = {"drops": _drops} | schedules.SCHEDULES
 
 @dataclasses.dataclass(frozen=True)
 class LearningRate:
-  """The rate of one experiment.
-
-  A pure function of the step and of the rules' states, which the train state
-  has.
-  """
+  """A pure function of the step and of the rules' states, of a train state."""
 
   schedule: schedules.Schedule
   steps_per_epoch: int

@@ -4,7 +4,6 @@ Adam and SGD are here; Optax's others come by their names from `any_optax`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +19,13 @@ PyTree = Any
 
 
 def _adam(config: ConfigDict) -> any_optax.Rule:
-  b1, b2, eps = config.b1, config.b2, config.epsilon
-  title = f"adam(b1={b1:g}, b2={b2:g}, eps={eps:g})"
-  at_rate = functools.partial(optax.adam, b1=b1, b2=b2, eps=eps)
-  return any_optax.Rule(title, at_rate)
+  b1, b2 = config.b1, config.b2
+  return any_optax.rule("adam", b1=b1, b2=b2, eps=config.epsilon)
 
 
 def _sgd(config: ConfigDict) -> any_optax.Rule:
   momentum, nesterov = config.momentum, config.nesterov
-  title = f"sgd(momentum={momentum:g}{', nesterov' * nesterov})"
-  at_rate = functools.partial(optax.sgd, momentum=momentum, nesterov=nesterov)
-  return any_optax.Rule(title, at_rate)
+  return any_optax.rule("sgd", momentum=momentum, nesterov=nesterov)
 
 
 # For `optimizer.name`, whose choices are in run/config.py; others: `any_optax`.
@@ -109,10 +104,8 @@ def create_optimizer(config: ConfigDict) -> Optimizer:
     title = f"add_decayed_weights({factor:g}, mask={config.l2_weights})"
     return {title: optax.add_decayed_weights(factor, mask=mask)}
 
-  if create := OPTIMIZERS.get(config.name):
-    rule = create(config)
-  else:
-    rule = any_optax.create(config, mask)
+  create = OPTIMIZERS.get(config.name)
+  rule = create(config) if create else any_optax.create(config, mask)
   # In this order. More transformations can be put between or around them.
   links: dict[str, optax.GradientTransformation] = decay(2 * config.l2)
   if norm := config.clip_norm:

@@ -4,7 +4,6 @@ Each has a state, which is part of the train state and of every checkpoint.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -97,42 +96,35 @@ class WarmupByError:
     return f"warm-up: {self.rate:g} until the training error < {self.error:g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
+class Rules(dict[str, Plateau | WarmupByError]):
   """The rules of a run by their names, in their order."""
-
-  by_name: Mapping[str, Plateau | WarmupByError]
 
   def init(self) -> RateState:
     """The states before the first step."""
-    return {name: rule.init() for name, rule in self.by_name.items()}
+    return {name: rule.init() for name, rule in self.items()}
 
   def __call__(self, rate: jax.Array, state: RateState) -> jax.Array:
     """The rate, float32[], that becomes of a schedule's."""
-    for name, rule in self.by_name.items():
+    for name, rule in self.items():
       rate = rule(rate, state[name])
     return rate
 
   def after_step(self, state: RateState, error: jax.Array) -> RateState:
     """Takes in the training error, float32[] in [0, 1], of one batch."""
-    rules = self.by_name.items()
-    return {name: rule.after_step(state[name], error) for name, rule in rules}
+    return {k: rule.after_step(state[k], error) for k, rule in self.items()}
 
-  def after_epoch(self, state: RateState, objective: float) -> RateState:
+  def after_epoch(self, state: RateState, loss: float) -> RateState:
     """Takes in the monitored loss, L2 included, at the end of an epoch."""
-    rules = self.by_name.items()
-    return {
-      name: rule.after_epoch(state[name], objective) for name, rule in rules
-    }
+    return {k: rule.after_epoch(state[k], loss) for k, rule in self.items()}
 
   def describe(self) -> list[str]:
     """One line for each, for people."""
-    return [rule.describe() for rule in self.by_name.values()]
+    return [rule.describe() for rule in self.values()]
 
 
 def create(config: ConfigDict) -> Rules:
   """The rules of the whole configuration."""
-  rules: dict[str, Plateau | WarmupByError] = {}
+  rules = Rules()
   schedule = config.schedule
   if config.plateau.enabled:
     rules["plateau"] = Plateau(config.plateau)
@@ -141,4 +133,4 @@ def create(config: ConfigDict) -> Rules:
     rules["warmup_error"] = WarmupByError(
       schedule.warmup_learning_rate, schedule.warmup_error
     )
-  return Rules(rules)
+  return rules

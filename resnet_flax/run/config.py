@@ -33,12 +33,8 @@ _AUGMENT = choice(
   *("shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none")
 )
 _EXECUTION = choice("auto", "in_turn", "vectorized")
-_OPTIMIZER = choice(
-  *("adam", "sgd", "adamw", "lamb", "lion", "muon"), prefix="optax/"
-)
-_SCHEDULE = choice(
-  *("drops", "cosine", "constant", "onecycle", "warmup_stable_decay")
-)
+_OPTIMIZERS = "adam", "sgd", "adamw", "lamb", "lion", "muon"
+_SCHEDULES = "drops", "cosine", "constant", "onecycle", "warmup_stable_decay"
 _L2_WEIGHTS = choice("conv_kernels", "kernels", "all")
 _MONITOR = choice("accuracy", "loss", "objective")
 _PERCENTS, _FACTORS = tuple_of(integer(1, 100)), tuple_of(positive())
@@ -205,7 +201,7 @@ _KEYS = (
     "Run the like blocks of a stage as a loop, so that deep networks compile"
     " faster. Slow on CPUs without oneDNN. Checkpoints are the same."
   ),
-  Key("optimizer.name", "adam", _OPTIMIZER).means(
+  Key("optimizer.name", "adam", choice(*_OPTIMIZERS, prefix="optax/")).means(
     "The update. optax/NAME: any other of Optax's, such as optax/nadam."
   ),
   Key("optimizer.learning_rate", 1e-3, positive()).means("The initial rate."),
@@ -217,23 +213,20 @@ _KEYS = (
   Key("optimizer.momentum", 0.9, number(0, 1), ("sgd",)).means("The momentum."),
   Key("optimizer.nesterov", False, BOOLEAN, ("sgd",)).means("Nesterov's."),
   Key("optimizer.arguments", "", ARGUMENTS).means(
-    "Arguments of other optimizers than adam and sgd, by Optax's names. Others"
-    " have Optax's defaults. muon: it updates convolution kernels, its Adam the"
-    " rest; consistent_rms=0.2 makes Adam's rates fit."
+    "Optax's arguments, for all but adam and sgd. muon's are for convolution"
+    " kernels, its Adam's for the rest; consistent_rms=0.2 suits Adam's rates."
   ),
   Key("optimizer.clip_norm", 0.0, number(0)).means(
     "Scales the objective's gradient down to this norm over all arrays, before"
     " weight decay. 0: off."
   ),
   Key("optimizer.accumulate_steps", 1, integer(1)).means(
-    "Steps whose mean gradient makes an update, also across epochs: as a batch"
-    " so many times larger, but for batch norm, at the last one's rate. A step"
-    " is a batch still: schedules, records and checkpoints count these."
+    "Steps whose mean gradient makes an update, at the last one's rate, also"
+    " across epochs. A step is one batch still, for schedules and records, too."
   ),
   Key("optimizer.weight_decay", 0.0, number(0)).means(
-    "Coupled: the gradient gains weight_decay * w. Decoupled (each update takes"
-    " rate * weight_decay * w off) where Optax has it so, with a mask: adamw,"
-    " lamb, lion, muon. No part of the objective; needs l2=0."
+    "The gradient gains weight_decay * w; decoupled for adamw, lamb, lion, muon"
+    " and where else Optax has a mask. Not in the objective; needs l2=0."
   ),
   Key("optimizer.l2", 1e-4, number(0)).means(
     "The objective adds l2 * sum(w**2), as in Keras: the gradient gains 2 * l2"
@@ -244,7 +237,7 @@ _KEYS = (
     " kernels: also of dense layers. all: also biases and batch norms (He et"
     " al.)."
   ),
-  Key("schedule.name", "drops", _SCHEDULE).means(
+  Key("schedule.name", "drops", choice(*_SCHEDULES)).means(
     "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."
     " constant: learning_rate; a run can be lengthened. onecycle: linearly from"
     " 0 to learning_rate and back. warmup_stable_decay: learning_rate, at last"
@@ -311,6 +304,10 @@ _KEYS = (
   ),
   Key("log.tensorboard", True, BOOLEAN, may_differ=True).means(
     "Write TensorBoard event files to the workdir."
+  ),
+  Key("log.norms", False, BOOLEAN, may_differ=True).means(
+    "Record train_gradient_norm (of the cross-entropy) and train_weight_norm,"
+    " over all arrays, means of an epoch."
   ),
   Key("log.interval_seconds", 30.0, number(0), may_differ=True).means(
     "Without a terminal: seconds between lines of progress within an epoch."

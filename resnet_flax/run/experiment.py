@@ -26,6 +26,7 @@ def build(config: ConfigDict) -> step_lib.Experiment:
     image_shape=dataset.info(config.dataset).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,
+    log_norms=config.log.norms,
   )
 
 

@@ -111,28 +111,23 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
   _check_read("optimizer", config)
   _require(
     not config.arguments or config.name not in ("adam", "sgd"),
-    f"optimizer.arguments={config.arguments!r:.80} are of others than"
-    f" {config.name}, which has keys of its own; optimizer.name=optax/"
-    f"{config.name} takes them.",
+    f"optimizer.arguments are not for {config.name}, which has keys of its own;"
+    f" optimizer.name=optax/{config.name} takes them.",
   )
   _require(
     not (config.weight_decay and config.l2),
     f"optimizer.weight_decay={config.weight_decay:g} and optimizer.l2="
-    f"{config.l2:g} would both decay weights: one must be 0. Pass"
-    " --config.optimizer.l2=0.",
+    f"{config.l2:g}: one must be 0. Pass --config.optimizer.l2=0.",
   )
   _require(
     config.accumulate_steps <= steps_per_epoch,
     f"optimizer.accumulate_steps={config.accumulate_steps} must be at most the"
     f" {steps_per_epoch} steps of an epoch, so that each has an update.",
   )
-  name, known = (
-    config.name.removeprefix(any_optax.PREFIX),
-    any_optax.functions(),
-  )
-  if name not in known:
+  name = config.name.removeprefix(any_optax.PREFIX)
+  if name not in any_optax.functions():
     what = f"optimizer.name={any_optax.PREFIX}NAME, NAME"
-    raise errors.unknown_name(what, name, known)
+    raise errors.unknown_name(what, name, any_optax.functions())
   try:
     optimizers.create_optimizer(config)
   except ValueError as error:

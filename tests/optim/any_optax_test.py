@@ -33,7 +33,11 @@ def check(name, arguments="", **values):
     ("optax/lbfgs", "", "missing .* 'value'"),
     ("optax/scale_by_learning_rate", "", "is not known"),
     ("optax/schedule_free_sgd", "", "is not known"),
-    ("adam", "b1=0.8", "adam, which has keys of its own; .*=optax/adam takes"),
+    (
+      "adam",
+      "b1=0.8",
+      "for adam, which has keys of its own; .*=optax/adam takes",
+    ),
     ("nadam", "", "Known: adam, adamw, lamb, lion, muon, optax/NAME, sgd"),
     ("lion", "x" * 2000, "must be like b1=0.9"),
     ("lion", "b1=\n0.9", "must be like"),
@@ -51,7 +55,7 @@ def test_what_cannot_be_ends_in_a_line_that_says_what_can(
 def test_arguments_are_optaxs():
   ours = check("lion", "b1=0.5, b2=0.7")
   theirs = optax.lion(0.1, b1=0.5, b2=0.7, weight_decay=0.0)
-  assert ours.links[-1] == "lion(b1=0.5, b2=0.7)"
+  assert ours.links[-1] == "lion(b1=0.5, b2=0.7, weight_decay=0.0)"
   params = {"layer": {"kernel": jnp.arange(4.0)}}
   state, expected = ours.tx.init(params), theirs.init(params)
   for sign in (1.0, -2.0):

@@ -110,7 +110,7 @@ def test_warm_up_ends_for_good_when_the_error_has_fallen():
 def test_no_warm_up_below_its_depth():
   config = he2015_depth20.get_config()
   rate = learning_rates.create_learning_rate(config, steps_per_epoch=390)
-  assert not rate.rules.by_name
+  assert not rate.rules
   assert float(rate(jnp.asarray(0), rate.rules.init())) == pytest.approx(0.1)
 
 
@@ -119,7 +119,9 @@ def test_describe_names_every_rule():
   config.schedule.warmup_learning_rate = 1e-4
   config.model.depth = 110
   text = "\n".join(
-    learning_rates.create_learning_rate(config, steps_per_epoch=1).describe()
+    learning_rates.create_learning_rate(
+      config, steps_per_epoch=1
+    ).rules.describe()
   )
   assert "epoch 0: 0.001" in text
   assert "warm-up: 0.0001" in text

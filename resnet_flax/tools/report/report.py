@@ -175,6 +175,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     Column("epochs", lambda g: _epochs(g.num_epochs, g.config)),
     column("final test accuracy (%)", 2, Group.final, "test_accuracy", 100),
     column("best test accuracy (%)", 2, Group.best, "test_accuracy", 100),
+    column("final test top-5 accuracy (%)", 2, Group.final, "test_top5", 100),
     column("final train accuracy (%)", 2, Group.final, "train_accuracy", 100),
     column("final test loss (nats)", 4, Group.final, "test_loss"),
   )
@@ -214,7 +215,8 @@ def _difference(
 def _times(groups: Sequence[Group]) -> Section:
   def over_runs(title, digits, value):
     def cell(group: Group) -> Statistic | None:
-      return Statistic.of(list(map(value, group.counted_runs)))
+      values = [value(run) for run in group.counted_runs]
+      return None if None in values else Statistic.of(values)
 
     return Column(title, cell, digits, statistic=True)
 
@@ -229,14 +231,18 @@ def _times(groups: Sequence[Group]) -> Section:
     *_GROUP,
     Column("n", lambda group: len(group.counted_runs)),
     over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
+    over_runs("of them for data", 1, lambda r: r.mean_seconds("data_seconds")),
+    over_runs(
+      "evaluation (s)", 1, lambda r: r.mean_seconds("evaluation_seconds")
+    ),
     over_runs("images/s", 0, lambda r: r.images_per_second),
     over_runs("training time (min)", 1, lambda r: r.seconds / 60),
     Column("trained on", devices),
   )
   note = (
-    "The training part of the epochs, without compilation and evaluation; n"
-    " counts runs. Where a run trains several seeds, images/s are those of all"
-    " seeds together."
+    "The training part of the epochs, without compilation and evaluation, and"
+    " what of it the loop waited for batches; n counts runs. Where a run trains"
+    " several seeds, images/s are those of all seeds together."
   )
   return Section("Time", notes=[note], tables=[table])
 

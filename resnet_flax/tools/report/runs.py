@@ -99,6 +99,11 @@ class Run:
     """Of training in all epochs, without compilation and evaluation."""
     return math.fsum(record["epoch_seconds"] for record in self.records)
 
+  def mean_seconds(self, key: str) -> float | None:
+    """Of an epoch, such as 'evaluation_seconds'; None where one lacks it."""
+    found = [record[key] for record in self.records if key in record]
+    return statistics.fmean(found) if len(found) == len(self.records) else None
+
   @property
   def images_per_second(self) -> float:
     """Over all epochs; of several seeds all images together."""
@@ -152,8 +157,8 @@ class Group:
     )
 
   def final(self, key: str, factor: float = 1) -> Statistic | None:
-    """A metric at the last epoch, times a factor; None if there is no epoch."""
-    if not self.num_epochs:
+    """A metric at the last epoch, times a factor; None if none has it."""
+    if not self.num_epochs or np.isnan(self.curves(key)[:, -1]).any():
       return None
     return Statistic.of((factor * self.curves(key)[:, -1]).tolist())
 
