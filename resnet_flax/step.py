@@ -131,7 +131,7 @@ def in_top5(scores: Any, labels: Any) -> Any:
   """Whether labels are among the 5 first of scores, [B, classes]: bool[B]."""
   # Without a sort, for which devices would gather their images' scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
-  own = (scores * (classes == labels)).sum(axis=-1, keepdims=True)
+  own = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
   before = (scores > own) | ((scores == own) & (classes < labels))
   return before.sum(axis=-1) < 5
 

@@ -66,7 +66,7 @@ def two_runs(tmp_path):
 def test_everything_is_there(trained, tmp_path):
   done = report.make([trained], tmp_path / "out")
   assert (done.num_runs, done.num_groups) == (1, 1)
-  curves = ["error", "loss", "objective"]
+  curves = ["error", "loss", "objective", "top5"]
   names = [f"learning_curves_{metric}" for metric in curves]
   names += ["confusion_group1", "mistakes_group1"]
   tables = ["accuracy", "time", "same", "runs", "classes_group1"]
@@ -241,7 +241,7 @@ def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
   with caplog.at_level(logging.WARNING):
     page = Page(report.make([trained], tmp_path / "out").page)
   assert "This could not be made: digits is not here." in page.texts
-  assert len(page.of("img")) == 3
+  assert len(page.of("img")) == 4
   (record,) = [r for r in caplog.records if r.name == report.__name__]
   assert "group 1: digits is not here." in record.getMessage()
 
