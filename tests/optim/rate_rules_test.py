@@ -119,9 +119,7 @@ def test_describe_names_every_rule():
   config.schedule.warmup_learning_rate = 1e-4
   config.model.depth = 110
   text = "\n".join(
-    learning_rates.create_learning_rate(
-      config, steps_per_epoch=1
-    ).rules.describe()
+    learning_rates.create_learning_rate(config, steps_per_epoch=1).describe()
   )
   assert "epoch 0: 0.001" in text
   assert "warm-up: 0.0001" in text
