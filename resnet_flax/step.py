@@ -9,16 +9,19 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from resnet_flax import optim
 from resnet_flax.data import augment, normalize
 from resnet_flax.models.kernels import grouping
+from resnet_flax.optim import learning_rates, optimizers, rate_rules
 
 PyTree = Any
 # Sums over images, float32[] each, so that means are exact whatever the sizes
 # of batches: 'loss', 'objective', 'accuracy' (right ones) and 'count'.
 MetricSums = dict[str, jax.Array]
+# With `log.norms`: of the loss's gradient and of the weights, over all arrays.
+NORMS = ("gradient_norm", "weight_norm")
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -28,7 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
   params: PyTree  # float32
   batch_stats: PyTree  # Running means and variances, float32.
   opt_state: PyTree  # Of the Optax chain.
-  rate_state: optim.RateState
+  rate_state: rate_rules.RateState
   # Of the epoch so far. A checkpoint may have more or fewer of them.
   epoch_sums: MetricSums
   normalization: normalize.Normalization
@@ -48,8 +51,8 @@ class Experiment:
   """The fixed parts of an experiment, which the steps close over."""
 
   model: nn.Module  # Called as model.apply(variables, images, train=...).
-  optimizer: optim.Optimizer
-  learning_rate: optim.LearningRate
+  optimizer: optimizers.Optimizer
+  learning_rate: learning_rates.LearningRate
   augment: augment.Augment  # Maps (key, images, targets) to the last two.
   image_shape: tuple[int, int, int]  # (H, W, C)
   num_classes: int  # Of the network's head.
@@ -58,6 +61,7 @@ class Experiment:
   label_smoothing: float = 0.0
   # Maps (key, uint8[B, H, W, C]) to the last, before normalisation.
   augment_pixels: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  log_norms: bool = False  # Whether training sums `NORMS`, too.
 
 
 # ---- The train state
@@ -88,14 +92,15 @@ def state_of(
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
   mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
   sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, mask)
+  names = (*sums, *NORMS * experiment.log_norms)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
     # Networks without batch norm have none.
     batch_stats=variables.get("batch_stats", {}),
     opt_state=experiment.optimizer.tx.init(variables["params"]),
-    rate_state=experiment.learning_rate.init(),
-    epoch_sums={name: jnp.zeros((), jnp.float32) for name in sums},
+    rate_state=experiment.learning_rate.rules.init(),
+    epoch_sums={name: jnp.zeros((), jnp.float32) for name in names},
     normalization=normalization,
   )
 
@@ -124,6 +129,15 @@ def cross_entropy(
   return optax.softmax_cross_entropy(logits, targets)
 
 
+def in_top5(scores: Any, labels: Any) -> Any:
+  """Whether labels are among the 5 first of scores, [B, classes]: bool[B]."""
+  # Without a sort, for which devices would gather their images' scores.
+  classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
+  own = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
+  before = (scores > own) | ((scores == own) & (classes < labels))
+  return before.sum(axis=-1) < 5
+
+
 def metric_sums(
   loss: jax.Array,
   objective: jax.Array,
@@ -144,6 +158,8 @@ def metric_sums(
     "accuracy": jnp.sum((jnp.argmax(logits, axis=-1) == labels) & mask),
     "count": jnp.sum(mask),
   }
+  if logits.shape[-1] >= 10:
+    sums["top5"] = jnp.sum(in_top5(logits, labels) & mask)
   return {name: jnp.asarray(x, jnp.float32) for name, x in sums.items()}
 
 
@@ -246,7 +262,10 @@ def train_step_with_backward(
   sums = metric_sums(
     loss * count, objective * count, logits, labels, jnp.ones(count, bool)
   )
-  error = 1 - sums["accuracy"] / count
+  if experiment.log_norms:
+    trees = zip(NORMS, (grads, state.params), strict=True)
+    sums |= {name: count * grouping.norm(tree) for name, tree in trees}
+  error, rules = 1 - sums["accuracy"] / count, experiment.learning_rate.rules
   starts = state.step % experiment.learning_rate.steps_per_epoch == 0
   sums = jax.tree.map(
     lambda old, new: jnp.where(starts, new, old + new), state.epoch_sums, sums
@@ -256,7 +275,7 @@ def train_step_with_backward(
     params=params,
     batch_stats=batch_stats,
     opt_state=opt_state,
-    rate_state=experiment.learning_rate.after_step(state.rate_state, error),
+    rate_state=rules.after_step(state.rate_state, error),
     epoch_sums=sums,
   )
   floats = [

@@ -84,7 +84,7 @@ def train_and_evaluate(
     state, program, layout = setup.state, setup.program, setup.layout
 
     for epoch in range(len(run.records), config.num_epochs):
-      for batch in program.batches(epoch, run.start_epoch(epoch)):
+      for batch in run.batches(epoch, program.batches):
         setup.before_step(run.step, state, batch)
         state, step_metrics = program.step(state, batch)
         run.report(step_metrics, batch.num_steps)  # Reads one step late.
@@ -228,7 +228,7 @@ def _after_epoch(
   objective = metrics.monitored(record, "objective")
   before = layout.get(layout.map(lambda one: one.rate_state, state))
   after = [
-    experiment.learning_rate.after_epoch(
+    experiment.learning_rate.rules.after_epoch(
       rate_state, metrics.comparable(of_seed[objective])
     )
     for rate_state, of_seed in zip(

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from configs import base
-from resnet_flax import models, optim, step as step_lib
+from resnet_flax import models, step as step_lib
+from resnet_flax.optim import optimizers
 from tests.models.flax_batch_norm import FlaxBatchNorm
 
 keras = pytest.importorskip("keras", reason="needs the extra [parity]")
@@ -151,7 +152,7 @@ class Pair:
     config = base.get_config()
     config.model.update({"name": name, "depth": depth, "num_filters": FILTERS})
     self.ours = models.create_model(config.model, 10)
-    self.optimizer = optim.create_optimizer(config.optimizer)
+    self.optimizer = optimizers.create_optimizer(config.optimizer)
     self.trainable = [v.value for v in self.theirs.trainable_variables]
     rng = np.random.default_rng(0)
     # Statistics and affine parameters that are not their initial 0 and 1.
@@ -267,7 +268,7 @@ def test_ten_training_steps(pair):
     decay = optax.add_decayed_weights(
       2 * L2,
       mask=lambda params: jax.tree_util.tree_map_with_path(
-        optim.L2_WEIGHTS["conv_kernels"], params
+        optimizers.L2_WEIGHTS["conv_kernels"], params
       ),
     )
     grads, _ = decay.update(grads, decay.init(params), params)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import optim, step as step_lib
+from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.models import feedforward
+from resnet_flax.optim import any_optax, optimizers
 from resnet_flax.run import experiment as experiment_lib
 
 
@@ -61,7 +62,9 @@ def batch(count=4):
   return jnp.asarray(images), jnp.asarray(np.arange(count) % 10, jnp.int32)
 
 
-@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+@pytest.mark.parametrize(
+  "optimizer", [*optimizers.OPTIMIZERS, *any_optax.OPTIMIZERS]
+)
 @pytest.mark.parametrize("normalization", ["pixel_mean", "channel", "caffe"])
 def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
   """A checkpoint opens where somebody's notebook has set jax_enable_x64."""
@@ -82,6 +85,29 @@ def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
     assert form() == expected
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_accumulated_steps_are_a_larger_batch(name):
+  """8 of 16 images are one of 128, where there is no batch norm."""
+  config = base.get_config()
+  config.model.update({"depth": 8, "num_filters": 4, "norm": "none"})
+  config.optimizer.update({"name": name, "clip_norm": 0.1})
+  config.augment.name = "none"
+  images, labels = batch(128)
+  states = []
+  for size in (128, 16):
+    config.batch_size = size
+    config.optimizer.accumulate_steps = 128 // size
+    experiment = experiment_lib.build(config)
+    step, state = jitted(experiment), create_state(experiment)
+    for start in range(0, 128, size):
+      part = slice(start, start + size)
+      state, _ = step(state, images[part], labels[part], jax.random.key(0))
+    states.append(state.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states
+  )
+
+
 def test_sums_of_the_epoch(experiment, state, step):
   """They add up within an epoch and start anew with the next."""
   steps = experiment.learning_rate.steps_per_epoch
@@ -95,6 +121,46 @@ def test_sums_of_the_epoch(experiment, state, step):
   state, _ = step(state.replace(step=jnp.asarray(steps)), images, labels, key)
   assert int(state.epoch_sums["count"]) == 4
   assert int(state.step) == steps + 1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_top5(ties):
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(200, 12)).astype(np.float32)
+  scores = np.round(scores) if ties else scores
+  labels = rng.integers(0, 12, 200)
+  first = np.argsort(-scores, axis=-1, kind="stable")[:, :5]
+  expected = (first == labels[:, None]).any(axis=-1)
+  assert 0 < expected.sum() < 200
+  np.testing.assert_array_equal(step_lib.in_top5(scores, labels), expected)
+  found = jax.jit(step_lib.in_top5)(scores, labels)
+  np.testing.assert_array_equal(found, expected)
+  mask = np.arange(200) % 2 == 0
+  sums = step_lib.metric_sums(0.0, 0.0, jnp.asarray(scores), labels, mask)
+  assert sums["top5"] == (expected & mask).sum()
+
+
+def test_few_classes_have_no_top5():
+  nine, ones = jnp.zeros((4, 9)), jnp.ones(4, bool)
+  sums = step_lib.metric_sums(0.0, 0.0, nine, jnp.zeros(4, int), ones)
+  assert sums.keys() == {"loss", "objective", "accuracy", "count"}
+
+
+def test_norms_of_gradient_and_weights(experiment, state, step):
+  images, labels = batch()
+  logging = dataclasses.replace(experiment, log_norms=True)
+  logged = create_state(logging)
+  logged, found = jitted(logging)(logged, images, labels, jax.random.key(0))
+  _, grads = jax.value_and_grad(step_lib.loss_fn, argnums=1, has_aux=True)(
+    *(experiment, state.params, state.batch_stats),
+    *(state.normalization(images), labels, jax.random.key(0)),
+  )
+  for name, tree in (("gradient_norm", grads), ("weight_norm", state.params)):
+    expected = np.sqrt(sum(np.sum(w**2) for w in jax.tree.leaves(tree)))
+    assert float(found.sums[name]) / 4 == pytest.approx(expected, rel=1e-4)
+  # And they change nothing.
+  other, _ = step(state, images, labels, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, logged.params, other.params)
 
 
 def test_objective_is_loss_plus_penalty(experiment, state, step):

@@ -28,7 +28,8 @@ READING_PATH = (
   "models/blocks.py",
   "models/stems.py",
   "models/layers.py",
-  "optim.py",
+  "optim/optimizers.py",
+  "optim/learning_rates.py",
   "data/dataset.py",
   "data/types.py",
   "data/augment.py",
@@ -44,7 +45,7 @@ LAYERS = (
   {"run"},
   {"parallel"},
   {"step"},
-  {"models", "data", "optim", "rate_rules"},
+  {"models", "data", "optim"},
 )
 BASE = {
   *("run.errors", "run.files", "run.process", "run.signals"),

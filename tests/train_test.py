@@ -53,12 +53,19 @@ def test_a_run_leaves_its_numbers(tiny_config, tmp_path, one_device):
     "train_accuracy",
     "train_loss",
     "train_objective",
+    "train_top5",
     "test_accuracy",
     "test_loss",
     "test_objective",
+    "test_top5",
     "epoch_seconds",
+    "data_seconds",
     "images_per_second",
+    "evaluation_seconds",
   ]
+  assert records[1]["train_accuracy"] < records[1]["train_top5"] <= 1
+  assert 0 < records[0]["data_seconds"] < records[0]["epoch_seconds"]
+  assert records[0]["evaluation_seconds"] > 0
   assert records[0]["train_objective"] > records[0]["train_loss"]
   assert records == metrics.MetricsLog(workdir).read()
   stored = json.loads((workdir / "config.json").read_text())
@@ -550,6 +557,75 @@ def test_a_run_at_a_constant_rate_can_be_lengthened_not_shortened(
     errors.WorkdirError, match=r"num_epochs \(3 there, 2 here"
   ):
     programs.train(tiny_config, tmp_path / "longer", devices=one_device)
+
+
+@slow
+def test_a_run_can_be_lengthened_until_its_rate_falls(
+  tiny_config, tmp_path, one_device
+):
+  tiny_config.schedule.name = "warmup_stable_decay"
+  tiny_config.schedule.decay_percent = 50
+  run = functools.partial(train.train_and_evaluate, tiny_config)
+  tiny_config.num_epochs = 4
+  with pytest.raises(SystemExit):
+    run(
+      tmp_path / "longer",
+      devices=one_device,
+      on_event=at_event("record", 2, die),
+    )
+  tiny_config.num_epochs = 6
+  for name in ("longer", "straight"):
+    run(tmp_path / name, devices=one_device)
+  assert_same_run(tiny_config, tmp_path / "longer", tmp_path / "straight")
+  tiny_config.num_epochs = 8
+  with pytest.raises(errors.WorkdirError, match="until its rate falls"):
+    run(tmp_path / "longer", devices=one_device)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "devices"),
+  [
+    ("muon", {}, 1),
+    pytest.param("lion", {"steps_per_call": 3}, 1, marks=slow),
+    pytest.param(
+      *("adamw", {"num_seeds": 2, "seed_execution": "vectorized"}, 1),
+      marks=slow,
+    ),
+    pytest.param("lamb", {"num_seeds": 3}, 2, marks=slow),
+    pytest.param("optax/adafactor", {"model.scan": True}, 8, marks=slow),
+    pytest.param(
+      *("optax/lars", {"num_seeds": 2, "steps_per_call": 4}, 1), marks=slow
+    ),
+  ],
+)
+def test_a_run_resumes_between_accumulated_steps(
+  tiny_config, tmp_path, name, changes, devices
+):
+  """Three of them, across the ends of epochs of four."""
+  tiny_config.update_from_flattened_dict(changes)
+  if "model.scan" in changes:
+    tiny_config.model.depth = 14
+  tiny_config.optimizer.update(
+    {"name": name, "accumulate_steps": 3, "clip_norm": 0.5, "l2": 0.0}
+  )
+  tiny_config.optimizer.weight_decay = 0.1
+  tiny_config.log.norms = True
+  tiny_config.schedule.name = "onecycle"
+  tiny_config.checkpoint.every_steps = 5
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, devices=jax.devices()[:devices]
+  )
+  run(tmp_path / "straight")
+  with pytest.raises(SystemExit):
+    run(tmp_path / "died", on_event=at_event("save", 3, die))
+  assert saved_steps(tmp_path / "died")[-1] == 5
+  run(tmp_path / "died")
+  assert_same_run(tiny_config, tmp_path / "died", tmp_path / "straight")
+  record = metrics.MetricsLog(tmp_path / "died").read()[-1]
+  assert 0 < record["train_gradient_norm"] < record["train_weight_norm"] < 100
+  last = restore(tiny_config, tmp_path / "died")
+  assert np.ravel(last.opt_state.gradient_step)[0] == 2
+  assert np.ravel(last.opt_state.mini_step)[0] == 2
 
 
 def test_non_finite_evaluation_stops_and_is_never_saved(

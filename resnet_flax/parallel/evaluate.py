@@ -22,7 +22,7 @@ class Scores:
 
   # Of each the means of `step.metric_sums`: `loss`, `accuracy` (a fraction)...
   networks: list[dict[str, float]]
-  # `loss` and `accuracy` of their mean probabilities; None for one network.
+  # `loss`, `accuracy`... of their mean probabilities; None for one network.
   ensemble: dict[str, float] | None
 
 
@@ -134,8 +134,11 @@ def _ensemble_sums(
   chosen = probabilities[np.arange(len(labels)), labels]
   # A float32 probability of zero stands for one that is too small for it.
   least = np.finfo(np.float32).tiny
-  return {
+  sums = {
     "loss": -np.sum(np.log(np.maximum(chosen, least))),
     "accuracy": np.sum(np.argmax(probabilities, axis=-1) == labels),
     "count": len(labels),
   }
+  if probabilities.shape[-1] >= 10:
+    sums["top5"] = np.sum(step_lib.in_top5(probabilities, labels))
+  return sums

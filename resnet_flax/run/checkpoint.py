@@ -32,8 +32,13 @@ _logger = logging.getLogger(__name__)
 
 # What goes with a state, as JSON.
 Notes = dict[str, Any]
-# The rate of each seed's last step and the seconds that the epoch has taken.
-NEW_EPOCH: Notes = {"learning_rate": [], "epoch_seconds": 0.0}
+# The rate of each seed's last step and the seconds that the epoch has taken, of
+# which it has waited for data.
+NEW_EPOCH: Notes = {
+  "learning_rate": [],
+  "epoch_seconds": 0.0,
+  "data_seconds": 0.0,
+}
 
 # Orbax writes what it saves, then once more as it merges its files; asked
 # beforehand, since its threads meet a full disk in many noisy ways.
@@ -249,7 +254,8 @@ class Checkpoints:
       else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
       for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
     ]
-    return jax.tree.unflatten(structure, arrays), manifest["notes"]
+    # Older ones lack what an epoch has waited.
+    return jax.tree.unflatten(structure, arrays), NEW_EPOCH | manifest["notes"]
 
   def restore_latest(
     self, like: step_lib.TrainState
@@ -370,7 +376,8 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
         raise _Damaged(path, f"{name} is not as it was written")
     # Anybody can seal what no run writes.
     notes, arrays = manifest["notes"], manifest["arrays"]
-    numbers = [notes["epoch_seconds"], *notes["learning_rate"]]
+    numbers = [notes["epoch_seconds"], notes.get("data_seconds", 0.0)]
+    numbers += notes["learning_rate"]
     if not isinstance(arrays, dict) or not all(map(_NUMBER.accept, numbers)):
       raise _Damaged(path, f"{_MANIFEST} has other notes or arrays")
   except FileNotFoundError as error:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax.run.keys import (
   ADDRESS,
+  ARGUMENTS,
   BOOLEAN,
   PATH,
   Key,
@@ -36,7 +37,8 @@ _AUGMENT = choice(
 )
 _BAD_IMAGES = choice("error", "skip")
 _EXECUTION = choice("auto", "in_turn", "vectorized")
-_SCHEDULE = choice("drops", "cosine", "constant")
+_OPTIMIZERS = "adam", "sgd", "adamw", "lamb", "lion", "muon"
+_SCHEDULES = "drops", "cosine", "constant", "onecycle", "warmup_stable_decay"
 _L2_WEIGHTS = choice("conv_kernels", "kernels", "all")
 _MONITOR = choice("accuracy", "loss", "objective")
 _PERCENTS, _FACTORS = tuple_of(integer(1, 100)), tuple_of(positive())
@@ -238,24 +240,53 @@ _KEYS = (
     "Run the like blocks of a stage as a loop, so that deep networks compile"
     " faster. Slow on CPUs without oneDNN. Checkpoints are the same."
   ),
-  Key("optimizer.name", "adam", choice("adam", "sgd")).means("The update."),
-  Key("optimizer.learning_rate", 1e-3, positive()).means("The initial rate."),
-  Key("optimizer.b1", 0.9, number(0, 1)).means("Adam's first decay."),
-  Key("optimizer.b2", 0.999, number(0, 1)).means("Adam's second decay."),
-  Key("optimizer.epsilon", 1e-7, positive()).means(
-    "Added to the root of Adam's second moment (Keras's value, not Optax's)."
+  Key("optimizer.name", "adam", choice(*_OPTIMIZERS, prefix="optax/")).means(
+    "The update. optax/NAME: any other of Optax's, such as optax/nadam."
   ),
-  Key("optimizer.momentum", 0.9, number(0, 1)).means("SGD's momentum."),
+  Key("optimizer.learning_rate", 1e-3, positive()).means("The initial rate."),
+  Key("optimizer.b1", 0.9, number(0, 1), ("adam",)).means("The first decay."),
+  Key("optimizer.b2", 0.999, number(0, 1), ("adam",)).means("The second one."),
+  Key("optimizer.epsilon", 1e-7, positive(), ("adam",)).means(
+    "Added to the root of the second moment (Keras's value, not Optax's)."
+  ),
+  Key("optimizer.momentum", 0.9, number(0, 1), ("sgd",)).means("The momentum."),
+  Key("optimizer.nesterov", False, BOOLEAN, ("sgd",)).means("Nesterov's."),
+  Key("optimizer.arguments", "", ARGUMENTS).means(
+    "Optax's arguments, for all but adam and sgd. muon's are for convolution"
+    " kernels, its Adam's for the rest; consistent_rms=0.2 suits Adam's rates."
+  ),
+  Key("optimizer.clip_norm", 0.0, number(0)).means(
+    "Scales the objective's gradient down to this norm over all arrays, before"
+    " weight decay. 0: off."
+  ),
+  Key("optimizer.accumulate_steps", 1, integer(1)).means(
+    "Steps whose mean gradient makes an update, at the last one's rate, also"
+    " across epochs. A step is one batch still, for schedules and records, too."
+  ),
+  Key("optimizer.weight_decay", 0.0, number(0)).means(
+    "The gradient gains weight_decay * w; decoupled for adamw, lamb, lion, muon"
+    " and where else Optax has a mask. Not in the objective; needs l2=0."
+  ),
   Key("optimizer.l2", 1e-4, number(0)).means(
-    "The objective adds l2 * sum(w**2): the gradient gains 2 * l2 * w."
+    "The objective adds l2 * sum(w**2), as in Keras: the gradient gains 2 * l2"
+    " * w, as of a weight_decay twice as large."
   ),
   Key("optimizer.l2_weights", "conv_kernels", _L2_WEIGHTS).means(
-    "conv_kernels: as the Keras example. kernels: also of dense layers. all:"
-    " also biases and batch norms (He et al.)."
+    "What l2 and weight_decay are for. conv_kernels: as the Keras example."
+    " kernels: also of dense layers. all: also biases and batch norms (He et"
+    " al.)."
   ),
-  Key("schedule.name", "drops", _SCHEDULE).means(
+  Key("schedule.name", "drops", choice(*_SCHEDULES)).means(
     "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."
-    " constant: learning_rate; a run can be lengthened."
+    " constant: learning_rate; a run can be lengthened. onecycle: linearly from"
+    " 0 to learning_rate and back. warmup_stable_decay: learning_rate, at last"
+    " linearly to 0; a run can be lengthened until then."
+  ),
+  Key("schedule.peak_percent", 30, integer(1, 99)).means(
+    "The share of the steps in which onecycle rises."
+  ),
+  Key("schedule.decay_percent", 20, integer(1, 100)).means(
+    "The share of the epochs in which warmup_stable_decay falls."
   ),
   Key("schedule.linear_warmup_epochs", 0.0, number(0)).means(
     "Epochs in which the rate rises from 0 in equal steps."
@@ -312,6 +343,10 @@ _KEYS = (
   ),
   Key("log.tensorboard", True, BOOLEAN, may_differ=True).means(
     "Write TensorBoard event files to the workdir."
+  ),
+  Key("log.norms", False, BOOLEAN, may_differ=True).means(
+    "Record train_gradient_norm (of the cross-entropy) and train_weight_norm,"
+    " over all arrays, means of an epoch."
   ),
   Key("log.interval_seconds", 30.0, number(0), may_differ=True).means(
     "Without a terminal: seconds between lines of progress within an epoch."

@@ -5,10 +5,11 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import optim, step as step_lib
+from resnet_flax import step as step_lib
 from resnet_flax.data import augment, dataset, normalize, randomness, types
 from resnet_flax.data.trivial_augment import trivial_augment
 from resnet_flax.models import registry
+from resnet_flax.optim import learning_rates, optimizers
 
 
 def build(
@@ -21,8 +22,8 @@ def build(
   classes = num_classes(config, facts)
   return step_lib.Experiment(
     model=registry.create_model(config.model, classes),
-    optimizer=optim.create_optimizer(config.optimizer),
-    learning_rate=optim.create_learning_rate(config, steps_per_epoch),
+    optimizer=optimizers.create_optimizer(config.optimizer),
+    learning_rate=learning_rates.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment, classes),
     augment_pixels=(
       trivial_augment if config.augment.trivial_augment else None
@@ -30,6 +31,7 @@ def build(
     image_shape=dataset.info(config.dataset, facts).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,
+    log_norms=config.log.norms,
   )
 
 

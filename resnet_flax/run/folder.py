@@ -18,14 +18,15 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import optim
 from resnet_flax.data import types
+from resnet_flax.optim import schedules
 from resnet_flax.run import (
   config as config_lib,
   environment,
   errors,
   files,
   keys,
+  metrics,
 )
 
 _logger = logging.getLogger(__name__)
@@ -110,25 +111,25 @@ def check_same(
 
   Raises:
     WorkdirError: lists the keys that differ, except those that do not change
-      the mathematics, those in `free`, and more epochs where the schedule does
-      not depend on them.
+      the mathematics, those in `free`, and more epochs where the rates so far
+      do not depend on them.
   """
   stored = keys.to_flat(load_config(workdir))
   # Through JSON, in which tuples are lists.
   given = json.loads(json.dumps(keys.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
-  if (
-    given["schedule.name"] in optim.OPEN_ENDED
-    and given["num_epochs"] > stored["num_epochs"]
-  ):
-    given["num_epochs"] = stored["num_epochs"]
+  if given["num_epochs"] > stored["num_epochs"]:
+    done = len(metrics.MetricsLog(workdir).read())
+    if done < schedules.open_epochs(stored):
+      given["num_epochs"] = stored["num_epochs"]
   if differing := errors.differences(stored, given):
     longer = ""
     if stored["num_epochs"] != given["num_epochs"]:
       longer = (
         f" Its learning rates follow num_epochs, so it cannot be lengthened (a"
-        f" run with schedule.name={optim.OPEN_ENDED[0]} can);"
+        " run with schedule.name=constant can, and one with warmup_stable_decay"
+        " until its rate falls);"
         f" --config.init_from={workdir} begins another run with its weights."
       )
     raise errors.WorkdirError(

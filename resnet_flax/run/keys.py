@@ -97,6 +97,12 @@ def _is_path(value: Any) -> bool:
 
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
 PATH = Values(errors.LOCAL, _is_path)
+ARGUMENTS = Values(
+  "like b1=0.9,nesterov=True, as Python writes it",
+  lambda value: (
+    type(value) is str and len(value) <= 1000 and value.isprintable()
+  ),
+)
 ADDRESS = Values(
   "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a local path",
   lambda value: (
@@ -116,7 +122,8 @@ class Key:
   name: str
   default: Any
   values: Values
-  # The `model.name`s that read it, () for all; the others need the default.
+  # The names, such as `model.name`, of its part that read it, () for all; with
+  # the others it needs its default.
   families: tuple[str, ...] = ()
   # Whether a run can be resumed with another value: it changes no result.
   may_differ: bool = False
@@ -181,8 +188,7 @@ def to_flat(config: ConfigDict) -> dict[str, Any]:
 # What others call a key.
 _OTHER_NAMES = {
   "lr": "optimizer.learning_rate",
-  "wd": "optimizer.l2",
-  "weight_decay": "optimizer.l2",
+  "wd": "optimizer.weight_decay",
   "width": "model.num_filters",
   "arch": "model.name",
   "optim": "optimizer.name",

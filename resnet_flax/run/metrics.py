@@ -18,8 +18,9 @@ from resnet_flax.run import errors, files as files_lib
 
 Record = dict[str, Any]
 
+_SPEED = ("epoch_seconds", "images_per_second")
 # What is measured of the machine; it differs between bit-identical runs.
-TIMED = ("epoch_seconds", "images_per_second")
+TIMED = (*_SPEED, "data_seconds", "evaluation_seconds")
 
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
@@ -133,7 +134,7 @@ def _fault(
   if not isinstance(of_seeds, list):
     return "seeds is no list"
   own = {key: value for key, value in record.items() if key != "seeds"}
-  needed = (*_SCORES, *TIMED) if seeds else ()
+  needed = (*_SCORES, *_SPEED) if seeds else ()
   parts = [(own, ("epoch", "step", *needed))]
   parts += [(each, ("seed", *_SCORES) if seeds else ()) for each in of_seeds]
   for part, keys in parts:
@@ -189,7 +190,8 @@ def of_seeds(record: Record) -> list[Record]:
   """The records of an epoch's networks, each as if it were alone."""
   if "seeds" not in record:
     return [record]
-  common = {key: record[key] for key in ("epoch", "step", *TIMED)}
+  shared = ("epoch", "step", *TIMED)
+  common = {key: record[key] for key in shared if key in record}
   return [common | values for values in record["seeds"]]
 
 

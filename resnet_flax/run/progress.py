@@ -161,10 +161,13 @@ def evaluation(checkpoint: str, scores: dict[str, Any]) -> str:
 
 
 def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
-  """Loss and accuracy; of several seeds also what goes with them."""
+  """Loss and accuracies; of several seeds also what goes with them."""
   lines = []
-  for metric in ("loss", "accuracy"):
-    text = f"Test {metric}: {scores[prefix + metric]:.4f}"
+  titles = {"loss": "loss", "accuracy": "accuracy", "top5": "top-5 accuracy"}
+  for metric, title in titles.items():
+    if prefix + metric not in scores:  # Of few classes, or a record of before.
+      continue
+    text = f"Test {title}: {scores[prefix + metric]:.4f}"
     if f"{prefix}{metric}_std" in scores:
       text += f" ± {scores[f'{prefix}{metric}_std']:.4f}, ensemble"
       text += f" {scores[f'{prefix}ensemble_{metric}']:.4f}"

@@ -53,6 +53,7 @@ def of_epoch(
   first = {"epoch": epoch, "step": state.step}
   return metrics.summarize(first, layout.seeds, of_seeds, ensembles) | {
     "epoch_seconds": seconds,
+    "data_seconds": notes["data_seconds"],
     "images_per_second": num_images / seconds,
   }
 

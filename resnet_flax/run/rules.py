@@ -2,7 +2,6 @@
 
 from ml_collections import ConfigDict
 
-from resnet_flax import optim
 from resnet_flax.data import (
   augment,
   crops,
@@ -12,6 +11,7 @@ from resnet_flax.data import (
   types,
 )
 from resnet_flax.models import other_blocks as others, registry
+from resnet_flax.optim import any_optax, learning_rates, optimizers, schedules
 from resnet_flax.parallel import mesh
 from resnet_flax.run import config as config_keys, errors, keys
 
@@ -35,6 +35,7 @@ def check(
     config.model, shape, streaming.is_streamed(config.dataset.name)
   )
   steps = _check_batch_size(config, num_devices, facts)
+  _check_optimizer(config.optimizer, steps)
   _check_schedule(config)
   last = config_keys.LAST_SEED + 1 - config.num_seeds
   _require(
@@ -99,14 +100,7 @@ def check_model(model: ConfigDict) -> None:
     f"model.shortcut={model.shortcut!r} does not exist for {model.name}; it"
     f" has: {', '.join(shortcuts)}.",
   )
-  for key in config_keys.KEYS.values():
-    if key.families and model.name not in key.families:
-      value = model[key.name.removeprefix("model.")]
-      _require(
-        value == key.default,
-        f"{key.name}={value} does nothing for model.name={model.name}; it is"
-        f" for {', '.join(key.families)}. Leave it {key.default}.",
-      )
+  _check_read("model", model)
   _require(
     model.batch_norm_groups == 1 or model.norm == "batch_norm",
     f"model.batch_norm_groups={model.batch_norm_groups} does nothing without"
@@ -120,6 +114,45 @@ def check_model(model: ConfigDict) -> None:
     f" bottlenecks, which {model.name} has from depth {others.FIRST_BOTTLENECK}"
     f" on; at {model.depth} leave both 0.",
   )
+
+
+def _check_read(part: str, config: ConfigDict) -> None:
+  """Checks that keys that a part's `name` does not read have their defaults."""
+  for key in config_keys.KEYS.values():
+    if key.part == part and key.families and config.name not in key.families:
+      value = config[key.name.rpartition(".")[2]]
+      _require(
+        value == key.default,
+        f"{key.name}={value} does nothing for {part}.name={config.name}; it is"
+        f" for {', '.join(key.families)}. Leave it {key.default}.",
+      )
+
+
+def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
+  _check_read("optimizer", config)
+  _require(
+    not config.arguments or config.name not in ("adam", "sgd"),
+    f"optimizer.arguments are not for {config.name}, which has keys of its own;"
+    f" optimizer.name=optax/{config.name} takes them.",
+  )
+  _require(
+    not (config.weight_decay and config.l2),
+    f"optimizer.weight_decay={config.weight_decay:g} and optimizer.l2="
+    f"{config.l2:g}: one must be 0. Pass --config.optimizer.l2=0.",
+  )
+  _require(
+    config.accumulate_steps <= steps_per_epoch,
+    f"optimizer.accumulate_steps={config.accumulate_steps} must be at most the"
+    f" {steps_per_epoch} steps of an epoch, so that each has an update.",
+  )
+  name = config.name.removeprefix(any_optax.PREFIX)
+  if name not in any_optax.functions():
+    what = f"optimizer.name={any_optax.PREFIX}NAME, NAME"
+    raise errors.unknown_name(what, name, any_optax.functions())
+  try:
+    optimizers.create_optimizer(config)
+  except ValueError as error:
+    raise errors.ConfigError(str(error)) from error
 
 
 def _check_streaming(config: ConfigDict) -> None:
@@ -193,9 +226,16 @@ def _check_schedule(config: ConfigDict) -> None:
     not (epochs and rate) or config.model.depth < values.warmup_min_depth,
     f"{key} and schedule.warmup_learning_rate={rate:g}: one must be 0.",
   )
+  _require(
+    not epochs or values.name != "onecycle",
+    f"{key} does nothing for schedule.name=onecycle, which rises by itself"
+    " until schedule.peak_percent. Leave it 0.",
+  )
   ends = [config.num_epochs]
   if values.name == "drops":
-    ends += optim.drop_epochs(ends[0], percents, values.drop_inclusive)
+    ends += learning_rates.drop_epochs(ends[0], percents, values.drop_inclusive)
+  if values.name == "warmup_stable_decay":
+    ends.append(schedules.decay_start(ends[0], values.decay_percent))
   _require(
     not epochs or epochs < min(ends),
     f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from resnet_flax import step as step_lib
 from resnet_flax.data import dataset as dataset_lib, types
 from resnet_flax.models.kernels import onednn
-from resnet_flax.parallel import hosts, many_steps, networks
+from resnet_flax.parallel import hosts, many_steps, networks, program
 from resnet_flax.run import (
   checkpoint,
   errors,
@@ -49,8 +49,8 @@ class Session:
     records: of the epochs so far, as in metrics.jsonl.
     step: steps done.
     resumes: whether a checkpoint was restored.
-    notes: 'learning_rate' of each seed's last step and 'epoch_seconds' of
-      training, as of the latest checkpoint.
+    notes: 'learning_rate' of each seed's last step, 'epoch_seconds' of training
+      and 'data_seconds' of them, as of the latest checkpoint.
     is_finished: whether all epochs are done.
   """
 
@@ -255,12 +255,21 @@ class Session:
     )
     self._stack.callback(self._progress.close)
 
-  def start_epoch(self, epoch: int) -> int:
-    """Begins a 0-based epoch; how many of its steps are done already."""
+  def batches(
+    self, epoch: int, of_epoch: Callable[[int, int], Iterator[program.Batch]]
+  ) -> Iterator[program.Batch]:
+    """Begins a 0-based epoch: its batches from where the run stands."""
     first = self.step - epoch * self._steps_per_epoch
     self._progress.start_epoch(epoch, first)
-    self._started = time.perf_counter()
-    return first
+    self._started, self._waited = time.perf_counter(), 0.0
+    batches = of_epoch(epoch, first)
+    while True:
+      began = time.perf_counter()
+      batch = next(batches, None)
+      self._waited += time.perf_counter() - began
+      if batch is None:
+        return
+      yield batch
 
   def report(self, step_metrics: networks.Networks, num_steps: int) -> None:
     """Takes in `StepMetrics` and reads those of the call before.
@@ -326,8 +335,9 @@ class Session:
       # Of each seed.
       "learning_rate": [float(each.learning_rate) for each in last],
       "epoch_seconds": self.notes["epoch_seconds"] + now - self._started,
+      "data_seconds": self.notes["data_seconds"] + self._waited,
     }
-    self._started = now
+    self._started, self._waited = now, 0.0
     self._save(state)
     self._timer.reset()
     self._agreement.check()
@@ -355,6 +365,8 @@ class Session:
     without its record is evaluated again.
     """
     self.on_event("record")
+    evaluation = time.perf_counter() - self._started
+    record["evaluation_seconds"] = evaluation
     hosts.first(lambda: folder.check_not_removed(self._workdir))
     if self._log is not None:
       self._log.append(record)
@@ -362,7 +374,7 @@ class Session:
     self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:
       self._board.write(record)
-    self._progress.end_epoch(record, time.perf_counter() - self._started)
+    self._progress.end_epoch(record, evaluation)
 
   def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Writes numbers by their tags to TensorBoard, if there is one."""

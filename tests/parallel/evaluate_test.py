@@ -71,6 +71,8 @@ def scored():
     "loss": losses.mean(),
     "objective": losses.mean() + experiment.optimizer.penalty(state.params),
     "accuracy": np.mean(np.argmax(logits, -1) == split.labels),
+    "top5": np.mean(np.argsort(-logits, -1)[:, :5] == split.labels[:, None])
+    * 5,
   }
   return experiment, state, split, expected
 

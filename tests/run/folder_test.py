@@ -216,7 +216,8 @@ def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
   with pytest.raises(errors.WorkdirError) as caught:
     check(tmp_path, longer)
   message = (
-    "cannot be lengthened (a run with schedule.name=constant can);"
+    "cannot be lengthened (a run with schedule.name=constant can, and one"
+    " with warmup_stable_decay until its rate falls);"
     f" --config.init_from={tmp_path} begins"
   )
   assert (message in str(caught.value)) == says

@@ -38,6 +38,12 @@ def reduce_each(
   return jnp.concatenate([apart(reduce_group, *group) for group in groups])
 
 
+def norm(tree: Any) -> jax.Array:
+  """The Euclidean norm over all arrays of a tree, float32[]."""
+  squares = reduce_each(lambda x: jnp.sum(jnp.square(x)), jax.tree.leaves(tree))
+  return jnp.sqrt(jnp.sum(squares))
+
+
 def by_modules(
   update: Callable[..., Any],
   grads: dict[str, Any],

@@ -64,7 +64,11 @@ _LINES: dict[str, dict[str, Any]] = {
   "test": {"linewidth": 2.4, "markersize": 8, "markeredgecolor": "white"},
 }
 # Of the axis, where it is not the metric's name.
-_TITLES = {"accuracy": "error (%)", "loss": "cross-entropy (nats)"}
+_TITLES = {
+  "accuracy": "error (%)",
+  "top5": "top-5 error (%)",
+  "loss": "cross-entropy (nats)",
+}
 # Of each split that has values, the epochs, from 1, and float64[n, epochs].
 _Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -127,7 +131,8 @@ def _curves(group: runs_lib.Group, metric: str) -> _Curves:
     values = values[~np.isnan(values).all(axis=1)]
     known = ~np.isnan(values).any(axis=0)
     if (values := values[:, known]).size:
-      values = 100 * (1 - values) if metric == "accuracy" else values
+      if metric in ("accuracy", "top5"):
+        values = 100 * (1 - values)
       found[split] = 1 + np.flatnonzero(known), values
   return found
 

@@ -193,6 +193,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     Column("epochs", [_epochs(g.num_epochs, g.config) for g in groups]),
     column("final test accuracy (%)", "last", "test_accuracy"),
     column("best test accuracy (%)", "best", "test_accuracy"),
+    column("final test top-5 accuracy (%)", "last", "test_top5"),
     column("final train accuracy (%)", "last", "train_accuracy"),
     column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
@@ -239,14 +240,18 @@ def _times(groups: Sequence[Group]) -> Section:
     *_names(groups),
     Column("n", [len(group.counted_runs) for group in groups]),
     over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
+    over_runs("of them for data", 1, lambda r: r.mean_seconds("data_seconds")),
+    over_runs(
+      "evaluation (s)", 1, lambda r: r.mean_seconds("evaluation_seconds")
+    ),
     over_runs("images/s", 0, lambda r: r.images_per_second),
     over_runs("training time (min)", 1, lambda r: r.seconds / 60),
     Column("trained on", [devices(group) for group in groups]),
   )
   note = (
-    "The training part of the epochs, without compilation and evaluation; n"
-    " counts runs. Where a run trains several seeds, images/s are those of all"
-    " seeds together."
+    "The training part of the epochs, without compilation and evaluation, and"
+    " what of it the loop waited for batches; n counts runs. Where a run trains"
+    " several seeds, images/s are those of all seeds together."
   )
   return Section("Time", [note], tables=[table])
 

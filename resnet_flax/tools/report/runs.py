@@ -35,7 +35,7 @@ class Statistic(NamedTuple):
   """A mean over repetitions."""
 
   mean: float  # NaN of no value.
-  # The sample standard deviation (ddof = 1); None of a single value.
+  # The sample standard deviation (ddof = 1); None of a single value or NaN.
   std: float | None
   n: int  # How many values.
 
@@ -43,7 +43,8 @@ class Statistic(NamedTuple):
   def of(cls, values: Sequence[float]) -> Self:
     """The statistic of some values, or of none."""
     mean = statistics.fmean(values) if values else math.nan
-    std = statistics.stdev(values) if len(values) > 1 else None
+    has_std = len(values) > 1 and not math.isnan(mean)
+    std = statistics.stdev(values) if has_std else None
     return cls(mean, std, len(values))
 
 
@@ -92,6 +93,10 @@ class Run:
   def seconds(self) -> float:
     """Of training in all epochs, without compilation and evaluation."""
     return math.fsum(record["epoch_seconds"] for record in self.records)
+
+  def mean_seconds(self, key: str) -> float:
+    """Of an epoch, such as 'evaluation_seconds'; NaN where one lacks it."""
+    return statistics.fmean(r.get(key, math.nan) for r in self.records)
 
   @property
   def images_per_second(self) -> float:
@@ -146,14 +151,17 @@ class Group:
     )
 
   def at(self, which: str, key: str, factor: float = 1) -> list[float]:
-    """A metric times a factor at each repetition's 'best' or 'last' epoch."""
+    """A metric times a factor at each repetition's 'best' or 'last' epoch.
+
+    NaN where a record lacks it, as those of older runs lack new metrics.
+    """
     records = (
       run.best_record(seed, self.num_epochs)
       if which == "best"
       else run.of_seed(seed)[self.num_epochs - 1]
       for run, seed in self.repetitions
     )
-    return [factor * record[key] for record in records]
+    return [factor * record.get(key, math.nan) for record in records]
 
   def statistic(self, which: str, key: str, factor: float = 1) -> Statistic:
     """Of the values `at` an epoch."""

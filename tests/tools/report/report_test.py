@@ -66,7 +66,7 @@ def two_runs(tmp_path):
 def test_everything_is_there(trained, tmp_path):
   done = report.make([trained], tmp_path / "out")
   assert (done.num_runs, done.num_groups) == (1, 1)
-  curves = ["error", "loss", "objective"]
+  curves = ["error", "loss", "objective", "top5"]
   names = [f"learning_curves_{metric}" for metric in curves]
   names += ["confusion_group1", "mistakes_group1"]
   tables = ["accuracy", "time", "same", "runs", "classes_group1"]
@@ -240,7 +240,7 @@ def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
   with caplog.at_level(logging.WARNING):
     page = Page(report.make([trained], tmp_path / "out").page)
   assert "This could not be made: digits is not here." in page.texts
-  assert len(page.of("img")) == 3
+  assert len(page.of("img")) == 4
   (record,) = [r for r in caplog.records if r.name == report.__name__]
   assert "group 1: digits is not here." in record.getMessage()
 
@@ -297,3 +297,28 @@ def test_full_disk_leaves_whole_files(two_runs, tmp_path, monkeypatch):
   assert after.keys() == before.keys()
   assert after["index.html"] == before["index.html"]
   assert sum(after[name] != before[name] for name in before) == 3
+
+
+def test_times_and_top5_where_runs_have_them(tmp_path):
+  """Runs from before they were recorded have none."""
+  more = {"test_top5": 0.95, "data_seconds": 2.0, "evaluation_seconds": 3.0}
+  for name, added in (("new", more), ("old", {})):
+    config = workdirs.make_config(model__depth=20 if added else 32)
+    workdirs.write(tmp_path / "runs" / name, (0.5, 0.6), config=config)
+    path = tmp_path / "runs" / name / "metrics.jsonl"
+    records = [workdirs.make_record(k, 0.5 + 0.1 * k, **added) for k in (0, 1)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  report.make([tmp_path / "runs"], tmp_path / "out", "none")
+
+  def rows(name):
+    with (tmp_path / f"out/tables/{name}.csv").open() as file:
+      return list(csv.DictReader(file))
+
+  new, old = rows("accuracy")
+  assert new["final test top-5 accuracy (%) mean"] == "95"
+  assert old["final test top-5 accuracy (%) mean"] == ""
+  new, old = rows("time")
+  assert new["of them for data mean"] == "2"
+  assert new["evaluation (s) mean"] == "3"
+  assert old["evaluation (s) mean"] == ""
+  assert (tmp_path / "out/figures/learning_curves_top5.svg").exists()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from configs import base, he2015_depth20
-from resnet_flax import optim
+from resnet_flax.optim import learning_rates
 
 
 class KerasPlateau:
@@ -47,8 +47,8 @@ def test_plateau_is_keras_rule():
     plateau.min_delta,
     plateau.min_lr,
   )
-  ours = optim.create_learning_rate(config, steps_per_epoch=1)
-  state = ours.init()
+  ours = learning_rates.create_learning_rate(config, steps_per_epoch=1)
+  state = ours.rules.init()
   rng = np.random.default_rng(0)
   losses = np.concatenate([[2, 1.5, 1.2, 1.1], 1.1 + rng.normal(0, 0.05, 40)])
   rates = set()
@@ -56,7 +56,7 @@ def test_plateau_is_keras_rule():
     rate = float(ours(jnp.asarray(epoch), state))
     assert rate == pytest.approx(theirs.rate, rel=1e-5), epoch
     rates.add(round(rate, 9))
-    state = ours.after_epoch(state, loss)
+    state = ours.rules.after_epoch(state, loss)
     theirs.on_epoch_end(loss)
   # It fell more than once, and stopped at the floor.
   assert len(rates) >= 3
@@ -68,10 +68,10 @@ def test_plateau_multiplies_the_schedule():
   config.num_epochs = 20
   config.schedule.drop_percents = (50,)
   config.schedule.drop_factors = (0.1,)
-  rate = optim.create_learning_rate(config, steps_per_epoch=1)
-  state = rate.init()
+  rate = learning_rates.create_learning_rate(config, steps_per_epoch=1)
+  state = rate.rules.init()
   for loss in [1.0] * 6:
-    state = rate.after_epoch(state, loss)
+    state = rate.rules.after_epoch(state, loss)
   assert float(rate(jnp.asarray(6), state)) == pytest.approx(10**-3.5)
   # Multiplied it would be 3.2e-5, under the floor of 5e-5.
   assert float(rate(jnp.asarray(15), state)) == pytest.approx(5e-5)
@@ -80,38 +80,38 @@ def test_plateau_multiplies_the_schedule():
 def test_floor_does_not_raise_the_schedules_own_rate():
   config = plateau_config()
   config.plateau.min_lr = 1.0
-  rate = optim.create_learning_rate(config, steps_per_epoch=1)
-  assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(1e-3)
+  rate = learning_rates.create_learning_rate(config, steps_per_epoch=1)
+  assert float(rate(jnp.asarray(0), rate.rules.init())) == pytest.approx(1e-3)
 
 
 def test_warm_up_ends_for_good_when_the_error_has_fallen():
   config = he2015_depth20.get_config()
   config.model.depth = 110
-  rate = optim.create_learning_rate(config, steps_per_epoch=10**6)
-  state = rate.init()
+  rate = learning_rates.create_learning_rate(config, steps_per_epoch=10**6)
+  state = rate.rules.init()
 
   def value():
     return float(rate(jnp.asarray(0), state))
 
   for _ in range(100):
-    state = rate.after_step(state, jnp.asarray(0.9))
+    state = rate.rules.after_step(state, jnp.asarray(0.9))
     assert value() == pytest.approx(0.01)
   steps = 0
   while value() == pytest.approx(0.01):
-    state = rate.after_step(state, jnp.asarray(0.7))
+    state = rate.rules.after_step(state, jnp.asarray(0.7))
     steps += 1
   # From 0.9 to under 0.8 towards 0.7, with about 50 steps of memory.
   assert 30 < steps < 60
   for _ in range(100):
-    state = rate.after_step(state, jnp.asarray(1.0))
+    state = rate.rules.after_step(state, jnp.asarray(1.0))
     assert value() == pytest.approx(0.1)
 
 
 def test_no_warm_up_below_its_depth():
   config = he2015_depth20.get_config()
-  rate = optim.create_learning_rate(config, steps_per_epoch=390)
+  rate = learning_rates.create_learning_rate(config, steps_per_epoch=390)
   assert not rate.rules
-  assert float(rate(jnp.asarray(0), rate.init())) == pytest.approx(0.1)
+  assert float(rate(jnp.asarray(0), rate.rules.init())) == pytest.approx(0.1)
 
 
 def test_describe_names_every_rule():
@@ -119,7 +119,7 @@ def test_describe_names_every_rule():
   config.schedule.warmup_learning_rate = 1e-4
   config.model.depth = 110
   text = "\n".join(
-    optim.create_learning_rate(config, steps_per_epoch=1).describe()
+    learning_rates.create_learning_rate(config, steps_per_epoch=1).describe()
   )
   assert "epoch 0: 0.001" in text
   assert "warm-up: 0.0001" in text

@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 PyTree = Any
+RateState = dict[str, PyTree]  # Of the rules, by their names.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +96,35 @@ class WarmupByError:
     return f"warm-up: {self.rate:g} until the training error < {self.error:g}"
 
 
-def create(config: ConfigDict) -> dict[str, Plateau | WarmupByError]:
-  """The rules of the whole configuration by their names, in their order."""
-  rules: dict[str, Plateau | WarmupByError] = {}
+class Rules(dict[str, Plateau | WarmupByError]):
+  """The rules of a run by their names, in their order."""
+
+  def init(self) -> RateState:
+    """The states before the first step."""
+    return {name: rule.init() for name, rule in self.items()}
+
+  def __call__(self, rate: jax.Array, state: RateState) -> jax.Array:
+    """The rate, float32[], that becomes of a schedule's."""
+    for name, rule in self.items():
+      rate = rule(rate, state[name])
+    return rate
+
+  def after_step(self, state: RateState, error: jax.Array) -> RateState:
+    """Takes in the training error, float32[] in [0, 1], of one batch."""
+    return {k: rule.after_step(state[k], error) for k, rule in self.items()}
+
+  def after_epoch(self, state: RateState, loss: float) -> RateState:
+    """Takes in the monitored loss, L2 included, at the end of an epoch."""
+    return {k: rule.after_epoch(state[k], loss) for k, rule in self.items()}
+
+  def describe(self) -> list[str]:
+    """One line for each, for people."""
+    return [rule.describe() for rule in self.values()]
+
+
+def create(config: ConfigDict) -> Rules:
+  """The rules of the whole configuration."""
+  rules = Rules()
   schedule = config.schedule
   if config.plateau.enabled:
     rules["plateau"] = Plateau(config.plateau)

@@ -1,0 +1,81 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from resnet_flax.optim import any_optax, optimizers
+from resnet_flax.run import errors, rules
+
+
+def check(name, arguments="", **values):
+  """The configuration's optimizer, if the rules let it pass."""
+  config = base.get_config()
+  config.optimizer.update({"name": name, "arguments": arguments} | values)
+  rules.check(config, num_devices=1)
+  return optimizers.create_optimizer(config.optimizer)
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments", "message"),
+  [
+    ("lion", "b3=1", "b3 is none of them. lion takes: b1, b2, mu_dtype"),
+    ("lion", "b1", "it must be like b1=0.9,nesterov=True. lion takes: b1, b2"),
+    ("lion", "0.9", "it must be like"),
+    ("lion", "b1=[}", "does not match .* lion takes: b1"),
+    ("lion", "b1=0.9)+f(", "it must be like"),
+    ("lion", "b1='x'", "unsupported operand .* lion takes: b1"),
+    ("lion", "b1=open('x')", "malformed .* lion takes"),
+    ("lion", "**{}", "None is none of them"),
+    ("lion", "weight_decay=0.1", "weight_decay is none of them"),
+    ("muon", "learning_rate=1", "muon takes: ns_coeffs, ns_steps, beta"),
+    ("optax/nadamm", "", "Did you mean 'nadam'. Known: acprop, .*, yogi"),
+    ("optax/lbfgs", "", "missing .* 'value'"),
+    ("optax/scale_by_learning_rate", "", "is not known"),
+    ("optax/schedule_free_sgd", "", "is not known"),
+    (
+      "adam",
+      "b1=0.8",
+      "for adam, which has keys of its own; .*=optax/adam takes",
+    ),
+    ("nadam", "", "Known: adam, adamw, lamb, lion, muon, optax/NAME, sgd"),
+    ("lion", "x" * 2000, "must be like b1=0.9"),
+    ("lion", "b1=\n0.9", "must be like"),
+  ],
+)
+def test_what_cannot_be_ends_in_a_line_that_says_what_can(
+  name, arguments, message
+):
+  with pytest.raises(errors.ConfigError, match=message) as caught:
+    check(name, arguments)
+  assert str(caught.value).isprintable()
+  assert len(str(caught.value)) < 500
+
+
+def test_arguments_are_optaxs():
+  ours = check("lion", "b1=0.5, b2=0.7")
+  theirs = optax.lion(0.1, b1=0.5, b2=0.7, weight_decay=0.0)
+  assert ours.links[-1] == "lion(b1=0.5, b2=0.7, weight_decay=0.0)"
+  params = {"layer": {"kernel": jnp.arange(4.0)}}
+  state, expected = ours.tx.init(params), theirs.init(params)
+  for sign in (1.0, -2.0):
+    grads = {"layer": {"kernel": sign * jnp.ones(4)}}
+    found, state = ours.tx.update(grads, state, params, learning_rate=0.1)
+    other, expected = theirs.update(grads, expected, params)
+    np.testing.assert_array_equal(
+      found["layer"]["kernel"], other["layer"]["kernel"]
+    )
+
+
+def test_most_of_optax_can_be_used():
+  """Those that cannot need the loss, or are deprecated."""
+  refused = set()
+  for name in any_optax.functions():
+    try:
+      check(f"optax/{name}")
+    except errors.ConfigError:
+      refused.add(name)
+  assert refused <= {
+    *("lbfgs", "momo", "momo_adam", "sophia", "optimistic_adam"),
+  }
+  assert len(any_optax.functions()) - len(refused) > 30
