@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +32,12 @@ class TrainState(flax.struct.PyTreeNode):
   # Of the epoch so far. A checkpoint may have more or fewer of them.
   epoch_sums: MetricSums
   normalization: normalize.Normalization
+  average: PyTree = None  # Averaged `variables`, where they are asked for.
+
+  @property
+  def variables(self) -> dict[str, PyTree]:
+    """What `model.apply` takes."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 class StepMetrics(flax.struct.PyTreeNode):
@@ -56,6 +62,8 @@ class Experiment:
   # Share of each label that goes to all classes alike in training (Szegedy et
   # al. 2015, section 7).
   label_smoothing: float = 0.0
+  # The average of a state whose own is of the step before; `averaging.create`.
+  average: Callable[[TrainState], PyTree] = lambda state: None
 
 
 # ---- The train state
@@ -86,7 +94,7 @@ def state_of(
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
   mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
   sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, mask)
-  return TrainState(
+  state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
     # Networks without batch norm have none.
@@ -96,11 +104,7 @@ def state_of(
     epoch_sums={name: jnp.zeros((), jnp.float32) for name in sums},
     normalization=normalization,
   )
-
-
-def scored_variables(state: TrainState) -> dict[str, PyTree]:
-  """The variables that are scored and loaded: those of the latest step."""
-  return {"params": state.params, "batch_stats": state.batch_stats}
+  return state.replace(average=experiment.average(state))
 
 
 # ---- Loss and metrics
@@ -254,6 +258,7 @@ def train_step_with_backward(
     rate_state=experiment.learning_rate.after_step(state.rate_state, error),
     epoch_sums=sums,
   )
+  new_state = new_state.replace(average=experiment.average(new_state))
   floats = [
     leaf
     for leaf in jax.tree.leaves((objective, params, batch_stats, opt_state))
@@ -271,9 +276,8 @@ def apply_eval(
   model: nn.Module, state: TrainState, images: jax.Array
 ) -> jax.Array:
   """float32[B, classes] logits of uint8[B, H, W, C] images, inference mode."""
-  logits = model.apply(
-    scored_variables(state), state.normalization(images), train=False
-  )
+  images = state.normalization(images)
+  logits = model.apply(state.variables, images, train=False)
   assert isinstance(logits, jax.Array)  # No collection is mutable here.
   return logits
 
@@ -305,7 +309,7 @@ def eval_step(
       images.shape[1]
     )
   loss = jnp.sum(jnp.where(mask, cross_entropy(logits, labels), 0.0))
-  penalty = experiment.optimizer.penalty(scored_variables(state)["params"])
+  penalty = experiment.optimizer.penalty(state.params)
   objective = loss + jnp.sum(mask, dtype=jnp.float32) * penalty
   sums = metric_sums(loss, objective, logits, labels, mask)
   return sums, jax.nn.softmax(logits)

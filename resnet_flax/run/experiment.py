@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from resnet_flax import optim, step as step_lib
 from resnet_flax.data import augment, dataset, normalize, randomness
 from resnet_flax.models import registry
+from resnet_flax.parallel import averaging
 
 
 def build(config: ConfigDict) -> step_lib.Experiment:
@@ -25,6 +26,7 @@ def build(config: ConfigDict) -> step_lib.Experiment:
     image_shape=dataset.info(config.dataset).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,
+    average=averaging.create(config, steps_per_epoch),
   )
 
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar on a terminal, lines elsewhere."""
 
 import datetime
+import itertools
 import logging
 import shlex
 import statistics
@@ -82,8 +83,9 @@ class Progress:
       if f"{split}_loss" in record:
         part = f"{split} loss {mean(f'{split}_loss')}, accuracy"
         part = f"{part.removeprefix('train ')} {mean(f'{split}_accuracy')}"
-        if (ensemble := f"{split}_ensemble_accuracy") in record:
-          part += f", ensemble {record[ensemble]:.4f}"
+        for name in ("ensemble", "ema", "swa"):
+          if (key := f"{split}_{name}_accuracy") in record:
+            part += f", {name} {mean(key)}"
         parts.append(part)
     parts.append(f"{record['images_per_second']:.0f} images/s")
     if self._left():
@@ -146,8 +148,9 @@ def next_steps(workdir: str) -> str:
   )
 
 
-def evaluation(checkpoint: str, scores: dict[str, Any]) -> str:
-  """The scores of `load.evaluate_workdir`, with the checkpoint they are of."""
+def evaluation(checkpoint: str, weights: str, scores: dict[str, Any]) -> str:
+  """The scores of `load.evaluate_workdir`, with what they are of."""
+  checkpoint += f", {weights} weights" if weights != "raw" else ""
   lines = []
   for each in scores.get("seeds", [scores]):
     epoch = each.get("epoch")
@@ -163,11 +166,13 @@ def evaluation(checkpoint: str, scores: dict[str, Any]) -> str:
 def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
   """Loss and accuracy; of several seeds also what goes with them."""
   lines = []
-  for metric in ("loss", "accuracy"):
-    text = f"Test {metric}: {scores[prefix + metric]:.4f}"
-    if f"{prefix}{metric}_std" in scores:
-      text += f" ± {scores[f'{prefix}{metric}_std']:.4f}, ensemble"
-      text += f" {scores[f'{prefix}ensemble_{metric}']:.4f}"
+  both = itertools.product(("", "ema_", "swa_"), ("loss", "accuracy"))
+  for weights, metric in [(w, m) for w, m in both if prefix + w + m in scores]:
+    key = f"{prefix}{weights}"
+    text = f"Test {weights}{metric}: {scores[key + metric]:.4f}"
+    if f"{key}{metric}_std" in scores:
+      text += f" ± {scores[f'{key}{metric}_std']:.4f}, ensemble"
+      text += f" {scores[f'{key}ensemble_{metric}']:.4f}"
     lines.append(text)
   return lines
 

@@ -28,7 +28,7 @@ _CARD = """\
 | data | {data} |
 | recipe | from {start}{recipe} |
 | computed in | {config.model.dtype} |
-| checkpoint | step {loaded.step} of seed {loaded.seed} |
+| checkpoint | step {loaded.step} of seed {loaded.seed}; {loaded.weights} |
 | test accuracy | {accuracy} |
 | licence | {licence} |
 
@@ -123,16 +123,17 @@ def write(
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   """On the test split: the network's, and that of all seeds at their best."""
   config = loaded.config
+  key = f"test_{loaded.weights}_accuracy".replace("raw_", "")
   records = metrics.MetricsLog(workdir, config).read()
   own = [
-    metrics.of_seeds(record)[loaded.seed - config.seed]["test_accuracy"]
+    metrics.of_seeds(record)[loaded.seed - config.seed][key]
     for record in records
     if record["step"] == loaded.step
   ]
   if not own:
     return "not scored"
   best = metrics.best_records(records, config.checkpoint.monitor)
-  values = [record["test_accuracy"] for record in best]
+  values = [record[key] for record in best if key in record]
   std = f" ± {statistics.stdev(values):.2%}" if values[1:] else ""
   return (
     f"{own[0]:.2%} on {dataset_lib.info(config.dataset).num_test:,} images;"

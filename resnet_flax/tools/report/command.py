@@ -42,7 +42,7 @@ def _run(folders: list[str], argv: list[str]) -> None:
     raise errors.ConfigError(
       "no --out: pass the report's folder, for example --out=report."
     )
-  if process.WORKDIR.value or command_line.has_config():
+  if process.WORKDIR.value or command_line.CONFIG.value:
     raise errors.ConfigError(
       "--workdir and --config are not for reports: pass the workdirs by"
       " themselves, without a flag."

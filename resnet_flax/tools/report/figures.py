@@ -84,7 +84,7 @@ def learning_curves(
 
   They are of one data set; `end` is that of the names of the files.
   """
-  title = _TITLES.get(metric, metric)
+  title = _TITLES.get(metric, metric.replace("_accuracy", " error (%)"))
   # Accuracies are drawn as errors.
   file = {"accuracy": "error", "error": "error_"}.get(metric, metric)
   drawn = [(group, c) for group in groups if (c := _curves(group, metric))]
@@ -127,7 +127,7 @@ def _curves(group: runs_lib.Group, metric: str) -> _Curves:
     values = values[~np.isnan(values).all(axis=1)]
     known = ~np.isnan(values).any(axis=0)
     if (values := values[:, known]).size:
-      values = 100 * (1 - values) if metric == "accuracy" else values
+      values = 100 * (1 - values) if metric.endswith("accuracy") else values
       found[split] = 1 + np.flatnonzero(known), values
   return found
 
