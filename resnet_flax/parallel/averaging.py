@@ -43,7 +43,8 @@ def create(
     if not (decay or start):
       return None
     if state.average is None:
-      return state.variables
+      # Copies: the memory of both is given to the step.
+      return jax.tree.map(jnp.copy, state.variables)
     new, weight = state.variables, share(state.step)
     return {
       name: old and grouping.by_modules(update, new[name], (), old, weight)[0]

@@ -461,4 +461,5 @@ def initialize(
     params[_HEAD] = drawn
     _logger.info("the head of init_from has other classes: it starts anew")
   state = state.replace(params=params, batch_stats=variables["batch_stats"])
-  return state.replace(average=state.average and state.variables)
+  average = jax.tree.map(np.copy, state.average and state.variables)
+  return state.replace(average=average)

@@ -41,7 +41,7 @@ def test_of_all_training_images(averaging_config, num_devices):
     *(images, kernel["kernel"], (1, 1), "SAME"),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
-  outputs = np.float64(outputs + kernel["bias"])
+  outputs = np.float64(outputs) + kernel["bias"]
   found = after.average["batch_stats"]["stem_bn"]
   for name, function in (("mean", np.mean), ("var", np.var)):
     expected = function(outputs, axis=(0, 1, 2))
