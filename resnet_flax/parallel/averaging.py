@@ -2,9 +2,8 @@
 
 'ema': an exponential moving average, updated at every step. 'swa': stochastic
 weight averaging (Izmailov et al. 2018, arXiv:1803.05407), the equal mean of the
-weights at the ends of epochs. A run keeps one of them, in its train state, and
-training never reads it. Running statistics of batch norm are averaged, too,
-unless `batch_statistics` replaces them.
+weights at the ends of epochs. A run keeps one, which training never reads, in
+its train state. Running statistics are averaged, too; see `batch_statistics`.
 """
 
 from collections.abc import Callable

@@ -73,8 +73,7 @@ def batch_statistics(
     state.normalization(images),
     train=True,
     mutable=["batch_stats"],
-    # Dropout comes after the last batch norm.
-    rngs={"dropout": jax.random.key(0)},
+    rngs={"dropout": jax.random.key(0)},  # After the last batch norm.
   )
   return (updated["batch_stats"],)
 
