@@ -169,7 +169,8 @@ def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
   both = itertools.product(("", "ema_", "swa_"), ("loss", "accuracy"))
   for weights, metric in [(w, m) for w, m in both if prefix + w + m in scores]:
     key = f"{prefix}{weights}"
-    text = f"Test {weights}{metric}: {scores[key + metric]:.4f}"
+    title = f"Test {weights}{metric}".replace("_", " ")
+    text = f"{title}: {scores[key + metric]:.4f}"
     if f"{key}{metric}_std" in scores:
       text += f" ± {scores[f'{key}{metric}_std']:.4f}, ensemble"
       text += f" {scores[f'{key}ensemble_{metric}']:.4f}"
