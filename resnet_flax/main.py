@@ -15,9 +15,8 @@ from resnet_flax.run import (
 )
 
 # For --help.
-flags.adopt_module_key_flags(process)
-flags.adopt_module_key_flags(command_line)
-flags.adopt_module_key_flags(host_flags)
+for module in (process, command_line, host_flags):
+  flags.adopt_module_key_flags(module)
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
@@ -29,6 +28,10 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "best", ["best", "latest"], "Which one --mode=eval scores."
 )
+_WEIGHTS = flags.DEFINE_enum(
+  *("weights", "raw", ["raw", "ema", "swa"]),
+  "Whether --mode=eval scores the weights of that step or their average.",
+)
 
 
 def _run(argv: list[str]) -> None:
@@ -39,7 +42,7 @@ def _run(argv: list[str]) -> None:
   # What is to be done, and where.
   mode, folder = _MODE.value, process.WORKDIR.value
   config = None
-  if mode != "eval" or not folder or command_line.has_config():
+  if mode != "eval" or not folder or command_line.CONFIG.value:
     config, default_workdir = command_line.config_and_workdir()
     folder = folder or default_workdir
   cluster = host_flags.find_cluster(mode)
@@ -55,8 +58,9 @@ def _run(argv: list[str]) -> None:
         surroundings.show(progress.next_steps(folder))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
-      scores = load.evaluate_workdir(folder, _CHECKPOINT.value, config=config)
-    surroundings.show(progress.evaluation(_CHECKPOINT.value, scores))
+      which, weights = _CHECKPOINT.value, _WEIGHTS.value
+      scores = load.evaluate_workdir(folder, which, weights, config=config)
+    surroundings.show(progress.evaluation(which, weights, scores))
   else:
     from resnet_flax.tools import summary
 

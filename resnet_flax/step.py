@@ -35,6 +35,12 @@ class TrainState(flax.struct.PyTreeNode):
   # Of the epoch so far. A checkpoint may have more or fewer of them.
   epoch_sums: MetricSums
   normalization: normalize.Normalization
+  average: PyTree = None  # Averaged `variables`, where they are asked for.
+
+  @property
+  def variables(self) -> dict[str, PyTree]:
+    """What `model.apply` takes."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 class StepMetrics(flax.struct.PyTreeNode):
@@ -62,6 +68,8 @@ class Experiment:
   # Maps (key, uint8[B, H, W, C]) to the last, before normalisation.
   augment_pixels: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   log_norms: bool = False  # Whether training sums `NORMS`, too.
+  # The average of a state whose own is of the step before; `averaging.create`.
+  average: Callable[[TrainState], PyTree] = lambda state: None
 
 
 # ---- The train state
@@ -93,7 +101,7 @@ def state_of(
   mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
   sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, mask)
   names = (*sums, *NORMS * experiment.log_norms)
-  return TrainState(
+  state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
     # Networks without batch norm have none.
@@ -103,11 +111,7 @@ def state_of(
     epoch_sums={name: jnp.zeros((), jnp.float32) for name in names},
     normalization=normalization,
   )
-
-
-def scored_variables(state: TrainState) -> dict[str, PyTree]:
-  """The variables that are scored and loaded: those of the latest step."""
-  return {"params": state.params, "batch_stats": state.batch_stats}
+  return state.replace(average=experiment.average(state))
 
 
 # ---- Loss and metrics
@@ -278,6 +282,7 @@ def train_step_with_backward(
     rate_state=rules.after_step(state.rate_state, error),
     epoch_sums=sums,
   )
+  new_state = new_state.replace(average=experiment.average(new_state))
   floats = [
     leaf
     for leaf in jax.tree.leaves((objective, params, batch_stats, opt_state))
@@ -295,9 +300,8 @@ def apply_eval(
   model: nn.Module, state: TrainState, images: jax.Array
 ) -> jax.Array:
   """float32[B, classes] logits of uint8[B, H, W, C] images, inference mode."""
-  logits = model.apply(
-    scored_variables(state), state.normalization(images), train=False
-  )
+  images = state.normalization(images)
+  logits = model.apply(state.variables, images, train=False)
   assert isinstance(logits, jax.Array)  # No collection is mutable here.
   return logits
 
@@ -329,7 +333,7 @@ def eval_step(
       images.shape[1]
     )
   loss = jnp.sum(jnp.where(mask, cross_entropy(logits, labels), 0.0))
-  penalty = experiment.optimizer.penalty(scored_variables(state)["params"])
+  penalty = experiment.optimizer.penalty(state.params)
   objective = loss + jnp.sum(mask, dtype=jnp.float32) * penalty
   sums = metric_sums(loss, objective, logits, labels, mask)
   return sums, jax.nn.softmax(logits)

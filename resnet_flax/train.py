@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import step as step_lib
-from resnet_flax.data import (
-  dataset as dataset_lib,
-  normalize,
-  randomness,
-  types,
+from resnet_flax import data, step as step_lib
+from resnet_flax.data import dataset as dataset_lib, normalize, randomness
+from resnet_flax.parallel import (
+  batch_statistics,
+  evaluate,
+  hosts,
+  many_steps,
+  networks,
+  program,
 )
-from resnet_flax.parallel import evaluate, hosts, many_steps, networks, program
 from resnet_flax.run import (
   environment,
   experiment as experiment_lib,
@@ -89,18 +91,12 @@ def train_and_evaluate(
         state, step_metrics = program.step(state, batch)
         run.report(step_metrics, batch.num_steps)  # Reads one step late.
         if run.should_save():  # By the clock, steps, a signal, the epoch's end.
+          state = setup.before_save(run.step, state)
           run.save(state)
-      scores = {
-        name: evaluate.evaluate(
-          setup.eval_step,
-          state,
-          split,
-          config.eval_batch_size,
-          layout,
-          on_batch=run.on_evaluation_batch,
-        )
-        for name, split in setup.splits.items()
-      }
+      scores = evaluate.evaluate_all(
+        *(config, epoch, setup.eval_step, state, setup.splits, layout),
+        on_batch=run.on_evaluation_batch,
+      )
       record = records.of_epoch(epoch, state, run.notes, scores, layout)
       run.end_epoch(record)
       state = _after_epoch(state, record, experiment, layout)
@@ -117,9 +113,11 @@ class _Setup(NamedTuple):
   layout: networks.Layout
   program: program.Program
   eval_step: evaluate.EvalStep
-  splits: dict[str, types.Split]  # That are scored.
+  splits: dict[str, data.Split]  # That are scored.
   # Called with the steps done, the state and the batch.
   before_step: Callable[[int, networks.Networks, program.Batch], None]
+  # Called with the steps done and the state; gives the one to be saved.
+  before_save: Callable[[int, networks.Networks], networks.Networks]
 
 
 def _set_up(
@@ -148,20 +146,23 @@ def _set_up(
     state = layout.put(run.restored_states())
   else:
     state = initial_state(config, experiment, dataset.train, layout, source)
-  steps_per_epoch = experiment.learning_rate.steps_per_epoch
-  if run.records and run.step == len(run.records) * steps_per_epoch:
+  trained = len(run.records) * experiment.learning_rate.steps_per_epoch
+  if run.records and run.step == trained:
     # An epoch's checkpoint is from before its evaluation.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 
   # The compiled step, its batches and what comes before each.
   key = augmentation_key(layout)
   run.on_event("compile")
-  create = program.create
-  if steps_per_call > 1:
-    create = functools.partial(many_steps.create, steps_per_call=steps_per_call)
-  training = create(config, experiment, state, dataset.train, key, layout)
+  training = many_steps.create(
+    *(config, experiment, state, dataset.train, key, layout),
+    steps_per_call=steps_per_call,
+  )
   before_step = layer_norms.create_hook(
     *(config, experiment, state, key, layout), write=run.write_scalars
+  )
+  before_save = batch_statistics.create_hook(
+    *(config, experiment, state, dataset.train, layout)
   )
   splits = {"val": dataset.validation, "test": dataset.test}
   run.start(
@@ -176,13 +177,14 @@ def _set_up(
     eval_step=evaluate.create_eval_step(experiment, layout),
     splits={name: split for name, split in splits.items() if split is not None},
     before_step=before_step,
+    before_save=before_save,
   )
 
 
 def initial_state(
   config: ConfigDict,
   experiment: step_lib.Experiment,
-  train: types.Split,
+  train: data.Split,
   layout: networks.Layout,
   source: Mapping[str, Any] | None = None,
 ) -> networks.Networks:
@@ -197,9 +199,7 @@ def initial_state(
     for seed in layout.seeds:
       key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
       state = step_lib.create_train_state(experiment, key, normalization)
-      if source is not None:
-        state = load.initialize(state, source)
-      states.append(state)
+      states.append(load.initialize(state, source) if source else state)
     return states
 
   return layout.put(hosts.from_first(create, lambda: jax.eval_shape(create)))
@@ -207,12 +207,8 @@ def initial_state(
 
 def augmentation_key(layout: networks.Layout) -> networks.Networks:
   """The key[] of each network, which all of its training steps take."""
-  return layout.put(
-    [
-      randomness.device_key(seed, randomness.Purpose.AUGMENTATION)
-      for seed in layout.seeds
-    ]
-  )
+  purpose = randomness.Purpose.AUGMENTATION
+  return layout.put([randomness.device_key(s, purpose) for s in layout.seeds])
 
 
 # ---- After an epoch
@@ -227,14 +223,8 @@ def _after_epoch(
   """The state with which the epoch after `record`'s begins."""
   objective = metrics.monitored(record, "objective")
   before = layout.get(layout.map(lambda one: one.rate_state, state))
-  after = [
-    experiment.learning_rate.rules.after_epoch(
-      rate_state, metrics.comparable(of_seed[objective])
-    )
-    for rate_state, of_seed in zip(
-      before, metrics.of_seeds(record), strict=True
-    )
-  ]
+  losses = [metrics.comparable(r[objective]) for r in metrics.of_seeds(record)]
+  after = [*map(experiment.learning_rate.rules.after_epoch, before, losses)]
   return layout.map(
     lambda one, rate_state: one.replace(rate_state=rate_state),
     state,

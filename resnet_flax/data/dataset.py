@@ -94,6 +94,5 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   )
   if len(held_out):
     dataset = dataclasses.replace(dataset, validation=train.subset(held_out))
-  return streaming.settle(
-    dataclasses.replace(dataset, train=train.subset(kept))
-  )
+  dataset = dataclasses.replace(dataset, train=train.subset(kept))
+  return streaming.settle(dataset)

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import types
-from resnet_flax.parallel import mesh as mesh_lib, transfer
+from resnet_flax.parallel import averaging, mesh as mesh_lib, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 
 EvalStep = Callable[..., tuple[Networks, ...]]
@@ -112,6 +113,27 @@ def evaluate(
     [_means(total, len(split)) for total in totals],
     _means(ensemble, len(split)) if ensemble else None,
   )
+
+
+def evaluate_all(
+  config: ConfigDict,
+  epoch: int,
+  eval_step: EvalStep,
+  state: Networks,
+  splits: Mapping[str, types.Split],
+  layout: Layout,
+  on_batch: Callable[[], None],
+) -> dict[str, Scores]:
+  """Scores after a 0-based epoch: of 'test', 'test_ema' and so on."""
+  scores = {}
+  for weights in averaging.present(config, epoch + 1):
+    select = functools.partial(averaging.select, weights=weights)
+    chosen = layout.map(select, state)
+    for name, split in splits.items():
+      scores[f"{name}_{weights}".removesuffix("_raw")] = evaluate(
+        eval_step, chosen, split, config.eval_batch_size, layout, on_batch
+      )
+  return scores
 
 
 def _add(total: dict[str, float], sums: dict[str, Any]) -> None:

@@ -72,7 +72,9 @@ def create(
   *,
   steps_per_call: int,
 ) -> program.Program:
-  """The program that takes several steps in a call; see `program.create`."""
+  """The program that takes so many steps in a call; see `program.create`."""
+  if steps_per_call == 1:
+    return program.create(config, experiment, state, split, key, layout)
   size = config.batch_size
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
   data = put_split(split, layout)

@@ -62,6 +62,7 @@ _DIFFERENCES = {
   "opt_state": ("has another optimizer state", f"{_HERE}optimizer"),
   "rate_state": ("has another schedule state", f"{_HERE}schedule"),
   "normalization": ("has another normalization", f"{_HERE}normalization"),
+  "average": ("has another average", f"{_HERE}average of the weights"),
 }
 
 

@@ -15,7 +15,7 @@ from resnet_flax.run import config as config_keys, errors, help_text, keys
 # The command line with what flag files hold, for ml_collections.
 _ARGV: list[str] = []
 _SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "Config file, such as configs/v1_depth20.py, or the name of one of the"
@@ -120,18 +120,13 @@ def _last_line(error: BaseException) -> str:
   return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"
 
 
-def has_config() -> bool:
-  """Whether a --config was given."""
-  return _CONFIG.value is not None
-
-
 def config_and_workdir() -> tuple[ConfigDict, str]:
   """The configuration, whose values are not checked, and its default workdir.
 
   Raises:
     ConfigError: no --config was given.
   """
-  if not has_config():
+  if CONFIG.value is None:
     raise errors.ConfigError(
       "no --config: pass a config file, for example"
       " --config=configs/v1_depth20.py (--mode=eval needs only --workdir)."
@@ -142,9 +137,9 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
   assert isinstance(flag.parser, _ConfigFile)  # Of `parse_flags`.
   overrides = {
     key: value
-    for key, value in keys.to_flat(_CONFIG.value).items()
+    for key, value in keys.to_flat(CONFIG.value).items()
     if value != flag.parser.before.get(key)
     and key not in config_keys.MAY_DIFFER
   }
   path = config_flags.get_config_filename(flag)
-  return _CONFIG.value, f"runs/{folder.default_name(path, overrides)}"
+  return CONFIG.value, f"runs/{folder.default_name(path, overrides)}"

@@ -79,14 +79,17 @@ _KEYS = (
     "Share of each label that all classes get alike, in training only (Szegedy"
     " et al. 2015, section 7). Scores use the true labels."
   ),
+  Key("average_batch_norm", "recompute", choice("recompute", "average")).means(
+    "Batch norm of ema and swa. recompute: by up to 5,000 training images, not"
+    " augmented, at an epoch's end. average: averaged as the weights are."
+  ),
   Key("init_from", "", PATH).means(
     "Workdir whose best checkpoint gives the first weights, with a new head for"
     " another data set or number of classes. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
-    "How images / 255 are normalised. Measured on the training split:"
-    " pixel_mean (mean image), channel. Fixed: imagenet (torchvision's), caffe"
-    " (He et al.'s)."
+    "How images / 255 are normalised. By the training split: pixel_mean (mean"
+    " image), channel. Fixed: imagenet (torchvision's), caffe (He et al.'s)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
     "imagenet2012 and tfds/NAME, a set that TFDS has as ArrayRecord with the"
@@ -105,14 +108,12 @@ _KEYS = (
     "Where decoded images are cached. Empty: the user's cache directory."
   ),
   Key("dataset.image_size", 224, integer(1, 2048)).means(
-    "Height and width of images that are decoded while training. Those that"
-    " have it are taken as they are; others are cut to the central 224/256 of"
-    " the shorter side."
+    "Side of images that are decoded while training. Those that have it are"
+    " taken as they are, others cut to the central 224/256 of the shorter side."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
-    "Processes that decode images while training, per seed. 0: two threads. -1:"
-    " one per CPU thread, but 0 for less than 10,000 images of 224x224. Does"
-    " not change any result."
+    "Processes per seed that decode images while training. 0: two threads. -1:"
+    " one per CPU thread, but 0 for less than 10,000 images of 224x224."
   ),
   Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
     "What images that cannot be decoded do while training. skip: each is listed"
@@ -123,8 +124,7 @@ _KEYS = (
     " section 4.1); only for images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
-    "Train on a fixed subset of this many, class-balanced but for streamed TFDS"
-    " sets. 0: all."
+    "Train on a fixed subset of so many, balanced but for TFDS streams. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
     "Training images to hold out, stratified but for streamed TFDS sets. 0: the"
@@ -311,6 +311,14 @@ _KEYS = (
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."
   ),
+  Key("ema.decay", 0.0, number(0, 1)).means(
+    "Also score a moving average of weights, of which step n, from 0, keeps"
+    " min(decay, (1+n)/(10+n)). Raw weights choose the best epoch. 0: off."
+  ),
+  Key("swa.start_epoch", 0, integer(0)).means(
+    "Also score the mean of the weights at the ends of the epochs from this"
+    " 0-based one on (Izmailov et al. 2018). Best as with ema. 0: off."
+  ),
   Key("plateau.enabled", False, BOOLEAN).means(
     "Also multiply the rate by plateau.factor when the loss with L2 stalls."
     " Off: in the Keras example the schedule undoes it at the next epoch."
@@ -318,9 +326,7 @@ _KEYS = (
   Key("plateau.factor", 0.31622776601683794, positive(1)).means(
     "What the rate is multiplied by, by default the root of 0.1."
   ),
-  Key("plateau.patience", 5, integer(1)).means(
-    "Epochs without improvement before the rate is reduced."
-  ),
+  Key("plateau.patience", 5, integer(1)).means("Epochs without improvement."),
   Key("plateau.cooldown", 0, integer(0)).means(
     "Epochs after a reduction that do not count (Keras counts the last one)."
   ),

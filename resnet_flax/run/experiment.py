@@ -10,6 +10,7 @@ from resnet_flax.data import augment, dataset, normalize, randomness, types
 from resnet_flax.data.trivial_augment import trivial_augment
 from resnet_flax.models import registry
 from resnet_flax.optim import learning_rates, optimizers
+from resnet_flax.parallel import averaging
 
 
 def build(
@@ -32,6 +33,7 @@ def build(
     num_classes=classes,
     label_smoothing=config.label_smoothing,
     log_norms=config.log.norms,
+    average=averaging.create(config, steps_per_epoch),
   )
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from resnet_flax import step as step_lib
 from resnet_flax.data import dataset as dataset_lib, prepared, types
 from resnet_flax.models import registry
-from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
+from resnet_flax.parallel import averaging, evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
   checkpoint,
   errors,
@@ -77,6 +77,7 @@ class LoadedModel:
   config: ConfigDict  # The configuration it was trained with.
   step: int  # The training step of the checkpoint.
   seed: int  # Of its training.
+  weights: str = "raw"  # One of `averaging.WEIGHTS`.
 
 
 def load_model(
@@ -84,6 +85,7 @@ def load_model(
   which: str = "best",
   *,
   seed: int | None = None,
+  weights: str = "raw",
 ) -> LoadedModel:
   """Loads a network from its workdir.
 
@@ -93,12 +95,13 @@ def load_model(
     which: 'best' (the epoch that is best by `checkpoint.monitor`; before the
       first one, converted weights) or 'latest'.
     seed: which network of a run of several seeds; by default the first.
+    weights: 'raw' (of that step), 'ema' or 'swa' (the average beside them).
 
   Raises:
     ConfigError: `which` is neither, or the run has no such seed.
-    WorkdirError: there is no readable run or no checkpoint there.
+    WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
-  config, experiment, states = _restore(workdir, which)
+  config, experiment, states = _restore(workdir, which, weights)
   seed = config.seed if seed is None else seed
   if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
@@ -141,7 +144,7 @@ def load_model(
   return LoadedModel(
     model=experiment.model,
     # Dictionaries of their own.
-    variables=jax.tree.map(lambda a: a, step_lib.scored_variables(state)),
+    variables=jax.tree.map(lambda a: a, state.variables),
     predict=predict,
     preprocess=state.normalization,
     class_names=names if len(names) == experiment.num_classes else (),
@@ -149,12 +152,14 @@ def load_model(
     config=config,
     step=int(state.step),
     seed=seed,
+    weights=weights,
   )
 
 
 def evaluate_workdir(
   workdir: str | os.PathLike[str],
   which: str = "best",
+  weights: str = "raw",
   *,
   config: ConfigDict | None = None,
   devices: Sequence[jax.Device] | None = None,
@@ -164,6 +169,7 @@ def evaluate_workdir(
   Args:
     workdir: the run's folder.
     which: 'best' or 'latest'.
+    weights: 'raw', 'ema' or 'swa', as for `load_model`.
     config: replaces the stored configuration; only keys that do not change
       the mathematics may differ, for example where the data is, and
       `dataset.test_crops`.
@@ -181,7 +187,7 @@ def evaluate_workdir(
     DataError: the data cannot be had.
   """
   given = config
-  config, experiment, states = _restore(workdir, which, config)
+  config, experiment, states = _restore(workdir, which, weights, config)
   if given is None:
     say_what_is_trusted(config)
   try:
@@ -233,10 +239,11 @@ def predict_test(
   workdir: pathlib.Path,
   seed: int,
   which: str = "best",
+  weights: str = "raw",
   *,
   opened: dict[str, types.Dataset],
 ) -> Predictions:
-  """What a seed's checkpoint, 'best' or 'latest', makes of the test images.
+  """What a seed's checkpoint, see `load_model`, makes of the test images.
 
   `opened` has data sets by their configurations and is given this one's, so
   that those who pass it again open each once.
@@ -249,7 +256,7 @@ def predict_test(
       was on other data.
   """
   # Before the data, which takes longer.
-  loaded = load_model(workdir, which, seed=seed)
+  loaded = load_model(workdir, which, seed=seed, weights=weights)
   rules.check_labels(loaded.config)
   key = loaded.config.dataset.to_json()
   if key not in opened:
@@ -300,6 +307,7 @@ def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _restore(
   workdir: str | os.PathLike[str],
   which: str,
+  weights: str,
   given: ConfigDict | None = None,
 ) -> tuple[ConfigDict, step_lib.Experiment, list[step_lib.TrainState]]:
   """Configuration and states, one for each seed, as NumPy arrays."""
@@ -320,12 +328,22 @@ def _restore(
   for _ in range(_MOST_TRIES):
     before = _files(workdir)
     try:
-      return config, experiment, _read_states(workdir, which, config, like)
+      states = _read_states(workdir, which, config, like)
     except OSError as error:
       text = f"{workdir} cannot be read: {errors.one_line(error)}. Try again."
       failure = errors.WorkdirError(text)
     except errors.WorkdirError as error:
       failure = error
+    else:
+      for state in states:
+        epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
+        if weights not in (there := averaging.present(config, epochs)):
+          raise errors.WorkdirError(
+            f"{workdir} has no weights={weights} at step {state.step}, its"
+            f" {which} checkpoint's; it has {' and '.join(there)}."
+          )
+      selected = [averaging.select(state, weights) for state in states]
+      return config, experiment, selected
     # A run that goes on removes old checkpoints, file by file.
     time.sleep(0.1)
     if _files(workdir) == before:
@@ -462,4 +480,6 @@ def initialize(
   if head is None or head["bias"].shape != drawn["bias"].shape:
     params[_HEAD] = drawn
     _logger.info("the head of init_from has other classes: it starts anew")
-  return state.replace(params=params, batch_stats=variables["batch_stats"])
+  state = state.replace(params=params, batch_stats=variables["batch_stats"])
+  average = jax.tree.map(np.copy, state.average and state.variables)
+  return state.replace(average=average)

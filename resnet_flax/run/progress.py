@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar on a terminal, lines elsewhere."""
 
 import datetime
+import itertools
 import logging
 import shlex
 import statistics
@@ -82,8 +83,9 @@ class Progress:
       if f"{split}_loss" in record:
         part = f"{split} loss {mean(f'{split}_loss')}, accuracy"
         part = f"{part.removeprefix('train ')} {mean(f'{split}_accuracy')}"
-        if (ensemble := f"{split}_ensemble_accuracy") in record:
-          part += f", ensemble {record[ensemble]:.4f}"
+        for name in ("ensemble", "ema", "swa"):
+          if (key := f"{split}_{name}_accuracy") in record:
+            part += f", {name} {mean(key)}"
         parts.append(part)
     parts.append(f"{record['images_per_second']:.0f} images/s")
     if self._left():
@@ -146,8 +148,9 @@ def next_steps(workdir: str) -> str:
   )
 
 
-def evaluation(checkpoint: str, scores: dict[str, Any]) -> str:
-  """The scores of `load.evaluate_workdir`, with the checkpoint they are of."""
+def evaluation(checkpoint: str, weights: str, scores: dict[str, Any]) -> str:
+  """The scores of `load.evaluate_workdir`, with what they are of."""
+  checkpoint += f", {weights} weights" if weights != "raw" else ""
   lines = []
   for each in scores.get("seeds", [scores]):
     epoch = each.get("epoch")
@@ -164,13 +167,15 @@ def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
   """Loss and accuracies; of several seeds also what goes with them."""
   lines = []
   titles = {"loss": "loss", "accuracy": "accuracy", "top5": "top-5 accuracy"}
-  for metric, title in titles.items():
-    if prefix + metric not in scores:  # Of few classes, or a record of before.
+  for weights, metric in itertools.product(("", "ema_", "swa_"), titles):
+    key = f"{prefix}{weights}{metric}"
+    if key not in scores:  # Of few classes, or a record of before.
       continue
-    text = f"Test {title}: {scores[prefix + metric]:.4f}"
-    if f"{prefix}{metric}_std" in scores:
-      text += f" ± {scores[f'{prefix}{metric}_std']:.4f}, ensemble"
-      text += f" {scores[f'{prefix}ensemble_{metric}']:.4f}"
+    title = f"{weights}{titles[metric]}".replace("_", " ")
+    text = f"Test {title}: {scores[key]:.4f}"
+    if f"{key}_std" in scores:
+      text += f" ± {scores[f'{key}_std']:.4f}, ensemble"
+      text += f" {scores[f'{prefix}{weights}ensemble_{metric}']:.4f}"
     lines.append(text)
   return lines
 

@@ -48,6 +48,12 @@ def check(
     config.num_epochs <= most,
     f"num_epochs={config.num_epochs} of {steps} steps must be at most {most}.",
   )
+  decay, start = config.ema.decay, config.swa.start_epoch
+  _require(
+    not (decay and start) and start < config.num_epochs,
+    f"swa.start_epoch={start} must be below num_epochs={config.num_epochs}, and"
+    f" 0 if ema.decay={decay:g} is not: a run keeps one average.",
+  )
   _require(
     config.log.tensorboard or not config.log_layer_norms_every,
     f"log_layer_norms_every={config.log_layer_norms_every} writes to"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from resnet_flax.data import types
+from resnet_flax.parallel import averaging
 from resnet_flax.run import errors, folder, keys, load, mirror
 from resnet_flax.tools.report import intervals, runs as runs_lib
 from resnet_flax.tools.report.runs import Group, Statistic
@@ -53,7 +54,7 @@ def compare(
     cautions.append(f"epochs differ or lack: A {epochs[0]}, B {epochs[1]}")
   rows = _over_seeds(sides, key, which)
   if images and same_data:
-    rows += _over_images(sides, which)
+    rows += _over_images(sides, key, which)
   chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
   facts = [_facts(side) for side in sides]
   differing = runs_lib.differing_keys(facts)
@@ -146,15 +147,16 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   return rows
 
 
-def _over_images(sides: Sequence[Group], which: str) -> list[_Row]:
+def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   what = "test images"
+  weights = next((w for w in averaging.WEIGHTS if f"_{w}_" in key), "raw")
   checkpoint = "latest" if which == "last" else which
   opened: dict[str, types.Dataset] = {}
   right, counts = [], [len(side.repetitions) for side in sides]
   try:
     for side in sides:
       found = [
-        load.predict_test(run.folder, seed, checkpoint, opened=opened)
+        load.predict_test(run.folder, seed, checkpoint, weights, opened=opened)
         for run, seed in side.repetitions
       ]
       each = [x.probabilities.argmax(1) == x.labels for x in found]

@@ -1,7 +1,8 @@
 """Says which classes a trained network sees in pictures.
 
 python -m resnet_flax.predict WORKDIR PATH... [--topk=5] [--strict]
-  [--format=table|csv|json] [--checkpoint=best|latest] [--batch_size=32]
+  [--format=table|csv|json] [--checkpoint=best|latest] [--weights=raw|ema|swa]
+  [--batch_size=32]
 
 A PATH is a file, a folder, of which all files are taken, or a pattern.
 """
@@ -139,6 +140,7 @@ def main(argv: list[str]) -> None:
   add("--format", choices=["table", "csv", "json"], default="table")
   add("--strict", action="store_true", help="fail if a file is no picture")
   add("--checkpoint", choices=["best", "latest"], default="best")
+  add("--weights", choices=["raw", "ema", "swa"], default="raw")
   add("--batch_size", type=int, default=32, help="pictures at once")
   args = parser.parse_intermixed_args(argv[1:])
   if min(args.topk, args.batch_size) < 1:
@@ -149,7 +151,8 @@ def main(argv: list[str]) -> None:
 
   # Of pictures that are skipped anyway, or do not mind.
   warnings.filterwarnings("ignore", module="PIL")
-  num_rows = _show(load.load_model(args.workdir, args.checkpoint), total, args)
+  loaded = load.load_model(args.workdir, args.checkpoint, weights=args.weights)
+  num_rows = _show(loaded, total, args)
   if not num_rows or (args.strict and num_rows < total):
     found = f"{num_rows} of {total} files could be predicted"
     raise errors.DataError(f"{found}. Pass pictures.")

@@ -362,6 +362,7 @@ def test_keys_that_are_no_text():
     ("model.padding", {"same", "symmetric"}),
     ("seed_execution", {"auto", "in_turn", "vectorized"}),
     ("dataset.bad_images", {"error", "skip"}),
+    ("average_batch_norm", {"recompute", "average"}),
   ],
 )
 def test_choices_are_what_is_built(key, known):

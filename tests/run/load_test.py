@@ -12,7 +12,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 import resnet_flax
-from resnet_flax import data, step as step_lib, train
+from resnet_flax import data, train
 from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.parallel import evaluate
 from resnet_flax.run import checkpoint, errors, load, metrics, mirror
@@ -344,27 +344,6 @@ def test_what_does_not_change_is_read_once(fallen, monkeypatch):
 def test_unknown_checkpoint(run):
   with pytest.raises(errors.ConfigError, match="Did you mean 'latest'"):
     resnet_flax.load_model(run[1], "last")
-
-
-def test_other_weights_than_the_latest_are_scored_in_one_place(
-  run, monkeypatch
-):
-  """Evaluation, `predict` and `variables` all take `step.scored_variables`."""
-  _, workdir, _ = run
-  monkeypatch.setattr(
-    step_lib,
-    "scored_variables",
-    lambda state: {
-      "params": jax.tree.map(jnp.zeros_like, state.params),
-      "batch_stats": state.batch_stats,
-    },
-  )
-  scores = load.evaluate_workdir(workdir, devices=jax.devices()[:1])
-  assert scores["loss"] == pytest.approx(np.log(10), rel=1e-5)
-  loaded = load.load_model(workdir)
-  assert not np.any(loaded.variables["params"]["head"]["kernel"])
-  images = np.zeros((1, 32, 32, 3), np.uint8)
-  np.testing.assert_allclose(loaded.predict(images), 0.1, rtol=1e-5)
 
 
 def test_no_checkpoint_yet(run, tmp_path):

@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> None:
   if not _DRY_RUN.value:
     # The devices are the cells'.
     jax.config.update("jax_platforms", "cpu")
-  if command_line.has_config():
+  if command_line.CONFIG.value:
     raise errors.ConfigError(
       "--config: a sweep file names its config; needed: --sweep=FILE."
     )

@@ -28,7 +28,7 @@ _CARD = """\
 | data | {data} |
 | recipe | from {start}{recipe} |
 | computed in | {config.model.dtype} |
-| checkpoint | step {loaded.step} of seed {loaded.seed} |
+| checkpoint | step {loaded.step} of seed {loaded.seed}; {loaded.weights} |
 | test accuracy | {accuracy} |
 | licence | {licence} |
 
@@ -124,9 +124,10 @@ def write(
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   """On the test split: the network's, and that of all seeds at their best."""
+  key = f"test_{loaded.weights}_accuracy".replace("raw_", "")
   (run,) = runs.read([workdir])
   own = [
-    record["test_accuracy"]
+    record[key]
     for record in run.of_seed(loaded.seed)
     if record["step"] == loaded.step
   ]
@@ -134,7 +135,9 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
     return "not scored"
   info = dataset_lib.info(loaded.config.dataset, folder.read_facts(workdir))
   (group,) = runs.group([run])
-  mean, std, n = group.statistic("best", "test_accuracy")
+  # An average may begin after the best epoch.
+  values = [value for value in group.at("best", key) if value == value]
+  mean, std, n = runs.Statistic.of(values)
   return (
     f"{own[0]:.2%} on {info.num_test:,} images; n = {n} seeds, each in"
     f" its best epoch by {run.chosen_by}: {mean:.2%}"

@@ -28,11 +28,12 @@ def export(
   which: str = "best",
   seed: int | None = None,
   licence: str = "",
+  kept: str = "raw",
 ) -> str:
   """Writes a network, and what goes with it, into a new folder.
 
-  `workdir`, `which` and `seed` are those of `load.load_model`; `form` is a key
-  of `FORMATS`, whose first names that have such a network are taken for ''.
+  `workdir`, `which`, `seed` and `kept` (weights) are `load_model`'s; `form` is
+  a key of `FORMATS`, whose first names with such a network are taken for ''.
 
   Returns:
     What the network is there, for example "torchvision's ResNet-18".
@@ -53,7 +54,7 @@ def export(
   from resnet_flax.tools.export import card, weights
 
   out = new_folder.resolve(out, "--out")
-  loaded = load.load_model(workdir, which, seed=seed)
+  loaded = load.load_model(workdir, which, seed=seed, weights=kept)
   reasons = []
   for chosen in [n for n in FORMATS[form] if names in ("", n)]:
     try:
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> None:
   add("--out", required=True, help="Folder to make.")
   add("--names", choices=NAMES, default="", help="Whose names the arrays get.")
   add("--checkpoint", choices=("best", "latest"), default="best")
+  add("--weights", choices=("raw", "ema", "swa"), default="raw")
   add("--seed", type=int, help="Of a run of several; by default the first.")
   add("--license", default="", help="For the model card.")
   given = parser.parse_args(argv[1:])
@@ -93,6 +95,6 @@ def main(argv: list[str]) -> None:
   with signals.StopSignals():
     title = export(
       *(given.workdir, given.out, given.format, given.names),
-      *(given.checkpoint, given.seed, given.license),
+      *(given.checkpoint, given.seed, given.license, given.weights),
     )
   surroundings.show(f"Network: {title}\nFolder: {given.out}")

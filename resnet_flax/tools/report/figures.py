@@ -88,7 +88,7 @@ def learning_curves(
 
   They are of one data set; `end` is that of the names of the files.
   """
-  title = _TITLES.get(metric, metric)
+  title = _TITLES.get(metric, metric.replace("_accuracy", " error (%)"))
   # Accuracies are drawn as errors.
   file = {"accuracy": "error", "error": "error_"}.get(metric, metric)
   drawn = [(group, c) for group in groups if (c := _curves(group, metric))]
@@ -131,7 +131,7 @@ def _curves(group: runs_lib.Group, metric: str) -> _Curves:
     values = values[~np.isnan(values).all(axis=1)]
     known = ~np.isnan(values).any(axis=0)
     if (values := values[:, known]).size:
-      if metric in ("accuracy", "top5"):
+      if metric.endswith(("accuracy", "top5")):
         values = 100 * (1 - values)
       found[split] = 1 + np.flatnonzero(known), values
   return found
