@@ -91,7 +91,7 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
 
 @contextlib.contextmanager
 def _temporary(entry: pathlib.Path) -> Iterator[str]:
-  """Yields a new folder beside the entry; removes those of killed writers."""
+  """Yields a new folder beside the entry; removes folders of killed writers."""
   prefix = f".{entry.name}-"
   for left in entry.parent.glob(f"{glob.escape(prefix)}*"):
     with contextlib.suppress(OSError):  # Another process removes it, too.

@@ -41,7 +41,7 @@ def info(
 def num_train_examples(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> int:
-  """How many images an experiment with this `config.dataset` trains on.
+  """The number of training images with this `config.dataset`.
 
   Raises:
     ConfigError: an unknown data set, or one with too few images.

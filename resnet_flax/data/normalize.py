@@ -66,7 +66,7 @@ def measure(name: str, train: types.Split) -> Normalization:
 def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """A normalisation that does not depend on the data: one of `UNMEASURED`.
 
-  'imagenet' is torchvision's. 'caffe', He et al.'s and `keras.applications`',
+  'imagenet' is torchvision's. 'caffe', of He et al. and `keras.applications`,
   subtracts means from images in [0, 255] and does not divide.
   """
   if name == "none":
@@ -77,7 +77,7 @@ def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
 
 
 def placeholder(name: str, image_shape: tuple[int, ...]) -> Normalization:
-  """A normalisation that changes nothing, in the shapes of `measure`'s."""
+  """A normalisation that changes nothing, with the shapes of `measure`."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])
   std = jnp.ones((1, 1, image_shape[-1]), jnp.float32)
   return Normalization(jnp.zeros(shape, jnp.float32), std)

@@ -23,7 +23,7 @@ def decode(encoded: bytes) -> Any:
   """Returns a Pillow image of mode RGB; bad bytes raise any exception."""
   from PIL import Image
 
-  file = io.BytesIO(_picture_alone(encoded))
+  file = io.BytesIO(_without_extras(encoded))
   with Image.open(file, formats=_ENCODINGS) as image:
     if image.width * image.height > _MOST_PIXELS:
       raise ValueError(f"it has {image.width} x {image.height} pixels")
@@ -34,7 +34,7 @@ def decode(encoded: bytes) -> Any:
       high = np.asarray(image).astype(np.int64) >> 8
       return Image.fromarray(high.astype(np.uint8)).convert("RGB")
     if image.mode == "CMYK":
-      # Pillow inverts every CMYK image, TensorFlow those with Adobe's marker.
+      # Pillow inverts every CMYK image, TensorFlow only with Adobe's marker.
       light = np.asarray(image).astype(np.int64)
       if "adobe" in image.info:
         light = 255 - light
@@ -46,7 +46,7 @@ def decode(encoded: bytes) -> Any:
     return image.convert("RGB")
 
 
-def _picture_alone(encoded: bytes) -> bytes:
+def _without_extras(encoded: bytes) -> bytes:
   """Drops a PNG's profiles, texts and palette's alpha: Pillow rejects some."""
   if not encoded.startswith(_PNG):
     return encoded
