@@ -261,7 +261,7 @@ def another_models_checkpoints(case: Case) -> None:
     shutil.rmtree(unfinished)
   shutil.copytree(theirs, ours)
   case.refuses_unchanged(
-    "is of another network: params/head/kernel is float32[16, 10] there,"
+    "holds another network: params/head/kernel is float32[16, 10] there,"
     " float32[32, 10] here"
   )
   shutil.rmtree(ours)
@@ -419,7 +419,7 @@ def truncated_mirror(case: Case) -> None:
   shutil.rmtree(case.workdir)
   for path in _files(folder / "files"):
     os.truncate(path, _size(path) // 2)
-  case.refuses("holds no state whose files are all right")
+  case.refuses("holds no undamaged state")
   shutil.rmtree(folder)
   case.recovers()
 

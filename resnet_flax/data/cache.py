@@ -2,7 +2,7 @@
 
 An entry is a folder of .npy files and `index.json`, which is written last and
 holds their digests. Entries are built beside their final name and renamed, so
-a half-written one is never found; one that fails its check is built anew.
+a half-written entry is never found. An entry that fails its check is rebuilt.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from resnet_flax.run import errors, files
 _logger = logging.getLogger(__name__)
 
 _FORMAT = 2
-_LEFT = 24 * 3600.0  # Seconds after which nobody writes any more.
+_ABANDONED = 24 * 3600.0  # Seconds after which no writer can be at work.
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def cache_dir(configured: str) -> pathlib.Path:
-  """The folder for cached data: as configured, else the user's own."""
+  """The folder for cached data: the configured one, else the user's own."""
   own = platformdirs.user_cache_dir("resnet_flax")
   return errors.resolve(configured or own)
 
@@ -39,16 +39,16 @@ def cache_dir(configured: str) -> pathlib.Path:
 def cached(
   folder: pathlib.Path, key: str, build: Callable[[], types.Arrays]
 ) -> types.Arrays:
-  """The arrays under `key`, memory-mapped; built and stored if need be.
+  """Returns the memory-mapped arrays of entry `key`; builds a missing entry.
 
-  A `DataError` if the folder cannot be written.
+  Raises `DataError` if the folder cannot be written.
   """
   entry = folder / key
   if (arrays := _open(entry)) is not None:
     return arrays
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # Before what takes long: it may be that nothing can be written.
+    # A folder that cannot be written must fail before the slow build.
     with _temporary(entry) as temporary:
       _store(entry, temporary, build())
   except OSError as error:
@@ -58,30 +58,30 @@ def cached(
     ) from error
   if (arrays := _open(entry)) is None:
     raise errors.DataError(
-      f"{entry} was written but does not read back as written: the disk is"
-      " faulty. Set --config.dataset.cache_dir to another one."
+      f"{entry} differs from what was just written: the disk is faulty. Set"
+      " --config.dataset.cache_dir to a directory on another disk."
     )
   return arrays
 
 
 def _open(entry: pathlib.Path) -> types.Arrays | None:
-  """The entry, if it is there and every byte of it is as it was written."""
+  """Returns an entry's arrays; None if it is missing or a byte has changed."""
   try:
     index = json.loads(files.read_text(entry / "index.json"))
     if index["format"] != _FORMAT:
       return None
     names = index["class_names"]
     if index["sha256"] != _digests(entry, names):
-      raise ValueError("it is not what was written")
+      raise ValueError("its SHA-256 has changed")
     arrays = {
-      # Unlike `np.load`, this opens nothing but .npy files; none of objects.
+      # Unlike `np.load`, this opens only .npy files, and none with objects.
       name: np.lib.format.open_memmap(entry / f"{name}.npy", mode="r")
       for name in _ARRAYS
     }
     return types.Arrays(**arrays, class_names=tuple(names))
   except FileNotFoundError:
     return None
-  # Whatever else is wrong with it, it is built again.
+  # An entry with any other fault is built again.
   except Exception as error:
     _logger.warning(
       "%s is damaged (%s): decoding again", entry, errors.one_line(error)
@@ -91,11 +91,11 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
 
 @contextlib.contextmanager
 def _temporary(entry: pathlib.Path) -> Iterator[str]:
-  """A folder beside the entry; those that killed writers left are removed."""
+  """Yields a new folder beside the entry; removes folders of killed writers."""
   prefix = f".{entry.name}-"
   for left in entry.parent.glob(f"{glob.escape(prefix)}*"):
     with contextlib.suppress(OSError):  # Another process removes it, too.
-      if time.time() - left.stat().st_mtime > _LEFT:
+      if time.time() - left.stat().st_mtime > _ABANDONED:
         shutil.rmtree(left)
   with tempfile.TemporaryDirectory(
     prefix=prefix, dir=entry.parent, ignore_cleanup_errors=True
@@ -112,8 +112,8 @@ def _store(entry: pathlib.Path, temporary: str, arrays: types.Arrays) -> None:
   digests = _digests(made, names)
   index = {"format": _FORMAT, "class_names": names, "sha256": digests}
   (made / "index.json").write_text(json.dumps(index, indent=2))
-  # Another process may have stored the same entry meanwhile and be reading it:
-  # only a damaged one is replaced.
+  # Another process may have stored this entry meanwhile and may be reading it,
+  # so only a damaged entry is replaced.
   if os.path.lexists(entry) and _open(entry) is None:
     os.replace(entry, made.with_name("damaged"))
   if not os.path.lexists(entry):
@@ -121,7 +121,7 @@ def _store(entry: pathlib.Path, temporary: str, arrays: types.Arrays) -> None:
 
 
 def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
-  """Of each array's file, and of the names."""
+  """The SHA-256 of each array's file, and of the class names."""
   text = json.dumps(class_names).encode()
   digests = {"class_names": hashlib.sha256(text).hexdigest()}
   for name in _ARRAYS:

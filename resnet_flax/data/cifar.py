@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 through TFDS, as ArrayRecord, without TensorFlow.
 
-The official archives, binary version, are read only if their digest is right.
+An official archive (binary version) is read only if its digest is right.
 Layout: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
@@ -25,7 +25,7 @@ from resnet_flax.run import errors, files
 _logger = logging.getLogger(__name__)
 
 _IMAGE_SHAPE = (32, 32, 3)
-# Seconds without an answer or without a byte before a download is given up.
+# Seconds without an answer or without a byte after which a download fails.
 TIMEOUT = 15.0
 
 
@@ -36,9 +36,9 @@ class Archive:
   url: str
   num_bytes: int
   sha256: str
-  folder: str  # Of all its members.
-  files: dict[str, tuple[str, ...]]  # Of the splits 'train' and 'test'.
-  # For each label byte of an image, in order, the text file with its names.
+  folder: str  # The folder that holds all members.
+  files: dict[str, tuple[str, ...]]  # By split, 'train' and 'test'.
+  # The text file of class names for each label byte of an image, in order.
   labels: dict[str, str]
 
 
@@ -74,8 +74,8 @@ ARCHIVES = {
 def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   """Downloads an archive into `folder`, unless a good copy is there.
 
-  Shows progress on a terminal. A failed or wrong download, or want of space,
-  is a `DataError` and leaves no file.
+  Shows progress on a terminal. If the download fails, is not the archive or
+  does not fit on the disk, this raises `DataError` and leaves no file.
   """
   import pooch
   import requests
@@ -92,9 +92,9 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
     ):
       response.raise_for_status()
       for block in response.iter_content(1 << 16):
-        # A server without end must not fill the disk.
+        # A server that never stops sending must not fill the disk.
         if (left := left - len(block)) < 0:
-          raise ValueError("it sends more than the official archive has")
+          raise ValueError("the server sends more than the official archive")
         file.write(block)
         bar.update(len(block))
 
@@ -105,9 +105,9 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
       f"the data directory {folder.parent} cannot be written:"
       f" {error.strerror}. {prepared.SET_DATA_DIR} another one."
     ) from error
-  # Pooch would wait for what a pipe holds.
+  # Pooch would wait forever for a pipe's content.
   if (folder / name).exists() and not (folder / name).is_file():
-    raise errors.DataError(f"{folder / name} is no file. Delete it.")
+    raise errors.DataError(f"{folder / name} is not a file. Delete it.")
   try:
     path = pooch.retrieve(
       archive.url, f"sha256:{archive.sha256}", name, folder, downloader=download
@@ -115,10 +115,10 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   except (requests.RequestException, OSError, ValueError) as error:
     raise errors.DataError(
       f"could not download {archive.url} ({errors.one_line(error)})."
-      f" Ways out: fetch {name} elsewhere and pass"
-      " --config.dataset.archive=FILE; or point --config.dataset.data_dir (or"
-      " TFDS_DATA_DIR) to a directory with a prepared ArrayRecord copy; or try"
-      " --config=configs/quickstart.py, which needs no download."
+      f" Fetch {name} elsewhere and pass --config.dataset.archive=FILE; or set"
+      " --config.dataset.data_dir (or TFDS_DATA_DIR) to a directory with a"
+      " prepared ArrayRecord copy; or try --config=configs/quickstart.py, which"
+      " needs no download."
     ) from error
   return pathlib.Path(path)
 
@@ -145,10 +145,10 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
 
 
 class Contents(NamedTuple):
-  """What an archive holds."""
+  """The images and labels of an archive, and the names of its classes."""
 
   splits: dict[str, types.Batch]  # uint8[N, 32, 32, 3] and uint8[N, L] labels.
-  names: dict[str, list[str]]  # Of each of the L labels.
+  names: dict[str, list[str]]  # The class names of each of the L labels.
 
 
 def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
@@ -176,7 +176,7 @@ def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
 def load(
   config: ConfigDict, known: types.DatasetInfo
 ) -> tuple[types.Arrays, str]:
-  """All images, decoded once, and their source; prepares a copy if need be."""
+  """Returns all images, decoded, and their source; prepares a missing copy."""
   root = prepared.data_dir(config.data_dir)
   folder = prepared.find(config.name, root)
   if folder is None:
@@ -196,9 +196,9 @@ def load(
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """Prepares a data set as ArrayRecord in `root`; returns its folder there.
 
-  From its official archive: a local binary one, or '' to download it; TFDS
-  renames a folder that is complete. A `DataError` if the archive cannot be had
-  or the directory not be written.
+  `local_archive` is the official binary archive, or '' to download it. TFDS
+  gives the folder its final name once it is complete. Raises `DataError` if the
+  archive is missing or wrong, or if the directory cannot be written.
   """
   archive = ARCHIVES[name]
   if local_archive:
@@ -211,7 +211,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   try:
     builder = _make_builder(name, read_archive(archive, path), root)
     builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
-  # TFDS and ArrayRecord have kinds of their own for what a disk can do.
+  # TFDS and ArrayRecord raise exceptions of their own for disk errors.
   except Exception as error:
     raise errors.DataError(
       f"{name} cannot be prepared in {root} ({errors.one_line(error)})."
@@ -228,8 +228,8 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()
   stock: Any = getattr(tfds.image_classification, name.capitalize())
-  # The stock builder reads files through TensorFlow; this one differs only in
-  # where examples come from, so what it writes is the stock data set.
+  # The stock builder reads files through TensorFlow. This one only takes the
+  # examples from elsewhere, so it writes the stock data set.
   with registered.skip_registration():
 
     class ArchiveBuilder(stock):
@@ -243,7 +243,7 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
       def _examples(self, split):
         rows = zip(*contents.splits[split], strict=True)
         for index, (image, labels) in enumerate(rows):
-          # PIL images are encoded by PIL; arrays would be by TensorFlow.
+          # PIL encodes PIL images; TensorFlow would encode arrays.
           example: dict[str, Any] = {"id": f"{split}_{index:05d}"}
           example["image"] = Image.fromarray(image)
           example |= zip(contents.names, map(int, labels), strict=True)
@@ -254,9 +254,10 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
 
 
 def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
-  """Decodes a prepared folder whose splits must have so many examples.
+  """Decodes a prepared folder; each split must have `num_examples` images.
 
-  A `DataError` if it cannot be read or holds other images or another number.
+  Raises `DataError` if the folder cannot be read, or if the images have another
+  form or number.
   """
   import tensorflow_datasets as tfds
 
@@ -268,9 +269,9 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
       decoders = {"image": tfds.decode.SkipDecoding()}
       source = builder.as_data_source(split, decoders=decoders)
       if (found := len(source)) != count:
-        raise ValueError(f"it has {found} {split} images; needed: {count}")
+        raise ValueError(f"it has {found} {split} images, not {count}")
       _logger.info("decoding %d %s images", count, split)
-      # One example at a time: the decoded list would be twice the memory.
+      # One example at a time: a decoded list would take twice the memory.
       images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
       labels = np.empty(count, np.int32)
       for k, example in enumerate(source):
@@ -285,12 +286,12 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-  """One image, uint8[32, 32, 3]; looked at before it is decoded."""
+  """Decodes an image to uint8[32, 32, 3], after a check of its header."""
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as image:
     size = _IMAGE_SHAPE[:2]
     if image.mode != "RGB" or image.size != size:
       has = f"an image has mode {image.mode} and size {image.size}"
-      raise ValueError(f"{has}; needed: RGB and {size}")
+      raise ValueError(f"{has}; it must have RGB and {size}")
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Which part of an image the network sees: boxes in the image's own pixels.
+"""Crop boxes: the part of an image that the network sees, in its own pixels.
 
 An image is cut and resized in one step, so a box need not lie on whole pixels.
 """
@@ -11,28 +11,28 @@ import numpy as np
 # (left, upper, right, lower).
 Box = tuple[float, float, float, float]
 
-# He et al. 2015, section 3.4, for crops of 224: the shorter side in training,
-# and what it is for the central crop.
+# He et al. 2015, section 3.4: the shorter side of the image in units of the
+# crop's side, 224. The first is its range in training.
 _SHORTER_SIDES = (256 / 224, 480 / 224)
 _CENTRAL_SIDE = 256 / 224
 NUM_TEN = 10
 
 
 def central(width: int, height: int) -> Box:
-  """The central square, of 224/256 of the shorter side."""
+  """The central square whose side is 224/256 of the shorter side."""
   return _square(width, height, _CENTRAL_SIDE, 0.5, 0.5)
 
 
 def scored(size: tuple[int, int], side: int) -> Box:
-  """What is scored at side x side: all of such an image, else `central`."""
+  """The box to score: a whole image of side x side, else the `central` box."""
   return (0, 0, side, side) if size == (side, side) else central(*size)
 
 
 def corners_and_centre(width: int, height: int) -> list[Box]:
-  """The five boxes whose crops and their mirror images are the ten crops.
+  """Five boxes; their crops and mirror images are the ten crops.
 
-  Krizhevsky et al. 2012, section 4.1: the shorter side is made 256, the central
-  256 x 256 pixels are taken, and of these the corners and the centre.
+  Krizhevsky et al. 2012, section 4.1: resize the shorter side to 256, take the
+  central 256 x 256 pixels, then the four corners and the centre of this square.
   """
   side = min(width, height)
   x, y = (width - side) / 2, (height - side) / 2
@@ -42,11 +42,11 @@ def corners_and_centre(width: int, height: int) -> list[Box]:
 
 
 def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
-  """Inception's (Szegedy et al. 2014), as torchvision has it.
+  """A random box as in Inception (Szegedy et al. 2014) and torchvision.
 
-  It has 8 to 100 % of the area and a ratio of width to height from 3/4 to 4/3,
-  uniform in its logarithm. If ten draws do not fit into the image, the largest
-  central box of a ratio in that range.
+  The box has 8 to 100 % of the area. Its ratio of width to height is from 3/4
+  to 4/3, uniform in the logarithm. If none of ten draws fits into the image,
+  this returns the largest central box with a ratio in that range.
   """
   for _ in range(10):
     area = width * height * rng.uniform(0.08, 1.0)
@@ -62,7 +62,7 @@ def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
 
 
 def scale(rng: np.random.Generator, width: int, height: int) -> Box:
-  """A random square of the image resized at random."""
+  """A square at a random place of the image, which is resized at random."""
   side = rng.uniform(*_SHORTER_SIDES)
   return _square(width, height, side, rng.uniform(), rng.uniform())
 
@@ -70,14 +70,14 @@ def scale(rng: np.random.Generator, width: int, height: int) -> Box:
 def _square(
   width: int, height: int, shorter: float, across: float, down: float
 ) -> Box:
-  """A square of side 1 where the shorter side is `shorter`; 0: left or top."""
+  """A square of 1 / `shorter` of the shorter side; 0 is left or top."""
   side = min(width, height) / shorter
   left, upper = across * (width - side), down * (height - side)
-  # Rounding must not lead out of the image.
+  # Rounding must not move the box out of the image.
   return left, upper, min(left + side, width), min(upper + side, height)
 
 
-# By `augment.name`.
+# The keys are values of `augment.name`.
 RANDOM: dict[str, Callable[[np.random.Generator, int, int], Box]] = {
   "random_resized_crop": random_resized,
   "scale_crop": scale,

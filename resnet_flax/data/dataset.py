@@ -1,4 +1,4 @@
-"""Data sets by name: what is known of each, and one `load` for all."""
+"""Data sets by name: the facts about each, and one `load` for all."""
 
 import dataclasses
 
@@ -22,13 +22,13 @@ NAMES = (*DATASETS, *streaming.KNOWN, streaming.FOLDER)
 def info(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> types.DatasetInfo:
-  """What is known of the set that `config.dataset` names, without opening it.
+  """Facts about the set that `config.dataset` names, without opening it.
 
-  `facts`, which a run remembers, go before what a streamed set's data says.
+  `facts`, which a run remembers, override the files of a streamed set.
 
   Raises:
     ConfigError: an unknown data set.
-    DataError: only its copy or folder can tell, and there is none.
+    DataError: only the set's files hold the facts, and they are missing.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]
@@ -41,10 +41,10 @@ def info(
 def num_train_examples(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> int:
-  """How many images an experiment with this `config.dataset` trains on.
+  """The number of training images with this `config.dataset`.
 
   Raises:
-    ConfigError: an unknown data set, or parts larger than the whole.
+    ConfigError: an unknown data set, or one with too few images.
     DataError: see `info`.
   """
   whole = info(config, facts).num_train
@@ -64,15 +64,15 @@ def num_train_examples(
 
 
 def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
-  """Opens the set that `config.dataset` names, preparing it if need be.
+  """Opens the set that `config.dataset` names; prepares a missing copy.
 
-  The validation part is held out, the training part cut to `train_examples`;
-  class-balanced but for streamed copies, whose labels are not known before they
-  are read.
+  `validation_examples` are held out, `train_examples` are kept. Both are drawn
+  by class, except in streamed copies: their labels are unknown before they are
+  read.
 
   Raises:
     ConfigError: see `num_train_examples`.
-    DataError: the data cannot be had, or is damaged or of another form.
+    DataError: the data is missing, damaged or of another form.
   """
   num_train = num_train_examples(config)
   if streaming.is_streamed(config.name):

@@ -13,7 +13,7 @@ _TEST_EXAMPLES = 360
 
 
 def read() -> types.Arrays:
-  """The digits, 360 for tests, stratified; `DataError` without scikit-learn."""
+  """The digits, 360 stratified for tests; `DataError` without scikit-learn."""
   from PIL import Image
 
   try:

@@ -1,7 +1,7 @@
 """Folders of pictures: train/CLASS/*, perhaps with val/ and test/, or CLASS/*.
 
-What is scored is test/, else val/ (or validation/), else every tenth picture of
-each class by name, which then is not trained on. A val/ beside test/ is the
+The test split is test/, else val/ (or validation/), else every tenth picture of
+each class by name, which is then not trained on. A val/ beside test/ is the
 validation split.
 """
 
@@ -22,24 +22,25 @@ from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
-# Of what `pictures` decodes; in any case.
+# The formats that `pictures` decodes. Names may be in upper or lower case.
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _FORM = (
   "It must hold CLASS/PICTURE, or train/CLASS/PICTURE and perhaps the same in"
-  " val/ or test/, for two classes or more, with two pictures of each where a"
-  " tenth is scored. A set of TFDS is --config.dataset.name=tfds/NAME."
+  " val/ or test/, for two classes or more. Without val/ and test/ a class must"
+  " have two pictures. For a TFDS set pass --config.dataset.name=tfds/NAME."
 )
 
-# Paths of pictures by part and class, all sorted; but what is trained on is the
-# first part, what is scored the last.
+# Paths of pictures by part and class. Classes and paths are sorted; the first
+# part is the training split, the last part is the test split.
 Parts = dict[str, dict[str, list[str]]]
 
 
 @functools.lru_cache(1 << 14)
 def _scan(folder: str, changed: int) -> tuple[list[str], list[str], int]:
-  """Names of folders, paths of pictures, and how many others there are.
+  """Names of folders, paths of pictures, and the number of other files.
 
-  Only links are looked at, and only a folder that has `changed` is read again.
+  For speed only links are looked up on the disk, and a folder is read again
+  only if `changed`, its time of modification, is new.
   """
   folders, pictures, num_others = [], [], 0
   with os.scandir(folder) as entries:
@@ -47,7 +48,7 @@ def _scan(folder: str, changed: int) -> tuple[list[str], list[str], int]:
       if entry.name.startswith("."):
         continue
       num_others += 1
-      with contextlib.suppress(OSError):  # Links go round in circles.
+      with contextlib.suppress(OSError):  # Links may form a circle.
         if entry.is_dir():
           folders.append(entry.name)
         elif entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
@@ -57,7 +58,7 @@ def _scan(folder: str, changed: int) -> tuple[list[str], list[str], int]:
 
 
 def _list(root: str) -> tuple[Parts, int]:
-  """The parts, and how many other files are beside their pictures."""
+  """The parts, and the number of other files beside their pictures."""
 
   def scan(*names: str) -> tuple[list[str], list[str], int]:
     folder = os.path.join(root, *names)
@@ -66,7 +67,7 @@ def _list(root: str) -> tuple[Parts, int]:
   parts: Parts = {}
   num_others = 0
   names, top = [""], scan()[0]
-  # With pictures alone it is a class of that name.
+  # A folder train/ that holds only pictures is a class of that name.
   if "train" in top and scan("train")[0]:
     names = [n for n in ("train", "val", "validation", "test") if n in top]
   for name in names:
@@ -88,10 +89,10 @@ def _check(parts: Parts) -> None:
   """Raises a ValueError unless all parts have pictures of the same classes."""
   classes = parts["train"].keys()
   if len(classes) < 2:
-    raise ValueError(f"its class folders are {[*classes]}")
+    raise ValueError(f"it must have two class folders, not {[*classes]}")
   for part, of_classes in parts.items():
     for each in sorted(classes ^ of_classes.keys()):
-      raise ValueError(f"only one of train and {part} has a class {each!r}")
+      raise ValueError(f"class {each!r} is in only one of train and {part}")
     for each, pictures in of_classes.items():
       if not pictures:
         kinds = ", ".join(_EXTENSIONS)
@@ -99,10 +100,10 @@ def _check(parts: Parts) -> None:
 
 
 def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
-  """The folder that `config.dataset` names, its parts, how many other files.
+  """The folder that `config.dataset` names, its parts, its number of others.
 
   Raises:
-    ConfigError: it names none.
+    ConfigError: `data_dir` is empty or is not a local path.
     DataError: the folder has another form, or classes without pictures.
   """
   if not config.data_dir:
@@ -122,7 +123,7 @@ def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
 
 
 def facts(config: ConfigDict) -> types.Facts:
-  """Class names, pictures to train on and to score; raises as `find`."""
+  """Class names, numbers of training and test pictures; raises as `find`."""
   train, *_, scored = find(config)[1].values()
   num_train, num_test = (sum(map(len, p.values())) for p in (train, scored))
   return types.Facts(tuple(train), num_train, num_test)
@@ -130,16 +131,16 @@ def facts(config: ConfigDict) -> types.Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """The pictures of a part; see `streaming.Records`."""
+  """The pictures of a part; used as `prepared.Records` are."""
 
   folder: pathlib.Path
   name: str
   paths: Sequence[str]
   labels: np.ndarray  # int32
-  remedy = "Mend or remove it. "
+  remedy = "Repair or remove it. "
 
   def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
-    """See `streaming.Records`."""
+    """See `prepared.Records`."""
     return [functools.partial(self._read, row) for row in rows]
 
   def _read(self, row: int) -> tuple[bytes, int]:
@@ -151,7 +152,7 @@ class Files:
 
 
 def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
-  """The parts as sources, the classes' names and what names the pixels.
+  """The parts as sources, the class names, and the source's name with a digest.
 
   Raises:
     ConfigError, DataError: see `find`.
@@ -165,12 +166,12 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
     paths = [path for each in pictures.values() for path in each]
     sources.append(Files(root, part, paths, labels))
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
-  text = "pictures in %s: %s; %d other files are left out"
+  text = "pictures in %s: %s; %d other files are ignored"
   _logger.info(text, root, counts, num_others)
   paths = [path for each in sources for path in each.paths]
   sizes = [os.stat(path).st_size for path in paths]
   is_small = sum(sizes) <= files.READ_WHOLE
-  # Names have the labels.
+  # The digest covers the labels, too: they are folders in the names.
   digest = hashlib.sha256()
   for path, size in zip(paths, sizes, strict=True):
     name = os.fsencode(os.path.relpath(path, root))

@@ -1,4 +1,4 @@
-"""What is subtracted from images: measured on the training split, or fixed."""
+"""Normalisation of images: measured on the training split, or fixed."""
 
 import flax.struct
 import jax
@@ -8,19 +8,19 @@ import numpy as np
 from resnet_flax.data import types
 
 # Mean and standard deviation of images / 255 that published weights were
-# trained with: torchvision's, and Caffe's, which divides by nothing.
+# trained with. Caffe's images keep their scale: the factor 255 cancels.
 _FIXED = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
-# Those that need no data, and all.
+# Names that need no data, and all names.
 UNMEASURED = ("none", *_FIXED)
 NAMES = ("pixel_mean", "channel", *UNMEASURED)
 
 
 class Normalization(flax.struct.PyTreeNode):
-  """What is done to images / 255: subtract `mean`, divide by `std`.
+  """Normalises images: (images / 255 - `mean`) / `std`.
 
   Part of the train state, so that a checkpoint can score images by itself.
   Both are float32 and broadcast against [H, W, C].
@@ -40,14 +40,14 @@ _MIN_STD = 1e-6
 
 
 def measure(name: str, train: types.Split) -> Normalization:
-  """Measures the normalisation called `name` on the images trained on.
+  """Measures the normalisation called `name` on the training images.
 
-  'pixel_mean' is the recipe's: the mean image, [H, W, C]; 'channel' has mean
-  and standard deviation of each channel, [1, 1, C]; others see `fixed`.
+  'pixel_mean', the recipe's, is the mean image, [H, W, C]. 'channel' has each
+  channel's mean and standard deviation, [1, 1, C]. For other names see `fixed`.
   """
   if name in UNMEASURED:
     return fixed(name, train.image_shape)
-  # Streamed sets are refused by `run/rules.py`.
+  # `run/rules.py` refuses streamed sets, which may not fit into memory.
   images, _ = train.take(np.arange(len(train)))
   if name == "pixel_mean":
     # Integer sums: exact, whatever the order and the number of threads.
@@ -66,8 +66,8 @@ def measure(name: str, train: types.Split) -> Normalization:
 def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """A normalisation that does not depend on the data: one of `UNMEASURED`.
 
-  'imagenet' is torchvision's; 'caffe', by the means alone in units of 1/255, is
-  He et al.'s and that of `keras.applications`.
+  'imagenet' is torchvision's. 'caffe', of He et al. and `keras.applications`,
+  subtracts means from images in [0, 255] and does not divide.
   """
   if name == "none":
     return placeholder(name, image_shape)
@@ -77,7 +77,7 @@ def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
 
 
 def placeholder(name: str, image_shape: tuple[int, ...]) -> Normalization:
-  """What `measure` returns in shape, without any data: no change at all."""
+  """A normalisation that changes nothing, with the shapes of `measure`."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])
   std = jnp.ones((1, 1, image_shape[-1]), jnp.float32)
   return Normalization(jnp.zeros(shape, jnp.float32), std)

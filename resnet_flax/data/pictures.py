@@ -1,8 +1,8 @@
-"""Encoded pictures as RGB, as TensorFlow's `decode_image(channels=3)` has them.
+"""Decodes pictures to RGB, as TensorFlow's `decode_image(channels=3)` does.
 
-Transparency is dropped and EXIF's orientation is not applied, as TFDS does. Of
-an animated picture this is the first frame. docs/pictures.md has every kind and
-how far it is from TensorFlow's pixels.
+As in TFDS, transparency is dropped and EXIF's orientation is not applied. An
+animated picture gives its first frame. docs/pictures.md lists every kind with
+its difference from TensorFlow's pixels.
 """
 
 import io
@@ -11,43 +11,43 @@ from typing import Any
 
 import numpy as np
 
-# Pillow knows many more, of which some start other programs.
+# Pillow knows many more formats, and some of them start other programs.
 _ENCODINGS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# ImageNet's largest has 61 million.
+# ImageNet's largest picture has 61 million.
 _MOST_PIXELS = 2**26
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PARTS_OF_PICTURES = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 
 
 def decode(encoded: bytes) -> Any:
-  """A Pillow image of mode RGB; some exception if it is none."""
+  """Returns a Pillow image of mode RGB; bad bytes raise any exception."""
   from PIL import Image
 
-  file = io.BytesIO(_picture_alone(encoded))
+  file = io.BytesIO(_without_extras(encoded))
   with Image.open(file, formats=_ENCODINGS) as image:
     if image.width * image.height > _MOST_PIXELS:
       raise ValueError(f"it has {image.width} x {image.height} pixels")
-    image.load()  # Only now it is decoded.
+    image.load()  # Pillow decodes only now.
     if image.mode == "RGB":
       return image
     if image.mode.startswith("I"):  # Grey, 16 bits: Pillow would clip them.
       high = np.asarray(image).astype(np.int64) >> 8
       return Image.fromarray(high.astype(np.uint8)).convert("RGB")
     if image.mode == "CMYK":
-      # Pillow inverts them all, TensorFlow those with Adobe's marker.
+      # Pillow inverts every CMYK image, TensorFlow only with Adobe's marker.
       light = np.asarray(image).astype(np.int64)
       if "adobe" in image.info:
         light = 255 - light
       rgb = light[..., :3] * light[..., 3:] // 255
       return Image.fromarray(rgb.astype(np.uint8))
-    if image.format == "GIF":  # TensorFlow's first frame lies on black.
+    if image.format == "GIF":  # TensorFlow puts the first frame on black.
       black = Image.new("RGBA", image.size, "black")
       return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _picture_alone(encoded: bytes) -> bytes:
-  """A PNG without alpha, profiles and texts beside it: Pillow minds those."""
+def _without_extras(encoded: bytes) -> bytes:
+  """Drops a PNG's profiles, texts and palette's alpha: Pillow rejects some."""
   if not encoded.startswith(_PNG):
     return encoded
   parts, start = [_PNG], len(_PNG)

@@ -1,4 +1,4 @@
-"""Copies that TFDS has prepared, and anybody may have written."""
+"""Copies of data sets that TFDS has prepared; anybody may have changed them."""
 
 import contextlib
 import dataclasses
@@ -18,19 +18,19 @@ from resnet_flax.data import types
 from resnet_flax.run import errors, files
 
 FILE_FORMAT = "array_record"
-# A set with the features `image` and `label`, a ClassLabel: 'tfds/food101'.
+# The prefix of sets with the features `image` and `label`, a ClassLabel.
 PREFIX = "tfds/"
 SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
 DELETE = "Delete it to have it prepared again."
 PREPARE_AGAIN = "Prepare it again, or take another copy."
-_SAMPLE = 1 << 14  # Bytes of a large file that a fingerprint takes at a place.
-# TFDS imports what features.json names, whatever it is.
+_SAMPLE = 1 << 14  # Bytes that a fingerprint reads at a place of a large file.
+# TFDS imports any code that features.json names, so only these are allowed.
 _FEATURES = tuple(
   f"tensorflow_datasets.core.features.{name}"
   for name in (
     *("features_dict.FeaturesDict", "image_feature.Image"),
     *("class_label_feature.ClassLabel", "text_feature.Text"),
-    # Besides images and labels: boxes, numbers.
+    # Other features, such as boxes and numbers, may stand beside these.
     *("bounding_boxes.BBoxFeature", "labeled_image.LabeledImage"),
     *("scalar.Scalar", "sequence_feature.Sequence", "tensor_feature.Tensor"),
   )
@@ -38,16 +38,16 @@ _FEATURES = tuple(
 
 
 def data_dir(configured: str) -> pathlib.Path:
-  """The TFDS data directory: as configured, else TFDS's own default.
+  """The TFDS data directory: the configured one, else TFDS's own default.
 
-  DataError: it was named and is not there; only the default may be made.
+  Raises `DataError` if a named directory is missing; only the default is made.
   """
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")
   path = errors.resolve(chosen or "~/tensorflow_datasets", name)
   if chosen and not os.path.isdir(path):
     raise errors.DataError(
-      f"{name}={path} is no directory. Pass the one that holds the data, or"
+      f"{name}={path} is not a directory. Pass the one that holds the data, or"
       " make an empty one to have the data prepared there."
     )
   return path
@@ -56,10 +56,10 @@ def data_dir(configured: str) -> pathlib.Path:
 def find(
   name: str, root: pathlib.Path, remedy: str = ""
 ) -> pathlib.Path | None:
-  """The newest prepared version of a data set that can be read, if any.
+  """Returns the newest readable version of a prepared set; None without any.
 
-  A `DataError` if all are damaged or need TensorFlow; `remedy` says what to do,
-  by default about copies that this program makes.
+  Raises `DataError` if all versions are damaged or need TensorFlow. `remedy`
+  tells the user what to do; the default is for copies that this program makes.
   """
   try:
     paths = list(root.glob(f"{name}/*/dataset_info.json"))
@@ -71,7 +71,7 @@ def find(
   found = []
   for path in paths:
     version = path.parent.name.split(".")
-    if all(map(str.isdecimal, version)):  # Else TFDS has not finished it.
+    if all(map(str.isdecimal, version)):  # Else the copy is not complete.
       problem = _problem(path, remedy)
       found.append((not problem, [*map(int, version)], path.parent, problem))
   if not found:
@@ -95,47 +95,49 @@ def _problem(path: pathlib.Path, remedy: str) -> str:
     info = json.loads(files.read_text(path))
     if not isinstance(info, dict):
       raise ValueError("it holds no JSON object")
-    # Files written before TFDS had a choice do not name their format.
+    # Old versions of TFDS had only one format and did not name it.
     file_format = info.get("fileFormat", "tfrecord")
     if not isinstance(file_format, str):
-      raise ValueError("its fileFormat is no text")
-  # Brackets in brackets are a RecursionError.
+      raise ValueError("its fileFormat is not a string")
+  # Deeply nested brackets raise a RecursionError.
   except (OSError, ValueError, RecursionError) as error:
     what = f"{path.name}: {errors.one_line(error)}"
     return f"{path.parent} cannot be read ({what}). {remedy or DELETE}"
   if file_format == FILE_FORMAT:
     return ""
-  other = "another, also empty, directory to have a copy prepared there."
+  other = "another directory, which may be empty: a copy is prepared there."
   return (
-    f"{path.parent} is prepared as {file_format[:50]}, which needs TensorFlow"
-    f" to read; needed: {FILE_FORMAT}. {remedy or f'{SET_DATA_DIR} {other}'}"
+    f"{path.parent} is prepared as {file_format[:50]}, which needs TensorFlow;"
+    f" it must be {FILE_FORMAT}. {remedy or f'{SET_DATA_DIR} {other}'}"
   )
 
 
 @contextlib.contextmanager
 def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
-  """Makes a `DataError` of whatever a copy makes libraries raise."""
+  """Turns any exception that a copy causes in a library into a `DataError`."""
   try:
     yield
   except (errors.DataError, MemoryError):
     raise
-  # TFDS, ArrayRecord and Pillow each have kinds of their own.
+  # TFDS, ArrayRecord and Pillow each raise exceptions of their own.
   except Exception as error:
     problem = errors.one_line(error)
-    if "bootstrapping phase" in str(error):  # Python's, about new processes.
+    if "bootstrapping phase" in str(error):  # Python cannot start a process.
       raise errors.DataError(
-        "a script that decodes images in processes must train under: if"
-        " __name__ == '__main__', or set dataset.num_workers=0."
+        "a script that decodes images in processes must train inside: if"
+        " __name__ == '__main__'. Or set dataset.num_workers=0."
       ) from error
-    remedy = getattr(error, "remedy", remedy)  # It may know a better one.
+    remedy = getattr(
+      error, "remedy", remedy
+    )  # The error may know a better one.
     message = f"{folder} cannot be read ({problem}). {remedy}"
     raise errors.DataError(message) from error
 
 
 def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
-  """TFDS's builder of a copy that has images, labels and these splits.
+  """Returns TFDS's builder of a copy with images, labels and these splits.
 
-  Otherwise, or if it leads to other code or folders, some exception.
+  Raises any exception for another copy, and if it names other code or folders.
   """
   import tensorflow_datasets as tfds
 
@@ -145,31 +147,31 @@ def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
   kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
   for name, kind in kinds.items():
     if not isinstance(features.get(name), kind):
-      raise ValueError(f"it has no feature {name!r} of that kind")
+      raise ValueError(f"its feature {name!r} must be {kind.__name__}")
   for split in splits:
     for path in map(pathlib.Path, builder.info.splits[split].filepaths):
-      # `fingerprint` has seen the files of this folder, and no others.
+      # `fingerprint` covers only the files of this folder.
       if path.parent != folder:
-        raise ValueError(f"dataset_info.json leads to {path}")
+        raise ValueError(f"dataset_info.json names {path}")
       files.open_regular(path).close()
   return builder
 
 
 def check_features(folder: pathlib.Path) -> Any:
-  """The features by name; features.json may name no code but of those known.
+  """Returns the features by name; features.json may name only known code.
 
-  It is read as TFDS reads it, since a name can be spelt in several ways. What
-  has no parsed form, JSON in a text and the form of old versions, is refused.
-  Otherwise, or if it is no such file, some exception.
+  The file is parsed as TFDS parses it, since a name can be spelt in several
+  ways. Raises any exception for another file, for unknown code, and for forms
+  that the parser does not open: JSON in a string, and files of old versions.
   """
   from google.protobuf import json_format
   from tensorflow_datasets.core.proto import feature_pb2
 
   def check(feature: Any) -> None:
     if (name := feature.python_class_name) not in _FEATURES:
-      raise ValueError(f"features.json names {name!r:.100}")
+      raise ValueError(f"features.json names the unknown {name!r:.100}")
     if feature.HasField("json_feature"):
-      raise ValueError(f"features.json has a JSON text for {name}")
+      raise ValueError(f"features.json has JSON in a string for {name}")
     for inner in feature.features_dict.features.values():
       check(inner)
     if feature.sequence.HasField("feature"):
@@ -182,7 +184,7 @@ def check_features(folder: pathlib.Path) -> Any:
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
-  """The labels' names, in order; some exception if there are none."""
+  """Returns the class names by label; raises any exception without names."""
   path = folder / "label.labels.txt"
   lines = files.read_text(path).split("\n")
   if names := tuple(filter(None, map(str.strip, lines))):
@@ -191,10 +193,10 @@ def label_names(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
-  """A digest of all files' names and contents; `DataError` if it is damaged.
+  """A digest of all files' names and contents; `DataError` if one is damaged.
 
-  Above `files.READ_WHOLE`, of all sizes, the contents of small files, and
-  beginning, middle and end of others.
+  For a copy above `files.READ_WHOLE` it covers all names and sizes, the text
+  files, and samples of the beginning, middle and end of the other files.
   """
   digest = hashlib.sha256()
   with reading(folder, remedy):
@@ -211,7 +213,7 @@ def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
       if path.suffix in (".json", ".txt"):
         digest.update(files.read_text(path).encode())
         continue
-      # Shards are padded: with other records they often have the same size.
+      # Shards are padded, so shards with different records often equal in size.
       with files.open_regular(path) as file:
         for start in (0, size // 2, max(size - _SAMPLE, 0)):
           file.seek(start)
@@ -240,10 +242,10 @@ def folder_of(name: str, configured_dir: str) -> pathlib.Path:
 
 
 def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
-  """What a copy says of itself, without its shards, and the split to score.
+  """Reads a copy's facts, without its shards, and names the split to score.
 
-  That is 'validation', else 'test'; with neither, 'train', whose last tenth is
-  scored (TFDS has shuffled it). `DataError`: it cannot be read.
+  This split is 'validation', else 'test', else 'train': then its last tenth is
+  scored, which TFDS has shuffled. Raises `DataError` for unreadable copies.
   """
   with reading(folder, PREPARE_AGAIN):
     info = json.loads(files.read_text(folder / "dataset_info.json"))
@@ -253,7 +255,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
     }
     features = check_features(folder)
     if not features["label"].HasField("class_label"):
-      raise _unfit(folder, "its feature 'label' is no ClassLabel")
+      raise _unfit(folder, "its feature 'label' is not a ClassLabel")
     # ImageNet's 'test' has no labels.
     test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
@@ -265,7 +267,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
         raise _unfit(folder, f"it has no images in the split {split!r}")
-    # As in TFDS, classes without names have numbers.
+    # As in TFDS, classes without names are named by their numbers.
     num_classes = features["label"].class_label.num_classes
     labels = tuple(map(str, range(num_classes)))
     if (folder / "label.labels.txt").exists():
@@ -274,7 +276,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
 
 
 def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
-  """The error for a set that another copy would not help."""
+  """The error for a set that is unfit in every copy."""
   return errors.DataError(
     f"{folder} cannot be trained on: {what}. It must have the features image"
     " and label (a ClassLabel), and the splits train and validation or test, or"
@@ -285,9 +287,9 @@ def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
 def read(
   config: ConfigDict,
 ) -> tuple[list["Records"], list[np.ndarray], tuple[str, ...], str]:
-  """Sources of the training and test split, their rows, class names, name.
+  """The sources of both splits, their rows, class names and a name with digest.
 
-  `DataError`: there is no such copy, or it cannot be read.
+  Raises `DataError` if the copy is missing or cannot be read.
   """
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
@@ -312,7 +314,7 @@ def read(
 
 
 def _allow_open_files(count: int) -> None:
-  """For ImageNet, which has more files than the thousand that shells allow."""
+  """Raises the limit on open files: ImageNet has more than shells allow."""
   try:
     import resource
   except ImportError:  # There is no such limit on Windows.
@@ -320,8 +322,8 @@ def _allow_open_files(count: int) -> None:
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
   infinity = resource.RLIM_INFINITY  # On Linux it is -1.
   soft, hard = (sys.maxsize if n == infinity else n for n in limits)
-  needed = count + 256  # Besides, there are libraries, pipes, checkpoints.
-  for wanted in (16 * needed, needed):  # Of several seeds each has its own.
+  needed = count + 256  # Libraries, pipes and checkpoints open files, too.
+  for wanted in (16 * needed, needed):  # Each of several seeds opens its own.
     if soft < (allowed := min(wanted, hard)):
       with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
@@ -329,8 +331,8 @@ def _allow_open_files(count: int) -> None:
   if soft < needed:
     raise errors.DataError(
       f"the data set has {count} files, which are open at the same time, but a"
-      f" process may open {soft} here. Have the hard limit (ulimit -Hn) raised"
-      f" to {needed} or more."
+      f" process may open {soft} here. The hard limit (ulimit -Hn) must be"
+      f" raised to {needed} or more."
     )
 
 
@@ -338,20 +340,20 @@ def _allow_open_files(count: int) -> None:
 class Records:
   """The images of an official split, in the files of a prepared copy."""
 
-  folder: pathlib.Path  # This and the next are for messages.
-  name: str  # Of the split.
+  folder: pathlib.Path  # For messages.
+  name: str  # The split's, for messages.
   records: Any  # ArrayRecord's source of the official split.
   shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
-  num_classes: int  # Labels are below.
-  remedy = ""  # For a bad image, which another copy has as well.
+  num_classes: int  # Labels must be below it.
+  remedy = ""  # Another copy has the same bad images.
 
   def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
-    """What gives the encoded image of a row and its label, or an exception."""
+    """One function per row: it returns the encoded image and its label."""
     records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
     return [functools.partial(self._parse, raw) for raw in records]
 
   def _parse(self, raw: bytes) -> tuple[bytes, int]:
-    """A serialised `tf.train.Example`."""
+    """Parses a serialised `tf.train.Example`."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     feature = tf_example_pb2.Example.FromString(raw).features.feature
@@ -359,11 +361,11 @@ class Records:
     (label,) = feature["label"].int64_list.value
     if not 0 <= label < self.num_classes:
       most = self.num_classes - 1
-      raise ValueError(f"it has label {label}; needed: 0 to {most}")
+      raise ValueError(f"its label {label} must be from 0 to {most}")
     return encoded, label
 
   def place(self, row: int) -> str:
-    """Where the image of a row is, for people."""
+    """Describes where the image of a row is, for messages."""
     of_split = f"record {row}, from 0, of the split {self.name!r}"
     for shard in self.shards:
       if row < shard.examples_in_shard:

@@ -12,10 +12,10 @@ def choose(
   num_held_out: int,
   split_seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The int64 positions, ascending, that are trained on, and those held out.
+  """Returns the training and the held-out positions, int64 and ascending.
 
-  With int32[size] labels, the held-out part is stratified and the other one
-  class-balanced; without, both are drawn from all images alike.
+  With int32[size] labels, the held-out part is stratified and the training part
+  class-balanced. Without labels, both are drawn uniformly from all images.
   """
 
   def part(positions, total, quotas_of, *seed):
@@ -36,10 +36,10 @@ def choose(
 
 
 def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
-  """As many images from each class, as far as the classes last.
+  """The same number of images from each class, as far as the classes last.
 
-  Of int[C] images int[C] that sum to `total`, which must not be more. They
-  differ by at most one, except that a class with fewer images gives all.
+  `class_sizes` are int[C]. The quotas, int[C], sum to `total`, which must be at
+  most the sum of sizes. They differ by at most one; a small class gives all.
   """
   quotas = np.zeros_like(class_sizes)
   while (missing := total - quotas.sum()) > 0:
@@ -51,7 +51,7 @@ def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def proportional_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
-  """Of each class its share, by largest remainders; see `equal_quotas`."""
+  """Quotas in proportion to class sizes, by largest remainders, int[C]."""
   exact = total * class_sizes / class_sizes.sum()
   quotas = np.floor(exact).astype(class_sizes.dtype)
   remainders = np.argsort(quotas - exact, kind="stable")
@@ -62,7 +62,7 @@ def proportional_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
 def draw(
   labels: np.ndarray, quotas: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-  """Positions of `quotas[c]` images of every class c, in ascending order.
+  """Draws positions of `quotas[c]` images of every class c, ascending.
 
   `labels` are int[N], `quotas` int[C]. With the same generator state a smaller
   quota draws a subset of what a larger one draws.

@@ -1,8 +1,8 @@
 """Data sets that may be larger than memory, decoded while training.
 
-Encoded images come from `prepared`, sets of TFDS, or `folders`. Grain runs the
-processes in `workers`; which image is read when is not its choice, so that a
-run can resume at any step.
+Encoded images come from `prepared` (TFDS sets) or from `folders`. Grain runs
+the processes in `workers`, but does not choose the order of images: so a run
+can resume at any step.
 """
 
 import dataclasses
@@ -31,35 +31,35 @@ from resnet_flax.run import environment, errors, signals
 
 _logger = logging.getLogger(__name__)
 
-FOLDER = "folder"  # Of pictures: see `folders`.
-_SKIP = "dataset.bad_images=skip does without bad images."
+FOLDER = "folder"  # The name of a folder of pictures: see `folders`.
+_SKIP = "dataset.bad_images=skip leaves out bad images."
 
-# What is handed over at once, as each time costs milliseconds: 64 images of
-# 224x224, or about as many bytes. Each worker or thread decodes one ahead.
+# Images per transfer, since each costs milliseconds: 64 of 224x224, or about as
+# many bytes. Each worker or thread decodes one chunk ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# Up to here a split that is the same in every epoch is kept decoded.
+# A split up to this size is kept decoded if it is the same in every epoch.
 _IN_MEMORY_BYTES = 2**30
-# With fewer images in an epoch than 10,000 of 224x224, worker processes, which
-# take seconds to start, decode no faster than threads.
+# Worker processes take seconds to start. In an epoch of fewer bytes (10,000
+# images of 224x224) they decode no faster than threads.
 _WORKERS_BYTES = 10_000 * 224 * 224 * 3
-_BAD = -1  # Stands for the label of an image that is to be skipped.
+_BAD = -1  # The label of an image that must be skipped.
 
-# Sets that a network can be looked at and loaded for where there is no copy.
+# Facts of sets whose networks can be shown and loaded without the data.
 KNOWN = {"imagenet2012": types.Facts(("",) * 1000, 1_281_167, 50_000)}
 
 
 def is_streamed(name: str) -> bool:
-  """Whether a data set is decoded while training, or may be."""
+  """Whether a data set may be decoded while training."""
   return name in (*KNOWN, FOLDER) or name.startswith(prepared.PREFIX)
 
 
 def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
-  """What is known of a set; `DataError` if only its data can tell that."""
+  """Facts about a set; `DataError` if they need its data, which is missing."""
   try:
     facts = facts or _look(config)
   except errors.DataError:
-    # `load` says what is wrong with the data.
+    # `load` reports what is wrong with the data.
     if config.name not in KNOWN:
       raise
     facts = KNOWN[config.name]
@@ -82,9 +82,9 @@ def _look(config: ConfigDict) -> types.Facts:
 def load(
   config: ConfigDict, augmentation: str
 ) -> tuple[types.Dataset, np.ndarray | None]:
-  """The official splits, or parts of the only one; `DataError` if none.
+  """Opens a set; also returns int32[N] training labels, None if unknown.
 
-  And int32[N] labels of the training split, where they are known.
+  A single official split is divided. Raises `DataError` without data.
   """
   if config.name == FOLDER:
     with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
@@ -95,7 +95,7 @@ def load(
   else:
     sources, rows, class_names, source = prepared.read(config)
     labels = None
-  # Before anything is compiled.
+  # Must fail before anything is compiled.
   if config.num_workers:
     workers.check_semaphores()
   crop = augmentation if augmentation in crops.RANDOM else "none"
@@ -116,11 +116,11 @@ def load(
 
 
 def settle(dataset: types.Dataset) -> types.Dataset:
-  """Keeps the splits decoded that never change and fit into memory.
+  """Keeps splits decoded that never change and fit into memory.
 
-  Of a split that is scored, `bad_images=skip` leaves out the bad images. To
-  find them, it is decoded whatever its size. Otherwise a `DataError` counts the
-  bad images of all splits that were decoded.
+  With `bad_images=skip`, a split that is scored loses its bad images: it is
+  decoded to find them, whatever its size. Otherwise a `DataError` gives the
+  number of bad images in all splits that were decoded.
   """
   bad: list[str] = []
   train = _settle(dataset.train, False, bad)
@@ -129,8 +129,8 @@ def settle(dataset: types.Dataset) -> types.Dataset:
   if bad:
     source: Any = dataset.train.source  # type: ignore[attr-defined]
     raise errors.DataError(
-      f"{source.folder} has {len(bad)} images that cannot be decoded, first"
-      f" {bad[0]}. {source.remedy}{_SKIP}"
+      f"{source.folder} has {len(bad)} images that cannot be decoded; the first"
+      f" is {bad[0]}. {source.remedy}{_SKIP}"
     )
   return dataclasses.replace(
     dataset, train=train, validation=held_out, test=test
@@ -145,7 +145,7 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
   keep = keep and size <= _IN_MEMORY_BYTES
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
-    # What is wrong with all images is said before anything is compiled.
+    # A fault of all images must be reported before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
     return split
   positions = np.arange(len(split))
@@ -164,13 +164,13 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
 
 
 class BadImage(ValueError):
-  """An image that cannot be decoded: where it is, why, and what can be done."""
+  """An image that cannot be decoded: its place, the reason and a remedy."""
 
   remedy = ""
 
 
 class DecodedSplit(types.ArraySplit):
-  """A streamed split that was decoded: `images[k]` is that of `indices[k]`."""
+  """A streamed split, decoded: `images[k]` is the image of `indices[k]`."""
 
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None
@@ -182,19 +182,19 @@ class DecodedSplit(types.ArraySplit):
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit(types.Split):
-  """Images that are decoded when they are wanted."""
+  """Images that are decoded each time they are read."""
 
   indices: np.ndarray  # Rows of the source.
   source: prepared.Records | folders.Files
-  image_size: int  # Height and width of what is cut out of the images.
-  crop: str  # With `draw`, of `crops.RANDOM`; 'none': the central square.
-  # Processes that decode; 0: threads of this one, -1: one per CPU thread if
-  # that is worth it.
+  image_size: int  # Height and width of a crop.
+  crop: str  # In `crops.RANDOM`, used with `draw`; 'none': the central square.
+  # Processes that decode. 0: threads of this process; -1: one per CPU thread if
+  # the split is large.
   num_workers: int
-  num_crops: int = 1  # 1, or 10, of each image where nothing is drawn.
+  num_crops: int = 1  # Crops of each image without `draw`: 1 or 10.
   # Whether a bad image is replaced by the next good one of this split.
   skips_bad: bool = False
-  # Which rows were, and why, as far as they have been met.
+  # The rows replaced so far, each with its reason.
   skipped: dict[int, str] = dataclasses.field(default_factory=dict)
 
   @property
@@ -212,18 +212,18 @@ class StreamedSplit(types.Split):
   ) -> Iterator[types.Batch]:
     """See `Split`; workers live until the iterator ends or is closed.
 
-    A `DataError` if an image cannot be read or a worker died.
+    Raises `DataError` if an image cannot be read or a worker died.
     """
     grain = workers.import_grain()
     num_crops = self.num_crops if draw is None else 1
     image_bytes = num_crops * math.prod(self.image_shape)
     size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
-    # Of an empty batch, too, there is one: for its shape.
+    # An empty batch has one chunk, too, for its shape.
     chunks = [
       np.split(positions, range(size, len(positions), size))
       for positions in order
     ]
-    # Every worker gets these, and no other indices.
+    # Workers get their indices with each chunk, so `lean` needs none.
     rows = [(part, self.indices[part]) for parts in chunks for part in parts]
     none = self.indices[:0]
     lean = dataclasses.replace(self, indices=none, num_crops=num_crops)
@@ -232,14 +232,14 @@ class StreamedSplit(types.Split):
       is_large = sum(map(len, order)) * image_bytes >= _WORKERS_BYTES
       processes = environment.num_cpu_threads() if is_large else 0
     processes = min(processes, len(rows))
-    # A worker hands over what it has while its thread decodes.
+    # A worker process sends a chunk while its thread decodes the next.
     threads = 1 if processes else 2
     pipeline = grain.experimental.WithOptionsIterDataset(
       grain.MapDataset.source(rows)
       .map(functools.partial(lean._read, draw))
       .to_iter_dataset(grain.ReadOptions(threads, threads)),
-      # Through pipes: shared memory is scarce in containers, which kills
-      # workers, and outlives a process that is killed.
+      # Through pipes: containers have little shared memory and kill workers
+      # that exceed it. Shared memory also outlives a killed process.
       grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
     ).mp_prefetch(
       grain.MultiprocessingOptions(processes, per_worker_buffer_size=1),
@@ -247,10 +247,10 @@ class StreamedSplit(types.Split):
     )
     if processes:
       workers.check_semaphores()
-      # Of a process that ends in an error; Python's helper cleans them up.
+      # Python's helper would warn as it cleans up after an error.
       os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     alive, iterator = workers.Workers(self.source.folder), iter(pipeline)
-    # Threads of this process do not die by themselves.
+    # Only processes can die unnoticed; threads cannot.
     take = alive.next_of if processes else next
     try:
       with prepared.reading(self.source.folder, prepared.PREPARE_AGAIN):
@@ -264,7 +264,7 @@ class StreamedSplit(types.Split):
       alive.close(iterator)
 
   def _next_good(self, position: int, draw: types.Draw | None) -> types.Batch:
-    """The image from `position` on that can be read, by position alone."""
+    """The first readable image from `position` on; depends on nothing else."""
     strict = dataclasses.replace(self, skips_bad=False)
     for other in np.roll(np.arange(len(self)), -position):
       row = self.indices[other]
@@ -281,14 +281,14 @@ class StreamedSplit(types.Split):
     raise ValueError(f"no image of the split {name!r} can be read")
 
   def _read(self, draw: types.Draw | None, chunk) -> types.Batch:
-    """Of the positions of a chunk and the indices that they have."""
+    """Decodes a chunk: positions in this split and their rows of the source."""
     positions, rows = chunk
     return self._decode(draw, positions, rows, self.source.examples(rows))
 
   def _decode(
     self, draw: types.Draw | None, positions, rows, examples
   ) -> types.Batch:
-    """Of a source's examples at these positions."""
+    """Decodes a source's examples; each position decides a random crop."""
     shape = (len(rows), self.num_crops, *self.image_shape)
     images, labels = np.empty(shape, np.uint8), np.empty(len(rows), np.int32)
     for k, example in enumerate(examples):
@@ -309,7 +309,7 @@ class StreamedSplit(types.Split):
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
   def _cut(self, encoded: bytes, rng: np.random.Generator | None) -> np.ndarray:
-    """uint8[crops, S, S, 3]; Pillow's linear, with antialiasing."""
+    """Decodes to uint8[crops, S, S, 3] by Pillow's antialiased bilinear."""
     from PIL import Image
 
     decoded = pictures.decode(encoded)

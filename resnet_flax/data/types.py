@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the program."""
+"""The types of data sets, splits and batches."""
 
 import abc
 import dataclasses
@@ -12,9 +12,9 @@ Batch = tuple[np.ndarray, np.ndarray]  # Images and labels.
 
 
 class Draw(NamedTuple):
-  """What the random crops of an epoch depend on."""
+  """Seed and epoch, which decide the random crops of an epoch."""
 
-  seed: int  # The experiment's.
+  seed: int  # The experiment's seed.
   epoch: int  # 0-based.
 
 
@@ -23,7 +23,7 @@ class Split(abc.ABC):
 
   # int64[N], the images of this split, by position in the official split.
   indices: np.ndarray
-  num_crops: int = 1  # Of each image, where it is scored.
+  num_crops: int = 1  # Crops of each image that is scored.
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -39,13 +39,13 @@ class Split(abc.ABC):
   ) -> Iterator[Batch]:
     """Yields uint8[B, H, W, C] images and int32[B] labels of each batch.
 
-    `order` holds int64[B] positions in this split. Splits that cut images as
-    they decode them do it at random with `draw`, which is for training. Without
-    they take the central part, or, if they are scored by several crops of each
-    image, give uint8[B, crops, H, W, C].
+    `order` holds int64[B] positions in this split. With `draw`, which is for
+    training, splits that crop images while decoding crop at random. Without it
+    they take the central part or, if several crops of each image are scored,
+    give uint8[B, crops, H, W, C].
 
-    What an image looks like depends on its position and `draw` alone: of a
-    batch that several processes share, each may ask for its own part.
+    An image's pixels depend on its position and `draw` alone, so processes that
+    share a batch may each ask for their own part.
     """
 
   def subset(self, positions: np.ndarray) -> Self:
@@ -87,7 +87,7 @@ def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
 
 
 class Facts(NamedTuple):
-  """What a run remembers of a streamed set, whatever becomes of its data."""
+  """The facts about a streamed set that a run remembers without its data."""
 
   class_names: tuple[str, ...]  # One for each class, '' if it is not known.
   num_train: int
@@ -96,15 +96,15 @@ class Facts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """What is known of a data set without opening it."""
+  """Facts about a data set that are known without opening it."""
 
   num_classes: int
   image_shape: tuple[int, int, int]  # (H, W, C) of every image.
   num_train: int  # Images of the official training split.
   num_test: int
-  # By `config.dataset` and this, `Arrays` of a set in memory and their source.
+  # Maps `config.dataset` and this to a set's `Arrays` and their source.
   read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
-  class_names: tuple[str, ...] = ()  # Of a streamed set, if they are known.
+  class_names: tuple[str, ...] = ()  # Only for streamed sets, if known.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +115,13 @@ class Dataset:
   validation: Split | None  # Held-out part of the training images.
   test: Split
   class_names: tuple[str, ...]
-  # Names the pixels, or above 1 GiB samples of them: set, version, digest.
+  # Set, version and digest of the pixels; above 1 GiB, of samples of them.
   source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """A source, decoded: the official splits and the labels' names."""
+  """The decoded official splits of a set, and its class names."""
 
   train_images: np.ndarray  # uint8[N, H, W, C]
   train_labels: np.ndarray  # int32[N]

@@ -1,4 +1,4 @@
-"""The processes that decode images, which Grain starts."""
+"""Worker processes that decode images; Grain starts them."""
 
 import multiprocessing
 import os
@@ -11,22 +11,22 @@ from typing import Any
 
 from resnet_flax.run import errors
 
-# Why a worker may have ended, by a signal and by itself.
+# Remedies for a worker that a signal ended, and for one that ended by itself.
 _KILLED = (
-  "The system does that most likely for want of memory: pass a smaller"
+  "Most likely the system is out of memory: pass a smaller"
   " --config.dataset.num_workers."
 )
 _NO_GUARD = (
-  "A script must train under: if __name__ == '__main__'; otherwise see what the"
-  " process says above, or set dataset.num_workers=0."
+  "A script must train inside: if __name__ == '__main__'. Otherwise see the"
+  " process's own message above, or set dataset.num_workers=0."
 )
 
 
 class Workers:
-  """The processes that Grain starts for an iterator.
+  """Watches the processes that Grain starts for an iterator.
 
-  For one that is killed amid handing over Grain waits for ever: its pipe has an
-  end in this process, too.
+  If one is killed while it sends images, Grain waits forever: this process
+  keeps the sending end of the pipe open, too.
   """
 
   def __init__(self, folder: pathlib.Path) -> None:
@@ -34,7 +34,7 @@ class Workers:
     self._own: set[multiprocessing.process.BaseProcess] = set()
 
   def next_of(self, iterator: Iterator[Any]) -> Any:
-    """What comes next; `DataError` if a worker was killed."""
+    """Returns the next item; raises `DataError` if a worker was killed."""
     result: futures.Future[Any] = futures.Future()
 
     def take() -> None:
@@ -46,16 +46,16 @@ class Workers:
     threading.Thread(target=take, name="next images", daemon=True).start()
     while futures.wait([result], 0.2).not_done and not self._died():
       pass
-    # Often enough for none to end unseen.
+    # At every item, so that each worker is noted before it ends.
     died = self._died()
     error = result.exception() if result.done() else None
-    # What Grain itself says of one.
+    # Grain itself reports some dead workers.
     if error and "terminated unexpectedly" in str(error):
       died = died or errors.one_line(error)
     if result.done() and not (error and died):
       return result.result()
     raise errors.DataError(
-      f"a process that decodes images of {self._folder} was ended ({died}). "
+      f"a process that decodes images of {self._folder} has ended ({died}). "
       + (_KILLED if "code -" in died else _NO_GUARD)
     ) from error
 
@@ -69,37 +69,37 @@ class Workers:
     return f"exit code {codes[0]}" if codes else ""
 
   def close(self, iterator: Any) -> None:
-    """Ends all of them, and the iterator."""
+    """Closes the iterator and ends all workers."""
     if not self._died():
       iterator.close()
-    else:  # To close it would wait for those that died.
+    else:  # Closing would wait for the dead workers.
       for worker in self._own:
         worker.kill()
 
 
 def check_semaphores() -> None:
-  """Checks that processes, which have some between them, can be started."""
+  """Checks that semaphores can be made, since worker processes share some."""
   try:
     multiprocessing.Semaphore()
   except OSError as error:
     raise errors.DataError(
-      "processes that decode images cannot be started, as there can be no"
-      f" semaphore in /dev/shm ({error.strerror}). Make it writable and free"
-      " some room there, or set dataset.num_workers=0."
+      "processes that decode images cannot be started: no semaphore can be made"
+      f" in /dev/shm ({error.strerror}). Make /dev/shm writable and free some"
+      " space there, or set dataset.num_workers=0."
     ) from error
 
 
 def import_grain() -> Any:
-  """Grain, where it is needed: it takes a second or two."""
+  """Imports Grain on first use, since that takes a second or two."""
   from absl import flags
 
   try:
     import grain
   except ImportError:
     message = "need Grain: pip install 'resnet_flax[streaming]'."
-    raise errors.DataError(f"images that are streamed {message}") from None
-  # It reads flags of its own, which absl refuses where none have been parsed,
-  # as in a notebook. This lets them have their defaults.
+    raise errors.DataError(f"streamed images {message}") from None
+  # Grain reads flags of its own. absl refuses that if no flags were parsed, as
+  # in a notebook; this gives them their defaults.
   for name in flags.FLAGS:
     if name.startswith("grain_"):
       flags.FLAGS[name].present = 1
@@ -107,7 +107,7 @@ def import_grain() -> Any:
 
 
 def start(ignored: Sequence[signal.Signals], index: int, count: int) -> None:
-  """Ties a worker to the process that it works for, which signals stop."""
+  """Makes a worker ignore signals and end with its parent process."""
   # Ctrl-C and schedulers signal all processes of a job. The parent decides
   # when to stop, and still needs batches for its last step.
   for number in ignored:
@@ -119,5 +119,5 @@ def start(ignored: Sequence[signal.Signals], index: int, count: int) -> None:
     parent.join()
     os._exit(1)
 
-  # One that was killed closes nothing.
+  # A killed parent cannot close its workers.
   threading.Thread(target=follow, name="parent", daemon=True).start()

@@ -1,11 +1,11 @@
-"""Many hosts: how their processes find one another, agree, and who writes.
+"""Many hosts: processes find one another, agree, and process 0 writes.
 
-One program runs in every process, each with some of the devices, on JAX's
-distributed runtime. All must take part in every computation, so all decide
-together when to save and stop. Process 0 alone reads and writes the workdir,
-which the others need not see, and gives them what it has read.
+The same program runs in every process, each with some of the devices, on JAX's
+distributed runtime. All processes must take part in every computation, so they
+decide together when to save and to stop. Only process 0 reads and writes the
+workdir. It sends its content to the others, which need not see the folder.
 
-A process that is alone starts nothing of this; the functions act at once.
+With a single process the runtime is not started; the functions act at once.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ _logger = logging.getLogger(__name__)
 PyTree = Any
 T = TypeVar("T")
 
-# Seconds in which processes that fail wait for the others to fail as well.
+# Seconds that a failing process waits for the others to fail as well.
 _LEAVE = 15
-# What process 0 does for all may take as long as a download.
+# Seconds to wait for process 0, which may download data for all.
 _PATIENCE = 24 * 3600
 
 _HOW = (
@@ -44,13 +44,13 @@ _HOW = (
 )
 _LOST = (
   "this process cannot continue: most likely another process of the run has"
-  " ended or cannot be reached; see its own messages. What was saved is good:"
-  " start the same command in all processes again, and it resumes from there."
+  " ended or cannot be reached; see its own messages. Saved checkpoints are"
+  " good: start the same command in all processes again to resume."
 )
-# How errors begin that are not about other processes.
+# Errors that begin so are not about other processes.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
-# Names what is exchanged: processes do the same in the same order.
+# Numbers the exchanges: all processes make the same ones in the same order.
 _numbers = itertools.count()
 
 
@@ -58,7 +58,7 @@ _numbers = itertools.count()
 
 
 class Cluster(NamedTuple):
-  """How one process finds the others; JAX detects what is None."""
+  """How one process finds the others; JAX detects a field that is None."""
 
   num_processes: int
   process_id: int | None = None  # From 0.
@@ -68,12 +68,12 @@ class Cluster(NamedTuple):
 
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 _SLURM = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"}
-# Environment variables of launchers that JAX knows: the number of processes,
-# which one this is, others that JAX needs; and JAX's method where it must be
-# told.
+# Launchers that JAX knows, by environment variables: the number of processes,
+# the number of this process, others that JAX needs. Last is JAX's detection
+# method, if it must be named.
 _LAUNCHERS: tuple[tuple[str, str, set[str], str | None], ...] = (
   (*_OPEN_MPI, {"OMPI_MCA_orte_hnp_uri"}, None),  # Open MPI 4.
-  # A batch script, which is one process, lacks the list of nodes.
+  # A batch script is a single process and lacks the list of nodes.
   ("SLURM_NTASKS", "SLURM_PROCID", _SLURM, None),
   (*_OPEN_MPI, set(), "mpi4py"),
   ("PMI_SIZE", "PMI_RANK", set(), "mpi4py"),  # Other kinds of MPI.
@@ -85,15 +85,15 @@ def find_cluster(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> Cluster | None:
-  """The processes of this run; None where this process is the only one.
+  """Finds the processes of this run; None if this process is the only one.
 
-  What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  Missing arguments come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, else from the launcher: TPU pods, Slurm, Open MPI 4 and, with
-  mpi4py, any other MPI; in Kubernetes `num_processes` must be given. If all is
-  given, a process takes its host's devices, or those of JAX_LOCAL_DEVICE_IDS.
+  mpi4py, any other MPI. In Kubernetes `num_processes` must be given. With all
+  three, a process takes the devices of its host or of JAX_LOCAL_DEVICE_IDS.
 
   Raises:
-    ConfigError: too little is given, or it does not fit together.
+    ConfigError: an argument is missing, or the arguments contradict each other.
   """
   address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
   count = _integer("JAX_NUM_PROCESSES", num_processes)
@@ -115,8 +115,8 @@ def find_cluster(
     raise errors.ConfigError(f"{' and '.join(missing)} not given: {_HOW}.")
   if not 0 <= (index or 0) < count:
     raise errors.ConfigError(
-      f"process_id={index} with num_processes={count} does not fit: it must be"
-      " from 0 to num_processes - 1, another one in every process."
+      f"process_id={index} with num_processes={count} must be from 0 to"
+      " num_processes - 1, and different in every process."
     )
   host, _, port = (address or "detected:1").rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -128,7 +128,7 @@ def find_cluster(
 
 
 def _launched() -> tuple[int | None, int | None, str | None]:
-  """The number of processes, which one this is, JAX's detection method."""
+  """The number of processes, this process's number, JAX's detection method."""
   for size_name, rank_name, others, detection in _LAUNCHERS:
     size = _integer(size_name)
     if size and others <= os.environ.keys():
@@ -142,7 +142,7 @@ def _launched() -> tuple[int | None, int | None, str | None]:
 
 
 def _integer(variable: str, given: int | None = None) -> int | None:
-  """What is given, else an environment variable's value."""
+  """The given number, else an environment variable's value."""
   text = os.environ.get(variable)
   if given is not None or not text:
     return given
@@ -156,7 +156,7 @@ def _check_mpi4py(size: int) -> None:
     from mpi4py import MPI
 
     found = f"{MPI.COMM_WORLD.Get_size()} processes"
-  # It loads a library of MPI, which may not be there.
+  # mpi4py loads a library of MPI, which may be missing.
   except Exception as error:
     found = errors.one_line(error)
   if found != f"{size} processes":
@@ -167,7 +167,7 @@ def _check_mpi4py(size: int) -> None:
 
 
 def _tpu_hosts() -> int | None:
-  """How many hosts the TPU slices of this run have; None without TPUs."""
+  """The number of hosts of this run's TPU slices; None without TPUs."""
   get = os.environ.get
   if get("TPU_ML_PLATFORM") is None:  # JAX, once imported, sets it for TPUs.
     return None
@@ -182,7 +182,7 @@ def _tpu_hosts() -> int | None:
 
 
 def _tpu_metadata(name: str) -> str:
-  """What the cloud says of this TPU VM; nothing where it does not answer."""
+  """An attribute of this TPU VM from the cloud; '' if it does not answer."""
   import requests
 
   server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -192,8 +192,8 @@ def _tpu_metadata(name: str) -> str:
     return answer.text if answer.ok else ""
   except requests.RequestException as error:
     _logger.warning(
-      "warning: a TPU VM whose hosts cannot be asked for (%s). If there are"
-      " several, %s.",
+      "warning: the cloud does not tell the hosts of this TPU VM (%s). If there"
+      " are several, %s.",
       errors.one_line(error),
       _HOW,
     )
@@ -207,11 +207,12 @@ def _tpu_metadata(name: str) -> str:
 def connected(
   cluster: Cluster | None, *, timeout: int = 300, heartbeat_timeout: int = 60
 ) -> Iterator[None]:
-  """Inside, the processes of a run are connected; they end together.
+  """Connects the processes of a run while entered; they end together.
 
-  Must be entered before JAX is asked for its devices; with None nothing is
-  done. All must come within `timeout` seconds. The death of process 0 then ends
-  this one at once, another's within `heartbeat_timeout` seconds, in one line.
+  Must be entered before JAX is asked for its devices; None does nothing. All
+  processes must connect within `timeout` seconds. If process 0 dies, this one
+  ends at once; if another dies, within `heartbeat_timeout` seconds. Either way
+  it prints one line.
 
   Raises:
     ConfigError: JAX cannot find the others, or cannot listen at the address.
@@ -224,24 +225,24 @@ def connected(
   _logger.info(
     "waiting for num_processes=%d at coordinator_address=%s", count, address
   )
-  # It would take SIGTERM from `StopSignals`, and knows of no Ctrl-C.
+  # The service would take SIGTERM from `StopSignals` and ignore Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
-  # Python hears of no signal while the runtime waits.
+  # Python cannot handle a signal while the runtime waits.
   stops = signals_lib.StopSignals(exits=True)
   with _quiet_stderr() as stderr, stops:
 
     def stopped() -> str:
       os.dup2(stderr, 2)
-      return "stopped while the processes of the run were being connected."
+      return "stopped while the processes of the run were connecting."
 
     stops.say_on_exit(stopped)
-    # The runtime ends the process if the others do not come.
+    # The runtime ends the process if the others do not connect.
     _say_on_abort(
-      f"not all of num_processes={count} processes came to"
+      f"not all of num_processes={count} processes connected to"
       f" coordinator_address={address} within {timeout} s"
-      " (--initialization_timeout). See that process 0 runs, that its host and"
-      " port can be reached from here, and that all processes have been started"
-      " with the same --coordinator_address and --num_processes.",
+      " (--initialization_timeout). Check that process 0 runs, that its host"
+      " and port can be reached from here, and that all processes have the same"
+      " --coordinator_address and --num_processes.",
       stderr,
       errors.ConfigError.exit_code,
     )
@@ -255,27 +256,27 @@ def connected(
         heartbeat_timeout_seconds=heartbeat_timeout,
         shutdown_timeout_seconds=_LEAVE,
       )
-    # JAX, its runtime, and whatever a cloud is asked with have many kinds.
+    # JAX, its runtime and cloud libraries raise many kinds of exceptions.
     except Exception as error:
       raise errors.ConfigError(
         f"coordinator_address={address} cannot be used:"
-        f" {errors.one_line(error)}. Another --coordinator_address, for example"
-        f" with another port, may do; or {_HOW}."
+        f" {errors.one_line(error)}. Try another --coordinator_address, for"
+        f" example another port; or {_HOW}."
       ) from None
   _say_on_abort(_LOST, os.dup(2), 1)
   try:
     if not is_first():
-      # Process 0 says what all have to say.
+      # Process 0 logs for all.
       logging.getLogger("resnet_flax").setLevel(logging.WARNING)
     yield
   except jax.errors.JaxRuntimeError as error:
     if str(error).startswith(_OWN_FAULTS):
       raise
-    # What is left of a computation that another process was part of.
+    # A computation failed because another process, a part of it, has ended.
     raise errors.UserError(f"{_LOST} ({errors.one_line(error)})") from error
   except (errors.UserError, signals_lib.Stopped):
-    # What process 0 saves when all stop may take long. Else the others, who
-    # continue, may never come.
+    # If all stop, process 0 may take long to save. If only this one stops, the
+    # others continue and may never leave.
     _leave(_PATIENCE if Agreement.has_stopped else _LEAVE)
     raise
   _leave(_PATIENCE)
@@ -283,7 +284,7 @@ def connected(
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[int]:
-  """Inside, what is written to standard error is lost; yields the real one."""
+  """Discards standard error while entered; yields the real one."""
   saved = os.dup(2)
   with open(os.devnull, "wb") as null:
     os.dup2(null.fileno(), 2)
@@ -297,8 +298,8 @@ _on_abort: Any = None
 
 
 def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
-  """Sets the line and code with which JAX's runtime ends the process."""
-  global _on_abort  # What C may call must stay.
+  """Sets the message and the exit code for an abort by JAX's runtime."""
+  global _on_abort  # C may call it later, so it must not be collected.
   line = f"error: {text}\n".encode()
 
   def end(number: int) -> NoReturn:
@@ -306,20 +307,21 @@ def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
     os.write(stderr, line)
     os._exit(exit_code)
 
-  # The runtime aborts from a thread of its own when it hears of another's
-  # death; its callback ends in a failed cast of C++, and a handler of Python's
-  # would come too late.
+  # When another process dies, the runtime aborts in a thread of its own. Its
+  # callback for Python fails in a C++ cast, and a Python signal handler would
+  # run too late.
   _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
   ctypes.CDLL(None).signal(int(signal.SIGABRT), _on_abort)
 
 
 def _leave(seconds: int) -> None:
-  """Disconnects together with the others, if they end within some seconds."""
-  # Process 0 would be missed by the others, and they by it while it saves.
+  """Disconnects together with the others if they end within `seconds`."""
+  # Leaving alone looks like a death: process 0's to the others, and theirs to
+  # process 0 while it saves.
   try:
     _client().wait_at_barrier("resnet_flax/leave", seconds * 1000)
   except Exception:
-    return  # They do not: what ends this process is its own.
+    return  # The others continue: this process ends alone.
   jax.distributed.shutdown()
 
 
@@ -327,14 +329,14 @@ def _leave(seconds: int) -> None:
 
 
 def _client() -> Any:
-  """The runtime's client, whose values and barriers can be waited for long."""
-  # The public functions of `multihost_utils` compute instead, and on CPUs
-  # computations give up after half a minute when processes first connect.
+  """The runtime's client: waiting for its values and barriers may take long."""
+  # The public functions of `multihost_utils` run computations instead. On CPUs
+  # processes connect in the first one, and give up after half a minute.
   return multihost_utils.distributed.global_state.client
 
 
 def _wait_for(key: str) -> Any:
-  """What a process has set, from JSON."""
+  """Waits for a value that a process sets as JSON, and parses it."""
   return json.loads(_client().blocking_key_value_get(key, _PATIENCE * 1000))
 
 
@@ -344,9 +346,9 @@ def is_first() -> bool:
 
 
 def first(function: Callable[[], T]) -> T:
-  """Calls a function in process 0 alone; all get what it returns or raises.
+  """Calls a function in process 0 only; all processes get its result or error.
 
-  It returns JSON, and may raise a UserError.
+  The function must return JSON and may raise a UserError.
   """
   if jax.process_count() == 1:
     return function()
@@ -356,14 +358,14 @@ def first(function: Callable[[], T]) -> T:
     if "error" not in answer:
       return answer["value"]
     kind = getattr(errors, answer["error"])
-    # Not its constructor, which may take more than the message.
+    # Without the constructor, which may take more than the message.
     error = kind.__new__(kind, answer["message"])
     vars(error).update(answer["attributes"])
     raise error
   try:
     value = function()
   except errors.UserError as error:
-    # Modules have kinds of their own, which are among those of `errors`.
+    # A module's own kind of error is sent as its base class in `errors`.
     kinds = [kind.__name__ for kind in type(error).__mro__]
     kind = next(name for name in kinds if hasattr(errors, name))
     answer = {"error": kind, "message": str(error), "attributes": vars(error)}
@@ -374,16 +376,16 @@ def first(function: Callable[[], T]) -> T:
 
 
 def first_only(function: Callable[[], T]) -> T | None:
-  """As `first`, of a function that returns no JSON: None in the others."""
+  """Like `first`, but for any result, which the other processes get as None."""
   results: list[T] = []
   first(lambda: results.append(function()))
   return results[0] if results else None
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-  """Calls a function in process 0, then in the others; raises what it raises.
+  """Calls a function in process 0, then in the others, or raises 0's error.
 
-  For what is prepared once on a disk that they may share.
+  For data that is prepared once, on a disk that the processes may share.
   """
   results = first_only(lambda: [function()])
   return results[0] if results else function()
@@ -393,7 +395,7 @@ def check_same(name: str, value: Any) -> None:
   """Checks that all processes have the same value, which is JSON.
 
   Raises:
-    ConfigError: in all processes; says what differs.
+    ConfigError: in all processes; names the values that differ.
   """
   if jax.process_count() == 1:
     return
@@ -410,17 +412,17 @@ def check_same(name: str, value: Any) -> None:
         raise errors.ConfigError(
           f"{name} of process {process} differs from process 0's:"
           f" {', '.join(differing)}. Start all processes with the same command,"
-          " but for --process_id."
+          " except for --process_id."
         )
 
   first(compare)
 
 
 def meet() -> None:
-  """Waits until all processes are here.
+  """Waits until all processes have called this function.
 
-  Must be called before they first compute together after work that may take
-  some of them longer: on CPUs they then connect, for half a minute at most.
+  On CPUs the first common computation connects the processes; it fails after
+  half a minute. This must be called before it if processes may be late.
   """
   if jax.process_count() > 1:
     key = f"resnet_flax/meet/{next(_numbers)}"
@@ -428,15 +430,15 @@ def meet() -> None:
 
 
 def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
-  """Arrays of process 0 in all processes, bit-identical."""
+  """Copies process 0's arrays to all processes, bit-identical."""
   if jax.process_count() == 1:
     return function()
   tree = function() if is_first() else like()
   leaves = jax.tree.leaves(tree)
   sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
   own = [np.asarray(leaf).tobytes() for leaf in leaves] if is_first() else []
-  # One vector, since a program of many takes long to compile, and of integers,
-  # since a sum of floats loses the sign of a zero.
+  # One vector, since a program of many arrays compiles slowly. Integers, since
+  # a sum of floats loses the sign of a zero.
   content = b"".join(own).ljust(-(-sum(sizes) // 4) * 4, b"\0")
   words = np.frombuffer(content, np.uint32)
   meet()
@@ -449,11 +451,11 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
 
 
 class Agreement:
-  """When to save and to stop, at the same step in all processes.
+  """Decides when to save and to stop, at the same step in all processes.
 
-  Their signals and clocks differ. After every step and batch each says which
-  signal it has had and whether a checkpoint is overdue by its clock: a
-  computation over all devices, read one step late, as the step's metrics are.
+  Their signals and clocks differ, so they vote. After every step and batch each
+  process says which signal has come and whether a checkpoint is overdue. A vote
+  is a computation over all devices; like metrics, it is read one step late.
   """
 
   has_stopped = False  # Whether the processes have agreed to stop.
@@ -478,18 +480,18 @@ class Agreement:
     )
 
   def until(self, step: int) -> bool:
-    """Whether to save after so many steps."""
+    """Whether to save after `step` steps."""
     return any(self._vote()) or self._timer.due_at(step)
 
   def check(self, *, at_once: bool = True) -> None:
-    """Raises `Stopped` if any process has had a signal, by now or before."""
+    """Raises `Stopped` if any process has a signal, by now or the last vote."""
     signal_number, _ = self._vote(at_once)
     if signal_number:
       Agreement.has_stopped = True
       raise signals_lib.Stopped(signal_number)
 
   def _vote(self, at_once: bool = False) -> Sequence[int]:
-    """The signal and whether a save is overdue: what any said last, or now."""
+    """The signal, and whether a save is overdue: by the last vote, or now."""
     own = self._signals.number or 0, int(self._timer.overdue())
     if jax.process_count() == 1:
       return own

@@ -16,9 +16,9 @@ SEED, DATA = "seed", "data"
 
 
 def num_groups(num_devices: int, num_seeds: int) -> int:
-  """Into how many equal groups devices are divided, each with its own seeds.
+  """The number of equal groups of devices; each group has its own seeds.
 
-  As few as give each seed a group of its own, or as many as there are devices.
+  The smallest number that gives each seed a group, else the number of devices.
   """
   return next(
     count
@@ -39,14 +39,14 @@ def create_mesh(
 
 
 def sharding(mesh: Mesh, *axes: str) -> NamedSharding:
-  """Leading array axes divided over mesh axes; without any, a copy on each."""
+  """Divides leading array axes over mesh axes; without axes, copies to all."""
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
-  """What XLA is told when it compiles a training step for these devices."""
+  """XLA's options for compiling a training step for these devices."""
   if mesh.devices.flat[0].platform != "cpu":
     return {}
-  # oneDNN's convolutions use all threads: two at a time, as this scheduler
-  # arranges them, are slower than one after the other and need more memory.
+  # This scheduler runs two of oneDNN's convolutions at a time. Each uses all
+  # threads, so that is slower than one after the other and needs more memory.
   return {"xla_cpu_enable_concurrency_optimized_scheduler": False}

@@ -1,4 +1,4 @@
-"""Arrays between host and devices; each process puts its own part."""
+"""Moves arrays between host and devices; each process puts its own part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +30,10 @@ def put(
 
 
 def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
-  """int64[rows], ascending: images of a batch for this process's devices."""
+  """The rows of a batch for this process's devices, int64 and ascending."""
   if sharding.is_fully_addressable:
     return np.arange(batch_size)
-  # Seeds are divided as they are over their devices: any number does.
+  # The rows do not depend on the number of seeds: here it is the mesh axis.
   shape = (*(sharding.mesh.shape[mesh_lib.SEED],) * axis, batch_size)
   indices = sharding.addressable_devices_indices_map(shape).values()
   rows = [np.arange(batch_size)[index[axis]] for index in indices if index]
@@ -43,7 +43,7 @@ def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
 def put_rows(
   tree: PyTree, sharding: NamedSharding, batch_size: int, axis: int
 ) -> PyTree:
-  """Puts on devices arrays that hold, along `axis`, the `own_rows` of each."""
+  """Puts arrays on devices; along `axis` they hold only the `own_rows`."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
   rows = own_rows(sharding, batch_size, axis)
@@ -51,7 +51,7 @@ def put_rows(
   def put_own(array: np.ndarray) -> jax.Array:
     def part(index: tuple[slice, ...]) -> np.ndarray:
       start, stop, _ = index[axis].indices(batch_size)
-      # The rows of a device are neighbours, here and in the batch.
+      # A device's rows are contiguous, both in `rows` and in the batch.
       own = slice(*np.searchsorted(rows, (start, stop)))
       return array[(*index[:axis], own)]
 
@@ -66,14 +66,14 @@ def _put_parts(
   shape: tuple[int, ...],
   part: Callable[[Any], np.ndarray],
 ) -> jax.Array:
-  # Each device its own copy: a step is given its state's memory.
+  # Each device gets its own copy, since a step donates its state's memory.
   return jax.make_array_from_callback(
     shape, sharding, lambda index: np.array(part(index))
   )
 
 
 def get(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Arrays of these devices as NumPy arrays; in all processes together."""
+  """Returns arrays as NumPy arrays; all processes must call it together."""
   if mesh.is_multi_process and not all(
     leaf.is_fully_addressable or leaf.is_fully_replicated
     for leaf in jax.tree.leaves(tree)

@@ -1,4 +1,4 @@
-"""Command lines with arguments that are no flags, such as PATH: by argparse."""
+"""Command lines with positional arguments, such as PATH, by argparse."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from resnet_flax.run import errors, process
 
 
 class Parser(argparse.ArgumentParser):
-  """An `argparse.ArgumentParser` whose mistakes are a `ConfigError`."""
+  """An `argparse.ArgumentParser` that raises `ConfigError` for mistakes."""
 
   def error(self, message: str) -> NoReturn:
     """See `argparse`."""
@@ -18,6 +18,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """`process.run` of a `main` that parses the whole command line itself."""
-  # absl wants its flags to be parsed, though there are none.
+  """Calls `process.run` for a `main` that parses its whole command line."""
+  # absl requires that its flags are parsed, although it has none.
   process.run(main, lambda argv: [*flags.FLAGS(argv[:1]), *argv[1:]])

@@ -1,12 +1,12 @@
-"""Checkpoints over Orbax: what they hold and which are kept.
+"""Checkpoints through Orbax: their content, and which of them are kept.
 
 A checkpoint is a train state and `manifest.json`: the forms of all arrays, a
 few numbers of the epoch in progress, and the SHA-256 of every file of the
 state. Orbax restores a flipped bit silently; here files are checked first.
 
-Orbax is given one vector for each dtype, which holds the arrays end to end in
-the manifest's order: for every single array TensorStore would take a
-millisecond and some memory, which it never gives back.
+Orbax gets one vector for each dtype: the arrays end to end, in the manifest's
+order. For every single array TensorStore would need a millisecond and some
+memory that it never frees.
 """
 
 import contextlib
@@ -30,31 +30,31 @@ from resnet_flax.run import errors, files as files_lib, keys
 
 _logger = logging.getLogger(__name__)
 
-# What goes with a state, as JSON.
+# JSON that is saved with a state.
 Notes = dict[str, Any]
-# The rate of each seed's last step and the seconds that the epoch has taken, of
-# which it has waited for data.
+# Each seed's learning rate at its last step, the epoch's seconds so far, and
+# those in which it waited for data.
 NEW_EPOCH: Notes = {
   "learning_rate": [],
   "epoch_seconds": 0.0,
   "data_seconds": 0.0,
 }
 
-# Orbax writes what it saves, then once more as it merges its files; asked
-# beforehand, since its threads meet a full disk in many noisy ways.
+# Orbax writes a state twice, since it merges its files at the end. The space is
+# checked first, since on a full disk its threads fail in many noisy ways.
 SPACE_FACTOR = 3
 
 _FORMAT = 3
 _MANIFEST = "manifest.json"
 _NUMBER = keys.number(0)
 _STATE = "state"  # Orbax's folder.
-_MERGED = "manifest.ocdbt"  # What Orbax writes last and reads first.
+_MERGED = "manifest.ocdbt"  # Orbax writes this file last and reads it first.
 
-# What it means where arrays differ; metrics, `epoch_sums`, may. Parameters come
+# The meaning of arrays that differ; metrics, `epoch_sums`, may. Parameters come
 # first: the state of their optimizer differs with them.
-_NETWORK = ("is of another network", "")
+_NETWORK = ("holds another network", "")
 _METRICS = "epoch_sums/"
-_HERE = "; this version of the code, or its configuration, uses another "
+_HERE = "; this version of the code or this configuration uses another "
 _DIFFERENCES = {
   "params": _NETWORK,
   "batch_stats": _NETWORK,
@@ -82,7 +82,7 @@ class _Kept(policies.PreservationPolicy):
 
 
 class _Damaged(errors.WorkdirError):
-  """A checkpoint that is not what was saved."""
+  """A checkpoint that differs from what was saved."""
 
   def __init__(self, path: pathlib.Path, what: str):
     super().__init__(f"checkpoint {path} is damaged: {what}")
@@ -94,8 +94,8 @@ class Checkpoints:
   A context manager; leaving it waits for what is still being written.
 
   Args:
-    workdir: the run's folder, which gets `checkpoints`.
-    best_steps: of the best epochs so far.
+    workdir: the run's folder, which gets a folder `checkpoints`.
+    best_steps: returns the steps of the best epochs so far.
     read_only: changes nothing, so that a run can be read while it trains.
     on_event: called with "manifest" before it is written, in Orbax's thread.
   """
@@ -115,8 +115,8 @@ class Checkpoints:
     self._manifest: dict[str, Any] = {}
     if not read_only:
       self._folder.mkdir(parents=True, exist_ok=True)
-      # A killed run's half-written checkpoint is of no use to anyone. Orbax's
-      # own cleanup would outlive a run that fails at once, in a thread.
+      # A killed run's half-written checkpoint is useless. Orbax would remove it
+      # in a thread, which would outlive a run that fails at once.
       for unfinished in ocp.utils.tmp_checkpoints(self._folder):
         shutil.rmtree(unfinished.get(), ignore_errors=True)
     process = jax.process_index()
@@ -127,11 +127,11 @@ class Checkpoints:
         create=False,
         read_only=read_only,
         save_interval_steps=0 if read_only else 1,
-        # One process has all of the state: no other is waited for.
+        # This process has the whole state, so Orbax must not wait for others.
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=process, active_processes={process}
         ),
-        # What has its final name has its manifest.
+        # A checkpoint must have its manifest before it has its final name.
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._write_manifest
         ),
@@ -150,7 +150,7 @@ class Checkpoints:
         with only_os_errors():
           self._manager.close()
       except OSError:
-        # What is being reported already is also what closing finds.
+        # Closing raises an error again that is already being reported.
         if exception == (None, None, None):
           raise
     if not self._read_only:
@@ -159,13 +159,13 @@ class Checkpoints:
         self._folder.rmdir()
 
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:
-    """Starts to save a state of all seeds, stacked, under its step.
+    """Starts to save the stacked state of all seeds under its step.
 
     The state may be donated as soon as this returns.
 
     Raises:
       WorkdirError: the disk has no room for it.
-      OSError: this one or the one before could not be written.
+      OSError: this checkpoint or the one before it could not be written.
     """
     needed = SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
@@ -173,9 +173,9 @@ class Checkpoints:
       raise errors.WorkdirError(
         f"no space left for a checkpoint in {self._folder}: it needs"
         f" {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. The checkpoints"
-        " there are good; make room, and the same command resumes from them."
+        " there are good: free some space, and the same command resumes."
       )
-    # The manifest is written by Orbax's thread, the last one's too.
+    # Orbax's thread may still be writing the last checkpoint's manifest.
     self.wait()
     vectors: dict[str, list[np.ndarray]] = {}
     for leaf in jax.tree.leaves(jax.device_get(state)):
@@ -196,7 +196,7 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Waits until all is on disk; an OSError says that it could not be."""
+    """Waits until all is on disk; raises OSError if writing failed."""
     with only_os_errors():
       self._manager.wait_until_finished()
 
@@ -207,14 +207,14 @@ class Checkpoints:
   def restore(
     self, step: int, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Notes]:
-    """Reads and checks a checkpoint: the state, as NumPy arrays, and its notes.
+    """Checks a checkpoint; returns its state, as NumPy arrays, and its notes.
 
-    `like` is the tree of shapes and dtypes. Of `epoch_sums`, those that the
+    `like` is the tree of shapes and dtypes. Metrics in `epoch_sums` that the
     checkpoint lacks are NaN.
 
     Raises:
-      WorkdirError: the checkpoint is damaged, of another network, optimizer,
-        schedule or normalization, or of another version.
+      WorkdirError: the checkpoint is damaged, or has another network,
+        optimizer, schedule, normalization or format.
     """
     path = self._folder / str(step)
     manifest = _checked_manifest(path)
@@ -230,10 +230,10 @@ class Checkpoints:
       start = sizes.get(dtype, 0)
       sizes[dtype] = start + math.prod(json.loads(f"[{shape}"))
       slices[name] = dtype, slice(start, sizes[dtype])
-    # NumPy arrays come back as NumPy arrays.
+    # For NumPy arrays Orbax returns NumPy arrays.
     target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
     try:
-      # A chunk is read as a whole, however little of it the vector has.
+      # Orbax reads whole chunks: a false size could exhaust the memory.
       stored = ocp.StandardCheckpointHandler().metadata(path / _STATE)
       for dtype, size in sizes.items():
         (chunk,) = stored[dtype].storage.chunk_shape
@@ -244,8 +244,8 @@ class Checkpoints:
         args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)}),
       )[_STATE]
     except MemoryError:
-      raise  # Says nothing of the checkpoint.
-    # Orbax and TensorStore raise many kinds, according to what is wrong.
+      raise  # The checkpoint may be good.
+    # Orbax and TensorStore raise a different exception for each kind of damage.
     except Exception as error:
       raise _Damaged(path, errors.one_line(error)) from error
     leaves, structure = jax.tree.flatten(like)
@@ -261,12 +261,12 @@ class Checkpoints:
   def restore_latest(
     self, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Notes] | None:
-    """Restores the newest good checkpoint; None where there is none at all.
+    """Restores the newest good checkpoint; returns None without checkpoints.
 
-    Newer ones that are damaged are moved to `workdir`/damaged, with a warning.
+    Damaged newer ones are moved to `workdir`/damaged, with a warning.
 
     Raises:
-      WorkdirError: none is good; nothing was moved. Or see `restore`.
+      WorkdirError: no checkpoint is good, nothing was moved; or see `restore`.
     """
     damaged: dict[int, _Damaged] = {}
     for step in reversed(self.steps()):
@@ -284,7 +284,7 @@ class Checkpoints:
         (self._folder / str(bad_step)).rename(target)
       if damaged:
         _logger.warning(
-          "warning: going back to the checkpoint of step %d; what is damaged is"
+          "warning: going back to the checkpoint of step %d; damaged ones are"
           " now in %s",
           step,
           self._damaged,
@@ -307,10 +307,10 @@ class Checkpoints:
 
   def _write_manifest(self) -> None:
     self._on_event("manifest")
-    # Under a temporary name until Orbax, whose thread this is, renames it.
+    # Orbax calls this in its thread, before it gives the folder its final name.
     unfinished = ocp.utils.tmp_checkpoints(self._folder)
     if len(unfinished) != 1:
-      raise FileNotFoundError(f"{self._folder} was changed by someone else")
+      raise FileNotFoundError(f"{self._folder} was changed by another process")
     folder = pathlib.Path(unfinished[0].get())
     if not (folder / _STATE / _MERGED).is_file():
       raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
@@ -325,9 +325,8 @@ class Checkpoints:
 def _quiet_threads() -> Iterator[None]:
   """Keeps saves that fail from printing tracebacks of their own."""
 
-  # Orbax leaves its event loop at the first error, which it raises;
-  # TensorStore's threads then report the others to a loop that is closed, some
-  # through one hook, some through the other.
+  # Orbax raises the first error and closes its event loop. The threads of
+  # TensorStore then report more errors to the closed loop, through either hook.
   def quiet(hook: Any) -> Any:
     def report(*what: Any) -> None:
       error = what[1] if len(what) == 3 else what[0].exc_value
@@ -346,7 +345,7 @@ def _quiet_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_os_errors() -> Iterator[None]:
-  """Orbax and TensorStore have many kinds for what a disk can do."""
+  """Turns the many exceptions of Orbax and TensorStore into OSError."""
   try:
     yield
   except OSError:
@@ -356,14 +355,14 @@ def only_os_errors() -> Iterator[None]:
 
 
 def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
-  """The manifest of a checkpoint whose files are as they were saved."""
+  """Reads a checkpoint's manifest and checks all files against it."""
   try:
     manifest = files_lib.parse_object(files_lib.read_bytes(path / _MANIFEST))
     if manifest.pop("sha256") != _seal(manifest):
       raise _Damaged(path, f"{_MANIFEST} is not as it was written")
-    # Older ones do not name it.
+    # Older manifests do not name the step.
     if str(manifest.get("step", path.name)) != path.name:
-      raise _Damaged(path, f"it is of step {manifest['step']}; rename it back")
+      raise _Damaged(path, f"its step is {manifest['step']}; rename it back")
     if manifest["format"] != _FORMAT:
       raise errors.WorkdirError(
         f"checkpoint {path} has format {manifest['format']}; this version of"
@@ -375,12 +374,12 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
         raise _Damaged(path, f"{name} is missing")
       if digest_of(there[name]) != digest:
         raise _Damaged(path, f"{name} is not as it was written")
-    # Anybody can seal what no run writes.
+    # A correct seal does not prove that a run wrote the manifest.
     notes, arrays = manifest["notes"], manifest["arrays"]
     numbers = [notes["epoch_seconds"], notes.get("data_seconds", 0.0)]
     numbers += notes["learning_rate"]
     if not isinstance(arrays, dict) or not all(map(_NUMBER.accept, numbers)):
-      raise _Damaged(path, f"{_MANIFEST} has other notes or arrays")
+      raise _Damaged(path, f"{_MANIFEST} has invalid notes or arrays")
   except FileNotFoundError as error:
     raise _Damaged(path, f"{_MANIFEST} is missing") from error
   except (
@@ -398,7 +397,7 @@ def _state_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-  """The digest of a manifest, which it carries itself."""
+  """The SHA-256 of a manifest, which is added to the manifest."""
   return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
@@ -418,7 +417,7 @@ def named_arrays(state: step_lib.TrainState) -> dict[str, Any]:
 
 
 def _forms(state: step_lib.TrainState) -> dict[str, str]:
-  """For the path of every array its form, as in 'float32[16, 10]'."""
+  """Dtype and shape of every array by path, such as 'float32[16, 10]'."""
   return {
     name: f"{leaf.dtype}{list(leaf.shape)}"
     for name, leaf in named_arrays(state).items()
@@ -430,17 +429,17 @@ def _check_same_arrays(
 ) -> None:
   for part, what in _DIFFERENCES.items():
     for name in [*forms, *saved]:
-      there = saved.get(name, "no such array")
-      here = forms.get(name, "no such array")
+      there = saved.get(name, "missing")
+      here = forms.get(name, "missing")
       if name.partition("/")[0] == part and here != there:
         raise errors.WorkdirError(
           f"checkpoint {path} {what[0]}: {name} is {there} there, {here} here"
           f"{what[1]}. Pass the configuration it was trained with, or another"
           " --workdir."
         )
-  # Metrics may be others, in the forms that metrics have.
+  # Metrics may differ in name, but must have the form of a metric.
   of_metrics = [f for n, f in forms.items() if n.startswith(_METRICS)]
   for name, form in saved.items():
     is_metric = name.startswith(_METRICS) and form in of_metrics
     if not is_metric and form != forms.get(name):
-      raise _Damaged(path, f"{_MANIFEST} names an array {name!r:.100}")
+      raise _Damaged(path, f"{_MANIFEST} has an unknown array {name!r:.100}")

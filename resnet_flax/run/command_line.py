@@ -12,14 +12,14 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from resnet_flax.run import config as config_keys, errors, help_text, keys
 
-# The command line with what flag files hold, for ml_collections.
+# The command line with the content of flag files, for ml_collections.
 _ARGV: list[str] = []
 _SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "Config file, such as configs/v1_depth20.py, or the name of one of the"
-  " program's own. Comes before its overrides, --config.model.depth=56.",
+  " program's own. Must come before overrides such as --config.model.depth=56.",
   sys_argv=_ARGV,
 )
 
@@ -28,7 +28,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; for `app.run(flags_parser=...)`.
 
   Returns:
-    The program's name; other arguments that are no flags are refused.
+    The program's name; positional arguments are refused.
 
   Raises:
     ConfigError: an unknown flag or key, a value of the wrong type, a config
@@ -47,7 +47,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   help_text.show_if_asked(argv)
   try:
     rest = flags.FLAGS(argv)
-  # The parsers of values raise what Python's own parser does.
+  # Values are parsed by Python's own parser, which raises many exceptions.
   except Exception as error:
     if isinstance(error.__context__, errors.ConfigError):
       raise error.__context__ from None
@@ -56,15 +56,15 @@ def parse_flags(argv: list[str]) -> list[str]:
       hint = ". Put --config=FILE before its overrides."
     elif isinstance(error, flags.UnrecognizedFlagError):
       if (name := error.flagname).startswith("config."):
-        text = f"--{name} needs --config=FILE before it; with --mode=eval, too."
+        text = f"--{name} needs --config=FILE before it, also with --mode=eval."
         raise errors.ConfigError(text) from None
       for key in keys.nearest_keys(error.flagname, config_keys.KEYS)[:1]:
         hint = f". A key is set by --config.{key}=VALUE, after --config."
     raise errors.ConfigError(_last_line(error) + hint) from error
   if rest[1:]:
     raise errors.ConfigError(
-      f"unexpected argument {rest[1]!r}: every argument is --flag=value. Try"
-      " --help."
+      f"unexpected argument {rest[1]!r}: every argument must be --flag=value."
+      " Try --help."
     )
   return rest
 
@@ -77,7 +77,7 @@ class _ConfigFile(ConfigFileFlagParser):
     given = itertools.takewhile(lambda argument: argument != "--", argv[1:])
     found = (re.match(r"--?(?:no)?config\.([^=]*)", each) for each in given)
     self._overrides = [match[1] for match in found if match]
-    self.before: dict[str, Any] = {}  # Without overrides, as {'seed': 0, ...}.
+    self.before: dict[str, Any] = {}  # Without overrides: {'seed': 0, ...}.
 
   def parse(self, path: str) -> ConfigDict:
     path = str(errors.local_path(path, "--config"))
@@ -94,7 +94,7 @@ class _ConfigFile(ConfigFileFlagParser):
       config = super().parse(path)
     except KeyboardInterrupt:
       raise
-    # Whatever a config file raises, SystemExit too, ends in one line.
+    # Any exception of a config file, even SystemExit, must end in one line.
     except BaseException as error:
       text = f"{type(error).__name__}: {_last_line(error)}"
       if isinstance(error, ModuleNotFoundError):
@@ -113,15 +113,15 @@ class _ConfigFile(ConfigFileFlagParser):
 
 
 def _last_line(error: BaseException) -> str:
-  """The last line of a message: the others are a library's traceback."""
+  """The last line of a message; other lines are a library's traceback."""
   lines = str(error).strip().splitlines() or [type(error).__name__]
   line = lines[-1].strip()
-  # What is wrong comes at the end, after the value, however long.
+  # The reason comes at the end, after a value of any length.
   return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"
 
 
 def config_and_workdir() -> tuple[ConfigDict, str]:
-  """The configuration, whose values are not checked, and its default workdir.
+  """The configuration, not yet checked, and its default workdir.
 
   Raises:
     ConfigError: no --config was given.
@@ -134,7 +134,7 @@ def config_and_workdir() -> tuple[ConfigDict, str]:
   from resnet_flax.run import folder
 
   flag = flags.FLAGS["config"]
-  assert isinstance(flag.parser, _ConfigFile)  # Of `parse_flags`.
+  assert isinstance(flag.parser, _ConfigFile)  # Set by `parse_flags`.
   overrides = {
     key: value
     for key, value in keys.to_flat(CONFIG.value).items()

@@ -23,7 +23,7 @@ def create_model(
     depth: weighted layers, shortcuts not counted.
     num_classes: the size of the head.
     **model_keys: other keys `model.KEY` of docs/configuration.md, for example
-      `num_filters=32`; by default those of the Keras CIFAR-10 recipe.
+      `num_filters=32`; the defaults are the Keras CIFAR-10 recipe's.
 
   Returns:
     A module: `model.init(key, images, train=False)` makes its variables, and
@@ -31,7 +31,7 @@ def create_model(
     3] images to float32[B, num_classes] logits.
 
   Raises:
-    ConfigError: an unknown name or key, or values that no network has.
+    ConfigError: an unknown name or key, or values that fit no network.
   """
   keys = {
     **model_keys,

@@ -1,4 +1,4 @@
-"""What a run ran on, recorded so that its numbers can be judged later."""
+"""The environment of a run, recorded to judge its numbers later."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ from resnet_flax.run import errors
 _LIBRARIES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections"),
   *("tensorflow-datasets", "numpy"),
-  # What decodes images and reads records.
+  # These decode images and read records.
   *("pillow", "grain", "array-record", "scikit-learn"),
 )
 # Settings of JAX, and variables of its libraries, that change numbers.
@@ -25,7 +25,7 @@ _SETTINGS = (
   *("jax_default_prng_impl", "jax_threefry_partitionable"),
   "jax_random_seed_offset",
 )
-# Of others the numbers are another experiment's, or there are none.
+# With other values a run is another experiment, or fails.
 _NEEDED = {
   "jax_enable_x64": False,
   "jax_disable_jit": False,
@@ -33,19 +33,19 @@ _NEEDED = {
 }
 _VARIABLES = (
   *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
-  *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Also what begins so.
+  *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # All names that begin so.
 )
 # Instructions by which libraries choose how they compute.
 _VECTOR = re.compile("avx|amx|fma|f16c|sse4|asimd|sve|bf16|i8mm")
-# What a run executes.
+# The files that a run executes.
 _CODE = (":/resnet_flax", ":/configs", ":/pyproject.toml")
 
 
 def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
   """The environment of a run on these devices, as a JSON object.
 
-  `git_commit` and `git_clean` are None outside a git checkout; versions of
-  what is not installed are None. Variables are there if they are set.
+  `git_commit` and `git_clean` are None outside a git checkout; versions are
+  None if a library is not installed. Variables are present if they are set.
   """
   commit, clean = _git_state()
   return {
@@ -64,17 +64,16 @@ def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 
 def check_jax() -> None:
-  """Checks that JAX compiles, in the types that networks are trained in.
+  """Checks that JAX compiles and uses the dtypes that training needs.
 
   Raises:
-    ConfigError: a setting of JAX is not what it must be.
+    ConfigError: a setting of JAX must have another value.
   """
   for name, needed in _NEEDED.items():
     value = jax.config.values[name]
     if value != needed:
       raise errors.ConfigError(
-        f"{name}={value}: networks are trained with {needed} alone."
-        f" Unset {name.upper()}."
+        f"{name}={value} must be {needed} for training. Unset {name.upper()}."
       )
 
 
@@ -82,7 +81,7 @@ def _version(name: str) -> str | None:
   try:
     return metadata.version(name)
   except metadata.PackageNotFoundError:
-    return None  # An extra.
+    return None  # An extra that is not installed.
 
 
 def num_cpu_threads() -> int:
@@ -93,15 +92,15 @@ def num_cpu_threads() -> int:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs between two environments, one line each, for people."""
+  """The differences of two environments, one text each, for messages."""
   return errors.differences(old, new, "{}: {} -> {}")
 
 
 def cpu() -> dict[str, str]:
-  """The processor's name, and what else decides how sums are computed.
+  """The processor's name, generation and vector instructions.
 
-  Several generations have the same name; `cpu_flags` are the vector
-  instructions that it has. On Linux alone both are known.
+  Libraries choose their kernels by the last two, and several generations have
+  the same name. They are known on Linux alone.
   """
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -9,17 +9,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-# A URL, which pathlib would make a local folder of; and what TensorStore takes
-# for a bucket, or for Windows's folders, wherever it stands in a path.
+# pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
+# bucket and a backslash for a Windows folder, anywhere in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
 LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
 
 class UserError(Exception):
-  """A mistake or a circumstance that the user can mend.
+  """A mistake or a problem that the user can fix.
 
-  Names the key or the path, the value found and what would work. The command
-  line prints it without a traceback and ends with `exit_code`.
+  Names the key or the path, its value and what would work. The command line
+  prints it without a traceback and ends with `exit_code`.
   """
 
   exit_code = 1
@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-  """A configuration value that cannot be used."""
+  """A wrong configuration value, flag or argument."""
 
   exit_code = 2
 
@@ -42,7 +42,7 @@ class DataError(UserError):
 
 
 class WeightsError(UserError):
-  """A file of weights that cannot be read or is of another network."""
+  """A file of weights that cannot be read or belongs to another network."""
 
 
 class WorkdirError(UserError):
@@ -67,33 +67,33 @@ class Interrupted(UserError):
 
 
 def one_line(error: BaseException) -> str:
-  """Another library's error as part of a line: its kind and what it says."""
+  """Another library's error as part of a line: its type and its message."""
   return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def leave(message: str, exit_code: int) -> NoReturn:
   """Ends the process with a line, without waiting for libraries' threads.
 
-  XLA's crash if they compile while the interpreter ends; Orbax's wait for
-  minutes for a save that has failed.
+  XLA's threads crash if they compile while the interpreter ends. Orbax's
+  threads wait minutes for a failed save.
   """
-  # As it was at the start: None if it is closed, which prints to the other.
+  # The streams of the start: a closed one is None, so print takes the other.
   for stream in (sys.__stderr__, sys.__stdout__):
-    with contextlib.suppress(OSError):  # It is full.
+    with contextlib.suppress(OSError):  # The disk is full.
       print(f"error: {message}", file=stream, flush=True)
       break
   os._exit(exit_code)
 
 
 def is_local(path: str) -> bool:
-  """Whether a path is one of this machine for all libraries."""
+  """Whether all libraries take a path as local to this machine."""
   return not _NOT_LOCAL.search(path)
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """The path that the flag or key `name` has; in it ~ is the home.
+  """Returns the path of the flag or key `name`, with ~ expanded.
 
-  ConfigError: it is no local path.
+  Raises `ConfigError` if it is not a local path.
   """
   text = os.fspath(path)
   if not is_local(text):
@@ -102,11 +102,11 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 
 def resolve(path: str, name: str = "path") -> pathlib.Path:
-  """`local_path`, absolute; opening it says what is wrong."""
+  """`local_path`, absolute. A wrong link fails only when it is opened."""
   given = local_path(path, name)
   try:
     return given.resolve()
-  except (RuntimeError, OSError):  # Links go round in circles.
+  except (RuntimeError, OSError):  # Links may form a circle.
     return given.absolute()
 
 
@@ -115,7 +115,7 @@ def differences(
   new: Mapping[str, Any],
   text: str = "{} ({!r} there, {!r} here)",
 ) -> list[str]:
-  """A text of key, old and new value for each key whose values differ."""
+  """For each key whose values differ, a text of key, old and new value."""
   return [
     text.format(key, old.get(key), new.get(key))
     for key in sorted(old.keys() | new.keys())
@@ -124,9 +124,9 @@ def differences(
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-  """The error for a name, for example of `model.name`; suggests the nearest."""
+  """The error for an unknown value of `what`; suggests the nearest name."""
   known = sorted(known)
-  if len(name) > 100:  # Comparing takes the square of the length.
+  if len(name) > 100:  # The comparison is quadratic in the length.
     name = f"{name[:100]}..."
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,4 +1,4 @@
-"""Files that anybody may have written; files that are written whole or not."""
+"""Reads files that anybody may have written; writes whole files or none."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ import pathlib
 import stat
 from typing import Any
 
-# A set of images has a digest of all its bytes up to so many, else of samples.
+# Larger sets of images have a digest of samples instead of all bytes.
 READ_WHOLE = 2**30
 # The largest file of a run that is read as a whole, in bytes.
 _LARGEST = 1 << 26
@@ -23,11 +23,11 @@ def open_regular(path: pathlib.Path) -> io.BufferedReader:
 
 
 def read_bytes(path: pathlib.Path, limit: int = _LARGEST) -> bytes:
-  """What a file of at most `limit` bytes holds.
+  """Returns the content of a file of at most `limit` bytes.
 
   Raises:
-    OSError: there is none, or it is a folder, a pipe or a device.
-    ValueError: it is larger.
+    OSError: the file is missing, or is a folder, a pipe or a device.
+    ValueError: the file is larger.
   """
   with open_regular(path) as file:
     content = file.read(limit + 1)
@@ -42,7 +42,7 @@ def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-  """The JSON object that some bytes are; otherwise a `ValueError`."""
+  """Parses a JSON object; raises `ValueError` for anything else."""
   try:
     value = json.loads(content)
   except RecursionError:
@@ -53,19 +53,19 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def no_link(path: str, flags: int) -> int:
-  """Opens a file that is no symbolic link, for `open(opener=...)`.
+  """Opens a file that is not a symbolic link, for `open(opener=...)`.
 
   Raises:
-    OSError: it is one, or cannot be opened.
+    OSError: the file is a symbolic link, or cannot be opened.
   """
   return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file whole, or leaves what was there; may raise OSError."""
+  """Writes a file whole, or leaves the old one; may raise OSError."""
   temporary = path.with_name(f"{path.name}.tmp")
   try:
-    # What is there, a link perhaps, was left by a killed run or by a stranger.
+    # A killed run or a stranger may have left a file or a link here.
     temporary.unlink(missing_ok=True)
     with temporary.open("xb") as file:
       file.write(content)

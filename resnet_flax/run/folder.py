@@ -32,14 +32,14 @@ from resnet_flax.run import (
 _logger = logging.getLogger(__name__)
 
 _MAX_NAME = 120
-# What flock says on file systems that have no locks, as some in networks.
+# Errors of flock on file systems without locks, such as some network drives.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_PATIENCE = 0.2  # Seconds in which a holder that ends may remove its file.
+_PATIENCE = 0.2  # Seconds that an ending holder may take to remove its file.
 
 
 def default_name(config_path: str, overrides: dict[str, Any]) -> str:
   """A name made of config and flat overrides: 'v1_depth20,model.depth=56'."""
-  # A path may have bytes that are no text.
+  # A path may have bytes that are not text.
   path = config_path.encode(errors="backslashreplace").decode()
   parts = [pathlib.Path(path.partition(":")[0]).stem]
   try:
@@ -55,7 +55,7 @@ def default_name(config_path: str, overrides: dict[str, Any]) -> str:
   return f"{readable},{digest}"
 
 
-# ---- Who may use it
+# ---- Who may use the folder
 
 
 @contextlib.contextmanager
@@ -65,8 +65,8 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   A folder that was made here is removed again if it stays empty.
 
   Raises:
-    WorkdirError: it cannot be written, another process uses it, or it holds a
-      run whose configuration differs in a key that changes the mathematics.
+    WorkdirError: the workdir cannot be written, another process uses it, or its
+      run's configuration differs in a key that changes the mathematics.
   """
   check_name(workdir)
   try:
@@ -92,8 +92,8 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
 def check_name(workdir: pathlib.Path, flag: str = "--workdir") -> None:
   """Checks that checkpoints in this folder can be read again.
 
-  Orbax takes a '[' for a pattern and would leave out files; what TensorStore
-  takes for a bucket, or for Windows's folders, it would write elsewhere.
+  Orbax takes a '[' for a pattern and would miss files. TensorStore takes 'gs:'
+  for a bucket and a backslash for a folder, and would write elsewhere.
   """
   path = str(workdir.absolute())
   # Surrogates stand for bytes that are not UTF-8.
@@ -107,15 +107,16 @@ def check_name(workdir: pathlib.Path, flag: str = "--workdir") -> None:
 def check_same(
   workdir: pathlib.Path, config: ConfigDict, *, free: Sequence[str] = ()
 ) -> None:
-  """Checks that a run's stored configuration is this one.
+  """Checks that a run's stored configuration equals `config`.
+
+  Keys in `free` and keys that do not change the mathematics may differ;
+  `num_epochs` may grow if the rates so far do not depend on it.
 
   Raises:
-    WorkdirError: lists the keys that differ, except those that do not change
-      the mathematics, those in `free`, and more epochs where the rates so far
-      do not depend on them.
+    WorkdirError: other keys differ; lists them.
   """
   stored = keys.to_flat(load_config(workdir))
-  # Through JSON, in which tuples are lists.
+  # Through JSON, which turns tuples into lists.
   given = json.loads(json.dumps(keys.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
@@ -127,10 +128,10 @@ def check_same(
     longer = ""
     if stored["num_epochs"] != given["num_epochs"]:
       longer = (
-        f" Its learning rates follow num_epochs, so it cannot be lengthened (a"
-        " run with schedule.name=constant can, and one with warmup_stable_decay"
+        " Its learning rates depend on num_epochs, so it cannot be lengthened"
+        " (a run with schedule.name=constant can, and one with warmup_stable_decay"
         " until its rate falls);"
-        f" --config.init_from={workdir} begins another run with its weights."
+        f" --config.init_from={workdir} starts another run with its weights."
       )
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run of another configuration, which differs"
@@ -141,13 +142,13 @@ def check_same(
 
 @contextlib.contextmanager
 def exclusive(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds `workdir`/lock, which says who has it, and removes it at the end.
+  """Holds `workdir`/lock, which names its owner, and removes it at the end.
 
-  The operating system frees it however its process ends, so a file that is left
-  behind is taken over. WorkdirError: another process has it.
+  The operating system frees a lock however its process ends, so a file that is
+  left behind is taken over. Raises `WorkdirError` if another process has it.
   """
   path = workdir / "lock"
-  # What it would fall back to outlives a process that is killed.
+  # A soft lock would outlive a process that is killed.
   lock = filelock.FileLock(path, timeout=_PATIENCE, fallback_to_soft=False)
   try:
     with contextlib.suppress(FileNotFoundError):
@@ -159,11 +160,11 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
       " or pass another --workdir."
     ) from None
   except OSError as error:
-    # Of a file system without locks it names no file.
+    # On a file system without locks the error names no file.
     if error.errno not in _NO_LOCKS or error.filename is not None:
       raise errors.WorkdirError(
-        f"{path} cannot be locked: {error.strerror or error}. See that it is a"
-        " file that can be written, or pass another --workdir."
+        f"{path} cannot be locked: {error.strerror or error}. It must be a file"
+        " that can be written; or pass another --workdir."
       ) from error
     _logger.warning(
       "warning: %s cannot be locked (%s): see that no other process uses it",
@@ -181,7 +182,7 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     try:
       yield
     finally:
-      # While it is held: whoever waits for this file notices that it is gone.
+      # Still locked, so that a waiting process notices that the file is gone.
       with contextlib.suppress(OSError):
         path.unlink()
 
@@ -194,14 +195,14 @@ def _owner(path: pathlib.Path) -> str:
     return "another process"
 
 
-# ---- Its files
+# ---- The folder's files
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-  """The configuration stored in a workdir, locked; new keys are filled in.
+  """The configuration stored in a workdir, locked; new keys get defaults.
 
   Raises:
-    WorkdirError: there is none, or it cannot be read.
+    WorkdirError: the configuration is missing or cannot be read.
   """
   path = workdir / "config.json"
   try:
@@ -210,7 +211,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
-      " --workdir that was trained in."
+      " --workdir of a training run."
     ) from None
   except (
     *(OSError, ValueError, TypeError, AttributeError, RecursionError),
@@ -222,10 +223,10 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
 
 
 def with_defaults(stored: dict[str, Any]) -> ConfigDict:
-  """A configuration as JSON holds it, with defaults for keys that it lacks."""
-  if "seed" not in stored:  # As every version has it.
-    raise errors.ConfigError("seed is missing: this is no configuration")
-  # In JSON tuples are lists.
+  """A configuration from JSON, with defaults for keys that it lacks."""
+  if "seed" not in stored:  # Every version has this key.
+    raise errors.ConfigError("seed is missing: this is not a configuration")
+  # JSON turns tuples into lists.
   defaults = json.dumps(config_lib.default_config().to_dict())
   config = ConfigDict(json.loads(defaults))
   with config.ignore_type():
@@ -240,17 +241,17 @@ def record_start(
   data: str,
   facts: dict[str, Any] | None = None,
 ) -> None:
-  """Writes config.json and environment.json, and warns if the latter changed.
+  """Writes config.json and environment.json; warns if the environment changed.
 
-  The latter is of the first start; what differs in later ones is added under
-  'resumed'. `data` is `Dataset.source`, `facts` what is to be known of the data
-  set where there is no copy of it; see `read_facts`.
+  environment.json describes the first start; differences of later starts are
+  added under 'resumed'. `data` is `Dataset.source`. `facts` of the data set are
+  stored for uses without its data; see `read_facts`.
 
   Raises:
     WorkdirError: the run was started on other pixels, or environment.json
       cannot be read.
   """
-  # Each by itself: a run may be killed between the two.
+  # Each file by itself: a run may be killed between the two.
   if not (workdir / "config.json").exists():
     files.write_json(workdir / "config.json", config.to_dict())
   elif (first := load_config(workdir)).num_epochs != config.num_epochs:
@@ -265,7 +266,7 @@ def record_start(
   check_data(workdir, data)
   stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
-    stored["data"] = data  # Its weights needed none; from here on the run does.
+    stored["data"] = data  # Converted weights had no data; now the run has.
   kept = {"converted", "resumed", "dataset"}
   added = {key: stored[key] for key in kept & stored.keys()}
   if changes := environment.changes(stored, now | added):
@@ -281,30 +282,30 @@ def record_start(
 
 
 def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
-  """What environment.json holds; nothing if there is none.
+  """The content of environment.json; {} if the file is missing.
 
   Raises:
-    WorkdirError: it cannot be read.
+    WorkdirError: the file cannot be read.
   """
   path = workdir / "environment.json"
   try:
     stored = files.parse_object(files.read_bytes(path))
     if not isinstance(stored.get("resumed", []), list):
-      raise ValueError("resumed is no list")
+      raise ValueError("resumed is not a list")
     if not isinstance(stored.get("data") or "", str):
-      raise ValueError("data is no text")
+      raise ValueError("data is not a string")
     return stored
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:
     raise errors.WorkdirError(
       f"{path} cannot be read: {error}. Restore or delete it: the run resumes"
-      " without it, but what it was trained on is then not known."
+      " without it, but its training data is then unknown."
     ) from error
 
 
 def read_facts(workdir: pathlib.Path) -> types.Facts | None:
-  """What is remembered of a run's data, if it is.
+  """The facts about a run's data set; None if they are not stored.
 
   Raises:
     WorkdirError: environment.json cannot be read.
@@ -319,25 +320,26 @@ def read_facts(workdir: pathlib.Path) -> types.Facts | None:
 
 
 def check_data(workdir: pathlib.Path, data: str, known: str = "") -> None:
-  """Checks that a run was on this data, a `Dataset.source`.
+  """Checks that a run was trained on `data`, a `Dataset.source`.
 
-  Or on what is `known` of it. Warns where environment.json does not say that.
+  `known`, if given, replaces the entry in environment.json. Warns if neither
+  names the run's data.
 
   Raises:
-    WorkdirError: it was on other data, or environment.json cannot be read.
+    WorkdirError: the run has other data, or environment.json cannot be read.
   """
   stored = read_environment(workdir)
   there = known or stored.get("data")
   if there is None and "converted" not in stored:
     _logger.warning(
-      "warning: %s does not say which data the run was on; here it is %s",
+      "warning: %s does not name the run's training data; here it is %s",
       *(workdir / "environment.json", data),
     )
   elif there not in (None, data):
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run on other data: {there!s:.200} there,"
-      f" {data} here. Set dataset.data_dir, or TFDS_DATA_DIR, to the folder of"
-      " the former, or pass another --workdir."
+      f" {data} here. Set dataset.data_dir (or TFDS_DATA_DIR) to the data of"
+      " that run, or pass another --workdir."
     )
 
 
@@ -345,7 +347,7 @@ def check_data(workdir: pathlib.Path, data: str, known: str = "") -> None:
 def explain_write_errors(
   workdir: pathlib.Path, *, running: bool = False
 ) -> Iterator[None]:
-  """A full disk, or a workdir lost while `running`, ends in one line."""
+  """Reports a full disk, or a workdir lost while `running`, in one line."""
   try:
     yield
   except OSError as error:
@@ -366,9 +368,9 @@ def explain_write_errors(
 
 
 def check_not_removed(workdir: pathlib.Path) -> None:
-  """Checks that a run's folder is still there, with what the run put there.
+  """Checks that a run's folder and its files are still there.
 
-  Orbax would make another in its place, without the files that go with it.
+  Orbax would make another folder in its place, without the run's other files.
   """
   if not (workdir / "config.json").exists():
     raise errors.WorkdirError(

@@ -17,13 +17,13 @@ from resnet_flax.run.config import KEYS
 _PAGE = """\
 # Configuration
 
-Every key with its default, as `python -m resnet_flax.run.help_text` prints them
+Every key with its default, printed by `python -m resnet_flax.run.help_text`
 from the table in [`resnet_flax/run/config.py`](../resnet_flax/run/config.py). A
-config file sets keys, and after `--config` so does the command line:
-`--config.model.depth=56`. `--help` shows the keys, too, `--help=model` a part.
+config file sets keys; so does the command line, after `--config`:
+`--config.model.depth=56`. `--help` shows all keys, `--help=model` shows a part.
 
-A run is resumed with the configuration that it was begun with; keys that may
-differ do not change what is computed. A key that only some networks
+A run must be resumed with the configuration that it was started with. Keys that
+may differ do not change the results. A key that only some networks
 (`model.name`) read must keep its default in the others.
 """
 _TABLE = """
@@ -50,7 +50,7 @@ def show_if_asked(argv: list[str]) -> None:
   """Prints help and ends the program with code 0, if an argument asks for it.
 
   Raises:
-    ConfigError: --help=WORD, and nothing has this word.
+    ConfigError: no flag and no key has the word of --help=WORD.
   """
   asks = re.compile(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?")
   for argument in itertools.takewhile(lambda each: each != "--", argv[1:]):
@@ -64,14 +64,14 @@ def show_if_asked(argv: list[str]) -> None:
 
 
 def program_help(wanted: str, program: str) -> str:
-  """A program's flags and, if one is --config, the keys, in 80 columns.
+  """A program's flags and, if one of them is --config, keys, in 80 columns.
 
   Args:
-    wanted: a part, a name, or a word of names and meanings; '' for everything.
+    wanted: a part, a name, or a word in names or meanings; '' for everything.
     program: the module whose key flags are the program's.
 
   Raises:
-    ConfigError: nothing has this word.
+    ConfigError: no flag and no key has this word.
   """
   entries = _entries(program)
   parts = ", ".join(dict.fromkeys(entry.part for entry in entries))
@@ -83,7 +83,7 @@ def program_help(wanted: str, program: str) -> str:
   )
   if wanted and not chosen:
     raise errors.ConfigError(
-      f"--help={wanted}: no name and no meaning has this word. Parts: {parts}."
+      f"--help={wanted}: no flag and no key has this word. Parts: {parts}."
     )
   lines = []
   for part, of_part in itertools.groupby(chosen, lambda entry: entry.part):
@@ -92,7 +92,7 @@ def program_help(wanted: str, program: str) -> str:
     lines += map(str, of_part)
   if not wanted:
     module = sys.modules.get(program) or sys.modules["__main__"]
-    more = f"--help=WORD shows a part ({parts}), or what has this word."
+    more = f"--help=WORD shows a part ({parts}) or all that has this word."
     summary = (module.__doc__ or "").strip()
     lines = [summary, *lines, "", textwrap.fill(more, 80)]
   return "\n".join(lines).strip()

@@ -17,16 +17,16 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes",
   None,
-  "Several hosts: processes of the run, or $JAX_NUM_PROCESSES. 1: this process"
-  " alone, wherever it runs.",
+  "Several hosts: number of processes, or $JAX_NUM_PROCESSES. 1: this process"
+  " works alone, wherever it runs.",
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Several hosts: number from 0, or $JAX_PROCESS_ID."
+  "process_id", None, "Several hosts: own number, from 0, or $JAX_PROCESS_ID."
 )
 _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
   "initialization_timeout",
   300,
-  "Several hosts: seconds in which all processes must have started.",
+  "Several hosts: seconds within which all processes must have started.",
   lower_bound=1,
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
@@ -39,7 +39,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 
 def find_cluster(mode: str) -> Any:
-  """`hosts.find_cluster` by the flags; `ConfigError` but for --mode=train."""
+  """`hosts.find_cluster` of the flags; `ConfigError` if not --mode=train."""
   from resnet_flax.parallel import hosts
 
   cluster = hosts.find_cluster(
@@ -55,7 +55,7 @@ def find_cluster(mode: str) -> Any:
 
 
 def connected(cluster: Any) -> contextlib.AbstractContextManager[None]:
-  """`hosts.connected` by the flags."""
+  """`hosts.connected` with the timeouts of the flags."""
   from resnet_flax.parallel import hosts
 
   return hosts.connected(

@@ -12,8 +12,8 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 def use() -> None:
   """Starts this Python process again, with huge pages, if that helps.
 
-  glibc takes the setting only when a process starts: must be called before
-  anything is read or opened. The process keeps its number and command line.
+  glibc reads the setting only when a process starts, so this must be called
+  before anything is read or opened. The process keeps its number and arguments.
 
   On a CPU every training step takes its temporary memory from the system and
   gives it back: 300 MB for ResNet-20 at batch 128, which are 75,000 page faults
@@ -23,7 +23,7 @@ def use() -> None:
   try:
     mode = path.read_text()
   except OSError:
-    return  # Another system than Linux, or one without huge pages.
+    return  # The system is not Linux, or has no huge pages.
   environ = environment(os.environ, platform.libc_ver(), mode)
   if environ is not None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
@@ -34,8 +34,8 @@ def environment(
 ) -> dict[str, str] | None:
   """A copy of the environment in which glibc asks for huge pages.
 
-  None if nothing need or can be done: glibc is older than 2.35, the system
-  gives huge pages to all programs or to none, or the user has chosen.
+  Returns None if nothing can or need be done: glibc is older than 2.35, the
+  system gives huge pages to all programs or to none, or the user has chosen.
   """
   library, version = libc
   numbers = [int(part) for part in version.split(".") if part.isdigit()]

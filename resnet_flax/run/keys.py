@@ -1,4 +1,4 @@
-"""What a configuration key is, and which values it can have."""
+"""Configuration keys and the values that they can have."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax.run import errors
 
-LARGEST_INTEGER = 2**31 - 1  # Of int32.
+LARGEST_INTEGER = 2**31 - 1  # The largest int32.
 # Twice the largest number is still finite in float32.
 LARGEST_NUMBER = 1e38
 _SMALLEST_POSITIVE = 1e-37  # In float32 it is not zero.
@@ -26,8 +26,8 @@ class Values:
 
   text: str  # Continues a sentence that ends in "must be".
   accept: Callable[[Any], bool]  # Whether a value, of any type, is one of them.
-  choices: tuple[Any, ...] = ()  # All of them, where they can be listed.
-  pattern: str = ""  # What else there is, such as 'tfds/NAME'.
+  choices: tuple[Any, ...] = ()  # All values, if they can be listed.
+  pattern: str = ""  # The form of other values, such as 'tfds/NAME'.
 
 
 def integer(low: int, high: int = LARGEST_INTEGER) -> Values:
@@ -44,7 +44,7 @@ def number(low: float, high: float = LARGEST_NUMBER) -> Values:
     f"a number from {low:g} to below {high:g}",
     lambda value: (
       type(value) in (int, float)
-      # First, since NumPy cannot round every integer.
+      # Compared first, since NumPy cannot round every integer.
       and low <= value < high
       and bool(np.float32(low) <= np.float32(value) < np.float32(high))
     ),
@@ -52,12 +52,12 @@ def number(low: float, high: float = LARGEST_NUMBER) -> Values:
 
 
 def positive(high: float = LARGEST_NUMBER) -> Values:
-  """Numbers in (0, high) that float32 can tell from both."""
+  """Numbers in (0, high), also after they are rounded to float32."""
   return number(_SMALLEST_POSITIVE, high)
 
 
 def choice(*choices: Any, prefix: str = "") -> Values:
-  """Values of one type; with a prefix also PREFIXNAME or PREFIXNAME/NAME."""
+  """Listed values of one type; with a prefix also PREFIXNAME[/NAME]."""
   form = f"{prefix}NAME" if prefix else ""
   names = [*map(str, choices), *([form] if form else [])]
   pattern = rf"{re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
@@ -73,7 +73,7 @@ def choice(*choices: Any, prefix: str = "") -> Values:
 
 
 def tuple_of(each: Values) -> Values:
-  """Tuples; lists, too, since JSON makes lists of them."""
+  """Tuples, and lists, since JSON turns tuples into lists."""
   return Values(
     f"a tuple (on the command line 1,2,3) of at most {_LONGEST_TUPLE} values,"
     f" each {each.text}",
@@ -91,7 +91,7 @@ def _is_path(value: Any) -> bool:
   try:
     short = len(os.fsencode(value)) <= _LONGEST_PATH
     return short and errors.is_local(value)
-  except UnicodeError:  # Half a character.
+  except UnicodeError:  # A lone surrogate, half of a character.
     return False
 
 
@@ -122,8 +122,8 @@ class Key:
   name: str
   default: Any
   values: Values
-  # The names, such as `model.name`, of its part that read it, () for all; with
-  # the others it needs its default.
+  # The names of its part, such as `model.name`, that read it; () for all. The
+  # others must keep the default.
   families: tuple[str, ...] = ()
   # Whether a run can be resumed with another value: it changes no result.
   may_differ: bool = False
@@ -174,18 +174,18 @@ def to_flat(config: ConfigDict) -> dict[str, Any]:
   """A configuration as {'model.depth': 20, ...}.
 
   Raises:
-    ConfigError: a value cannot be computed, or a key is no text.
+    ConfigError: a value cannot be computed, or a key is not a string.
   """
   try:
     return flatten(config.to_dict())
-  # Placeholders and references are computed here, as a config file says.
+  # A config file's placeholders and references are computed only here.
   except Exception as error:
     raise errors.ConfigError(
       f"the configuration cannot be read: {errors.one_line(error)}."
     ) from error
 
 
-# What others call a key.
+# Other programs' names for keys.
 _OTHER_NAMES = {
   "lr": "optimizer.learning_rate",
   "wd": "optimizer.weight_decay",
@@ -197,7 +197,7 @@ _OTHER_NAMES = {
 
 
 def nearest_keys(name: str, keys: Iterable[str]) -> list[str]:
-  """The keys, at most three, that a wrong name may mean, the nearest first."""
+  """At most three keys that a wrong name may mean, the nearest first."""
   last = name.lower().rpartition(".")[2]
   if last in _OTHER_NAMES:
     return [_OTHER_NAMES[last]]
@@ -215,7 +215,7 @@ def nearest_keys(name: str, keys: Iterable[str]) -> list[str]:
 def unknown_key(
   name: str, keys: Iterable[str], what: str = "config key"
 ) -> errors.ConfigError:
-  """The error for a key that is none; suggests the nearest."""
+  """The error for an unknown key; suggests the nearest."""
   short = name if len(name) <= 100 else f"{name[:100]}..."
   near = " or ".join(map(repr, nearest_keys(short, keys)))
   hint = f" Did you mean {near}?" if near else ""

@@ -1,7 +1,7 @@
 """A copy of a run that outlives its machine: in a bucket or on another disk.
 
-What is there is always some whole state of the workdir. Files are stored under
-their SHA-256 and never changed; a state is a list of files, written after them.
+The copy is always a complete state of the workdir. Files are stored under their
+SHA-256 and never changed. A state is a list of files, written after the files.
 The latest two states are kept.
 """
 
@@ -31,16 +31,14 @@ from resnet_flax.run import errors
 
 _logger = logging.getLogger(__name__)
 
-# Besides checkpoints; in this order, so that a record has its checkpoint.
+# Copied besides checkpoints, in this order: a record must have its checkpoint.
 _FILES = ("config.json", "environment.json", "metrics.jsonl")
 _KEPT_STATES = 2
-# Seconds: between looks at the workdir, between attempts that fail at most, for
-# an answer, for a file of a checkpoint, in which an owner must have been heard
-# of, and for the last files at the end of a run and when it is stopped.
-_POLL, _MOST_PATIENCE = 1.0, 60.0
-_ANSWER, _TRANSFER = 60.0, 1800.0
-_FRESH = 120.0
-_AT_THE_END, _WHEN_STOPPED = 600.0, 30.0
+# All in seconds.
+_POLL, _MOST_PATIENCE = 1.0, 60.0  # Between looks, and after failures at most.
+_ANSWER, _TRANSFER = 60.0, 1800.0  # Limits for an answer and for a file.
+_FRESH = 120.0  # An owner that is silent for longer has ended.
+_AT_THE_END, _WHEN_STOPPED = 600.0, 30.0  # Limits for copying the last files.
 
 
 _KEY = "checkpoint.mirror"
@@ -48,11 +46,11 @@ _KEY = "checkpoint.mirror"
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-  """A whole state of a workdir."""
+  """A complete state of a workdir."""
 
   number: int  # States are numbered from 1.
   progress: list[int]  # See `progress`.
-  files: dict[str, str]  # By path in the workdir the SHA-256.
+  files: dict[str, str]  # SHA-256 by path in the workdir.
 
 
 class _Store:
@@ -69,13 +67,13 @@ class _Store:
         f"{name}={url} cannot be used: {errors.one_line(error)}."
         " gs:// needs pip install 'resnet_flax[gcs]', s3:// 'resnet_flax[s3]'."
       ) from error
-    # It writes tracebacks of what it raises as well.
+    # gcsfs also logs tracebacks of errors that it raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     if hasattr(self.system, "auto_mkdir"):
-      self.system.auto_mkdir = True  # On disks, where folders must be made.
+      self.system.auto_mkdir = True  # On a disk folders must be made.
 
   def _call(self, seconds: float, method: str, *arguments: Any) -> Any:
-    """What a method of the system returns; libraries may wait for ever."""
+    """Calls a method of the system in limited time: libraries may hang."""
     answer: futures.Future[Any] = futures.Future()
 
     def call() -> None:
@@ -84,7 +82,7 @@ class _Store:
       except BaseException as error:
         answer.set_exception(error)
 
-    # Of a pool's threads the interpreter would wait for the end.
+    # Not a pool: the interpreter would wait for its threads to end.
     threading.Thread(target=call, daemon=True).start()
     if not futures.wait([answer], seconds).done:
       raise TimeoutError(f"no answer for {seconds:g} s")
@@ -100,7 +98,7 @@ class _Store:
     return {path.rstrip("/").rpartition("/")[2] for path in paths} - {folder}
 
   def read(self, name: str) -> bytes | None:
-    """A file's content; None without it."""
+    """A file's content; None if it is missing."""
     try:
       return self._call(_ANSWER, "cat_file", f"{self.root}/{name}")
     except FileNotFoundError:
@@ -116,19 +114,19 @@ class _Store:
       self._call(_ANSWER, "rm_file", f"{self.root}/{name}")
 
   def upload(self, path: pathlib.Path, name: str) -> None:
-    """Copies a local file."""
+    """Copies a local file to the address."""
     self._call(_TRANSFER, "put_file", str(path), f"{self.root}/{name}")
 
   def download(self, name: str, path: pathlib.Path) -> None:
-    """Makes a local file."""
+    """Copies a file to a local path."""
     self._call(_TRANSFER, "get_file", f"{self.root}/{name}", str(path))
 
   def states(self) -> list[_State]:
-    """The states whose lists are whole, the latest first."""
+    """The states whose lists are complete, the latest first."""
     found = []
     for name in sorted(self.names("states"), reverse=True):
       content = self.read(f"states/{name}") or b""
-      # Not of half a list.
+      # A half-written list does not match the digest in its name.
       if name[9:] == _state_name(0, content)[9:]:
         found.append(_State(**json.loads(content)))
     return found
@@ -150,19 +148,19 @@ def _digest(path: pathlib.Path) -> str:
 class Mirror:
   """Keeps the copy of a workdir up to date while entered.
 
-  Entering refuses an address that another run uses, and fills the workdir where
-  it is behind. From then on a thread copies what is complete; training waits
-  for it at the end alone.
+  Entering refuses an address that another run uses, and fills a workdir that is
+  behind. From then on a thread copies complete files; training waits for it
+  only at the end.
 
   Args:
     url: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.
     workdir: the run's.
-    check: is given a folder with the configuration that is there, and refuses
-      another run's.
+    check: gets a folder with the mirrored configuration; must refuse another
+      run's.
 
   Raises:
     ConfigError: a library for such addresses is not installed.
-    WorkdirError: the address is out of reach, in use, or holds no whole state.
+    WorkdirError: the address is out of reach, is in use or holds no good state.
   """
 
   def __init__(
@@ -178,11 +176,11 @@ class Mirror:
       "host": socket.gethostname(),
       "pid": os.getpid(),
     }
-    # Digests of files that are there, whole.
+    # Digests of complete files at the address.
     self._stored: set[str] = set()
-    self._pushed: dict[str, Any] | None = None  # What there was to copy last.
+    self._pushed: dict[str, Any] | None = None  # The files of the last copy.
     self._number = 0
-    self._beaten = 0.0  # When it was last said whose it is.
+    self._beaten = 0.0  # The time of the last heartbeat in owner.json.
     self._closing = threading.Event()
     self._abandoned = False
     self._failing = False
@@ -193,8 +191,7 @@ class Mirror:
       self._claim()
       states = self._store.states()
       self._number = states[0].number if states else 0
-      # A file without a list may be half of one; what is damaged is written
-      # again.
+      # Only files of these lists count as complete; others are written again.
       if states and states[0].progress > progress(self._workdir):
         states = [fill(self._store, states, self._workdir, self._check)]
         _logger.info("filled %s from %s", self._workdir, self._store.url)
@@ -209,12 +206,12 @@ class Mirror:
     if self._thread.is_alive():
       self._abandoned = True
       _logger.warning(
-        "warning: %s lacks what was saved last; it is in %s alone",
+        "warning: %s lacks the latest files; they are only in %s",
         self._store.url,
         self._workdir,
       )
 
-  # ---- Whose it is
+  # ---- The owner of the address
 
   def _claim(self) -> None:
     content = self._store.read("owner.json")
@@ -235,7 +232,7 @@ class Mirror:
     self._beaten = time.monotonic()
 
   def _keep(self) -> bool:
-    """Says now and then whose it is; false if it is no longer this run's."""
+    """Renews ownership now and then; false if another run has taken over."""
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
       content = self._store.read("owner.json")
@@ -265,7 +262,7 @@ class Mirror:
         if closing and is_done:
           self._store.remove("owner.json")
           return
-      # Whatever its library raises; what is saved here is good in any case.
+      # Libraries raise many exceptions; the local files are good in any case.
       except Exception as error:
         if not self._failing:
           _logger.warning(
@@ -279,13 +276,13 @@ class Mirror:
           time.sleep(_POLL)
 
   def _push(self) -> bool:
-    """Copies the workdir's state, if it is new; whether it is there."""
+    """Copies the workdir's state if it is new; returns whether it is stored."""
     seen = self._look()
     # A workdir without its configuration holds nothing yet.
     if seen == self._pushed or "config.json" not in seen:
       return self._keep()
     with _temporary(self._workdir) as folder:
-      # The run removes checkpoints, however slow the server is.
+      # The run may remove checkpoints while a slow server still copies them.
       with contextlib.suppress(FileNotFoundError):
         for name in seen:
           _link(self._workdir / name, folder / name)
@@ -306,7 +303,7 @@ class Mirror:
     return True
 
   def _look(self) -> dict[str, tuple[int, int]]:
-    """The files of the workdir that are complete, and what tells of changes."""
+    """The complete files of the workdir; time and size tell of changes."""
     paths = [self._workdir / name for name in _FILES]
     for folder in checkpoints(self._workdir):
       paths += sorted(folder.rglob("*"))
@@ -331,7 +328,7 @@ class Mirror:
 
 @contextlib.contextmanager
 def _temporary(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder in a workdir, the only one: killed runs have left others."""
+  """Yields a new folder in a workdir; removes folders of killed runs."""
   for path in workdir.glob(".mirror-*"):
     shutil.rmtree(path, ignore_errors=True)
   with tempfile.TemporaryDirectory(dir=workdir, prefix=".mirror-") as name:
@@ -339,16 +336,16 @@ def _temporary(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Keeps a file as it is now."""
+  """Keeps a file's present content under another path."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  with contextlib.suppress(OSError):  # Not all file systems can.
+  with contextlib.suppress(OSError):  # Not all file systems have hard links.
     if source.name not in _FILES:
       return target.hardlink_to(source)
   shutil.copyfile(source, target)
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-  """Whether the owner was a process of this machine that is no more."""
+  """Whether the owner was a process of this machine that has ended."""
   if owner["host"] != socket.gethostname():
     return False
   try:
@@ -366,7 +363,7 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
     yield
   except errors.UserError:
     raise
-  # Each kind of address has kinds of its own.
+  # Each kind of address raises exceptions of its own.
   except Exception as error:
     raise errors.WorkdirError(
       f"{name}={url} cannot be used: {errors.one_line(error)}. See that it can"
@@ -378,7 +375,7 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
 
 
 def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
-  """The folders of a workdir's complete checkpoints, in their order."""
+  """The folders of a workdir's complete checkpoints, by ascending step."""
   folder = workdir / "checkpoints"
   found = folder.iterdir() if folder.exists() else ()
   numbered = [path for path in found if path.name.isdecimal()]
@@ -386,9 +383,9 @@ def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def progress(workdir: pathlib.Path) -> list[int]:
-  """How far a workdir is: its latest checkpoint's step, and its records.
+  """A workdir's progress: its latest checkpoint's step, its number of records.
 
-  0 without any; later states of a run are greater.
+  Both start at 0; a later state of a run is greater.
   """
   steps = [int(path.name) for path in checkpoints(workdir)]
   log = workdir / "metrics.jsonl"
@@ -402,13 +399,13 @@ def fill(
   workdir: pathlib.Path,
   check: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> _State:
-  """Fills a workdir with the latest state all of whose files are right.
+  """Fills a workdir with the latest undamaged state.
 
-  What the workdir has is replaced file by file; checkpoints that it has are
-  left. A failure leaves what it had.
+  Files are replaced one by one; the workdir's own checkpoints are kept. If the
+  download fails, nothing is changed.
 
   Raises:
-    WorkdirError: there is no such state.
+    WorkdirError: all states are damaged.
   """
   with _temporary(workdir) as folder:
     for state in states:
@@ -421,8 +418,8 @@ def fill(
       )
     else:
       raise errors.WorkdirError(
-        f"checkpoint.mirror={store.url} holds no state whose files are all"
-        " right. Pass another address, or remove it to start anew."
+        f"checkpoint.mirror={store.url} holds no undamaged state. Pass another"
+        " address, or delete this one to start anew."
       )
     check(folder)
     (workdir / "checkpoints").mkdir(exist_ok=True)
@@ -437,7 +434,7 @@ def fill(
 
 
 def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
-  """Whether all files of a state are there and right."""
+  """Downloads a state; returns whether all its files are undamaged."""
   for name, digest in state.files.items():
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -453,12 +450,13 @@ def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
 
 
 def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """The folder of a run that is only read; of a mirror's address a copy.
+  """The folder of a run that is only read; a copy if it is a mirror's address.
 
-  The copy lasts as long as this process; `name` is the flag's or key's.
+  The copy lasts as long as this process. `name` is the flag or key that gives
+  `workdir`.
 
   Raises:
-    ConfigError: what the flag or key has is no path, or a library is missing.
+    ConfigError: the value is not a path, or a library is missing.
     WorkdirError: the address is out of reach, or holds no run.
   """
   text = os.fspath(workdir)
@@ -480,15 +478,15 @@ def _fetched(url: str, name: str) -> pathlib.Path:
 def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
   """Fills an empty folder with the latest state at an address.
 
-  `name` is that of the flag or key that has it.
+  `name` is the flag or key that gives the address.
 
   Raises:
     ConfigError: a library for such addresses is not installed.
-    WorkdirError: it is out of reach, or holds no run.
+    WorkdirError: the address is out of reach, or holds no run.
   """
   store = _Store(url, name)
   with _explain(url, name):
     states = store.states()
     if not states:
-      raise errors.WorkdirError(f"{url} holds no run that was mirrored there.")
+      raise errors.WorkdirError(f"{name}={url} holds no mirrored run.")
     fill(store, states, workdir)

@@ -1,4 +1,4 @@
-"""What command lines share: how they start and end, and the workdir."""
+"""Common to all command lines: their start, their end and --workdir."""
 
 import os
 import signal
@@ -28,11 +28,11 @@ def run(
   Signals end it at once, unless `main` enters `signals.StopSignals`.
 
   Args:
-    main: called with what `parse` leaves of the command line.
+    main: called with the arguments that `parse` returns.
     parse: by default `command_line.parse_flags`.
   """
-  # A handler that ends the process: what one raises while libraries are
-  # imported may be caught there, and the signal would be lost.
+  # The handler ends the process: an exception might be caught in a library
+  # that is being imported, and the signal would be lost.
   _set_handlers(_stop)
   surroundings.open_streams()
   try:
@@ -42,11 +42,11 @@ def run(
       parse = command_line.parse_flags
     app.run(main, flags_parser=parse)
   except SystemExit:
-    _set_handlers(signal.SIG_IGN)  # All was done: nothing is left to stop.
+    _set_handlers(signal.SIG_IGN)  # All work is done: nothing is left to stop.
     try:
       sys.stderr.flush()
     except OSError:
-      sys.stderr = None  # Full: Python would end with a code of its own.
+      sys.stderr = None  # A full disk: Python would end with its own exit code.
     raise
   except errors.UserError as error:
     errors.leave(str(error), error.exit_code)

@@ -1,4 +1,4 @@
-"""Signals to stop at chosen moments, so that nothing is left half done."""
+"""Stops at chosen moments after a signal, so that nothing is left half done."""
 
 import contextlib
 import signal
@@ -12,7 +12,7 @@ from resnet_flax.run import errors
 
 # Ctrl-C, a scheduler, a terminal that closes, and Slurm's --signal=USR1@60.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Seconds in which the interpreter must notice a signal by itself; it cannot
+# Seconds that the interpreter may take to notice a signal by itself. It cannot
 # while XLA compiles.
 _GRACE = 3.0
 
@@ -26,19 +26,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-  """While entered, `SIGNALS` raise `Stopped`, or are held back.
+  """While entered, `SIGNALS` raise `Stopped`, or wait for `check`.
 
-  Inside `hold()` the first signal waits for `check`, which the loop calls:
-  libraries that run an event loop, as Orbax does when it saves, would otherwise
-  meet the exception in the middle of their work. A second one never waits.
+  Inside `hold()` the first signal waits for `check`, which the loop calls.
+  Otherwise the exception would hit libraries with an event loop, such as Orbax,
+  in the middle of their work. A second signal never waits.
 
-  Does nothing outside the main thread, where Python delivers no signals, and to
-  a signal that the process ignores, as a shell's background job does Ctrl-C and
-  nohup's command SIGHUP.
+  Does nothing outside the main thread, where Python delivers no signals.
+  Ignored signals stay ignored: Ctrl-C in a background job, SIGHUP under nohup.
 
   Args:
-    exits: a second signal, or a first one that finds nothing to save and an
-      interpreter that is busy in compiled code, ends the process. For command
+    exits: a second signal ends the process. A first one does, too, if nothing
+      must be saved and the interpreter is busy in compiled code. For command
       lines; a notebook must survive.
   """
 
@@ -58,10 +57,10 @@ class StopSignals:
         self._previous[number] = previous
         signal.signal(number, self._note)
     if self._exits and self._previous:
-      ears, self._wakeup = socket.socketpair()
+      reader, self._wakeup = socket.socketpair()
       self._wakeup.setblocking(False)
       signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-      threading.Thread(target=self._listen, args=[ears], daemon=True).start()
+      threading.Thread(target=self._listen, args=[reader], daemon=True).start()
     return self
 
   def __exit__(self, *exception: object) -> None:
@@ -75,7 +74,7 @@ class StopSignals:
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
-    """Inside, and after all was done, the first signal waits for `check`."""
+    """Inside, and after a success, the first signal waits for `check`."""
     self._held = True
     try:
       yield
@@ -94,7 +93,7 @@ class StopSignals:
       raise Stopped(self.number)
 
   def say_on_exit(self, message: Callable[[], str]) -> None:
-    """Sets what is printed if the process must be ended from outside."""
+    """Sets the message for a process that a signal ends at once."""
     self._message = message
 
   def _note(self, number: int, frame: FrameType | None) -> None:
@@ -104,13 +103,13 @@ class StopSignals:
     if again or not self._held:
       raise Stopped(self.number)
 
-  def _listen(self, ears: socket.socket) -> None:
-    """Hears of signals whatever the main thread does."""
+  def _listen(self, reader: socket.socket) -> None:
+    """Receives signals whatever the main thread does."""
     first = b""
-    with ears:
+    with reader:
       while True:
         try:
-          byte = ears.recv(1)
+          byte = reader.recv(1)
         except TimeoutError:
           byte = first  # The main thread is stuck.
         if not byte:
@@ -120,14 +119,14 @@ class StopSignals:
         if first:
           errors.leave(self._message(), 128 + first[0])
         first = byte
-        ears.settimeout(None if self._held else _GRACE)
+        reader.settimeout(None if self._held else _GRACE)
 
 
 class Timer:
-  """Says when the next checkpoint is due, besides the end of an epoch.
+  """Decides when a checkpoint is due, besides the end of an epoch.
 
-  After every step that `every_steps` divides, and `every_minutes` after the
-  last one; 0 turns either off. `clock` gives seconds.
+  A checkpoint is due after every `every_steps` steps, and `every_minutes` after
+  the last checkpoint. 0 turns either off. `clock` returns seconds.
   """
 
   def __init__(
@@ -142,13 +141,13 @@ class Timer:
     self.reset()
 
   def due_at(self, step: int) -> bool:
-    """Whether `every_steps` says so after `step` steps."""
+    """Whether a checkpoint is due by `every_steps` after `step` steps."""
     return bool(self._every_steps) and step % self._every_steps == 0
 
   def overdue(self) -> bool:
-    """Whether `every_minutes` says so."""
+    """Whether a checkpoint is due by `every_minutes`."""
     return bool(self._seconds) and self._clock() - self._last >= self._seconds
 
   def reset(self) -> None:
-    """Takes note that a checkpoint was saved."""
+    """Must be called after a checkpoint is saved."""
     self._last = self._clock()

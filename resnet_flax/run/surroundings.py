@@ -1,4 +1,4 @@
-"""What a process finds around it: streams, messages, caches, devices."""
+"""The surroundings of a process: streams, messages, caches, devices."""
 
 import hashlib
 import os
@@ -18,10 +18,10 @@ def set_up() -> None:
   from resnet_flax.run import environment, progress
 
   progress.log_to_stderr()
-  # The libraries' own messages are about their internals; what matters of
-  # them comes as an exception.
+  # The libraries' own messages are about their internals. Problems that matter
+  # to the user come as exceptions.
   absl_logging.set_verbosity(absl_logging.FATAL)
-  # What uses oneDNN's convolution cannot be kept; see models/kernels/onednn.py.
+  # Programs with oneDNN's convolution cannot be kept; see kernels/onednn.py.
   warnings.filterwarnings(
     "ignore", "Error writing persistent compilation cache entry.*MemoryError"
   )
@@ -34,7 +34,7 @@ def set_up() -> None:
 
 
 def show(text: str) -> None:
-  """Prints what a command has found.
+  """Prints a command's result.
 
   Raises:
     UserError: standard output cannot be written, as on a full disk.
@@ -45,22 +45,22 @@ def show(text: str) -> None:
     raise
   except OSError as error:
     raise errors.UserError(
-      f"standard output cannot be written: {error.strerror}. What was done is"
+      f"standard output cannot be written: {error.strerror}. The work is"
       " complete; send the output elsewhere to see it."
     ) from error
 
 
 def open_streams() -> None:
-  """Sees that whatever is printed later can be."""
+  """Makes standard output and error take any text, even if they are closed."""
   for name in ("stdout", "stderr"):
-    # Closed: a file opened later would get its number, and libraries' messages.
+    # If closed, a file opened later would get its number and library messages.
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     getattr(sys, name).reconfigure(errors="replace")
 
 
 def check_platform() -> None:
-  """Says so if JAX cannot have the devices that it is asked for."""
+  """Ends the process with a message if JAX finds no device of its platforms."""
   import jax
 
   try:

@@ -172,7 +172,7 @@ def test_fetch_to_what_is_no_file(small, tmp_path, make):
   spec, _, _, _ = small
   (tmp_path / "data").mkdir()
   make(tmp_path / "data" / spec.url.rsplit("/", 1)[-1])
-  with pytest.raises(errors.DataError, match="is no file"):
+  with pytest.raises(errors.DataError, match="is not a file"):
     cifar.fetch(spec, tmp_path / "data")
 
 

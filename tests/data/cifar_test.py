@@ -219,7 +219,7 @@ def test_a_data_directory_that_was_named_is_not_made(
   monkeypatch.setenv("TFDS_DATA_DIR", name)
   config.data_dir = name if key == "dataset.data_dir" else ""
   before = list(tmp_path.iterdir())
-  with pytest.raises(errors.DataError, match=f"^{key}=.* is no directory"):
+  with pytest.raises(errors.DataError, match=f"^{key}=.* is not a directory"):
     dataset_lib.load(config)
   assert list(tmp_path.iterdir()) == before
 
@@ -350,7 +350,7 @@ BOMB[16:24] = (100_000).to_bytes(4, "big") * 2
     (png("I;16"), "has mode I;16"),
     (png("CMYK", encoding="JPEG"), "has mode CMYK"),
     # Each of these would be broadcast to the right shape.
-    (png(size=(1, 1)), r"size (1, 1); needed: RGB and (32, 32)"),
+    (png(size=(1, 1)), r"size (1, 1); it must have RGB and (32, 32)"),
     (png(size=(32, 1)), "size (32, 1)"),
     (png(size=(32, 33)), "size (32, 33)"),
     (png(size=(5000, 5000)), "size (5000, 5000)"),
@@ -418,7 +418,7 @@ def test_files_of_other_folders_are_not_read(copy, template):
     ("", "JSONDecodeError"),
     ("{", "JSONDecodeError"),
     ("[" * 100_000, "RecursionError"),
-    ('{"fileFormat": []}', "no text"),
+    ('{"fileFormat": []}', "not a string"),
     ('{"fileFormat": "array_record"}', "Delete it"),
     ('{"a": "' + "x" * (1 << 20), "more than 1048576 bytes"),
   ],

@@ -147,7 +147,7 @@ def test_every_extension_in_any_case_and_nothing_else(tmp_path, caplog):
   dataset = load(tmp_path)
   assert len(dataset.train) + len(dataset.test) == 6 + len(names)
   (line,) = caplog.messages
-  assert line.endswith("train 8, a tenth 3; 3 other files are left out")
+  assert line.endswith("train 8, a tenth 3; 3 other files are ignored")
 
 
 def test_links_are_followed_and_circles_end(tmp_path):
@@ -191,11 +191,11 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
     (lambda root: shutil.rmtree(root), "No such file or directory"),
     (
       lambda root: shutil.rmtree(root / "train"),
-      "its class folders are ['test']",
+      "it must have two class folders, not ['test']",
     ),
     (
       lambda root: [shutil.rmtree(root / p) for p in ("train", "test")],
-      "its class folders are [].*tfds/NAME",
+      "it must have two class folders, not [].*tfds/NAME",
     ),
     (
       lambda root: [
@@ -203,9 +203,12 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
         for part in ("train", "test")
         for name in ("blue", "green")
       ],
-      "its class folders are ['red']",
+      "it must have two class folders, not ['red']",
     ),
-    (lambda root: shutil.rmtree(root / "train" / "red"), "only one of train"),
+    (
+      lambda root: shutil.rmtree(root / "train" / "red"),
+      "is in only one of train",
+    ),
     (lambda root: shutil.rmtree(root / "test" / "red"), "class 'red'"),
     (lambda root: (root / "test" / "pink").mkdir(), "class 'pink'"),
     (
@@ -289,7 +292,7 @@ def test_a_run_that_a_bad_picture_ended_resumes_without_it(
   config.augment.name = "random_resized_crop"
   config.num_epochs = 1
   run = functools.partial(programs.train, devices=one_device)
-  with pytest.raises(errors.DataError, match="bad_images=skip does without"):
+  with pytest.raises(errors.DataError, match="bad_images=skip leaves out"):
     run(config, tmp_path / "run")
   config.dataset.bad_images = "skip"
   resumed = run(config, tmp_path / "run")

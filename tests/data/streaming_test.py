@@ -127,7 +127,7 @@ def test_images_of_the_wanted_size_are_taken_as_they_are(tmp_path):
 
 def test_without_grain(root, monkeypatch):
   monkeypatch.setitem(sys.modules, "grain", None)
-  message = r"are streamed need Grain: .*'resnet_flax\[streaming\]'"
+  message = r"streamed images need Grain: .*'resnet_flax\[streaming\]'"
   with pytest.raises(errors.DataError, match=message):
     load(root)
 
@@ -352,15 +352,13 @@ BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
       f"record 39, from 0, of the split 'train' (record 39 of {TRAIN_FILE}):"
       " OSError",
     ),
-    (encode(), 4, "label 4; needed: 0 to 3"),
+    (encode(), 4, "label 4 must be from 0 to 3"),
     (encode(), -1, "label -1"),
   ],
 )
 def test_examples_that_are_none(copy, image, label, message):
   write_train_split(copy, image, label)
-  found = refusal(
-    copy, r"\)\. dataset\.bad_images=skip does without bad images"
-  )
+  found = refusal(copy, r"\)\. dataset\.bad_images=skip leaves out bad images")
   assert message in found
   assert "Prepare it" not in found  # Another copy has the same image.
 
@@ -530,7 +528,7 @@ def test_files_of_other_folders_are_not_read(copy):
   for split in info["splits"]:
     split["filepathTemplate"] = "../{DATASET}-{SPLIT}.{FILEFORMAT}"
   path.write_text(json.dumps(info))
-  assert "leads to" in refusal(copy)
+  assert "dataset_info.json names" in refusal(copy)
 
 
 def test_a_shard_that_is_missing_or_a_pipe(copy):
@@ -609,9 +607,9 @@ def test_one_label_that_changed_makes_another_set(copy, monkeypatch):
   [
     (
       {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar"},
-      "its feature 'label' is no ClassLabel",
+      "its feature 'label' is not a ClassLabel",
     ),
-    (None, "its feature 'label' is no ClassLabel"),
+    (None, "its feature 'label' is not a ClassLabel"),
   ],
 )
 def test_a_set_without_classes(copy, feature, message):
@@ -649,7 +647,7 @@ def test_a_script_without_a_guard_is_told_so(root, tmp_path):
     text=True,
   )
   assert done.returncode == 1
-  assert "must train under: if __name__ == '__main__'" in done.stderr
+  assert "must train inside: if __name__ == '__main__'" in done.stderr
   assert "Prepare it again" not in done.stderr
 
 
@@ -816,4 +814,4 @@ def test_a_worker_that_is_killed_is_not_the_copys_fault(start):
     _, text = process.communicate("\n" * 100, timeout=60)
   assert process.returncode == 1
   last = text.splitlines()[-1]
-  assert re.search(r"was ended \(exit code -9\).*smaller --config", last)
+  assert re.search(r"has ended \(exit code -9\).*smaller --config", last)

@@ -216,7 +216,7 @@ def test_what_processes_tell_one_another(launcher):
   codes, said, texts = run("exchange", environments, seconds)
   assert codes == [0, 0], texts
   differs = "differs from process 0's:"
-  same = "Start all processes with the same command, but for --process_id."
+  same = "Start all processes with the same command, except for --process_id."
   for index, lines in enumerate(said):
     assert lines == [
       [{"a": [1, 2.5, None]}],
@@ -281,7 +281,7 @@ def test_others_that_do_not_come_end_in_one_line(index, tmp_path):
   assert code == 2
   _, last = text.splitlines()
   assert last.startswith(
-    "error: not all of num_processes=2 processes came to"
+    "error: not all of num_processes=2 processes connected to"
     f" coordinator_address={address} within 2 s"
   )
 
@@ -295,7 +295,7 @@ def test_others_that_do_not_come_end_in_one_line(index, tmp_path):
     ((None, 2, None), "coordinator_address and process_id not given"),
     ((None, 2, 0), "coordinator_address not given"),
     (("host:1", None, None), "num_processes and process_id not given"),
-    (("host:1", 2, 2), "process_id=2 with num_processes=2 does not fit"),
+    (("host:1", 2, 2), "process_id=2 with num_processes=2 must be from 0"),
     (("host:1", 2, -1), "process_id=-1"),
     (("host:1", 0, 0), "num_processes=0"),
     (("host", 2, 0), "coordinator_address='host' must be HOST:PORT"),
@@ -398,7 +398,7 @@ def test_tpu_vms_ask_the_cloud(
   monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
   if attributes is None:
     assert hosts.find_cluster() is None
-    assert "a TPU VM whose hosts cannot be asked for" in caplog.text
+    assert "does not tell the hosts of this TPU VM" in caplog.text
     return
 
   class Metadata(http.server.BaseHTTPRequestHandler):

@@ -145,7 +145,9 @@ def test_half_written_checkpoints_are_removed_but_by_readers(tmp_path, state):
 def test_full_disk_is_noticed_beforehand(tmp_path, state, monkeypatch):
   save(tmp_path, state, 0)
   monkeypatch.setattr(checkpoint, "SPACE_FACTOR", 10**12)
-  with pytest.raises(errors.WorkdirError, match="make room, and the same"):
+  with pytest.raises(
+    errors.WorkdirError, match="free some space, and the same"
+  ):
     save(tmp_path, state, 10)
   assert folders(tmp_path) == [0]
 
@@ -196,29 +198,29 @@ def test_restores_what_several_devices_had(tmp_path, state):
   [
     (
       make_state(blocks=3),
-      "is of another network: params/block2/kernel is no such array there,"
+      "holds another network: params/block2/kernel is missing there,"
       " float32[3, 3, 4, 4] here. Pass",
     ),
     (
       make_state(width=6),
-      "is of another network: params/block0/kernel is float32[3, 3, 4, 4]"
+      "holds another network: params/block0/kernel is float32[3, 3, 4, 4]"
       " there, float32[3, 3, 6, 6] here. Pass",
     ),
     (
       make_state().replace(batch_stats={}),
-      "is of another network: batch_stats/bn/mean is float32[4] there, no such"
-      " array here. Pass",
+      "holds another network: batch_stats/bn/mean is float32[4] there, missing"
+      " here. Pass",
     ),
     (
       make_state().replace(opt_state=(jnp.zeros(3),)),
-      "has another optimizer state: opt_state/0 is no such array there,"
-      " float32[3] here; this version of the code, or its configuration, uses"
+      "has another optimizer state: opt_state/0 is missing there,"
+      " float32[3] here; this version of the code or this configuration uses"
       " another optimizer. Pass",
     ),
     (
       make_state().replace(rate_state={}),
-      "has another schedule state: rate_state/scale is float32[] there, no such"
-      " array here; this version of the code, or its configuration, uses"
+      "has another schedule state: rate_state/scale is float32[] there, missing"
+      " here; this version of the code or this configuration uses"
       " another schedule. Pass",
     ),
     (
@@ -316,13 +318,13 @@ def test_damage_is_never_restored(two_checkpoints, state, tmp_path):
     ({"files": {"../../pipe": "0"}}, "pipe is missing"),
     ({"files": {"/no/such": "0"}}, "/no/such is missing"),
     ({"files": []}, "'list' object has no attribute 'items'"),
-    ({"arrays": []}, "has other notes or arrays"),
+    ({"arrays": []}, "has invalid notes or arrays"),
     ({"notes": []}, "TypeError"),
     ({"notes": {}}, "epoch_seconds"),
-    ({"notes": NOTES | {"epoch_seconds": "1"}}, "has other notes or arrays"),
+    ({"notes": NOTES | {"epoch_seconds": "1"}}, "has invalid notes or arrays"),
     ({"notes": NOTES | {"learning_rate": 1}}, "TypeError"),
     ({"notes": NOTES | {"learning_rate": [1, 2]}}, "has 2 learning rates"),
-    ({"step": 1}, "it is of step 1; rename it back"),
+    ({"step": 1}, "its step is 1; rename it back"),
     *(({}, key) for key in ("format", "notes", "arrays", "files")),
   ],
 )
@@ -364,7 +366,7 @@ def test_chunks_larger_than_their_array_are_not_read(
 def test_arrays_of_other_sizes_are_not_made(two_checkpoints, state, name):
   like = jax.eval_shape(lambda: state)
   forms = checkpoint._forms(like) | {name: "float32[99999999999999]"}
-  with pytest.raises(errors.WorkdirError, match=f"names an array '{name}'"):
+  with pytest.raises(errors.WorkdirError, match=f"an unknown array '{name}'"):
     checkpoint._check_same_arrays(
       two_checkpoints, forms, checkpoint._forms(like)
     )

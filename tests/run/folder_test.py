@@ -218,7 +218,7 @@ def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
   message = (
     "cannot be lengthened (a run with schedule.name=constant can, and one"
     " with warmup_stable_decay until its rate falls);"
-    f" --config.init_from={tmp_path} begins"
+    f" --config.init_from={tmp_path} starts"
   )
   assert (message in str(caught.value)) == says
 
@@ -304,8 +304,8 @@ def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"resumed": "no", "python": "2"}, "resumed is no list"),
-    ({"data": ["data-1"]}, "data is no text"),
+    ({"resumed": "no", "python": "2"}, "resumed is not a list"),
+    ({"data": ["data-1"]}, "data is not a string"),
   ],
 )
 def test_an_environment_of_other_types(tmp_path, change, message):
@@ -394,7 +394,7 @@ def test_a_link_for_a_lock_is_refused(tmp_path):
   precious.write_text("mine")
   (tmp_path / "lock").symlink_to(precious)
   with (
-    pytest.raises(errors.WorkdirError, match=r"symbolic links.* is a file"),
+    pytest.raises(errors.WorkdirError, match=r"symbolic links.* be a file"),
     workdir_lib.exclusive(tmp_path),
   ):
     pass
@@ -404,7 +404,7 @@ def test_a_link_for_a_lock_is_refused(tmp_path):
 def test_a_pipe_for_a_lock_is_refused(tmp_path):
   os.mkfifo(tmp_path / "lock")
   with (
-    pytest.raises(errors.WorkdirError, match=r"cannot be locked: .* is a file"),
+    pytest.raises(errors.WorkdirError, match=r"cannot be locked: .* be a file"),
     workdir_lib.exclusive(tmp_path),
   ):
     pass

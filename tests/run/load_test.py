@@ -95,7 +95,7 @@ def test_evaluation_on_other_data_is_refused(run, tmp_path, caplog):
   # Where it is not known, that is said.
   path.unlink()
   score()
-  assert "does not say which data the run was on" in caplog.text
+  assert "does not name the run's training data" in caplog.text
 
 
 def test_load_model_predicts(run):
@@ -270,7 +270,7 @@ def test_a_renamed_checkpoint_is_noticed(fallen):
   (folders / "16").rename(folders / "4")
   (folders / "other").rename(folders / "16")
   for which, step in (("best", 16), ("latest", 4)):
-    message = f"it is of step {step}; rename it back"
+    message = f"its step is {step}; rename it back"
     with pytest.raises(errors.WorkdirError, match=message):
       load.load_model(fallen, which)
 

@@ -111,7 +111,7 @@ def test_a_new_machine_gets_what_was_saved(address, workdir, tmp_path):
   other.mkdir()
   with mirror.Mirror(address, other):
     assert content(other) == content(workdir)
-  with pytest.raises(errors.WorkdirError, match="holds no run"):
+  with pytest.raises(errors.WorkdirError, match="holds no mirrored run"):
     mirror.fetch(f"{address}x", other)
   assert not os.path.exists(f"{address}x")
   fetched = tmp_path / "fetched"
@@ -167,7 +167,7 @@ def test_what_is_damaged_is_not_taken(
     store.remove(f"files/{digest}")
   shutil.rmtree(other)
   other.mkdir()
-  with pytest.raises(errors.WorkdirError, match="holds no state"):
+  with pytest.raises(errors.WorkdirError, match="holds no undamaged state"):
     mirror.fetch(address, other)
   assert not content(other)
 
@@ -382,7 +382,7 @@ def test_the_end_does_not_wait_for_ever(
     save(workdir, 1, records=0)
     if is_stopped:
       raise KeyboardInterrupt
-  assert f"lacks what was saved last; it is in {workdir} alone" in caplog.text
+  assert f"lacks the latest files; they are only in {workdir}" in caplog.text
 
 
 @pytest.mark.parametrize("can_link", [True, False])
@@ -433,7 +433,7 @@ def test_training_goes_on_while_a_server_hangs(
     config, tmp_path / "run", on_event=at_event("step", 1, hang)
   )
   assert len(records) == 1
-  assert "lacks what was saved last" in caplog.text
+  assert "lacks the latest files" in caplog.text
 
 
 def test_it_is_heard_of_while_it_copies(server, workdir, tmp_path, monkeypatch):

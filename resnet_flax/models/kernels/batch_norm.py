@@ -1,11 +1,10 @@
 """Batch normalisation, residual sum and activation in the fewest passes.
 
-A convolution's output is too large for the cache, so what normalisation costs
-is the number of times that memory is read and written. The gradient is
-therefore the closed form of Ioffe and Szegedy 2015 (arXiv:1502.03167, section
-3), which needs the layer's input and two sums over it; the normalised values,
-the sum with the residual and the activation's mask are computed again where
-they are needed and never stored.
+A convolution's output is too large for the cache, so the time of normalisation
+is the number of passes over memory. The gradient is therefore the closed form
+of Ioffe and Szegedy 2015 (arXiv:1502.03167, section 3), which needs the layer's
+input and two sums over it. The normalised values, the sum with the residual and
+the activation's mask are computed again when needed and never stored.
 """
 
 import functools
@@ -21,7 +20,7 @@ Activation = Callable[[Array], Array]
 
 
 def _like(x: Array, per_channel: Array) -> Array:
-  """One value per channel, of the rank of x."""
+  """Reshapes one value per channel to the rank of x."""
   return per_channel.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -41,7 +40,7 @@ def _forward(x, scale, bias, residual, epsilon, act, dtype):
   axes = tuple(range(x.ndim - 1))
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # For the sums.
   mean = jnp.mean(wide, axes)
-  # Flax's formula: neither sum needs the other.
+  # Flax's formula: one pass is enough, since neither sum needs the other.
   variance = jnp.mean(lax.square(wide), axes) - lax.square(mean)
   statistics = mean, variance = mean, jnp.maximum(variance, 0)
   normalized = _normalize(x - _like(x, mean), variance, scale, bias, epsilon)
@@ -58,8 +57,8 @@ def _normalize_batch(x, scale, bias, residual, epsilon, act, dtype):
 def _backward(epsilon, act, dtype, saved, cotangents):
   x, scale, bias, residual, (mean, variance) = saved
   g, (g_mean, g_variance) = cotangents
-  # Not x - mean: XLA would find that the forward pass has computed the same,
-  # and store what is cheaper to compute again.
+  # Not x - mean: XLA would recognise the forward pass's value and store it,
+  # although computing it again is cheaper.
   centered = x + _like(x, -mean)
   normalized = _normalize(centered, variance, scale, bias, epsilon)
   _, finish_vjp = jax.vjp(
@@ -71,9 +70,8 @@ def _backward(epsilon, act, dtype, saved, cotangents):
   count = x.size // x.shape[-1]
   g_bias = jnp.sum(g, axes)
   g_scale = jnp.sum(g * centered, axes) * inverse_std
-  # d(mean)/dx = 1 / count, d(variance)/dx = 2 * centered / count: what the
-  # normalisation sends through its statistics, and what others that use the
-  # statistics send.
+  # d(mean)/dx = 1 / count, d(variance)/dx = 2 * centered / count. Gradients of
+  # the statistics come from the normalisation and from their other users.
   through_mean = (g_mean - scale * inverse_std * g_bias) / count
   through_variance = (2 * g_variance - scale * inverse_std**2 * g_scale) / count
   g_x = (
@@ -89,10 +87,10 @@ _normalize_batch.defvjp(_forward, _backward)
 
 
 class NoNorm(nn.Module):
-  """In the place of `BatchNorm`: the residual sum and the activation alone."""
+  """Replaces `BatchNorm`: only the residual sum and the activation."""
 
-  use_running_average: bool  # Of no effect.
-  dtype: Any = jnp.float32  # Of the result.
+  use_running_average: bool  # Has no effect.
+  dtype: Any = jnp.float32  # The result's dtype.
   act: Activation | None = None  # Elementwise, applied last; None for none.
 
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
@@ -104,20 +102,20 @@ class BatchNorm(nn.Module):
   """`flax.linen.BatchNorm`, then a residual sum and an activation.
 
   Parameters (`scale`, `bias`), statistics (`mean`, `var`, float32 in
-  `batch_stats`) and results are those of `flax.linen.BatchNorm` over the last
-  axis. Of a sharded batch the statistics are the whole batch's. With several
-  groups each part of it is normalised by its own ('ghost batch norm', Hoffer et
-  al. 2017, arXiv:1705.08741, section 4.1): devices that hold whole parts send
-  only what updates the running statistics and the parameters.
+  `batch_stats`) and results equal those of `flax.linen.BatchNorm` over the last
+  axis. The statistics of a sharded batch are the whole batch's. With several
+  groups each group has statistics of its own ('ghost batch norm', Hoffer et al.
+  2017, arXiv:1705.08741, section 4.1): devices that hold whole groups exchange
+  only the updates of running statistics and parameters.
   """
 
-  use_running_average: bool  # Otherwise the batch's, which update the running.
+  use_running_average: bool  # Else the batch's, which also update the average.
   momentum: float = 0.99  # Share of the old running statistics that is kept.
   epsilon: float = 1e-5  # Added to the variance.
-  dtype: Any = jnp.float32  # Of the result.
+  dtype: Any = jnp.float32  # The result's dtype.
   act: Activation | None = None  # Elementwise, applied last; None for none.
-  # Equal parts of a batch that have statistics of their own, one after another
-  # along its first axis. The running statistics are updated with their mean.
+  # Equal, contiguous parts of a batch with statistics of their own. Their mean
+  # updates the running statistics.
   groups: int = 1
 
   @nn.compact

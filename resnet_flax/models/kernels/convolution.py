@@ -1,12 +1,12 @@
-"""Convolution in the form that suits the platform it runs on.
+"""Convolution in a fast form for each platform.
 
-XLA's own is good on TPUs and GPUs. On CPUs it is half as fast as oneDNN's, and
-its weight gradient runs at a tenth of the speed of a matrix product. There all
-three operations of a convolution are forward convolutions of oneDNN, where
-jaxlib brings it: in float32, and in bfloat16 where the processor has that. Only
-the weight gradient of a 1x1 kernel is one product of matrices. Otherwise the
-weight gradient is computed as products of matrices that stay in the cache, and
-the rest by XLA. The choice is made when a program is lowered for a platform.
+XLA's convolution is good on TPUs and GPUs. On CPUs it is half as fast as
+oneDNN's, and its weight gradient runs at a tenth of a matrix product's speed.
+If jaxlib has oneDNN, all three operations of a convolution on CPUs are oneDNN's
+forward convolution: in float32, and in bfloat16 if the processor has it. Only
+the weight gradient of a 1x1 kernel is a matrix product. Without oneDNN, the
+weight gradient is a sum of products of matrices that stay in the cache, and XLA
+does the rest. The choice is made when a program is lowered for a platform.
 """
 
 import functools
@@ -26,12 +26,12 @@ from resnet_flax.models.kernels import onednn
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# The weight gradient is a sum over images, computed in chunks: a chunk's
-# operands are copied into another order and then read once, and should not
-# leave the second-level cache in between. CPUs of the last ten years have half
-# a MiB to two of it for a core.
-_PRODUCT_BYTES = 1 << 19  # Of the copies for a product, which one core makes.
-_CONVOLVED_BYTES = 1 << 21  # Of oneDNN's operands, which its threads share.
+# The weight gradient is a sum over images, computed in chunks. A chunk's
+# operands are copied into another order and then read once. In between they
+# should stay in the second-level cache: 0.5 to 2 MiB per core in CPUs of the
+# last ten years.
+_PRODUCT_BYTES = 1 << 19  # Copies for a matrix product; one core makes them.
+_CONVOLVED_BYTES = 1 << 21  # Operands of oneDNN; its threads share them.
 
 
 class _Geometry(NamedTuple):
@@ -41,7 +41,7 @@ class _Geometry(NamedTuple):
   kernel_hw: onednn.HW
   strides: onednn.HW
   pads: onednn.Pads
-  precision: Any  # Of the products, as `jax.lax.Precision` or None.
+  precision: Any  # `jax.lax.Precision` of the products, or None.
 
   def apply(self, x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
@@ -52,12 +52,12 @@ class _Geometry(NamedTuple):
 
 
 class _Operation(NamedTuple):
-  """One of the three, all bilinear and each the derivative of the others."""
+  """One of three bilinear operations; each is a derivative of the others."""
 
-  operands: str  # Of x (the input), k (the kernel), g (the output's gradient).
+  operands: str  # Two of x (input), k (kernel) and g (the output's gradient).
   result: str
   cpu: Callable[..., Array]
-  standard: Callable[..., Array]  # The same elsewhere.
+  standard: Callable[..., Array]  # The form for other platforms.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -68,8 +68,8 @@ def _apply(operation, geometry, a: Array, b: Array) -> Array:
   left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
   if not mesh.manual_axes:
     cpu = _partitioned(operation, geometry)
-  # A `shard_map` takes no custom partitioning. Where the batch may be divided
-  # over an axis left to the partitioner, it gets what the partitioner knows.
+  # A `shard_map` takes no custom partitioning. If the partitioner may still
+  # divide the batch over an axis, it gets the form that it can divide.
   elif max(left, default=1) > 1:
     cpu = standard
   return lax.platform_dependent(a, b, cpu=cpu, default=standard)
@@ -110,7 +110,7 @@ def _cpu_conv(geometry: _Geometry, x: Array, kernel: Array) -> Array:
 
 
 def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
-  """Convolutions of g with the kernel, turned by 180 degrees."""
+  """Convolves g with the kernel, turned by 180 degrees."""
   if not onednn.can_convolve(g.dtype):
     return _input_gradient(geometry, g, kernel)
   (sh, sw), (height, width) = geometry.strides, geometry.input_hw
@@ -125,12 +125,12 @@ def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
     for start, size, k, out, stride, (before, _) in zip(
       starts, *sizes, geometry.strides, geometry.pads, strict=True
     ):
-      # The first element of the kernel that takes part, and how many do.
+      # The first kernel element of the phase, and the number of its elements.
       shift, first = divmod(start + before, stride)
       taps = -(-(k - first) // stride)
       pad = taps - 1 - shift
       firsts.append(first)
-      # Which gives ceil(size / stride) elements.
+      # These pads give ceil(size / stride) elements.
       pads.append((pad, -(-size // stride) - out - pad + taps - 1))
     part = kernel[firsts[0] :: sh, firsts[1] :: sw]
     return onednn.convolve(g, jnp.flip(part, (0, 1)), (1, 1), pads)
@@ -145,8 +145,8 @@ def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
 
 
 def _cpu_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
-  # A function that XLA does not inline finds its operands in memory. Inlined,
-  # what computes x would be computed again in the order that a copy needs.
+  # XLA does not inline this function, so its operands are in memory. Inlined,
+  # it would compute x again in the order that a copy needs.
   with set_xla_metadata(inlineable="false"):
     return _chunked_weight_gradient(geometry, x, g)
 
@@ -179,15 +179,15 @@ def _chunked_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
 
 def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   """The weight gradient of some images as one forward convolution."""
-  # The sum over images becomes the one over input channels, the gradient the
-  # kernel, and a step of the kernel to the right one of C elements, so that
-  # all C channels of the input lie side by side in the width:
+  # Images take the place of input channels, which are summed over, and g takes
+  # the place of the kernel. All C channels lie side by side in the width, so a
+  # step of the kernel to the right is a step of C elements:
   #   dW[i, j * C + c, d] = sum_npq X[p * SH + i, (q * SW + j) * C + c, n]
   #                                 * G[p, q, n, d]
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
   (top, _), (left, _) = geometry.pads
   (n, h, w, c), (_, p, q, d) = x.shape, g.shape
-  # What is needed after the input; where strides skip it, the rest is cut off.
+  # Padding after the input; negative where strides skip its last elements.
   bottom = (p - 1) * sh + kh - h - top
   right = (q - 1) * sw + kw - w - left
   result = onednn.convolve(
@@ -202,10 +202,10 @@ def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
 
 
 def _product_chunk_size(geometry: _Geometry, x: Array, g: Array) -> int:
-  """Images of a chunk, by the cache model; see `_PRODUCT_BYTES`."""
+  """The number of images in a chunk whose copies fit in `_PRODUCT_BYTES`."""
   (kh, kw), (_, p, q, d), c = geometry.kernel_hw, g.shape, x.shape[-1]
   if geometry.kernel_hw == (1, 1):
-    return x.shape[0]  # Nothing is copied, so nothing need stay in the cache.
+    return x.shape[0]  # Nothing is copied, so nothing must stay in the cache.
   stacked = geometry.strides == (1, 1)
   per_pixel = kh * c + kw * d if stacked else kh * kw * c + d
   per_image = p * (q + kw - 1 if stacked else q) * per_pixel * x.dtype.itemsize
@@ -215,7 +215,7 @@ def _product_chunk_size(geometry: _Geometry, x: Array, g: Array) -> int:
 
 
 def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
-  """One matrix product over all positions of some images."""
+  """The weight gradient of some images as one matrix product."""
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
   (_, p, q, d), c = g.shape, x.shape[-1]
   product = functools.partial(
@@ -227,8 +227,8 @@ def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   if geometry.pads != ((0, 0), (0, 0)):
     x = onednn.pad(x, geometry.pads)
   if (sh, sw) == (1, 1) != (kh, kw):
-    # Row shifts on one side, column shifts on the other: kh * kw products of
-    # one pixel each from kh + kw copies of it.
+    # Row shifts on one side, column shifts on the other: a pixel has kh * kw
+    # products but only kh + kw copies.
     width = q + kw - 1
     rows = [x[:, i : i + p, :width] for i in range(kh)]
     wide = onednn.pad(g, ((0, 0), (kw - 1, kw - 1)))
@@ -249,7 +249,7 @@ def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   return result.reshape(kh, kw, c, d)
 
 
-# By their results.
+# The keys are the operations' results.
 _OPERATIONS = {
   "g": _Operation("xk", "g", _cpu_conv, _Geometry.apply),
   "x": _Operation("gk", "x", _cpu_input_gradient, _input_gradient),
@@ -259,9 +259,9 @@ _OPERATIONS = {
 
 @functools.cache
 def _partitioned(operation: _Operation, geometry: _Geometry):
-  """The CPU form on a batch that may be sharded: each device its own part."""
-  # The partitioner knows neither oneDNN's convolution nor that a loop over
-  # chunks of the batch could be split; it would gather the whole batch.
+  """The CPU form for a sharded batch: each device computes its own part."""
+  # The partitioner can divide neither oneDNN's convolution nor a loop over
+  # chunks of the batch, so it would gather the whole batch.
   local = functools.partial(operation.cpu, geometry)
   partitioned = custom_partitioning(local)
   sums_over_images = operation.result == "k"
@@ -281,14 +281,14 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
 
   dimensions = {"x": "n h w c", "k": "k l c d", "g": "n p q d"}
   a, b, result = map(dimensions.get, operation.operands + operation.result)
-  # Which dimensions are the same; devices may share out `n`, the images.
+  # Equal letters are equal dimensions; devices may divide `n`, the images.
   rule = f"{a}, {b} -> {result}"
   partitioned.def_partition(
     partition,
     infer_sharding_from_operands=lambda *args: partition(*args)[2],
     sharding_rule=rule,
     reduction_factors=("n",) if sums_over_images else (),
-    # All but the images, in the order of the rule.
+    # All dimensions except the images, in the rule's order.
     need_replication_factors=tuple(dict.fromkeys(re.findall("[a-mo-z]", rule))),
   )
   call = custom_vmap(partitioned)
@@ -314,11 +314,11 @@ def conv_general_dilated(
 ) -> Array:
   """`jax.lax.conv_general_dilated` in this module's forms.
 
-  float[N, H', W', D] of float[N, H, W, C] and float[KH, KW, C, D], the rest as
-  for JAX. Dilated and grouped convolutions, and others than two-dimensional
-  NHWC ones, are passed on as they are. Reverse-mode derivatives of any order,
-  `vmap` and batches that are sharded over devices work; forward mode does not
-  (JAX says so). oneDNN always sums in float32.
+  Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]; other
+  arguments are JAX's. JAX computes dilated and grouped convolutions, and all
+  that are not two-dimensional NHWC. Reverse-mode derivatives of any order,
+  `vmap` and batches sharded over devices work; in forward mode JAX raises an
+  error. oneDNN always sums in float32.
   """
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if not (

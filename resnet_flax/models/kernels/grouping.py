@@ -1,9 +1,9 @@
-"""Work on all arrays of a tree that stays cheap to compile for deep networks.
+"""Functions of all arrays of a tree that compile fast for deep networks.
 
-A deep network has thousands of arrays. On CPUs, the time that XLA's fusion pass
-takes grows with about the third power of the reductions in one computation of a
-program, and its memory with the square of the operations. So arrays are taken
-in groups, each of which is a computation of its own.
+A deep network has thousands of arrays. On CPUs, the time of XLA's fusion pass
+grows with about the third power of the reductions in one computation of a
+program, and its memory with the square of the operations. So arrays are divided
+into groups, and each group is a computation of its own.
 """
 
 import functools
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-# Arrays of one group. Much larger ones take longer to compile; smaller ones
-# are more calls, which in an ordinary network is one.
+# Arrays in a group. Much larger groups compile more slowly, smaller groups need
+# more calls. An ordinary network needs one.
 _GROUP_SIZE = 64
-_MODULES = 16  # Of one group of `by_modules`.
+_MODULES = 16  # Modules in a group of `by_modules`.
 
 
 def _in_groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -29,7 +29,7 @@ def _in_groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 def reduce_each(
   reduction: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array]
 ) -> jax.Array:
-  """The scalars, [N], that a reduction makes of each of many arrays."""
+  """Reduces each of N arrays to a scalar; returns the scalars, [N]."""
 
   def reduce_group(*group):
     return jnp.stack([reduction(leaf) for leaf in group])
@@ -51,24 +51,24 @@ def by_modules(
   params: dict[str, Any],
   *others: Any,
 ) -> tuple[Any, Any]:
-  """Updates some modules of a network at a time.
+  """Updates the parameters of a network, a group of modules at a time.
 
-  Right only for an update that looks at each array by itself: it maps (grads,
+  Correct only for an update that treats each array by itself. It maps (grads,
   opt_state, params, *others) to new parameters and the new state. `grads` and
-  `params` are dicts of modules, which stand anywhere in `opt_state` as well.
+  `params` are dicts of modules; such dicts may be anywhere in `opt_state`, too.
   """
 
   def is_like_params(node):
     return isinstance(node, dict) and node.keys() == params.keys()
 
-  # Trees end where there is something like the parameters.
+  # A dict of modules is a leaf here.
   tree_map = functools.partial(jax.tree.map, is_leaf=is_like_params)
 
   def select(names, node):
     return {k: node[k] for k in names} if is_like_params(node) else node
 
   def merge(node, *parts):
-    # What is not like the parameters is a count, which all parts have.
+    # Any other leaf is a count, the same in all parts.
     distinct = parts if is_like_params(node) else parts[:1]
     return functools.reduce(operator.or_, distinct)
 
@@ -84,7 +84,7 @@ def apart(function: Callable[..., Any], *operands: Any) -> Any:
   """Calls a function of arrays; on CPUs as a computation of its own."""
 
   def call(*operands):
-    # A function that XLA does not inline stays one.
+    # XLA does not inline the function, so it stays a computation of its own.
     with set_xla_metadata(inlineable="false"):
       return jax.jit(function)(*operands)
 

@@ -1,4 +1,4 @@
-"""Blocks that are run as a loop, or computed again: for deep networks."""
+"""Blocks of deep networks: as a loop, or computed again for the gradient."""
 
 import operator
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ PyTree = Any
 def run_as_loop(
   blocks: Sequence[nn.Module], x: jax.Array, contexts: PyTree, *, remat: bool
 ) -> jax.Array:
-  """Applies blocks one after the other as the one body of a loop.
+  """Applies blocks one after the other, in a loop with one body.
 
-  The blocks keep their variables under their own names: they are stacked for
-  the loop alone, and what was written to their collections, such as new running
-  statistics, is handed back to each.
+  Each block keeps its variables under its own name: they are stacked only for
+  the loop. New values, such as running statistics, are written back to the
+  block.
 
   Args:
-    blocks: bound blocks that differ in nothing but their names and variables
-      and change neither the shape nor the dtype of x.
+    blocks: bound blocks that differ only in their names and variables and keep
+      the shape and the dtype of x.
     x: float[B, H, W, C].
-    contexts: of all blocks, with a leading axis of blocks.
+    contexts: the blocks' contexts, stacked along a leading axis.
     remat: keep only each block's input for the backward pass.
   """
-  # In the loop's body there is no module to belong to.
+  # The loop's body has no parent module.
   detached = blocks[0].copy(parent=None)
   assert blocks[0].scope is not None  # They are bound.
   mutable = blocks[0].scope.mutable or []
@@ -38,8 +38,8 @@ def run_as_loop(
     return detached.apply(variables, x, context, mutable=mutable)
 
   if remat:
-    # XLA does not share results between the forward and the backward loop, so
-    # nothing need keep it from doing so.
+    # XLA never shares results between the forward and the backward loop, so
+    # sharing need not be prevented.
     body = jax.checkpoint(body, prevent_cse=False)
   stacked = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *(block.variables for block in blocks)
@@ -57,5 +57,5 @@ def run_as_loop(
 def run_with_remat(
   block: nn.Module, x: jax.Array, context: PyTree
 ) -> jax.Array:
-  """Applies a block whose inside the backward pass computes again."""
+  """Applies a block; the backward pass computes its inner values again."""
   return block(x, context)

@@ -1,11 +1,11 @@
-"""oneDNN's convolution, which jaxlib brings and XLA does not use by itself.
+"""oneDNN's convolution, which jaxlib contains but XLA does not use by itself.
 
-XLA on CPUs has an operation for it, which its compiler puts in place of a
-convolution only in builds and with flags that the published jaxlib does not
-have; the operation itself is there. It belongs to no stable interface, so it is
-used only with the jaxlib version named here, which the tests compare it with. A
-program that contains it cannot be serialised: not exported for CPUs, and not
-kept in the persistent compilation cache.
+XLA has an operation for it on CPUs. The compiler inserts this operation only
+with build flags that the published jaxlib lacks, but the operation itself is
+there. Its interface is not stable, so it is used only with the jaxlib version
+named here, for which tests compare it with XLA. A program that contains it
+cannot be serialised: it cannot be exported for CPUs or kept in the persistent
+compilation cache.
 """
 
 import functools
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxlib import version as jaxlib_version
 
-# Set to False to have XLA's own convolutions, before anything is traced.
+# Set this to False, before anything is traced, to use XLA's own convolutions.
 enabled = True
 
 HW = tuple[int, ...]  # For rows, then for columns.
@@ -32,7 +32,7 @@ Pads = Sequence[tuple[int, int]]
 
 @functools.cache
 def _has_bfloat16() -> bool:
-  """Whether the processor multiplies it by itself."""
+  """Whether the processor multiplies bfloat16 in hardware."""
   try:
     flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
   except OSError:
@@ -41,20 +41,20 @@ def _has_bfloat16() -> bool:
 
 
 def can_convolve(dtype: Any) -> bool:
-  """Whether `convolve` works here, and for this dtype."""
-  # Another version may end the process if it cannot read the configuration.
+  """Whether `convolve` works on this machine for this dtype."""
+  # Another version may crash if it cannot read the configuration.
   is_known = jaxlib_version.__version__ == "0.10.2"
   system = sys.platform, platform.machine()
   is_there = is_known and system == ("linux", "x86_64")
   is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and _has_bfloat16())
-  # Its kernels for processors before AVX wait for each other for ever.
+  # oneDNN's kernels for processors before AVX deadlock.
   most = [os.environ.get(f"{n}_MAX_CPU_ISA", "") for n in ("ONEDNN", "DNNL")]
   waits = "SSE41" in "".join(most).upper()
   return enabled and is_there and is_fast and not waits
 
 
 def pad(x: Array, pads: Pads) -> Array:
-  """NHWC images with zeros around them, or less where pads are negative."""
+  """Pads NHWC images with zeros; negative pads cut rows and columns off."""
   config = [(*each, 0) for each in ((0, 0), *pads, (0, 0))]
   return lax.pad(x, jnp.zeros((), x.dtype), config)
 
@@ -69,8 +69,8 @@ def convolve(
 ) -> Array:
   """The convolution of NHWC images with an HWIO kernel, on a CPU.
 
-  It has no derivative and no partitioning rule; negative pads cut off. Sums are
-  float32; `dtype` is that of the result, by default that of the images.
+  It has no derivative and no partitioning rule. Negative pads cut off. Sums are
+  float32; `dtype` is the result's, by default the images'.
   """
   dtype = dtype or x.dtype
   kernel_hw = kernel.shape[:2]
@@ -81,11 +81,11 @@ def convolve(
     )
   )
   shape = (x.shape[0], *out_hw, kernel.shape[3])
-  # An empty sum is zero; oneDNN is not asked about empty operands.
+  # An empty sum is zero; oneDNN is not called for empty operands.
   if 0 in (*shape, *x.shape, *kernel.shape):
     return jnp.zeros(shape, dtype)
   if any(min(each) < 0 for each in pads):
-    # All of it at once: a cut alone may be of more than there is.
+    # Padded in one step: a cut alone may take more than the image has.
     x, pads = pad(x, pads), ((0, 0), (0, 0))
   axes = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
   images = {"dims": 4, "data": axes}
