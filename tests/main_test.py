@@ -168,7 +168,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
   ("module", "shown", "hidden"),
   [
     ("resnet_flax.main", ["--mode=train", "model.depth=20"], []),
-    ("resnet_flax.report", ["--checkpoints=best"], ["--config", "model.depth"]),
+    ("resnet_flax.report", ["--checkpoints"], ["--config", "model.depth"]),
   ],
 )
 def test_help_needs_no_jax(module, shown, hidden):

@@ -31,7 +31,7 @@ NETWORKS = {
 
 
 @pytest.fixture(
-  scope="module", params=["wide", pytest.param("grouped", marks=slow)]
+  scope="module", params=[pytest.param(n, marks=slow) for n in NETWORKS]
 )
 def config(request, make_tiny_config, tmp_path_factory):
   config = make_tiny_config(tmp_path_factory.mktemp("cache"))

@@ -585,7 +585,7 @@ def test_a_run_can_be_lengthened_until_its_rate_falls(
 @pytest.mark.parametrize(
   ("name", "changes", "devices"),
   [
-    ("muon", {}, 1),
+    pytest.param("muon", {}, 1, marks=slow),
     pytest.param("lion", {"steps_per_call": 3}, 1, marks=slow),
     pytest.param(
       *("adamw", {"num_seeds": 2, "seed_execution": "vectorized"}, 1),

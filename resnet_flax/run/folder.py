@@ -129,8 +129,8 @@ def check_same(
     if stored["num_epochs"] != given["num_epochs"]:
       longer = (
         " Its learning rates depend on num_epochs, so it cannot be lengthened"
-        " (a run with schedule.name=constant can, and one with warmup_stable_decay"
-        " until its rate falls);"
+        " (a run with schedule.name=constant can, and one with"
+        " warmup_stable_decay until its rate falls);"
         f" --config.init_from={workdir} starts another run with its weights."
       )
     raise errors.WorkdirError(

@@ -197,7 +197,7 @@ def test_both_weights_are_loaded_and_scored(config_of, straight, kind):
     )
     for name in ("loss", "accuracy"):
       assert scores[name] == record[f"test_{of}{name}"]
-    found = load.predict_test(workdir, 0, "latest", weights)
+    found = load.predict_test(workdir, 0, "latest", weights, opened={})
     right = found.probabilities.argmax(1) == found.labels
     assert right.mean() == pytest.approx(record[f"test_{of}accuracy"])
 

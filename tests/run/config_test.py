@@ -118,7 +118,7 @@ LARGE = {
     ({"optimizer.learning_rate": -1.0}, "learning_rate=-1.0"),
     (
       {"optimizer.weight_decay": 5e-4},
-      r"weight_decay=0.0005 and optimizer.l2=0.0001 .* --config.optimizer.l2=0",
+      r"weight_decay=0.0005 and optimizer.l2=0.0001: .* --config.optimizer.l2=0",
     ),
     (
       {"optimizer.name": "lion", "optimizer.b1": 0.8},

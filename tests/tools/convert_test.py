@@ -74,7 +74,7 @@ def test_scored_and_trained_on(source, config, tmp_path, one_device):
   workdir = tmp_path / "run"
   convert.convert(source, config, workdir)
   scores = inference.evaluate_workdir(workdir, devices=one_device)
-  assert scores.keys() == {"loss", "accuracy", "step"}
+  assert scores.keys() == {"loss", "accuracy", "top5", "step"}
   assert scores["step"] == 0
   before = inference.load_model(workdir).variables["params"]
   # So small that the weights stay what they were; it may not differ, so the

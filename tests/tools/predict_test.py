@@ -299,7 +299,7 @@ def test_classes_without_names_have_numbers(run, pictures, monkeypatch):
     model=types.SimpleNamespace(num_classes=10),
     predict=lambda images: np.tile(np.arange(10) / 45, (len(images), 1)),
   )
-  monkeypatch.setattr(load, "load_model", lambda *_: nameless)
+  monkeypatch.setattr(load, "load_model", lambda *_, **__: nameless)
   for line in run("pictures", "--topk=2").splitlines():
     assert line.startswith("9  20.00%  8  17.78%  pictures/")
 

@@ -46,7 +46,7 @@ def test_summary(name, monkeypatch):
 
 def test_summary_of_the_paper():
   text = summary.summarize(he2015_depth20.get_config())
-  assert "sgd(momentum=0.9)" in text
+  assert "sgd(momentum=0.9" in text
   assert "(164 epochs of 390 steps)" in text
   assert "epoch 82: 0.01" in text
   assert "epoch 123: 0.001" in text
