@@ -8,6 +8,7 @@ from absl import flags
 
 from resnet_flax.run import (
   command_line,
+  errors,
   host_flags,
   huge_pages,
   process,
@@ -39,6 +40,14 @@ def _run(argv: list[str]) -> None:
   from resnet_flax.parallel import hosts
   from resnet_flax.run import load, progress, signals
 
+  given = [
+    f"--{f.name}={f.value}" for f in (_CHECKPOINT, _WEIGHTS) if f.present
+  ]
+  if given and _MODE.value != "eval":
+    raise errors.ConfigError(
+      f"{' and '.join(given)} must be with --mode=eval. A run keeps an average"
+      " of its weights with --config.ema.decay=0.999."
+    )
   # What is to be done, and where.
   mode, folder = _MODE.value, process.WORKDIR.value
   config = None
@@ -55,7 +64,7 @@ def _run(argv: list[str]) -> None:
       records = train.train_and_evaluate(config, folder, signals=stops)
       if hosts.is_first():
         surroundings.show(progress.results(config, records))
-        surroundings.show(progress.next_steps(folder))
+        surroundings.show(progress.next_steps(config, folder))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
       which, weights = _CHECKPOINT.value, _WEIGHTS.value

@@ -38,15 +38,18 @@ def test_train_again_and_eval(tmp_path):
   first = run(*QUICK, f"--workdir={tmp_path}/run")
   assert first.returncode == 0, first.stderr
   lines = first.stdout.splitlines()
-  assert lines[0].startswith("Test loss: ")
-  assert lines[1].startswith("Test accuracy: 0.")
-  assert lines[2].startswith("Test top-5 accuracy: 0.")
-  assert lines[3].startswith("Best epoch: 0 (0-based), test accuracy 0.")
-  assert lines[3].endswith("chosen on the test split")
-  assert len(lines) == 7
-  assert lines[4] == f"Run: {tmp_path}/run"
-  for text in ("--mode=eval", "report", "load_model"):
-    assert text in " ".join(lines[5:])
+  assert lines[0] == "Last epoch: 0 (0-based)"
+  assert lines[1].startswith("Test loss: ")
+  assert lines[2].startswith("Test accuracy: 0.")
+  assert lines[3].startswith("Test top-5 accuracy: 0.")
+  assert lines[4].startswith("Best epoch: 0 (0-based), test accuracy 0.")
+  assert lines[4].endswith("chosen on the test split")
+  assert len(lines) == 9
+  assert lines[5] == f"Run: {tmp_path}/run"
+  for text, line in zip(
+    ("eval", "report", "load_model"), lines[6:], strict=True
+  ):
+    assert text in line
   assert "chosen on the test split, as in the recipe" in first.stderr
   again = run(*QUICK, f"--workdir={tmp_path}/run")
   assert again.stdout == first.stdout
@@ -56,7 +59,7 @@ def test_train_again_and_eval(tmp_path):
   )
   assert scored.stdout.splitlines() == [
     "Checkpoint: latest, step 2, epoch 0 (0-based)",
-    *lines[:3],
+    *lines[1:4],
   ]
 
 

@@ -62,7 +62,7 @@ class LoadedModel:
   model: nn.Module  # The Flax module.
   # {'params': ..., 'batch_stats': ...}, float32, for `model.apply(variables,
   # normalised_images, train=False)`; changing the dict does not change others.
-  variables: dict[str, Any]
+  variables: dict[str, Any] = dataclasses.field(repr=False)
   # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
   # normalises as in training. Can be traced. After os.fork() a RuntimeError:
   # JAX would hang.
@@ -74,7 +74,8 @@ class LoadedModel:
   # the head has other classes.
   class_names: tuple[str, ...]
   image_shape: tuple[int, int, int]  # (H, W, C) that `predict` takes.
-  config: ConfigDict  # The configuration it was trained with.
+  # The configuration it was trained with.
+  config: ConfigDict = dataclasses.field(repr=False)
   step: int  # The training step of the checkpoint.
   seed: int  # Of its training.
   weights: str = "raw"  # One of `averaging.WEIGHTS`.
@@ -313,6 +314,8 @@ def _restore(
   """Configuration and states, one for each seed, as NumPy arrays."""
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
+  if weights not in averaging.WEIGHTS:
+    raise errors.unknown_name("weights", weights, averaging.WEIGHTS)
   workdir = mirror.local(workdir, "workdir")
   config = given or folder.load_config(workdir)
   facts = folder.read_facts(workdir)
@@ -340,7 +343,9 @@ def _restore(
         if weights not in (there := averaging.present(config, epochs)):
           raise errors.WorkdirError(
             f"{workdir} has no weights={weights} at step {state.step}, its"
-            f" {which} checkpoint's; it has {' and '.join(there)}."
+            f" {which} checkpoint's; it has {' and '.join(there)}. A run keeps"
+            " averages from its start on: --config.ema.decay=0.999, or"
+            " --config.swa.start_epoch."
           )
       selected = [averaging.select(state, weights) for state in states]
       return config, experiment, selected

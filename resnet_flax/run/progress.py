@@ -122,7 +122,8 @@ class Progress:
 
 def results(config: ConfigDict, records: Sequence[metrics.Record]) -> str:
   """What a finished run has reached, with each seed's best epoch."""
-  lines = _scores(records[-1], "test_")
+  lines = [f"Last epoch: {records[-1]['epoch']} (0-based)"]
+  lines += _scores(records[-1], "test_")
   monitor = config.checkpoint.monitor
   best_records = metrics.best_records(records, monitor)
   for seed, best in enumerate(best_records, config.seed):
@@ -138,14 +139,22 @@ def results(config: ConfigDict, records: Sequence[metrics.Record]) -> str:
   return "\n".join(lines)
 
 
-def next_steps(workdir: str) -> str:
-  """Where a finished run is, and what can be done with it."""
+def next_steps(config: ConfigDict, workdir: str) -> str:
+  """Where a finished run is, and commands for what can be done with it."""
   folder = shlex.quote(workdir)
-  return (
-    f"Run: {workdir}\nNext: python -m resnet_flax.main --mode=eval"
-    f" --workdir={folder}, or python -m resnet_flax.report {folder}"
-    f" --out=report\nIn Python: resnet_flax.load_model({workdir!r})"
-  )
+  score = f"python -m resnet_flax.main --mode=eval --workdir={folder}"
+  lines = [
+    f"Run: {workdir}",
+    f"Score its best epoch: {score}",
+    f"Report: python -m resnet_flax.report {folder} --out=report",
+    f"In Python: resnet_flax.load_model({workdir!r})",
+  ]
+  if config.ema.decay:
+    lines.insert(2, f"Score its averaged weights: {score} --weights=ema")
+  if config.swa.start_epoch:
+    options = "--weights=swa --checkpoint=latest"
+    lines.insert(2, f"Score its averaged weights: {score} {options}")
+  return "\n".join(lines)
 
 
 def evaluation(checkpoint: str, weights: str, scores: dict[str, Any]) -> str:

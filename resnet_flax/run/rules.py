@@ -50,9 +50,13 @@ def check(
   )
   decay, start = config.ema.decay, config.swa.start_epoch
   _require(
-    not (decay and start) and start < config.num_epochs,
-    f"swa.start_epoch={start} must be below num_epochs={config.num_epochs}, and"
-    f" 0 if ema.decay={decay:g} is not: a run keeps one average.",
+    start < config.num_epochs,
+    f"swa.start_epoch={start} must be below num_epochs={config.num_epochs}.",
+  )
+  _require(
+    not (decay and start),
+    f"ema.decay={decay:g} and swa.start_epoch={start}: one must be 0, as a run"
+    " keeps one average of its weights.",
   )
   _require(
     config.log.tensorboard or not config.log_layer_norms_every,
@@ -104,7 +108,7 @@ def check_model(model: ConfigDict) -> None:
   _require(
     registry.shortcut(model) in shortcuts,
     f"model.shortcut={model.shortcut!r} does not exist for {model.name}; it"
-    f" has: {', '.join(shortcuts)}.",
+    f" has: {', '.join(shortcuts)}. Pass --config.model.shortcut=default.",
   )
   _check_read("model", model)
   _require(
@@ -145,6 +149,12 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
     not (config.weight_decay and config.l2),
     f"optimizer.weight_decay={config.weight_decay:g} and optimizer.l2="
     f"{config.l2:g}: one must be 0. Pass --config.optimizer.l2=0.",
+  )
+  _require(
+    config.name != "adamw" or not config.l2,
+    f"optimizer.name=adamw with optimizer.l2={config.l2:g} is Adam with an L2"
+    " term. Pass --config.optimizer.l2=0 and a weight_decay, such as"
+    " --config.optimizer.weight_decay=0.01; or optimizer.name=adam.",
   )
   _require(
     config.accumulate_steps <= steps_per_epoch,

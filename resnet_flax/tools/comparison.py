@@ -108,6 +108,11 @@ def _key(metric: str, sides: Sequence[Group]) -> str:
   known = set.intersection(*map(set, records))
   known = {k for k in known if k.startswith(("train_", "val_", "test_"))}
   key = metric if metric in known else f"test_{metric}"
+  if key not in known and any(key in record for record in records):
+    raise errors.ConfigError(
+      f"--metric={metric} is not in the records of all networks. All have:"
+      f" {', '.join(sorted(known))}."
+    )
   if key not in known:
     raise errors.unknown_name("--metric", metric, known)
   return key

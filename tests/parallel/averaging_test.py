@@ -256,14 +256,6 @@ def test_a_run_from_other_weights_begins_its_average_with_them(
   assert_identical(average.variables, best.variables)
 
 
-@pytest.mark.parametrize("start", [1, 3])
-def test_what_cannot_be_averaged_is_refused(config_of, tmp_path, start):
-  config = config_of("ema" if start == 1 else "")
-  config.swa.start_epoch = start
-  with pytest.raises(errors.ConfigError, match=r"swa\.start_epoch=\d .*below"):
-    train.train_and_evaluate(config, tmp_path)
-
-
 def test_the_average_in_the_tools(straight, tmp_path):
   workdir = straight("ema")
   record = metrics.MetricsLog(workdir).read()[-1]

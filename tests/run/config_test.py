@@ -113,12 +113,15 @@ LARGE = {
       "Known: caffe, channel, imagenet, none, pixel_mean",
     ),
     ({"optimizer.name": "adm"}, "Did you mean 'adam'"),
+    ({"optimizer.name": "adamw"}, "is Adam with an L2 term"),
+    ({"ema.decay": 0.9, "swa.start_epoch": 1}, "one must be 0"),
+    ({"swa.start_epoch": 200}, "must be below num_epochs=200"),
     ({"optimizer.learning_rate": math.nan}, "learning_rate=nan"),
     ({"optimizer.learning_rate": math.inf}, "learning_rate=inf"),
     ({"optimizer.learning_rate": -1.0}, "learning_rate=-1.0"),
     (
       {"optimizer.weight_decay": 5e-4},
-      r"weight_decay=0.0005 and optimizer.l2=0.0001: .* --config.optimizer.l2=0",
+      r"optimizer.l2=0.0001: one must be 0. Pass --config.optimizer.l2=0",
     ),
     (
       {"optimizer.name": "lion", "optimizer.b1": 0.8},

@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from configs import base
 from resnet_flax.run import metrics, progress
 
 RECORD = {
@@ -156,9 +157,17 @@ def test_log_to_stderr(capsys):
 
 
 def test_next_steps_can_be_pasted():
-  lines = progress.next_steps("runs/a b,model.depth=8").splitlines()
-  assert len(lines) == 3
+  config = base.get_config()
+  workdir = "runs/a b,model.depth=8"
+  lines = progress.next_steps(config, workdir).splitlines()
+  assert len(lines) == 4
   assert lines[0] == "Run: runs/a b,model.depth=8"
-  assert "--workdir='runs/a b,model.depth=8'," in lines[1]
-  assert "report 'runs/a b,model.depth=8' --out" in lines[1]
-  assert lines[2].endswith("load_model('runs/a b,model.depth=8')")
+  assert lines[1].endswith("--workdir='runs/a b,model.depth=8'")
+  assert "report 'runs/a b,model.depth=8' --out" in lines[2]
+  assert lines[3].endswith("load_model('runs/a b,model.depth=8')")
+  config.ema.decay = 0.9
+  assert "--weights=ema" in progress.next_steps(config, workdir)
+  config.ema.decay, config.swa.start_epoch = 0.0, 1
+  assert "--weights=swa --checkpoint=latest" in progress.next_steps(
+    config, workdir
+  )

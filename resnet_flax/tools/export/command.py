@@ -4,9 +4,12 @@ python -m resnet_flax.export WORKDIR --format=safetensors --out=DIR
 """
 
 import importlib.util
+import logging
 import os
 
 from resnet_flax.run import arguments, errors, surroundings
+
+_logger = logging.getLogger(__name__)
 
 # For each format, whose names its arrays can have, the first choice first.
 FORMATS = {
@@ -43,12 +46,6 @@ def export(
     WorkdirError: see `load_model`; or `out` holds something or cannot be
       written.
   """
-  module, title = _NEEDED.get(form, ("", ""))
-  if module and importlib.util.find_spec(module) is None:
-    raise errors.ConfigError(
-      f"--format={form} needs {title}, which is not installed: pip install"
-      f" 'resnet_flax[{module}]'. --format=safetensors holds the same, without."
-    )
   from resnet_flax.run import load, mirror
   from resnet_flax.tools import new_folder
   from resnet_flax.tools.export import card, weights
@@ -68,6 +65,14 @@ def export(
       f" {'; '.join(reasons) or f'it has no --names={names}'}. All networks can"
       " be had as safetensors (--names=flax), orbax, stablehlo and onnx."
     )
+  module, title = _NEEDED.get(form, ("", ""))
+  if module and importlib.util.find_spec(module) is None:
+    raise errors.ConfigError(
+      f"--format={form} needs {title}, which is not installed: pip install"
+      f" 'resnet_flax[{module}]'. --format=safetensors holds the same, without."
+    )
+  if reasons and form == "safetensors":
+    _logger.info("note: with Flax's names: %s", "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
     weights.write(form, network, loaded, folder)
     local = mirror.local(workdir, "workdir")
