@@ -18,7 +18,7 @@ from resnet_flax.optim import learning_rates, optimizers, rate_rules
 
 PyTree = Any
 # Sums over images, float32[] each, so that means are exact whatever the sizes
-# of batches: 'loss', 'objective', 'accuracy' (right ones) and 'count'.
+# of batches: those of `metric_sums` and, where they are asked for, `NORMS`.
 MetricSums = dict[str, jax.Array]
 # With `log.norms`: of the loss's gradient and of the weights, over all arrays.
 NORMS = ("gradient_norm", "weight_norm")

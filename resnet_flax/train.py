@@ -199,7 +199,11 @@ def initial_state(
     for seed in layout.seeds:
       key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
       state = step_lib.create_train_state(experiment, key, normalization)
-      states.append(load.initialize(state, source) if source else state)
+      if source:
+        variables = load.merged(state.variables, source)
+        # Optimizers may keep the first weights, too.
+        state = step_lib.state_of(experiment, variables, normalization)
+      states.append(state)
     return states
 
   return layout.put(hosts.from_first(create, lambda: jax.eval_shape(create)))

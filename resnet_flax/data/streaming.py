@@ -204,8 +204,7 @@ class StreamedSplit(types.Split):
 
   def take(self, positions: np.ndarray) -> types.Batch:
     """See `Split`; the central crop of each image."""
-    one_crop = dataclasses.replace(self, num_crops=1)
-    return types.Split.take(one_crop, positions)
+    return types.Split.take(self.one_crop(), positions)
 
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None

@@ -53,6 +53,13 @@ class Split(abc.ABC):
     whole: Any = self
     return dataclasses.replace(whole, indices=self.indices[positions])
 
+  def one_crop(self) -> Self:
+    """The same images; the central crop of each."""
+    whole: Any = self
+    if self.num_crops == 1:
+      return whole
+    return dataclasses.replace(whole, num_crops=1)
+
   def take(self, positions: np.ndarray) -> Batch:
     """uint8[B, H, W, C] images and int32[B] labels at these positions."""
     ((images, labels),) = self.batches([positions])

@@ -19,8 +19,9 @@ _COEFFICIENTS = np.array((3.4445, -4.775, 2.0315), np.float32)  # Muon's.
 _MASKS = {"mask", "weight_decay_mask"}  # Of an optimizer's own weight decay.
 OPTIMIZERS = ("adamw", "lamb", "lion", "muon")  # These need no prefix.
 # They are scored with other weights than they train with, keep random keys or
-# gradients of single images, or are no optimizer.
-_UNFIT = ("schedule_free", "noisy_sgd", "dpsgd", "scale_by_", "_")
+# gradients of single images, use the rate for their first step alone, or are no
+# optimizer.
+_UNFIT = ("schedule_free", "noisy_sgd", "dpsgd", "rprop", "scale_by_", "_")
 
 
 class Rule(NamedTuple):
@@ -97,11 +98,14 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   """
   name = config.name.removeprefix(PREFIX)
   parameters = inspect.signature(functions()[name]).parameters
-  decays = {each for each in parameters if each.endswith("weight_decay")}
+  decays = [each for each in parameters if each.endswith("weight_decay")]
   # The rate and the decay have keys of their own.
-  takes = parameters.keys() - decays - _MASKS - {"learning_rate"}
+  takes = parameters.keys() - _MASKS - {"learning_rate", "adam_learning_rate"}
+  takes -= {*decays}
   masks = parameters.keys() & _MASKS if decays else set()
-  given = dict.fromkeys(decays, config.weight_decay if masks else 0.0)
+  given = dict.fromkeys(decays, 0.0)
+  if masks:
+    given["weight_decay"] = config.weight_decay
   try:
     arguments = _parse(config.arguments)
     if wrong := sorted(arguments.keys() - takes):

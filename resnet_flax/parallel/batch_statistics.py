@@ -10,7 +10,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import types
+from resnet_flax.data import randomness, types
 from resnet_flax.parallel import averaging, program
 from resnet_flax.parallel.networks import Layout, Networks
 
@@ -38,21 +38,25 @@ def create_hook(
   measure = program.compile_function(
     "measurement of batch norm's statistics",
     functools.partial(batch_statistics, experiment),
-    *(layout, [state, images]),
+    *(layout, [state, images], [np.int32(0)]),
   )
 
   def of_seed(seed: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray]]:
     """The first images of epoch 0, without augmentation."""
     order = program.order(len(split), size, seed, epoch=0)
-    for positions in order[: max(_NUM_IMAGES // size, 1), rows]:
-      yield (split.take(positions)[0],)
+    used = [*order[: max(_NUM_IMAGES // size, 1), rows]]
+    for images, _ in split.one_crop().batches(used):
+      yield (images,)
 
   def hook(step: int, state: Networks) -> Networks:
     epochs, within = divmod(step, experiment.learning_rate.steps_per_epoch)
     if within or averaging.present(config, epochs) == ("raw",):
       return state
     batches = layout.batches(of_seed, size)
-    found = [layout.get(*measure(state, *images)) for images in batches]
+    found = [
+      layout.get(*measure(state, *images, np.int32(number)))
+      for number, images in enumerate(batches)
+    ]
     pooled = layout.put([*map(pool, zip(*found, strict=True))])
     return layout.map(
       lambda one, new: one.replace(average=one.average | {"batch_stats": new}),
@@ -63,23 +67,33 @@ def create_hook(
 
 
 def batch_statistics(
-  experiment: step_lib.Experiment, state: step_lib.TrainState, images: jax.Array
+  experiment: step_lib.Experiment,
+  state: step_lib.TrainState,
+  images: jax.Array,
+  number: jax.Array,
 ) -> tuple[Any]:
-  """The averaged network's 'batch_stats' of uint8[B, H, W, C] images alone."""
+  """The averaged network's 'batch_stats' of uint8[B, H, W, C] images alone.
+
+  `number`, int32[], is the batch's: each drops other branches and units.
+  """
   model: Any = experiment.model
   norm = functools.partial(model.norm, momentum=0.0)
+  key = randomness.device_key(0, randomness.Purpose.AUGMENTATION)
   _, updated = model.clone(norm=norm).apply(
     state.average,
     state.normalization(images),
     train=True,
     mutable=["batch_stats"],
-    rngs={"dropout": jax.random.key(0)},  # After the last batch norm.
+    rngs={"dropout": step_lib.step_keys(key, number)["dropout"]},
   )
   return (updated["batch_stats"],)
 
 
 def pool(of_batches: Sequence[Any]) -> Any:
-  """The float32 'mean' and 'var' over all images, of those of equal batches."""
+  """The float32 'mean' and 'var' over the images of several equal batches.
+
+  Of `model.batch_norm_groups` the mean variance is taken, as in training.
+  """
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_batches)
   flat = traverse_util.flatten_dict(stacked)
   pooled = {path: np.mean(x, 0, np.float64) for path, x in flat.items()}

@@ -127,10 +127,10 @@ def measured_step(
   after = of_layers(new_state.params, "kernel")
   changes = [new - old for new, old in zip(after, before, strict=True)]
   norms = LayerNorms(
-    gradient=grouping.reduce_each(norm, of_layers(grads, "kernel")),
+    gradient=grouping.reduce_each(grouping.norm_of, of_layers(grads, "kernel")),
     activation=jnp.stack(of_layers(collections[_COLLECTION], "activation")),
-    update_ratio=grouping.reduce_each(norm, changes)
-    / grouping.reduce_each(norm, before),
+    update_ratio=grouping.reduce_each(grouping.norm_of, changes)
+    / grouping.reduce_each(grouping.norm_of, before),
   )
   return new_state, step_metrics, norms
 
@@ -138,22 +138,12 @@ def measured_step(
 def _note_output(next_call, args, kwargs, context):
   outputs = next_call(*args, **kwargs)
   if _has_kernel(context):
-    (size,) = grouping.reduce_each(norm, [jax.lax.stop_gradient(outputs)])
+    (size,) = grouping.reduce_each(
+      grouping.norm_of, [jax.lax.stop_gradient(outputs)]
+    )
     rms = size / math.sqrt(outputs.size)
     context.module.put_variable(_COLLECTION, "activation", rms)
   return outputs
-
-
-def norm(x: jax.Array) -> jax.Array:
-  """The root of the sum of squares, float32[], of an array of any shape.
-
-  Neither overflows nor vanishes where the squares would.
-  """
-  x = x.astype(jnp.float32)
-  largest = jnp.max(jnp.abs(x))
-  has_scale = jnp.isfinite(largest) & (largest > 0)
-  scale = jnp.where(has_scale, largest, 1.0)
-  return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale)))
 
 
 def scalars(names: tuple[str, ...], norms: LayerNorms) -> dict[str, float]:

@@ -50,6 +50,8 @@ _MAY_DIFFER = (
   "remat",
   "scan",
   "dropout",
+  "block_dropout",
+  "batch_norm_groups",
   "gate_bias",
   "batch_norm_momentum",
 )
@@ -177,10 +179,11 @@ def evaluate_workdir(
     devices: by default all devices.
 
   Returns:
-    `loss`, `accuracy` (a fraction), the `step` of the checkpoint (steps done)
+    `loss`, `accuracy`, of ten classes or more `top5`, which are fractions, the
+    `step` of the checkpoint (steps done)
     and, but for step 0, its 0-based `epoch`, which may not be at its end. Of
     several seeds their means, with sample standard deviations as NAME_std,
-    `ensemble_loss`, `ensemble_accuracy`, and `seeds`: the above for each `seed`
+    `ensemble_loss` and the like, and `seeds`: the above for each `seed`
     in its own best epoch.
 
   Raises:
@@ -465,6 +468,8 @@ def _network(model: ConfigDict) -> dict[str, Any]:
   chosen = model.to_dict() | {
     "shortcut": registry.shortcut(model),
     "num_filters": registry.num_filters(model),
+    "groups": model.groups or (8 if model.name == "resnext" else 1),
+    "group_width": model.group_width or registry.num_filters(model),
   }
   return {
     f"model.{key}": value
@@ -473,18 +478,16 @@ def _network(model: ConfigDict) -> dict[str, Any]:
   }
 
 
-def initialize(
-  state: step_lib.TrainState, variables: Mapping[str, Any]
-) -> step_lib.TrainState:
-  """A new state with another network's parameters and statistics.
+def merged(
+  variables: Mapping[str, Any], source: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Another network's parameters and statistics, in place of drawn variables.
 
-  Its head stays as it was drawn if it has other classes.
+  The head stays as it was drawn if it has other classes.
   """
-  params = dict(variables["params"])
-  drawn, head = state.params[_HEAD], params.get(_HEAD)
+  params = dict(source["params"])
+  drawn, head = variables["params"][_HEAD], params.get(_HEAD)
   if head is None or head["bias"].shape != drawn["bias"].shape:
     params[_HEAD] = drawn
     _logger.info("the head of init_from has other classes: it starts anew")
-  state = state.replace(params=params, batch_stats=variables["batch_stats"])
-  average = jax.tree.map(np.copy, state.average and state.variables)
-  return state.replace(average=average)
+  return {"params": params, "batch_stats": source["batch_stats"]}

@@ -58,7 +58,7 @@ def compare(
   chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
   facts = [_facts(side) for side in sides]
   differing = runs_lib.differing_keys(facts)
-  digits = 2 if key.endswith("accuracy") else 4
+  digits = 2 if _is_share(key) else 4
   tables = [
     Table("warnings", "Warnings", Column("warning", cautions)),
     Table(
@@ -104,7 +104,12 @@ def _side(name: str, paths: Paths) -> Group:
 
 def _key(metric: str, sides: Sequence[Group]) -> str:
   """The key of a metric that all networks have."""
-  records = [run.of_seed(k)[0] for side in sides for run, k in side.repetitions]
+  # An average may begin after some epochs.
+  records = [
+    run.of_seed(seed)[side.num_epochs - 1]
+    for side in sides
+    for run, seed in side.repetitions
+  ]
   known = set.intersection(*map(set, records))
   known = {k for k in known if k.startswith(("train_", "val_", "test_"))}
   key = metric if metric in known else f"test_{metric}"
@@ -132,9 +137,19 @@ def _facts(side: Group) -> dict[str, str]:
   return {key: "; ".join(dict.fromkeys(values[key])) for key in values}
 
 
+def _is_share(key: str) -> bool:
+  """Whether a metric is shown in percent."""
+  return key.endswith(("accuracy", "top5"))
+
+
 def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
-  factor, title = (100, f"{key} (%)") if "accuracy" in key else (1, key)
+  factor, title = (100, f"{key} (%)") if _is_share(key) else (1, key)
   a, b = (np.array(side.at(which, key, factor)) for side in sides)
+  if np.isnan(np.concatenate([a, b])).any():
+    raise errors.ConfigError(
+      f"--metric={key} is not recorded of every seed's {which} epoch. Pass"
+      " --which=last, or another metric."
+    )
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
   a_seeds, b_seeds = ([r.seed for r in side.repetitions] for side in sides)
   same, a_places, b_places = np.intersect1d(

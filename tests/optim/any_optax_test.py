@@ -38,6 +38,8 @@ def check(name, arguments="", **values):
       "b1=0.8",
       "for adam, which has keys of its own; .*=optax/adam takes",
     ),
+    ("optax/rprop", "", "is not known"),
+    ("muon", "adam_learning_rate=1.0", "muon takes:"),
     ("nadam", "", "Known: adam, adamw, lamb, lion, muon, optax/NAME, sgd"),
     ("lion", "x" * 2000, "must be like b1=0.9"),
     ("lion", "b1=\n0.9", "must be like"),

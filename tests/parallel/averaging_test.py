@@ -1,7 +1,6 @@
 """Averaged weights: against NumPy, over kills, devices, seeds and commands."""
 
 import functools
-import itertools
 
 import jax
 import numpy as np
@@ -160,12 +159,10 @@ def test_training_is_the_same_with_and_without(
   [
     ("ema", 1, "step", 6),
     ("swa", 1, "record", 3),
-    ("ema", 8, "step", 11),
     *(
       pytest.param(kind, num_devices, event, count, marks=slow)
-      for kind, num_devices in itertools.product(("ema", "swa"), (1, 8))
-      for event, counts in (("step", range(1, 13)), ("record", range(1, 4)))
-      for count in counts
+      for kind, num_devices in (("ema", 8), ("swa", 8), ("swa", 1))
+      for event, count in (("step", 11), ("record", 2))
     ),
   ],
 )

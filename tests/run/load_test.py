@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
@@ -402,7 +403,8 @@ def start_from(source, config, **model):
   layout = layout_of(config)
   _, _, state, _ = initial(config, layout)
   (state,) = layout.get(state)
-  return state, load.initialize(state, load.load_source(config))
+  variables = load.merged(state.variables, load.load_source(config))
+  return state, state.replace(**variables)
 
 
 def test_takes_parameters_and_statistics(source, tiny_config):
@@ -415,6 +417,24 @@ def test_takes_parameters_and_statistics(source, tiny_config):
     state.replace(params={}, batch_stats={}),
     drawn.replace(params={}, batch_stats={}),
   )
+
+
+def test_an_optimizer_that_keeps_the_first_weights_has_them(
+  source, tiny_config
+):
+  tiny_config.init_from = str(source)
+  tiny_config.optimizer.update({"name": "optax/dog", "l2": 0.0})
+  experiment, split, _, _ = initial(tiny_config, layout_of(tiny_config))
+  (state,) = layout_of(tiny_config).get(
+    train.initial_state(
+      *(tiny_config, experiment, split, layout_of(tiny_config)),
+      load.load_source(tiny_config),
+    )
+  )
+  trained = load.load_model(source).variables["params"]
+  assert_identical(state.params, trained)
+  kept = optax.tree.get(state.opt_state, "init_params")
+  assert_identical(kept, trained)
 
 
 def test_other_classes_get_a_new_head(source, tiny_config):

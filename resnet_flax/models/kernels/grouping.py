@@ -38,10 +38,21 @@ def reduce_each(
   return jnp.concatenate([apart(reduce_group, *group) for group in groups])
 
 
+def norm_of(x: jax.Array) -> jax.Array:
+  """The root of the sum of squares, float32[], of an array of any shape.
+
+  Neither overflows nor vanishes where the squares would.
+  """
+  x = x.astype(jnp.float32)
+  largest = jnp.max(jnp.abs(x))
+  has_scale = jnp.isfinite(largest) & (largest > 0)
+  scale = jnp.where(has_scale, largest, 1.0)
+  return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale)))
+
+
 def norm(tree: Any) -> jax.Array:
   """The Euclidean norm over all arrays of a tree, float32[]."""
-  squares = reduce_each(lambda x: jnp.sum(jnp.square(x)), jax.tree.leaves(tree))
-  return jnp.sqrt(jnp.sum(squares))
+  return norm_of(reduce_each(norm_of, jax.tree.leaves(tree)))
 
 
 def by_modules(

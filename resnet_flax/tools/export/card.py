@@ -98,12 +98,17 @@ def write(
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config, folder.read_facts(workdir))
+  used = [
+    f", {key} {value}"
+    for key, value in config.augment.items()
+    if value and key not in ("name", "flip")
+  ]
   recipe = (
     f"; {config.num_epochs} epochs of batches of {config.batch_size};"
     f" {', '.join(experiment.optimizer.links)};"
     f" {', '.join(experiment.learning_rate.describe())}; augmentation"
-    f" {config.augment.name}, normalization {config.normalization}, label"
-    f" smoothing {config.label_smoothing}"
+    f" {config.augment.name}{''.join(used)}, normalization"
+    f" {config.normalization}, label smoothing {config.label_smoothing}"
   )
   card = _CARD.format(
     config=config,

@@ -31,11 +31,11 @@ def export(
   which: str = "best",
   seed: int | None = None,
   licence: str = "",
-  kept: str = "raw",
+  weights: str = "raw",
 ) -> str:
   """Writes a network, and what goes with it, into a new folder.
 
-  `workdir`, `which`, `seed` and `kept` (weights) are `load_model`'s; `form` is
+  `workdir`, `which`, `seed` and `weights` are `load_model`'s; `form` is
   a key of `FORMATS`, whose first names with such a network are taken for ''.
 
   Returns:
@@ -48,14 +48,14 @@ def export(
   """
   from resnet_flax.run import load, mirror
   from resnet_flax.tools import new_folder
-  from resnet_flax.tools.export import card, weights
+  from resnet_flax.tools.export import card, weights as weights_lib
 
   out = new_folder.resolve(out, "--out")
-  loaded = load.load_model(workdir, which, seed=seed, weights=kept)
+  loaded = load.load_model(workdir, which, seed=seed, weights=weights)
   reasons = []
   for chosen in [n for n in FORMATS[form] if names in ("", n)]:
     try:
-      network = weights.named(loaded, chosen)
+      network = weights_lib.named(loaded, chosen)
       break
     except errors.WeightsError as error:
       reasons.append(str(error).rstrip("."))
@@ -74,7 +74,7 @@ def export(
   if reasons and form == "safetensors":
     _logger.info("note: with Flax's names: %s", "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
-    weights.write(form, network, loaded, folder)
+    weights_lib.write(form, network, loaded, folder)
     local = mirror.local(workdir, "workdir")
     card.write(folder, loaded, local, (form, chosen), network.title, licence)
   return network.title

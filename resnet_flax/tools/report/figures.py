@@ -88,7 +88,8 @@ def learning_curves(
 
   They are of one data set; `end` is that of the names of the files.
   """
-  title = _TITLES.get(metric, metric.replace("_accuracy", " error (%)"))
+  title = metric.replace("_accuracy", " error (%)")
+  title = _TITLES.get(metric, title.replace("_top5", " top-5 error (%)"))
   # Accuracies are drawn as errors.
   file = {"accuracy": "error", "error": "error_"}.get(metric, metric)
   drawn = [(group, c) for group in groups if (c := _curves(group, metric))]

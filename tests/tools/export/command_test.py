@@ -142,7 +142,7 @@ def test_h5py_is_needed_for_keras_alone(converted, tmp_path, monkeypatch):
   # It is imported anew.
   monkeypatch.delitem(sys.modules, weights.__name__)
   monkeypatch.delattr(weights.__name__)
-  command.export(converted[0], tmp_path / "out", "safetensors", "flax")
+  command.export(converted[0], tmp_path / "flax", "safetensors", "flax")
   monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
   message = refused(errors.ConfigError, converted, tmp_path, "keras")
   assert "pip install 'resnet_flax[h5py]'" in message
