@@ -6,8 +6,8 @@
 Everything is measured in one run, in turn, several rounds: training on the real
 data against the same compiled step on one resident batch; then the time from
 the command to its first step with an empty and with a filled compilation cache,
-which keeps no program with oneDNN's convolution (models/onednn.py). Nothing
-else should run meanwhile.
+which keeps no program with oneDNN's convolution (models/kernels/onednn.py).
+Nothing else should run meanwhile.
 """
 
 import itertools
