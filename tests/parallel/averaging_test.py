@@ -267,7 +267,7 @@ def test_the_average_in_the_tools(straight, tmp_path):
     (line,) = [line for line in table.splitlines() if row in line]
     assert f'",{str(accuracy)[:6]}' in line
   out = tmp_path / "out"
-  export.export(workdir, out, "safetensors", which="latest", kept="ema")
+  export.export(workdir, out, "safetensors", which="latest", weights="ema")
   assert (
     f"{record['test_ema_accuracy']:.2%} on 360"
     in (out / "README.md").read_text()
