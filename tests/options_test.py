@@ -26,7 +26,6 @@ NETWORKS = {
     "norm": "group_norm",
     "weight_standardization": True,
   },
-  "grouped": BRANCH | {"name": "resnext", "depth": 11, "groups": 2},
 }
 
 
