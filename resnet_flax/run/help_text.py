@@ -23,7 +23,9 @@ config file sets keys; so does the command line, after `--config`:
 `--config.model.depth=56`. `--help` shows all keys, `--help=model` shows a part.
 
 A run must be resumed with the configuration that it was started with. Keys that
-may differ do not change the results. A key that only some networks
+may differ do not change the results. Besides, a larger `num_epochs` makes a run
+[longer](resume.md#make-a-run-longer) where its schedule allows it. The command
+must name the old folder (`--workdir`). A key that only some networks
 (`model.name`) read must keep its default in the others.
 """
 _TABLE = """
