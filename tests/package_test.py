@@ -186,7 +186,7 @@ def test_the_installed_wheel_works_in_any_folder(wheel, tmp_path):
     assert "Total parameters: 274,442" in shown
   commands = re.findall("^resnet-flax .*$", SECTION, re.MULTILINE)
   trained, scored, _ = [run(*shlex.split(command)) for command in commands]
-  assert scored.splitlines()[1:] == trained.splitlines()[:2]
+  assert scored.splitlines()[1:] == trained.splitlines()[1:4]
   (code,) = re.findall("```python\n(.*?)```", SECTION, re.DOTALL)
   assert "'highway'" in run("python", "-c", code)
   for name in cli.COMMANDS:
