@@ -217,7 +217,7 @@ def test_the_commands_of_the_page(
   train.train_and_evaluate(
     make_tiny_config(tmp_path / "cache"), runs / "keras20", devices=one_device
   )
-  converted[0].rename(runs / "resnet20")
+  converted[0].rename(runs / "for_pytorch")
   page = (ROOT / "docs" / "use.md").read_text()
   commands = re.findall(r"^python -m (resnet_flax\.export .*)$", page, re.M)
   assert len(commands) >= 4
