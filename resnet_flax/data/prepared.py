@@ -127,9 +127,8 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
         "a script that decodes images in processes must train inside: if"
         " __name__ == '__main__'. Or set dataset.num_workers=0."
       ) from error
-    remedy = getattr(
-      error, "remedy", remedy
-    )  # The error may know a better one.
+    # The error may know a better one.
+    remedy = getattr(error, "remedy", remedy)
     message = f"{folder} cannot be read ({problem}). {remedy}"
     raise errors.DataError(message) from error
 

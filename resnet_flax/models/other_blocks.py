@@ -141,9 +141,14 @@ class PreActBottleneckBlock(Block):
 # ---- By the configuration and the channels of the stem
 
 
-def bottleneck(config: ConfigDict, stem: int, groups: int = 1) -> Kind:
+def num_groups(config: ConfigDict) -> int:
+  """The groups of a bottleneck's 3x3 convolution: as asked for, or usual."""
+  return config.groups or (8 if config.name == "resnext" else 1)
+
+
+def bottleneck(config: ConfigDict, stem: int) -> Kind:
   """He et al. 2015, table 1; of several groups Xie et al. 2017, table 1."""
-  groups = config.groups or groups
+  groups = num_groups(config)
   block = functools.partial(
     BottleneckBlock, stride_in_3x3=config.stride_in_3x3, groups=groups
   )

@@ -44,7 +44,6 @@ class Family:
 
 _PREACT = {"final_norm_act": True}
 _WIDE = functools.partial(others.preact, wide=True)
-_RESNEXT = functools.partial(others.bottleneck, groups=8)
 
 MODELS = {
   "resnet_v1": Family(6, blocks.SHORTCUTS, blocks.basic, 16),
@@ -53,7 +52,7 @@ MODELS = {
   "preact": Family(6, ("A", "keras"), others.preact, 16, **_PREACT),
   # Its depth counts three shortcuts, too.
   "wide_resnet": Family(6, ("keras",), _WIDE, 16, besides=4, **_PREACT),
-  "resnext": Family(9, ("B",), _RESNEXT, 64),
+  "resnext": Family(9, ("B",), others.bottleneck, 64),
   "highway": Family(6, ("A", "keras", "B"), others.highway, 16),
   "resnet_imagenet": Family(
     *(others.IMAGENET_SIZES, ("B", "A", "C"), others.imagenet, 64),

@@ -61,6 +61,11 @@ def present(config: ConfigDict, num_epochs: int) -> tuple[str, ...]:
   return ("raw", "swa") if has_begun else ("raw",)
 
 
+def scored_as(split: str, weights: str) -> str:
+  """What records call the scores of a split: 'test', 'test_ema'."""
+  return f"{split}_{weights}".removesuffix("_raw")
+
+
 def select(state: step_lib.TrainState, weights: str) -> step_lib.TrainState:
   """A state of these `WEIGHTS`, to be scored and used."""
   return state if weights == "raw" else state.replace(**state.average)

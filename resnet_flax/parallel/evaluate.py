@@ -130,7 +130,7 @@ def evaluate_all(
     select = functools.partial(averaging.select, weights=weights)
     chosen = layout.map(select, state)
     for name, split in splits.items():
-      scores[f"{name}_{weights}".removesuffix("_raw")] = evaluate(
+      scores[averaging.scored_as(name, weights)] = evaluate(
         eval_step, chosen, split, config.eval_batch_size, layout, on_batch
       )
   return scores

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import dataset as dataset_lib, prepared, types
-from resnet_flax.models import registry
+from resnet_flax.models import other_blocks, registry
 from resnet_flax.parallel import averaging, evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
   checkpoint,
@@ -468,7 +468,7 @@ def _network(model: ConfigDict) -> dict[str, Any]:
   chosen = model.to_dict() | {
     "shortcut": registry.shortcut(model),
     "num_filters": registry.num_filters(model),
-    "groups": model.groups or (8 if model.name == "resnext" else 1),
+    "groups": other_blocks.num_groups(model),
     "group_width": model.group_width or registry.num_filters(model),
   }
   return {

@@ -58,7 +58,7 @@ def compare(
   chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
   facts = [_facts(side) for side in sides]
   differing = runs_lib.differing_keys(facts)
-  digits = 2 if _is_share(key) else 4
+  digits = 2 if runs_lib.is_share(key) else 4
   tables = [
     Table("warnings", "Warnings", Column("warning", cautions)),
     Table(
@@ -137,13 +137,8 @@ def _facts(side: Group) -> dict[str, str]:
   return {key: "; ".join(dict.fromkeys(values[key])) for key in values}
 
 
-def _is_share(key: str) -> bool:
-  """Whether a metric is shown in percent."""
-  return key.endswith(("accuracy", "top5"))
-
-
 def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
-  factor, title = (100, f"{key} (%)") if _is_share(key) else (1, key)
+  factor, title = (100, f"{key} (%)") if runs_lib.is_share(key) else (1, key)
   a, b = (np.array(side.at(which, key, factor)) for side in sides)
   if np.isnan(np.concatenate([a, b])).any():
     raise errors.ConfigError(

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from resnet_flax.data import dataset as dataset_lib, normalize
+from resnet_flax.parallel import averaging
 from resnet_flax.run import experiment as experiment_lib, files, folder
 from resnet_flax.run.load import LoadedModel
 from resnet_flax.tools.report import runs
@@ -129,7 +130,7 @@ def write(
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   """On the test split: the network's, and that of all seeds at their best."""
-  key = f"test_{loaded.weights}_accuracy".replace("raw_", "")
+  key = f"{averaging.scored_as('test', loaded.weights)}_accuracy"
   (run,) = runs.read([workdir])
   own = [
     record[key]

@@ -132,7 +132,7 @@ def _curves(group: runs_lib.Group, metric: str) -> _Curves:
     values = values[~np.isnan(values).all(axis=1)]
     known = ~np.isnan(values).any(axis=0)
     if (values := values[:, known]).size:
-      if metric.endswith(("accuracy", "top5")):
+      if runs_lib.is_share(metric):
         values = 100 * (1 - values)
       found[split] = 1 + np.flatnonzero(known), values
   return found

@@ -168,6 +168,11 @@ class Group:
     return Statistic.of(self.at(which, key, factor))
 
 
+def is_share(key: str) -> bool:
+  """Whether a metric, such as 'test_top5', is shown in percent."""
+  return key.endswith(("accuracy", "top5"))
+
+
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
   """The workdirs at and anywhere below some folders.
 
