@@ -74,8 +74,8 @@ def test_page_renders(browser, page_file, width, tmp_path):
     "all => all.map(i => [i.complete, i.naturalWidth, i.clientWidth])"
   )
   # Of two data sets three of curves each, of one of them the depth, of the
-  # other the confusion matrix and the mistakes.
-  assert len(sizes) == 9
+  # other top-5, the confusion matrix and the mistakes.
+  assert len(sizes) == 10
   for complete, natural, shown in sizes:
     assert complete
     assert natural > 100
