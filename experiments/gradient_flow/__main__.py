@@ -1,9 +1,9 @@
 """Measures signal and gradient in every layer of networks of several depths.
 
   python -m experiments.gradient_flow
-    [--families=plain,highway,resnet_v1,resnet_v2,preact]
-    [--depths=20,56,110] [--init_depths=326] [--batch_norm=true,false]
-    [--seeds=1] [--batch_size=32] [--measure_at=0,1,2,4,8,16,32]
+    [--families=plain,highway,resnet_v1] [--depths=20,56]
+    [--init_depths=110,326] [--batch_norm=true,false] [--seeds=5]
+    [--batch_size=32] [--measure_at=0,1,4,16,64,256]
     [--out=experiments/gradient_flow/results.jsonl]
 
 Every network is written as soon as it is measured. The same command again goes
@@ -29,25 +29,25 @@ from resnet_flax.run import (
 
 _FAMILIES = flags.DEFINE_list(
   "families",
-  ["plain", "highway", "resnet_v1", "resnet_v2", "preact"],
+  ["plain", "highway", "resnet_v1"],
   "Values of model.name.",
 )
-_DEPTHS = flags.DEFINE_list(
-  "depths", ["20", "56", "110"], "Depths that are trained."
-)
+_DEPTHS = flags.DEFINE_list("depths", ["20", "56"], "Depths that are trained.")
 _INIT_DEPTHS = flags.DEFINE_list(
-  "init_depths", ["326"], "Depths that are measured at initialisation only."
+  "init_depths",
+  ["110", "326"],
+  "Depths that are measured at initialisation only.",
 )
 _BATCH_NORM = flags.DEFINE_list(
   "batch_norm", ["true", "false"], "Whether networks have batch norm."
 )
 _SEEDS = flags.DEFINE_integer(
-  "seeds", 1, "Networks of each kind, of seeds 0, 1, ...", lower_bound=1
+  "seeds", 5, "Networks of each kind, of seeds 0, 1, ...", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a step.")
 _MEASURE_AT = flags.DEFINE_list(
   "measure_at",
-  ["0", "1", "2", "4", "8", "16", "32"],
+  ["0", "1", "4", "16", "64", "256"],
   "Numbers of steps done; 0 is initialisation, the last ends training.",
 )
 _OUT = flags.DEFINE_string(
@@ -64,8 +64,8 @@ def _integers(flag: flags.FlagHolder) -> list[int]:
     values = [-1]
   if any(value < 0 for value in values):
     raise errors.ConfigError(
-      f"--{flag.name}={','.join(flag.value)} cannot be used; needed: integers"
-      " from 0 on, such as 0,20."
+      f"--{flag.name}={','.join(flag.value)} is no list of integers from 0 on;"
+      " pass numbers such as 0,20."
     )
   return values
 
@@ -76,7 +76,7 @@ def _wanted() -> list[measurement.Cell]:
   measure_at = _integers(_MEASURE_AT)
   if not measure_at:
     raise errors.ConfigError(
-      "--measure_at is empty; needed: at least one number, such as 0."
+      "--measure_at is empty; pass at least one number, such as 0."
     )
   return measurement.cells(
     _FAMILIES.value,

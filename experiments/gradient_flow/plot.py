@@ -1,10 +1,10 @@
-"""Draws the norms by layer and over time.
+"""Draws what was measured, and writes the README's table.
 
-python -m experiments.gradient_flow.plot [RESULTS.jsonl]
+python -m experiments.gradient_flow.plot
 """
 
+import functools
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +15,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments.gradient_flow import measurement
+from experiments.tools import markers
 
 Record = measurement.Record
 
 _FOLDER = pathlib.Path(__file__).parent
+COMMAND = "python -m experiments.gradient_flow.plot"
 # Readable in black and white: markers and dashes differ, not only colours.
 _STYLES = {
   "plain": ("#000000", "x", ":"),
@@ -27,26 +29,15 @@ _STYLES = {
   "resnet_v2": ("#009e73", "^", (0, (5, 1))),
   "preact": ("#cc79a7", "D", "--"),
 }
-_TITLES = {
-  "gradient": "gradient's norm",
-  "activation": "output's root mean square",
-  "update_ratio": "|update| / |weight|",
-}
 # Projections and gates are beside the layers that depth counts.
 _BESIDE = ("shortcut_conv", "gate_conv")
 _MARKERS = 8
 _MANY_LAYERS = 200
-# Smaller ones, of single layers, would flatten all others.
-_LEAST_UPDATE = 1e-4
+_DATA = "CIFAR-10 (JPEG copy), batches of {batch_size}, {num_seeds} seeds"
 
 
 def norms(record: Record, quantity: str, step: int) -> np.ndarray:
-  """What was measured of a network.
-
-  Args:
-    record: of `measurement.read`.
-    quantity: one of `measurement.QUANTITIES`.
-    step: the number of steps done.
+  """What was measured of a network after `step` steps.
 
   Returns:
     float64[seeds, layers], without projections and gates; NaN where a number
@@ -66,30 +57,34 @@ def norms(record: Record, quantity: str, step: int) -> np.ndarray:
   return np.asarray(rows, np.float64)[:, kept]
 
 
+def spread(record: Record, step: int) -> np.ndarray:
+  """The largest gradient of the layers divided by the smallest.
+
+  Returns:
+    float64[seeds]; NaN where a gradient is zero or not finite.
+  """
+  gradients = norms(record, "gradient", step)
+  gradients[gradients == 0] = np.nan
+  return gradients.max(axis=1) / gradients.min(axis=1)
+
+
 def _panels(
   records: Sequence[Record],
-  xlabel: str,
   title: str,
-  curve: Callable[[Record, str], tuple[np.ndarray, np.ndarray]],
-  quantities: Sequence[str] = tuple(_TITLES),
+  xlabel: str,
+  ylabel: str,
+  curve: Callable[[Record], tuple[Sequence[float], np.ndarray]],
 ) -> Any:
-  """A figure with a row for each quantity and a column for each depth.
+  """A figure: with and without batch norm in rows, depths in columns.
 
-  Args:
-    records: what to draw.
-    xlabel: of all panels.
-    title: of the figure.
-    curve: of a record and a quantity, gives x, float64[N], and y,
-      float64[seeds, N].
-    quantities: of `measurement.QUANTITIES`.
+  `curve` gives x, [N], and y, float64[seeds, N], of a record.
   """
-  depths = sorted({int(record["cell"]["depth"]) for record in records})
-  alone = len(quantities) == 1
-  width = 2.2 if alone else 3.3
+  depths = sorted({record["cell"]["depth"] for record in records})
+  forms = sorted({record["cell"]["batch_norm"] for record in records})[::-1]
   figure, axes = plt.subplots(
-    len(quantities),
+    len(forms),
     len(depths),
-    figsize=(width * len(depths) + 1.5, 1 + 2.4 * len(quantities)),
+    figsize=(2.6 * len(depths) + 1.5, 1.2 + 2.6 * len(forms)),
     sharey="row",
     squeeze=False,
     layout="constrained",
@@ -97,35 +92,31 @@ def _panels(
   for record in records:
     cell = record["cell"]
     color, marker, line = _STYLES[cell["family"]]
-    for row, quantity in enumerate(quantities):
-      axis = axes[row, depths.index(cell["depth"])]
-      x, y = curve(record, quantity)
-      # A logarithm has no place for zero.
-      y = np.ma.masked_invalid(np.where(y > 0, y, np.nan))
-      axis.plot(
-        x,
-        np.exp(np.log(y).mean(axis=0)),
-        color=color,
-        linestyle=line,
-        marker=marker,
-        markersize=4,
-        markevery=max(len(x) // _MARKERS, 1),
-        # Many layers alternate between two values: let them not fill a panel.
-        linewidth=1.2 if len(x) < _MANY_LAYERS else 0.5,
-        label=cell["family"],
-      )
-      if len(y) > 1:
-        axis.fill_between(
-          x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15
-        )
-  for row, quantity in enumerate(quantities):
-    axes[row, 0].set_ylabel(_TITLES[quantity])
-    for axis in axes[row]:
-      axis.set_yscale("log")
-      axis.grid(alpha=0.3)
-      if quantity == "update_ratio":
-        low, _ = axis.get_ylim()
-        axis.set_ylim(bottom=max(low, _LEAST_UPDATE))
+    axis = axes[forms.index(cell["batch_norm"]), depths.index(cell["depth"])]
+    x, y = curve(record)
+    # A logarithm has no place for zero.
+    y = np.ma.masked_invalid(np.where(y > 0, y, np.nan))
+    axis.plot(
+      x,
+      np.exp(np.log(y).mean(axis=0)),
+      color=color,
+      linestyle=line,
+      marker=marker,
+      markersize=4,
+      markevery=max(len(x) // _MARKERS, 1),
+      # Many layers alternate between two values: let them not fill a panel.
+      linewidth=1.2 if len(x) < _MANY_LAYERS else 0.5,
+      label=cell["family"],
+    )
+    axis.fill_between(
+      x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.2, linewidth=0
+    )
+  for axis in axes.flat:
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+  for row, has_norm in enumerate(forms):
+    form = "with" if has_norm else "without"
+    axes[row, 0].set_ylabel(f"{ylabel}\n{form} batch norm")
   for column, depth in enumerate(depths):
     axes[0, column].set_title(f"depth {depth}")
     axes[-1, column].set_xlabel(xlabel)
@@ -139,93 +130,107 @@ def _panels(
     loc="outside lower center",
     ncols=len(handles),
   )
-  figure.suptitle(title)
-  return figure
-
-
-def by_layer(
-  records: Sequence[Record],
-  step: int,
-  title: str,
-  quantities: Sequence[str] = tuple(_TITLES),
-) -> Any:
-  """A figure of the norms from the images to the loss.
-
-  Args:
-    records: what to draw; those that were not measured then are left out.
-    step: the number of steps done.
-    title: of the figure.
-    quantities: of `measurement.QUANTITIES`.
-  """
-
-  def curve(record, quantity):
-    y = norms(record, quantity, step)
-    return np.arange(1, y.shape[1] + 1, dtype=np.float64), y
-
-  shown = [r for r in records if step in r["cell"]["measure_at"]]
-  xlabel = "layer, from the images to the loss"
-  if len(quantities) == 1:
-    xlabel = "layer"
-  return _panels(shown, xlabel, title, curve, quantities)
-
-
-def over_time(records: Sequence[Record], title: str) -> Any:
-  """A figure of the norms over the steps, of each network's median layer.
-
-  Args:
-    records: what to draw; those that were not trained are left out.
-    title: of the figure.
-  """
-
-  def curve(record, quantity):
-    steps = record["cell"]["measure_at"]
-    medians = [
-      np.median(norms(record, quantity, step), axis=1) for step in steps
-    ]
-    return np.asarray(steps, np.float64), np.stack(medians, axis=1)
-
-  shown = [r for r in records if len(r["cell"]["measure_at"]) > 1]
-  figure = _panels(shown, "steps done", title, curve)
-  for axis in figure.axes:
-    axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlim(left=-0.1)
+  data = _DATA.format(**records[0]["cell"])
+  figure.suptitle(f"{title}\n{data}", fontsize="medium")
   return figure
 
 
 def figures(records: Sequence[Record]) -> dict[str, Any]:
-  """All figures by their names."""
-  drawn = {}
-  for has_norm, form in ((True, "batch_norm"), (False, "no_batch_norm")):
-    of_form = [r for r in records if r["cell"]["batch_norm"] is has_norm]
-    text = "with" if has_norm else "without"
-    title = f"{text} batch norm"
-    last = max((r["cell"]["measure_at"][-1] for r in of_form), default=0)
-    if of_form:
-      drawn[f"initial_{form}"] = by_layer(
-        of_form, 0, f"At initialisation, {title}"
-      )
-    if of_form and has_norm:
-      # For the README of the project.
-      drawn["gradients"] = by_layer(
-        of_form, 0, f"Gradients at initialisation, {title}", ["gradient"]
-      )
-    if last:
-      drawn[f"trained_{form}"] = by_layer(
-        of_form, last, f"After {last} steps, {title}"
-      )
-      drawn[f"time_{form}"] = over_time(
-        of_form, f"Median of the layers, {title}"
-      )
-  return drawn
+  """Signal and gradient by layer at initialisation; the spread in training.
+
+  Lines are geometric means of the seeds; areas reach from the least to the
+  most.
+  """
+
+  def by_layer(quantity: str, record: Record):
+    y = norms(record, quantity, 0)
+    return range(1, y.shape[1] + 1), y
+
+  def over_time(record: Record):
+    steps = record["cell"]["measure_at"]
+    return steps, np.stack([spread(record, step) for step in steps], axis=1)
+
+  xlabel = "layer, images to loss"
+  signal = _panels(
+    records,
+    "Signal at initialisation",
+    xlabel,
+    "output, root mean square",
+    functools.partial(by_layer, "activation"),
+  )
+  gradients = _panels(
+    records,
+    "Gradient at initialisation",
+    xlabel,
+    "gradient, Frobenius norm",
+    functools.partial(by_layer, "gradient"),
+  )
+  training = _panels(
+    [r for r in records if len(r["cell"]["measure_at"]) > 1],
+    "Largest gradient of a layer divided by the smallest, in training",
+    "steps done",
+    "largest / smallest",
+    over_time,
+  )
+  for axis in training.axes:
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(left=-0.1)
+  return {"signal": signal, "gradients": gradients, "training": training}
 
 
-def main(arguments: Sequence[str] = ()) -> None:
-  """Writes the figures beside the raw figures."""
-  path = pathlib.Path(arguments[0] if arguments else _FOLDER / "results.jsonl")
-  for name, figure in figures(measurement.read(path)).items():
-    figure.savefig(path.parent / f"{name}.png", dpi=110)
+def _number(value: float) -> str:
+  if value < 1000:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+  return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+def table(records: Sequence[Record]) -> str:
+  """The spread of the gradient and the loss, in Markdown.
+
+  A cell is the geometric mean over the seeds and their range.
+  """
+  lines = [
+    "| batch norm | network | depth | step | largest ÷ smallest gradient |"
+    " loss of the batch |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  for record in sorted(records, key=lambda r: not r["cell"]["batch_norm"]):
+    cell = record["cell"]
+    for place, step in enumerate(cell["measure_at"]):
+      ratios = spread(record, step)
+      losses = np.asarray(
+        [each["measured"][place]["loss"] for each in record["seeds"]],
+        np.float64,
+      )
+      lines.append(
+        f"| {'with' if cell['batch_norm'] else 'without'}"
+        f" | `{cell['family']}` | {cell['depth']} | {step}"
+        f" | {_summary(ratios, geometric=True)}"
+        f" | {_summary(losses, geometric=False)} |"
+      )
+  return "\n".join(lines)
+
+
+def _summary(values: np.ndarray, *, geometric: bool) -> str:
+  finite = values[np.isfinite(values)]
+  if not len(finite):
+    return "not finite"
+  mean = np.exp(np.log(finite).mean()) if geometric else finite.mean()
+  text = f"{_number(mean)} ({_number(finite.min())} to {_number(finite.max())})"
+  lost = len(values) - len(finite)
+  return f"{text}; {lost} not finite" if lost else text
+
+
+def main() -> None:
+  """Writes the figures and the table beside the raw figures."""
+  records = measurement.read(_FOLDER / "results.jsonl")
+  for name, figure in figures(records).items():
+    figure.savefig(_FOLDER / f"{name}.png", dpi=110)
     plt.close(figure)
+  readme = _FOLDER / "README.md"
+  text = markers.replace(readme.read_text(), "spread", COMMAND, table(records))
+  readme.write_text(text)
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

@@ -123,35 +123,37 @@ def test_norms_of_the_layers_that_depth_counts():
   np.testing.assert_array_equal(norms, [[2, np.nan, 2], [8, np.nan, 8]])
 
 
-def test_figures(tmp_path, monkeypatch):
+def test_the_spread_is_of_one_network():
+  (cell, *_) = make_cells()
+  record = fake(cell)
+  record["seeds"][0]["measured"][0]["gradient"] = [1.0, 5.0, 9e9, 9e9, 0.5]
+  record["seeds"][1]["measured"][0]["gradient"] = [1.0, 5.0, 1.0, 1.0, 0.0]
+  # Gates and projections do not count; what is zero has no ratio.
+  np.testing.assert_array_equal(plot.spread(record, 0), [10, np.nan])
+  lines = plot.table([record]).splitlines()
+  assert lines[2] == (
+    "| with | `plain` | 20 | 0 | 10 (10 to 10); 1 not finite"
+    " | 2.3 (2.3 to 2.3) |"
+  )
+
+
+def test_figures(tmp_path):
   path = tmp_path / "results.jsonl"
   measurement.write(path, [fake(cell) for cell in make_cells()])
   drawn = plot.figures(measurement.read(path))
-  names = {
-    f"{what}_{form}"
-    for what in ("initial", "trained", "time")
-    for form in ("batch_norm", "no_batch_norm")
-  }
-  assert set(drawn) == names | {"gradients"}
-  assert len(drawn["gradients"].axes) == 2
-  figure = drawn["initial_batch_norm"]
-  assert len(figure.axes) == 3 * 2
+  assert set(drawn) == {"signal", "gradients", "training"}
+  figure = drawn["signal"]
+  assert len(figure.axes) == 2 * 2
   lines = figure.axes[0].get_lines()
   assert [line.get_label() for line in lines] == ["plain", "resnet_v2"]
   assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 2
-  # The geometric mean of two seeds.
-  np.testing.assert_allclose(lines[0].get_ydata(), [4, 4, 4])
-  assert figure.axes[0].get_yscale() == "log"
-  # What is not finite, or is zero, leaves a gap.
-  gaps = figure.axes[2].get_lines()[0].get_ydata()
-  np.testing.assert_array_equal(np.ma.getmaskarray(gaps), [False, True, False])
-  # Depth 56 was not trained.
-  assert len(drawn["time_batch_norm"].axes) == 3
-  over_time = drawn["time_batch_norm"].axes[0].get_lines()[0]
-  np.testing.assert_array_equal(over_time.get_xdata(), [0, 4])
-  np.testing.assert_allclose(over_time.get_ydata(), [4, 4e-4])
-  monkeypatch.setattr(
-    plot, "figures", lambda records: {"one": drawn["trained_batch_norm"]}
+  # The geometric mean of two seeds; what is not finite leaves a gap.
+  np.testing.assert_allclose(
+    lines[0].get_ydata(), np.ma.masked_invalid([4, np.nan, 4])
   )
-  plot.main([str(path)])
-  assert (tmp_path / "one.png").stat().st_size > 10_000
+  assert figure.axes[0].get_yscale() == "log"
+  # Depth 56 was not trained.
+  assert len(drawn["training"].axes) == 2
+  over_time = drawn["training"].axes[0].get_lines()[0]
+  np.testing.assert_array_equal(over_time.get_xdata(), [0, 4])
+  np.testing.assert_allclose(over_time.get_ydata(), [1, 1])
