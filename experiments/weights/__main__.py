@@ -27,7 +27,7 @@ import numpy as np
 
 import resnet_flax
 from configs import base
-from resnet_flax.run import errors, files as files_lib
+from resnet_flax.run import environment, errors, files as files_lib
 from resnet_flax.tools import convert
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -52,9 +52,10 @@ _LARGE = {
 }
 
 
-def _torchvision(depth: int) -> dict[str, Any]:
+def _torchvision(depth: int, **block: int) -> dict[str, Any]:
   name = {"model.name": "resnet_imagenet", "model.depth": depth}
-  return {**name, **_TORCH, **_LARGE, "model.scan": True}
+  block = {f"model.{key}": value for key, value in block.items()}
+  return {**name, **block, **_TORCH, **_LARGE, "model.scan": True}
 
 
 def _feedforward(name: str, depth: int, norm: bool) -> dict[str, Any]:
@@ -99,6 +100,10 @@ def _example(name: str, depth: int) -> dict[str, Any]:
 # What is overridden in configs/base.py for each network, by library.
 TORCH = {
   **{f"resnet{depth}": _torchvision(depth) for depth in (18, 34, 50, 101, 152)},
+  "wide_resnet50_2": _torchvision(50, group_width=128),
+  "wide_resnet101_2": _torchvision(101, group_width=128),
+  "resnext50_32x4d": _torchvision(50, groups=32, group_width=4),
+  "resnext101_32x8d": _torchvision(101, groups=32, group_width=8),
   "vgg19": _feedforward("vgg", 19, False),
   "vgg19_bn": _feedforward("vgg", 19, True),
   "alexnet": _feedforward("alexnet", 8, True),
@@ -177,6 +182,13 @@ def _run(command: list[Any]) -> str:
   return process.stdout.strip()
 
 
+def our_versions() -> dict[str, Any]:
+  """The commit, and versions of the libraries that compute."""
+  ours = environment.describe(jax.devices())
+  libraries = {name: ours["libraries"][name] for name in ("jax", "flax")}
+  return {name: ours[name] for name in ("git_commit", "git_clean")} | libraries
+
+
 def compare(
   overrides: dict[str, Any], folder: pathlib.Path, source: pathlib.Path
 ) -> dict[str, Any]:
@@ -231,7 +243,8 @@ def measure(
     worker = _FOLDER / f"{library}_reference.py"
     theirs = name.removeprefix("older_")
     output = _run([python, worker, f"--name={theirs}", f"--folder={folder}"])
-    result = {"versions": json.loads(output.splitlines()[-1]), "files": {}}
+    versions = json.loads(output.splitlines()[-1])
+    result = {"versions": versions | our_versions(), "files": {}}
     sources = sorted(folder.glob("weights.*"))
     if library == "torch":
       safe = folder / "weights.safetensors"

@@ -24,7 +24,13 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from configs import base
-from experiments.weights.__main__ import KERAS, TORCH, parse, relative_error
+from experiments.weights.__main__ import (
+  KERAS,
+  TORCH,
+  our_versions,
+  parse,
+  relative_error,
+)
 from resnet_flax.data import normalize
 from resnet_flax.run import (
   errors,
@@ -43,6 +49,8 @@ SIDE = 64
 # Those that are compared, by their names in `__main__`.
 NAMES = (
   *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+  *("wide_resnet50_2", "wide_resnet101_2"),
+  *("resnext50_32x4d", "resnext101_32x8d"),
   *("vgg19", "vgg19_bn", "alexnet", "cifar20", "cifar56"),
   *("application_50", "example_v1_20", "example_v1_56", "example_v2_29"),
 )
@@ -179,7 +187,7 @@ def measure(
       worker = _FOLDER / f"{'torch' if is_torch else 'keras'}_reference.py"
       options = [f"--name={name}", f"--folder={folder}"]
       said = _run(python, worker, *options, f"--weights={out / FILES[form]}")
-      result["versions"] = json.loads(said.splitlines()[-1])
+      result["versions"] = json.loads(said.splitlines()[-1]) | our_versions()
       theirs = np.load(folder / "logits.npy")
       result["errors"][form] = relative_error(ours, theirs)
   return result
