@@ -65,8 +65,10 @@ class Experiment:
   # Share of each label that goes to all classes alike in training (Szegedy et
   # al. 2015, section 7).
   label_smoothing: float = 0.0
-  # Maps (key, uint8[B, H, W, C]) to the last, before normalisation.
-  augment_pixels: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  # Maps (key, uint8[B, H, W, C], epoch) to images, before normalisation.
+  augment_pixels: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = (
+    lambda key, images, epoch: images
+  )
   log_norms: bool = False  # Whether training sums `NORMS`, too.
   # The average of a state whose own is of the step before; `averaging.create`.
   average: Callable[[TrainState], PyTree] = lambda state: None
@@ -234,8 +236,8 @@ def train_step_with_backward(
 ) -> tuple[TrainState, StepMetrics, PyTree, Mapping[str, PyTree]]:
   """`train_step`, the gradient of its loss and the collections it wrote."""
   keys = step_keys(key, state.step)
-  if experiment.augment_pixels:
-    images = experiment.augment_pixels(keys["augmentation"], images)
+  epoch = state.step // experiment.learning_rate.steps_per_epoch
+  images = experiment.augment_pixels(keys["augmentation"], images, epoch)
   # In the recipe's order: the shift fills edges with normalised pixels.
   images, targets = experiment.augment(
     keys["augmentation"], state.normalization(images), labels

@@ -16,7 +16,13 @@ from tests.helpers import (
 
 slow = pytest.mark.slow
 
-AUGMENT = {"trivial_augment": True, "cutout": 8, "mixup": 0.5, "cutmix": 1.0}
+AUGMENT = {
+  "alternating_flip": True,
+  "trivial_augment": True,
+  "cutout": 8,
+  "mixup": 0.5,
+  "cutmix": 1.0,
+}
 BRANCH = {"squeeze_excitation": 2, "stochastic_depth": 0.5, "conv_bias": False}
 NETWORKS = {
   "wide": BRANCH

@@ -28,6 +28,7 @@ ROWS: dict[str, dict[str, Any]] = {
   "as they are": {"name": "none"},
   "shift_flip": {},
   "crop_flip": {"name": "crop_flip"},
+  "alternating_flip": {"name": "none", "alternating_flip": True},
   "trivial_augment": {"name": "none", "trivial_augment": True},
   "cutout 16": {"name": "none", "cutout": 16},
   "mixup 1": {"name": "none", "mixup": 1.0},
@@ -41,8 +42,8 @@ def augmented(images: jax.Array, labels: jax.Array, **changes) -> jax.Array:
   config = base.get_config().augment
   config.update(changes)
   key = jax.random.key(2)
-  if config.trivial_augment:
-    images = trivial_augment.trivial_augment(key, images)
+  first_epoch = jnp.zeros((), jnp.int32)
+  images = augment.create_augment_pixels(config)(key, images, first_epoch)
   normalized = images / 255 - 0.5
   return augment.create_augment(config, 10)(key, normalized, labels)[0] + 0.5
 

@@ -1,18 +1,23 @@
 """Data augmentation on the device: pure functions of (key, images, targets).
 
 Images are float[B, H, W, C], already normalised: the recipe subtracts the mean
-before it shifts, so edges are filled with normalised pixels. Targets are
-int32[B] labels or float[B, classes] probabilities, which an augmentation that
-mixes images changes as well.
+before it shifts, so edges are filled with normalised pixels. Those of
+`create_augment_pixels` are bytes and come before that. Targets are int32[B]
+labels or float[B, classes] probabilities, which an augmentation that mixes
+images changes as well.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.data import crops, mixing
+from resnet_flax.data.trivial_augment import trivial_augment
 
 Augment = mixing.Augment
 
@@ -65,7 +70,38 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
   return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-# ---- Augmentations
+# ---- On bytes
+
+
+def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
+  """Mirrors each uint8 image in every other epoch, half of them in even ones.
+
+  Jordan 2024 (arXiv:2404.00498). An image is told by its pixels, so that the
+  halves are the same in every run.
+  """
+  shape = images.shape[1:]
+  odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1
+  # Knuth's multiplicative hash, modulo 2**32.
+  weights = (odd * np.uint32(2654435761)).reshape(shape)
+  sums = jnp.sum(images.astype(jnp.uint32) * weights, axis=(1, 2, 3))
+  return flip(images, (sums >> 31) == (epoch + 1) % 2)
+
+
+def create_augment_pixels(
+  config: ConfigDict,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """What `config.augment` does to (key, images, epoch) before normalisation."""
+  alternates, is_trivial = config.alternating_flip, config.trivial_augment
+
+  def augment(key, images, epoch):
+    if alternates:
+      images = alternating_flip(images, epoch)
+    return trivial_augment(key, images) if is_trivial else images
+
+  return augment
+
+
+# ---- After normalisation
 
 
 def random_shift(key, images, targets):
@@ -106,7 +142,7 @@ MOVES: dict[str, Augment] = {
 
 def create_augment(config: ConfigDict, num_classes: int) -> Augment:
   """The augmentation that `config.augment` describes, after normalisation."""
-  flips = config.flip and config.name != "none"
+  flips = config.flip and config.name != "none" and not config.alternating_flip
   # In this order, each with a key of its own by its place. More are added at
   # the end.
   used = [MOVES[config.name], random_flip if flips else nothing]

@@ -140,6 +140,9 @@ _KEYS = (
     " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
   ),
   Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
+  Key("augment.alternating_flip", False, BOOLEAN).means(
+    "Instead, mirror each image in every other epoch (Jordan 2024)."
+  ),
   Key("augment.trivial_augment", False, BOOLEAN).means(
     "First, on bytes, a random operation for each image (Mueller, Hutter 2021)."
   ),
