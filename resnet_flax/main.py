@@ -22,9 +22,8 @@ _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval", "summary"],
-  "train: train, or resume training. eval: score a checkpoint of --workdir on"
-  " the test split; needs no --config. summary: print the network, optimizer"
-  " and schedule.",
+  "train: train, or resume training. eval: score a checkpoint of --workdir;"
+  " needs no --config. summary: print the network, optimizer and schedule.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "best", ["best", "latest"], "Which one --mode=eval scores."
@@ -33,6 +32,10 @@ _WEIGHTS = flags.DEFINE_enum(
   *("weights", "raw", ["raw", "ema", "swa"]),
   "Whether --mode=eval scores the weights of that step or their average.",
 )
+_SPLIT = flags.DEFINE_enum(
+  *("split", "test", ["train", "val", "test"]),
+  "The images that --mode=eval scores; train: not augmented.",
+)
 
 
 def _run(argv: list[str]) -> None:
@@ -40,9 +43,8 @@ def _run(argv: list[str]) -> None:
   from resnet_flax.parallel import hosts
   from resnet_flax.run import load, progress, signals
 
-  given = [
-    f"--{f.name}={f.value}" for f in (_CHECKPOINT, _WEIGHTS) if f.present
-  ]
+  only_eval = (_CHECKPOINT, _WEIGHTS, _SPLIT)
+  given = [f"--{f.name}={f.value}" for f in only_eval if f.present]
   if given and _MODE.value != "eval":
     raise errors.ConfigError(
       f"{' and '.join(given)} must be with --mode=eval. A run keeps an average"
@@ -67,9 +69,9 @@ def _run(argv: list[str]) -> None:
         surroundings.show(progress.next_steps(config, folder))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
-      which, weights = _CHECKPOINT.value, _WEIGHTS.value
-      scores = load.evaluate_workdir(folder, which, weights, config=config)
-    surroundings.show(progress.evaluation(which, weights, scores))
+      what = _CHECKPOINT.value, _WEIGHTS.value, _SPLIT.value
+      scores = load.evaluate_workdir(folder, *what, config=config)
+    surroundings.show(progress.evaluation(*what, scores))
   else:
     from resnet_flax.tools import summary
 

@@ -163,16 +163,19 @@ def evaluate_workdir(
   workdir: str | os.PathLike[str],
   which: str = "best",
   weights: str = "raw",
+  split: str = "test",
   *,
   config: ConfigDict | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:
-  """Scores a checkpoint of a run on the test split of its data set.
+  """Scores a checkpoint of a run on a split of its data set.
 
   Args:
     workdir: the run's folder.
     which: 'best' or 'latest'.
     weights: 'raw', 'ema' or 'swa', as for `load_model`.
+    split: 'train' (the images that the run trained on, not augmented), 'val'
+      (those that it held out) or 'test'.
     config: replaces the stored configuration; only keys that do not change
       the mathematics may differ, for example where the data is, and
       `dataset.test_crops`.
@@ -187,7 +190,8 @@ def evaluate_workdir(
     in its own best epoch.
 
   Raises:
-    ConfigError, WorkdirError: see `load_model`; or the run was on other data.
+    ConfigError, WorkdirError: see `load_model`; or the run was on other data,
+      or held out no images.
     DataError: the data cannot be had.
   """
   given = config
@@ -205,11 +209,19 @@ def evaluate_workdir(
       " elsewhere pass --config=FILE --config.dataset.data_dir=DIR, too."
     ) from error
   folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
+  splits = {"train": dataset.train, "test": dataset.test}
+  if dataset.validation:
+    splits["val"] = dataset.validation
+  if split not in splits:
+    raise errors.ConfigError(
+      f"split={split}: {workdir} has {' and '.join(sorted(splits))}. A run has"
+      " val if it holds out images, by dataset.validation_examples."
+    )
   layout = networks.Layout.create(config, devices)
   scores = evaluate.evaluate(
     evaluate.create_eval_step(experiment, layout),
     layout.put(states),
-    dataset.test,
+    splits[split],
     config.eval_batch_size,
     layout,
   )

@@ -123,7 +123,7 @@ class Progress:
 def results(config: ConfigDict, records: Sequence[metrics.Record]) -> str:
   """What a finished run has reached, with each seed's best epoch."""
   lines = [f"Last epoch: {records[-1]['epoch']} (0-based)"]
-  lines += _scores(records[-1], "test_")
+  lines += _scores(records[-1], prefix="test_")
   monitor = config.checkpoint.monitor
   best_records = metrics.best_records(records, monitor)
   for seed, best in enumerate(best_records, config.seed):
@@ -157,7 +157,9 @@ def next_steps(config: ConfigDict, workdir: str) -> str:
   return "\n".join(lines)
 
 
-def evaluation(checkpoint: str, weights: str, scores: dict[str, Any]) -> str:
+def evaluation(
+  checkpoint: str, weights: str, split: str, scores: dict[str, Any]
+) -> str:
   """The scores of `load.evaluate_workdir`, with what they are of."""
   checkpoint += f", {weights} weights" if weights != "raw" else ""
   lines = []
@@ -166,13 +168,15 @@ def evaluation(checkpoint: str, weights: str, scores: dict[str, Any]) -> str:
     when = "before training" if epoch is None else f"epoch {epoch} (0-based)"
     text = f"Checkpoint: {checkpoint}, step {each['step']}, {when}"
     if "seed" in each:
-      accuracy = f"test accuracy {each['accuracy']:.4f}"
+      accuracy = f"{split} accuracy {each['accuracy']:.4f}"
       text = f"Seed {each['seed']}: {text}, {accuracy}"
     lines.append(text)
-  return "\n".join([*lines, *_scores(scores)])
+  return "\n".join([*lines, *_scores(scores, split)])
 
 
-def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
+def _scores(
+  scores: dict[str, Any], split: str = "test", prefix: str = ""
+) -> list[str]:
   """Loss and accuracies; of several seeds also what goes with them."""
   lines = []
   titles = {"loss": "loss", "accuracy": "accuracy", "top5": "top-5 accuracy"}
@@ -181,7 +185,7 @@ def _scores(scores: dict[str, Any], prefix: str = "") -> list[str]:
     if key not in scores:  # Of few classes, or a record of before.
       continue
     title = f"{weights}{titles[metric]}".replace("_", " ")
-    text = f"Test {title}: {scores[key]:.4f}"
+    text = f"{split.capitalize()} {title}: {scores[key]:.4f}"
     if f"{key}_std" in scores:
       text += f" ± {scores[f'{key}_std']:.4f}, ensemble"
       text += f" {scores[f'{prefix}{weights}ensemble_{metric}']:.4f}"

@@ -55,6 +55,18 @@ def test_evaluation_gives_what_training_logged(run, which):
     assert scores["loss"] == pytest.approx(record["test_loss"], rel=1e-5)
 
 
+def test_evaluation_on_the_images_of_training(run):
+  config, workdir, _ = run
+  scores = load.evaluate_workdir(workdir, "latest", split="train")
+  images, labels = data.load(config.dataset).train.take(np.arange(64))
+  found = load.load_model(workdir, "latest").predict(images)
+  likely = found[np.arange(64), labels]
+  assert scores["accuracy"] == np.mean(found.argmax(-1) == labels)
+  assert scores["loss"] == pytest.approx(-np.log(likely).mean(), rel=1e-5)
+  with pytest.raises(errors.ConfigError, match="has test and train"):
+    load.evaluate_workdir(workdir, split="val")
+
+
 def test_evaluation_leaves_the_workdir_alone(run):
   """It may be of a run that is going on."""
   _, workdir, _ = run

@@ -156,6 +156,15 @@ def test_log_to_stderr(capsys):
     logger.handlers, logger.level, logger.propagate = saved
 
 
+def test_scores_say_what_they_are_of():
+  scores = {"loss": 1.5, "accuracy": 0.25, "step": 8, "epoch": 3}
+  assert progress.evaluation("best", "ema", "train", scores).splitlines() == [
+    "Checkpoint: best, ema weights, step 8, epoch 3 (0-based)",
+    "Train loss: 1.5000",
+    "Train accuracy: 0.2500",
+  ]
+
+
 def test_next_steps_can_be_pasted():
   config = base.get_config()
   workdir = "runs/a b,model.depth=8"
