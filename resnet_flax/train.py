@@ -226,6 +226,8 @@ def _after_epoch(
 ) -> networks.Networks:
   """The state with which the epoch after `record`'s begins."""
   objective = metrics.monitored(record, "objective")
+  if objective not in record:  # Not scored.
+    return state
   before = layout.get(layout.map(lambda one: one.rate_state, state))
   losses = [metrics.comparable(r[objective]) for r in metrics.of_seeds(record)]
   after = [*map(experiment.learning_rate.rules.after_epoch, before, losses)]

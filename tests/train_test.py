@@ -25,6 +25,7 @@ from resnet_flax.run import (
   metrics,
   progress,
 )
+from resnet_flax.tools.report import runs
 from tests.helpers import (
   Programs,
   assert_identical,
@@ -492,6 +493,42 @@ def test_validation_chooses_the_best_epoch(
   assert {"val_loss", "val_accuracy"} < set(records[0])
   assert metrics.best_record(records, "accuracy")["epoch"] == 0
   assert saved_steps(tmp_path / "run") == [4, 8]
+
+
+def test_only_scored_epochs_are_scored_and_can_be_the_best(
+  tiny_config, tmp_path, monkeypatch, one_device, programs
+):
+  tiny_config.num_epochs, tiny_config.eval_every_epochs = 5, 2
+  workdir = tmp_path / "run"
+
+  def scripted(eval_step, state, *arguments, **keywords):
+    """The accuracy is the less the longer one trains."""
+    return one_score(loss=1.0, accuracy=1 / state.step)
+
+  def trained(on_event=lambda name: None):
+    return programs.train(
+      tiny_config, workdir, devices=one_device, on_event=on_event
+    )
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "evaluate", scripted)
+    # Without a best epoch, and after the first one.
+    for _ in range(2):
+      with pytest.raises(SystemExit):
+        trained(at_event("save", 2, die))
+    records = trained()
+  scored = [r["epoch"] for r in records if "test_accuracy" in r]
+  assert scored == [1, 3, 4]
+  assert metrics.best_record(records, "accuracy")["epoch"] == 1
+  assert metrics.best_records(records[:1], "accuracy") == []
+  assert saved_steps(workdir) == [8, 16, 20]
+  assert load.load_model(workdir).step == 8
+  assert trained() == records
+  # What reads runs shows what is there.
+  (read,) = runs.read([workdir])
+  assert read.chosen_by == "test_accuracy"
+  curve = runs.group([read])[0].curves("test_accuracy")
+  assert np.isnan(curve).tolist() == [[True, False, True, False, False]]
 
 
 def test_the_monitored_metric_chooses_the_best_epoch(

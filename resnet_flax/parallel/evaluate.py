@@ -115,6 +115,12 @@ def evaluate(
   )
 
 
+def is_scored(config: ConfigDict, epoch: int) -> bool:
+  """Whether the splits are scored after a 0-based epoch."""
+  done = epoch + 1
+  return done % config.eval_every_epochs == 0 or done == config.num_epochs
+
+
 def evaluate_all(
   config: ConfigDict,
   epoch: int,
@@ -124,8 +130,13 @@ def evaluate_all(
   layout: Layout,
   on_batch: Callable[[], None],
 ) -> dict[str, Scores]:
-  """Scores after a 0-based epoch: of 'test', 'test_ema' and so on."""
-  scores = {}
+  """Scores after a 0-based epoch: of 'test', 'test_ema' and so on.
+
+  None of an epoch that `eval_every_epochs` passes over.
+  """
+  scores: dict[str, Scores] = {}
+  if not is_scored(config, epoch):
+    return scores
   for weights in averaging.present(config, epoch + 1):
     select = functools.partial(averaging.select, weights=weights)
     chosen = layout.map(select, state)

@@ -389,7 +389,7 @@ def _read_states(
   """The state of each seed; fails if it is removed meanwhile."""
   missing = errors.WorkdirError(
     f"{workdir} has no {which} checkpoint: the best one is there after the"
-    " first epoch, the latest one after checkpoint.every_minutes."
+    " first scored epoch, the latest one after checkpoint.every_minutes."
   )
   if not (workdir / "checkpoints").is_dir():
     raise missing
@@ -421,10 +421,10 @@ def _choose_steps(
   # The last record may be there before its checkpoint is.
   if records and records[-1]["step"] > max(steps, default=-1):
     records.pop()
-  if not records:
-    # What a run starts from, as `convert` saves it, is the best so far.
-    return [0] * config.num_seeds if 0 in steps else []
   best = metrics.best_records(records, config.checkpoint.monitor)
+  if not best and 0 in steps:
+    # What a run starts from, as `convert` saves it, is the best so far.
+    return [0] * config.num_seeds
   return [record["step"] for record in best]
 
 

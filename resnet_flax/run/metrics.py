@@ -26,11 +26,10 @@ TIMED = (*_SPEED, "data_seconds", "evaluation_seconds")
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
 
-# What training, scoring and reports read of every network.
-_SCORES = (
-  *("train_loss", "train_accuracy"),
-  *(f"test_{name}" for name in MONITORED),
-)
+# What training, scoring and reports read of every network, and what of epochs
+# that were scored.
+_TRAIN = ("train_loss", "train_accuracy")
+_SCORES = tuple(f"test_{name}" for name in MONITORED)
 
 
 class MetricsLog:
@@ -43,8 +42,9 @@ class MetricsLog:
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict | None = None):
     self._path = workdir / "metrics.jsonl"
-    self._seeds = range(0)
+    self._seeds, self._every = range(0), 1
     if config is not None:
+      self._every = config.eval_every_epochs
       self._seeds = range(config.seed, config.seed + config.num_seeds)
 
   def read(self, steps_per_epoch: int | None = None) -> list[Record]:
@@ -75,7 +75,9 @@ class MetricsLog:
           break  # It was being written by a killed run, or the disk lost it.
         fault = f"it is no JSON object ({error})"
       else:
-        fault = _fault(record, epoch, steps_per_epoch, self._seeds)
+        scores = _SCORES if (epoch + 1) % self._every == 0 else ()
+        own = (*_TRAIN, *scores) if self._seeds else ()
+        fault = _fault(record, epoch, steps_per_epoch, self._seeds, own)
       if fault:
         raise errors.WorkdirError(
           f"{self._path}, line {epoch + 1}: {fault}. Restore it, or use another"
@@ -127,16 +129,20 @@ class MetricsLog:
 
 
 def _fault(
-  record: Record, epoch: int, steps_per_epoch: int | None, seeds: Sequence[int]
+  record: Record,
+  epoch: int,
+  steps_per_epoch: int | None,
+  seeds: Sequence[int],
+  scores: Sequence[str],
 ) -> str:
   """What is wrong with the record of an epoch; '' if nothing is."""
   of_seeds = record.get("seeds", [])
   if not isinstance(of_seeds, list):
     return "seeds is no list"
   own = {key: value for key, value in record.items() if key != "seeds"}
-  needed = (*_SCORES, *_SPEED) if seeds else ()
+  needed = (*scores, *_SPEED) if seeds else ()
   parts = [(own, ("epoch", "step", *needed))]
-  parts += [(each, ("seed", *_SCORES) if seeds else ()) for each in of_seeds]
+  parts += [(each, ("seed", *scores) if seeds else ()) for each in of_seeds]
   for part, keys in parts:
     if not isinstance(part, dict):
       return "seeds holds what is no JSON object"
@@ -196,19 +202,26 @@ def of_seeds(record: Record) -> list[Record]:
 
 
 def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
-  """The record of each network's best epoch; none if there is no epoch."""
-  networks = zip(*map(of_seeds, records), strict=True)
+  """The record of each network's best epoch; none if none was scored."""
+  scored = [
+    r for r in map(of_seeds, records) if monitored(r[0], monitor) in r[0]
+  ]
+  networks = zip(*scored, strict=True)
   return [best_record(list(each), monitor) for each in networks]
 
 
 def best_record(records: list[Record], monitor: str) -> Record:
   """The best of one network's records, by a name of `MONITORED`.
 
-  Of equally good ones, as `comparable` says, the first.
+  Of equally good ones, as `comparable` says, the first. Where none was scored
+  it is the last.
   """
   best = max if MONITORED[monitor] else min
-  key = monitored(records[0], monitor)
-  return best(records, key=lambda record: comparable(record[key]))
+  scored = [each for each in records if monitored(each, monitor) in each]
+  if not scored:
+    return records[-1]
+  key = monitored(scored[0], monitor)
+  return best(scored, key=lambda record: comparable(record[key]))
 
 
 def comparable(value: float) -> float:

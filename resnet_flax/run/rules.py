@@ -59,6 +59,11 @@ def check(
     " keeps one average of its weights.",
   )
   _require(
+    config.eval_every_epochs == 1 or not config.plateau.enabled,
+    f"eval_every_epochs={config.eval_every_epochs}, but plateau.enabled=True"
+    " needs every epoch's loss. It must be 1.",
+  )
+  _require(
     config.log.tensorboard or not config.log_layer_norms_every,
     f"log_layer_norms_every={config.log_layer_norms_every} writes to"
     " TensorBoard, but log.tensorboard=False. Set both, or neither.",

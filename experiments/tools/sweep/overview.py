@@ -220,6 +220,8 @@ def _accuracy(record: metrics.Record | None) -> str:
   """On the test split; with several seeds, mean and standard deviation."""
   if record is None:
     return ""
+  if "test_accuracy" not in record:  # Of an epoch that was not scored.
+    return "–"
   text = f"{record['test_accuracy']:.4f}"
   if "test_accuracy_std" in record:
     text += f" ± {record['test_accuracy_std']:.4f}"

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import logging
+import math
 import os
 import pathlib
 import statistics
@@ -298,7 +299,9 @@ def _runs(groups: Sequence[Group]) -> Section:
 
   def best(run: Run, key: str) -> list[float]:
     count = len(run.records)
-    return [run.best_record(seed, count)[key] for seed in run.seeds]
+    return [
+      run.best_record(seed, count).get(key, math.nan) for seed in run.seeds
+    ]
 
   def final(run: Run, key: str) -> float | None:
     last = run.records[-1]

@@ -87,7 +87,8 @@ class Run:
     if not self.records:
       return None
     monitor = self.config["checkpoint.monitor"]
-    return metrics.monitored(self.records[0], monitor)
+    best = self.best_record(self.seeds[0], len(self.records))
+    return metrics.monitored(best, monitor)
 
   @property
   def seconds(self) -> float:
