@@ -66,7 +66,7 @@ class Experiment:
   # al. 2015, section 7).
   label_smoothing: float = 0.0
   # Maps (key, uint8[B, H, W, C], epoch) to images, before normalisation.
-  augment_pixels: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = (
+  augment_bytes: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = (
     lambda key, images, epoch: images
   )
   log_norms: bool = False  # Whether training sums `NORMS`, too.
@@ -237,7 +237,7 @@ def train_step_with_backward(
   """`train_step`, the gradient of its loss and the collections it wrote."""
   keys = step_keys(key, state.step)
   epoch = state.step // experiment.learning_rate.steps_per_epoch
-  images = experiment.augment_pixels(keys["augmentation"], images, epoch)
+  images = experiment.augment_bytes(keys["augmentation"], images, epoch)
   # In the recipe's order: the shift fills edges with normalised pixels.
   images, targets = experiment.augment(
     keys["augmentation"], state.normalization(images), labels

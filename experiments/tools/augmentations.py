@@ -20,7 +20,7 @@ import PIL.Image
 from matplotlib import pyplot as plt
 
 from configs import base
-from resnet_flax.data import augment, dataset, trivial_augment
+from resnet_flax.data import augment, augment_bytes, dataset, trivial_augment
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "augmentations.png"
 COLUMNS = 12
@@ -43,7 +43,7 @@ def augmented(images: jax.Array, labels: jax.Array, **changes) -> jax.Array:
   config.update(changes)
   key = jax.random.key(2)
   first_epoch = jnp.zeros((), jnp.int32)
-  images = augment.create_augment_pixels(config)(key, images, first_epoch)
+  images = augment_bytes.create(config)(key, images, first_epoch)
   normalized = images / 255 - 0.5
   return augment.create_augment(config, 10)(key, normalized, labels)[0] + 0.5
 

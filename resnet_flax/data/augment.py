@@ -1,23 +1,18 @@
 """Data augmentation on the device: pure functions of (key, images, targets).
 
 Images are float[B, H, W, C], already normalised: the recipe subtracts the mean
-before it shifts, so edges are filled with normalised pixels. Those of
-`create_augment_pixels` are bytes and come before that. Targets are int32[B]
-labels or float[B, classes] probabilities, which an augmentation that mixes
-images changes as well.
+before it shifts, so edges are filled with normalised pixels. What is done to
+bytes is in `augment_bytes.py`. Targets are int32[B] labels or float[B, classes]
+probabilities, which an augmentation that mixes images changes as well.
 """
 
 import functools
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.data import crops, mixing
-from resnet_flax.data.trivial_augment import trivial_augment
 
 Augment = mixing.Augment
 
@@ -70,38 +65,7 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
   return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-# ---- On bytes
-
-
-def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
-  """Mirrors each uint8 image in every other epoch, half of them in even ones.
-
-  Jordan 2024 (arXiv:2404.00498). An image is told by its pixels, so that the
-  halves are the same in every run.
-  """
-  shape = images.shape[1:]
-  odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1
-  # Knuth's multiplicative hash, modulo 2**32.
-  weights = (odd * np.uint32(2654435761)).reshape(shape)
-  sums = jnp.sum(images.astype(jnp.uint32) * weights, axis=(1, 2, 3))
-  return flip(images, (sums >> 31) == (epoch + 1) % 2)
-
-
-def create_augment_pixels(
-  config: ConfigDict,
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-  """What `config.augment` does to (key, images, epoch) before normalisation."""
-  alternates, is_trivial = config.alternating_flip, config.trivial_augment
-
-  def augment(key, images, epoch):
-    if alternates:
-      images = alternating_flip(images, epoch)
-    return trivial_augment(key, images) if is_trivial else images
-
-  return augment
-
-
-# ---- After normalisation
+# ---- Augmentations
 
 
 def random_shift(key, images, targets):

@@ -6,7 +6,14 @@ import jax
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import augment, dataset, normalize, randomness, types
+from resnet_flax.data import (
+  augment,
+  augment_bytes,
+  dataset,
+  normalize,
+  randomness,
+  types,
+)
 from resnet_flax.models import registry
 from resnet_flax.optim import learning_rates, optimizers
 from resnet_flax.parallel import averaging
@@ -25,7 +32,7 @@ def build(
     optimizer=optimizers.create_optimizer(config.optimizer),
     learning_rate=learning_rates.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment, classes),
-    augment_pixels=augment.create_augment_pixels(config.augment),
+    augment_bytes=augment_bytes.create(config.augment),
     image_shape=dataset.info(config.dataset, facts).image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,

@@ -1,0 +1,43 @@
+"""Augmentation of uint8[B, H, W, C] images on the device, before normalisation.
+
+Pure functions of (key, images, epoch), the last int32[] and 0-based.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax.data import augment
+from resnet_flax.data.trivial_augment import trivial_augment
+
+
+def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
+  """Mirrors each image in every other epoch, half of them in even ones.
+
+  Jordan 2024 (arXiv:2404.00498). An image is told by its pixels, so that the
+  halves are the same in every run.
+  """
+  shape = images.shape[1:]
+  odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1
+  # Knuth's multiplicative hash, modulo 2**32.
+  weights = (odd * np.uint32(2654435761)).reshape(shape)
+  sums = jnp.sum(images.astype(jnp.uint32) * weights, axis=(1, 2, 3))
+  return augment.flip(images, (sums >> 31) == (epoch + 1) % 2)
+
+
+def create(
+  config: ConfigDict,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """What `config.augment` does to bytes."""
+  alternates, is_trivial = config.alternating_flip, config.trivial_augment
+
+  def augment_bytes(key, images, epoch):
+    if alternates:
+      images = alternating_flip(images, epoch)
+    return trivial_augment(key, images) if is_trivial else images
+
+  return augment_bytes
