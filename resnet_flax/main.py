@@ -33,8 +33,7 @@ _WEIGHTS = flags.DEFINE_enum(
   "Whether --mode=eval scores the weights of that step or their average.",
 )
 _SPLIT = flags.DEFINE_enum(
-  *("split", "test", ["train", "val", "test"]),
-  "The images that --mode=eval scores; train: not augmented.",
+  *("split", "test", ["train", "val", "test"], "What --mode=eval scores.")
 )
 
 

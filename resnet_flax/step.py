@@ -66,9 +66,7 @@ class Experiment:
   # al. 2015, section 7).
   label_smoothing: float = 0.0
   # Maps (key, uint8[B, H, W, C], epoch) to images, before normalisation.
-  augment_bytes: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = (
-    lambda key, images, epoch: images
-  )
+  augment_bytes: Callable[..., jax.Array] = lambda key, images, epoch: images
   log_norms: bool = False  # Whether training sums `NORMS`, too.
   # The average of a state whose own is of the step before; `averaging.create`.
   average: Callable[[TrainState], PyTree] = lambda state: None

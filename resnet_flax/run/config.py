@@ -68,8 +68,7 @@ _KEYS = (
     "Passes over the training split. The schedule scales with them."
   ),
   Key("eval_every_epochs", 1, integer(1)).means(
-    "Score after every so many epochs, and after the last: only a scored epoch"
-    " can be the best."
+    "Epochs from one scoring to the next; the last is scored, too."
   ),
   Key("eval_batch_size", 500, integer(1, 2**16), may_differ=True).means(
     "Images per evaluation call. Changes the last digits of losses; the best"
