@@ -10,7 +10,7 @@ Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   crop, the paper's tables 2 and 3 of ten: --config.dataset.test_crops=10
 Expected: the paper has 22.85 % top-1 error of ten crops (table 3). Not
   reproduced here.
-Cost: 115 million images at 4.1 G multiply-adds, for several GPUs or a TPU.
+Cost: 115 million images at 3.9 G multiply-adds, for several GPUs or a TPU.
 Command: python -m resnet_flax.main --config=configs/imagenet_resnet50.py
 Other depths: --config.model.depth=18 (34, 101, 152); without shortcuts:
   --config.model.name=plain_imagenet --config.model.depth=34

@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags, logging as absl_logging
 
 from configs import base
+from experiments.depth_cost import table
 from resnet_flax import step as step_lib
 from resnet_flax.data import normalize as normalization, randomness
 from resnet_flax.parallel import mesh as mesh_lib
@@ -176,22 +177,6 @@ def _measure_in_child(depth: int, mode: str) -> dict[str, Any]:
   return json.loads(child.stdout)
 
 
-def _row(result: dict[str, Any]) -> str:
-  cells = [
-    str(result["depth"]),
-    result["mode"],
-    f"{result['trace_init_seconds']:.1f}",
-    f"{result['trace_step_seconds']:.1f}",
-    f"{result['lower_seconds']:.1f}",
-    f"{result['compile_seconds']:.1f}",
-    f"{result['compile_cpu_seconds']:.1f}",
-    f"{result['temporary_mb']:.0f}",
-    f"{result['peak_mb']:.0f}",
-    f"{statistics.median(result['step_seconds']):.3f}",
-  ]
-  return "| " + " | ".join(cells) + " |"
-
-
 def main(argv: list[str]) -> None:
   """Prints a table as it is measured, and keeps the raw figures."""
   del argv
@@ -205,19 +190,15 @@ def main(argv: list[str]) -> None:
     result["environment"] = environment.describe(jax.devices())
     print(json.dumps(result))
     return
-  columns = [
-    *("depth", "mode", "trace init s", "trace step s", "lower s"),
-    *("compile s", "compile CPU s", "temporary MB", "peak MB", "s/step"),
-  ]
-  print("| " + " | ".join(columns) + " |")
-  print("|" + " --- |" * len(columns), flush=True)
+  print("| " + " | ".join(table.COLUMNS) + " |")
+  print("|" + " --- |" * len(table.COLUMNS), flush=True)
   environments, results = [], []
   for depth in _DEPTHS.value:
     for mode in _MODES.value:
       result = _measure_in_child(int(depth), mode)
       environments.append(result.pop("environment"))
       results.append(result)
-      print(_row(result), flush=True)
+      print(table.row(result), flush=True)
       if _OUT.value:
         files_lib.write_json(
           pathlib.Path(_OUT.value),

@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.faults import harness, injections
-from experiments.faults.case import Case, Job
+from experiments.faults.case import Case, Job, Row
 from resnet_flax.run import (
   command_line,
   environment,
@@ -53,23 +53,6 @@ _CODES_AT_START = {
   "SIGTERM": (-signal.SIGTERM, 128 + signal.SIGTERM),
   "SIGINT": (-signal.SIGINT, 128 + signal.SIGINT, 1),
 }
-
-
-@dataclasses.dataclass
-class Row:
-  """A row of the table, and whether all was as expected."""
-
-  fault: str
-  injected: int
-  outcome: str
-  different_bytes: int | None
-  note: str
-  as_expected: bool
-
-  def __str__(self) -> str:
-    different = "–" if self.different_bytes is None else self.different_bytes
-    cells = (self.fault, self.injected, self.outcome, different, self.note)
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
@@ -147,7 +130,7 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
     note = ", ".join(f"{count} {name}" for name, count in signals.items())
     rows.append(
       Row(
-        f"killed while {phase}",
+        f"Killed while {phase}",
         len(attempts),
         "; ".join(problems) or ("differs" if different else "recovers"),
         different,

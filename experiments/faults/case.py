@@ -239,3 +239,20 @@ def _contents(folder: pathlib.Path) -> dict[str, bytes]:
     str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
     for path in folder.rglob("*")
   }
+
+
+@dataclasses.dataclass
+class Row:
+  """A row of the table, and whether all was as expected."""
+
+  fault: str
+  injected: int
+  outcome: str
+  different_bytes: int | None
+  note: str
+  as_expected: bool
+
+  def __str__(self) -> str:
+    different = "–" if self.different_bytes is None else self.different_bytes
+    cells = (self.fault, self.injected, self.outcome, different, self.note)
+    return "| " + " | ".join(map(str, cells)) + " |"

@@ -11,7 +11,6 @@ from absl import app, flags
 
 from configs import imagenet_resnet50
 from experiments.streaming import generated, measurement
-from experiments.tools import timing
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.run import environment, files as files_lib
@@ -67,26 +66,7 @@ def main(argv: list[str]) -> None:
   for pipeline in pipelines.values():
     pipeline.close()
   memory = measurement.memory_over_epochs(split, _MEMORY_EPOCHS.value)
-  rows = []
-  for key, title, form in (
-    ("images_per_second", "images/s", ".0f"),
-    ("cpu_ms_per_image", "CPU time for an image, ms", ".2f"),
-  ):
-    everything = [each[way]["alone"][key] for each in rounds for way in each]
-    rows.append((f"alone, {title}", everything, form))
-    for way in measurement.WAYS:
-      samples = [each[way]["pipeline"][key] for each in rounds]
-      rows.append((f"{way}, {title}", samples, form))
-    for way in measurement.WAYS:
-      ratios = [
-        each[way]["pipeline"][key] / each[way]["alone"][key] for each in rounds
-      ]
-      rows.append((f"{way} / alone, {title}", ratios, ".3f"))
-  rows += [
-    (f"memory of all processes in epoch {epoch}, MB", samples, ".0f")
-    for epoch, samples in enumerate(memory)
-  ]
-  print(timing.spread_table(rows))
+  print(measurement.table(rounds, memory))
   if _OUT.value:
     files_lib.write_json(
       pathlib.Path(_OUT.value),

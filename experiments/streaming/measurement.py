@@ -5,11 +5,12 @@ import itertools
 import multiprocessing
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments.tools import timing
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.parallel import program
@@ -170,3 +171,35 @@ def _order(
     for epoch in which
     for positions in program.order(len(split), _BATCH, 0, epoch)
   ]
+
+
+def table(
+  rounds: Sequence[dict[str, Any]], memory: Sequence[Sequence[float]]
+) -> str:
+  """What was measured, as Markdown.
+
+  Args:
+    rounds: for each way, of its `pipeline` and of decoding `alone` beside it,
+      what `Pipeline.measure` and `Alone.measure` give.
+    memory: of each epoch, from `memory_over_epochs`.
+  """
+  rows: list[tuple[str, Sequence[float], str]] = []
+  for key, title, form in (
+    ("images_per_second", "images/s", ".0f"),
+    ("cpu_ms_per_image", "CPU time for an image, ms", ".2f"),
+  ):
+    everything = [each[way]["alone"][key] for each in rounds for way in each]
+    rows.append((f"alone, {title}", everything, form))
+    for way in WAYS:
+      samples = [each[way]["pipeline"][key] for each in rounds]
+      rows.append((f"{way}, {title}", samples, form))
+    for way in WAYS:
+      ratios = [
+        each[way]["pipeline"][key] / each[way]["alone"][key] for each in rounds
+      ]
+      rows.append((f"{way} / alone, {title}", ratios, ".3f"))
+  rows += [
+    (f"memory of all processes in epoch {epoch}, MB", samples, ".0f")
+    for epoch, samples in enumerate(memory)
+  ]
+  return timing.spread_table(rows)

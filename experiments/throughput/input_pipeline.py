@@ -23,7 +23,8 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments.tools.timing import in_turn, prepare_on_data, spread_table
+from experiments.throughput import report
+from experiments.tools.timing import in_turn, prepare_on_data
 from resnet_flax.run import (
   command_line,
   environment,
@@ -111,33 +112,6 @@ def _start(arguments: list[str], cache: str) -> dict[str, float]:
   return times
 
 
-def _table(results: dict[str, Any]) -> str:
-  steps, start = results["steps"], results["start"]
-  costs = [
-    resident / real - 1
-    for resident, real in zip(steps["resident"], steps["real"], strict=True)
-  ]
-  return spread_table(
-    [
-      ("training on real data, images/s", steps["real"], ".1f"),
-      ("one resident batch, images/s", steps["resident"], ".1f"),
-      ("cost of the input pipeline, pair by pair", costs, ".1%"),
-      *(
-        (
-          f"command to {what}, {cache} compilation cache, s",
-          [times[key] for times in start[cache]],
-          ".2f",
-        )
-        for cache in ("cold", "warm")
-        for key, what in (
-          ("compiling", "compilation"),
-          ("first_step", "first step"),
-        )
-      ),
-    ]
-  )
-
-
 def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
@@ -154,7 +128,7 @@ def main(argv: list[str]) -> None:
     "steps": measure_steps(config, _ROUNDS.value, _STEPS.value),
     "start": measure_start(arguments, _ROUNDS.value),
   }
-  print(_table(results))
+  print(report.pipeline_table(results))
   if _OUT.value:
     files_lib.write_json(pathlib.Path(_OUT.value), results)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.throughput import flops
+from experiments.tools.timing import spread_table
 
 Measurement = dict[str, Any]
 Results = dict[str, Any]
@@ -172,6 +173,34 @@ def _versions(results: Results) -> str:
   )
 
 
+def pipeline_table(results: dict[str, Any]) -> str:
+  """What `input_pipeline` measured, as Markdown."""
+  steps, start = results["steps"], results["start"]
+  costs = [
+    resident / real - 1
+    for resident, real in zip(steps["resident"], steps["real"], strict=True)
+  ]
+  return spread_table(
+    [
+      ("training on real data, images/s", steps["real"], ".1f"),
+      ("one resident batch, images/s", steps["resident"], ".1f"),
+      ("cost of the input pipeline, pair by pair", costs, ".1%"),
+      *(
+        (
+          f"command to {what}, {cache} compilation cache, s",
+          [times[key] for times in start[cache]],
+          ".2f",
+        )
+        for cache in ("cold", "warm")
+        for key, what in (
+          ("compiling", "compilation"),
+          ("first_step", "first step"),
+        )
+      ),
+    ]
+  )
+
+
 def draw(results: Results, path: pathlib.Path) -> None:
   """Writes the figure: medians as bars, the least and the most as lines.
 
@@ -225,10 +254,18 @@ def draw(results: Results, path: pathlib.Path) -> None:
     axis.set_ylabel("images per second")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-  rounds = len({m["round"] for m in results["measurements"]})
+  # Not all settings have as many.
+  rounds = sorted(
+    {
+      len(by_round(results, group, name, _train))
+      for group in groups
+      for name in names
+    }
+    - {0}
+  )
   figure.suptitle(
     "ResNet v1 on a CPU, float32, one resident batch: median and range of"
-    f" {rounds} round{'s' if rounds > 1 else ''}"
+    f" {' or '.join(map(str, rounds))} rounds"
   )
   handles, labels = axes[0].get_legend_handles_labels()
   figure.legend(

@@ -122,7 +122,7 @@ def test_a_signal_in_vain_is_no_hit():
     "different_bytes": 0,
   }
   (row,) = faults.kill_rows([workdir])
-  assert row.fault == "killed while training"
+  assert row.fault == "Killed while training"
   assert row.injected == 1
 
 

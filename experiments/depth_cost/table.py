@@ -1,0 +1,27 @@
+"""The table of what depth costs."""
+
+import statistics
+from typing import Any
+
+COLUMNS = (
+  *("network", "batch", "mode", "trace and lower s", "compile s"),
+  *("temporary MB", "peak MB", "s/step"),
+)
+
+
+def row(result: dict[str, Any]) -> str:
+  """What was measured of a network in a mode, as a row in Markdown."""
+  steps = sorted(result["step_seconds"])
+  spread = f" ({steps[0]:.2f}–{steps[-1]:.2f})" if steps[1:] else ""
+  lowering = result["trace_step_seconds"] + result["lower_seconds"]
+  cells = [
+    f"{result['name'].removeprefix('resnet_')} {result['depth']}",
+    str(result["batch_size"]),
+    result["mode"],
+    f"{lowering:.1f}",
+    f"{result['compile_seconds']:.1f}",
+    f"{result['temporary_mb']:.0f}",
+    f"{result['peak_mb']:.0f}",
+    f"{statistics.median(steps):.2f}{spread}",
+  ]
+  return "| " + " | ".join(cells) + " |"
