@@ -45,8 +45,8 @@ def _numbers_of_devices() -> list[int]:
     numbers = []
   if not numbers or numbers[0] < 1:
     raise errors.ConfigError(
-      f"devices={','.join(_DEVICES.value)} cannot be used; needed: numbers from"
-      " 1, such as 1,2,4,8."
+      f"devices={','.join(_DEVICES.value)} must be numbers from 1, such"
+      " as 1,2,4,8."
     )
   return numbers
 

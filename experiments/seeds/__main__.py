@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   config, _ = command_line.config_and_workdir()
   rules.check(config, num_devices=jax.device_count())
   if config.num_seeds < 2:
-    raise errors.ConfigError("num_seeds=1 cannot be used; needed: at least 2.")
+    raise errors.ConfigError("num_seeds=1 must be at least 2.")
   arguments = [each for each in sys.argv[1:] if each.startswith("--config")]
   results = {
     "arguments": arguments,

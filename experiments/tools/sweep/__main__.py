@@ -74,11 +74,11 @@ def _run(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
   if command_line.CONFIG.value:
     raise errors.ConfigError(
-      "--config: a sweep file names its config; needed: --sweep=FILE."
+      "--config: a sweep file names its config. Pass --sweep=FILE instead."
     )
   if not _SWEEP.value or not process.WORKDIR.value:
     raise errors.ConfigError(
-      "needed: --sweep=FILE, for example experiments/depth_ablation/sweep.py,"
+      "pass --sweep=FILE, for example experiments/depth_ablation/sweep.py,"
       " and --workdir=DIR, which gets a folder for each cell."
     )
   workdir = errors.local_path(process.WORKDIR.value, "--workdir").absolute()

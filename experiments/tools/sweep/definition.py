@@ -105,8 +105,8 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     config.partition(":")[0]
   ):
     raise errors.ConfigError(
-      f"--sweep={path}: CONFIG={config!r}; needed: a config file, for example"
-      " 'configs/v1_depth20.py', from the folder where this is run."
+      f"--sweep={path}: CONFIG={config!r} must be a config file, for example"
+      " 'configs/v1_depth20.py', seen from the folder where this is run."
     )
   common = values.get("OVERRIDES", {})
   if not isinstance(common, Mapping):
@@ -122,7 +122,8 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
   for point in _points(path, values["GRID"]):
     for key in point.keys() & common.keys():
       raise errors.ConfigError(
-        f"--sweep={path}: {key} is both in OVERRIDES and in GRID; needed: one."
+        f"--sweep={path}: {key} is both in OVERRIDES and in GRID. Leave"
+        " one out."
       )
     name = workdir_lib.default_name(config, point)
     for key in [*common, *point]:
@@ -135,7 +136,7 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     if identity in cells:
       raise errors.ConfigError(
         f"--sweep={path}: cell {name} is the same run as cell"
-        f" {cells[identity].name}; needed: each once."
+        f" {cells[identity].name}. Leave one out."
       )
     cells[identity] = cell
   return Sweep(tuple(cells.values()), resources)
@@ -170,8 +171,7 @@ def _wrong_form(
   path: str, name: str, value: Any, needed: str
 ) -> errors.ConfigError:
   return errors.ConfigError(
-    f"--sweep={path}: {name}={str(value)[:100]} cannot be used; needed:"
-    f" {needed}."
+    f"--sweep={path}: {name}={str(value)[:100]} must be {needed}."
   )
 
 
@@ -251,6 +251,6 @@ def _parse(config_path: str, overrides: Sequence[str]) -> ConfigDict:
   if not isinstance(values.config, ConfigDict):
     raise errors.ConfigError(
       f"CONFIG={config_path}: get_config() returns"
-      f" {type(values.config).__name__}; needed: an ml_collections.ConfigDict."
+      f" {type(values.config).__name__}; it must return a ConfigDict."
     )
   return values.config

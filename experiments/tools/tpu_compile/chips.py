@@ -99,7 +99,7 @@ def unknown(topology: str, why: str = "") -> errors.ConfigError:
   """
   examples = ", ".join(chip.example for chip in CHIPS.values())
   return errors.ConfigError(
-    f"--topology={topology} cannot be used{why and f' ({why})'}; needed: a"
+    f"--topology={topology} cannot be used{why and f' ({why})'}. Pass a"
     f" generation and its chips in each direction, for example {examples}."
   )
 

@@ -32,9 +32,7 @@ def main(argv: list[str]) -> None:
   """Lowers, prints and records."""
   del argv
   if _DEVICES.value < 1:
-    raise errors.ConfigError(
-      f"--devices={_DEVICES.value} cannot be used; needed: at least 1."
-    )
+    raise errors.ConfigError(f"--devices={_DEVICES.value} must be at least 1.")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", _DEVICES.value)
   surroundings.set_up()

@@ -124,7 +124,8 @@ def wrong_type(
 ) -> errors.WeightsError:
   """The error for an array whose numbers are no weights."""
   return errors.WeightsError(
-    f"{path}: {name} is {dtype}; needed: float32, float16, bfloat16 or float64."
+    f"{path}: {name} is {dtype}; it must be float32, float16, bfloat16 or"
+    " float64."
   )
 
 
@@ -192,7 +193,7 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
   for name, tensor in loaded.items():
     if tensor.layout != torch.strided or tensor.is_quantized:
       raise errors.WeightsError(
-        f"{path}: {name} is sparse or quantized; needed: plain tensors."
+        f"{path}: {name} is sparse or quantized. It must be a plain tensor."
       )
     stored = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > stored:

@@ -167,7 +167,7 @@ def _array(dataset: Any, key: str) -> np.ndarray:
     raise _bad(key, "has its values in another file")
   shape, dtype = dataset.shape, dataset.dtype
   if shape is None or dtype.kind != "f":
-    raise _bad(key, f"holds {dtype}; needed: numbers with a fraction")
+    raise _bad(key, f"holds {dtype}, not floating-point numbers")
   claimed = math.prod(shape) * dtype.itemsize
   stored = dataset.id.get_storage_size()
   if claimed > stored and dataset.id.get_create_plist().get_nfilters():

@@ -304,7 +304,7 @@ def _epsilon(file: files.WeightsFile, usual: float) -> float:
   if len(found) > 1:
     raise errors.WeightsError(
       f"{file.path} has batch norms of different epsilons"
-      f" {sorted(found)}; needed: the same in all."
+      f" {sorted(found)}. They must all have the same."
     )
   return found.pop() if found else usual
 

@@ -197,7 +197,7 @@ def test_reads_what_pytorch_writes(tmp_path):
   assert read.passed_over == ("bn1.num_batches_tracked",)
   narrow = {"fc.weight": torch.ones(2, dtype=torch.float8_e4m3fn)}
   torch.save(narrow, tmp_path / "b.th")
-  with pytest.raises(errors.WeightsError, match="float8_e4m3fn; needed"):
+  with pytest.raises(errors.WeightsError, match="float8_e4m3fn; it must be"):
     files.read(tmp_path / "b.th")
 
 
@@ -308,7 +308,7 @@ def test_pytorchs_types_that_numpy_lacks(stub_torch, torch_file):
   tensor = StubTensor(np.ones(2, np.uint8))
   tensor.dtype, tensor.numpy = "torch.float8_e4m3fn", fail
   stub_torch.loaded = {"fc.weight": tensor}
-  message = "fc.weight is torch.float8_e4m3fn; needed: float32,"
+  message = "fc.weight is torch.float8_e4m3fn; it must be float32,"
   with pytest.raises(errors.WeightsError, match=message):
     files.read(torch_file)
 
@@ -319,7 +319,7 @@ def test_types_that_numpy_lacks(kind, tmp_path):
   header = json.dumps({"fc.weight": place}).encode()
   path = tmp_path / "a.safetensors"
   path.write_bytes(struct.pack("<Q", len(header)) + header + b"..")
-  with pytest.raises(errors.WeightsError, match=f"fc.weight is {kind}; needed"):
+  with pytest.raises(errors.WeightsError, match=f"fc.weight is {kind}; it must be"):
     files.read(path)
 
 

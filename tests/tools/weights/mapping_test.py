@@ -65,7 +65,7 @@ def test_good(dtype):
       r"other shapes .*: their_a\[2, 3\] for params/a\[2, 3\]",
     ),
     ({"their_a": np.ones(6, np.float32)}, r"their_a\[6\] for params/a\[2, 3\]"),
-    ({"their_a": np.ones((3, 2), np.int32)}, "their_a is int32; needed"),
+    ({"their_a": np.ones((3, 2), np.int32)}, "their_a is int32; it must be"),
     ({"their_a": np.full((3, 2), np.nan)}, "their_a holds values that are not"),
     ({"their_a": np.full((3, 2), 1e300)}, "not finite in float32"),
     ({"their_var": -np.ones(3)}, "their_var holds negative variances"),
