@@ -319,7 +319,9 @@ def test_types_that_numpy_lacks(kind, tmp_path):
   header = json.dumps({"fc.weight": place}).encode()
   path = tmp_path / "a.safetensors"
   path.write_bytes(struct.pack("<Q", len(header)) + header + b"..")
-  with pytest.raises(errors.WeightsError, match=f"fc.weight is {kind}; it must be"):
+  with pytest.raises(
+    errors.WeightsError, match=f"fc.weight is {kind}; it must be"
+  ):
     files.read(path)
 
 

@@ -1,0 +1,1 @@
+"""Whole trainings beside the original Keras example."""

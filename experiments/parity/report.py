@@ -1,0 +1,147 @@
+"""Keeps the records of finished trainings; draws and compares them.
+
+python -m experiments.parity.report --workdir=runs/parity
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.tools import markers
+from resnet_flax.run import files as files_lib
+from resnet_flax.tools.report import intervals
+
+_FOLDER = pathlib.Path(__file__).parent
+COMMAND = "python -m experiments.parity.report"
+# What is kept of a record; both sides have it.
+_KEPT = (
+  *("learning_rate", "train_accuracy", "train_objective"),
+  *("test_accuracy", "test_objective", "epoch_seconds"),
+)
+_STYLES = {"Keras": ("#d55e00", "--"), "resnet_flax": ("#0072b2", "-")}
+Results = dict[str, Any]
+
+
+def collect(workdir: pathlib.Path) -> Results:
+  """The records of the seeds that both sides have finished.
+
+  Returns:
+    `environment`, and for 'Keras' and 'resnet_flax' a list of seeds, each a
+    list of its epochs' records.
+  """
+  found: Results = {
+    "environment": json.loads((workdir / "environment.json").read_text()),
+    "Keras": [],
+    "resnet_flax": [],
+  }
+  for theirs in sorted(workdir.glob("keras-seed*.jsonl")):
+    seed = theirs.stem.removeprefix("keras-seed")
+    ours = workdir / f"ours-seed{seed}" / "metrics.jsonl"
+    sides = [
+      [json.loads(line) for line in path.read_text().splitlines()]
+      for path in (theirs, ours)
+      if path.exists()
+    ]
+    if len({len(side) for side in sides}) == 1 and sides[1:]:
+      for name, side in zip(_STYLES, sides, strict=True):
+        found[name].append([{k: r[k] for k in _KEPT} for r in side])
+  return found
+
+
+def table(results: Results) -> str:
+  """Final and best test accuracy, objective and time, as Markdown."""
+  sides = [results[name] for name in _STYLES]
+  rows = {
+    "last epoch's test accuracy, %": [
+      [100 * run[-1]["test_accuracy"] for run in side] for side in sides
+    ],
+    "best epoch's test accuracy, %": [
+      [100 * max(r["test_accuracy"] for r in run) for run in side]
+      for side in sides
+    ],
+    "last epoch's training objective": [
+      [run[-1]["train_objective"] for run in side] for side in sides
+    ],
+    "training of an epoch, s": [
+      [statistics.median(r["epoch_seconds"] for r in run) for run in side]
+      for side in sides
+    ],
+  }
+  lines = [
+    "| | Keras | resnet_flax | difference, 95 % interval |",
+    "| --- | --- | --- | --- |",
+  ]
+  for title, (theirs, ours) in rows.items():
+    interval = intervals.interval(
+      np.array(ours), np.array(theirs), paired=False
+    )
+    difference = f"{statistics.mean(ours) - statistics.mean(theirs):+.3g}"
+    if interval:
+      difference += f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
+    cells = [title, *map(_mean_and_std, (theirs, ours)), difference]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def _mean_and_std(values: list[float]) -> str:
+  std = f" ± {statistics.stdev(values):.2g}" if values[1:] else ""
+  return f"{statistics.mean(values):.4g}{std} (n = {len(values)})"
+
+
+def draw(results: Results) -> Any:
+  """Training objective and test error of all seeds, over the epochs."""
+  figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+  panels = (
+    (axes[0], "training objective (nats, with L2)", _objective),
+    (axes[1], "test error (%)", _error),
+  )
+  for axis, title, value in panels:
+    for name, (color, line) in _STYLES.items():
+      for seed, run in enumerate(results[name]):
+        axis.plot(
+          range(1, len(run) + 1),
+          [value(record) for record in run],
+          color=color,
+          linestyle=line,
+          linewidth=1.3,
+          label=None if seed else f"{name}, {len(results[name])} seeds",
+        )
+    axis.set(xlabel="epoch", ylabel=title)
+    axis.grid(alpha=0.3)
+  axes[1].legend()
+  figure.suptitle(
+    "The Keras example and v1_depth20 on CIFAR-10 (JPEG copy), 50,000 images"
+  )
+  return figure
+
+
+def _objective(record: dict[str, float]) -> float:
+  return record["train_objective"]
+
+
+def _error(record: dict[str, float]) -> float:
+  return 100 * (1 - record["test_accuracy"])
+
+
+def main() -> None:
+  """Writes results.json, curves.png and the README's table."""
+  parser = argparse.ArgumentParser(COMMAND)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  results = collect(parser.parse_args().workdir)
+  files_lib.write_json(_FOLDER / "results.json", results)
+  draw(results).savefig(_FOLDER / "curves.png", dpi=110)
+  readme = _FOLDER / "README.md"
+  text = markers.replace(readme.read_text(), "parity", COMMAND, table(results))
+  readme.write_text(text)
+
+
+if __name__ == "__main__":
+  main()
