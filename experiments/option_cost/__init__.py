@@ -1,0 +1,1 @@
+"""What options cost a training step."""
