@@ -115,12 +115,6 @@ def evaluate(
   )
 
 
-def is_scored(config: ConfigDict, epoch: int) -> bool:
-  """Whether the splits are scored after a 0-based epoch."""
-  done = epoch + 1
-  return done % config.eval_every_epochs == 0 or done == config.num_epochs
-
-
 def evaluate_all(
   config: ConfigDict,
   epoch: int,
@@ -135,9 +129,10 @@ def evaluate_all(
   None of an epoch that `eval_every_epochs` passes over.
   """
   scores: dict[str, Scores] = {}
-  if not is_scored(config, epoch):
+  done = epoch + 1
+  if done % config.eval_every_epochs and done < config.num_epochs:
     return scores
-  for weights in averaging.present(config, epoch + 1):
+  for weights in averaging.present(config, done):
     select = functools.partial(averaging.select, weights=weights)
     chosen = layout.map(select, state)
     for name, split in splits.items():
