@@ -1,0 +1,198 @@
+"""Scores the finished cells of degradation.py; draws and judges them.
+
+python -m experiments.depth_ablation.report --workdir=runs/degradation
+"""
+
+import argparse
+import pathlib
+import statistics
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.tools import markers
+from resnet_flax.run import files as files_lib, folder, load, metrics
+from resnet_flax.tools.report import intervals
+
+_FOLDER = pathlib.Path(__file__).parent
+COMMAND = "python -m experiments.depth_ablation.report"
+NETWORKS = ("plain", "resnet_v1")
+DEPTHS = (20, 56)
+SEEDS = range(5)
+# What README.md decided before the first run, in points of training error.
+_FLAT_EPOCHS = 8
+_FLAT = 1.0
+_NO_DEGRADATION = 1.0
+_STYLES = {
+  ("plain", 20): ("#000000", ":"),
+  ("plain", 56): ("#d55e00", "--"),
+  ("resnet_v1", 20): ("#009e73", "-."),
+  ("resnet_v1", 56): ("#0072b2", "-"),
+}
+Cell = dict[str, Any]
+
+
+def collect(workdir: pathlib.Path) -> list[Cell]:
+  """What is kept of each finished cell, by network, depth and seed.
+
+  Returns:
+    Each with `train_error` and `test_error` of the final weights in inference
+    mode, and `train_errors` and `test_errors` of the epochs, in percent.
+    The training errors of epochs are means over a network that changes.
+  """
+  cells = []
+  for path in sorted(workdir.glob("*/config.json")):
+    run = path.parent
+    config = folder.load_config(run)
+    records = metrics.MetricsLog(run, config).read()
+    if len(records) < config.num_epochs:
+      continue
+    scores = load.evaluate_workdir(run, "latest", split="train")
+    curves = {
+      f"{split}_errors": [
+        round(100 * (1 - record[f"{split}_accuracy"]), 3) for record in records
+      ]
+      for split in ("train", "test")
+    }
+    cells.append(
+      {
+        "network": config.model.name,
+        "depth": config.model.depth,
+        "seed": config.seed,
+        "train_error": 100 * (1 - scores["accuracy"]),
+        "test_error": curves["test_errors"][-1],
+        **curves,
+        "minutes": sum(record["epoch_seconds"] for record in records) / 60,
+        "environment": folder.read_environment(run),
+      }
+    )
+  order = ("network", "depth", "seed")
+  return sorted(cells, key=lambda cell: [cell[key] for key in order])
+
+
+def errors_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
+  """The cells of a network and a depth by their seeds."""
+  return {
+    cell["seed"]: cell
+    for cell in cells
+    if (cell["network"], cell["depth"]) == (network, depth)
+  }
+
+
+def table(cells: list[Cell]) -> str:
+  """Errors by network and depth, differences by depth, and what they show."""
+  lines = [
+    "| network | depth | training error % | test error % | n |",
+    "| --- | --- | --- | --- | --- |",
+  ]
+  for network in NETWORKS:
+    for depth in DEPTHS:
+      found = errors_of(cells, network, depth).values()
+      shown = [
+        _mean_and_std([cell[key] for cell in found])
+        for key in ("train_error", "test_error")
+      ]
+      lines.append(
+        f"| `{network}` | {depth} | {' | '.join(shown)} | {len(found)} |"
+      )
+  lines += [
+    "",
+    "| network | 56 less 20 layers, points of training error | 95 % interval |"
+    " seeds | shown |",
+    "| --- | --- | --- | --- | --- |",
+  ]
+  for network in NETWORKS:
+    shallow, deep = (errors_of(cells, network, depth) for depth in DEPTHS)
+    seeds = sorted(shallow.keys() & deep.keys())
+    ends = [
+      np.array([each[seed]["train_error"] for seed in seeds])
+      for each in (deep, shallow)
+    ]
+    differences = ends[0] - ends[1]
+    interval = intervals.interval(*ends, paired=True)
+    text = "–"
+    if interval:
+      text = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
+    lines.append(
+      f"| `{network}` | {_mean_and_std(differences.tolist())} | {text} |"
+      f" {len(seeds)} | {verdict(network, differences, interval, deep)} |"
+    )
+  return "\n".join(lines)
+
+
+def _mean_and_std(values: list[float]) -> str:
+  if not values:
+    return "–"
+  std = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
+  return f"{statistics.mean(values):.1f}{std}"
+
+
+def verdict(
+  network: str,
+  differences: np.ndarray,
+  interval: tuple[float, ...] | None,
+  deep: dict[int, Cell],
+) -> str:
+  """What a network shows by the rules of README.md."""
+  if len(differences) < len(SEEDS) or interval is None:
+    return f"not yet: {len(differences)} of {len(SEEDS)} seeds"
+  if network != "plain":
+    return "no degradation" if interval[1] < _NO_DEGRADATION else "not shown"
+  moves = [
+    abs(cell["train_errors"][-1] - cell["train_errors"][-1 - _FLAT_EPOCHS])
+    for cell in deep.values()
+  ]
+  degrades = min(differences) > 0 and interval[0] > 0 and max(moves) < _FLAT
+  return "degradation" if degrades else "not shown"
+
+
+def draw(cells: list[Cell]) -> Any:
+  """Training error (thick) and test error of all seeds over the epochs."""
+  figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+  for (network, depth), (color, line) in _STYLES.items():
+    found = errors_of(cells, network, depth)
+    for split, width, alpha in (("train", 2.2, 1.0), ("test", 0.9, 0.6)):
+      for k, cell in enumerate(found.values()):
+        curve = cell[f"{split}_errors"]
+        label = f"{network}, {depth} layers, n = {len(found)}"
+        axis.plot(
+          range(1, len(curve) + 1),
+          curve,
+          color=color,
+          linestyle=line,
+          linewidth=width,
+          alpha=alpha,
+          label=label if split == "train" and not k else None,
+        )
+  num_epochs = max(len(cell["train_errors"]) for cell in cells)
+  axis.set(xlabel="epochs of training", ylabel="error (%)", ylim=(0, None))
+  axis.grid(alpha=0.3)
+  axis.legend()
+  figure.suptitle(
+    "Training (thick) and test error of each seed: CIFAR-10 (JPEG copy),\n"
+    f"10,000 training images, no augmentation, {num_epochs} epochs",
+    fontsize="medium",
+  )
+  return figure
+
+
+def main() -> None:
+  """Writes degradation.json, degradation.png and the README's table."""
+  parser = argparse.ArgumentParser(COMMAND)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  cells = collect(parser.parse_args().workdir)
+  files_lib.write_json(_FOLDER / "degradation.json", cells)
+  draw(cells).savefig(_FOLDER / "degradation.png", dpi=110)
+  readme = _FOLDER / "README.md"
+  text = markers.replace(
+    readme.read_text(), "degradation", COMMAND, table(cells)
+  )
+  readme.write_text(text)
+
+
+if __name__ == "__main__":
+  main()
