@@ -94,7 +94,7 @@ def choose_resources(
     CPUs and GPUs of a cell.
 
   Raises:
-    ConfigError: no machine has so many.
+    ConfigError: no machine has enough CPUs and GPUs.
   """
   sizes = [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes]
   gpus = wanted.gpus
