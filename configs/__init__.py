@@ -1,1 +1,1 @@
-"""Experiments: `base.py` declares every key, the others are deltas over it."""
+"""Experiments: `base.py` declares every key; the others are deltas over it."""

@@ -12,5 +12,5 @@ from resnet_flax.run import config as config_keys
 
 
 def get_config() -> ConfigDict:
-  """Every key with its default, locked."""
+  """Returns every key with its default, locked."""
   return config_keys.default_config()

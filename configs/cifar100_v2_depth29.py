@@ -1,8 +1,8 @@
 """ResNet-29 v2 on CIFAR-100 (fine labels).
 
-Source: the Keras CIFAR-10 ResNet example, on the data set's sibling.
-Expected: nothing is published for this recipe on CIFAR-100.
-Cost: that of v2_depth29.
+Source: the Keras CIFAR-10 ResNet example, applied to CIFAR-100.
+Expected: no result of this recipe on CIFAR-100 is published.
+Cost: the same as v2_depth29.
 Command: python -m resnet_flax.main --config=configs/cifar100_v2_depth29.py
 """
 

@@ -7,7 +7,7 @@ Source: He et al. 2015, "Deep Residual Learning for Image Recognition",
 Expected: 8.75 % test error (Table 6); 6.43 % at depth 110.
 Cost: 8.2 million images.
 Command: python -m resnet_flax.main --config=configs/he2015_depth20.py
-Depth 110 (--config.model.depth=110) warms up at rate 0.01 by itself.
+Depth 110 (--config.model.depth=110) also warms up at rate 0.01.
 """
 
 from resnet_flax.configs import base

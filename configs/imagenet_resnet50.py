@@ -4,12 +4,12 @@ Source: He et al. 2015, "Deep Residual Learning for Image Recognition",
   section 3.4: SGD with momentum 0.9, batch 256, rate 0.1 divided by 10, decay
   of 1e-4 * w on all weights, shorter side 256 to 480, random crop of 224, flip.
 Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
-  reimplementations, not when the error stops falling; images are normalised by
-  each channel's mean and deviation, not by a mean image; no colour augmentation
-  (section 3.4 takes that of Krizhevsky et al. 2012); scores are of one central
-  crop, the paper's tables 2 and 3 of ten: --config.dataset.test_crops=10
-Expected: the paper has 22.85 % top-1 error of ten crops (table 3). Not
-  reproduced here.
+  reimplementations, not when the error stops falling. Images are normalised by
+  each channel's mean and deviation, not by a mean image. Section 3.4's colour
+  augmentation (Krizhevsky et al. 2012) is missing. Scores use one central crop;
+  the paper's tables 2 and 3 use ten: --config.dataset.test_crops=10
+Expected: the paper reports 22.85 % top-1 error with ten crops (table 3). This
+  has not been reproduced here.
 Cost: 115 million images at 3.9 G multiply-adds, for several GPUs or a TPU.
 Command: python -m resnet_flax.main --config=configs/imagenet_resnet50.py
 Other depths: --config.model.depth=18 (34, 101, 152); without shortcuts:

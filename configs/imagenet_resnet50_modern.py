@@ -1,4 +1,4 @@
-"""ResNet-50 on ImageNet by what has become usual since the paper.
+"""ResNet-50 on ImageNet by a recipe that is common since the paper.
 
 Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD": a large batch, rate
   of 0.1 for each 256 images, five epochs of linear warm-up; He et al. 2018,
@@ -7,12 +7,12 @@ Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD": a large batch, rate
   the stride in the 3x3 convolutions (torchvision's v1.5).
 Differences: bfloat16; no batch norm starts at a scale of zero; no mixup, no
   distillation, and one stem convolution as in the paper.
-Expected: Goyal et al. have 23.74 % top-1 error with batch 8192 and 90 epochs,
-  without cosine and label smoothing (their table 1). Not reproduced here.
+Expected: Goyal et al. report 23.74 % top-1 error with batch 8192 and 90 epochs,
+  without cosine and label smoothing (table 1). Not reproduced here.
 Cost: 128 million images at 4.1 G multiply-adds, for several GPUs or a TPU.
 Command: python -m resnet_flax.main --config=configs/imagenet_resnet50_modern.py
 Other batch sizes: --config.batch_size=256 --config.optimizer.learning_rate=0.1
-Ten crops, of a run or of its best checkpoint: --config.dataset.test_crops=10
+Ten crops, in a run or for its best checkpoint: --config.dataset.test_crops=10
 """
 
 from resnet_flax.configs import imagenet_resnet50

@@ -17,6 +17,6 @@ def get_config():
   config.num_epochs = 25
   config.augment.flip = False  # A mirrored digit is another digit, or none.
   config.model.depth = 8
-  # Few steps: statistics that follow 0.99 would lag behind the weights.
+  # The run has few steps: at 0.99 the statistics would lag behind the weights.
   config.model.batch_norm_momentum = 0.9
   return config

@@ -1,13 +1,13 @@
 """ResNet-50 as torchvision builds it, for its weights and for fine-tuning.
 
-Source: He et al. 2015, table 1, with the stride in the 3x3 convolutions;
-  torchvision's resnet50 in padding, epsilon and normalisation. CIFAR-10 images
-  are enlarged to 224x224; SGD at a rate for weights that are trained already.
+Source: He et al. 2015, table 1, with the stride in the 3x3 convolutions.
+  Padding, epsilon and normalisation match torchvision's resnet50. CIFAR-10
+  images are enlarged to 224x224. SGD has a rate for pretrained weights.
 Expected: converted weights give torchvision's logits (experiments/weights).
-  What fine-tuning reaches has not been measured here.
+  The accuracy of fine-tuning has not been measured here.
 Cost: 10 epochs are half a million images at 4.1 G multiply-adds, for a GPU.
 Command: python -m resnet_flax.main --config=configs/resnet50_torchvision.py
-  with --config.init_from=runs/resnet50, which `resnet_flax.convert` has made.
+  with --config.init_from=runs/resnet50, made by `resnet_flax.convert`.
 Other depths: --config.model.depth=18 (34, 101, 152)
 """
 
@@ -15,7 +15,7 @@ from resnet_flax.configs import base
 
 
 def get_config():
-  """ResNet-50 of torchvision, fine-tuned."""
+  """Fine-tunes torchvision's ResNet-50."""
   config = base.get_config()
   config.batch_size = 64
   config.num_epochs = 10

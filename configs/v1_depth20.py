@@ -1,7 +1,7 @@
 """ResNet-20 v1 on CIFAR-10: the Keras example's own setting.
 
 Source: the Keras CIFAR-10 ResNet example; He et al. 2015, section 4.2.
-Expected: 92.16 % test accuracy after 200 epochs, as the example publishes it.
+Expected: 92.16 % test accuracy after 200 epochs, as published by the example.
 Cost: 10 million images: 6 to 9 hours at 300 to 470 images/s on 2 CPU cores.
 Command: python -m resnet_flax.main --config=configs/v1_depth20.py
 Other depths of v1 (6n+2): --config.model.depth=32 (44, 56, 110)

@@ -3,7 +3,7 @@
 Source: the Keras CIFAR-10 ResNet example; He et al. 2016.
 Expected: the example publishes no figure for depth 29 (56: 93.01 %,
   110: 93.15 % test accuracy after 200 epochs).
-Cost: about three times that of v1_depth20 for the same number of images.
+Cost: about three times as much as v1_depth20 for the same number of images.
 Command: python -m resnet_flax.main --config=configs/v2_depth29.py
 Other depths of v2 (9n+2): --config.model.depth=56 (110, 164)
 """

@@ -1,1 +1,1 @@
-"""One question each: see the README of every folder."""
+"""Each folder answers one question; its README says which."""

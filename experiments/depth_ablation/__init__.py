@@ -1,1 +1,1 @@
-"""Whether shortcuts help a deep network more than a shallow one."""
+"""Tests whether shortcuts help a deep network more than a shallow one."""

@@ -1,8 +1,8 @@
 """Plain and residual networks of 20 and 56 layers, trained until they stop.
 
-He et al. 2015, figures 1 and 6, on 10,000 of the 50,000 training images,
-without augmentation: 32 epochs of 312 steps, with the recipe's four drops at
-the same parts of the training. README.md states what is called degradation.
+This repeats figures 1 and 6 of He et al. 2015 on 10,000 of the 50,000 training
+images, without augmentation, for 32 epochs of 312 steps. The recipe's four
+drops come at the same fractions of the training. README.md defines degradation.
 
   python -m experiments.sweep --sweep=experiments/depth_ablation/degradation.py
     --workdir=runs/degradation
@@ -14,11 +14,11 @@ OVERRIDES = {
   "dataset.train_examples": 10_000,
   "augment.name": "none",
 }
-# Seed by seed: an unfinished sweep has whole pairs.
+# The seed varies slowest, so that an unfinished sweep has whole pairs.
 GRID = {
   "seed": [0, 1, 2, 3, 4],
   "model.depth": [56, 20],
   "model.name": ["plain", "resnet_v1"],
 }
-# Two cells at once on 2 cores are together faster than one after the other.
+# On 2 cores, two cells at once take less time than one after the other.
 CPUS_PER_CELL = 1

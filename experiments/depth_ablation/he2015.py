@@ -1,7 +1,7 @@
-"""He et al. 2015, table 6 and figure 6, at full scale: five seeds of each.
+"""Table 6 and figure 6 of He et al. 2015 at full scale, with five seeds.
 
-Plain and residual networks of 20 to 110 layers by the paper's own recipe, 164
-epochs of all 50,000 training images.
+The sweep trains plain and residual networks of 20 to 110 layers by the paper's
+own recipe, for 164 epochs of all 50,000 training images.
 
   python -m experiments.sweep --sweep=experiments/depth_ablation/he2015.py
     --workdir=runs/he2015

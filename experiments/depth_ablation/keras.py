@@ -1,6 +1,6 @@
-"""The Keras example's table at full scale: five seeds of each network.
+"""The Keras example's table at full scale, with five seeds of each network.
 
-Its recipe, 200 epochs of all 50,000 training images.
+The sweep uses the example's recipe: 200 epochs of all 50,000 training images.
 
   python -m experiments.sweep --sweep=experiments/depth_ablation/keras.py
     --workdir=runs/keras

@@ -1,8 +1,8 @@
-"""Plain and residual networks of 20 and 56 layers, in little time.
+"""Plain and residual networks of 20 and 56 layers, trained briefly.
 
-He et al. 2015, figures 1 and 6: the deeper plain network trains worse than the
-shallower one, the deeper residual network does not. Here with 10,000 of the
-50,000 training images and six epochs, the last two at a tenth of the rate.
+In figures 1 and 6 of He et al. 2015 depth raises the training error of plain
+networks, not of residual networks. This sweep uses 10,000 of the 50,000
+training images and six epochs, the last two at a tenth of the learning rate.
 
   python -m experiments.sweep --sweep=experiments/depth_ablation/sweep.py
     --workdir=runs/depth_ablation
@@ -20,5 +20,5 @@ GRID = {
   "model.depth": [56, 20],
   "model.name": ["plain", "resnet_v1"],
 }
-# Two cells at once on 2 cores are together faster than one after the other.
+# On 2 cores, two cells at once take less time than one after the other.
 CPUS_PER_CELL = 1

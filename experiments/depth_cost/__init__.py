@@ -1,1 +1,1 @@
-"""What depth costs in time to compile, memory and speed."""
+"""The cost of depth in compile time, memory and speed."""

@@ -1,10 +1,10 @@
-"""Measures what depth costs, plain, rematerialised and looped.
+"""Measures the cost of depth, plain, rematerialised and looped.
 
   python -m experiments.depth_cost --out=FILE.json [--name=resnet_v1]
     [--depths=20,56,110] [--modes=plain,remat,scan,scan+remat]
     [--batch_size=32] [--steps=3]
 
-Each depth and mode is measured in a process of its own, on one resident batch,
+Each depth and mode is measured in its own process, on one resident batch,
 without a compilation cache. Nothing else should run meanwhile.
 """
 
@@ -42,42 +42,44 @@ MODES = {
   "scan+remat": {"scan": True, "remat": True},
 }
 
-_NAME = flags.DEFINE_string("name", "resnet_v1", "The network, `model.name`.")
-_DEPTHS = flags.DEFINE_list("depths", ["20", "56", "110"], "Its depths.")
-_MODES = flags.DEFINE_list("modes", list(MODES), f"Some of {', '.join(MODES)}.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a step.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps that are timed.")
+_NAME = flags.DEFINE_string("name", "resnet_v1", "The network's `model.name`.")
+_DEPTHS = flags.DEFINE_list("depths", ["20", "56", "110"], "Network depths.")
+_MODES = flags.DEFINE_list("modes", list(MODES), f"Any of {', '.join(MODES)}.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images per step.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Number of timed steps.")
 _OUT = flags.DEFINE_string("out", "", "JSON file, written after each process.")
 _CHILD = flags.DEFINE_bool("child", False, "Measure here; print JSON.")
 flags.register_validator(
-  "modes", lambda modes: set(modes) <= set(MODES), "There is no such mode."
+  "modes",
+  lambda modes: set(modes) <= set(MODES),
+  f"must be any of {', '.join(MODES)}.",
 )
 
 
 def measure(
   name: str, depth: int, mode: str, batch_size: int, steps: int
 ) -> dict[str, Any]:
-  """One depth in one mode, on the first device of this process.
+  """Measures one depth in one mode, on the first device of this process.
 
   Args:
-    name: of the network, in the Keras recipe.
-    depth: of the network.
+    name: `model.name` of the network, in the Keras recipe.
+    depth: `model.depth` of the network.
     mode: a key of `MODES`.
-    batch_size: images of a step.
-    steps: how many are timed, after one that warms up.
+    batch_size: images per step.
+    steps: number of timed steps, after one warm-up step.
 
   Returns:
-    The arguments, `trace_init_seconds` and `trace_step_seconds` (shapes alone,
-    the first time), `initialize_seconds` (the real state), `lower_seconds`,
-    `compile_seconds`, `compile_cpu_seconds` (of all threads), `temporary_mb`
-    (XLA's plan), `peak_mb` (the process's resident memory), `step_seconds` (of
-    each step), `losses` (after each step, the first included, the epoch's
-    mean), `changed` (the share of kernels that the steps changed).
+    The arguments, `trace_init_seconds` and `trace_step_seconds` (the first
+    trace, with shapes only), `initialize_seconds` (the real state),
+    `lower_seconds`, `compile_seconds`, `compile_cpu_seconds` (of all threads),
+    `temporary_mb` (XLA's plan), `peak_mb` (the process's resident memory),
+    `step_seconds` (one per step), `losses` (the epoch's mean after each step
+    and the warm-up step), `changed` (the share of kernels that changed).
 
   Raises:
     FloatingPointError: a step's results are not finite.
   """
-  # A cache would answer for the compiler.
+  # With a cache, the times would not include compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   config = base.get_config()
   config.batch_size = batch_size
@@ -115,7 +117,7 @@ def measure(
   compiled = lowered.compile(mesh_lib.compiler_options(mesh_lib.create_mesh()))
   compile_seconds = time.perf_counter() - started
   compile_cpu_seconds = time.process_time() - cpu_started
-  del traced, lowered  # As training has forgotten them.
+  del traced, lowered  # Training does not keep them either.
   before = _kernels(state)
   step_seconds, losses = [], []
   for _ in range(steps + 1):
@@ -126,7 +128,7 @@ def measure(
     sums = step_metrics.sums
     losses.append(float(sums["loss"] / sums["count"]))
     if not step_metrics.finite:
-      raise FloatingPointError(f"after {len(losses)} steps, losses {losses}")
+      raise FloatingPointError(f"Step {len(losses)} is not finite: {losses}")
   changed = [
     not np.array_equal(old, new)
     for old, new in zip(before, _kernels(state), strict=True)
@@ -153,7 +155,7 @@ def measure(
 
 
 def _kernels(state: step_lib.TrainState) -> list[np.ndarray]:
-  """Copies of all that are kernels, on the host."""
+  """Copies all kernels to the host."""
   return [
     np.array(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
@@ -162,7 +164,7 @@ def _kernels(state: step_lib.TrainState) -> list[np.ndarray]:
 
 
 def _peak_bytes() -> int:
-  """The most resident memory that this process has had."""
+  """The peak resident memory of this process."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
 
@@ -178,7 +180,7 @@ def _measure_in_child(depth: int, mode: str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-  """Prints a table as it is measured, and keeps the raw figures."""
+  """Measures, prints each row of the table, and writes the raw figures."""
   del argv
   absl_logging.set_verbosity(absl_logging.FATAL)
   if _CHILD.value:
@@ -186,7 +188,7 @@ def main(argv: list[str]) -> None:
     result = measure(
       _NAME.value, int(depth), mode, _BATCH_SIZE.value, _STEPS.value
     )
-    # The parent cannot say: it leaves the devices to its children.
+    # The parent cannot describe the devices: it leaves them to its children.
     result["environment"] = environment.describe(jax.devices())
     print(json.dumps(result))
     return

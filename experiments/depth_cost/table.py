@@ -1,4 +1,4 @@
-"""The table of what depth costs."""
+"""The table of depth's costs."""
 
 import statistics
 from typing import Any
@@ -10,7 +10,7 @@ COLUMNS = (
 
 
 def row(result: dict[str, Any]) -> str:
-  """What was measured of a network in a mode, as a row in Markdown."""
+  """Formats one result of `measure` as a row in Markdown."""
   steps = sorted(result["step_seconds"])
   spread = f" ({steps[0]:.2f}–{steps[-1]:.2f})" if steps[1:] else ""
   lowering = result["trace_step_seconds"] + result["lower_seconds"]

@@ -1,1 +1,1 @@
-"""What sharing a batch out over devices costs, and whether it changes it."""
+"""Training on several devices: its cost, and whether results stay the same."""

@@ -4,9 +4,9 @@
     [--devices=1,2,4,8] [--per_device=32] [--rounds=5] [--steps=8]
     [--out=results.json]
 
-Devices that are threads of one CPU show that results do not depend on their
-number, and what sharding costs; not what it gains. Nothing else should run
-meanwhile.
+Virtual devices are threads of one CPU. They show whether results depend on the
+number of devices and how much sharding costs. They cannot show its gain.
+Nothing else should run meanwhile.
 """
 
 import pathlib
@@ -25,15 +25,15 @@ from resnet_flax.run import (
   surroundings,
 )
 
-_DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices.")
+_DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Device counts to measure.")
 _PER_DEVICE = flags.DEFINE_integer(
   "per_device", 32, "Images for each device.", lower_bound=1
 )
 _ROUNDS = flags.DEFINE_integer(
-  "rounds", 5, "Rounds, each of all.", lower_bound=1
+  "rounds", 5, "Measurements of each setting.", lower_bound=1
 )
 _STEPS = flags.DEFINE_integer(
-  "steps", 8, "Training steps of a round.", lower_bound=1
+  "steps", 8, "Training steps per round.", lower_bound=1
 )
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
@@ -45,8 +45,8 @@ def _numbers_of_devices() -> list[int]:
     numbers = []
   if not numbers or numbers[0] < 1:
     raise errors.ConfigError(
-      f"devices={','.join(_DEVICES.value)} must be numbers from 1, such"
-      " as 1,2,4,8."
+      f"--devices={','.join(_DEVICES.value)} must be integers of at least 1,"
+      " for example 1,2,4,8."
     )
   return numbers
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
   numbers = _numbers_of_devices()
-  # Before anything asks for a device.
+  # JAX reads these settings when the first device is requested.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", numbers[-1])
   surroundings.set_up()

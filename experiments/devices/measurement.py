@@ -1,4 +1,4 @@
-"""Speeds and losses of one batch on several devices and on one."""
+"""Compares speeds and losses of a batch on several devices and on one."""
 
 import itertools
 import statistics
@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from experiments.tools.timing import in_turn, prepare_on_data
 
-# Losses of the first steps are compared: later ones differ by what Adam makes
-# of rounding errors.
+# Only the losses of the first steps are compared: Adam amplifies rounding
+# errors in later ones.
 _COMPARED_STEPS = 4
 
 _COLUMNS = (
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 class _Trained:
-  """A training step on some devices, and what it has done so far."""
+  """A training step on some devices, with its state and its batches."""
 
   def __init__(self, config: ConfigDict, num_devices: int):
     devices = jax.devices()[:num_devices]
@@ -35,7 +35,7 @@ class _Trained:
     self._batch_size = config.batch_size
 
   def first_losses(self) -> list[float]:
-    """Mean losses of the epoch after each of its first steps."""
+    """The epoch's mean loss after each of its first steps."""
     losses = []
     for batch in itertools.islice(self._batches, _COMPARED_STEPS):
       (sums,) = self._resident.train([batch])
@@ -43,7 +43,7 @@ class _Trained:
     return losses
 
   def images_per_second(self, steps: int) -> float:
-    """Of the next steps."""
+    """Trains the next steps and returns their speed."""
     started = time.perf_counter()
     self._resident.train(itertools.islice(self._batches, steps))
     return steps * self._batch_size / (time.perf_counter() - started)
@@ -56,19 +56,19 @@ def measure(
   rounds: int,
   steps: int,
 ) -> list[dict[str, Any]]:
-  """Trains so many images for each device, and as many on one device.
+  """Trains the same batches on several devices and on one device.
 
   Args:
     config: the experiment's; its batch size is replaced.
-    numbers: of devices.
-    per_device: images for each of them.
-    rounds: how often each is measured, in turn, after one that warms up.
+    numbers: device counts.
+    per_device: images for each device.
+    rounds: measurements of each setting, in turn, after a warm-up round.
     steps: training steps of one measurement.
 
   Returns:
-    For each number, as JSON: `devices`, `batch_size`, images/s of each round on
-    them and on one device (`alone`), and `loss_differences`, the relative ones
-    of the epoch's mean loss after each of the first steps.
+    For each device count, as JSON: `devices`, `batch_size`, images/s of each
+    round on these devices and on one (`alone`), and `loss_differences`: the
+    relative difference of the epoch's mean loss after each of the first steps.
   """
   trained: dict[str, _Trained] = {}
   losses = {}
@@ -105,10 +105,10 @@ def _name(batch: int, devices: int) -> str:
 
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
-  """What was measured, as Markdown: medians, and ranges of the ratios.
+  """Formats results as Markdown: medians, and ranges of the ratios.
 
   Args:
-    measured: from `measure`, the least number of devices first.
+    measured: from `measure`, sorted by device count.
   """
   lines = [
     "| " + " | ".join(_COLUMNS) + " |",

@@ -1,1 +1,1 @@
-"""Whether a run survives what can happen to it, to the same bits."""
+"""Tests whether a run survives faults and ends bit-identical."""

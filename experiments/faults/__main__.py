@@ -1,11 +1,11 @@
-"""Injects every fault that we could think of, and kills at random times.
+"""Injects named faults into runs, and kills runs at random times.
 
   python -m experiments.faults --kills=50 --seed=0
     --out=experiments/faults/results.json [--faults=NAME,NAME]
 
-Prints a Markdown table; exits with 1 if anything was not as expected. Some
-faults need root and the right to mount, or a prepared CIFAR-10 under
-TFDS_DATA_DIR; without, they are skipped, visibly.
+The command prints a Markdown table and exits with 1 if a result is unexpected.
+Some faults need root and the right to mount, or a prepared CIFAR-10 under
+TFDS_DATA_DIR. Without it, the table lists them as skipped.
 """
 
 import collections
@@ -39,16 +39,16 @@ _OUT = flags.DEFINE_string("out", "", "JSON file, written after each fault.")
 _FAULTS = flags.DEFINE_list(
   "faults",
   list(injections.FAULTS),
-  f"Some of {', '.join(injections.FAULTS)}; empty for none.",
+  f"Any of {', '.join(injections.FAULTS)}; empty for none.",
 )
 flags.register_validator(
   "faults",
   lambda names: set(names) <= {*injections.FAULTS, ""},
-  "There is no such fault.",
+  f"must be any of {', '.join(injections.FAULTS)}, or empty.",
 )
 _SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
 _COLUMNS = ("fault", "injected", "outcome", "bytes that differ", "note")
-# Python may have no handlers yet, so that these end it in its own ways.
+# The program's handlers may not be installed yet, so Python's own codes count.
 _CODES_AT_START = {
   "SIGTERM": (-signal.SIGTERM, 128 + signal.SIGTERM),
   "SIGINT": (-signal.SIGINT, 128 + signal.SIGINT, 1),
@@ -56,19 +56,19 @@ _CODES_AT_START = {
 
 
 def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
-  """Kills runs at random times until so many kills have hit a process.
+  """Signals runs at random times until `kills` signals have ended a process.
 
-  Half of the times are drawn from the time that the reference took until its
-  step was compiled, half from the rest, counted from when the step of the
-  attempt is compiled.
+  Half of the times fall before compilation ends, within the reference's time up
+  to there. The other half fall after it, within the reference's remaining time
+  from the moment that the attempt's step is compiled.
 
   Args:
-    job: what is run, in one workdir after the other, each until it finishes.
-    kills: how many signals must have hit a process.
+    job: the job, which runs in new workdirs until each of them finishes.
+    kills: number of signals that must end a process.
     seed: draws the signals and their times.
 
   Returns:
-    For each workdir its attempts and the bytes that differ, as JSON.
+    The attempts and the number of differing bytes of each workdir, as JSON.
   """
   rng = np.random.default_rng(seed)
   reference = job.reference
@@ -90,7 +90,7 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
         process.wait_until(functools.partial(process.is_older, wait))
         process.send(number)
       attempts.append(process.end().as_json())
-      # A process that was ending by itself was sent its signal in vain.
+      # A signal does not count if its process finished anyway.
       hits += _was_hit(attempts[-1])
     different = None
     if attempts[-1]["exit_code"] == 0:
@@ -102,7 +102,7 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
 
 
 def kill_rows(workdirs: list[Any]) -> list[Row]:
-  """A row for each phase in which a signal hit.
+  """Makes a row for each phase in which signals ended a process.
 
   Args:
     workdirs: from `kill_at_random`.
@@ -142,12 +142,12 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
 
 
 def _was_hit(attempt: dict[str, Any]) -> bool:
-  """Whether a process was sent a signal, and did not finish all the same."""
+  """Whether a process got a signal and did not finish anyway."""
   return attempt["signal"] is not None and attempt["exit_code"] != 0
 
 
 def _ended_well(attempt: dict[str, Any]) -> bool:
-  """Whether a process that was hit by a signal ended as it should."""
+  """Whether a signalled process ended with the right exit code."""
   number = signal.Signals[attempt["signal"]]
   if number == signal.SIGKILL:
     return attempt["exit_code"] == -number
@@ -160,15 +160,15 @@ def inject(name: str, job: Job, seed: int) -> tuple[Row, list[Any]]:
   """Injects one named fault.
 
   Args:
-    name: of `injections.FAULTS`.
-    job: what is run.
-    seed: draws what the fault leaves open.
+    name: a key of `injections.FAULTS`.
+    job: the job that the fault hits.
+    seed: draws the random choices of the fault.
 
   Returns:
-    Its row, and all attempts as JSON.
+    The fault's row, and all attempts as JSON.
   """
   fault = injections.FAULTS[name]
-  # The docstring's first line is what the table calls it.
+  # The docstring's first line is the fault's name in the table.
   assert fault.__doc__ is not None
   title = fault.__doc__.splitlines()[0].rstrip(".")
   case = Case(job, np.random.default_rng(seed))
@@ -195,7 +195,7 @@ def _has_cifar10() -> bool:
 
 
 def _anonymous(value: Any, folder: pathlib.Path) -> Any:
-  """JSON without what is true of this machine only."""
+  """Replaces this machine's folder and host name in JSON."""
   text = json.dumps(value)
   for local, name in ((str(folder), "FOLDER"), (socket.gethostname(), "HOST")):
     text = text.replace(local, name)
@@ -203,10 +203,10 @@ def _anonymous(value: Any, folder: pathlib.Path) -> Any:
 
 
 def main(argv: list[str]) -> None:
-  """Prints a table as it goes, and keeps the raw figures."""
+  """Injects the faults, prints each row, and writes the raw figures."""
   del argv
   surroundings.set_up()
-  # A background job ignores SIGINT, and so would the runs.
+  # A background job ignores SIGINT, and its runs would inherit that.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   rows: list[Row] = []
   results: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A fault on trial: the job that it disturbs, what came of it."""
+"""The test of one fault: the job that it hits, and the results."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from resnet_flax.run import errors
 
 
 class Job:
-  """A command, what it gives undisturbed, and a half-done run of it.
+  """A command with its undisturbed run and a half-done run.
 
   Args:
-    folder: gets its workdirs and its data cache.
-    arguments: of the main command.
-    half_done: the step of the checkpoint after which a run is half done.
+    folder: folder for the workdirs and the data cache.
+    arguments: arguments of the main command.
+    half_done: step of the checkpoint at which the half-done run is killed.
   """
 
   def __init__(
@@ -34,7 +34,7 @@ class Job:
     self.arguments = [*arguments, f"--config.dataset.cache_dir={self.cache}"]
 
   def new_workdir(self) -> pathlib.Path:
-    """A folder that does not exist yet."""
+    """Names a workdir that does not exist yet."""
     self._num_workdirs += 1
     return self._folder / f"run{self._num_workdirs}"
 
@@ -53,7 +53,7 @@ class Job:
   @functools.cached_property
   def _template(self) -> tuple[pathlib.Path, int]:
     workdir = self.new_workdir()
-    # Here, so that no disturbed run is the first to fill the data cache.
+    # The undisturbed run fills the data cache before any disturbed run.
     assert self.reference
     process = harness.Process(self.arguments, workdir)
     process.wait_until(lambda: process.has_saved(self._half_done))
@@ -62,10 +62,10 @@ class Job:
     return workdir, process.pid
 
   def half_done(self, workdir: pathlib.Path) -> int:
-    """Makes a workdir that a killed run left.
+    """Makes a workdir in the state that a killed run leaves.
 
     Returns:
-      The number of the killed process, whose lock is still there.
+      The process ID of the killed run, whose lock is still in the workdir.
     """
     template, pid = self._template
     shutil.copytree(template, workdir)
@@ -74,7 +74,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """An undisturbed run: when it was compiled, how long it took, its results."""
+  """The undisturbed run: its compile time, its total time and its results."""
 
   seconds_to_compiled: float
   seconds: float
@@ -82,18 +82,18 @@ class Reference:
 
 
 class Case:
-  """One fault on trial: what was done, what came of it, what was wrong.
+  """The test of one fault: its actions, its outcome and its problems.
 
   Attributes:
-    workdir: of the run on trial; does not exist at first.
-    extra: arguments of the command besides the job's.
-    rng: draws what the fault leaves open.
-    injected: how many times the fault was injected.
+    workdir: workdir of the tested run; does not exist at first.
+    extra: further arguments of the command, after the job's.
+    rng: draws the random choices of the fault.
+    injected: number of times the fault was injected.
     attempts: all starts of the command, as JSON.
-    problems: what was not as expected.
-    notes: what is worth telling.
-    messages: what all starts wrote to standard error.
-    different_bytes: of all recovered runs' results; None before there is one.
+    problems: unexpected results, in words.
+    notes: remarks for the table.
+    messages: standard error of all starts.
+    different_bytes: differing bytes of all recovered runs; None without one.
   """
 
   def __init__(self, job: Job, rng: np.random.Generator):
@@ -111,17 +111,16 @@ class Case:
 
   @property
   def outcome(self) -> str:
-    """What was checked, in words."""
-    # Each once, in the order of events.
+    """The checked results in words, each once, in the order of events."""
     return ", ".join(dict.fromkeys(self._done))
 
   def expect(self, holds: bool, problem: str) -> None:
-    """Takes note of a problem, unless what is expected holds."""
+    """Records a problem unless the condition holds."""
     if not holds:
       self.problems.append(problem)
 
   def half_done(self) -> int:
-    """Goes on from a half-done run; returns the killed process's number."""
+    """Starts from a half-done run; returns the killed process's ID."""
     return self.job.half_done(self.workdir)
 
   def start(self, *extra: str, **environment: str) -> harness.Process:
@@ -151,7 +150,7 @@ class Case:
     number: int,
     **environment: str,
   ) -> harness.Ended:
-    """Starts the command and ends it by a signal when the condition holds."""
+    """Starts the command and signals it when the condition holds."""
     process = self.start_until(condition, **environment)
     process.send(number)
     return self.end(process)
@@ -163,8 +162,8 @@ class Case:
 
     Args:
       *words: parts of the line.
-      error: the line, if it is not to be had by running the command.
-      extra: arguments of the command besides the job's.
+      error: the line of a run that has ended already; None runs the command.
+      extra: further arguments of the command, after the job's.
     """
     if error is None:
       error = self.end(self.start(*extra)).error
@@ -174,7 +173,7 @@ class Case:
       self.expect(word in error, f"the error does not say {word!r}")
 
   def refuses_unchanged(self, *words: str, extra: Sequence[str] = ()) -> None:
-    """Also sees that no file of the workdir is changed."""
+    """Checks like `refuses`, and that no file of the workdir changes."""
     before = _contents(self.workdir)
     self.refuses(*words, extra=extra)
     self._done.append("changes nothing")
@@ -183,12 +182,12 @@ class Case:
   def recovers(
     self, *says: str, identical: bool = True, **environment: str
   ) -> None:
-    """Runs the command, which must finish and give the reference's results.
+    """Runs the command, which must finish with the reference's results.
 
     Args:
-      *says: must be in what it says.
-      identical: with no differing byte.
-      **environment: variables that are set for it.
+      *says: words that its messages must contain.
+      identical: whether the results must be bit-identical.
+      **environment: environment variables of the run.
     """
     self._done.append("recovers" if identical else "finishes")
     ended = self.end(self.start(**environment))
@@ -196,7 +195,7 @@ class Case:
     self.compare(ended, identical=identical)
 
   def says(self, ended: harness.Ended, *says: str) -> None:
-    """Sees that a process has said these words."""
+    """Checks that a process's messages contain these words."""
     text = "".join(ended.lines)
     for words in says:
       self.expect(words in text, f"the run does not say {words!r}")
@@ -216,12 +215,12 @@ class Case:
     self.expect(not identical or count == 0, "results differ")
 
   def keeps(self, what: str, holds: bool) -> None:
-    """Takes note that something was kept, or of the problem that it was not."""
+    """Records that something was kept, or the problem that it was not."""
     self._done.append(f"keeps {what}")
     self.expect(holds, f"does not keep {what}")
 
   def latest_is_good(self) -> None:
-    """Sees that the latest checkpoint can be restored, and is finite."""
+    """Checks that the latest checkpoint can be restored and is finite."""
     try:
       arrays = harness.latest_arrays(self.workdir)
     except errors.WorkdirError as error:
@@ -234,7 +233,7 @@ class Case:
 
 
 def _contents(folder: pathlib.Path) -> dict[str, bytes]:
-  """Everything in a folder, by relative path."""
+  """Reads everything in a folder, by relative path."""
   return {
     str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
     for path in folder.rglob("*")
@@ -243,7 +242,7 @@ def _contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 @dataclasses.dataclass
 class Row:
-  """A row of the table, and whether all was as expected."""
+  """A row of the table, and whether all its results were expected."""
 
   fault: str
   injected: int

@@ -1,10 +1,10 @@
-"""Measures what a checkpoint costs training, and its share at the defaults.
+"""Measures the cost of a checkpoint, and its share of an epoch by default.
 
   python -m experiments.faults.checkpoint_cost --config=configs/v1_depth20.py
     [--rounds=10] [--steps=40] [--out=FILE.json]
 
-In turn, on the real data: so many steps without a checkpoint, and as many after
-starting to save one, until it is on disk. Nothing else should run meanwhile.
+Two measurements on the real data take turns: steps without a checkpoint, and
+steps that start to save one, until it is on disk. Nothing else should run.
 """
 
 import itertools
@@ -29,17 +29,17 @@ from resnet_flax.run import (
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after one to warm up.")
-_STEPS = flags.DEFINE_integer("steps", 40, "Training steps of a measurement.")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after a warm-up round.")
+_STEPS = flags.DEFINE_integer("steps", 40, "Training steps per measurement.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
 def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-  """Seconds of so many steps, without and with a checkpoint, in turn.
+  """Times training steps without and with a checkpoint, in turn.
 
   Args:
     config: the experiment.
-    rounds: measurements of each.
+    rounds: measurements of each, after a warm-up round.
     steps: training steps of one measurement.
 
   Returns:

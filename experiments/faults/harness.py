@@ -1,4 +1,4 @@
-"""Starts runs, stops them, and compares what they leave."""
+"""Starts runs, stops them, and compares their results."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.005
 
 
 def command(arguments: list[str], workdir: pathlib.Path) -> list[str]:
-  """The main command on a workdir, as `subprocess` takes it."""
+  """Builds the main command on a workdir, for `subprocess`."""
   main = (sys.executable, "-m", "resnet_flax.main")
   return [*main, *arguments, f"--workdir={workdir}"]
 
@@ -37,10 +37,10 @@ class Ended:
 
   Attributes:
     code: exit code; negative if a signal killed it.
-    lines: what it wrote to standard error.
-    seconds: from its start, or from the signal if it was sent one.
-    signal: the signal's name; None if it ended before or was sent none.
-    phase: what it was doing when it was sent a signal; see `Process.phase`.
+    lines: lines of its standard error.
+    seconds: seconds since its start, or since the signal if it got one.
+    signal: the signal's name; None if it got none or ended before.
+    phase: the phase in which it got the signal; see `Process.phase`.
     sent_after: seconds from the start to the signal.
   """
 
@@ -55,8 +55,8 @@ class Ended:
   def error(self) -> str:
     """The line that says why it stopped; empty if it ended otherwise.
 
-    So it does with exit code 0, after a traceback, or without a line of the
-    form 'error: ...' at the end.
+    It is empty with exit code 0, after a traceback, or if the last line does
+    not have the form 'error: ...'.
     """
     last = self.lines[-1].strip() if self.lines else ""
     traced = any(line.startswith("Traceback") for line in self.lines)
@@ -64,7 +64,7 @@ class Ended:
     return last if wanted else ""
 
   def as_json(self) -> dict[str, Any]:
-    """All of it but what was written, in JSON's types."""
+    """Everything except its messages, in JSON's types."""
     return {
       "signal": self.signal,
       "phase": self.phase,
@@ -76,12 +76,12 @@ class Ended:
 
 
 class Process:
-  """The main command on a workdir, running.
+  """A running main command on a workdir.
 
   Args:
-    arguments: of the command.
-    workdir: of the run.
-    **environment: variables that are set for it.
+    arguments: arguments of the command.
+    workdir: workdir of the run.
+    **environment: environment variables of the process.
   """
 
   def __init__(
@@ -89,7 +89,7 @@ class Process:
   ):
     self._workdir = workdir
     self._steps_per_epoch = 0
-    # A file, not a pipe: it can be read while the process goes on.
+    # A file can be read while the process writes, unlike a pipe.
     self._messages, name = tempfile.mkstemp()
     os.unlink(name)
     self._process = subprocess.Popen(
@@ -103,26 +103,26 @@ class Process:
 
   @property
   def pid(self) -> int:
-    """The number of the process."""
+    """The process ID."""
     return self._process.pid
 
   @property
   def age(self) -> float:
-    """Seconds since it was started."""
+    """Seconds since its start."""
     return time.monotonic() - self.started
 
   def is_older(self, seconds: float) -> bool:
-    """Whether it was started so long ago."""
+    """Whether it started at least `seconds` ago."""
     return self.age >= seconds
 
   def messages(self) -> str:
-    """What it has written to standard error so far."""
-    # The position of the file is shared with the process: leave it alone.
+    """Its standard error so far."""
+    # The process shares the file's position, so reading must not move it.
     content = os.pread(self._messages, os.fstat(self._messages).st_size, 0)
     return content.decode(errors="replace")
 
   def wait_until(self, condition: Callable[[], bool]) -> bool:
-    """Polls until the condition holds; false if the process ends before."""
+    """Polls until the condition holds; False if the process ends before."""
     while self._process.poll() is None:
       if condition():
         return True
@@ -134,7 +134,7 @@ class Process:
     return "compiled in" in self.messages()
 
   def has_saved(self, step: int = 1) -> bool:
-    """Whether there is a whole checkpoint of this step or a later one."""
+    """Whether there is a complete checkpoint of this step or a later one."""
     return max(_whole(self._workdir), default=0) >= step
 
   def is_saving(self) -> bool:
@@ -142,13 +142,13 @@ class Process:
     return any((self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"))
 
   def phase(self) -> str:
-    """What it is doing, as its messages and its workdir tell.
+    """Tells from its messages and its workdir what it is doing.
 
     Returns:
-      'starting': Python and its libraries. 'preparing': the workdir is locked;
-      a checkpoint is restored, data are loaded. 'compiling': the training
-      step. Then 'training' or 'evaluating', and '+ saving' where a checkpoint
-      is half written.
+      'starting': Python and the libraries load. 'preparing': the workdir is
+      locked, and the run restores a checkpoint and loads data. 'compiling': the
+      training step compiles. Then 'training' or 'evaluating', with '+ saving'
+      while a checkpoint is half written.
     """
     if not self.is_compiled():
       if "compiling the" in self.messages():
@@ -158,7 +158,7 @@ class Process:
     return f"{doing} + saving" if self.is_saving() else doing
 
   def send(self, number: int) -> None:
-    """Sends a signal; of several, the first counts as the one that was sent."""
+    """Sends a signal; only the first one is recorded."""
     now, phase = time.monotonic(), self.phase()
     if self._process.poll() is not None:
       return
@@ -167,7 +167,7 @@ class Process:
       self._sent = (signal.Signals(number).name, phase, now)
 
   def end(self) -> Ended:
-    """Waits for its end."""
+    """Waits until it ends."""
     code = self._process.wait()
     now = time.monotonic()
     lines = self.messages().splitlines(keepends=True)
@@ -181,7 +181,7 @@ class Process:
     try:
       owner = json.loads((self._workdir / "lock").read_text())
     except (OSError, ValueError):
-      return False  # There is none, or it is being written.
+      return False  # There is no lock, or it is being written.
     return owner["pid"] == self.pid
 
   def _is_evaluating(self) -> bool:
@@ -191,7 +191,7 @@ class Process:
       self._steps_per_epoch = rate.steps_per_epoch
     epochs, within = divmod(_newest(self._workdir), self._steps_per_epoch)
     records = metrics.MetricsLog(self._workdir).read()
-    # Training of an epoch ends with a checkpoint, evaluation with a record.
+    # Training ends an epoch with a checkpoint, evaluation with a record.
     return not within and len(records) < epochs
 
 
@@ -204,10 +204,10 @@ def run_and_signal(
   """Runs the main command and sends it a signal, unless it ends before.
 
   Args:
-    arguments: of the command.
-    workdir: of the run.
-    number: the signal's.
-    condition: of the process, polled; the signal is sent when it holds.
+    arguments: arguments of the command.
+    workdir: workdir of the run.
+    number: number of the signal.
+    condition: polled; the signal is sent when it holds for the process.
   """
   process = Process(arguments, workdir)
   if process.wait_until(lambda: condition(process)):
@@ -216,11 +216,11 @@ def run_and_signal(
 
 
 def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
-  """The best checkpoint of a finished run.
+  """Finds the best checkpoint of a finished run.
 
   Returns:
-    The step of the oldest one that can be restored, and what every epoch's
-    record has of the monitored metric.
+    The step of the oldest checkpoint, which can be restored, and the monitored
+    metric of every epoch.
   """
   monitor = workdir_lib.load_config(workdir).checkpoint.monitor
   records = metrics.MetricsLog(workdir).read()
@@ -231,11 +231,11 @@ def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
-  """What a finished run is for: its records and its two checkpoints.
+  """Reads a finished run's results: its records and its two checkpoints.
 
   Returns:
-    `records`, without what is timed, as JSON; and the arrays of the latest and
-    of the best checkpoint, by path.
+    `records` without their timing, as JSON, and the arrays of the latest and
+    the best checkpoint, by path.
   """
   config = workdir_lib.load_config(workdir)
   records = metrics.MetricsLog(workdir).read()
@@ -252,17 +252,17 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def latest_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of the latest checkpoint of an unfinished run, by path."""
+  """Reads the latest checkpoint's arrays in an unfinished run, by path."""
   return _arrays(workdir, "latest", _whole(workdir)[-1])
 
 
 def latest(workdir: pathlib.Path) -> pathlib.Path:
-  """The folder of the latest whole checkpoint."""
+  """The folder of the latest complete checkpoint."""
   return workdir / "checkpoints" / str(_whole(workdir)[-1])
 
 
 def num_different_bytes(one: dict[str, Any], other: dict[str, Any]) -> int:
-  """How many bytes of two runs' results differ; all, where one is missing."""
+  """Counts differing bytes of two runs; a missing array differs in all."""
   count = 0
   for name in one.keys() | other.keys():
     a, b = (
@@ -287,13 +287,13 @@ def _arrays(
 
 
 def _whole(workdir: pathlib.Path) -> list[int]:
-  """The steps of the whole checkpoints, ascending."""
+  """The steps of the complete checkpoints, ascending."""
   names = [path.name for path in (workdir / "checkpoints").glob("*")]
   return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _newest(workdir: pathlib.Path) -> int:
-  """The newest step that was saved or is being saved; 0 if there is none."""
+  """The newest saved or half-saved step; 0 if there is none."""
   names = [path.name for path in (workdir / "checkpoints").glob("*")]
   steps = [name.partition(_UNFINISHED)[0] for name in names]
   return max((int(step) for step in steps if step.isdecimal()), default=0)

@@ -1,4 +1,4 @@
-"""The named faults: how each is injected and what must come of it."""
+"""The named faults: each function injects one and checks the outcome."""
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ DIGITS = (
   "--config.model.num_filters=8",
   "--config.checkpoint.every_steps=3",
 )
-# Digits are not cached, CIFAR-10 is: one epoch of 10 steps.
+# CIFAR-10 has a data cache, unlike digits. It trains one epoch of 10 steps.
 CIFAR10 = (
   *DIGITS,
   "--config.dataset.name=cifar10",
@@ -37,7 +37,7 @@ CIFAR10 = (
   "--config.eval_batch_size=500",
 )
 _EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-# A signal must have ended a run after so long, a second one at once.
+# A signal must end a run within this time, a second signal at once.
 _SECONDS_TO_STOP = 10.0
 _AT_ONCE = 2.0
 _SECONDS_TO_TRACE = 2.0
@@ -61,7 +61,7 @@ socket.gethostname = lambda: "elsewhere"
 
 
 class Skipped(Exception):
-  """The machine cannot inject a fault; says what it lacks."""
+  """The machine cannot inject a fault; the message names the missing part."""
 
 
 def truncated_checkpoint(case: Case) -> None:
@@ -143,11 +143,11 @@ def read_only_workdir(case: Case) -> None:
   with _small_disk(case.job.new_workdir()) as disk:
     case.workdir = disk / "run"
     process = case.start_until(lambda process: process.has_saved())
-    # Over itself: remounting is refused while the run has files open.
+    # A disk with open files cannot be remounted, but a bind mount can.
     _run("mount", "--bind", str(case.workdir), str(case.workdir))
     try:
       while not _is_read_only(case.workdir):
-        # Refused where the run has just opened a file through the new mount.
+        # This fails while the run has a file open through the new mount.
         _run("mount", "-o", "remount,bind,ro", str(case.workdir), check=False)
       ended = case.end(process)
     finally:
@@ -161,7 +161,7 @@ def removed_workdir(case: Case) -> None:
   """The workdir is removed under the run."""
   process = case.start_until(lambda process: process.has_saved())
   while case.workdir.exists():
-    # Again, where the run has written meanwhile.
+    # The run may write meanwhile, so this is repeated.
     shutil.rmtree(case.workdir, ignore_errors=True)
   case.refuses("was removed or emptied", error=case.end(process).error)
   case.recovers()
@@ -184,7 +184,7 @@ def stale_lock(case: Case) -> None:
 def clock_goes_back(case: Case) -> None:
   """The clock goes back a day between two starts, and goes on backwards."""
   case.half_done()
-  # As they are for a clock that is a day late.
+  # The files' times are then a day ahead of the clock.
   for path in (case.workdir, *case.workdir.rglob("*")):
     tomorrow = path.stat().st_mtime + _DAY
     os.utime(path, (tomorrow, tomorrow))
@@ -358,18 +358,18 @@ def two_signals(case: Case) -> None:
   case.recovers()
 
 
-# ---- The copy of a run that `checkpoint.mirror` keeps
+# ---- Faults of the copy that `checkpoint.mirror` keeps
 
 
 def _mirrored(case: Case) -> pathlib.Path:
-  """From now on the command keeps a mirror, in this folder."""
+  """Makes the command keep a mirror; returns its folder."""
   folder = case.job.new_workdir()
   case.extra = [f"--config.checkpoint.mirror={folder}"]
   return folder
 
 
 def _copied(folder: pathlib.Path, count: int = 1) -> bool:
-  """Whether there are so many lists of states with checkpoints."""
+  """Whether the mirror lists at least `count` states with checkpoints."""
   lists = folder.glob("states/*.json")
   return sum('"checkpoints/' in path.read_text() for path in lists) >= count
 
@@ -468,7 +468,7 @@ def second_machine(case: Case) -> None:
   module.mkdir()
   (module / "sitecustomize.py").write_text(_ELSEWHERE)
   first, case.workdir = case.workdir, case.job.new_workdir()
-  # So that it does not finish before the other one has begun.
+  # The first run must not finish before the second one has begun.
   os.kill(process.pid, signal.SIGSTOP)
   other = case.end(case.start(PYTHONPATH=str(module)))
   os.kill(process.pid, signal.SIGCONT)
@@ -479,7 +479,7 @@ def second_machine(case: Case) -> None:
   case.notes.append("the first one finishes")
 
 
-# By name. A docstring's first line is what the table calls the fault.
+# Faults by name. A docstring's first line is the fault's name in the table.
 FAULTS: dict[str, Callable[[Case], None]] = {
   fault.__name__: fault
   for fault in (
@@ -519,7 +519,7 @@ ON_CIFAR10 = (truncated_data.__name__, altered_data.__name__)
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files in a folder that are not empty, in a fixed order."""
+  """Lists the files of a folder that are not empty, in a fixed order."""
   files = sorted(path for path in folder.rglob("*") if path.is_file())
   return [path for path in files if _size(path)]
 
@@ -529,7 +529,7 @@ def _size(path: pathlib.Path) -> int:
 
 
 def _flip(path: pathlib.Path, rng: np.random.Generator) -> None:
-  """Changes one byte to any other."""
+  """Changes one random byte."""
   with path.open("r+b") as file:
     file.seek(int(rng.integers(_size(path))))
     (byte,) = file.read(1)
@@ -538,7 +538,7 @@ def _flip(path: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def _fill(path: pathlib.Path) -> None:
-  """Makes a file that takes all the room there is."""
+  """Makes a file that fills the disk."""
   with path.open("wb", buffering=0) as file:
     try:
       while True:
@@ -550,7 +550,7 @@ def _fill(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _small_disk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A disk of a few megabytes, as a folder."""
+  """Mounts a disk of a few megabytes at a folder."""
   if os.geteuid():
     raise Skipped("needs root")
   folder.mkdir()

@@ -1,12 +1,12 @@
-"""A long run that is killed every few minutes, and its undisturbed twin.
+"""Compares a long run that is killed every few minutes with an undisturbed run.
 
   python -m experiments.faults.long_run --config=configs/v1_depth20.py
     --folder=runs/long_run --minutes=45 --mean_minutes=3
 
-Both train at the same time, each on a core of its own. The disturbed one is
-sent SIGTERM or SIGKILL at random times and started again with the same command,
-until it is finished. The folder keeps both workdirs, what both wrote, and
-`results.json`: signals, exit codes, and resident memory over time.
+Both train at the same time, each on its own core. The disturbed run gets
+SIGTERM or SIGKILL at random times. It is started again with the same command
+until it finishes. The folder keeps both workdirs, both logs, and `results.json`
+with the signals, the exit codes and the resident memory over time.
 """
 
 import os
@@ -28,9 +28,9 @@ from resnet_flax.run import (
   surroundings,
 )
 
-_FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Gets everything.")
+_FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Folder of both runs.")
 _MINUTES = flags.DEFINE_float(
-  "minutes", 45.0, "No more signals after so long; 0 sends none."
+  "minutes", 45.0, "Minutes in which signals are sent; 0 sends none."
 )
 _MEAN = flags.DEFINE_float("mean_minutes", 3.0, "Mean time between signals.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws the signals and their times.")
@@ -38,13 +38,13 @@ _MEMORY_SECONDS = 5.0
 
 
 class Twin:
-  """One of the two runs: started again until it has finished.
+  """One of the two runs, which is started again until it finishes.
 
   Args:
-    name: of its workdir and its log in the folder.
-    folder: gets them.
-    core: the CPU that it has to itself.
-    arguments: of `resnet_flax.main`.
+    name: name of its workdir and its log in the folder.
+    folder: folder for both.
+    core: the run's own CPU.
+    arguments: arguments of `resnet_flax.main`.
   """
 
   def __init__(
@@ -60,12 +60,12 @@ class Twin:
     self._began = time.monotonic()
 
   def run(self, rng: np.random.Generator | None) -> None:
-    """Runs to the end; `rng` draws when it is disturbed, and how."""
+    """Runs to the end; `rng` draws the signals and their times."""
     while True:
       began = time.monotonic()
       wait, number = float("inf"), 0
       if rng is not None and began - self._began < _MINUTES.value * 60:
-        # Not so soon that nothing was done since the last one.
+        # The run gets time to make progress since the last signal.
         wait = 20 + rng.exponential(max(_MEAN.value * 60 - 20, 1.0))
         number = int(rng.choice([signal.SIGTERM, signal.SIGKILL]))
       code, stopping = self._run_once(wait, number)
@@ -109,7 +109,7 @@ class Twin:
     try:
       pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
-      return  # It has just ended.
+      return  # The process has just ended.
     seconds = time.monotonic() - self._began
     megabytes = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
     self.memory.append((round(seconds, 1), len(self.starts), megabytes))

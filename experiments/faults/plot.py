@@ -1,4 +1,4 @@
-"""Draws the memory of the long run and of its undisturbed twin.
+"""Draws the memory of the long run and of the undisturbed run.
 
 python -m experiments.faults.plot
 """

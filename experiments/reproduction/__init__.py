@@ -1,1 +1,1 @@
-"""The first real runs."""
+"""The first runs on real data."""

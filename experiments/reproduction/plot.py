@@ -1,4 +1,4 @@
-"""Draws the loss and accuracy curves of first_light from its logs.
+"""Draws the loss and accuracy curves of the first runs from their logs.
 
 python -m experiments.reproduction.plot
 """
@@ -22,10 +22,10 @@ _STYLES = {
 
 
 def within_epochs(name: str) -> list[tuple[float, float, float]]:
-  """(epochs done, loss, accuracy): running training means, from the log.
+  """Reads running training means: (epochs done, loss, accuracy).
 
   Args:
-    name: of the run.
+    name: name of the run; its log is NAME.log.
   """
   pattern = re.compile(
     r"epoch (?P<epoch>\d+)(?P<of>/| of )\d+ step (\d+)/(\d+):"
@@ -34,11 +34,11 @@ def within_epochs(name: str) -> list[tuple[float, float, float]]:
   points: list[tuple[float, float, float]] = []
   for line in (_FOLDER / f"{name}.log").read_text().splitlines():
     if match := pattern.match(line):
-      # The logs here are of a version that counted epochs from 1, as 1/10.
+      # An older version wrote these logs and counted epochs from 1, as 1/10.
       epoch = int(match["epoch"]) - (match["of"] == "/")
       done = epoch + int(match[3]) / int(match[4])
       if points and int(points[-1][0]) < int(done):
-        # The mean starts anew: no line from one epoch to the next.
+        # The mean starts anew, so no line connects two epochs.
         points.append((done, math.nan, math.nan))
       points.append((done, float(match[5]), float(match[6])))
   return points

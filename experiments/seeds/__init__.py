@@ -1,1 +1,1 @@
-"""What training several seeds in one program costs."""
+"""The cost of training several seeds in one program."""

@@ -1,13 +1,13 @@
-"""Measures several seeds in one program against one after another.
+"""Compares several seeds in one program with one program after another.
 
   python -m experiments.seeds --config=configs/v1_depth20.py
     --config.model.depth=8 --config.num_seeds=3 [--rounds=5] [--steps=60]
     [--runs=3 --config.num_epochs=1] [--out=results.json]
 
-Everything is measured in one run, in turn, several rounds: training steps of
-all seeds one after another, in turn and vectorised; then, with --runs, the
-whole command, once with all seeds and once for each of them. Nothing else
-should run meanwhile.
+One run measures all settings in turn, for several rounds. First it times
+training steps of all seeds one after another, in turn and vectorized. With
+--runs it then times the whole command, once with all seeds and once for each
+seed. Nothing else should run meanwhile.
 """
 
 import pathlib
@@ -27,8 +27,8 @@ from resnet_flax.run import (
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of steps.")
-_STEPS = flags.DEFINE_integer("steps", 60, "Training steps of a round.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of training steps.")
+_STEPS = flags.DEFINE_integer("steps", 60, "Training steps per round.")
 _RUNS = flags.DEFINE_integer("runs", 0, "Rounds of the whole command.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   config, _ = command_line.config_and_workdir()
   rules.check(config, num_devices=jax.device_count())
   if config.num_seeds < 2:
-    raise errors.ConfigError("num_seeds=1 must be at least 2.")
+    raise errors.ConfigError("num_seeds=1 must be at least 2, for example 3.")
   arguments = [each for each in sys.argv[1:] if each.startswith("--config")]
   results = {
     "arguments": arguments,

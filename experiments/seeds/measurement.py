@@ -1,4 +1,4 @@
-"""Speeds of several seeds in one program and one after another."""
+"""Measures several seeds in one program and one program after another."""
 
 import itertools
 import subprocess
@@ -17,11 +17,11 @@ ALONE, IN_TURN, VECTORIZED = "one after another", "in turn", "vectorized"
 def measure_steps(
   config: ConfigDict, rounds: int, steps: int
 ) -> dict[str, list[float]]:
-  """Images/s of all seeds together, in each way, on all devices.
+  """Measures images/s of all seeds together, for each kind of execution.
 
   Args:
-    config: the experiment, of several seeds.
-    rounds: how often each is measured.
+    config: the experiment, with several seeds.
+    rounds: measurements of each kind, after a warm-up round.
     steps: training steps of each seed in one measurement.
   """
   of_each = [
@@ -51,12 +51,12 @@ def measure_steps(
 def measure_runs(
   arguments: list[str], config: ConfigDict, rounds: int
 ) -> dict[str, list[float]]:
-  """Seconds of the whole command for all seeds, and once for each.
+  """Times one command for all seeds against one command for each seed.
 
   Args:
     arguments: the command's --config and its overrides.
-    config: what they stand for.
-    rounds: how often each is measured, after a round to warm up.
+    config: the configuration that these arguments give.
+    rounds: measurements of each, after a warm-up round.
   """
   last = config.seed + config.num_seeds
   commands: dict[str, list[list[str]]] = {
@@ -83,10 +83,10 @@ def measure_runs(
 
 
 def table(results: dict[str, Any]) -> str:
-  """What was measured, as Markdown.
+  """Formats results as Markdown.
 
   Args:
-    results: `steps` of `measure_steps` and `runs` of `measure_runs`, or {}.
+    results: `steps` from `measure_steps`; `runs` from `measure_runs`, or {}.
   """
 
   def ratios(measured: dict[str, list[float]], one: str, other: str):

@@ -1,4 +1,4 @@
-"""Draws test accuracy of seeds, their mean and their ensemble.
+"""Draws the test accuracy of seeds, their mean and their ensemble.
 
 python -m experiments.seeds.plot
 """

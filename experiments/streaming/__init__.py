@@ -1,1 +1,1 @@
-"""How fast images are decoded while training, and what that costs."""
+"""The speed and the cost of decoding images while training."""

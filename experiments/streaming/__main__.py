@@ -1,4 +1,4 @@
-"""Images per second and memory of the input pipeline, beside decoding alone.
+"""Compares the input pipeline's speed and memory with decoding alone.
 
 python -m experiments.streaming --folder=generated [--images=2000]
   [--workers=2] [--rounds=10] [--memory_epochs=3] [--out=results.json]
@@ -15,27 +15,27 @@ from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.run import environment, files as files_lib
 
-_FOLDER = flags.DEFINE_string("folder", None, "Where the images are put.")
+_FOLDER = flags.DEFINE_string("folder", None, "Folder for the images.")
 _IMAGES = flags.DEFINE_integer(
-  "images", 2000, "How many there are.", lower_bound=256
+  "images", 2000, "Number of images.", lower_bound=256
 )
 _WORKERS = flags.DEFINE_integer(
   "workers", 2, "Processes that decode.", lower_bound=1
 )
 _ROUNDS = flags.DEFINE_integer(
-  "rounds", 10, "How often speed is measured.", lower_bound=1
+  "rounds", 10, "Measurements of the speed.", lower_bound=1
 )
 _MEMORY_EPOCHS = flags.DEFINE_integer(
-  "memory_epochs", 3, "Epochs in which memory is.", lower_bound=1
+  "memory_epochs", 3, "Epochs that measure memory.", lower_bound=1
 )
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
-# Each time: two or three seconds.
+# They take two or three seconds.
 _IMAGES_TIMED = 1536
 
 
 def main(argv: list[str]) -> None:
-  """Measures all in turn and prints it as JSON."""
+  """Measures all settings in turn and prints each round as JSON."""
   del argv
   folder = pathlib.Path(str(_FOLDER.value))
   if not folder.exists():
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
   }
   rounds = []
   for _ in range(_ROUNDS.value):
-    # Each beside decoding alone: a machine's speed changes within seconds.
+    # Pairs are measured close together: speed changes within seconds.
     rounds.append(
       {
         way: {

@@ -1,4 +1,4 @@
-"""A prepared TFDS copy of smooth random images, to stand for ImageNet's."""
+"""Prepares smooth random images with TFDS, in place of ImageNet's images."""
 
 import io
 import pathlib
@@ -14,7 +14,7 @@ _QUALITY = 90
 
 
 def jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
-  """A JPEG of smooth colours with detail at every scale."""
+  """Makes a JPEG of smooth colours with detail at every scale."""
   image = np.zeros((height, width, 3))
   for cells, strength in ((4, 90), (16, 45), (64, 25), (256, 12)):
     noise = rng.normal(size=(max(cells * height // width, 1), cells, 3))
@@ -38,18 +38,18 @@ def prepare(
   width: int = WIDTH,
   height: int = HEIGHT,
 ) -> pathlib.Path:
-  """Writes a set in TFDS's own layout, without TensorFlow.
+  """Writes a data set in TFDS's own layout, without TensorFlow.
 
   Args:
     root: the TFDS data directory.
-    counts: images of each split.
-    name: of the data set.
-    num_classes: labels, drawn at random.
-    width: of the images, in pixels.
-    height: of the images, in pixels.
+    counts: number of images of each split.
+    name: name of the data set.
+    num_classes: number of labels; each image's label is drawn at random.
+    width: width of the images, in pixels.
+    height: height of the images, in pixels.
 
   Returns:
-    The folder of the version.
+    The folder of the data set's version.
   """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import registered

@@ -1,4 +1,4 @@
-"""What is measured; apart from the program, so that processes can import it."""
+"""The measurements, in a module that worker processes can import."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.parallel import program
 
-# Who decodes: processes of their own, or threads of the one that trains.
+# Worker processes or threads of the training process decode the images.
 WAYS = ("workers", "threads")
 _BATCH = 128
 # More images than two workers decode ahead.
@@ -42,8 +42,8 @@ class Alone:
       conn.recv()
 
   def measure(self, num_images: int) -> dict[str, float]:
-    """Decodes about as many images, by all processes together."""
-    # As the pipeline does: processors are faster for the first seconds.
+    """Decodes about `num_images` images in all processes together."""
+    # Processors are faster in the first seconds; the pipeline warms up, too.
     count = len(self._processes)
     self._decode(_WARM_UP // count)
     times = self._decode(num_images // count)
@@ -54,7 +54,7 @@ class Alone:
     }
 
   def _decode(self, each: int) -> list[tuple[float, float]]:
-    """Seconds and seconds of CPU time that each process took for as many."""
+    """Decodes `each` images per process; returns (seconds, CPU seconds)."""
     for _, conn in self._processes:
       conn.send(each)
     return [conn.recv() for _, conn in self._processes]
@@ -69,11 +69,11 @@ class Alone:
 def _decode(
   split: streaming.StreamedSplit, positions: np.ndarray, conn: Any
 ) -> None:
-  """Decodes as many images as is asked for; says how long it took."""
+  """Decodes as many images as requested and sends the time that it took."""
   rows = split.indices[positions]
   raw = split.source.examples(rows)
   draw, number = datasets.Draw(0, 0), itertools.count()
-  # What is imported and set up once is not timed.
+  # Imports and setup happen here once, outside the timing.
   split._decode(draw, positions[:16], rows[:16], raw[:16])
   conn.send("ready")
   while count := conn.recv():
@@ -85,14 +85,14 @@ def _decode(
 
 
 class Pipeline:
-  """Batches of many epochs, one after the other."""
+  """The input pipeline's batches over many epochs."""
 
   def __init__(self, split: streaming.StreamedSplit, way: str):
-    """Starts it.
+    """Starts the pipeline.
 
     Args:
-      split: what is read.
-      way: of `WAYS`.
+      split: the images to read.
+      way: one of `WAYS`.
     """
     if way == "threads":
       split = dataclasses.replace(split, num_workers=0)
@@ -101,12 +101,12 @@ class Pipeline:
     )
 
   def measure(self, num_images: int) -> dict[str, float]:
-    """Takes about as many images, after those that were decoded ahead."""
+    """Times about `num_images` images, after those decoded ahead."""
     self._take(_WARM_UP)
     started, cpu = time.perf_counter(), _cpu_seconds()
     images = self._take(num_images)
     seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
-    # Until all are decoded ahead that will be while something else is timed.
+    # The workers fill their buffers now, not while something else is timed.
     time.sleep(2)
     return {
       "images_per_second": images / seconds,
@@ -114,19 +114,19 @@ class Pipeline:
     }
 
   def _take(self, num_images: int) -> int:
-    """Takes at least as many; returns how many."""
+    """Takes at least `num_images` images and returns their number."""
     taken = 0
     while taken < num_images:
       taken += len(next(self._batches)[0])
     return taken
 
   def close(self) -> None:
-    """Ends its workers."""
+    """Ends the workers."""
     self._batches.close()  # type: ignore[attr-defined]
 
 
 def memory() -> float:
-  """MB of this process and those it started; shared pages in proportion."""
+  """MB of this process and its children, with shared pages in proportion."""
   children = multiprocessing.active_children()
   total = 0
   for pid in ["self", *(child.pid for child in children)]:
@@ -137,7 +137,7 @@ def memory() -> float:
 
 
 def _cpu_seconds() -> float:
-  """Of this process and of those it started and that still run."""
+  """CPU seconds of this process and of its running children."""
   total = time.process_time()
   for child in multiprocessing.active_children():
     fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text()
@@ -149,13 +149,13 @@ def _cpu_seconds() -> float:
 def memory_over_epochs(
   split: streaming.StreamedSplit, num_epochs: int
 ) -> list[list[float]]:
-  """MB of all processes, up to ten times in an epoch; workers start once."""
+  """Reads MB of all processes up to ten times an epoch; workers start once."""
   order = _order(split, range(num_epochs))
   per_epoch = len(order) // num_epochs
   batches = split.batches(order, datasets.Draw(0, 0))
   samples: list[list[float]] = [[] for _ in range(num_epochs)]
   for step, _ in enumerate(batches):
-    # Not while workers start, nor while they end.
+    # The first and the last reading leave out the workers' start and end.
     within = step % per_epoch
     if within % -(-per_epoch // 10) == per_epoch // 20:
       samples[step // per_epoch].append(memory())
@@ -165,7 +165,7 @@ def memory_over_epochs(
 def _order(
   split: streaming.StreamedSplit, which: Iterable[int]
 ) -> list[np.ndarray]:
-  """The batches of some epochs, one after the other."""
+  """Joins the batches of several epochs."""
   return [
     positions
     for epoch in which
@@ -176,12 +176,12 @@ def _order(
 def table(
   rounds: Sequence[dict[str, Any]], memory: Sequence[Sequence[float]]
 ) -> str:
-  """What was measured, as Markdown.
+  """Formats results as Markdown.
 
   Args:
-    rounds: for each way, of its `pipeline` and of decoding `alone` beside it,
-      what `Pipeline.measure` and `Alone.measure` give.
-    memory: of each epoch, from `memory_over_epochs`.
+    rounds: for each way, the results of `Pipeline.measure` as `pipeline` and
+      of `Alone.measure` right before it as `alone`.
+    memory: readings of each epoch, from `memory_over_epochs`.
   """
   rows: list[tuple[str, Sequence[float], str]] = []
   for key, title, form in (

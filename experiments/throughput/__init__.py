@@ -1,1 +1,1 @@
-"""How fast networks train and predict on a CPU, and what surrounds that."""
+"""Speed of training, inference, the input pipeline and the start on a CPU."""

@@ -4,12 +4,12 @@
     [--batch_sizes=32,128] [--programs=ours,plain,keras,torch] [--seconds=6]
     [--peers=.peers]
 
-Every measurement is a process of its own, in the environment of its framework
-(`python -m experiments.throughput.environments` makes those). The programs take
-turns, several rounds, in alternating order. DIR/results.json is written after
-each measurement; tables and figure come at the end, or from
-`python -m experiments.throughput.report --out=DIR`. Nothing else should run
-meanwhile.
+Every measurement has its own process, in the environment of its framework
+(`python -m experiments.throughput.environments` makes them). The programs take
+turns in several rounds, in alternating order. The command writes
+DIR/results.json after each measurement and makes the tables and the figure at
+the end. `python -m experiments.throughput.report --out=DIR` makes them again.
+Nothing else should run meanwhile.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 from experiments.throughput import environments, report
 from resnet_flax.run import errors, files as files_lib
 
-# Program: its worker, and the environment it needs besides ours.
+# Each program's worker, and the environment that it needs besides ours.
 PROGRAMS = {
   "ours": ("ours", None),
   "plain": ("plain", None),
@@ -40,7 +40,7 @@ def _ints(text: str) -> list[int]:
 def _depths(text: str) -> list[int]:
   depths = _ints(text)
   if any(depth < 8 or (depth - 2) % 6 for depth in depths):
-    raise argparse.ArgumentTypeError("a ResNet v1 has a depth of 6n+2")
+    raise argparse.ArgumentTypeError(f"{text} must be 6n+2, for example 20,56")
   return depths
 
 
@@ -48,13 +48,13 @@ def _programs(text: str) -> list[str]:
   programs = text.split(",")
   if unknown := set(programs) - set(PROGRAMS):
     raise argparse.ArgumentTypeError(
-      f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(PROGRAMS)}"
+      f"{', '.join(sorted(unknown))} must be any of {', '.join(PROGRAMS)}"
     )
   return programs
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-  """The command line's settings."""
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     "python -m experiments.throughput",
     description="Compares frameworks on a CPU.",
@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def commands(programs: list[str], peers: pathlib.Path) -> dict[str, list[str]]:
-  """What starts each program's worker.
+  """Builds the command that starts each program's worker.
 
   Args:
     programs: keys of `PROGRAMS`.
@@ -91,11 +91,11 @@ def commands(programs: list[str], peers: pathlib.Path) -> dict[str, list[str]]:
 
 
 def _measure(command: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-  """What a worker reports.
+  """Runs a worker and returns its report.
 
   Args:
-    command: what starts it.
-    settings: its flags.
+    command: the command that starts the worker.
+    settings: the worker's flags.
 
   Raises:
     UserError: the worker fails.
@@ -105,7 +105,7 @@ def _measure(command: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     cwd=environments.ROOT,
     env={
       **os.environ,
-      # All of them on the CPU, whatever else there is.
+      # All frameworks use the CPU, even if there is a GPU.
       "CUDA_VISIBLE_DEVICES": "",
       "JAX_PLATFORMS": "cpu",
       "KERAS_BACKEND": "tensorflow",
@@ -116,8 +116,8 @@ def _measure(command: list[str], settings: dict[str, Any]) -> dict[str, Any]:
   lines = process.stdout.splitlines()
   if process.returncode or not lines:
     raise errors.UserError(
-      f"{' '.join(process.args)} fails with exit status {process.returncode};"
-      f" it says:\n{process.stderr[-3000:]}"
+      f"{' '.join(process.args)} failed with exit status {process.returncode};"
+      f" its messages end with:\n{process.stderr[-3000:]}"
     )
   return json.loads(lines[-1])
 
@@ -129,13 +129,11 @@ def benchmark(flags: argparse.Namespace) -> None:
     flags: from `parse`.
 
   Raises:
-    UserError: something is missing or there are results already.
+    UserError: an environment or Matplotlib is missing, or results exist.
   """
   path = flags.out / "results.json"
   if path.exists():
-    raise errors.UserError(
-      f"{path} holds results already: choose another --out."
-    )
+    raise errors.UserError(f"{path} already exists: choose another --out.")
   if importlib.util.find_spec("matplotlib") is None:
     raise errors.UserError(
       "the figure needs matplotlib: pip install -e '.[figures]'"
@@ -148,7 +146,7 @@ def benchmark(flags: argparse.Namespace) -> None:
     "measurements": measurements,
   }
   for round_number in range(flags.rounds):
-    # The order alternates, so that a drift of the machine favours none.
+    # The order alternates, so that the machine's drift favours no program.
     order = list(workers)[:: -1 if round_number % 2 else 1]
     for depth in flags.depths:
       for batch_size in flags.batch_sizes:
@@ -171,7 +169,7 @@ def benchmark(flags: argparse.Namespace) -> None:
 
 
 def main() -> None:
-  """Measures, then reports."""
+  """Measures, then makes the tables and the figure."""
   flags = parse(sys.argv[1:])
   try:
     benchmark(flags)

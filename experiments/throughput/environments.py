@@ -1,8 +1,8 @@
-"""Makes the virtual environments of the frameworks that are compared with.
+"""Makes the virtual environments of the other frameworks.
 
   python -m experiments.throughput.environments [--peers=.peers]
 
-Each has its own, because their requirements need not agree with ours.
+Each framework has its own, since its requirements may conflict with ours.
 """
 
 import argparse
@@ -20,7 +20,7 @@ PEERS = ("keras", "torch")
 
 
 def python(peers: pathlib.Path, name: str) -> pathlib.Path:
-  """The interpreter of a peer's environment.
+  """Finds the interpreter of a peer's environment.
 
   Args:
     peers: the folder of the environments.
@@ -44,7 +44,7 @@ def _python(peers: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def make(peers: pathlib.Path, name: str) -> None:
-  """Makes a peer's environment, unless there is one.
+  """Makes a peer's environment, unless it exists.
 
   Args:
     peers: the folder of the environments.
@@ -54,7 +54,7 @@ def make(peers: pathlib.Path, name: str) -> None:
     UserError: its requirements cannot be installed.
   """
   if _python(peers, name).is_file():
-    print(f"{peers / name} is there already.")
+    print(f"{peers / name} already exists.")
     return
   requirements = _FOLDER / "requirements" / f"{name}.txt"
   try:
@@ -67,11 +67,11 @@ def make(peers: pathlib.Path, name: str) -> None:
       check=True,
     )
   except BaseException as error:
-    # Half an environment would pass for a whole one.
+    # The next call would take an incomplete environment for a complete one.
     shutil.rmtree(peers / name, ignore_errors=True)
     if isinstance(error, subprocess.CalledProcessError):
       raise errors.UserError(
-        f"{requirements} could not be installed: see above what pip says."
+        f"{requirements} could not be installed: see pip's messages above."
       ) from error
     raise
 

@@ -1,8 +1,8 @@
-"""How much arithmetic the recipe's ResNet v1 takes on one image.
+"""Counts the arithmetic of the recipe's ResNet v1 on one image.
 
-Only the multiply-adds of convolutions and the dense layer count, each as two
-operations; products with padding are counted as well. What batch norm, ReLU
-and the optimizer do is left out, as is customary: it takes time, not flops.
+Each multiply-add of the convolutions and the dense layer counts as two
+operations, products with padding included. The count leaves out batch norm,
+ReLU and the optimizer, as is customary: they take time, but few operations.
 """
 
 import functools
@@ -16,10 +16,10 @@ from resnet_flax.tools import summary
 
 @functools.cache
 def inference(depth: int) -> int:
-  """Floating-point operations of predicting one image.
+  """Counts the floating-point operations of predicting one image.
 
   Args:
-    depth: 6n+2.
+    depth: depth of the network, 6n+2.
   """
   config = v1_depth20.get_config()
   config.model.depth = depth
@@ -33,13 +33,13 @@ def inference(depth: int) -> int:
 
 
 def training(depth: int) -> int:
-  """Floating-point operations of training on one image.
+  """Counts the floating-point operations of training on one image.
 
-  Each layer's two gradients take as much as its result does; nobody needs the
-  gradient of the images.
+  Each of a layer's two gradients takes as many operations as its output. The
+  gradient of the images is not computed.
 
   Args:
-    depth: 6n+2.
+    depth: depth of the network, 6n+2.
   """
   config = v1_depth20.get_config()
   image_shape = experiment_lib.build(config).image_shape

@@ -3,11 +3,11 @@
   python -m experiments.throughput.input_pipeline --config=configs/v1_depth20.py
     [--rounds=5] [--steps=60] [--out=results.json] [--config.batch_size=128]
 
-Everything is measured in one run, in turn, several rounds: training on the real
-data against the same compiled step on one resident batch; then the time from
-the command to its first step with an empty and with a filled compilation cache,
-which keeps no program with oneDNN's convolution (models/kernels/onednn.py).
-Nothing else should run meanwhile.
+One run measures all settings in turn, for several rounds. It compares training
+on the real data with the same compiled step on one resident batch. Then it
+times a command up to its first step, with an empty and with a filled
+compilation cache. The cache keeps no program with oneDNN's convolution
+(models/kernels/onednn.py). Nothing else should run meanwhile.
 """
 
 import itertools
@@ -34,23 +34,23 @@ from resnet_flax.run import (
 )
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
-_STEPS = flags.DEFINE_integer("steps", 60, "Training steps of a round.")
+_STEPS = flags.DEFINE_integer("steps", 60, "Training steps per round.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
 def measure_steps(
   config: ConfigDict, rounds: int, steps: int
 ) -> dict[str, list[float]]:
-  """Images/s of training, in turn: on real data and on one batch.
+  """Measures images/s of training on real data and on one batch, in turn.
 
   Args:
     config: the experiment.
-    rounds: how often each is measured.
+    rounds: measurements of each, after a warm-up round.
     steps: training steps of one measurement.
 
   Returns:
     Images/s of each round: `real` (the data set) and `resident` (the same
-    compiled step, one batch that stays on the devices).
+    compiled step on one batch that stays on the devices).
   """
   resident, batches_from = prepare_on_data(config)
   sources = {
@@ -68,11 +68,11 @@ def measure_steps(
 
 
 def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
-  """Seconds from the command to compilation and to the first step.
+  """Times a command up to compilation and up to its first step.
 
   Args:
-    arguments: of `resnet_flax.main`.
-    rounds: starts with a filled cache; one start has an empty cache.
+    arguments: arguments of `resnet_flax.main`.
+    rounds: starts with a filled cache, after one start with an empty cache.
 
   Returns:
     For `cold` and `warm` a list of {'compiling': s, 'first_step': s}.

@@ -1,4 +1,4 @@
-"""What a training step's time goes into, by `jax.profiler`.
+"""Profiles a training step by kind of operation, with `jax.profiler`.
 
 python -m experiments.throughput.profile_step [--batch_size=128] [--steps=6]
 """
@@ -23,18 +23,18 @@ _BATCH_SIZE = flags.DEFINE_integer(
   # A batch of one would look like the operand of a weight gradient.
   "batch_size",
   128,
-  "Images of a step.",
+  "Images per step.",
   lower_bound=2,
 )
-_STEPS = flags.DEFINE_integer("steps", 6, "Steps that are profiled.")
+_STEPS = flags.DEFINE_integer("steps", 6, "Number of profiled steps.")
 
-# What the operations of an XLA program are for, by the first that matches name,
-# shape and path; see `_describe`.
+# The purpose of an XLA program's operation, by the first pattern that matches
+# its name, shape and path; see `_describe`.
 _KINDS = (
   (r"onednn.* f32\[1,\d+,\d+,\d+\]", "convolution: weight gradient"),
   (r"onednn.*transpose\(", "convolution: input gradient"),
   (r"onednn", "convolution: forward"),
-  (r"^jit_|^call|^while|^closed_call", ""),  # What is in them counts.
+  (r"^jit_|^call|^while|^closed_call", ""),  # Their operations are counted.
   (r"chunked_weight_gradient", "weight gradient: copies and sums of chunks"),
   (r"ynn_fusion|reduce", "sums: statistics, gradients of scale and bias"),
   (r"max", "batch norm, residual and ReLU, forward"),
@@ -44,7 +44,7 @@ _KINDS = (
 
 
 def _describe(name: str, definitions: dict[str, str]) -> str:
-  """An operation's name, shape and path in the model, as one text."""
+  """Joins an operation's name, shape and path in the model into one text."""
   definition = definitions.get(name.split("__")[0], "")
   path = re.search(r'op_name="([^"]*)"', definition)
   shape = definition.partition("{")[0]
@@ -62,12 +62,12 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
   """Profiles the main command's training step on one resident batch.
 
   Args:
-    batch_size: images of a step.
-    steps: how many are profiled, after some that warm up.
+    batch_size: images per step.
+    steps: number of profiled steps, after as many warm-up steps.
 
   Returns:
-    Milliseconds of a step while profiled, and of what it consists of, summed
-    over threads. A convolution's are those of the thread that starts it.
+    Milliseconds of a profiled step, and of each kind of operation, summed over
+    threads. A convolution counts the time of the thread that starts it.
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size
@@ -119,7 +119,7 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
 
 
 def main(argv: list[str]) -> None:
-  """Prints a Markdown table, the largest item first."""
+  """Prints a Markdown table with the largest item first."""
   del argv
   step_ms, items = profile(_BATCH_SIZE.value, _STEPS.value)
   print(f"A profiled step takes {step_ms:.0f} ms.\n")

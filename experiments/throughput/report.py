@@ -1,9 +1,9 @@
-"""Tables and a figure from what the benchmark has measured.
+"""Makes tables and a figure from the benchmark's results.
 
   python -m experiments.throughput.report --out=DIR
 
-reads DIR/results.json, also that of an interrupted run, prints Markdown tables
-and writes DIR/throughput.png.
+The command reads DIR/results.json, prints Markdown tables and writes
+DIR/throughput.png. The results may come from an interrupted run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _TITLES = {
   "keras": "Keras (TensorFlow)",
   "torch": "PyTorch",
 }
-# Readable in black and white: the hatches differ, not only the colours.
+# Colours and hatches both differ, so that the figure is readable in grey.
 _STYLES = {
   "ours": ("#0072b2", ""),
   "plain": ("#56b4e9", "//"),
@@ -36,14 +36,14 @@ _STYLES = {
 
 
 def settings(results: Results) -> list[Setting]:
-  """The (depth, batch size) pairs that something was measured at, sorted."""
+  """Lists the measured (depth, batch size) pairs, sorted."""
   return sorted(
     {(m["depth"], m["batch_size"]) for m in results["measurements"]}
   )
 
 
 def programs(results: Results) -> list[str]:
-  """The programs that something was measured of, ours first."""
+  """Lists the measured programs, ours first."""
   measured = {m["program"] for m in results["measurements"]}
   return [program for program in _TITLES if program in measured]
 
@@ -54,13 +54,13 @@ def by_round(
   program: str,
   value: Callable[[Measurement], float],
 ) -> dict[int, float]:
-  """What was measured in each round.
+  """Returns one number for each round that measured a program at a setting.
 
   Args:
     results: as in results.json.
     setting: depth and batch size.
-    program: its short name.
-    value: takes a number from a measurement.
+    program: short name of the program.
+    value: takes the number from a measurement.
   """
   return {
     m["round"]: value(m)
@@ -70,12 +70,12 @@ def by_round(
 
 
 def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
-  """Quotients, pair by pair: of the rounds that have both numbers."""
+  """Divides round by round, for the rounds that have both numbers."""
   return [above[k] / below[k] for k in sorted(above.keys() & below.keys())]
 
 
 def spread(values: list[float], form: str) -> str:
-  """'median (least–most)', or a dash if there is no value."""
+  """Formats 'median (least–most)', or a dash if there is no value."""
   if not values:
     return "–"
   middle, least, most = (
@@ -98,12 +98,12 @@ def _train_gflops(m: Measurement) -> float:
 
 
 def _share_of_matmul(m: Measurement) -> float:
-  # Both of one process: a drift of the machine cancels.
+  # One process measures both numbers, so the machine's drift cancels.
   return _train_gflops(m) / m["matmul_gflops"]
 
 
 def tables(results: Results) -> str:
-  """Training, inference and costs, each as a Markdown table."""
+  """Makes Markdown tables of training, inference and costs."""
   return "\n\n".join(
     [
       _table(
@@ -139,7 +139,7 @@ def _table(
   results: Results,
   columns: dict[str, tuple[Callable[[Measurement], float], str | None]],
 ) -> str:
-  """One row a setting and program; no format stands for ours over it."""
+  """Makes a row per setting and program; no format means ours divided by it."""
   lines = [
     "| " + " | ".join(["depth", "batch", "program", *columns]) + " |",
     "| " + " | ".join(["---"] * (3 + len(columns))) + " |",
@@ -174,7 +174,7 @@ def _versions(results: Results) -> str:
 
 
 def pipeline_table(results: dict[str, Any]) -> str:
-  """What `input_pipeline` measured, as Markdown."""
+  """Formats the results of `input_pipeline` as Markdown."""
   steps, start = results["steps"], results["start"]
   costs = [
     resident / real - 1
@@ -202,13 +202,13 @@ def pipeline_table(results: dict[str, Any]) -> str:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-  """Writes the figure: medians as bars, the least and the most as lines.
+  """Draws medians as bars, and the least and the most as lines.
 
   Args:
     results: as in results.json.
-    path: of the PNG file.
+    path: path of the PNG file.
   """
-  # Imported here: who only measures or wants tables need not have it.
+  # Imported here, since measurements and tables do not need it.
   import matplotlib
 
   matplotlib.use("Agg")
@@ -254,7 +254,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
     axis.set_ylabel("images per second")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-  # Not all settings have as many.
+  # The number of rounds differs between settings.
   rounds = sorted(
     {
       len(by_round(results, group, name, _train))
@@ -283,7 +283,7 @@ def write(out: pathlib.Path) -> None:
 
 
 def main() -> None:
-  """Makes tables and figure anew."""
+  """Makes the tables and the figure again."""
   parser = argparse.ArgumentParser(description="Remakes tables and figure.")
   parser.add_argument("--out", type=pathlib.Path, required=True)
   write(parser.parse_args().out)

@@ -1,1 +1,1 @@
-"""Commands beside the package: sweeps, tables of networks, the TPU compiler."""
+"""Commands that are not experiments, and code that experiments share."""

@@ -1,8 +1,8 @@
-"""Draws what each augmentation does to pictures into docs/augmentations.png.
+"""Draws pictures after each augmentation into docs/augmentations.png.
 
   python -m experiments.tools.augmentations
 
-Needs a prepared CIFAR-10; takes seconds.
+The command needs a prepared CIFAR-10 and takes seconds.
 """
 
 import io
@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def augmented(images: jax.Array, labels: jax.Array, **changes) -> jax.Array:
-  """Batches as a step sees them: normalised, by the mean grey, in [0, 1]."""
+  """Augments a batch as a training step does; returns images in [0, 1]."""
   config = base.get_config().augment
   config.update(changes)
   key = jax.random.key(2)

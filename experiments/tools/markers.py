@@ -1,27 +1,27 @@
-"""Tables in Markdown files, between markers that say what makes them."""
+"""Replaces tables in Markdown files, between markers that name a command."""
 
 
 def enclosing(name: str, command: str) -> tuple[str, str]:
-  """What stands before and after a table.
+  """Makes the markers before and after a table.
 
   Args:
-    name: of the table.
-    command: what writes it.
+    name: name of the table.
+    command: the command that writes it.
   """
   return f"<!-- {name}: made by {command} -->", f"<!-- end of {name} -->"
 
 
 def replace(text: str, name: str, command: str, table: str) -> str:
-  """A file's text with another table between the markers.
+  """Returns a file's text with another table between the markers.
 
   Args:
-    text: of the file.
-    name: of the table.
-    command: what writes it.
-    table: in Markdown.
+    text: text of the file.
+    name: name of the table.
+    command: the command that writes it.
+    table: the new table, in Markdown.
 
   Raises:
-    ValueError: the markers are not there.
+    ValueError: the markers are missing.
   """
   start, end = enclosing(name, command)
   before, found, rest = text.partition(start)

@@ -1,4 +1,4 @@
-"""Training steps to be timed, and how timings are taken and shown."""
+"""Prepares training steps, orders their timings and formats the results."""
 
 import dataclasses
 import itertools
@@ -21,9 +21,9 @@ class Trainer:
   """Our training step, compiled as by the main command, and its state.
 
   Attributes:
-    layout: where the networks are.
-    training: the compiled step, which takes `state` away, and its batches.
-    state: before the next step.
+    layout: the networks' layout on the devices.
+    training: the compiled step, which donates `state`, and its batches.
+    state: the state before the next step.
     batch: one batch, which stays on the devices.
   """
 
@@ -36,7 +36,7 @@ class Trainer:
     """Takes one step for each batch; reads metrics as training does.
 
     Returns:
-      For each seed the sums of the epoch after the last one, on the host.
+      For each seed, the epoch's sums after the last step, on the host.
     """
     pending = None
     for batch in batches:
@@ -51,7 +51,7 @@ class Trainer:
 def noise(
   batch_size: int, image_shape: tuple[int, ...], num_classes: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The same uint8[B, H, W, C] images and int32[B] labels at every call."""
+  """Draws uint8[B, H, W, C] images and int32[B] labels, always the same."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (batch_size, *image_shape), np.uint8)
   return images, rng.integers(0, num_classes, batch_size, np.int32)
@@ -64,7 +64,7 @@ def prepare(
   labels: np.ndarray,
   devices: Sequence[jax.Device] | None = None,
 ) -> Trainer:
-  """A step on one batch that is all there is to train on."""
+  """Prepares a step on a data set of one batch."""
   layout = networks.Layout.create(config, devices)
   split = types.whole_split(images, labels)
   return _prepare(config, experiment, split, layout)
@@ -75,11 +75,11 @@ def prepare_on_data(
   execution: str = "in_turn",
   devices: Sequence[jax.Device] | None = None,
 ) -> tuple[Trainer, Callable[[int], Iterator[program.Batch]]]:
-  """A step on the configuration's own data.
+  """Prepares a step on the configuration's own data.
 
   Returns:
-    The step, whose batch is the first of epoch 0, and a function that gives
-    the batches of an epoch and of all that follow.
+    The step, whose batch is the first of epoch 0, and a function that yields
+    the batches of an epoch and of all later epochs.
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
@@ -109,16 +109,16 @@ def _prepare(
 
 
 def in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
-  """Goes through the names once a round, in an order that alternates.
+  """Yields each name once a round, in an order that alternates.
 
-  So a drift of the machine favours none.
+  The order alternates so that the machine's drift favours no name.
 
   Args:
-    names: of what is measured.
-    rounds: how often each is measured, after a round that warms up.
+    names: names of the measurements.
+    rounds: number of counted rounds, after a warm-up round.
 
   Yields:
-    (round, name). Round 0 warms up: its measurements do not count.
+    (round, name). Round 0 is the warm-up: its measurements do not count.
   """
   for round_number in range(rounds + 1):
     for name in sorted(names, reverse=bool(round_number % 2)):
@@ -126,11 +126,11 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 
 def spread_table(rows: Iterable[tuple[str, Sequence[float], str]]) -> str:
-  """A Markdown table of the median, the least and the most of measurements.
+  """Makes a Markdown table of medians, with the least and the most.
 
   Args:
-    rows: for each what was measured, with its unit, the values, and the format
-      of a number.
+    rows: for each row the measurement's name with its unit, the values, and the
+      format of a number.
   """
   lines = [
     "| measurement | median | least | most |",

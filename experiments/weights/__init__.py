@@ -1,1 +1,1 @@
-"""Converted weights against the libraries that they come from."""
+"""Compares converted weights with the libraries that saved them."""

@@ -1,14 +1,14 @@
-"""Holds converted weights to the libraries that they come from.
+"""Compares converted weights with the libraries that saved them.
 
   python -m experiments.weights --torch_python=PYTHON --keras_python=PYTHON
     --out=experiments/weights/results.json [--names=resnet18,cifar20]
     [--older_keras_python=PYTHON]
 
 Each library makes random weights in a process of its own environment, saves
-them in its own files and says what it makes of images (`torch_reference.py`,
-`keras_reference.py`). The files are converted here, and the networks compared.
-OUT is written after each network, and what it has already is not done again.
-The last lines are the table of README.md.
+them in its own files and records its logits of images (`torch_reference.py`,
+`keras_reference.py`). The command converts the files and compares the networks.
+It writes OUT after each network and skips networks that OUT already has. The
+last lines are the table of README.md.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _ROOT = _FOLDER.parent.parent
 # The relative error up to which logits count as the same.
 LIMIT = 1e-4
 
-# The probability down to which `predict` is compared.
+# The smallest probability at which `predict` is compared.
 SMALLEST = 1e-30
 
 _TORCH = {
@@ -91,13 +91,13 @@ def _example(name: str, depth: int) -> dict[str, Any]:
   return {
     "model.name": name,
     "model.depth": depth,
-    # So that the experiment needs no data.
+    # Without normalization the experiment needs no data.
     "normalization": "none",
     "model.scan": True,
   }
 
 
-# What is overridden in configs/base.py for each network, by library.
+# Overrides of configs/base.py for each network, by library.
 TORCH = {
   **{f"resnet{depth}": _torchvision(depth) for depth in (18, 34, 50, 101, 152)},
   "wide_resnet50_2": _torchvision(50, group_width=128),
@@ -114,14 +114,14 @@ KERAS = {
   **{f"example_v1_{depth}": _example("resnet_v1", depth) for depth in (20, 56)},
   **{f"example_v2_{depth}": _example("resnet_v2", depth) for depth in (20, 29)},
 }
-# Before Keras 3.8 files of weights do not name layers.
+# Before Keras 3.8, weight files do not name layers.
 OLDER_KERAS = {
   f"older_{name}": KERAS[name]
   for name in ("application_50", "example_v1_20", "example_v2_20")
 }
 
-# Files that need PyTorch are compared in its environment with the safetensors
-# that are converted here.
+# PyTorch's environment compares its own files with the safetensors file, which
+# is converted here.
 _SAME_ARRAYS = """
 import pathlib, sys
 import numpy as np
@@ -156,7 +156,7 @@ def relative_error(ours: Any, theirs: np.ndarray) -> float:
 
 
 def _centred(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """Logits less their mean, which probabilities do not tell; 0 if not kept."""
+  """Logits less their mean, which probabilities lack; 0 where not kept."""
   mean = logits.mean(axis=-1, keepdims=True, where=kept)
   return np.where(kept, logits - mean, 0)
 
@@ -176,14 +176,14 @@ def _run(command: list[Any]) -> str:
   )
   if process.returncode:
     raise errors.UserError(
-      f"{command[:3]} fails with exit status {process.returncode}; it says:"
-      f" {process.stderr[-2000:]}"
+      f"{command[:3]} failed with exit status {process.returncode}; its"
+      f" messages end with: {process.stderr[-2000:]}"
     )
   return process.stdout.strip()
 
 
 def our_versions() -> dict[str, Any]:
-  """The commit, and versions of the libraries that compute."""
+  """The commit, and the versions of JAX and Flax."""
   ours = environment.describe(jax.devices())
   libraries = {name: ours["libraries"][name] for name in ("jax", "flax")}
   return {name: ours[name] for name in ("git_commit", "git_clean")} | libraries
@@ -195,12 +195,12 @@ def compare(
   """Converts a file and compares logits and probabilities.
 
   Args:
-    overrides: of configs/base.py.
-    folder: holds reference.npz; gets the workdir, and loses it again.
+    overrides: overrides of configs/base.py.
+    folder: holds reference.npz; a workdir in it is made and removed.
     source: the file.
 
   Returns:
-    The relative errors of `logits` and of `predict`, and what was converted.
+    The relative errors of `logits` and `predict`, and facts about the file.
   """
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
@@ -213,8 +213,8 @@ def compare(
     lambda variables, x: loaded.model.apply(variables, x, train=False)
   )
   logits = apply(loaded.variables, reference["inputs"])
-  # Probabilities near 1 would hide what is wrong with the others; float32 does
-  # not keep the digits of the smallest.
+  # Logarithms are compared, since probabilities near 1 would hide errors of the
+  # others. Float32 loses the digits of the smallest probabilities.
   probabilities = loaded.predict(reference["images"])
   kept = probabilities > SMALLEST
   ours = _centred(np.log(np.maximum(probabilities, SMALLEST)), kept)
@@ -236,7 +236,7 @@ def compare(
 def measure(
   name: str, python: pathlib.Path, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-  """Makes a network in its library, then compares each of its files."""
+  """Makes a network in its library and compares each of its files."""
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     library = "torch" if name in TORCH else "keras"
@@ -262,7 +262,7 @@ def measure(
 
 
 def table(results: dict[str, Any]) -> str:
-  """The results as a table in Markdown."""
+  """Formats the results as a Markdown table."""
   lines = [
     "| network | files | arrays | passed over | largest logit | logits |"
     " `predict` |",
@@ -290,7 +290,7 @@ def table(results: dict[str, Any]) -> str:
 def parse(
   program: str, *libraries: str
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-  """The command line, with --LIBRARY_python=..., and what --out has already."""
+  """Parses --LIBRARY_python and the other flags; reads the results in --out."""
   parser = argparse.ArgumentParser(f"python -m {program}")
   for library in libraries:
     parser.add_argument(f"--{library}_python", type=pathlib.Path)
@@ -302,7 +302,7 @@ def parse(
 
 
 def main() -> None:
-  """Measures what --out does not have yet, and prints all as a table."""
+  """Measures the networks that --out lacks, and prints all as a table."""
   arguments, results = parse(
     "experiments.weights", "torch", "keras", "older_keras"
   )
@@ -323,7 +323,7 @@ def main() -> None:
       for extension, result in results[name]["files"].items():
         print(name, extension, result, flush=True)
         if isinstance(result, dict):
-          # Also where there is no number.
+          # This is False for NaN, too.
           is_good = result["logits"] <= LIMIT and result["predict"] <= LIMIT
           failed |= not is_good
   print(table(results))

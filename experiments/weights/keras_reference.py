@@ -1,9 +1,9 @@
-"""Keras's side: random weights in its files, and what it makes of images.
+"""Saves random weights in Keras's files, with Keras's logits of images.
 
   python keras_reference.py --name=example_v1_20 --folder=DIR [--weights=FILE]
 
-With a file, what a network that loads it makes of DIR/inputs.npy.
-Needs Keras with a backend, nothing of this repository.
+With --weights, a network loads FILE and predicts DIR/inputs.npy. This needs
+Keras with a backend, and nothing of this repository.
 """
 
 import argparse
@@ -20,7 +20,7 @@ BATCH = 2
 
 
 def conv(x, filters, size=3, strides=1):
-  """A convolution of the example; layers have automatic names, as there."""
+  """Adds a convolution of the example, with an automatic layer name."""
   return layers.Conv2D(
     filters,
     kernel_size=size,
@@ -31,12 +31,12 @@ def conv(x, filters, size=3, strides=1):
 
 
 def norm_relu(x):
-  """BN and ReLU."""
+  """Adds batch norm and ReLU."""
   return layers.Activation("relu")(layers.BatchNormalization()(x))
 
 
 def example_v1(depth, width=16):
-  """The example's ResNet v1 of 6n+2 layers; makes layers in its order."""
+  """Makes the example's ResNet v1 of 6n+2 layers, in the example's order."""
   blocks = (depth - 2) // 6
   inputs = keras.Input((32, 32, 3))
   x = norm_relu(conv(inputs, width))
@@ -53,7 +53,7 @@ def example_v1(depth, width=16):
 
 
 def example_v2(depth, width=16):
-  """The example's ResNet v2 of 9n+2 layers; makes layers in its order."""
+  """Makes the example's ResNet v2 of 9n+2 layers, in the example's order."""
   blocks = (depth - 2) // 9
   inputs = keras.Input((32, 32, 3))
   x = norm_relu(conv(inputs, width))
@@ -74,19 +74,19 @@ def example_v2(depth, width=16):
 
 
 def finish(inputs, x):
-  """Pool and head."""
+  """Adds the pool and the head."""
   x = layers.Flatten()(layers.AveragePooling2D(pool_size=8)(x))
   return keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
 
 
 def build(name, side=224, is_first=False):
-  """The network, and the side of its images; `side` for large ones."""
+  """Returns the network and the side of its images; `side` for large ones."""
   kind, _, depth = name.rpartition("_")
   if kind == "application":
     model = getattr(keras.applications, f"ResNet{depth}")
     return model(weights=None, input_shape=(side, side, 3)), side
   if not is_first:
-    # Another model of the process: automatic names do not start at nothing.
+    # Another model comes first, so that automatic names are offset.
     other = keras.Input((32, 32, 3))
     finish(other, norm_relu(conv(other, 3)))
   build_example = example_v1 if kind == "example_v1" else example_v2
@@ -94,7 +94,7 @@ def build(name, side=224, is_first=False):
 
 
 def logits_of(model, x):
-  """The head without its softmax."""
+  """Computes the head without its softmax."""
   head = model.layers[-1]
   features = keras.Model(model.input, head.input)(x, training=False)
   numpy = keras.ops.convert_to_numpy
@@ -103,16 +103,16 @@ def logits_of(model, x):
 
 
 def noise(count, side, rng):
-  """Images as the network sees them: of keras.applications in 1/255."""
+  """Draws preprocessed images; keras.applications has units of 1/255."""
   spread = 1 if side == 32 else 60
   return rng.normal(0, spread, (count, side, side, 3)).astype(np.float32)
 
 
 def randomize(model, side, rng):
-  """Makes every parameter and statistic count, and keeps logits near 10.
+  """Makes every parameter and statistic matter, and keeps logits near 10.
 
-  Statistics are first those of a batch, so that deep networks neither explode
-  nor die, and then moved away from it.
+  The statistics start from those of a batch, so that deep networks neither
+  explode nor die, and are then changed.
   """
   norms = [x for x in model.layers if isinstance(x, layers.BatchNormalization)]
   for norm in norms:
@@ -138,7 +138,7 @@ def randomize(model, side, rng):
 
 
 def main():
-  """Writes weights*, and reference.npz with images and logits."""
+  """Writes weights* and reference.npz, which has images and logits."""
   parser = argparse.ArgumentParser()
   parser.add_argument("--name", required=True)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
@@ -161,7 +161,7 @@ def main():
   prepared = images / np.float32(255)
   if side != 32:
     pixels = images.astype(np.float32)
-    # Copied, since it is changed in place.
+    # `preprocess_input` changes its input in place, so it gets a copy.
     prepared = np.array(keras.ops.image.resize(pixels, (side, side)))
     prepared = keras.applications.resnet.preprocess_input(prepared)
   np.savez(
@@ -173,7 +173,7 @@ def main():
     image_logits=logits_of(model, prepared),
   )
   if side == 32:
-    # As after training: the files hold the optimizer's variables too.
+    # The files also hold the optimizer's variables, as after training.
     model.compile("adam", "categorical_crossentropy")
     model.optimizer.build(model.trainable_variables)
   model.save_weights(arguments.folder / "weights.weights.h5")
@@ -183,7 +183,7 @@ def main():
 
 
 def load(model, path):
-  """Gives a model the weights of a file."""
+  """Loads the weights of a file into a model."""
   if path.suffix == ".h5":
     model.load_weights(path)
     return
@@ -193,7 +193,7 @@ def load(model, path):
 
 
 def print_versions():
-  """As JSON."""
+  """Prints the versions of Python and the libraries as JSON."""
   versions = {
     "python": sys.version.split()[0],
     "keras": keras.__version__,

@@ -1,9 +1,9 @@
-"""PyTorch's side: random weights in its files, and what it makes of images.
+"""Saves random weights in PyTorch's files, with PyTorch's logits of images.
 
   python torch_reference.py --name=resnet18 --folder=DIR [--weights=FILE]
 
-With a file, what a network that loads it, strictly, makes of DIR/inputs.npy.
-Needs torch, torchvision and safetensors, nothing of this repository.
+With --weights, a network strictly loads FILE and predicts DIR/inputs.npy. This
+needs torch, torchvision and safetensors, and nothing of this repository.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class CifarBlock(nn.Module):
-  """Two 3x3 convolutions; where the shape changes, option A."""
+  """Two 3x3 convolutions, with option A where the shape changes."""
 
   def __init__(self, channels_in, channels, stride):
     super().__init__()
@@ -68,7 +68,7 @@ class CifarResNet(nn.Module):
 
 
 def build(name):
-  """The network, and the side of its images."""
+  """Returns the network and the side of its images."""
   if name.startswith("cifar"):
     return CifarResNet(int(name.removeprefix("cifar"))), 32
   return getattr(torchvision.models, name)(weights=None), 224
@@ -76,10 +76,10 @@ def build(name):
 
 @torch.no_grad()
 def randomize(model, side):
-  """Makes every parameter and statistic count, and keeps logits near 10.
+  """Makes every parameter and statistic matter, and keeps logits near 10.
 
-  Statistics are first those of a batch, so that deep networks neither explode
-  nor die, and then moved away from it.
+  The statistics start from those of a batch, so that deep networks neither
+  explode nor die, and are then changed.
   """
   norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
   for norm in norms:
@@ -104,11 +104,11 @@ def randomize(model, side):
 
 
 def save(model, name, folder):
-  """Writes the weights in every form, as published files have them."""
+  """Writes the weights in every file format of published weights."""
   state = model.state_dict()
   safetensors.torch.save_file(state, str(folder / "weights.safetensors"))
   if name.startswith("cifar"):
-    # As from DataParallel, in the checkpoint of a training script.
+    # This is the form of a training script's checkpoint with DataParallel.
     wrapped = {f"module.{key}": value for key, value in state.items()}
     torch.save(
       {"state_dict": wrapped, "best_prec1": 91.25}, folder / "weights.th"
@@ -119,7 +119,7 @@ def save(model, name, folder):
 
 @torch.no_grad()
 def main():
-  """Writes weights*, and reference.npz with images and logits."""
+  """Writes weights* and reference.npz, which has images and logits."""
   parser = argparse.ArgumentParser()
   parser.add_argument("--name", required=True)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
@@ -160,7 +160,7 @@ def main():
 
 
 def print_versions():
-  """As JSON."""
+  """Prints the versions of Python and the libraries as JSON."""
   versions = {
     "python": sys.version.split()[0],
     "torch": torch.__version__,

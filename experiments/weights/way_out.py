@@ -1,13 +1,13 @@
-"""Holds exported weights to the libraries that load them.
+"""Compares exported weights with the libraries that load them.
 
   python -m experiments.weights.way_out --torch_python=PYTHON
     --keras_python=PYTHON --out=experiments/weights/way_out.json
 
-Random networks are made workdirs and exported; each library loads the files in
-a process of its own environment (`torch_reference.py`, `keras_reference.py`),
-and both sides are given the same inputs. OUT is written after each network, and
-what it has already is not done again. The last lines are the table of
-README.md.
+The command makes workdirs of random networks and exports them. Each library
+loads the files in a process of its own environment (`torch_reference.py`,
+`keras_reference.py`), and both sides get the same inputs. The command writes
+OUT after each network and skips networks that OUT already has. The last lines
+are the table of README.md.
 """
 
 import json
@@ -44,9 +44,9 @@ from resnet_flax.tools.export import weights
 _FOLDER = pathlib.Path(__file__).parent
 
 NUM_IMAGES = 256
-# Of networks for large images: the sides of their inputs here.
+# The side of the inputs of networks for large images.
 SIDE = 64
-# Those that are compared, by their names in `__main__`.
+# The compared networks, by their names in `__main__`.
 NAMES = (
   *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
   *("wide_resnet50_2", "wide_resnet101_2"),
@@ -57,7 +57,7 @@ NAMES = (
 # The relative error up to which logits count as the same.
 LIMIT = 1e-5
 
-# For each format of weights its file.
+# The file of each format of weights.
 FILES = {
   "safetensors": "weights.safetensors",
   "torch": "weights.pt",
@@ -66,7 +66,7 @@ FILES = {
 
 
 def make_config(overrides: dict[str, Any], side: int = SIDE) -> ConfigDict:
-  """A configuration by overrides of configs/base.py, for inputs of a side."""
+  """Overrides configs/base.py, for inputs with sides of `side` pixels."""
   config = base.get_config()
   config.dataset.name = "digits"
   config.update_from_flattened_dict(overrides)
@@ -76,12 +76,12 @@ def make_config(overrides: dict[str, Any], side: int = SIDE) -> ConfigDict:
 
 
 def random_network(config: ConfigDict) -> load.LoadedModel:
-  """A network in which every number counts, and which has not been trained.
+  """Makes an untrained network in which every number affects the output.
 
-  Statistics are first those of a batch, so that deep networks neither explode
-  nor die, and then moved away from it. Branches are small beside what they are
-  added to, and without shortcuts most of what ReLUs are given passes: otherwise
-  rounding grows with the depth, in any library.
+  The statistics start from those of a batch, so that deep networks neither
+  explode nor die, and are then changed. Branches are small compared with their
+  shortcuts. In networks without shortcuts most values pass the ReLUs. Otherwise
+  rounding errors grow with the depth, in any library.
   """
   config.model.batch_norm_momentum = 0.0
   experiment = experiment_lib.build(config)
@@ -91,7 +91,7 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
   first = model.lazy_init(jax.random.key(0), images[:1], train=False)
 
   block = first["params"].get("stage1_block1", {})
-  # What is added to a shortcut: nothing in VGG, in v2 it is a convolution.
+  # The norm before a shortcut's sum: VGG has no sum, v2 has a convolution.
   last_norm = "bn3" if "bn3" in block else "bn2"
   if not block or config.model.name == "resnet_v2":
     last_norm = ""
@@ -142,16 +142,16 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
 def measure(
   name: str, python: pathlib.Path, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-  """Exports a random network and compares what its library makes of each file.
+  """Exports a random network and compares its library's logits by file.
 
   Returns:
     The relative error of logits by format, the largest logit, and whether
-    `convert` gave every array back to the bit.
+    `convert` gave back bit-identical arrays.
   """
   is_torch = name in TORCH
   config = make_config(overrides)
   if config.model.input_size:
-    config.model.num_classes = 1000  # As the libraries' networks have it.
+    config.model.num_classes = 1000  # As in the libraries' networks.
   side = config.model.input_size or 32
   drawn = random_network(config)
   names = "keras"
@@ -212,7 +212,7 @@ def _run(*command_line: Any) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-  """The results as a table in Markdown."""
+  """Formats the results as a Markdown table."""
   lines = [
     "| network | arrays | largest logit | `safetensors` | `torch` | `keras` |"
     " back by `convert` |",
@@ -232,7 +232,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-  """Measures what --out does not have yet, and prints all as a table."""
+  """Measures the networks that --out lacks, and prints all as a table."""
   arguments, results = parse("experiments.weights.way_out", "torch", "keras")
   for name in NAMES:
     is_torch, overrides = name in TORCH, (TORCH | KERAS)[name]

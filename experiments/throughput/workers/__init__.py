@@ -1,1 +1,1 @@
-"""One program each: the same training and inference in another framework."""
+"""Each module trains and predicts the same network in another framework."""

@@ -19,7 +19,7 @@ def _conv(filters: int, kernel_size: int, strides: int):
 
 
 def create_model(blocks: int):
-  """ResNet v1 with `blocks` blocks in each of three stages."""
+  """Builds ResNet v1 with `blocks` blocks in each of three stages."""
   layers = keras.layers
   inputs = layers.Input(measure.IMAGE_SHAPE)
   x = layers.BatchNormalization()(_conv(16, 3, 1)(inputs))
@@ -53,7 +53,7 @@ class Program:
     self._labels = tf.constant(np.frombuffer(labels, np.uint8), tf.int32)
 
   def build(self):
-    """Builds and compiles as the example does."""
+    """Builds and compiles the network as the example does."""
     self._model = create_model(self._blocks)
     self._model.compile(
       loss="sparse_categorical_crossentropy",
@@ -69,7 +69,7 @@ class Program:
     return train
 
   def build_inference(self):
-    """The network as one graph."""
+    """Traces the network as one graph."""
     predict_batch = tf.function(lambda x: self._model(x, training=False))
 
     def predict(steps: int) -> None:
@@ -81,7 +81,7 @@ class Program:
 
 
 def matmul(steps: int) -> None:
-  """Multiplies two matrices so many times."""
+  """Multiplies two matrices `steps` times."""
   a = tf.ones((measure.MATMUL_SIZE, measure.MATMUL_SIZE), tf.float32)
   for _ in range(steps):
     product = tf.linalg.matmul(a, a)
@@ -89,14 +89,14 @@ def matmul(steps: int) -> None:
 
 
 def main() -> None:
-  """Measures what the command line asks for."""
+  """Measures the task of the command line."""
   if keras.backend.backend() != "tensorflow":
-    raise RuntimeError("set KERAS_BACKEND=tensorflow")
+    raise RuntimeError("KERAS_BACKEND must be tensorflow")
   measure.run(
     Program,
     matmul=matmul,
     libraries=("keras", "tensorflow-cpu", "numpy"),
-    # 0 stands for one a CPU.
+    # 0 means one thread per CPU.
     threads=tf.config.threading.get_intra_op_parallelism_threads()
     or measure.num_cpus(),
   )

@@ -1,4 +1,4 @@
-"""What all workers share; standard library only, as each has its own one."""
+"""Code of all workers; standard library only, as their environments differ."""
 
 import argparse
 import dataclasses
@@ -19,18 +19,18 @@ IMAGE_SHAPE = (32, 32, 3)
 MATMUL_SIZE = 1024
 _MATMUL_SECONDS = 1.0
 _MIN_STEPS = 3
-# Of the time that is measured.
+# Warm-up time as a fraction of the measured time.
 _WARM_UP = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is measured.
+  """A measurement's settings.
 
   Attributes:
-    depth: of the ResNet v1, 6n+2.
-    batch_size: images of a step.
-    seconds: how long training and inference are measured, about.
+    depth: depth of the ResNet v1, 6n+2.
+    batch_size: images per step.
+    seconds: about how long training and inference are measured, each.
   """
 
   depth: int
@@ -43,10 +43,10 @@ class Task:
     return (self.depth - 2) // 6
 
   def batch(self) -> tuple[bytes, bytes]:
-    """The batch, the same in every program.
+    """Makes the batch, which is the same in every program.
 
     Returns:
-      The pixels of uint8[B, 32, 32, 3] noise, and as many labels under 10.
+      The pixels of uint8[B, 32, 32, 3] noise, and uint8[B] labels below 10.
     """
     rng = random.Random(0)
     pixels = rng.randbytes(self.batch_size * math.prod(IMAGE_SHAPE))
@@ -55,7 +55,7 @@ class Task:
 
 
 def task_from_arguments() -> Task:
-  """The task that the command line of a worker names."""
+  """Parses the command line of a worker."""
   parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
   parser.add_argument("--depth", type=int, default=20)
   parser.add_argument("--batch_size", type=int, default=32)
@@ -64,21 +64,21 @@ def task_from_arguments() -> Task:
 
 
 class Program(Protocol):
-  """What a worker measures; see `report`."""
+  """The program that a worker measures; see `report`."""
 
   def build(self) -> Callable[[int], float]:
-    """Builds the network and what trains it."""
+    """Builds the network and the function that trains it."""
 
   def build_inference(self) -> Callable[[int], Any]:
-    """Builds what predicts."""
+    """Builds the function that predicts."""
 
 
 def run(program_cls: Callable[[Task], Program], **arguments: Any) -> None:
-  """Measures what the command line asks for.
+  """Measures the task of the command line.
 
   Args:
     program_cls: makes the program from its task.
-    **arguments: the others of `report`.
+    **arguments: further arguments of `report`.
   """
   task = task_from_arguments()
   program = program_cls(task)
@@ -102,19 +102,19 @@ def report(
 ) -> None:
   """Measures a program and prints one line of JSON.
 
-  What runs steps must return only when their results are there.
+  A function that runs steps must return only when their results are ready.
 
   Args:
-    task: what is measured.
-    build: builds the network and what trains it; returns a function that takes
-      a number of training steps and returns a loss, which must be finite: the
-      last step's or a mean, so not one to compare programs by.
+    task: the measurement's settings.
+    build: builds the network; returns a function that takes a number of
+      training steps and returns a finite loss. The loss may be the last step's
+      or a mean, so programs cannot be compared by it.
     build_inference: called after training; returns a function that predicts
-      the batch so many times.
-    matmul: multiplies two float32 matrices of `MATMUL_SIZE` so many times.
-    libraries: whose versions are recorded.
-    threads: how many the framework computes with.
-    **extra: recorded as it is.
+      the batch a given number of times.
+    matmul: multiplies two float32 matrices of `MATMUL_SIZE` as many times.
+    libraries: libraries whose versions are recorded.
+    threads: number of threads that the framework uses.
+    **extra: recorded unchanged.
   """
   started = time.perf_counter()
   train = build()
@@ -128,7 +128,7 @@ def report(
 
   training = task.batch_size * _per_second(train_and_keep_loss, task.seconds)
   if not math.isfinite(loss):
-    raise ArithmeticError(f"the loss is {loss}")
+    raise ArithmeticError(f"The loss must be finite, not {loss}.")
   peak = _peak_megabytes()
   predict = build_inference()
   inference = task.batch_size * _per_second(predict, task.seconds)
@@ -155,19 +155,19 @@ def report(
 
 
 def num_cpus() -> int:
-  """How many CPUs this process may use."""
+  """Counts the CPUs that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def _per_second(run: Callable[[int], Any], seconds: float) -> float:
-  """Steps per second of `run(steps)`, once it has warmed up."""
+  """Measures steps per second of `run(steps)`, after a warm-up."""
   run(_MIN_STEPS)
-  # The number of steps is fixed beforehand: waiting for each one's result, to
-  # look at the clock, would slow down programs that work ahead.
+  # The number of steps is fixed beforehand. Waiting for each step's result to
+  # read the clock would slow down programs that work ahead.
   per_second = _MIN_STEPS / _seconds(run, _MIN_STEPS)
-  # Allocators go on settling for some time; this also betters the estimate.
+  # Allocators need some time to settle; this also improves the estimate.
   steps = max(_MIN_STEPS, math.ceil(_WARM_UP * seconds * per_second))
   per_second = steps / _seconds(run, steps)
   steps = max(_MIN_STEPS, math.ceil(seconds * per_second))

@@ -1,4 +1,4 @@
-"""The network, training step and huge pages of resnet_flax."""
+"""resnet_flax's network and training step, with its huge pages."""
 
 import functools
 import itertools
@@ -19,11 +19,11 @@ from resnet_flax.run import (
 
 
 def build_experiment(task: measure.Task):
-  """The configuration of the task, and the experiment it describes."""
+  """Builds the task's configuration and its experiment."""
   config = v1_depth20.get_config()
   config.model.depth = task.depth
   config.batch_size = task.batch_size
-  # The programs compute on the same pixels / 255, as they are.
+  # All programs compute on the same pixels / 255, without augmentation.
   config.augment.name = "none"
   config.normalization = "none"
   rules.check(config, num_devices=jax.device_count())
@@ -56,7 +56,7 @@ class Program:
     (sums,) = self._resident.train(
       itertools.repeat(self._resident.batch, steps)
     )
-    # They run on over the steps of an epoch.
+    # The sums accumulate over the steps of an epoch.
     return float(sums["loss"]) / int(sums["count"])
 
   def build_inference(self):
@@ -76,8 +76,8 @@ class Program:
 
 
 def main() -> None:
-  """Measures what the command line asks for."""
-  # Compiling is part of what is measured.
+  """Measures the task of the command line."""
+  # The measurement includes compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   measure.run(
     Program,

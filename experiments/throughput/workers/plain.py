@@ -1,4 +1,4 @@
-"""The recipe's network and training step as stock Flax and Optax have them."""
+"""The recipe's network and training step in stock Flax and Optax."""
 
 import functools
 
@@ -134,7 +134,7 @@ class Program:
 
 
 def matmul(steps: int) -> None:
-  """Multiplies two matrices so many times."""
+  """Multiplies two matrices `steps` times."""
   size = measure.MATMUL_SIZE
   a = jnp.ones((size, size), jnp.float32)
   for _ in range(steps):
@@ -143,8 +143,8 @@ def matmul(steps: int) -> None:
 
 
 def main() -> None:
-  """Measures what the command line asks for."""
-  # Compiling is part of what is measured.
+  """Measures the task of the command line."""
+  # The measurement includes compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   measure.run(
     Program,

@@ -1,7 +1,7 @@
 """The recipe's network and training step in PyTorch, eager, channels last.
 
-One difference: a 3x3 convolution of stride 2 pads (1, 1), PyTorch's way, and
-not (0, 1) as TensorFlow's SAME does. The number of operations is the same.
+There is one difference. A 3x3 convolution of stride 2 pads (1, 1) in PyTorch
+and (0, 1) in TensorFlow's SAME. The number of operations is the same.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def _conv(inputs: int, filters: int, kernel_size: int, strides: int):
 
 
 def _norm(filters: int):
-  # PyTorch's momentum is the share that is replaced.
+  # PyTorch's momentum is the weight of the new batch's statistics.
   return nn.BatchNorm2d(filters, eps=1e-3, momentum=0.01)
 
 
@@ -76,7 +76,7 @@ class Program:
     )
 
   def build(self):
-    """Builds the network and its optimizer; nothing is compiled."""
+    """Builds the network and its optimizer, without compilation."""
     torch.manual_seed(0)
     self._model = create_model(self._blocks).to(
       memory_format=torch.channels_last
@@ -104,7 +104,7 @@ class Program:
     return train
 
   def build_inference(self):
-    """The network in evaluation mode."""
+    """Puts the network into evaluation mode."""
     self._model.eval()
 
     def predict(steps: int) -> None:
@@ -116,14 +116,14 @@ class Program:
 
 
 def matmul(steps: int) -> None:
-  """Multiplies two matrices so many times."""
+  """Multiplies two matrices `steps` times."""
   a = torch.ones(measure.MATMUL_SIZE, measure.MATMUL_SIZE)
   for _ in range(steps):
     torch.matmul(a, a)
 
 
 def main() -> None:
-  """Measures what the command line asks for."""
+  """Measures the task of the command line."""
   measure.run(
     Program,
     matmul=matmul,

@@ -1,1 +1,1 @@
-"""The tables of all networks: sizes, counted and published."""
+"""Makes tables of all networks with their counted and published sizes."""

@@ -2,7 +2,7 @@
 
   python -m experiments.networks
 
-Nothing is compiled: shapes are traced. The deepest take a minute each.
+The command traces shapes and compiles nothing; deep networks take a minute.
 """
 
 from experiments.tools import markers

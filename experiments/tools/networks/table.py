@@ -1,4 +1,4 @@
-"""The size of every network, beside what is published of it."""
+"""Compares the size of every network with its published size."""
 
 import dataclasses
 import functools
@@ -29,8 +29,8 @@ class Network:
     name: `model.name`.
     depth: `model.depth`.
     overrides: other keys of `model`.
-    published: what its source says: parameters, and multiply-adds.
-    source: says it.
+    published: published numbers of parameters and multiply-adds.
+    source: the publication.
   """
 
   name: str
@@ -46,7 +46,7 @@ class Network:
 
   @property
   def title(self) -> str:
-    """The network in the words of `config.model`."""
+    """The network's name and overrides."""
     settings = [f"{key}={value}" for key, value in self.overrides]
     return ", ".join([f"`{self.name}`", *settings])
 
@@ -210,7 +210,7 @@ def measure(network: Network) -> summary.Size:
 
 
 def row(network: Network) -> str:
-  """A network's line of the table."""
+  """Formats a network's row of the table."""
   measured = measure(network)
   billions, millions = (
     f"{measured.multiply_adds / 1e9:.2f} G",

@@ -1,1 +1,1 @@
-"""Many runs from one file: a base configuration and a grid of overrides."""
+"""Runs a base configuration with a grid of overrides, from one file."""

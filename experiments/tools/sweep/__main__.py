@@ -4,9 +4,9 @@
     --workdir=DIR [--dry_run] [--measured=DIR ...] [--cpus_per_cell=2]
     [--gpus_per_cell=1] [--retries=3] [--address=HOST:6379]
 
-Every cell is a run of its own in DIR/NAME, by `resnet_flax.main`, with its
-output in DIR/NAME.log. The same command again skips what is finished and goes
-on with the rest. `experiments/sweep/definition.py` says what a sweep file is.
+Every cell is a separate run of `resnet_flax.main` in DIR/NAME, with its output
+in DIR/NAME.log. The same command skips finished cells and resumes the others.
+`experiments/tools/sweep/definition.py` describes the sweep file.
 """
 
 import contextlib
@@ -20,35 +20,35 @@ from resnet_flax.run import errors, folder, process, surroundings
 flags.adopt_module_key_flags(process)
 _SWEEP = flags.DEFINE_string("sweep", "", "The sweep file.")
 _DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "List the cells and what they will cost; run nothing."
+  "dry_run", False, "List the cells and their costs; run nothing."
 )
 flags.DEFINE_alias("dry-run", "dry_run")
 _MEASURED = flags.DEFINE_multi_string(
   "measured",
   [],
-  "Workdir of a run of a similar network on such a machine, whose FLOP/s"
-  " --dry_run estimates with, besides those of cells that have begun; can be"
-  " given several times. By default some steps are timed here.",
+  "Workdir of a run of a similar network on such a machine. --dry_run uses its"
+  " FLOP/s and the FLOP/s of started cells. The flag can be repeated. Without"
+  " any FLOP/s, --dry_run times some steps here.",
 )
 _CPUS = flags.DEFINE_integer(
   "cpus_per_cell",
   None,
-  "Cores of a cell; as many cells run at once as there are cores for. By"
-  " default the sweep file's CPUS_PER_CELL, else all cores of a machine, or a"
-  " GPU's share of them.",
+  "Cores of a cell; as many cells run at once as have cores. The default is the"
+  " sweep file's CPUS_PER_CELL, else all cores of a machine, or a GPU's share"
+  " of them.",
   lower_bound=1,
 )
 _GPUS = flags.DEFINE_integer(
   "gpus_per_cell",
   None,
-  "GPUs of a cell. By default the sweep file's GPUS_PER_CELL, else one where"
-  " there are any.",
+  "GPUs of a cell. The default is the sweep file's GPUS_PER_CELL, else one if"
+  " a machine has GPUs.",
   lower_bound=0,
 )
 _RETRIES = flags.DEFINE_integer(
   "retries",
   3,
-  "How often a cell is started again whose process or machine dies; it goes on"
+  "Number of restarts of a cell whose process or machine dies. The cell resumes"
   " from its checkpoint.",
   lower_bound=0,
 )
@@ -57,7 +57,7 @@ _ADDRESS = flags.DEFINE_string(
   "",
   "A Ray cluster, for example 10.0.0.1:6379. All its machines must have this"
   " folder, the Python environment and --workdir under the same paths, on a"
-  " file system that all of them see. By default this machine alone.",
+  " shared file system. The default is this machine alone.",
 )
 
 
@@ -70,16 +70,16 @@ def _run(argv: list[str]) -> None:
 
   surroundings.set_up()
   if not _DRY_RUN.value:
-    # The devices are the cells'.
+    # The cells need the devices, so this process must not take them.
     jax.config.update("jax_platforms", "cpu")
   if command_line.CONFIG.value:
     raise errors.ConfigError(
-      "--config: a sweep file names its config. Pass --sweep=FILE instead."
+      "--config must not be set: the sweep file names it. Pass --sweep=FILE."
     )
   if not _SWEEP.value or not process.WORKDIR.value:
     raise errors.ConfigError(
-      "pass --sweep=FILE, for example experiments/depth_ablation/sweep.py,"
-      " and --workdir=DIR, which gets a folder for each cell."
+      "--sweep and --workdir must be set. Pass --sweep=FILE, for example"
+      " experiments/depth_ablation/sweep.py, and --workdir=DIR for the cells."
     )
   workdir = errors.local_path(process.WORKDIR.value, "--workdir").absolute()
   sweep = definition.load(
@@ -118,8 +118,8 @@ def _run(argv: list[str]) -> None:
   surroundings.show(overview.summary(statuses.values()))
   if reasons:
     raise errors.UserError(
-      f"{len(reasons)} of {len(statuses)} cells failed; each has its messages"
-      f" in {workdir}/NAME.log. The same command tries them again."
+      f"{len(reasons)} of {len(statuses)} cells failed; their messages are in"
+      f" {workdir}/NAME.log. The same command tries them again."
     )
 
 
@@ -128,8 +128,7 @@ def _use(workdir: pathlib.Path) -> Iterator[None]:
   """Makes the sweep's folder and keeps other sweeps out of it."""
   if (workdir / "config.json").exists():
     raise errors.WorkdirError(
-      f"workdir {workdir} is that of a run, not of a sweep. Pass another"
-      " --workdir."
+      f"workdir {workdir} holds a run, not a sweep. Pass another --workdir."
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ def _use(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def main() -> None:
-  """Runs the command line; mistakes and signals end in one line."""
+  """Runs the command line; an error or a signal ends it with one line."""
   process.run(_run)
 
 

@@ -1,16 +1,15 @@
-"""What a sweep is: the runs that a sweep file names, each checked.
+"""Reads a sweep file and checks the runs that it defines.
 
-A sweep file is Python and sets these names, of which only CONFIG and GRID are
-needed:
+A sweep file is Python and sets these names. Only CONFIG and GRID are required:
 
-  CONFIG = "configs/v1_depth20.py"  # What all cells start from.
-  OVERRIDES = {"num_epochs": 3}  # What all of them change.
+  CONFIG = "configs/v1_depth20.py"  # The configuration of all cells.
+  OVERRIDES = {"num_epochs": 3}  # The changes of all cells.
   GRID = {"model.depth": [20, 56], "seed": [0, 1]}  # Every combination.
-  CPUS_PER_CELL = 2  # What one cell is given; see `Resources`.
+  CPUS_PER_CELL = 2  # The resources of one cell; see `Resources`.
   GPUS_PER_CELL = 0
 
-GRID can be a list of such dictionaries, whose combinations are put one after
-the other. Other names may be set if they are not in capitals.
+GRID can be a list of such dictionaries; their combinations are concatenated. A
+sweep file may set other names if they are not in capitals.
 """
 
 import dataclasses
@@ -40,9 +39,9 @@ class Cell:
   """One run of a sweep.
 
   Attributes:
-    workdir: its folder; the name says what is special about it.
-    arguments: of `resnet_flax.main`, without the workdir.
-    config: what these arguments make.
+    workdir: the run's folder; its name lists the cell's overrides.
+    arguments: arguments of `resnet_flax.main`, without the workdir.
+    config: the configuration that these arguments give.
   """
 
   workdir: pathlib.Path
@@ -51,23 +50,23 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """What it is called."""
+    """The name of its folder."""
     return self.workdir.name
 
   @property
   def log(self) -> pathlib.Path:
-    """What its process writes, beside its workdir."""
+    """The log of its process, beside its workdir."""
     return self.workdir.with_name(f"{self.name}.log")
 
 
 class Resources(NamedTuple):
-  """What a cell is given; as many run at once as there are resources for.
+  """The resources of a cell; as many cells run at once as have resources.
 
   Attributes:
-    cpus: cores. Where it is less than all of the machine's, the process is
-      kept to as many cores (on Linux). None: with GPUs a GPU's share of a
-      machine's cores, else all of them: one cell at a time is fastest.
-    gpus: None: one where there are any.
+    cpus: number of cores. On Linux the process is restricted to this number.
+      None means a GPU's share of a machine's cores if it has GPUs, else all
+      cores: one cell at a time is fastest.
+    gpus: number of GPUs. None means one if a machine has GPUs.
   """
 
   cpus: int | None = None
@@ -76,11 +75,11 @@ class Resources(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What a sweep file says.
+  """The content of a sweep file.
 
   Attributes:
-    cells: at least one, in the order of the grid.
-    resources: of each of them.
+    cells: at least one cell, in the order of the grid.
+    resources: resources of each cell.
   """
 
   cells: tuple[Cell, ...]
@@ -92,12 +91,12 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
 
   Args:
     path: the sweep file.
-    workdir: gets a folder for each cell; nothing is written yet.
-    resources: what is not None in it takes the place of what the file says.
+    workdir: parent of the cells' folders; nothing is written yet.
+    resources: values other than None override the file's.
 
   Raises:
-    ConfigError: the file is missing, fails or is of another form; a cell has a
-      key or a value that cannot be used, or is there twice.
+    ConfigError: the file is missing, raises or has another form; a cell has an
+      invalid key or value, or occurs twice.
   """
   values = _run(path)
   config = values["CONFIG"]
@@ -106,7 +105,7 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
   ):
     raise errors.ConfigError(
       f"--sweep={path}: CONFIG={config!r} must be a config file, for example"
-      " 'configs/v1_depth20.py', seen from the folder where this is run."
+      " 'configs/v1_depth20.py', relative to the current folder."
     )
   common = values.get("OVERRIDES", {})
   if not isinstance(common, Mapping):
@@ -122,8 +121,8 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
   for point in _points(path, values["GRID"]):
     for key in point.keys() & common.keys():
       raise errors.ConfigError(
-        f"--sweep={path}: {key} is both in OVERRIDES and in GRID. Leave"
-        " one out."
+        f"--sweep={path}: {key} is both in OVERRIDES and in GRID. Remove"
+        " one of them."
       )
     name = workdir_lib.default_name(config, point)
     for key in [*common, *point]:
@@ -136,24 +135,24 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     if identity in cells:
       raise errors.ConfigError(
         f"--sweep={path}: cell {name} is the same run as cell"
-        f" {cells[identity].name}. Leave one out."
+        f" {cells[identity].name}. Remove one of them."
       )
     cells[identity] = cell
   return Sweep(tuple(cells.values()), resources)
 
 
 def _run(path: str) -> dict[str, Any]:
-  """The names in capitals that a sweep file sets."""
+  """Runs a sweep file and returns its names in capitals."""
   if not os.path.isfile(path):
     raise errors.ConfigError(
-      f"--sweep={path}: there is no such file; for example"
+      f"--sweep={path}: there is no such file. Pass a sweep file, for example"
       " experiments/depth_ablation/sweep.py."
     )
   try:
     values = runpy.run_path(path)
   except KeyboardInterrupt:
     raise
-  # Whatever it raises, also to leave the program, is the user's to see.
+  # The user must see every error of the file, SystemExit included.
   except BaseException as error:
     raise errors.ConfigError(
       f"--sweep={path} fails: {errors.one_line(error)}"
@@ -163,7 +162,7 @@ def _run(path: str) -> dict[str, Any]:
     raise errors.unknown_name(f"--sweep={path}: name", name, _NAMES)
   for name in ("CONFIG", "GRID"):
     if name not in values:
-      raise errors.ConfigError(f"--sweep={path} does not set {name}.")
+      raise errors.ConfigError(f"--sweep={path} must set {name}.")
   return values
 
 
@@ -185,7 +184,7 @@ def _count(
 
 
 def _points(path: str, grid: Any) -> list[dict[str, Any]]:
-  """All combinations of all grids."""
+  """Lists all combinations of all grids."""
   points = []
   for part in grid if isinstance(grid, list) else [grid]:
     if not isinstance(part, Mapping) or not all(
@@ -224,16 +223,16 @@ def _cell(
 
 
 def _text(value: Any) -> str:
-  """A value as the command line takes it."""
+  """Formats a value for the command line."""
   if isinstance(value, bool):
     return str(value).lower()
   return str(tuple(value) if isinstance(value, list) else value)
 
 
 def _parse(config_path: str, overrides: Sequence[str]) -> ConfigDict:
-  """What the command line makes of a config file and overrides.
+  """Parses a config file and overrides as the command line does.
 
-  By the same parser, so that what is checked here is what the cell gets.
+  The same parser ensures that the checked configuration is the cell's.
   """
   arguments = ["sweep", f"--config={config_path}", *overrides]
   values = flags.FlagValues()

@@ -1,4 +1,4 @@
-"""What a sweep will cost, before it is run."""
+"""Estimates the cost of a sweep before it runs."""
 
 import datetime
 import functools
@@ -27,32 +27,31 @@ from resnet_flax.tools import summary
 _COLUMNS = (
   *("epochs", "parameters", "FLOPs/image", "images", "TFLOP", "time", "cell"),
 )
-# Forward, and backward for the inputs and for the weights.
+# Training has a forward pass and backward passes for inputs and for weights.
 _TRAINING = 3
-# By which the speed is taken where none is known.
+# If no speed is known, these steps measure it.
 _WARM_UP_STEPS, _TIMED_STEPS = 2, 8
 
 
 def table(
   cells: Sequence[Cell], measured: Sequence[pathlib.Path], gpus: int = 1
 ) -> str:
-  """The cells with what is left to be done for them.
+  """Makes a table of the cells with their remaining cost.
 
-  Times are what is left of FLOPs over the median FLOP/s of what has been
-  measured: of epochs of these cells and of other runs; without any, of a few
-  training steps of the smallest cell, taken here and now. They leave out
-  starting, compiling and preparing data.
+  A time divides the remaining FLOPs by the median FLOP/s of these cells' epochs
+  and of other runs. If there are none, the smallest cell runs a few training
+  steps now. The times leave out starting, compiling and preparing data.
 
   Args:
-    cells: of the sweep.
+    cells: cells of the sweep.
     measured: workdirs of other runs, on the same machine.
-    gpus: of a cell; at least 1, which stands for the CPU, too.
+    gpus: GPUs of a cell, at least 1; a CPU counts as 1.
 
   Returns:
-    For each cell its finished epochs, trainable parameters, FLOPs of one
-    image's forward pass, images to be trained on in all epochs, and for the
-    epochs that are left 10^12 FLOPs (training and evaluation) and an estimate
-    of the time; the sums at the end.
+    The table. Each cell has its finished epochs, trainable parameters, FLOPs of
+    one image's forward pass and training images of all epochs. For the
+    remaining epochs it has 10^12 FLOPs (training and evaluation) and the
+    estimated time. The sums come last.
 
   Raises:
     WorkdirError: a workdir cannot be read, or holds another run.
@@ -84,26 +83,26 @@ def table(
     basis += f" {'run' if len(rates) == 1 else 'runs'}"
   else:
     basis = (
-      "what some steps of the smallest cell have just reached here"
-      " (--measured=WORKDIR takes a run's speed)"
+      "measured here in some steps of the smallest cell"
+      " (--measured=WORKDIR uses a run's speed)"
     )
   return (
     f"{overview.align(rows)}\n{len(cells)} cells, {total / 1e12:.1f} TFLOP"
     f" left, {_time(total, rate)} one after the other: an estimate, at"
-    f" {rate / 1e9:.1f} GFLOP/s, {basis}; starting and compiling not counted."
+    f" {rate / 1e9:.1f} GFLOP/s, {basis}, without starting and compiling."
   )
 
 
 def _rates(
   cells: Sequence[Cell], measured: Iterable[pathlib.Path]
 ) -> list[float]:
-  """FLOP/s in training of every run that has an epoch."""
+  """Training FLOP/s of every run with a finished epoch."""
   runs = [(cell.workdir, cell.config) for cell in cells]
   for workdir in measured:
     runs.append((workdir, workdir_lib.load_config(workdir)))
     if not metrics.MetricsLog(workdir).read():
       raise errors.WorkdirError(
-        f"--measured={workdir}: the run there has no finished epoch yet."
+        f"--measured={workdir}: the run must have at least one finished epoch."
       )
   return [
     statistics.median(record["images_per_second"] for record in records)
@@ -116,12 +115,12 @@ def _rates(
 
 
 def rate_now(cells: Sequence[Cell], gpus: int) -> float:
-  """FLOP/s of some training steps of the smallest cell, on noise.
+  """Measures FLOP/s in training steps of the smallest cell, on noise.
 
-  Steps are called one by one, which on accelerators is slower than training.
+  It calls single steps, which is slower than training on accelerators.
 
   Args:
-    cells: of the sweep.
+    cells: cells of the sweep.
     gpus: see `table`.
   """
   config = min(
@@ -147,13 +146,13 @@ def rate_now(cells: Sequence[Cell], gpus: int) -> float:
 
 
 def _images_of_epoch(config: ConfigDict) -> int:
-  """Images that are trained on in an epoch, each seed's counted."""
+  """Counts the training images of an epoch over all seeds."""
   steps = data.num_train_examples(config.dataset) // config.batch_size
   return config.num_seeds * steps * config.batch_size
 
 
 def _flops_of_epoch(config: ConfigDict) -> float:
-  """Of training and evaluation, each seed's counted."""
+  """Counts the FLOPs of training and evaluation over all seeds."""
   info = data.info(config.dataset)
   evaluated = info.num_test + config.dataset.validation_examples
   passes = _TRAINING * _images_of_epoch(config) + config.num_seeds * evaluated
@@ -169,7 +168,7 @@ def _size(config: ConfigDict) -> summary.Size:
 def _size_of(
   model: str, num_classes: int, image_shape: tuple[int, int, int]
 ) -> summary.Size:
-  """Cells often differ in their seeds alone, and tracing takes seconds."""
+  """Caches sizes: cells often differ only in seeds, and tracing is slow."""
   config = ConfigDict(json.loads(model))
   return summary.measure_size(
     models.create_model(config, config.num_classes or num_classes), image_shape

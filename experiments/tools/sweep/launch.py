@@ -1,9 +1,9 @@
-"""Becomes the process of a cell: tied to its Ray worker, on cores of its own.
+"""Starts a cell's program, tied to its Ray worker, on its own cores.
 
   python -m experiments.tools.sweep.launch PARENT CPUS -m resnet_flax.main ...
 
-Everything is set in a fresh process, which then turns into the program: code
-between fork and exec is not safe in a worker with threads.
+Code between fork and exec is not safe in a worker with threads. So a fresh
+process sets everything up and then becomes the program.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-  """The system sends SIGTERM when the parent dies, in whatever way.
+  """Asks Linux to send this process SIGTERM when its parent dies.
 
-  So no cell is left behind that a retry would meet; it saves as at any
-  SIGTERM. Only Linux can; elsewhere the retry is refused by the workdir's lock.
+  The cell then saves and ends, so that it does not block a retry. On other
+  systems the workdir's lock refuses the retry.
 
   Args:
     parent: the process that started this one.
@@ -31,20 +31,20 @@ def end_with_parent(parent: int) -> None:
   libc = ctypes.CDLL(None, use_errno=True)
   if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
     raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-  if os.getppid() != parent:  # It died before.
+  if os.getppid() != parent:  # The parent has died already.
     sys.exit(128 + signal.SIGTERM)
 
 
 def take_cores(count: int, folder: pathlib.Path) -> None:
-  """Keeps this process on so many cores that no other cell is on.
+  """Restricts this process to `count` cores that no other cell uses.
 
-  XLA starts as many threads as there are cores that it may use, so two cells
-  at once would otherwise both use all. A core is taken by locking a file,
-  until the program ends, which the open file outlives this function for.
+  XLA starts a thread for each core that it may use, so two cells at once would
+  both use all cores. A locked file reserves a core. The file stays open after
+  this function, until the program ends.
 
   Args:
-    count: how many cores. With all of them, nothing is done.
-    folder: holds a file for each core; the same for all cells of a machine.
+    count: number of cores; if the machine has no more, nothing is done.
+    folder: holds a file for each core; all cells of a machine share it.
   """
   if sys.platform != "linux":
     return
@@ -69,14 +69,14 @@ def take_cores(count: int, folder: pathlib.Path) -> None:
   for file in taken.values():
     os.close(file)
   print(
-    f"warning: fewer than {count} cores are free of other sweeps, so this cell"
-    " is not kept to cores of its own",
+    f"warning: other sweeps leave fewer than {count} cores free, so this cell"
+    " may share cores with them",
     file=sys.stderr,
   )
 
 
 def main() -> None:
-  """Sets the process up and becomes the program."""
+  """Sets up the process and becomes the program."""
   parent, cpus, *arguments = sys.argv[1:]
   # Ray's workers are started with SIGINT blocked.
   signal.pthread_sigmask(signal.SIG_SETMASK, ())

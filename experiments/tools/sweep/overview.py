@@ -1,4 +1,4 @@
-"""Where the cells of a sweep stand: on a terminal a table, elsewhere lines."""
+"""Shows the cells' progress: a table on a terminal, lines elsewhere."""
 
 import dataclasses
 import enum
@@ -22,7 +22,7 @@ _COLUMNS = (
 
 
 class State(enum.StrEnum):
-  """What has become of a cell; on a terminal they are shown in this order."""
+  """The state of a cell; a terminal shows the states in this order."""
 
   RUNNING = enum.auto()
   FAILED = enum.auto()
@@ -33,15 +33,15 @@ class State(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """Where a cell stands, as its files tell.
+  """The progress of a cell, read from its files.
 
   Attributes:
-    state: what has become of it.
-    tries: how many times this sweep has started it.
-    num_epochs: of the whole run.
-    records: of the finished epochs.
-    best: the best of the records, if there is one.
-    left: the time that its program says is left; '' where it says none.
+    state: state of the cell.
+    tries: number of times this sweep has started it.
+    num_epochs: number of epochs of the whole run.
+    records: records of the finished epochs.
+    best: the best record, if there is one.
+    left: the remaining time in its program's log; '' if the log has none.
   """
 
   state: State
@@ -52,7 +52,7 @@ class Status:
   left: str
 
   def row(self, name: str) -> tuple[str, ...]:
-    """Its row of the table."""
+    """Makes its row of the table."""
     last = self.records[-1] if self.records else None
     return (
       self.state,
@@ -66,7 +66,7 @@ class Status:
     )
 
   def line(self, name: str) -> str:
-    """The same as a line of a log."""
+    """Makes its line of the log."""
     parts = [str(self.state), f"epochs {len(self.records)}/{self.num_epochs}"]
     if self.tries > 1:
       parts[0] += f" (try {self.tries})"
@@ -80,7 +80,7 @@ class Status:
 
 
 def is_finished(cell: Cell) -> bool:
-  """Whether nothing is left to be done for a cell.
+  """Whether all epochs of a cell are finished.
 
   Raises:
     WorkdirError: its workdir holds a run of another configuration.
@@ -96,25 +96,25 @@ def is_finished(cell: Cell) -> bool:
 
 
 class Observer:
-  """Reads where cells stand, from now on.
+  """Reads the progress of cells, from now on.
 
   Args:
-    cells: of the sweep.
+    cells: cells of the sweep.
   """
 
   def __init__(self, cells: Iterable[Cell]):
-    # The log of an earlier sweep says nothing about this one.
+    # An earlier sweep's lines in a log do not count.
     self._seen = {
       cell.name: cell.log.stat().st_size if cell.log.exists() else 0
       for cell in cells
     }
 
   def status(self, cell: Cell, ended: State | None) -> Status:
-    """Where a cell stands.
+    """Reads the progress of a cell.
 
     Args:
-      cell: one of them.
-      ended: what has become of it, if it has ended.
+      cell: one of the cells.
+      ended: its final state, or None while it runs or waits.
     """
     text = self._log(cell)
     tries = len(re.findall(f"^{task.STARTED}", text, re.MULTILINE))
@@ -134,7 +134,7 @@ class Observer:
     )
 
   def last_line(self, cell: Cell) -> str:
-    """What a cell has said last: where it failed, why."""
+    """The last line of a cell's log; after a failure it gives the reason."""
     lines = [line for line in self._log(cell).splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
 
@@ -147,23 +147,23 @@ class Observer:
 
 
 class Overview:
-  """Shows where all cells stand, while they run; a context manager.
+  """Shows the progress of all cells while they run; a context manager.
 
   Args:
-    console: on a terminal, a table is drawn again and again; elsewhere a line
-      is printed when a cell's state, tries or epochs change.
+    console: a terminal shows a table that is redrawn; another console gets a
+      line when a cell's state, tries or epochs change.
   """
 
   def __init__(self, console: Console | None = None):
     self._console = console or Console(file=sys.stderr, soft_wrap=True)
-    # Gone at the end: what became of the cells is printed then.
+    # The table is removed at the end, when the final table is printed.
     self._live = Live(console=self._console, auto_refresh=False, transient=True)
     self._shown: dict[str, tuple[Any, ...]] = {}
 
   def show(self, statuses: Mapping[str, Status]) -> None:
     """Shows the cells' states, by name."""
     if self._console.is_terminal:
-      # What goes on first, in case the window is too low for all.
+      # Running cells come first, as the window may be too low for all cells.
       order = list(State)
       rows = sorted(
         statuses.items(), key=lambda item: order.index(item[1].state)
@@ -189,7 +189,7 @@ class Overview:
 
 
 def summary(statuses: Iterable[Status]) -> str:
-  """How many cells there are in each state, in a line."""
+  """Counts the cells in each state, in a line."""
   states = [status.state for status in statuses]
   counts = ", ".join(
     f"{states.count(state)} {state}" for state in State if state in states
@@ -198,14 +198,14 @@ def summary(statuses: Iterable[Status]) -> str:
 
 
 def table(statuses: Mapping[str, Status]) -> str:
-  """The cells, by name, as a table."""
+  """Makes a table of the cells by name."""
   return align(
     [_COLUMNS, *(status.row(name) for name, status in statuses.items())]
   )
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-  """Rows of text in columns; the last is left as long as it is."""
+  """Aligns rows of text in columns; the last column is not padded."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   widths[-1] = 0
   return "\n".join(
@@ -217,10 +217,10 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _accuracy(record: metrics.Record | None) -> str:
-  """On the test split; with several seeds, mean and standard deviation."""
+  """Formats test accuracy; several seeds give mean and standard deviation."""
   if record is None:
     return ""
-  if "test_accuracy" not in record:  # Of an epoch that was not scored.
+  if "test_accuracy" not in record:  # The epoch was not evaluated.
     return "–"
   text = f"{record['test_accuracy']:.4f}"
   if "test_accuracy_std" in record:

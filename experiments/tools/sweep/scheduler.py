@@ -13,9 +13,9 @@ from experiments.tools.sweep.definition import Cell, Resources
 from experiments.tools.sweep.overview import State, Status
 from resnet_flax.run import environment, errors, signals as signals_lib
 
-# Seconds between looks at where the cells stand.
+# Seconds between two readings of the cells' progress.
 _INTERVAL = 1.0
-# Nothing is passed through Ray's memory; this is the least that it takes.
+# Cells pass nothing through Ray's memory; this is Ray's minimum.
 _OBJECT_STORE_BYTES = 80 * 2**20
 
 
@@ -24,7 +24,7 @@ def connect(address: str) -> Iterator[Any]:
   """Starts Ray on this machine, or connects to a cluster; stops it at the end.
 
   Args:
-    address: of a cluster; '' for this machine alone.
+    address: address of a cluster; '' for this machine alone.
 
   Yields:
     The module `ray`.
@@ -33,15 +33,15 @@ def connect(address: str) -> Iterator[Any]:
     UserError: Ray is not installed, or the cluster cannot be reached.
   """
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-  # Cells are the work; by default Ray's workers yield to everything else.
+  # By default Ray's workers yield to all other processes; cells must not.
   os.environ.setdefault("RAY_worker_niceness", "0")
-  # What Ray is about to change for tasks without GPUs is decided in `task`.
+  # Ray will change its default for tasks without GPUs; `task` sets it instead.
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
   try:
     import ray
   except ImportError as error:
     raise errors.UserError(
-      "sweeps need Ray, which is not installed: pip install -c constraints.txt"
+      "Ray must be installed to run sweeps: pip install -c constraints.txt"
       " -e '.[sweep]'"
     ) from error
   local: dict[str, Any] = {
@@ -58,9 +58,9 @@ def connect(address: str) -> Iterator[Any]:
       **({} if address else local),
     )
   except SystemExit:
-    # Ray's own way with SIGTERM.
+    # Ray raises this on SIGTERM.
     raise signals_lib.Stopped(signal.SIGTERM) from None
-  # Among others a plain Exception where the machine is too busy to start it.
+  # Ray raises a plain Exception if the machine is too busy to start it.
   except Exception as error:
     where = f"--address={address}" if address else "Ray on this machine"
     raise errors.UserError(
@@ -75,7 +75,7 @@ def connect(address: str) -> Iterator[Any]:
 
 
 def resources_of_cell(ray: Any, wanted: Resources) -> tuple[int, int]:
-  """CPUs and GPUs of a cell on the machines that are up; `choose_resources`."""
+  """Runs `choose_resources` for the machines that are up."""
   nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
   return choose_resources(wanted, nodes)
 
@@ -83,18 +83,18 @@ def resources_of_cell(ray: Any, wanted: Resources) -> tuple[int, int]:
 def choose_resources(
   wanted: Resources, nodes: Sequence[dict[str, float]]
 ) -> tuple[int, int]:
-  """What each cell gets.
+  """Chooses the resources of each cell.
 
   Args:
-    wanted: what was asked for.
-    nodes: for each machine how many 'CPU' and 'GPU' it has, which lack where
-      there is none.
+    wanted: the requested resources.
+    nodes: each machine's numbers of 'CPU' and 'GPU'; a key is missing if the
+      machine has none.
 
   Returns:
     CPUs and GPUs of a cell.
 
   Raises:
-    ConfigError: no machine has so many.
+    ConfigError: no machine has enough CPUs and GPUs.
   """
   sizes = [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes]
   gpus = wanted.gpus
@@ -103,12 +103,12 @@ def choose_resources(
   able = [size for size in sizes if size[0] >= 1 and size[1] >= gpus]
   cpus = wanted.cpus
   if cpus is None:
-    # So that a cell fits on every machine that has the GPUs for it.
+    # The smallest share fits on every machine with enough GPUs.
     shares = [c // (g // gpus if gpus else 1) for c, g in able]
     cpus = max(1, min(shares, default=1))
   if not any(size[0] >= cpus for size in able):
     raise errors.ConfigError(
-      f"cpus_per_cell={cpus}, gpus_per_cell={gpus}: no machine has so many;"
+      f"--cpus_per_cell={cpus} --gpus_per_cell={gpus} must fit on a machine;"
       " there are "
       + ", ".join(f"one of {c} CPUs and {g} GPUs" for c, g in sizes)
       + "."
@@ -123,17 +123,17 @@ def run(
   retries: int,
   overview: overview_lib.Overview,
 ) -> tuple[dict[str, Status], dict[str, str]]:
-  """Runs all cells that are not finished, and waits for them.
+  """Runs all unfinished cells and waits for them.
 
   Args:
     ray: from `connect`.
-    cells: checked ones; their workdirs' folder exists.
+    cells: checked cells; the parent of their workdirs exists.
     resources: CPUs and GPUs of a cell.
-    retries: how many times a cell that dies is started again.
-    overview: is shown where the cells stand, every second.
+    retries: number of restarts of a cell that dies.
+    overview: shows the cells' progress every second.
 
   Returns:
-    Where each cell stands at last, and why those failed that did; by name.
+    The final status of each cell, and the reason of each failure, by name.
 
   Raises:
     Interrupted: SIGINT or SIGTERM. The cells have saved and ended.
@@ -146,8 +146,8 @@ def run(
   with signals_lib.StopSignals(exits=True) as signals, signals.hold():
     signals.say_on_exit(
       lambda: (
-        "stopped at once; what the cells saved is good, and the same command"
-        " resumes from it."
+        "stopped at once; the cells' checkpoints are good, and the same command"
+        " resumes from them."
       )
     )
     cpus, gpus = resources
@@ -195,7 +195,7 @@ def run(
 
 
 def _outcome(ray: Any, reference: Any, stopping: bool) -> tuple[State, str]:
-  """How a task ended; the reason is '' where the cell's log has it."""
+  """Returns a task's final state and reason; '' if the cell's log has it."""
   try:
     code = ray.get(reference)
   except ray.exceptions.TaskCancelledError:

@@ -1,4 +1,4 @@
-"""What a Ray worker does with a cell. Imports little: workers start often."""
+"""Runs a cell in a Ray worker; imports little, since workers start often."""
 
 import contextlib
 import datetime
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from resnet_flax.run import errors, folder
 
 STARTED = "sweep: started on "
-# A cell whose worker died needs a step and a save to end.
+# A cell whose worker died takes a step and a save before it ends.
 _WAIT_SECONDS = 120.0
-# Seconds until an interrupt is noticed.
+# Seconds until the worker notices an interrupt.
 _INTERVAL = 0.5
 _STOP_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class Died(Exception):
-  """The cell's process was ended from outside: to be tried again."""
+  """The cell's process was killed from outside and must be started again."""
 
 
 def run(
@@ -36,22 +36,22 @@ def run(
 ) -> int:
   """Runs the main command for one cell until it ends.
 
-  If it is interrupted, as `ray.cancel` does, the process is asked to stop, and
-  its end is waited for.
+  On an interrupt, for example by `ray.cancel`, it asks the process to stop and
+  waits for its end.
 
   Args:
-    arguments: of `resnet_flax.main`, without the workdir.
-    workdir: of the cell.
-    log: is added to: when it was started, and what it writes.
+    arguments: arguments of `resnet_flax.main`, without the workdir.
+    workdir: workdir of the cell.
+    log: file to which the start time and the process's output are added.
     cwd: the repository's top folder.
-    cpus: how many cores it may use.
-    gpus: how many GPUs Ray has given; they are in the environment.
+    cpus: number of cores that the cell may use.
+    gpus: number of GPUs that Ray has assigned, in the environment.
 
   Returns:
     The exit code.
 
   Raises:
-    Died: a signal ended it that was not asked for here.
+    Died: a signal from outside ended the process.
   """
   _wait_for_lock(workdir)
   environ = dict(os.environ)
@@ -72,7 +72,7 @@ def run(
       stdin=subprocess.DEVNULL,
       stdout=file,
       stderr=subprocess.STDOUT,
-      # Ctrl-C on the terminal is passed on once, by the sweep.
+      # The sweep passes Ctrl-C on, so the terminal must not send it, too.
       start_new_session=True,
     )
     asked = False
@@ -91,9 +91,9 @@ def run(
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-  """Inside, `ray.cancel` sets the event, at whatever moment it comes.
+  """Makes `ray.cancel` set an event instead of raising an exception.
 
-  An exception could come before the process that was started is known.
+  An exception could come before the started process is known.
   """
   event = threading.Event()
   before = signal.signal(signal.SIGINT, lambda *_: event.set())
@@ -104,9 +104,9 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def _wait_for_lock(workdir: pathlib.Path) -> None:
-  """Waits until the process of an attempt before has left the workdir.
+  """Waits until the process of an earlier attempt has left the workdir.
 
-  If it does not in time, the cell itself says who has it.
+  If it takes too long, the cell's own error names the process.
   """
   end = time.monotonic() + _WAIT_SECONDS
   while workdir.is_dir() and time.monotonic() < end:

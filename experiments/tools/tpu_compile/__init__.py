@@ -1,1 +1,1 @@
-"""What XLA's compiler for TPUs makes of the steps, on a machine without one."""
+"""Compiles the steps with XLA's compiler for TPUs, without a TPU."""

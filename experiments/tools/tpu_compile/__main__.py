@@ -1,13 +1,13 @@
-"""Compiles the steps of an experiment for TPUs, on a machine without one.
+"""Compiles the steps of an experiment for TPUs, without a TPU.
 
   python -m experiments.tpu_compile --config=configs/v1_depth20.py
     [--config.model.depth=110 ...] --topology=v5e:2x4
     [--out=experiments/tools/tpu_compile/results.jsonl]
 
-Prints what came out, as JSON. The TPU compiler, libtpu, comes with the extra
-`tpu-aot`; a step takes it minutes. With --out the result is put into a file of
-records, in the place of an earlier one of the same arguments and topology;
-`python -m experiments.tools.tpu_compile.table` writes tables from it.
+The command prints the result as JSON. The TPU compiler, libtpu, comes with the
+extra `tpu-aot` and takes minutes for a step. With --out the result is added to
+a file of records and replaces a record of the same arguments and topology.
+`python -m experiments.tools.tpu_compile.table` writes tables from the file.
 """
 
 import importlib.metadata
@@ -31,26 +31,26 @@ from resnet_flax.run import (
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Generation and chips in each direction, such as v5e:2x4."
 )
-_OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
+_OUT = flags.DEFINE_string("out", "", "JSON Lines file for the new record.")
 
 
 def main(argv: list[str]) -> None:
   """Compiles, prints and records."""
   del argv
-  # Neither a TPU nor Google's servers are looked for.
+  # The program needs neither a TPU nor Google's metadata server.
   jax.config.update("jax_platforms", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  # There is no TPU that only one process may use.
+  # Without a TPU, several processes may load libtpu.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   if not _TOPOLOGY.value:
-    raise errors.ConfigError("no --topology, for example --topology=v5e:2x4.")
+    raise errors.ConfigError("--topology must be set, for example to v5e:2x4.")
   out = pathlib.Path(_OUT.value) if _OUT.value else None
   if out:
-    # A file that cannot be added to is found before minutes have passed.
+    # An unusable file must end the program before minutes of compilation.
     records.read(out)
-  # A cache would answer for the compiler.
+  # With a cache, the times would not include compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   devices = compilation.topology_devices(_TOPOLOGY.value)
   described = environment.describe(devices)

@@ -1,8 +1,8 @@
-"""Published figures of TPU chips, and the time that they imply.
+"""Published figures of TPU chips, and a step's time by the roofline model.
 
-A roofline is a model: the time that a program would take if it did nothing but
-its arithmetic at the peak rate, or nothing but its memory traffic at the peak
-rate, whichever is longer (Williams et al. 2009). A real step is slower.
+The model takes the longer of two times: the arithmetic at its peak rate, and
+the memory traffic at its peak rate (Williams et al. 2009). A real step is
+slower.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from resnet_flax.run import errors
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A generation of TPUs; figures are those of a whole chip.
+  """A generation of TPUs; the figures count a whole chip.
 
   Attributes:
-    flops: bfloat16 operations a second. Float32 convolutions are made of
-      bfloat16 products too, unless a higher precision is asked for.
-    memory_bytes: of HBM.
-    bandwidth: bytes of HBM a second.
-    num_cores: TensorCores, of which a device is one or all.
-    example: a topology that can be compiled for.
-    source: where the figures are published.
-    config: how its cores are joined, as a TPU VM does: 'megacore' makes them
-      one device where the compiler's own default does not.
+    flops: bfloat16 operations per second. Float32 convolutions also use
+      bfloat16 products, unless they request a higher precision.
+    memory_bytes: bytes of HBM.
+    bandwidth: bytes of HBM traffic per second.
+    num_cores: number of TensorCores; a device has one or all of them.
+    example: a topology that the compiler accepts.
+    source: the publication of the figures.
+    config: 'megacore' joins a chip's cores to one device, as on a TPU VM, if
+      the compiler's default does not.
   """
 
   flops: float
@@ -75,14 +75,14 @@ CHIPS = {
 
 
 def of_topology(topology: str) -> Chip:
-  """The chip that a topology is made of.
+  """Returns the chip of a topology.
 
   Args:
-    topology: such as 'v5e:2x4', a generation and how many chips there are in
-      each direction.
+    topology: a generation and its number of chips in each direction, such as
+      'v5e:2x4'.
 
   Raises:
-    ConfigError: it is not of this form, or the generation is not known.
+    ConfigError: the topology has another form or an unknown generation.
   """
   name, _, sizes = topology.partition(":")
   if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", sizes):
@@ -91,29 +91,29 @@ def of_topology(topology: str) -> Chip:
 
 
 def unknown(topology: str, why: str = "") -> errors.ConfigError:
-  """The error for a topology that cannot be compiled for.
+  """Makes the error for a topology that the compiler does not accept.
 
   Args:
-    topology: what was given.
-    why: what the compiler says of it.
+    topology: the given topology.
+    why: the compiler's message.
   """
   examples = ", ".join(chip.example for chip in CHIPS.values())
   return errors.ConfigError(
-    f"--topology={topology} cannot be used{why and f' ({why})'}. Pass a"
-    f" generation and its chips in each direction, for example {examples}."
+    f"--topology={topology}{why and f' ({why})'} must be a generation and its"
+    f" chips in each direction, for example {examples}."
   )
 
 
 def roofline(
   chip: Chip, cores_of_device: int, flops: float, num_bytes: float
 ) -> dict[str, Any]:
-  """The least time that a device needs, by this model.
+  """Computes the least time that a device needs, by the roofline model.
 
   Args:
-    chip: of the device.
+    chip: the device's chip.
     cores_of_device: TensorCores of a device.
     flops: operations of one device.
-    num_bytes: that it reads and writes.
+    num_bytes: bytes that the device reads and writes.
 
   Returns:
     `compute_seconds`, `memory_seconds` and the longer of them as `seconds`.

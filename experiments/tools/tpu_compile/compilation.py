@@ -1,7 +1,7 @@
-"""The training and the evaluation step, compiled without their devices.
+"""Compiles the training and the evaluation step without their devices.
 
-What is traced is what training and evaluation trace; only the arrays are
-shapes.
+The steps are traced as in training and evaluation, with shapes instead of
+arrays.
 """
 
 import functools
@@ -31,20 +31,19 @@ STEPS = ("train", "eval")
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice, as its compiler describes them.
+  """Lists the devices of a slice, as its compiler describes them.
 
   Args:
     topology: see `chips.of_topology`.
 
   Raises:
-    ConfigError: it is not known, or libtpu is missing.
+    ConfigError: the topology is unknown, or libtpu is missing.
   """
   chip = chips.of_topology(topology)
   if importlib.util.find_spec("libtpu") is None:
     raise errors.ConfigError(
-      f"--topology={topology} needs the TPU compiler, libtpu, which is not"
-      " installed: pip install -c constraints.txt -e '.[tpu-aot]' (no TPU is"
-      " needed)."
+      f"libtpu, the TPU compiler, must be installed for --topology={topology}:"
+      " pip install -c constraints.txt -e '.[tpu-aot]' (it needs no TPU)."
     )
   try:
     described = topologies.get_topology_desc(
@@ -58,18 +57,18 @@ def topology_devices(topology: str) -> list[jax.Device]:
 def trace(
   config: ConfigDict, devices: Sequence[jax.Device]
 ) -> dict[str, jax.stages.Traced]:
-  """Both steps, of one call's networks where there are several seeds.
+  """Traces both steps; with several seeds, for the networks of one call.
 
   Args:
     config: every key of `configs/base.py`.
-    devices: to be compiled for; they need not exist.
+    devices: target devices, which need not exist.
 
   Returns:
     The traced functions by `STEPS`.
 
   Raises:
-    ConfigError: a value that cannot be used, for example a batch that the
-      devices do not divide.
+    ConfigError: a value is invalid, for example a batch that is not divisible
+      by the number of devices.
   """
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
@@ -119,7 +118,7 @@ def trace(
 def _split_shapes(
   config: ConfigDict, experiment: step_lib.Experiment, layout: networks.Layout
 ) -> list[jax.ShapeDtypeStruct]:
-  """A copy of the training split on every device, as shapes."""
+  """The shapes of the training split, with a copy on every device."""
   count = data.num_train_examples(config.dataset)
   sharding = mesh_lib.sharding(layout.mesh)
   return [
@@ -129,19 +128,19 @@ def _split_shapes(
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:
-  """What a table shows of a configuration besides its overrides."""
+  """Selects the keys that a table shows besides the overrides."""
   keys = ("name", "depth", "dtype", "input_size")
   return {key: config.model[key] for key in keys}
 
 
 def eval_batch_size(config: ConfigDict, layout: networks.Layout) -> int:
-  """Images of an evaluation call: as configured, or a few more."""
+  """Rounds the evaluation batch up to a multiple of the devices."""
   num_devices = layout.mesh.shape[mesh_lib.DATA]
   return -(-config.eval_batch_size // num_devices) * num_devices
 
 
 def _execution(config: ConfigDict) -> str:
-  # Which is faster shows only where there are devices.
+  # Without devices, the faster kind of execution cannot be measured.
   automatic = config.seed_execution == "auto"
   return "in_turn" if automatic else config.seed_execution
 
@@ -149,7 +148,7 @@ def _execution(config: ConfigDict) -> str:
 def describe(
   config: ConfigDict, topology: str, devices: Sequence[jax.Device], cores: int
 ) -> dict[str, Any]:
-  """Compiles both steps and says what came out.
+  """Compiles both steps and describes the programs.
 
   Args:
     config: every key of `configs/base.py`.
@@ -158,15 +157,15 @@ def describe(
     cores: TensorCores of a device.
 
   Returns:
-    `topology`, `device_kind`, `num_devices`, `memory_bytes` (HBM of a device),
-    `config` (see `facts`), and for each of `STEPS` what `describe_step` returns
-    with `compile_seconds`, `images_per_device`, `model_flops` (twice the
-    multiply-adds of convolutions and dense layers, of a device's images), the
-    `roofline` (see `chips.roofline`) and for training `state_arrays`, how many
-    a state has.
+    `topology`, `device_kind`, `num_devices`, `memory_bytes` (HBM of a device)
+    and `config` (see `facts`). Each of `STEPS` has the result of
+    `describe_step`, `compile_seconds`, `images_per_device`, `model_flops`
+    (twice the multiply-adds of convolutions and dense layers for a device's
+    images) and the `roofline` (see `chips.roofline`). Training also has
+    `state_arrays`, the number of arrays in a state.
   """
   chip = chips.of_topology(topology)
-  # Traced before anything is compiled: mistakes show first.
+  # Tracing comes first, since it finds errors before the long compilation.
   traced = trace(config, devices)
   layout = networks.Layout.create(config, devices, _execution(config))
   experiment = experiment_lib.build(config)
@@ -191,7 +190,7 @@ def describe(
     compiled = traced[name].lower().compile()
     seconds = time.perf_counter() - started
     step = describe_step(compiled)
-    # Forward, and as much again for each of a layer's two gradients.
+    # Each of a layer's two gradients takes as many operations as its output.
     passes = 3 if name == "train" else 1
     step |= {
       "compile_seconds": seconds,
@@ -212,19 +211,19 @@ def describe(
 
 
 def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
-  """What a compiled program is, on each device.
+  """Describes a compiled program on each device.
 
   Returns:
-    `memory` in bytes: `arguments`, `results`, `aliased` (results that are
-      written over arguments), `temporary`, `program`, and their `total`.
-    `flops` and `bytes_accessed` of XLA's cost analysis. The latter counts what
-      each fusion reads and writes, in whatever memory it is.
-    `collectives`, with equal ones put together: `kind`, `arrays`, `bytes`,
-      `count` and the `op_name` of the first.
-    `collective_count` and `collective_bytes` of them all.
+    `memory` in bytes: `arguments`, `results`, `aliased` (results that overwrite
+      arguments), `temporary`, `program`, and their `total`.
+    `flops` and `bytes_accessed` of XLA's cost analysis. The latter counts the
+      bytes that each fusion reads and writes, in any memory.
+    `collectives`, grouped by equal values: `kind`, `arrays`, `bytes`, `count`
+      and the `op_name` of the first.
+    `collective_count` and `collective_bytes` of all collectives.
     `convolutions`, `loops`, `custom_calls` and `host_transfers`.
     `convolution_padding`: see `hlo.Module.convolution_padding`.
-    `aliased_arrays`: how many results are written over arguments.
+    `aliased_arrays`: number of results that overwrite arguments.
   """
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
@@ -259,21 +258,21 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def check_transfers(described: dict[str, Any]) -> None:
-  """Checks that nothing goes through the host while a step runs.
+  """Checks that a step exchanges no data with the host.
 
   Args:
     described: from `describe`.
 
   Raises:
-    UserError: something does.
+    UserError: a step has a transfer.
   """
   for step in STEPS:
     transfers = described[step]["host_transfers"]
     if transfers:
       raise errors.UserError(
         f"the {step} step has {len(transfers)} transfers to or from the host,"
-        f" such as {transfers[0]}, which stop the device. Take out of the model"
-        " and the metrics what makes them, such as callbacks and prints."
+        f" such as {transfers[0]}, which stop the device. Remove their causes,"
+        " such as callbacks and prints, from the model and the metrics."
       )
 
 

@@ -1,11 +1,11 @@
-"""Lowers the steps of an experiment for GPUs, on a machine without one.
+"""Lowers the steps of an experiment for GPUs, without a GPU.
 
   python -m experiments.tools.tpu_compile.cuda --config=configs/v1_depth20.py
     [--config.model.depth=110 ...] [--devices=4]
     [--out=experiments/tools/tpu_compile/cuda.jsonl]
 
-XLA's compiler for GPUs needs one. What it is given does not: the StableHLO that
-JAX lowers for the platform `cuda`, as `jax.export` does.
+XLA's compiler for GPUs needs a GPU. Its input does not: JAX lowers the steps to
+StableHLO for the platform `cuda`, as `jax.export` does.
 """
 
 import json
@@ -25,7 +25,7 @@ from resnet_flax.run import (
 )
 
 _DEVICES = flags.DEFINE_integer("devices", 4, "GPUs that share a batch.")
-_OUT = flags.DEFINE_string("out", "", "JSON file that the result is added to.")
+_OUT = flags.DEFINE_string("out", "", "JSON Lines file for the new record.")
 
 
 def main(argv: list[str]) -> None:

@@ -1,9 +1,9 @@
-"""What a compiled program does, read from the text that XLA prints of it.
+"""Reads the text of a program that XLA has compiled.
 
-The text is HLO: computations of instructions, each with a name, the shape of
-its result, an operation, its operands and attributes. Shapes have layouts, such
-as `f32[128,32]{0,1:T(8,128)}`: which axis is the minor one, and the tiles in
-which TPUs keep the two minor ones.
+The text is HLO. It consists of computations of instructions. An instruction has
+a name, the shape of its result, an operation, operands and attributes. A shape
+has a layout, such as `f32[128,32]{0,1:T(8,128)}`: the order of the axes, the
+minor one first, and the tiles in which TPUs keep the two minor axes.
 """
 
 import collections
@@ -19,9 +19,9 @@ COLLECTIVES = (
   "all-to-all",
   "collective-permute",
 )
-# Between a device and its host, or, as send and recv, between programs.
+# Infeed and outfeed go to the host; send and recv may go to other programs.
 _TRANSFERS = ("infeed", "outfeed", "send", "recv")
-# Of custom calls that go to the host: Python's, and offloaded memory.
+# Custom calls that go to the host: Python callbacks and offloaded memory.
 _HOST_TARGET = re.compile(r"callback|host", re.IGNORECASE)
 # XLA's number of the host's memory in a layout.
 _HOST_MEMORY = "S(5)"
@@ -44,9 +44,9 @@ class Array:
   """An array's type, as in `bf16[128,32]{0,1:T(8,128)(2,1)}`.
 
   Attributes:
-    dtype: XLA's name.
-    shape: its axes.
-    layout: in braces; empty where none is printed.
+    dtype: XLA's name of the type.
+    shape: sizes of the axes.
+    layout: layout in braces; empty if the text has none.
   """
 
   dtype: str
@@ -55,12 +55,12 @@ class Array:
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of its elements; of what is no data, such as tokens, none."""
+    """Bytes of its elements; 0 for types without data, such as tokens."""
     return math.prod(self.shape) * _bits(self.dtype) // 8
 
   @property
   def padded_bytes(self) -> int:
-    """Bytes in memory, the minor axes filled up to whole tiles."""
+    """Bytes in memory, with the minor axes padded to whole tiles."""
     tiles = re.search(r":T\(([\d,]+)\)", self.layout)
     if not tiles or not self.shape:
       return self.num_bytes
@@ -79,12 +79,12 @@ class Instruction:
   """One operation.
 
   Attributes:
-    name: of its result.
+    name: name of its result.
     result: the result's arrays; several for a tuple.
     opcode: for example 'all-reduce-start'.
-    operands: names of what it is applied to.
+    operands: names of its operands.
     attributes: the rest of its line.
-    value: of a constant that is a whole number.
+    value: the value of an integer constant.
   """
 
   name: str
@@ -96,7 +96,7 @@ class Instruction:
 
   @property
   def called(self) -> tuple[str, ...]:
-    """Names of the computations that it runs."""
+    """Names of the computations that it calls."""
     return tuple(
       name
       for names in _CALLED.findall(self.attributes)
@@ -105,7 +105,7 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """Where it comes from in the program that was traced."""
+    """Its origin in the traced program."""
     match = re.search(r'op_name="([^"]*)"', self.attributes)
     return match[1] if match else ""
 
@@ -116,10 +116,10 @@ class Collective:
 
   Attributes:
     kind: one of `COLLECTIVES`.
-    arrays: how many it combines.
-    num_bytes: of its operands on one device.
-    executions: how often it runs in one call of the program.
-    op_name: where the first of its arrays comes from.
+    arrays: number of arrays that it combines.
+    num_bytes: bytes of its operands on one device.
+    executions: number of runs in one call of the program.
+    op_name: origin of its first array in the traced program.
   """
 
   kind: str
@@ -134,9 +134,9 @@ class Module:
   """A compiled program.
 
   Attributes:
-    header: its first line.
-    computations: the instructions of each.
-    entry: the name of the one that is called.
+    header: the first line of the text.
+    computations: the instructions of each computation, by name.
+    entry: the name of the computation that a call runs.
   """
 
   header: str
@@ -144,10 +144,10 @@ class Module:
   entry: str
 
   def executed(self) -> Iterator[tuple[Instruction, int]]:
-    """Each instruction with how often it runs in one call.
+    """Yields each instruction with its number of runs in one call.
 
-    Loops of unknown length count as one round, and all branches as taken. A
-    reduction's function, called for each element, counts as called once.
+    A loop of unknown length counts as one round. All branches count as taken. A
+    reduction calls its function for each element; this counts as one call.
     """
     times: collections.Counter[str] = collections.Counter({self.entry: 1})
     # A computation is printed after those that it calls.
@@ -162,10 +162,10 @@ class Module:
           yield instruction, times[name]
 
   def _rounds(self, instruction: Instruction) -> int:
-    """How often a loop runs; 1 for all else, and where the text does not say.
+    """Returns a loop's number of rounds; 1 if unknown or not a loop.
 
-    XLA says so where it knows. For TPUs it does not; but what JAX makes a loop
-    of counts from zero, and its condition compares with a constant.
+    XLA prints a known number, except for TPUs. A loop made by JAX counts from
+    zero, and its condition compares with a constant.
     """
     if match := _TRIP_COUNT.search(instruction.attributes):
       return int(match[1])
@@ -180,11 +180,11 @@ class Module:
     return values.get(root.operands[-1]) or 1
 
   def count(self, opcode: str) -> int:
-    """How often an operation runs in one call."""
+    """Counts the runs of an operation in one call."""
     return sum(n for each, n in self.executed() if each.opcode == opcode)
 
   def collectives(self) -> list[Collective]:
-    """All communication; what is started and awaited counts once."""
+    """Lists all communication; a start and its wait count once."""
     arrays = {
       name: {each.name: each.result for each in instructions}
       for name, instructions in self.computations.items()
@@ -198,7 +198,7 @@ class Module:
     for instruction, executions in self.executed():
       kind = instruction.opcode.removesuffix("-start")
       if kind not in COLLECTIVES or (
-        # The computation that is started has the operation itself.
+        # The started computation contains the operation itself.
         kind != instruction.opcode
         and any(
           each.opcode == kind
@@ -223,7 +223,7 @@ class Module:
     return found
 
   def custom_calls(self) -> dict[str, int]:
-    """Calls of what is not HLO, by target."""
+    """Counts calls of code that is not HLO, by target."""
     targets: collections.Counter[str] = collections.Counter()
     for instruction, executions in self.executed():
       match = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
@@ -232,7 +232,7 @@ class Module:
     return dict(sorted(targets.items()))
 
   def host_transfers(self) -> list[str]:
-    """Names of instructions that exchange data with the host."""
+    """Lists names of instructions that exchange data with the host."""
     names = []
     for instruction, _ in self.executed():
       target = re.search(
@@ -249,8 +249,8 @@ class Module:
   def convolution_padding(self) -> float:
     """Bytes of all convolutions' results in memory, per byte of data.
 
-    What a fusion does not write counts too: it passes through registers of the
-    same tiles. 1 where there are none.
+    Results inside a fusion count too, since registers have the same tiles. The
+    value is 1 without convolutions.
     """
     arrays = [
       (array, executions)
@@ -262,10 +262,10 @@ class Module:
     return sum(a.padded_bytes * n for a, n in arrays) / data if data else 1.0
 
   def num_aliased(self) -> int:
-    """How many results are written over an argument."""
+    """Counts the results that overwrite an argument."""
     _, _, text = self.header.partition("input_output_alias={")
     aliases = 0
-    # Up to the first thing that is no alias: the end of the list.
+    # The list ends at the first text that is no alias.
     while match := _ALIASED.match(text := text.lstrip(", ")):
       aliases += 1
       text = text[match.end() :]
@@ -276,10 +276,10 @@ def parse(text: str) -> Module:
   """Reads a program.
 
   Args:
-    text: of `jax.stages.Compiled.as_text()`.
+    text: from `jax.stages.Compiled.as_text()`.
 
   Raises:
-    ValueError: it has no entry computation.
+    ValueError: the text has no entry computation.
   """
   computations: dict[str, tuple[Instruction, ...]] = {}
   entry, name, instructions = "", "", list[Instruction]()
@@ -312,7 +312,7 @@ def _instruction(name: str, text: str) -> Instruction:
     name,
     tuple(_arrays(result)),
     opcode.strip(),
-    # A constant's value and a parameter's number are no names.
+    # A constant's value and a parameter's number are not names.
     () if opcode.strip() in ("constant", "parameter") else tuple(operands),
     text[end + 1 :],
     int(value) if value.isdecimal() else None,
@@ -320,7 +320,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _split_result(text: str) -> tuple[str, str]:
-  """The type at the beginning, which may be a tuple, and what comes after."""
+  """Splits the type at the beginning, maybe a tuple, from the rest."""
   if not text.startswith("("):
     result, _, rest = text.partition(" ")
     return result, rest
@@ -329,7 +329,7 @@ def _split_result(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-  """Where the parenthesis that was opened before the text is closed."""
+  """Finds the end of a parenthesis that was opened before the text."""
   depth = 1
   for position, character in enumerate(text):
     depth += {"(": 1, ")": -1}.get(character, 0)
@@ -339,7 +339,7 @@ def _closing(text: str) -> int:
 
 
 def _split(text: str) -> Iterator[str]:
-  """The parts between commas that are in no brackets."""
+  """Splits the text at commas outside brackets."""
   depth, start = 0, 0
   for position, character in enumerate(text + ","):
     depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(
@@ -360,6 +360,6 @@ def _arrays(text: str) -> Iterator[Array]:
 def _bits(dtype: str) -> int:
   if dtype == "pred":
     return 8
-  # Such as f32, bf16, u8, f8e4m3fn and c64; tokens have none.
+  # Examples are f32, bf16, u8, f8e4m3fn and c64; tokens have no number.
   match = re.match(r"[a-z]+(\d+)", dtype)
   return int(match[1]) if match else 0

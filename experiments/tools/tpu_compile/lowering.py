@@ -1,4 +1,4 @@
-"""The steps as JAX lowers them for GPUs, which needs none."""
+"""Lowers the steps for GPUs with JAX, without a GPU."""
 
 import collections
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from experiments.tools.tpu_compile import compilation
 def describe(
   config: ConfigDict, devices: Sequence[jax.Device]
 ) -> dict[str, Any]:
-  """Lowers both steps for GPUs and says what is in them.
+  """Lowers both steps for GPUs and counts their operations.
 
   Args:
     config: every key of `configs/base.py`.
-    devices: as many as there would be GPUs; of what kind does not matter.
+    devices: as many devices as GPUs, of any kind.
 
   Returns:
     For each of `compilation.STEPS` its `convolutions`, `dots` (products of
-    matrices) and `loops`, as they stand in the program, and `custom_calls`,
-    which are not of StableHLO, by target.
+    matrices) and `loops`, each counted once per occurrence, and `custom_calls`
+    by target, which are code outside StableHLO.
 
   Raises:
-    ConfigError: a value that cannot be used.
+    ConfigError: a value is invalid.
   """
   result = {}
   for name, traced in compilation.trace(config, devices).items():

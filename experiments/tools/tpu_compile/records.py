@@ -1,4 +1,4 @@
-"""A file of results, to which each command adds its own."""
+"""Reads and writes a file of results; each command adds one record."""
 
 import json
 import pathlib
@@ -11,32 +11,32 @@ Record = dict[str, Any]
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
-  """Those of a command line that say what is compiled.
+  """Selects the arguments of a command line that define the program.
 
   Args:
-    argv: the program's name and its arguments.
+    argv: the command's name and its arguments.
   """
   return [each for each in argv[1:] if each.lstrip("-").startswith("config")]
 
 
 def read(path: pathlib.Path) -> list[Record]:
-  """The results so far; none if there is no file.
+  """Reads the results so far; an absent file has none.
 
   Args:
-    path: of the file.
+    path: path of the file.
 
   Raises:
-    WorkdirError: it is no such file, or cannot be read.
+    WorkdirError: it is not a file of results, or cannot be read.
   """
   try:
     results = [json.loads(line) for line in path.read_text().splitlines()]
     for each in results:
-      each["topology"], each["arguments"]  # Or it is another file.
+      each["topology"], each["arguments"]  # Other files lack these keys.
   except FileNotFoundError:
     if path.parent.is_dir():
       return []
     raise errors.WorkdirError(
-      f"--out={path}: there is no folder {path.parent}."
+      f"--out={path}: the folder {path.parent} must exist."
     ) from None
   except OSError as error:
     raise errors.WorkdirError(
@@ -44,17 +44,17 @@ def read(path: pathlib.Path) -> list[Record]:
     ) from error
   except (ValueError, KeyError, TypeError) as error:
     raise errors.WorkdirError(
-      f"--out={path} is no file of results; name another one."
+      f"--out={path} must be a new file or a file of results."
     ) from error
   return results
 
 
 def add(path: pathlib.Path, result: Record) -> None:
-  """Adds a result, in the place of an earlier one of the same.
+  """Adds a result, or replaces one of the same arguments and topology.
 
   Args:
-    path: of the file.
-    result: with its `arguments` and `topology`.
+    path: path of the file.
+    result: the result, with its `arguments` and `topology`.
 
   Raises:
     WorkdirError: the file cannot be read or written.

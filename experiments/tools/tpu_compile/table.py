@@ -17,7 +17,7 @@ CUDA_RESULTS = _FOLDER / "cuda.jsonl"
 _COMMAND = "python -m experiments.tools.tpu_compile.table"
 
 
-# What has columns of its own.
+# The tables have columns for these keys.
 _SHOWN = (
   *("batch_size", "eval_batch_size"),
   *("model.name", "model.depth", "model.dtype"),
@@ -25,7 +25,7 @@ _SHOWN = (
 
 
 def _title(record: records.Record) -> list[str]:
-  """What was compiled: the network with its overrides, and the devices."""
+  """Names the network with its overrides, its dtype and the devices."""
   config = record["config"]
   words = [f"{config['name']} {config['depth']}"]
   if config["input_size"]:
@@ -40,14 +40,14 @@ def _title(record: records.Record) -> list[str]:
 def _steps(
   results: Sequence[records.Record],
 ) -> Iterator[tuple[records.Record, records.Record, list[str]]]:
-  """Both steps of each record: the record, the step, a row's first cells."""
+  """Yields (record, step, first cells) for both steps of each record."""
   for record in results:
     for name in compilation.STEPS:
       yield record, record[name], [*_title(record), name]
 
 
 def steps_table(results: Sequence[records.Record]) -> str:
-  """Both steps of each record: compilation, memory and the roofline.
+  """Makes the table of compilation, memory and the roofline.
 
   Args:
     results: from `records.read`.
@@ -82,7 +82,7 @@ def steps_table(results: Sequence[records.Record]) -> str:
 
 
 def program_table(results: Sequence[records.Record]) -> str:
-  """Both steps of each record: what the program consists of.
+  """Makes the table of the programs' operations.
 
   Args:
     results: from `records.read`.
@@ -113,7 +113,7 @@ def program_table(results: Sequence[records.Record]) -> str:
 
 
 def cuda_table(results: Sequence[records.Record]) -> str:
-  """What is lowered for GPUs.
+  """Makes the table of the programs that are lowered for GPUs.
 
   Args:
     results: from `records.read`.
@@ -147,13 +147,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def with_tables(text: str) -> str:
-  """The README's text with the tables of the committed records.
+  """Inserts the tables of the committed records into the README's text.
 
   Args:
-    text: with a pair of markers for each table.
+    text: the README's text, with a pair of markers for each table.
 
   Raises:
-    ValueError: the markers are not there.
+    ValueError: the markers are missing.
   """
   results = records.read(RESULTS)
   tables = {

@@ -169,8 +169,8 @@ def test_mistakes_are_named(load, values, words):
   ("text", "words"),
   [
     (None, "there is no such file"),
-    ("GRID = {}", "does not set CONFIG"),
-    ("CONFIG = 'configs/quickstart.py'", "does not set GRID"),
+    ("GRID = {}", "must set CONFIG"),
+    ("CONFIG = 'configs/quickstart.py'", "must set GRID"),
     ("1 / 0", "fails: ZeroDivisionError"),
     ("raise SystemExit('no')", "fails: SystemExit: no"),
     ("CONFIG = ", "fails: SyntaxError"),
@@ -227,7 +227,7 @@ def test_costs_by_hand(load, monkeypatch):
   small, again, large, _ = sweep.cells
   monkeypatch.setattr(estimate, "rate_now", lambda cells, gpus: 1e7)
   here = estimate.table(sweep.cells, [])
-  assert "at 0.0 GFLOP/s, what some steps of the smallest cell" in here
+  assert "at 0.0 GFLOP/s, measured here in some steps of the smallest" in here
   assert "--measured=WORKDIR" in here
   write_run(small, [record(0, 0.5), record(1, 0.6)])
   rows = [line.split() for line in estimate.table(sweep.cells, []).splitlines()]
@@ -253,7 +253,7 @@ def test_costs_by_hand(load, monkeypatch):
     row[5] for row in rows[2:4]
   ]
   write_run(again, [])
-  with pytest.raises(errors.WorkdirError, match="no finished epoch"):
+  with pytest.raises(errors.WorkdirError, match="one finished epoch"):
     estimate.table(sweep.cells, [again.workdir])
 
 
@@ -608,8 +608,8 @@ def test_a_mistake_is_one_line(tmp_path, start):
   code, out, err = end(start("--sweep=none.py", f"--workdir={tmp_path}/new"))
   assert (code, out) == (2, [])
   assert err == [
-    "error: --sweep=none.py: there is no such file; for example"
-    " experiments/depth_ablation/sweep.py."
+    "error: --sweep=none.py: there is no such file. Pass a sweep file, for"
+    " example experiments/depth_ablation/sweep.py."
   ]
   assert not (tmp_path / "new").exists()
 

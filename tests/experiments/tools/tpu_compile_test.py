@@ -296,13 +296,13 @@ def test_records_are_added_and_replaced(tmp_path, record):
 def test_a_file_of_something_else_is_kept(tmp_path, record, content):
   path = tmp_path / "notes.json"
   path.write_text(content)
-  with pytest.raises(errors.WorkdirError, match="no file of results"):
+  with pytest.raises(errors.WorkdirError, match="or a file of results"):
     records.add(path, record)
   assert path.read_text() == content
 
 
 def test_a_folder_that_is_missing(tmp_path):
-  with pytest.raises(errors.WorkdirError, match="there is no folder"):
+  with pytest.raises(errors.WorkdirError, match="none must exist"):
     records.read(tmp_path / "none" / "results.jsonl")
 
 
