@@ -96,7 +96,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
       "command='predcit' is not known. Did you mean 'p",
     ),
     ([], "command='' is not known. Known: compare, convert"),
-    (["sweep"], "sweep is in the repository alone"),
+    (["sweep"], "sweep must be run in the folder"),
   ],
 )
 def test_an_unknown_command_is_one_line(arguments, message, tmp_path):

@@ -1,4 +1,4 @@
-"""The basic residual block, and what all kinds of block share.
+"""The basic residual block, and the base class of all kinds of blocks.
 
 He et al. 2015 (arXiv:1512.03385) is the source. Convolution, normalisation and
 activation are injected. Other kinds are in `other_blocks`.
@@ -37,7 +37,7 @@ def subsample_and_pad(
 
 
 class Context(NamedTuple):
-  """What a block may use besides its input; differs from block to block."""
+  """Values that a block may use besides its input; each block has its own."""
 
   # key[] for random draws in training; None elsewhere.
   key: jax.Array | None = None
@@ -49,28 +49,28 @@ NO_CONTEXT = Context()
 
 
 class Block(nn.Module):
-  """What every block is told; subclasses say what it computes.
+  """The settings of a block; subclasses define what it computes.
 
-  A block is called with float[B, H, W, C] and, where something in it draws or
-  depends on how deep it lies, a `Context`. In a loop (`model.scan`) blocks may
-  differ in nothing else.
+  A block is called with float[B, H, W, C]. If it draws random numbers, or
+  depends on how deep it lies, it also needs a `Context`. The blocks of a loop
+  (`model.scan`) may differ only in their variables and contexts.
   """
 
   inner_filters: int  # Channels inside the block.
   num_filters: int  # Channels that come out.
-  strides: int  # Of one of the block's convolutions and of its shortcut.
+  strides: int  # Stride of one convolution and of the shortcut.
   first_in_network: bool  # Whether the block follows the stem.
   conv: ModuleDef
   norm: ModuleDef
   act: Activation
   shortcut: str  # One of `SHORTCUTS`, or 'none' for a plain network.
   train: bool = False
-  # Changes the branch before the sum: called as branch(train=..., name=...)
-  # (y, context), for example to drop or to scale it. None: nothing.
+  # Changes the branch before the sum, for example drops or scales it. It is
+  # called as branch(train=..., name=...)(y, context). None changes nothing.
   branch: ModuleDef | None = None
 
   def apply_shortcut(self, x: jax.Array) -> jax.Array:
-    """The block's input in the shape of its output."""
+    """The block's input, in the shape of the block's output."""
     same_shape = self.strides == 1 and x.shape[-1] == self.num_filters
     if same_shape and self.shortcut != "C":
       return x
@@ -92,7 +92,7 @@ class Block(nn.Module):
   def norm_add_act(
     self, name: str, y: jax.Array, residual: jax.Array | None, context: Context
   ) -> jax.Array:
-    """act(residual + branch(norm(y))), in one pass where nothing is between."""
+    """act(residual + branch(norm(y))), in one pass if there is no `branch`."""
     if self.branch is None:
       return self.norm(act=self.act, name=name)(y, residual)
     y = self.apply_branch(self.norm(name=name)(y), context)
@@ -115,18 +115,18 @@ class BasicBlock(Block):
     return self.norm_add_act("bn2", y, residual, context)
 
 
-# ---- By the configuration
+# ---- Blocks and widths, from the configuration
 
-# (inner, outer) channels of a stage, by its number from 0.
+# Maps a stage's number, from 0, to its (inner, outer) channels.
 Widths = Callable[[int], tuple[int, int]]
 Kind = tuple[Callable[..., Block], Widths]
 
 
 def doubling(inner: int, outer: int) -> Widths:
-  """Those of the first stage, twice as many in each that follows."""
+  """The given channels in the first stage; every later stage doubles them."""
   return lambda stage: (inner * 2**stage, outer * 2**stage)
 
 
 def basic(config: ConfigDict, stem: int) -> Kind:
-  """Two convolutions that are as wide as the stem, so many channels."""
+  """Basic blocks; both convolutions have `stem` channels, as the stem has."""
   return BasicBlock, doubling(stem, stem)

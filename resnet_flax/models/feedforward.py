@@ -1,8 +1,8 @@
-"""Networks from before residual ones: convolutions and pools, three dense.
+"""Networks older than ResNets: convolutions, pools and three dense layers.
 
-VGG is Simonyan and Zisserman 2014 (arXiv:1409.1556), AlexNet Krizhevsky et al.
-2012 in the single-tower form of Krizhevsky 2014 (arXiv:1404.5997), both in
-torchvision's layout.
+VGG is Simonyan and Zisserman 2014 (arXiv:1409.1556). AlexNet is Krizhevsky et
+al. 2012, in the single-tower form of Krizhevsky 2014 (arXiv:1404.5997). Both
+have torchvision's layout.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ ALEXNET = (
   *(Conv(384), Conv(256), Conv(256), Pool(3)),
 )
 
-# By `model.name`. AlexNet is from before batch norm.
+# Networks by `model.name`. AlexNet is older than batch norm.
 NETWORKS: dict[str, dict[str, Any]] = {
   "vgg": {
     "features": VGG19,
@@ -66,15 +66,15 @@ NETWORKS: dict[str, dict[str, Any]] = {
 class FeedForward(nn.Module):
   """Convolutions and pools, an average pool, two hidden dense layers, a head.
 
-  `conv`, `norm` and `dense` are partials, as of `resnet.ResNet`.
+  `conv`, `norm` and `dense` are partials, as in `resnet.ResNet`.
   """
 
   features: Sequence[Conv | Pool]
-  pooled_size: int  # Height and width of what the dense layers see.
+  pooled_size: int  # Height and width of the dense layers' input.
   hidden_sizes: Sequence[int]  # Units of the hidden dense layers.
-  # For each dense layer and then the head, whether its input is dropped out.
+  # Whether dropout applies to the input of each dense layer and of the head.
   dropped: Sequence[bool]
-  dropout: float  # Share of the units that is dropped; takes a `dropout` key.
+  dropout: float  # Share of dropped units; needs a `dropout` key.
   num_classes: int
   conv: ModuleDef
   norm: ModuleDef
@@ -112,7 +112,7 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
   """The means, float[B, size, size, C], over windows that cover the image.
 
   Window i of a side of length n goes from floor(i * n / size) to
-  ceil((i + 1) * n / size), as in PyTorch; an image of that size stays as it is.
+  ceil((i + 1) * n / size), as in PyTorch. A size x size image is unchanged.
   """
   if x.shape[1:3] == (size, size):
     return x

@@ -13,14 +13,14 @@ _GROUPS, _LEAST_CHANNELS, _EPSILON = 32, 8, 1e-5
 
 
 class GroupNorm(nn.Module):
-  """In the place of `BatchNorm`: Wu and He 2018 (arXiv:1803.08494).
+  """Replaces `BatchNorm`. Source: Wu and He 2018 (arXiv:1803.08494).
 
-  There are 32 groups of channels as in the paper, or fewer where one would have
-  less than 8 channels. Parameters are `scale` and `bias`, float32[C].
+  There are 32 groups of channels, as in the paper, or fewer if a group would
+  have fewer than 8 channels. Parameters are `scale` and `bias`, float32[C].
   """
 
-  use_running_average: bool  # Of no effect.
-  dtype: Any = jnp.float32  # Of the result.
+  use_running_average: bool  # Has no effect.
+  dtype: Any = jnp.float32  # The result's dtype.
   act: Callable[[Array], Array] | None = None  # Elementwise, applied last.
 
   @nn.compact
@@ -36,10 +36,10 @@ class GroupNorm(nn.Module):
 
 
 def standardize(convolve: Callable[..., Array] | None) -> Callable[..., Array]:
-  """A convolution by kernels of mean 0 and variance 1 for each output channel.
+  """A convolution with kernels of mean 0 and variance 1 per output channel.
 
-  Weight standardisation of Qiao et al. 2019 (arXiv:1903.10520, equations 5 to
-  8); `convolve` is as `jax.lax.conv_general_dilated`, by default that.
+  This is weight standardisation (Qiao et al. 2019, arXiv:1903.10520, equations
+  5 to 8). `convolve` defaults to `jax.lax.conv_general_dilated`.
   """
 
   def standardized(x, kernel, *args, **kwargs):

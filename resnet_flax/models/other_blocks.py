@@ -1,9 +1,9 @@
-"""The other residual blocks; see `blocks` for what they share.
+"""The other residual blocks; `blocks` has their base class.
 
-Sources: He et al. 2015 (arXiv:1512.03385) and, with groups, Xie et al. 2017
-(arXiv:1611.05431) of bottlenecks; Srivastava et al. 2015 (arXiv:1505.00387) of
-gates; He et al. 2016 (arXiv:1603.05027) of blocks that activate before their
-convolutions, Zagoruyko and Komodakis 2016 (arXiv:1605.07146) of wide ones.
+Sources: He et al. 2015 (arXiv:1512.03385) for bottlenecks; Xie et al. 2017
+(arXiv:1611.05431) for groups; Srivastava et al. 2015 (arXiv:1505.00387) for
+gates; He et al. 2016 (arXiv:1603.05027) for pre-activation; Zagoruyko and
+Komodakis 2016 (arXiv:1605.07146) for wide blocks.
 """
 
 import functools
@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from resnet_flax.models import blocks
 from resnet_flax.models.blocks import NO_CONTEXT, Block, Context, Kind
 
-# He et al. 2015, table 1: for each depth the blocks of each stage, which are
-# bottlenecks from 50 layers on.
+# He et al. 2015, table 1: the number of blocks in each stage, by depth. Blocks
+# are bottlenecks from 50 layers on.
 FIRST_BOTTLENECK = 50
 IMAGENET_SIZES: Mapping[int, tuple[int, ...]] = {
   18: (2, 2, 2, 2),
@@ -33,7 +33,7 @@ class BottleneckBlock(Block):
 
   With `stride_in_3x3` the 3x3 convolution carries the stride, as in torchvision
   ('ResNet v1.5'); otherwise the first 1x1 does, as in the paper. With several
-  `groups` of its channels it is ResNeXt's (Xie et al. 2017, figure 3c).
+  `groups` of channels this is ResNeXt's block (Xie et al. 2017, figure 3c).
   """
 
   stride_in_3x3: bool = False
@@ -59,8 +59,8 @@ class HighwayBlock(Block):
 
   g is the transform gate and 1 - g the carry gate of Srivastava et al. 2015,
   F the basic block's two convolutions: 'exclusive gating' of He et al. 2016,
-  section 3.1. `gate_bias` is where the gate's bias starts; the more negative,
-  the nearer is the block to its shortcut.
+  section 3.1. The gate's bias starts at `gate_bias`. The more negative this is,
+  the closer the block is to its shortcut.
   """
 
   gate_bias: float = -2.0
@@ -72,7 +72,7 @@ class HighwayBlock(Block):
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
     y = self.norm(name="bn2")(y)
-    # The bias is what holds the gate shut, so it is there in any case.
+    # The bias keeps the gate shut at first, so the gate always has one.
     gate = self.conv(
       self.num_filters,
       (1, 1),
@@ -89,14 +89,14 @@ class HighwayBlock(Block):
 class PreActBlock(Block):
   """BN-ReLU-3x3, BN-ReLU-3x3, add (He et al. 2016, figure 4e).
 
-  The first block of the network does not repeat the stem's BN-ReLU, and the
-  shortcut takes the block's input as it comes (section 4 and appendix). That of
-  a `wide` one (Zagoruyko and Komodakis 2016, figure 1d, and their code) takes
-  what the first BN-ReLU gives where the shape changes.
+  The network's first block does not repeat the stem's BN-ReLU. The shortcut
+  takes the block's input unchanged (section 4 and appendix). If a `wide` block
+  changes the shape, the shortcut takes the first BN-ReLU's output (Zagoruyko
+  and Komodakis 2016, figure 1d, and their code).
   """
 
   wide: bool = False
-  dropout: float = 0.0  # Of the second convolution's input.
+  dropout: float = 0.0  # Dropped share of the second convolution's input.
 
   @nn.compact
   def __call__(self, x: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
@@ -109,8 +109,8 @@ class PreActBlock(Block):
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(y)
     y = self.norm(act=self.act, name="bn2")(y)
     if self.train and self.dropout:
-      assert context.key is not None  # In training.
-      key = jax.random.fold_in(context.key, 1)  # It itself is the branch's.
+      assert context.key is not None  # Training needs it.
+      key = jax.random.fold_in(context.key, 1)  # context.key is the branch's.
       y = nn.Dropout(self.dropout, deterministic=False)(y, rng=key)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
     return self.apply_shortcut(residual) + self.apply_branch(y, context)
@@ -119,8 +119,8 @@ class PreActBlock(Block):
 class PreActBottleneckBlock(Block):
   """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1, add (He et al. 2016).
 
-  As in the Keras example the first 1x1 carries the stride, the shortcut takes
-  the block's input as it comes, and the first block of the network does not
+  As in the Keras example, the first 1x1 carries the stride, the shortcut takes
+  the block's input unchanged, and the first block of the network does not
   repeat the stem's BN-ReLU.
   """
 
@@ -138,16 +138,16 @@ class PreActBottleneckBlock(Block):
     return self.apply_shortcut(x) + self.apply_branch(y, context)
 
 
-# ---- By the configuration and the channels of the stem
+# ---- Blocks and widths, from the configuration and the stem's channels
 
 
 def num_groups(config: ConfigDict) -> int:
-  """The groups of a bottleneck's 3x3 convolution: as asked for, or usual."""
+  """The groups of a bottleneck's 3x3 convolution; the family has a default."""
   return config.groups or (8 if config.name == "resnext" else 1)
 
 
 def bottleneck(config: ConfigDict, stem: int) -> Kind:
-  """He et al. 2015, table 1; of several groups Xie et al. 2017, table 1."""
+  """Widths: He et al. 2015, table 1; with groups, Xie et al. 2017, table 1."""
   groups = num_groups(config)
   block = functools.partial(
     BottleneckBlock, stride_in_3x3=config.stride_in_3x3, groups=groups
@@ -156,19 +156,19 @@ def bottleneck(config: ConfigDict, stem: int) -> Kind:
 
 
 def imagenet(config: ConfigDict, stem: int) -> Kind:
-  """Basic blocks or bottlenecks, by the depth."""
+  """Basic blocks or bottlenecks, depending on the depth."""
   kind = blocks.basic if config.depth < FIRST_BOTTLENECK else bottleneck
   return kind(config, stem)
 
 
 def highway(config: ConfigDict, stem: int) -> Kind:
-  """As wide as basic blocks."""
+  """Highway blocks, as wide as basic blocks."""
   block = functools.partial(HighwayBlock, gate_bias=config.gate_bias)
   return block, blocks.doubling(stem, stem)
 
 
 def preact(config: ConfigDict, stem: int, wide: bool = False) -> Kind:
-  """As wide as basic blocks, or `widen_factor` times as wide."""
+  """Pre-activation blocks: as wide as basic ones, or `widen_factor` times."""
   dropout = config.block_dropout
   block = functools.partial(PreActBlock, wide=wide, dropout=dropout)
   width = stem * (config.widen_factor if wide else 1)
@@ -176,6 +176,6 @@ def preact(config: ConfigDict, stem: int, wide: bool = False) -> Kind:
 
 
 def keras_bottleneck(config: ConfigDict, stem: int) -> Kind:
-  """The Keras example's v2: a stage is as wide inside as its input is."""
+  """The Keras example's v2: a stage's inner width is the width of its input."""
   outer = [stem, *(4 * stem * 2**k for k in range(3))]
   return PreActBottleneckBlock, lambda stage: (outer[stage], outer[stage + 1])

@@ -1,6 +1,6 @@
-"""What comes before the blocks of a residual network.
+"""Stems: the layers before the blocks of a residual network.
 
-To be called in a module's `nn.compact` method, which the layers belong to.
+A stem must be called in a module's `nn.compact` method, which owns its layers.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def large_images(
   """7x7 convolution and 3x3 max pool at stride 2 (He et al. 2015, table 1).
 
   Maps float[B, H, W, C] to float[B, ceil(H / 4), ceil(W / 4), num_filters].
-  `padding` is the pool's, see `layers.window_pads`.
+  The pool uses `padding`; see `layers.window_pads`.
   """
   x = conv(num_filters, (7, 7), 2, name="stem_conv")(x)
   x = norm(name="stem_bn")(x)

@@ -1,4 +1,4 @@
-"""The command `resnet-flax NAME ...`: `python -m resnet_flax.NAME ...`."""
+"""The command `resnet-flax NAME`, which runs `python -m resnet_flax.NAME`."""
 
 import os
 import runpy
@@ -6,13 +6,13 @@ import sys
 
 from resnet_flax.run import errors
 
-_MODES = ("train", "eval", "summary")  # Of `resnet_flax.main`.
+_MODES = ("train", "eval", "summary")  # Modes of `resnet_flax.main`.
 _DOORS = ("predict", "convert", "export", "report", "compare")
 COMMANDS = (*_MODES, *_DOORS, "sweep")
 
 
 def run() -> None:
-  """Runs the command that is named first; an unknown one ends in one line."""
+  """Runs the command that the first argument names, or ends with an error."""
   name = "".join(sys.argv[1:2])
   if name in ("-h", "--help"):
     print(f"resnet-flax {'|'.join(COMMANDS)} ... (each has its own --help)")
@@ -22,7 +22,7 @@ def run() -> None:
   module = f"resnet_flax.{'main' if name in _MODES else name}"
   if name == "sweep":
     if not os.path.exists("experiments/sweep.py"):
-      errors.leave("sweep is in the repository alone: run it in its folder", 2)
+      errors.leave("sweep must be run in the folder of the repository", 2)
     module = "experiments.sweep"
     sys.path.insert(0, "")
   sys.argv[1:2] = [f"--mode={name}"] if name in _MODES else []

@@ -7,13 +7,13 @@ def main(argv: list[str]) -> None:
   """The command line."""
   parser = arguments.Parser(
     "python -m resnet_flax.compare",
-    description="Compares A and B, each the seeds of one experiment: over seeds"
-    " and test images, with 95 % intervals, and in what else differs.",
+    description="Compares experiments A and B over seeds and over test images,"
+    " with 95 % intervals, and lists what else differs between them.",
   )
   add = parser.add_argument
   add("a", nargs="+", metavar="A", help="workdir, or folder of workdirs")
   add("--with", nargs="+", required=True, metavar="B", dest="b")
-  add("--metric", default="accuracy", help="of the test split, or in full")
+  add("--metric", default="accuracy", help="key, with or without 'test_'")
   add("--which", default="best", choices=["best", "last"], help="epoch")
   formats = ["text", "markdown", "csv", "latex"]
   add("--format", default="text", choices=formats)

@@ -1,4 +1,4 @@
-"""Two experiments compared: over seeds, over test images, and in their keys."""
+"""Compares two experiments over seeds, over test images and in their keys."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -29,18 +29,18 @@ class _Row(NamedTuple):
 def compare(
   a: Paths, b: Paths, metric: str, which: str, *, images: bool
 ) -> list[Table]:
-  """Warnings, if there are any, comparisons, and what differs.
+  """Returns tables: warnings if there are any, comparisons, and differences.
 
   Args:
-    a: workdirs of one experiment's seeds, or folders that they lie in.
-    b: those of the other side.
-    metric: a key of metrics.jsonl, or one without its 'test_'.
+    a: workdirs of one experiment's seeds, or folders that contain them.
+    b: the same for the other experiment.
+    metric: a key of metrics.jsonl; its 'test_' may be left out.
     which: 'best' or 'last' epoch of each seed.
     images: whether to score checkpoints on the test images.
 
   Raises:
     ConfigError: a side has several experiments, or the metric is not known.
-    WorkdirError: there is no run, no finished epoch, or a damaged file.
+    WorkdirError: a side has no run or no finished epoch, or a damaged file.
   """
   sides = _side("A", a), _side("B", b)
   key = _key(metric, sides)
@@ -49,9 +49,9 @@ def compare(
   epochs = [f"{s.num_epochs} of {s.config['num_epochs']}" for s in sides]
   cautions = []
   if not same_data:
-    cautions.append(f"not on the same data: A on {data[0]}, B on {data[1]}")
+    cautions.append(f"the data differ: A has {data[0]}, B has {data[1]}")
   if epochs[0] != epochs[1] or not all(side.finished for side in sides):
-    cautions.append(f"epochs differ or lack: A {epochs[0]}, B {epochs[1]}")
+    cautions.append(f"unequal or missing epochs: A {epochs[0]}, B {epochs[1]}")
   rows = _over_seeds(sides, key, which)
   if images and same_data:
     rows += _over_images(sides, key, which)
@@ -92,19 +92,19 @@ def _side(name: str, paths: Paths) -> Group:
   if len(groups) > 1:
     differing = runs_lib.differing_keys([group.config for group in groups])
     raise errors.ConfigError(
-      f"{name} has runs of several experiments, which differ in"
-      f" {', '.join(differing)}: pass the seeds of one."
+      f"{name} has runs of several experiments: they differ in"
+      f" {', '.join(differing)}. Pass the seeds of one experiment."
     )
   if not groups[0].num_epochs:
     raise errors.WorkdirError(
-      f"{runs[0].folder} has no finished epoch: train it before it is compared."
+      f"{runs[0].folder} has no finished epoch. Train it before you compare it."
     )
   return groups[0]
 
 
 def _key(metric: str, sides: Sequence[Group]) -> str:
-  """The key of a metric that all networks have."""
-  # An average may begin after some epochs.
+  """The full key of a metric, which all networks must have recorded."""
+  # Records of the last epoch, since an average of weights may start late.
   records = [
     run.of_seed(seed)[side.num_epochs - 1]
     for side in sides
@@ -115,7 +115,7 @@ def _key(metric: str, sides: Sequence[Group]) -> str:
   key = metric if metric in known else f"test_{metric}"
   if key not in known and any(key in record for record in records):
     raise errors.ConfigError(
-      f"--metric={metric} is not in the records of all networks. All have:"
+      f"--metric={metric} must be a key that all networks recorded:"
       f" {', '.join(sorted(known))}."
     )
   if key not in known:
@@ -124,7 +124,7 @@ def _key(metric: str, sides: Sequence[Group]) -> str:
 
 
 def _facts(side: Group) -> dict[str, str]:
-  """How a side was trained; of several runs all values."""
+  """How a side was trained; semicolons separate the values of several runs."""
   facts = [
     keys.flatten(folder.read_environment(run.folder))
     | {**side.config, "runs": run.folder}
@@ -142,8 +142,8 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   a, b = (np.array(side.at(which, key, factor)) for side in sides)
   if np.isnan(np.concatenate([a, b])).any():
     raise errors.ConfigError(
-      f"--metric={key} is not recorded of every seed's {which} epoch. Pass"
-      " --which=last, or another metric."
+      f"--metric={key} must be recorded in the {which} epoch of every seed."
+      " Pass --which=last, or another metric."
     )
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
   a_seeds, b_seeds = ([r.seed for r in side.repetitions] for side in sides)
@@ -155,9 +155,9 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
-    note = f"{count} of each side show it in 80 % of cases, at 5 %"
+    note = f"{count} seeds per side give 80 % power at the 5 % level"
     if count is None:
-      note = "cannot tell: no side has seeds that differ"
+      note = "cannot tell: neither side has a spread"
     rows.append(_Row("seeds for 0.2 points", note))
   return rows
 
@@ -181,15 +181,15 @@ def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   a, b = (100 * k / n for k, n in zip(right, counts, strict=True))
   rows = [_row(f"{what}, right (%) (paired t)", a, b, paired=True)]
   if counts[0] != counts[1]:
-    return [*rows, _Row(f"{what} (McNemar)", "left out: unequally many seeds")]
-  note = f"{np.sum(a > b)} more often right with A, {np.sum(a < b)} with B"
+    return [*rows, _Row(f"{what} (McNemar)", "left out: unequal seed counts")]
+  note = f"A is better on {np.sum(a > b)} images, B on {np.sum(a < b)}"
   return [*rows, _Row(f"{what} (McNemar)", note, p=intervals.mcnemar(*right))]
 
 
 def _row(what: str, a: np.ndarray, b: np.ndarray, *, paired: bool) -> _Row:
   found = intervals.interval(a, b, paired=paired)
-  note = "cannot tell: one seed on a side, or no spread" if not found else ""
-  # The spread of one side is not that of pairs.
+  note = "cannot tell: a side has one seed, or no spread" if not found else ""
+  # A paired test uses the spread of the differences, not that of a side.
   a_mean, b_mean = (
     Statistic(x.mean(), None if paired or len(x) < 2 else x.std(ddof=1), len(x))
     for x in (a, b)

@@ -3,7 +3,7 @@
 python -m resnet_flax.convert --source=FILE --config=configs/v1_depth20.py
   [--workdir=DIR] [--config.model.depth=56 ...]
 
-FILE is of Keras (.keras, .weights.h5, .h5) or of PyTorch (.safetensors, .pt,
+FILE comes from Keras (.keras, .weights.h5, .h5) or PyTorch (.safetensors, .pt,
 .pth, .th, .bin or .ckpt). Every array in it is used exactly once, or nothing is
 written.
 """
@@ -41,31 +41,31 @@ Path = str | os.PathLike[str]
 
 
 class Conversion(NamedTuple):
-  """What was done."""
+  """The result of a conversion."""
 
   title: str  # What the file holds.
-  num_arrays: int  # How many of its arrays were used: all that are weights.
-  # Names of what is no weight, as counters and optimizer states.
+  num_arrays: int  # How many of its arrays were used: all weights.
+  # Names of arrays that are not weights: counters, optimizer states.
   passed_over: tuple[str, ...]
   config: ConfigDict  # The configuration of the workdir.
 
 
 def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
-  """Makes a workdir whose state before the first step has a file's weights.
+  """Makes the workdir of a run that starts from a file's weights.
 
   Args:
     source: the file; see `weights.files.read`.
-    config: every key of `configs/base.py`, of a network that computes what the
-      file's does. `model.num_classes` is set to the size of the file's head if
-      that is not the data set's.
+    config: every key of `configs/base.py`. Its network must compute what the
+      file's network does. If the file's head does not fit the classes of the
+      data set, `model.num_classes` is set to the size of the head.
     workdir: a folder that does not exist or is empty.
 
   Raises:
-    ConfigError: a value that cannot be used, or one with which our network
-      would compute something else; names what is needed.
-    WeightsError: the file cannot be read, or its arrays are not the network's.
-    WorkdirError: the workdir holds something, or cannot be written.
-    DataError: the normalization is to be measured and the data cannot be had.
+    ConfigError: a value cannot be used, or makes our network compute something
+      else. The message names the value that is needed.
+    WeightsError: the file cannot be read, or its arrays do not fit the network.
+    WorkdirError: the workdir is not empty, or cannot be written.
+    DataError: the normalization must be measured, but the data is missing.
   """
   source = errors.local_path(source, "--source")
   workdir = new_folder.resolve(workdir, "--workdir")
@@ -78,31 +78,31 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     )
   if config.init_from:
     raise errors.ConfigError(
-      f"init_from={config.init_from} must be empty here: the weights are those"
-      " of --source."
+      f"init_from={config.init_from} must be empty here: the weights come from"
+      " --source."
     )
   file = files.read(source)
-  # What a file says of its layers may lack anything, and be of any type.
+  # A file's description of its layers may lack any key and hold any type.
   with files.explain(
     f"{file.path} is damaged, or its layers are not described as in files of"
     f" {file.library}",
-    " Pass one that the library has saved with --source.",
+    " Pass --source=FILE as the library saved it.",
   ):
     kind = _LIBRARIES[file.library].identify(file)
   if wrong := mapping.differing(kind, config):
     raise errors.ConfigError(
-      f"{file.path} holds {kind.title}, of which the configuration is not:"
-      f" needed are {', '.join(wrong.values())}."
+      f"{file.path} holds {kind.title}, which the configuration must match:"
+      f" pass {', '.join(wrong.values())}."
     )
-  # No configuration has a head without classes: the check of shapes says so.
+  # If the file's head has no classes, the check of shapes reports it.
   if 0 < kind.num_classes != experiment_lib.num_classes(config):
     if config.model.num_classes:
       raise errors.ConfigError(
-        f"model.num_classes={config.model.num_classes} but {file.path} has a"
-        f" head of {kind.num_classes} classes. Leave it 0 to take these."
+        f"model.num_classes={config.model.num_classes} must be 0 or that of"
+        f" {file.path}, which has a head of {kind.num_classes} classes."
       )
     config.model.num_classes = kind.num_classes
-  # The head's size is the file's, and has a limit as well.
+  # The head's size comes from the file, and has a limit as well.
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   like = experiment_lib.abstract_state(config, experiment)
@@ -149,15 +149,15 @@ def _run(argv: list[str]) -> None:
   source = flags.FLAGS["source"].value
   if not source:
     raise errors.ConfigError(
-      "no --source: pass the file of weights, for example"
+      "--source must be a file of weights, for example"
       " --source=resnet50.safetensors."
     )
   config, default_workdir = command_line.config_and_workdir()
   workdir = process.WORKDIR.value or default_workdir
-  # What is half written is removed before the process ends.
+  # A signal first removes a half-written folder, then ends the process.
   with signals.StopSignals():
     done = convert(source, config, workdir)
-  others = f"{len(done.passed_over)} passed over that are no weights"
+  others = f"{len(done.passed_over)} skipped that are not weights"
   surroundings.show(f"Source: {done.title}")
   surroundings.show(f"Arrays: {done.num_arrays} used, each once; {others}")
   surroundings.show(f"Workdir: {workdir}")
@@ -165,19 +165,19 @@ def _run(argv: list[str]) -> None:
     rules.check_labels(done.config)
     return
   surroundings.show(
-    f"Its head has {done.config.model.num_classes} classes, not those of"
-    f" {done.config.dataset.name}: it can be used (load_model) and be trained"
-    " with a new head (init_from), but not be scored."
+    f"The head's {done.config.model.num_classes} classes are not those of"
+    f" {done.config.dataset.name}: the network can be loaded (load_model) and"
+    " trained with a new head (init_from), but it cannot be scored."
   )
 
 
 def run() -> None:
-  """Runs the command line; mistakes and signals end in one line."""
+  """Runs the command line; errors and signals end in one line."""
   flags.DEFINE_string(
     "source",
     "",
-    "File of weights: .keras, .weights.h5 or .h5 of Keras, .safetensors, .pt,"
-    " .pth, .th, .bin or .ckpt of PyTorch.",
+    "File of weights. Keras: .keras, .weights.h5 or .h5. PyTorch: .safetensors,"
+    " .pt, .pth, .th, .bin or .ckpt.",
   )
   flags.adopt_module_key_flags(command_line)
   flags.adopt_module_key_flags(process)

@@ -1,4 +1,4 @@
-"""A folder that a command writes: whole, or not at all."""
+"""Writes the output folder of a command as a whole, or not at all."""
 
 import contextlib
 import glob
@@ -12,14 +12,14 @@ from resnet_flax.run import errors, folder as workdir_lib, signals
 
 
 def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
-  """The local folder that `flag` names, which can be filled.
+  """Returns the local folder that `flag` names, which must be new or empty.
 
   Raises:
-    ConfigError: it is no local path.
-    WorkdirError: it holds something, or cannot be written.
+    ConfigError: the path is not local.
+    WorkdirError: the folder is not empty, or cannot be written.
   """
-  # Where a link leads: the link itself cannot be replaced by a folder. Unlike
-  # Path.resolve, this leaves it to _check_is_new to find a loop of links.
+  # Links are followed, since a folder cannot replace a link. Unlike
+  # Path.resolve, realpath leaves a loop of links to _check_is_new.
   folder = pathlib.Path(os.path.realpath(errors.local_path(path, flag)))
   workdir_lib.check_name(folder, flag)
   _check_is_new(folder, flag)
@@ -28,18 +28,18 @@ def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
-  """Gives an empty folder beside `folder`, and at the end puts it there.
+  """Yields an empty folder, which is renamed to `folder` at the end.
 
-  A signal is held until then; it and errors leave nothing.
+  Signals are held until then. Signals and errors leave no files behind.
 
   Raises:
-    WorkdirError: somebody has filled it meanwhile, or it cannot be written; an
-      OSError from inside is taken for that.
+    WorkdirError: `folder` was filled meanwhile, or cannot be written. An
+      OSError in the caller's block counts as the latter.
   """
   prefix = f".unfinished-{folder.name}-"
-  with writing(folder, flag, "Nothing was left there; pass another one."):
+  with writing(folder, flag, "Nothing was left there. Pass another folder."):
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed command for this folder has left.
+    # Remove what a killed command for this folder left behind.
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
       shutil.rmtree(left, ignore_errors=True)
     with (
@@ -53,13 +53,13 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
       yield unfinished
       stops.check()
       _check_is_new(folder, flag)
-      # An empty folder is replaced, one that was filled meanwhile is not.
+      # This replaces an empty folder, but not one that was filled meanwhile.
       os.rename(unfinished, folder)
 
 
 @contextlib.contextmanager
 def writing(folder: pathlib.Path, flag: str, advice: str) -> Iterator[None]:
-  """Makes an OSError from inside a `WorkdirError` that names the folder."""
+  """Turns an OSError in the block into a `WorkdirError` about the folder."""
   try:
     yield
   except OSError as error:
@@ -71,11 +71,11 @@ def writing(folder: pathlib.Path, flag: str, advice: str) -> Iterator[None]:
 
 def _check_is_new(folder: pathlib.Path, flag: str) -> None:
   with (
-    writing(folder, flag, "Pass another one."),
+    writing(folder, flag, "Pass another folder."),
     contextlib.suppress(FileNotFoundError),
   ):
     if any(folder.iterdir()):
       raise errors.WorkdirError(
-        f"{flag}={folder} holds something already, and nothing is overwritten."
-        " Pass a new one."
+        f"{flag}={folder} must be a new or an empty folder: existing files are"
+        " never overwritten."
       )

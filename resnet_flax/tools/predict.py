@@ -1,10 +1,10 @@
-"""Says which classes a trained network sees in pictures.
+"""Predicts the classes of pictures with a trained network.
 
 python -m resnet_flax.predict WORKDIR PATH... [--topk=5] [--strict]
   [--format=table|csv|json] [--checkpoint=best|latest] [--weights=raw|ema|swa]
   [--batch_size=32]
 
-A PATH is a file, a folder, of which all files are taken, or a pattern.
+A PATH is a file, a pattern, or a folder. All files in a folder are read.
 """
 
 import argparse
@@ -33,10 +33,10 @@ _logger = logging.getLogger(__name__)
 
 
 def find(path: str) -> Iterator[str]:
-  """The files that a path or a pattern leads to; `DataError` if nowhere."""
+  """Yields the files of a path or a pattern; `DataError` if none matches."""
 
   def fail(error: OSError) -> NoReturn:
-    raise errors.DataError(f"cannot be listed: {errors.one_line(error)}")
+    raise errors.DataError(f"unreadable folder: {errors.one_line(error)}")
 
   if os.path.isdir(path):
     for folder, folders, names in os.walk(path, onerror=fail):
@@ -45,10 +45,10 @@ def find(path: str) -> Iterator[str]:
   elif os.path.lexists(path):
     yield path
   elif matches := glob.glob(path, recursive=True):
-    # '**' has a folder, and also what lies in it.
+    # '**' matches a folder and also the files in it.
     yield from sorted({file for match in matches for file in find(match)})
   else:
-    raise errors.DataError(f"there is no {path}, nor anything of this pattern.")
+    raise errors.DataError(f"PATH={path} must match a file or a folder.")
 
 
 def predict_files(
@@ -56,8 +56,8 @@ def predict_files(
 ) -> Iterator[tuple[str, np.ndarray | str]]:
   """Yields each file and its float32[classes] probabilities, in order.
 
-  With a text instead if it cannot be decoded. `loaded` is a `load.LoadedModel`;
-  so many files are read at once, at most its configuration's `eval_batch_size`.
+  If a file cannot be decoded, a text says why. `loaded` is a `LoadedModel`. At
+  most `batch_size` files, or its `eval_batch_size` if less, are read at once.
   """
   from resnet_flax.data import streaming
   from resnet_flax.run import environment
@@ -71,7 +71,7 @@ def predict_files(
     while names := list(itertools.islice(files, size)):
       found = list(pool.map(read, names))
       images = [each for each in found if isinstance(each, np.ndarray)]
-      # Of one size, so that one program is compiled.
+      # All batches have one size, so that one program is compiled.
       padding = np.zeros((size - len(images), *shape), np.uint8)
       rows = iter(loaded.predict(np.stack([*images, *padding])))
       for name, each in zip(names, found, strict=True):
@@ -79,7 +79,7 @@ def predict_files(
 
 
 def _read(size: tuple[int, int], is_streamed: bool, path: str) -> Any:
-  """uint8[H, W, 3], cut and resized as the data set was; or what is wrong."""
+  """uint8[H, W, 3], cut and resized like the data set; or the error's text."""
   try:
     picture = pictures.decode(files_lib.read_bytes(pathlib.Path(path)))
   except Exception as error:
@@ -89,14 +89,14 @@ def _read(size: tuple[int, int], is_streamed: bool, path: str) -> Any:
 
 
 def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
-  """Prints a row for each file, names those that are skipped; counts rows."""
+  """Prints a row per file, warns of skipped files, and counts the rows."""
   from resnet_flax.tools.report import runs, tables
 
   num_classes, num_rows = loaded.model.num_classes, 0
   classes = loaded.class_names or [*map(str, range(num_classes))]
   width, k = max(map(len, classes)), min(args.topk, num_classes)
   output: Any = types.SimpleNamespace(write=surroundings.show)
-  # Quoted, whatever a name has in it.
+  # All texts are quoted, since a name may hold any character.
   writer = csv.writer(output, quoting=csv.QUOTE_NONNUMERIC, lineterminator="")
   if args.format == "csv":
     titles = ([f"class_{n + 1}", f"probability_{n + 1}"] for n in range(k))
@@ -106,7 +106,7 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
     for name, found in predict_files(loaded, files, args.batch_size):
       bar.update()
       with bar.external_write_mode():
-        # Bytes that are no text as \xff.
+        # Bytes that are not text are shown as \xff.
         path = os.fsencode(name).decode(errors="backslashreplace")
         if isinstance(found, str):
           _logger.warning("%s", runs.shown(f"skipped {path}: {found}"))
@@ -136,20 +136,20 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("workdir", metavar="WORKDIR", help="folder of the network's run")
   add("paths", metavar="PATH", nargs="+", help="file, folder or pattern")
-  add("--topk", type=int, default=5, help="classes for each picture")
+  add("--topk", type=int, default=5, help="classes per picture")
   add("--format", choices=["table", "csv", "json"], default="table")
-  add("--strict", action="store_true", help="fail if a file is no picture")
+  add("--strict", action="store_true", help="fail if a file is skipped")
   add("--checkpoint", choices=["best", "latest"], default="best")
   add("--weights", choices=["raw", "ema", "swa"], default="raw")
-  add("--batch_size", type=int, default=32, help="pictures at once")
+  add("--batch_size", type=int, default=32, help="pictures per batch")
   args = parser.parse_intermixed_args(argv[1:])
   if min(args.topk, args.batch_size) < 1:
-    parser.error("--topk and --batch_size must be from 1 on")
+    parser.error("--topk and --batch_size must be at least 1")
   total = sum(1 for path in args.paths for _ in find(path))
   surroundings.set_up()
   from resnet_flax.run import load
 
-  # Of pictures that are skipped anyway, or do not mind.
+  # Pillow warns of pictures that are skipped anyway, or that are harmless.
   warnings.filterwarnings("ignore", module="PIL")
   loaded = load.load_model(args.workdir, args.checkpoint, weights=args.weights)
   num_rows = _show(loaded, total, args)

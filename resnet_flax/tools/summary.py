@@ -1,4 +1,4 @@
-"""What an experiment is, as text: nothing is loaded or compiled."""
+"""Describes an experiment as text; nothing is loaded or compiled."""
 
 import functools
 import shutil
@@ -17,14 +17,14 @@ class Size(NamedTuple):
 
   total: int  # Parameters and running statistics together, as Keras counts.
   trainable: int  # Parameters alone.
-  # Of the convolutions and dense layers for one image: output positions times
-  # kernel size, padding not subtracted; the count that papers call FLOPs.
-  # Normalisation, activations, additions and pooling are left out.
+  # For one image: output positions times kernel size of each convolution and
+  # dense layer, with padding. Papers call this count FLOPs. Normalisation,
+  # activations, additions and pooling are not counted.
   multiply_adds: int
 
 
 def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
-  """Counts without computing: the shapes are traced."""
+  """Counts from traced shapes; nothing is computed."""
   multiply_adds = 0
 
   def count(next_call, args, kwargs, context):
@@ -34,7 +34,7 @@ def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
       context.module, nn.Conv | nn.Dense
     ):
       kernel = context.module.variables["params"]["kernel"]
-      # The kernel's last axis are the outputs' channels, counted already.
+      # The kernel's last axis, the output channels, is in result.size already.
       multiply_adds += result.size * kernel.size // kernel.shape[-1]
     return result
 
@@ -48,10 +48,10 @@ def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
 
 
 def summarize(config: ConfigDict) -> str:
-  """The network as a table, its size, its optimizer and its schedule.
+  """Lists the network's layers and size, its optimizer and its schedule.
 
   Raises:
-    ConfigError: a value that cannot be used.
+    ConfigError: a value of the configuration cannot be used.
   """
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)

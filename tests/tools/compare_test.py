@@ -62,7 +62,7 @@ def test_seeds(tmp_path):
   assert welch["n"] == "4, 3"
   # The seeds of A are 0 to 3, those of B 1 to 3.
   check(paired, A[1:], B[:3], stats.ttest_rel(A[1:], B[:3]))
-  assert re.match(r"\d+ of each side", needed["note"])
+  assert re.match(r"\d+ seeds per side", needed["note"])
   assert "warnings" not in tables
 
 
@@ -91,7 +91,7 @@ def test_one_seed_cannot_tell(tmp_path):
   welch, needed = (numbers(compare(a, b)["comparison"], k) for k in range(2))
   assert float(welch["A - B"]) == pytest.approx(1)
   assert (welch["from"], welch["to"], welch["p"]) == ("", "", "")
-  assert welch["note"].startswith("cannot tell: one seed on a side")
+  assert welch["note"].startswith("cannot tell: a side has one seed")
   assert needed["note"].startswith("cannot tell")
 
 
@@ -170,8 +170,8 @@ def test_what_differs_and_warnings(tmp_path):
   tables = comparison.compare([a], [b], "accuracy", "best", images=True)
   assert [t.name for t in tables] == ["warnings", "comparison", "differences"]
   assert tables[0].shown_rows() == [
-    ("not on the same data: A on digits, B on other",),
-    ("epochs differ or lack: A 1 of 1, B 1 of 2",),
+    ("the data differ: A has digits, B has other",),
+    ("unequal or missing epochs: A 1 of 1, B 1 of 2",),
   ]
   differing = {row[0]: [*row[1:]] for row in tables[2].shown_rows()}
   assert differing == {
@@ -259,7 +259,7 @@ def test_images(trained, monkeypatch):
   more = int(np.sum(a > b)), int(np.sum(a < b))
   p = stats.binomtest(more[0], sum(more)).pvalue
   np.testing.assert_allclose(float(mcnemar["p"]), p, rtol=1e-9)
-  assert mcnemar["note"].startswith(f"{more[0]} more often right with A")
+  assert mcnemar["note"].startswith(f"A is better on {more[0]} images")
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_commands_of_the_page(trained, command):
   ("arguments", "code", "message"),
   [
     (["x"], 2, "arguments are required: --with"),
-    (["x", "--with", "y"], 1, "x is no folder"),
+    (["x", "--with", "y"], 1, "x is not a folder"),
     (["{a}", "--with", "{a}", "--metric=f1"], 2, "--metric='f1' is not known"),
     (["x", "--with", "y", "--format=pdf"], 2, "invalid choice: 'pdf'"),
   ],

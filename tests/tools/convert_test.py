@@ -156,7 +156,7 @@ def test_other_classes(config, tmp_path):
     ),
     ("bn1.running_var", -np.ones(4, np.float32), "negative variances"),
     ("bn1.bias", np.full(4, np.inf, np.float32), "not finite"),
-    ("linear.weight", None, "of no network that is known"),
+    ("linear.weight", None, "must hold a known network"),
     (
       "linear.weight",
       np.ones(1, np.float32),
@@ -223,7 +223,7 @@ def test_layers_that_are_not_described(layer, config, tmp_path):
 def test_null_is_no_stride(config, tmp_path):
   path = keras_file(tmp_path / "a.keras", ("Conv2D", {"strides": None}))
   message = refused(path, config, tmp_path / "run")
-  assert "has the strides None where ours has [1, 1]" in message
+  assert "has the strides None, which must be [1, 1]" in message
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,11 @@ def test_nothing_is_overwritten(source, config, tmp_path):
   workdir.mkdir()
   (workdir / "notes.txt").write_text("mine")
   message = refused(source, config, workdir, errors.WorkdirError)
-  assert "holds something already" in message
+  assert "must be a new or an empty folder" in message
   (workdir / "notes.txt").unlink()
   convert.convert(source, config, workdir)
   message = refused(source, config, workdir, errors.WorkdirError)
-  assert "holds something already" in message
+  assert "must be a new or an empty folder" in message
   message = refused(source, config, source, errors.WorkdirError)
   assert "Not a directory" in message
 
@@ -379,7 +379,7 @@ def test_command_line(source, tmp_path):
   assert result.returncode == 0, result.stderr
   assert result.stdout.splitlines() == [
     "Source: a PyTorch CIFAR ResNet-8 with option A shortcuts",
-    "Arrays: 37 used, each once; 7 passed over that are no weights",
+    "Arrays: 37 used, each once; 7 skipped that are not weights",
     f"Workdir: {tmp_path}/run",
   ]
   scored = run("--mode=eval", workdir, module="main")
@@ -390,13 +390,13 @@ def test_command_line(source, tmp_path):
   assert again.returncode == 1
   assert again.stdout == ""
   (line,) = again.stderr.splitlines()
-  assert line.startswith(f"error: --workdir={tmp_path}/run holds something")
+  assert line.startswith(f"error: --workdir={tmp_path}/run must be a new")
 
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ([], "no --source"),
+    ([], "--source must be"),
     (["--source=a.safetensors"], "no --config"),
     (["--source=missing.h5", *FLAGS], "missing.h5 cannot be read"),
     (["--source=a.h5", "--cnofig=b"], "Unknown command line flag"),

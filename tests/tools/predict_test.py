@@ -155,7 +155,7 @@ def test_files_are_found_in_a_stable_order(tmp_path, monkeypatch):
   assert list(predict.find("b/**")) == below[1:]
   for path in ("nothing", "*.jpg"):
     with pytest.raises(
-      errors.DataError, match=f"there is no {re.escape(path)}"
+      errors.DataError, match=f"PATH={re.escape(path)} must match"
     ):
       list(predict.find(path))
 
@@ -308,8 +308,8 @@ def test_classes_without_names_have_numbers(run, pictures, monkeypatch):
   ("arguments", "message"),
   [
     ([], "arguments are required: PATH"),
-    (["a", "--topk=0"], "--topk and --batch_size must be from 1"),
-    (["a", "--batch_size=-1"], "--topk and --batch_size must be from 1"),
+    (["a", "--topk=0"], "--topk and --batch_size must be at least 1"),
+    (["a", "--batch_size=-1"], "--topk and --batch_size must be at least 1"),
     (["a", "--format=xml"], "invalid choice: 'xml'"),
     (["a", "--checkpoint=first"], "invalid choice: 'first'"),
     (["a", "--nonsense"], "unrecognized arguments: --nonsense"),

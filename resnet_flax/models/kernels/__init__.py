@@ -1,1 +1,1 @@
-"""Fast convolution, normalisation and grouping: need not be read."""
+"""Fast convolution, normalisation and grouping. You need not read it."""

@@ -109,7 +109,7 @@ class BatchNorm(nn.Module):
   only the updates of running statistics and parameters.
   """
 
-  use_running_average: bool  # Else the batch's, which also update the average.
+  use_running_average: bool  # False: use batch statistics and update it.
   momentum: float = 0.99  # Share of the old running statistics that is kept.
   epsilon: float = 1e-5  # Added to the variance.
   dtype: Any = jnp.float32  # The result's dtype.

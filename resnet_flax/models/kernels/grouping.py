@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 # Arrays in a group. Much larger groups compile more slowly, smaller groups need
-# more calls. An ordinary network needs one.
+# more calls. An ordinary network needs one group.
 _GROUP_SIZE = 64
 _MODULES = 16  # Modules in a group of `by_modules`.
 
@@ -41,7 +41,7 @@ def reduce_each(
 def norm_of(x: jax.Array) -> jax.Array:
   """The root of the sum of squares, float32[], of an array of any shape.
 
-  Neither overflows nor vanishes where the squares would.
+  The norm neither overflows nor vanishes where the squares would.
   """
   x = x.astype(jnp.float32)
   largest = jnp.max(jnp.abs(x))

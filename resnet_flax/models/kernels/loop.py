@@ -1,4 +1,4 @@
-"""Blocks of deep networks: as a loop, or computed again for the gradient."""
+"""Runs blocks in a loop, or recomputes their values for the gradient."""
 
 import operator
 from collections.abc import Sequence

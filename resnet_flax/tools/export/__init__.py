@@ -1,1 +1,1 @@
-"""Trained networks, in the files of other libraries and programs."""
+"""Writes trained networks to files of other libraries and programs."""

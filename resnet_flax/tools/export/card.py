@@ -1,4 +1,4 @@
-"""What goes with exported weights: how to use and check them, a model card."""
+"""Writes the model card and the files that say how to use exported weights."""
 
 import pathlib
 
@@ -33,15 +33,15 @@ _CARD = """\
 | test accuracy | {accuracy} |
 | licence | {licence} |
 
-Names and layouts of the arrays are those of {title}. They are loaded by
-`{loading}`; more is in resnet_flax's docs/use.md.
+The arrays have the names and layouts of {title}. Load them with
+`{loading}`; resnet_flax's docs/use.md says more.
 
-`preprocess.json` says how uint8[N, H, W, 3] images in RGB, of `image_size`,
-become what the network takes: divide by 255, subtract `mean` (a name is that of
-a file), divide by `std`, resize to `size`, bring `channels` and axes (`layout`)
-in order. StableHLO and ONNX do all of this themselves, and give probabilities,
-not logits. Line k of `labels.txt`, counted from 0, names class k. `check.npz`
-has {checked} `images` of noise, and their `logits` to check against.
+`preprocess.json` says how to turn uint8[N, H, W, 3] RGB images of `image_size`
+into the network's input: divide by 255, subtract `mean` (a text names a file),
+divide by `std`, resize to `size`, then order `channels` and axes (`layout`).
+StableHLO and ONNX do all of this themselves, and give probabilities instead of
+logits. Line k of `labels.txt`, counted from 0, names class k. `check.npz` has
+{checked} `images` of noise and their `logits`, to check the loaded network.
 """
 
 
@@ -55,13 +55,13 @@ def write(
 ) -> None:
   """Writes README.md, preprocess.json, labels.txt, check.npz and mean.npy.
 
-  The last one only for a mean image, float32[H, W, C].
+  It writes mean.npy only for a mean image, float32[H, W, C].
 
   Args:
     out: an existing folder.
     loaded: the network of the local folder `workdir`.
-    form: the format, and whose names the arrays have.
-    title: what the network is there.
+    form: the format, and the library whose names the arrays have.
+    title: the network's name in that library.
     licence: '' if it is not stated.
   """
   config, scale, (name, names) = loaded.config, loaded.preprocess, form
@@ -129,7 +129,7 @@ def write(
 
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
-  """On the test split: the network's, and that of all seeds at their best."""
+  """Test accuracy of the network, and of all seeds in their best epochs."""
   key = f"{averaging.scored_as('test', loaded.weights)}_accuracy"
   (run,) = runs.read([workdir])
   own = [
@@ -141,7 +141,7 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
     return "not scored"
   info = dataset_lib.info(loaded.config.dataset, folder.read_facts(workdir))
   (group,) = runs.group([run])
-  # An average may begin after the best epoch.
+  # An average of weights may start after the best epoch; its value is NaN.
   values = [value for value in group.at("best", key) if value == value]
   mean, std, n = runs.Statistic.of(values)
   return (

@@ -1,4 +1,4 @@
-"""Writes a trained network as other libraries and programs have theirs.
+"""Writes a trained network in the format of another library or program.
 
 python -m resnet_flax.export WORKDIR --format=safetensors --out=DIR
 """
@@ -11,7 +11,7 @@ from resnet_flax.run import arguments, errors, surroundings
 
 _logger = logging.getLogger(__name__)
 
-# For each format, whose names its arrays can have, the first choice first.
+# For each format, the names that its arrays can have, the first choice first.
 FORMATS = {
   "safetensors": ("torchvision", "cifar", "keras", "flax"),
   "torch": ("torchvision", "cifar"),
@@ -19,7 +19,7 @@ FORMATS = {
   **dict.fromkeys(("orbax", "stablehlo", "onnx"), ("flax",)),
 }
 NAMES = FORMATS["safetensors"]
-# What formats need besides: modules, called as their extras, and their titles.
+# Modules that formats need, which have their extras' names, and their titles.
 _NEEDED = {"torch": ("torch", "PyTorch"), "keras": ("h5py", "h5py")}
 
 
@@ -33,18 +33,17 @@ def export(
   licence: str = "",
   weights: str = "raw",
 ) -> str:
-  """Writes a network, and what goes with it, into a new folder.
+  """Writes a network and the files that describe it into a new folder.
 
-  `workdir`, `which`, `seed` and `weights` are `load_model`'s; `form` is
-  a key of `FORMATS`, whose first names with such a network are taken for ''.
+  See `load_model` for `workdir`, `which`, `seed` and `weights`. `form` is a key
+  of `FORMATS`. '' for `names` takes the format's first names for this network.
 
   Returns:
-    What the network is there, for example "torchvision's ResNet-18".
+    The network's name in that library, such as "torchvision's ResNet-18".
 
   Raises:
-    ConfigError: see `load_model`; or no such names have such a network.
-    WorkdirError: see `load_model`; or `out` holds something or cannot be
-      written.
+    ConfigError: see `load_model`; or the format cannot hold this network.
+    WorkdirError: see `load_model`; or `out` is not empty or cannot be written.
   """
   from resnet_flax.run import load, mirror
   from resnet_flax.tools import new_folder
@@ -61,18 +60,18 @@ def export(
       reasons.append(str(error).rstrip("."))
   else:
     raise errors.ConfigError(
-      f"--format={form} cannot have this network:"
+      f"--format={form} cannot hold this network:"
       f" {'; '.join(reasons) or f'it has no --names={names}'}. All networks can"
-      " be had as safetensors (--names=flax), orbax, stablehlo and onnx."
+      " be safetensors (with --names=flax), orbax, stablehlo and onnx."
     )
   module, title = _NEEDED.get(form, ("", ""))
   if module and importlib.util.find_spec(module) is None:
     raise errors.ConfigError(
       f"--format={form} needs {title}, which is not installed: pip install"
-      f" 'resnet_flax[{module}]'. --format=safetensors holds the same, without."
+      f" 'resnet_flax[{module}]'. Or pass --format=safetensors."
     )
   if reasons and form == "safetensors":
-    _logger.info("note: with Flax's names: %s", "; ".join(reasons))
+    _logger.info("note: the names are Flax's: %s", "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
     weights_lib.write(form, network, loaded, folder)
     local = mirror.local(workdir, "workdir")
@@ -86,17 +85,17 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("workdir", help="Folder of a run, or an address of checkpoint.mirror.")
   add("--format", choices=FORMATS, required=True)
-  add("--out", required=True, help="Folder to make.")
-  add("--names", choices=NAMES, default="", help="Whose names the arrays get.")
+  add("--out", required=True, help="New folder to write.")
+  add("--names", choices=NAMES, default="", help="Names of the arrays.")
   add("--checkpoint", choices=("best", "latest"), default="best")
   add("--weights", choices=("raw", "ema", "swa"), default="raw")
-  add("--seed", type=int, help="Of a run of several; by default the first.")
-  add("--license", default="", help="For the model card.")
+  add("--seed", type=int, help="Seed of a run of several; default: the first.")
+  add("--license", default="", help="Licence for the model card.")
   given = parser.parse_args(argv[1:])
   surroundings.set_up()
   from resnet_flax.run import signals
 
-  # What is half written is removed before the process ends.
+  # A signal first removes a half-written folder, then ends the process.
   with signals.StopSignals():
     title = export(
       *(given.workdir, given.out, given.format, given.names),

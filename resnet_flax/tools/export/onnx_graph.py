@@ -1,8 +1,8 @@
-"""A network's forward pass as an ONNX graph, one operation after the other.
+"""Writes a network's forward pass as an ONNX graph, operation by operation.
 
-JAX traces the pass for one image. Operations that depend on the image become
-nodes by `_operation`, whatever block they are of; others are computed at once.
-ONNX has channels before rows: values with four axes are transposed in it.
+JAX traces the pass for one image. `_operation` makes a node of each operation
+that depends on the image, so blocks need no code of their own. Other operations
+are computed at once. Values of four axes have channels before rows in ONNX.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ from onnx import helper, numpy_helper
 
 from resnet_flax.run import errors
 
-# Of 2022: what runtimes since then can read.
+# Versions of 2022, which runtimes since then can read.
 OPSET, IR_VERSION = 17, 8
 
 
 @dataclasses.dataclass
 class _Value:
-  """What depends on the image: scale * kernel(x) + shift.
+  """A value that depends on the image: scale * kernel(x) + shift.
 
-  It is written when another operation needs it. Until then scales and shifts of
-  channels, such as a batch norm's, change no more than a kernel and its bias.
+  It is written only when another operation needs it. So scales and shifts of
+  channels, such as a batch norm's, become part of a kernel and its bias.
   """
 
-  x: Any  # Another one, or a name in the graph.
+  x: Any  # Another `_Value`, or a name in the graph.
   operation: str = ""  # 'Conv' or 'Gemm'; without one, kernel(x) is x.
   kernel: Any = None  # HWIO or IO.
   attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
   scale: Any = 1.0
   shift: Any = 0.0
-  name: str = ""  # In the graph, once it is written.
+  name: str = ""  # Its name in the graph, once it is written.
 
 
 class _Graph:
@@ -49,7 +49,7 @@ class _Graph:
     self.scope = ""  # The layer that is being written.
 
   def add(self, operation: str, *inputs: Any, **attributes: Any) -> _Value:
-    """Adds a node of values, names and constants in ONNX's order of axes."""
+    """Adds a node of values, names, and constants with their axes in order."""
     names = [self._name(each) for each in inputs]
     scope = attributes.pop("scope", self.scope)
     name = f"{scope}/{operation}_{len(self.nodes)}"
@@ -90,10 +90,10 @@ def write(
   class_names: Sequence[str],
   path: pathlib.Path,
 ) -> None:
-  """Writes a model of the softmax of float32[N, classes] logits.
+  """Writes a model that maps images to the softmax of their logits.
 
-  ConfigError: `_operation` lacks one by which `logits` maps
-  uint8[N, *image_shape].
+  `logits` maps uint8[N, *image_shape] to float32[N, classes]. ConfigError:
+  `_operation` lacks an operation of it.
   """
   graph = _Graph()
   image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
@@ -120,7 +120,7 @@ def write(
 def _walk(
   graph: _Graph, traced: core.ClosedJaxpr, inputs: Sequence[Any]
 ) -> list[Any]:
-  """The outputs of a traced function, whose nodes are added to the graph."""
+  """Adds the nodes of a traced function, and returns its outputs."""
   values = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
   values |= zip(traced.jaxpr.invars, inputs, strict=True)
 
@@ -143,8 +143,8 @@ def _walk(
       results = [_operation(graph, equation, *operands)]
     if None in results:
       raise errors.ConfigError(
-        f"{graph.scope} computes {name} in a form that is not written as ONNX."
-        " StableHLO has all that JAX has."
+        f"{graph.scope} computes {name} in a form that cannot be written as"
+        " ONNX. --format=stablehlo can hold all networks."
       )
     values |= zip(equation.outvars, results, strict=True)
   return read(traced.jaxpr.outvars)
@@ -159,12 +159,12 @@ def _order(rank: int) -> list[int]:
 
 
 def _in_order(x: Any) -> Any:
-  """An operand of a node: constants are transposed as values are."""
+  """A node's operand; a constant is transposed into ONNX's order of axes."""
   return x if isinstance(x, _Value) else np.transpose(x, _order(np.ndim(x)))
 
 
 def _by_axis(x: Sequence[Any]) -> np.ndarray:
-  """What JAX has for each axis, in ONNX's order."""
+  """Puts JAX's entries for the axes into ONNX's order."""
   return np.array(x)[_order(len(x))]
 
 
@@ -202,7 +202,7 @@ def _operation(
       return graph.add("MaxPool", x, **attributes)
     case "reduce_sum" if params["axes"] == (1, 2):
       mean = graph.add("ReduceMean", x, axes=[2, 3], keepdims=0)
-      # A division by the count, as for means, leaves nothing of it.
+      # If a division by the count follows, as for means, the two cancel.
       return _Value(mean, scale=math.prod(before[1:3]))
     case "max" if not isinstance(y, _Value) and np.all(y == 0):
       return graph.add("Relu", x)
@@ -221,7 +221,7 @@ def _operation(
       x = graph.add("Reshape", x, [-1, *after[1:]])
       return graph.add("Transpose", x, perm=order)
     case "slice":
-      # Of all images, one of which is traced.
+      # The trace has one image; the node must take all.
       stops = [np.iinfo(np.int64).max, *params["limit_indices"][1:]]
       steps = _by_axis(params["strides"] or [1] * len(order))
       cuts = _by_axis(params["start_indices"]), _by_axis(stops)
@@ -234,13 +234,13 @@ def _operation(
 
 
 def _arithmetic(graph: _Graph, name: str, a: Any, b: Any) -> _Value | None:
-  """Of two values a node; with a constant a scale and a shift."""
+  """A node for two values; with a constant, only a new scale and shift."""
   if isinstance(a, _Value) and isinstance(b, _Value):
     return graph.add(name.capitalize(), a, b)
   is_first = isinstance(a, _Value)
   value, constant = (a, b) if is_first else (b, a)
   constant = np.asarray(constant, np.float64)
-  # The last axis of kernels, too, is that of the channels.
+  # A kernel can absorb only a scalar or one constant per channel.
   if value.operation and constant.size not in (1, *constant.shape[-1:]):
     value = _Value(value)
   scale, shift = value.scale, value.shift
@@ -267,7 +267,7 @@ def _dot(graph: _Graph, equation: Any, a: Any, b: Any) -> _Value | None:
   left, right = [*"abcd"[: ranks[0]]], [*"efgh"[: ranks[1]]]
   for here, there in zip(axes, axes_of_b, strict=True):
     right[there] = left[here]
-  # A letter of both is summed over.
+  # A letter in both operands is summed over.
   result = [k for k in left + right if (k in left) != (k in right)]
   terms = ("".join(_by_axis(each)) for each in (left, right, result))
   formula = "{},{}->{}".format(*terms)

@@ -1,4 +1,4 @@
-"""Writes a trained network as a program that needs nothing of this package."""
+"""Writes a trained network as a program that does not need this package."""
 
 import functools
 import pathlib
@@ -32,18 +32,18 @@ def write_stablehlo(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
 def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   """Writes `model.onnx`, which maps 'images' to 'probabilities'.
 
-  These are uint8[N, H, W, C] and float32[N, classes], as of `loaded.predict`;
-  the network computes in float32, whatever its dtype. The metadata's
+  They are uint8[N, H, W, C] and float32[N, classes], as for `loaded.predict`.
+  The network computes in float32, whatever its dtype. The metadata's
   `class_names` is a JSON list in the order of the labels, empty if unknown.
 
-  ConfigError: onnx is not installed, or has nothing for one of the layers.
+  ConfigError: onnx is not installed, or a layer cannot be written as ONNX.
   """
   try:
     from resnet_flax.tools.export import onnx_graph
   except ModuleNotFoundError as error:
     raise errors.ConfigError(
       f"ONNX files need {error.name}, which is not installed: pip install"
-      " 'resnet_flax[onnx]'. StableHLO needs no more than JAX."
+      " 'resnet_flax[onnx]'. Or pass --format=stablehlo."
     ) from error
   logits, image_shape = _logits(loaded, dtype="float32")
   path = folder / "model.onnx"
@@ -53,11 +53,11 @@ def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
 def _logits(
   loaded: load.LoadedModel, **changes: str
 ) -> tuple[Callable[[jax.Array], jax.Array], tuple[int, ...]]:
-  """Maps images to logits, with changes of `model` keys; the images' shape."""
+  """The function from images to logits, and the shape of an image."""
   no_loops = {"scan": False, "remat": False}
   config = ConfigDict(loaded.config.model.to_dict() | no_loops | changes)
   model: Any = registry.create_model(config, loaded.model.num_classes)
-  # XLA's own convolutions: oneDNN's cannot be saved.
+  # XLA's own convolutions are used, since oneDNN's cannot be saved.
   conv = functools.partial(model.conv, conv_general_dilated=None)
   model = model.clone(conv=conv)
 

@@ -1,4 +1,4 @@
-"""A network's arrays by a library's names, and the files that hold them."""
+"""Gives a network's arrays a library's names, and writes them to files."""
 
 import pathlib
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
 
 
 class Network(NamedTuple):
-  """A network as a library has it."""
+  """A network with the names and layouts of a library."""
 
   title: str  # For example "torchvision's ResNet-18".
   arrays: Mapping[str, np.ndarray]  # float32 by name, in the library's layouts.
 
 
 def named(loaded: LoadedModel, names: str) -> Network:
-  """A network as 'torchvision', 'cifar' or 'keras' has it; ours for 'flax'.
+  """Renames arrays for 'torchvision', 'cifar' or 'keras'; 'flax': ours.
 
   Raises:
     WeightsError: the library has no network that computes what ours does.
@@ -42,11 +42,11 @@ def named(loaded: LoadedModel, names: str) -> Network:
   except KeyError as error:
     raise errors.WeightsError(f"{names} has no layer {error}") from error
   arrays = {origin.name: origin.back(array) for origin, array in origins}
-  # What the way in makes of them says whether they are of such a network.
+  # Reading the arrays as a file of the library says which network they are.
   file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())
   source = library.identify(file)
   wrong = mapping.differing(source, loaded.config)
-  wrong.pop("normalization", None)  # It is no part of the library's network.
+  wrong.pop("normalization", None)  # It is not part of the library's network.
   if wrong:
     flags = ", ".join(wrong.values())
     raise errors.WeightsError(f"{source.title} would need {flags}")
@@ -59,7 +59,7 @@ def write(
   """Writes the files of a format into an existing folder.
 
   Raises:
-    OSError: whatever a library has raised.
+    OSError: writing failed, whatever error a library raised.
   """
   arrays = {k: np.ascontiguousarray(a) for k, a in network.arrays.items()}
   with checkpoint.only_os_errors():

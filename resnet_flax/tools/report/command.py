@@ -16,21 +16,21 @@ def main(argv: list[str]) -> None:
     "folders",
     nargs="+",
     metavar="FOLDER",
-    help="workdir of a run, or a folder that workdirs lie in, such as runs",
+    help="workdir of a run, or a folder that contains workdirs, such as runs",
   )
   add(
     "--out",
     required=True,
-    help="folder of the report; of what it holds, only files of the same names"
-    " are replaced",
+    help="folder of the report; files of the same names are replaced, others"
+    " are kept",
   )
   add(
     "--checkpoints",
     choices=["best", "each", "none"],
     default="best",
-    help="whose best checkpoint is scored on the test images, for the accuracy"
-    " of each class, the confusion matrix and the mistakes. best: that of the"
-    " best group of each data set. each: that of each group. none: none",
+    help="groups whose best checkpoint is scored on the test images, which adds"
+    " the accuracy of each class, a confusion matrix and mistakes. best: the"
+    " best group of each data set. each: all groups. none: no group",
   )
   given = parser.parse_intermixed_args(argv[1:])
   surroundings.set_up()
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
       f"a report needs {error.name}, which is not installed: pip install"
       " 'resnet_flax[report]'."
     ) from error
-  # What is half written is removed before the process ends.
+  # A signal first removes half-written files, then ends the process.
   with signals.StopSignals():
     done = report.make(given.folders, given.out, given.checkpoints)
   surroundings.show(f"Runs: {done.num_runs}\nGroups: {done.num_groups}")

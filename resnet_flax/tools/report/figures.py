@@ -1,7 +1,7 @@
-"""Figures that are read in print, in black and white and by the colour-blind.
+"""Figures that stay readable in print, in grey and for colour-blind readers.
 
-Colours are those of Okabe and Ito (2008); what they tell apart, markers or
-lines do as well. The same input gives the same bytes.
+The colours are those of Okabe and Ito (2008). Markers or line styles tell the
+same things apart as colours do. The same input gives the same bytes.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from matplotlib.ticker import MaxNLocator
 from resnet_flax.run import metrics
 from resnet_flax.tools.report import runs as runs_lib, scores as scores_lib
 
-# Without their yellow, which is lost on white.
+# Their yellow is left out, since it is hard to see on white.
 _COLORS = ["#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 _MARKERS = ("o", "s", "^", "X", "D", "v")
-# What can be told apart in one pair of axes.
+# More curves in one pair of axes could not be told apart.
 _MOST_CURVES = len(_COLORS)
 _MARKERS_OF_A_CURVE = 8
-# As in the papers, the first epochs are cut off at the top, so that the last
-# ones can be compared: at this multiple of the worst final value.
+# The axis ends at this multiple of the worst final value. As in the papers, it
+# cuts the first epochs off, so that the last ones can be compared.
 _CUT_AT = 3.0
-# Counts are legible up to this many classes.
+# Counts in the confusion matrix are legible up to this many classes.
 _MOST_NUMBERED_CLASSES = 20
 _MISTAKES_IN_A_ROW = 5
-_WIDEST = 84  # Characters of a line.
+_WIDEST = 84  # Characters per line.
 
 _STYLE = {
   "font.size": 10.0,
@@ -42,39 +42,39 @@ _STYLE = {
   "axes.spines.top": False,
   "axes.spines.right": False,
   "legend.frameon": False,
-  # Names of elements; random otherwise.
+  # Without a salt, the names of elements are random.
   "svg.hashsalt": "resnet_flax",
 }
 
 
 class Rendered(NamedTuple):
-  """A figure as it is written."""
+  """A figure in the forms that are written to files."""
 
-  name: str  # Of its files, without suffix.
-  text: str  # What it shows, for those who do not see it.
-  caption: str  # What one must know to read it.
+  name: str  # The name of its files, without suffix.
+  text: str  # A description for readers who cannot see it.
+  caption: str  # What a reader must know to read it.
   png: bytes
   svg: bytes
 
 
-# How the values of each split are drawn; those that one looks for are last.
+# How the curves of each split are drawn. The most important split is last.
 _LINES: dict[str, dict[str, Any]] = {
   "train": {"linewidth": 0.9, "dashes": (5, 2), "markersize": 3},
   "val": {"linewidth": 1.6, "linestyle": ":", "markersize": 5},
   "test": {"linewidth": 2.4, "markersize": 8, "markeredgecolor": "white"},
 }
-# Of the axis, where it is not the metric's name.
+# Titles of the y axis that are not the metric's name.
 _TITLES = {
   "accuracy": "error (%)",
   "top5": "top-5 error (%)",
   "loss": "cross-entropy (nats)",
 }
-# Of each split that has values, the epochs, from 1, and float64[n, epochs].
+# For each split with values: the epochs, from 1, and float64[n, epochs].
 _Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def metric_names(groups: Sequence[runs_lib.Group]) -> list[str]:
-  """What is recorded of a split, for example 'loss' for `train_loss`."""
+  """The recorded metrics without the split, such as 'loss' of `train_loss`."""
   records = itertools.chain(*(run.records for g in groups for run in g.runs))
   keys = {key for record in records for key in metrics.of_seeds(record)[0]}
   parts = [key.partition("_") for key in keys]
@@ -84,9 +84,9 @@ def metric_names(groups: Sequence[runs_lib.Group]) -> list[str]:
 def learning_curves(
   groups: Sequence[runs_lib.Group], metric: str, end: str = ""
 ) -> list[Rendered]:
-  """Curves over the epochs, a few groups in each figure, on the same axes.
+  """Draws curves over the epochs, with a few groups per figure and equal axes.
 
-  They are of one data set; `end` is that of the names of the files.
+  The groups must have the same data set. The file names end with `end`.
   """
   title = metric.replace("_accuracy", " error (%)")
   title = _TITLES.get(metric, title.replace("_top5", " top-5 error (%)"))
@@ -99,7 +99,7 @@ def learning_curves(
     with _axes(7.2, 4.6, groups[0].data) as (figure, axes):
       for position, (group, curves) in enumerate(part):
         _draw_curves(axes, group, curves, position)
-      # For the legend.
+      # Empty curves, for the legend only.
       for split in reversed(_LINES):
         if any(split in curves for _, curves in part):
           axes.plot([], [], color="gray", label=split, **_LINES[split])
@@ -116,9 +116,9 @@ def learning_curves(
           figure,
           re.sub(r"\W", "_", f"learning_curves_{file}{end}{number}"),
           text=f"{title} over the epochs on {groups[0].data}, for {names}.",
-          caption="Mean over the seeds, shaded ± their standard deviation"
-          " where there are several. Training values are means over an epoch,"
-          " while the network changes. What is above the axes is cut off.",
+          caption="Curves are means over the seeds; ± one standard deviation is"
+          " shaded. Training values are means over an epoch, while the network"
+          " changes. Values above the axes are cut off.",
         )
       )
   return rendered
@@ -128,7 +128,7 @@ def _curves(group: runs_lib.Group, metric: str) -> _Curves:
   found = {}
   for split in _LINES if group.num_epochs else ():
     values = group.curves(f"{split}_{metric}")
-    # Seeds and epochs from before the metric was added have none.
+    # Seeds and epochs from before the metric was added have no values.
     values = values[~np.isnan(values).all(axis=1)]
     known = ~np.isnan(values).any(axis=0)
     if (values := values[:, known]).size:
@@ -139,16 +139,16 @@ def _curves(group: runs_lib.Group, metric: str) -> _Curves:
 
 
 def _limits(groups: Sequence[_Curves]) -> tuple[float, float]:
-  """The ends of the axis."""
+  """The lower and the upper end of the y axis."""
   every = [values for curves in groups for _, values in curves.values()]
   lowest = min(float(values.min()) for values in every)
   highest = max(float(values.max()) for values in every)
   if lowest < 0:
     return 1.1 * lowest, max(1.1 * highest, 0.0)
   final = max(float([*each.values()][-1][1][:, -1].max()) for each in groups)
-  # Of a network that makes no mistake something is still to be seen.
+  # The curve of a network without mistakes must stay visible.
   top = max(min(_CUT_AT * final, 1.05 * highest), 0.1 * highest) or 1.0
-  # From zero, unless that would leave most of the figure empty.
+  # The axis starts at zero, unless most of the figure would be empty.
   return (0.0 if lowest < top / 3 else 0.9 * lowest), top
 
 
@@ -159,7 +159,7 @@ def _draw_curves(
   for split, (epochs, values) in curves.items():
     mean = values.mean(axis=0)
     look = {"color": _COLORS[position], "marker": _MARKERS[position]}
-    # Markers of like curves do not hide each other.
+    # Shifted, so that the markers of similar curves do not hide each other.
     places = (position * every // _MOST_CURVES, every)
     (line,) = axes.plot(epochs, mean, markevery=places, **look, **_LINES[split])
     if len(values) > 1:
@@ -171,9 +171,9 @@ def _draw_curves(
 
 
 def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
-  """Final test error against depth; one line for what differs in depth alone.
+  """Draws final test error against depth; only depth differs within a line.
 
-  See `learning_curves`. None if no line has two depths.
+  See `learning_curves` for `end`. Returns None if no line has two depths.
   """
   families: dict[str, list[runs_lib.Group]] = {}
   for group in groups:
@@ -199,7 +199,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
         color=_COLORS[place],
         marker=_MARKERS[place],
         markersize=6,
-        # Tells apart more lines than there are colours.
+        # The style tells lines of the same colour apart.
         linestyle=("-", "--", ":", "-.")[again % 4],
         label=_plain(names[position]),
       )
@@ -214,9 +214,9 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
       f"depth{end}",
       text=f"Final test error on {groups[0].data} against depths {depths} for"
       f" {'; '.join(names)}. The table of accuracies holds the values.",
-      caption="After the last epoch, so that nothing was chosen; finished"
-      " groups only. Bars are ± one standard deviation over the seeds; a point"
-      " without a bar is of one seed.",
+      caption="The last epoch is shown, so no epoch was chosen. Only finished"
+      " groups are shown. Bars are ± one standard deviation over the seeds; a"
+      " point without a bar has one seed.",
     )
 
 
@@ -225,9 +225,9 @@ def _without_depth(group: runs_lib.Group) -> dict[str, Any]:
 
 
 def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
-  """The confusion matrix, shaded by the share of the true class.
+  """Draws the confusion matrix, shaded by the share of the true class.
 
-  Of the checkpoint that is `what` for people; `name` is that of the files.
+  `what` describes the checkpoint to people; `name` is the name of the files.
   """
   matrix = scores.confusion
   classes = len(matrix)
@@ -250,7 +250,7 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
       for i, j in np.ndindex(matrix.shape):
         text = axes.text(j, i, str(matrix[i, j]), ha="center", va="center")
         text.set(fontsize=8, color="white" if share[i, j] > 50 else "black")
-        # What is not there is no news.
+        # Zeros are faint, so that the other counts stand out.
         text.set_alpha(1.0 if matrix[i, j] else 0.35)
     return _render(
       figure,
@@ -265,7 +265,7 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 
 def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
-  """A sheet of the most confident mistakes, of which there is at least one.
+  """Draws the most confident mistakes; there must be at least one.
 
   See `confusion`.
   """
@@ -287,13 +287,13 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
       name,
       text=f"The {len(scores.mistakes)} most confident mistakes of {what};"
       " their labels are in the table of mistakes.",
-      caption="Above each test image its label, then what was predicted and"
-      " with which probability; the most confident first.",
+      caption="Above each test image are its label, the predicted class and the"
+      " probability of that class. The most confident mistake is first.",
     )
 
 
 def _plain(text: str) -> str:
-  """Text in lines that fit, in which a dollar sign begins no formula."""
+  """Wraps text to lines that fit; a dollar sign does not begin a formula."""
   return textwrap.fill(runs_lib.shown(text), _WIDEST).replace("$", r"\$")
 
 
@@ -301,8 +301,8 @@ def _plain(text: str) -> str:
 def _axes(
   width: float, height: float, title: str = ""
 ) -> Iterator[tuple[Figure, Any]]:
-  """A figure of this size, in inches, with one pair of axes, in our style."""
-  # Not the user's own settings, which differ between machines.
+  """Yields a figure of this size, in inches, and its axes, in our style."""
+  # The user's own settings are ignored, since they differ between machines.
   with style.context(["default", _STYLE]):
     figure = Figure((width, height), layout="constrained")
     yield figure, figure.add_subplot(title=_plain(title))
@@ -316,7 +316,7 @@ def _render(figure: Figure, name: str, *, text: str, caption: str) -> Rendered:
     figure.set_figheight(figure.get_figheight() + 0.2 * lines / columns)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
   png, svg = io.BytesIO(), io.BytesIO()
-  # Neither the time nor the version of the library.
+  # The time and the library's version are left out, since they change.
   figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
   undated = {"Date": None, "Creator": None}
   figure.savefig(svg, format="svg", dpi=150, metadata=undated)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from scipy import stats
 
-_ROUNDING = 1e-9  # Spreads below it are none.
+_ROUNDING = 1e-9  # A smaller spread counts as none.
 
 
 def interval(
@@ -13,11 +13,11 @@ def interval(
 ) -> tuple[float, float, float] | None:
   """The 95 % t interval of mean(a) - mean(b), of float64[N] and float64[M].
 
-  Welch's, unless `paired`, when a[k] and b[k] belong together.
+  It is Welch's interval, unless `paired` says that a[k] belongs to b[k].
 
   Returns:
-    Its ends, and the two-sided p of no difference; None if they cannot be told:
-    a side has one value, or nothing is spread.
+    The interval's ends and the two-sided p-value of no difference. None if a
+    side has only one value, or if there is no spread.
   """
   if min(len(a), len(b)) < 2:
     return None
@@ -33,10 +33,10 @@ def interval(
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
-  """The two-sided p of McNemar's exact test, of bool[N] or int64[N].
+  """The two-sided p-value of McNemar's exact test, of bool[N] or int64[N].
 
-  Counts of equally many networks give the sign test of the images that more
-  networks of one side than of the other get right.
+  If both sides count the right networks of equally many, this is a sign test:
+  an image counts for the side with more right networks.
   """
   more_a, more_b = np.sum(right_a > right_b), np.sum(right_a < right_b)
   both = int(more_a + more_b)
@@ -44,17 +44,17 @@ def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
 
 
 def seeds_needed(a: np.ndarray, b: np.ndarray, points: float) -> int | None:
-  """The fewest seeds of each side with which a t-test finds a difference.
+  """The fewest seeds per side with which a t-test detects a difference.
 
-  At 5 %, two-sided, in 80 % of cases, with the pooled standard deviation of
-  float64[N] and float64[M]; None if they have none.
+  The test is two-sided at 5 % and has 80 % power. It uses the pooled standard
+  deviation of float64[N] and float64[M]; None if that is zero.
   """
   freedom = len(a) + len(b) - 2
   if np.ptp(a) + np.ptp(b) < _ROUNDING:
     return None
   variance = (len(a) * np.var(a) + len(b) * np.var(b)) / freedom
   effect = points / np.sqrt(variance)
-  # With a known deviation it would be this many; it is not fewer.
+  # A known deviation would need this many seeds, an estimated one no fewer.
   n = max(2, int(2 * (stats.norm.ppf([0.975, 0.8]).sum() / effect) ** 2))
 
   def power() -> float:

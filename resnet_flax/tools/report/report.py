@@ -1,4 +1,4 @@
-"""What is in a report, and its files: made as a whole, then written."""
+"""Makes all sections and files of a report, then writes the files."""
 
 import base64
 import itertools
@@ -28,8 +28,8 @@ from resnet_flax.tools.report.tables import Column, Table
 
 _logger = logging.getLogger(__name__)
 
-# Which checkpoints are scored: that of the best group of each data set, of
-# each group, or none.
+# Whose best checkpoint is scored: that of the best group of each data set, of
+# every group, or of none.
 SCORED = ("best", "each", "none")
 
 _MOST_CONFUSED = 10
@@ -62,15 +62,15 @@ def make(
   """Writes a report of runs.
 
   Args:
-    paths: workdirs, or folders that they lie in.
-    out: the report's folder; of what it holds, only files of the same names
-      are replaced.
-    scored: one of `SCORED`. Where a checkpoint or the data cannot be had, the
-      page says why, and a warning is logged.
+    paths: workdirs, or folders that contain workdirs.
+    out: the report's folder. Files of the same names are replaced, others are
+      kept.
+    scored: one of `SCORED`. If a checkpoint or the data is missing, the page
+      says why, and a warning is logged.
 
   Raises:
-    ConfigError: `scored` is none of them.
-    WorkdirError: there is no run, a file of one is damaged, or `out` cannot be
+    ConfigError: `scored` is not in `SCORED`.
+    WorkdirError: there is no run, a run's file is damaged, or `out` cannot be
       written.
   """
   if scored not in SCORED:
@@ -91,7 +91,7 @@ def make(
     for figure in figures_lib.learning_curves(of_data, metric, end)
   ]
   depths = [f for end, each in by_data if (f := figures_lib.depth(each, end))]
-  opened: dict[str, types.Dataset] = {}  # Each data set once.
+  opened: dict[str, types.Dataset] = {}  # Each data set is loaded once.
   sections = [
     _accuracies(groups),
     Section("Learning curves", [] if curves else [_NO_CURVES], curves),
@@ -109,7 +109,7 @@ def make(
     for table in section.tables:
       files[f"tables/{table.name}.md"] = table.to_markdown().encode()
       files[f"tables/{table.name}.csv"] = table.to_csv().encode()
-  # Last: what it shows is there when it is.
+  # The page is written last, after all files that it names.
   files["index.html"] = _page(len(runs), len(groups), sections).encode()
   with new_folder.writing(out, "--out", "Pass another folder."):
     for name, content in files.items():
@@ -120,10 +120,10 @@ def make(
 
 
 def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
-  """One HTML page that has everything in it: no script, no other file."""
+  """One HTML page with everything in it; it needs no script and no file."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("resnet_flax.tools.report", ""),
-    # Names of folders and values of configurations are anyone's.
+    # Names of folders and values of configurations may hold any text.
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -149,10 +149,10 @@ def _names(groups: Sequence[Group]) -> list[Column]:
 
 def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
-    "Accuracies and errors are of the test split; “best” is the epoch that"
-    " checkpoint.monitor chooses. ± is the sample standard deviation over n"
-    " seeds. Groups are named by as many keys as tell those of a data set"
-    " apart; “Configurations” has all that differ."
+    "Accuracies and errors are those of the test split; “best” is the epoch"
+    " that checkpoint.monitor chooses. ± is the sample standard deviation over"
+    " n seeds. A name has only the keys that tell the groups of a data set"
+    " apart; “Configurations” lists all keys that differ."
   ]
   on_test = [
     group.number
@@ -206,7 +206,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
 
 
 def _differences(groups: Sequence[Group]) -> Table | None:
-  """Groups less the first of their data, where there are seeds that differ."""
+  """Groups minus the first group on their data; None if no seeds differ."""
   rows = []
   for _, (first, *others) in runs_lib.by_data(groups):
     b = np.array(first.at("last", "test_accuracy", 100))
@@ -220,7 +220,7 @@ def _differences(groups: Sequence[Group]) -> Table | None:
   titles = ("group", "first", "points", "from", "to")
   return Table(
     "intervals",
-    "Final test accuracy less that of the first group on the same data, in"
+    "Final test accuracy minus that of the first group on the same data, in"
     " points, with 95 % intervals over seeds (Welch's t).",
     *map(Column, titles, zip(*rows, strict=True)),
   )
@@ -250,9 +250,9 @@ def _times(groups: Sequence[Group]) -> Section:
     Column("trained on", [devices(group) for group in groups]),
   )
   note = (
-    "The training part of the epochs, without compilation and evaluation, and"
-    " what of it the loop waited for batches; n counts runs. Where a run trains"
-    " several seeds, images/s are those of all seeds together."
+    "Times are those of training, without compilation and evaluation. “of them"
+    " for data” is the time that the loop waited for batches. n counts runs. If"
+    " a run trains several seeds, images/s counts the images of all seeds."
   )
   return Section("Time", [note], tables=[table])
 
@@ -282,8 +282,8 @@ def _configurations(groups: Sequence[Group]) -> Section:
     ),
   )
   note = (
-    "Seeds, and keys that do not change what is computed, do not part groups;"
-    " data, the copy that was trained on, does."
+    "Runs of a group have the same data (the copy that was trained on). Their"
+    " seeds, and keys that do not change what is computed, may differ."
   )
   tables = [differences, same] if differing else [same]
   return Section("Configurations", [note], tables=tables)
@@ -294,7 +294,7 @@ def _runs(groups: Sequence[Group]) -> Section:
   runs = [run for _, run in every]
 
   def column(title, cell, digits=0):
-    """Of a run that has an epoch."""
+    """A column whose cells are empty for runs without an epoch."""
     return Column(title, [cell(r) if r.records else None for r in runs], digits)
 
   def best(run: Run, key: str) -> list[float]:
@@ -335,7 +335,7 @@ def _runs(groups: Sequence[Group]) -> Section:
     title = "ensemble's final test accuracy (%)"
     columns.append(column(title, lambda r: final(r, ensemble), 2))
   note = (
-    "Of a run with several seeds the values are means over them. A seed that"
+    "The values of a run with several seeds are means over them. A seed that"
     " occurs twice in a group is counted once, in the run with more epochs."
   )
   return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])
@@ -351,9 +351,9 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-  """Ascending numbers, for example '0–3, 7'."""
+  """Ascending numbers as ranges, for example '0–3, 7'."""
   parts = []
-  # Neighbours have the same distance from their places.
+  # Consecutive numbers have the same difference from their index.
   for _, run in itertools.groupby(enumerate(numbers), lambda x: x[1] - x[0]):
     part = [number for _, number in run]
     parts.append(str(part[0]) + (f"–{part[-1]}" if part[1:] else ""))
@@ -372,12 +372,12 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   def mean_of_best(group: Group) -> float:
     return statistics.fmean(group.at("best", "test_accuracy"))
 
-  # Accuracies on other images cannot be compared.
+  # Accuracies on different test images cannot be compared.
   return [max(each, key=mean_of_best) for _, each in runs_lib.by_data(begun)]
 
 
 def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
-  # The run and the seed that are the best by `checkpoint.monitor`.
+  # Take the run and the seed that are best by `checkpoint.monitor`.
   records = [
     r.run.best_record(r.seed, len(r.run.records)) for r in group.repetitions
   ]
@@ -429,7 +429,7 @@ def _score_tables(
     ),
     Table(
       f"confused_{name}",
-      "What is taken for what most often.",
+      "The most frequent confusions.",
       Column("true class", [true for true, _, _ in confused]),
       Column("predicted class", [predicted for _, predicted, _ in confused]),
       Column("test images", [count for _, _, count in confused]),

@@ -1,6 +1,6 @@
-"""Runs as their workdirs tell them, and groups that differ in the seed alone.
+"""Reads runs from workdirs, and groups runs that differ in the seed alone.
 
-Reads config.json, metrics.jsonl and environment.json, nothing else.
+It reads only config.json, metrics.jsonl and environment.json.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
 class Statistic(NamedTuple):
   """A mean over repetitions."""
 
-  mean: float  # NaN of no value.
-  # The sample standard deviation (ddof = 1); None of a single value or NaN.
+  mean: float  # NaN if there are no values.
+  # The sample standard deviation (ddof = 1); None for one value or a NaN.
   std: float | None
   n: int  # How many values.
 
@@ -52,12 +52,12 @@ class Statistic(NamedTuple):
 class Run:
   """One workdir."""
 
-  folder: pathlib.Path  # Where it is.
-  name: str  # Its path below what all runs of the report have in common.
+  folder: pathlib.Path  # The workdir.
+  name: str  # Its path below the folder that all runs share.
   config: Config
   records: list[metrics.Record]  # One for each finished epoch, oldest first.
-  device: str  # What it was trained on, for people; '' if that is not known.
-  # Names the pixels it was trained on (`Dataset.source`), or 'unknown'.
+  device: str  # Its devices, described for people; '' if unknown.
+  # `Dataset.source` of the pixels it was trained on, or 'unknown'.
   data: str
 
   @property
@@ -92,16 +92,16 @@ class Run:
 
   @property
   def seconds(self) -> float:
-    """Of training in all epochs, without compilation and evaluation."""
+    """Training time of all epochs, without compilation and evaluation."""
     return math.fsum(record["epoch_seconds"] for record in self.records)
 
   def mean_seconds(self, key: str) -> float:
-    """Of an epoch, such as 'evaluation_seconds'; NaN where one lacks it."""
+    """Mean of a key, such as 'evaluation_seconds'; NaN if an epoch lacks it."""
     return statistics.fmean(r.get(key, math.nan) for r in self.records)
 
   @property
   def images_per_second(self) -> float:
-    """Over all epochs; of several seeds all images together."""
+    """Mean over all epochs; the images of all seeds count."""
     images = math.fsum(
       record["images_per_second"] * record["epoch_seconds"]
       for record in self.records
@@ -110,7 +110,7 @@ class Run:
 
 
 class Repetition(NamedTuple):
-  """One seed of a run: what means are taken over."""
+  """One seed of a run. Means are taken over repetitions."""
 
   run: Run
   seed: int
@@ -118,31 +118,31 @@ class Repetition(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs whose configurations differ in nothing that an experiment is about."""
+  """The runs of one experiment; they differ only in seeds and free keys."""
 
   number: int  # Counts the groups of a report from 1.
   data: str  # The data set, for example 'cifar10'.
-  name: str  # Among those of its data set, for example 'plain, depth=56'.
+  name: str  # Unique within its data set: 'plain, depth=56'.
   config: Config  # Without the keys in which the runs may differ.
   runs: tuple[Run, ...]  # All of them.
-  # What is counted, each seed once: those that are finished, or where none is,
-  # those that have an epoch.
+  # The seeds that are counted, each once: those of finished runs; if no run is
+  # finished, those of runs that have an epoch.
   repetitions: tuple[Repetition, ...]
   num_epochs: int  # Epochs that all repetitions have; 0 if there are none.
 
   @property
   def finished(self) -> bool:
-    """Whether all epochs of what is counted are done."""
+    """Whether all repetitions have done all their epochs."""
     return self.num_epochs >= self.config["num_epochs"]
 
   @property
   def counted_runs(self) -> tuple[Run, ...]:
-    """The runs that the repetitions are from, each once."""
+    """The runs of the repetitions, each run once."""
     counted = {id(repetition.run) for repetition in self.repetitions}
     return tuple(run for run in self.runs if id(run) in counted)
 
   def curves(self, key: str) -> np.ndarray:
-    """A metric as float64[n, num_epochs] of n repetitions; NaN without it."""
+    """A metric of n repetitions, float64[n, num_epochs]; NaN if missing."""
     return np.array(
       [
         [e.get(key, np.nan) for e in r.run.of_seed(r.seed)][: self.num_epochs]
@@ -154,7 +154,7 @@ class Group:
   def at(self, which: str, key: str, factor: float = 1) -> list[float]:
     """A metric times a factor at each repetition's 'best' or 'last' epoch.
 
-    NaN where a record lacks it, as those of older runs lack new metrics.
+    NaN if a record lacks the metric; records of older runs lack new metrics.
     """
     records = (
       run.best_record(seed, self.num_epochs)
@@ -165,7 +165,7 @@ class Group:
     return [factor * record.get(key, math.nan) for record in records]
 
   def statistic(self, which: str, key: str, factor: float = 1) -> Statistic:
-    """Of the values `at` an epoch."""
+    """The statistic of the values that `at` returns."""
     return Statistic.of(self.at(which, key, factor))
 
 
@@ -175,15 +175,15 @@ def is_share(key: str) -> bool:
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-  """The workdirs at and anywhere below some folders.
+  """Finds the workdirs at and anywhere below some folders.
 
-  Each once: in the order of the arguments, and by name below each.
+  Each workdir is listed once, in the order of the arguments, then by name.
 
   Raises:
     WorkdirError: a folder does not exist or holds no run.
   """
   advice = (
-    "Pass the workdirs of runs, or a folder that they lie in, for example runs."
+    "Pass the workdirs of runs, or a folder that contains them, such as runs."
   )
 
   def fail(error: OSError) -> None:
@@ -195,10 +195,10 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
   found: dict[str, pathlib.Path] = {}
   for path in map(pathlib.Path, paths):
     if not path.is_dir():
-      raise errors.WorkdirError(f"{path} is no folder. {advice}")
+      raise errors.WorkdirError(f"{path} is not a folder. {advice}")
     is_empty = True
     for folder, below, files in os.walk(path, onerror=fail):
-      # Hidden are those that are being made; see `convert`.
+      # A hidden folder is an unfinished workdir; see `new_folder`.
       below[:] = sorted(name for name in below if not name.startswith("."))
       if "config.json" in files:
         found.setdefault(os.path.realpath(folder), pathlib.Path(folder))
@@ -206,8 +206,8 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
         is_empty = False
     if is_empty:
       raise errors.WorkdirError(
-        f"no run lies in {path}: neither it nor a folder below it has a"
-        f" config.json. {advice}"
+        f"{path} contains no run: there is no config.json in it or below it."
+        f" {advice}"
       )
   return list(found.values())
 
@@ -216,7 +216,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   """Reads runs.
 
   Raises:
-    WorkdirError: a file of theirs is damaged; it is named.
+    WorkdirError: a file of a run is damaged; the message names it.
   """
   real = [os.path.realpath(each) for each in folders]
   common = os.path.commonpath([os.path.dirname(path) for path in real])
@@ -230,7 +230,7 @@ def _read(path: pathlib.Path, name: str) -> Run:
   stored, environment = load_config(path), read_environment(path)
   config = keys.flatten(stored.to_dict())
   try:
-    # Those that a report reads; a run of another version has them.
+    # Only keys that a report reads, since runs of other versions have them.
     for key in _CONFIG_KEYS:
       config_lib.KEYS[key].check(config.get(key))
   except errors.ConfigError as error:
@@ -257,13 +257,13 @@ def _device(environment: Mapping[str, Any]) -> str:
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
-  """Puts runs together that differ in seeds and free keys alone.
+  """Groups the runs that differ only in seeds and free keys.
 
-  Runs on different data are apart, as if `data` were a key.
+  Runs on different data are in different groups, as if `data` were a key.
 
   Returns:
-    The groups, in the order of the values of the keys in which they differ:
-    those of a data set follow each other.
+    The groups, ordered by the values of the keys in which they differ. Groups
+    of the same data set follow each other.
   """
   by_config: dict[str, list[Run]] = {}
   for run in runs:
@@ -275,7 +275,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
 
   def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, Any]]:
     values = map(member[0].get, differing)
-    # Numbers by their size, before what is compared as text.
+    # Numbers are ordered by size and come first; the rest is ordered as text.
     return [
       (False, value) if isinstance(value, int | float) else (True, str(value))
       for value in values
@@ -298,7 +298,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
 
 
 def by_data(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
-  """The groups of each data set, after the end of the names of its files."""
+  """For each data set, the ending of its file names and its groups."""
   of_data = itertools.groupby(groups, operator.attrgetter("data"))
   found = [(re.sub(r"\W", "_", f"_{data}"), [*each]) for data, each in of_data]
   return found if found[1:] else [("", each) for _, each in found]
@@ -308,7 +308,7 @@ def _group(
   number: int, data: str, name: str, config: Config, runs: Sequence[Run]
 ) -> Group:
   by_seed: dict[int, Run] = {}
-  # The same seed twice is not two repetitions: the longer, first one counts.
+  # A seed that occurs twice counts once: in its longest run, or the first.
   for run in sorted(runs, key=lambda run: -len(run.records)):
     for seed in run.seeds:
       by_seed.setdefault(seed, run)
@@ -337,7 +337,7 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 
 
 def labels(configs: Sequence[Config]) -> list[str]:
-  """What tells configurations apart, with no more keys than that needs."""
+  """Names that tell configurations apart, without keys that do not help."""
   chosen: list[str] = []
   apart = 1
   for key in differing_keys(configs):
@@ -348,7 +348,7 @@ def labels(configs: Sequence[Config]) -> list[str]:
   chosen = chosen or [
     k for k in ("model.name", "model.depth") if k in configs[0]
   ]
-  # A key's last part, where that is not another's as well.
+  # A key is named by its last part, unless another key has the same one.
   last = [key.removesuffix(".name").rpartition(".")[2] for key in chosen]
   names = [
     f"{part if last.count(part) == 1 else key}=".removeprefix("model=")
@@ -368,5 +368,5 @@ def shown(value: Any) -> str:
     return f"[{' '.join(map(shown, value))}]"
   if isinstance(value, bool) or value == "":
     return json.dumps(value)
-  # A path may have line breaks and bytes that are no text.
+  # A path may have line breaks and bytes that are not text.
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))

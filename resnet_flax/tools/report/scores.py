@@ -1,4 +1,4 @@
-"""What a checkpoint of a run makes of the test images."""
+"""Scores of a run's checkpoint on the test images."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from resnet_flax.data import types
 
-# Rows of five, as many as can be looked through.
+# Five rows of five, which a reader can look through.
 _MOST_MISTAKES = 25
 
 
@@ -15,38 +15,38 @@ class Mistake(NamedTuple):
   """A wrongly classified test image."""
 
   image: np.ndarray  # uint8[H, W, C].
-  position: int  # In the test split, from 0.
-  true: str  # Names of classes.
-  predicted: str
+  position: int  # Its index in the test split, from 0.
+  true: str  # Name of the true class.
+  predicted: str  # Name of the predicted class.
   confidence: float  # The probability of the predicted class.
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """One checkpoint on the test split."""
+  """The scores of one checkpoint on the test split."""
 
   class_names: tuple[str, ...]  # Name of each label.
-  # int64[classes, classes], how many images of the row's class were taken for
-  # the column's.
+  # int64[classes, classes]: how many images of the row's class were predicted
+  # as the column's class.
   confusion: np.ndarray
-  mistakes: list[Mistake]  # The most confident first; all if they are few.
-  step: int  # The training steps that the checkpoint has.
+  mistakes: list[Mistake]  # At most 25, the most confident ones first.
+  step: int  # The checkpoint's training step.
 
   @property
   def num_images(self) -> int:
-    """Images of the test split."""
+    """The number of images in the test split."""
     return int(self.confusion.sum())
 
   @property
   def num_correct(self) -> int:
-    """Those whose class was predicted."""
+    """The number of images whose class was predicted."""
     return int(np.trace(self.confusion))
 
   def confused(self, most: int) -> list[tuple[str, str, int]]:
     """(true class, predicted class, images), the most frequent first."""
     wrong = self.confusion.copy()
     np.fill_diagonal(wrong, 0)
-    # Stable, so that of equally frequent ones the first comes first.
+    # Stable, so that equally frequent pairs keep their order.
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
     names = self.class_names
@@ -61,7 +61,7 @@ def summarize(
   probabilities: np.ndarray,
   step: int,
 ) -> Scores:
-  """What the parts of `load.Predictions` are worth."""
+  """Scores the parts of `load.Predictions`."""
   names = dataset.class_names
   predicted = np.argmax(probabilities, axis=1)
   confidences = np.max(probabilities, axis=1)

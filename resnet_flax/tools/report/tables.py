@@ -1,4 +1,4 @@
-"""Tables for people: text, Markdown, LaTeX, HTML cells; for programs: CSV."""
+"""Tables for people (text, Markdown, LaTeX, HTML cells) and programs (CSV)."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ _LATEX = str.maketrans(
   {each: f"\\{each}" for each in "{}$&#%_"}
   | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}"}
   | {"~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
-  # At the start of a row the last two would be arguments of the row before.
+  # At the start of a row, [ and * would be arguments of the row before.
   | {"|": r"\textbar{}", "[": "{[}", "*": "{*}"}
 )
 
@@ -25,10 +25,10 @@ class Column(NamedTuple):
 
   title: str  # Its name with the unit, for example 'error (%)'.
   cells: Sequence[Cell]  # From the first row to the last.
-  digits: int = 2  # Decimals of fractions, for people; CSV has ten digits.
+  digits: int = 2  # Decimals shown to people; CSV has ten digits.
 
   def show(self, cell: Cell) -> str:
-    """A cell as people read it."""
+    """Formats a cell for people."""
     if cell is None or cell != cell:  # Not a number.
       return "–"
     if isinstance(cell, runs_lib.Statistic):
@@ -45,13 +45,13 @@ class Table:
   def __init__(
     self, name: str, caption: str, *columns: Column, folded: bool = False
   ):
-    self.name = name  # Of its files, without suffix.
+    self.name = name  # The name of its files, without suffix.
     self.caption = caption  # One sentence.
     self.columns = [
       Column(title, [*map(_printable, cells)], digits)
       for title, cells, digits in columns
     ]
-    # It is long, and of use to few: the page shows it when asked to.
+    # A folded table is long and rarely needed: the page opens it on a click.
     self.folded = folded
 
   @property
@@ -63,7 +63,7 @@ class Table:
     ]
 
   def shown_rows(self) -> list[tuple[str, ...]]:
-    """All cells as people read them."""
+    """All rows, formatted for people."""
     shown = [map(column.show, column.cells) for column in self.columns]
     return [*zip(*shown, strict=True)]
 
@@ -100,7 +100,7 @@ class Table:
     return "\n".join([begin, titles, r"\hline", *rows, end])
 
   def to_csv(self) -> str:
-    """The table for programs: statistics take three columns."""
+    """The table for programs; a statistic takes three columns."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     titles: list[str] = []
@@ -120,19 +120,19 @@ class Table:
 
 
 def _printable(cell: Cell) -> Cell:
-  """Names of folders, classes and processors may hold any character."""
+  """Escapes unprintable characters, for example in names of folders."""
   return runs_lib.shown(cell) if isinstance(cell, str) and cell else cell
 
 
 def _for_programs(cell: Cell) -> Cell:
   if not isinstance(cell, float):
     return no_formula(cell)
-  # Ten digits: the others are rounding errors.
+  # Digits after the tenth are rounding errors.
   return None if math.isnan(cell) else f"{cell:.10g}"
 
 
 def no_formula(cell: Cell) -> Cell:
-  """What a spreadsheet would take for a formula becomes a text there."""
+  """Puts a ' before text that a spreadsheet would take for a formula."""
   is_one = isinstance(cell, str) and cell.startswith((*"=+-@\t\r\n",))
   return f"'{cell}" if is_one else cell
 

@@ -1,1 +1,1 @@
-"""Weights that other libraries have saved, for our networks."""
+"""Reads weights of other libraries into our networks."""

@@ -1,4 +1,4 @@
-"""Files of weights, as flat dictionaries of arrays; no code in them is run."""
+"""Reads files of weights as flat dictionaries; never runs code in a file."""
 
 import contextlib
 import itertools
@@ -15,20 +15,20 @@ import numpy as np
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import hdf5
 
-# Of batch norms and of `AveragedModel`; no weights.
+# Counters of batch norms and of `AveragedModel`, which are not weights.
 _COUNTERS = ("num_batches_tracked", "n_averaged")
-# Where training scripts put the state dict.
+# Keys under which training scripts save the state dict.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
-# What DataParallel, `torch.compile` and Lightning put before all names.
+# Prefixes that DataParallel, `torch.compile` and Lightning give all names.
 _WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)*)")
-# Before, code could be run in spite of weights_only (CVE-2025-32434).
+# Older versions can run code in spite of weights_only (CVE-2025-32434).
 _LEAST_TORCH = (2, 6)
 
-# How many times larger than its archive a member may be: float32 weights hardly
-# shrink, and what is larger is there to fill the memory.
+# A member may be so many times larger than its archive. Float32 weights hardly
+# shrink, so a larger member is there to fill the memory.
 _MOST_GROWTH = 16
 
-# Of files by their first bytes.
+# Kinds of files, by their first bytes.
 _SIGNATURES = {
   b"\x89HDF\r\n\x1a\n": "an HDF5 file",
   b"PK\x03\x04": "a zip archive",
@@ -40,49 +40,49 @@ _SIGNATURES = {
 
 
 class WeightsFile(NamedTuple):
-  """What a file holds."""
+  """The arrays of a file, and its description of the layers."""
 
   path: pathlib.Path  # The file.
-  library: str  # 'pytorch' or 'keras', whose names the arrays have.
-  # By name; 'layer1.0.conv1.weight' in PyTorch, 'conv2d_3/kernel' in Keras.
+  library: str  # 'pytorch' or 'keras': the arrays have its names.
+  # By name: 'layer1.0.conv1.weight' in PyTorch, 'conv2d_3/kernel' in Keras.
   arrays: Mapping[str, np.ndarray]
-  # What is no weight: PyTorch's counters, the variables of Keras's optimizers
-  # and random generators.
+  # Names of arrays that are not weights: PyTorch's counters, and variables of
+  # Keras's optimizers and random generators.
   passed_over: tuple[str, ...]
-  # False for files of older Keras 3, where layers are only numbered in the
-  # order of `model.layers`, apart for each class.
+  # False for files of older Keras 3: they only number the layers of each class
+  # in the order of `model.layers`.
   has_layer_names: bool = True
-  # Of a whole Keras model, in the order of `model.layers`: the class_name and
-  # the config, with the name. Empty where a file holds weights alone.
+  # The layers of a whole Keras model, in the order of `model.layers`: each with
+  # class_name and config, which has the name. Empty if a file has only weights.
   layers: Sequence[dict[str, Any]] = ()
 
   @property
   def num_convs(self) -> int:
-    """How many convolutions there are, by their kernels."""
+    """The number of convolutions, counted by their kernels."""
     return sum(array.ndim == 4 for array in self.arrays.values())
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """The shape of an array; (0,) if it has none."""
+    """The shape of an array; (0,) if it is missing or a scalar."""
     return getattr(self.arrays.get(name), "shape", ()) or (0,)
 
 
 def read(path: pathlib.Path) -> WeightsFile:
-  """Reads a file of weights; its extension says which kind it is.
+  """Reads a file of weights; its extension gives its kind.
 
   Args:
     path: .safetensors, .pt, .pth, .th, .pth.tar, .bin or .ckpt with PyTorch's
-      names; .keras, .weights.h5 or .h5 of Keras. In small letters or capitals.
+      names; .keras, .weights.h5 or .h5 of Keras. Letters may be capitals.
 
   Raises:
-    WeightsError: it is no such file, is damaged, holds code or more than it
-      has room for, or needs a library that is not installed.
+    WeightsError: the file is of another kind, is damaged, holds code, claims
+      more than it stores, or needs a library that is not installed.
   """
   extension = path.suffix.lower()
-  if path.name.lower().endswith(".pth.tar"):  # It is no archive of tar's.
+  if path.name.lower().endswith(".pth.tar"):  # It is not a tar archive.
     extension = ".pth"
   if extension not in _READERS:
     raise errors.WeightsError(
-      f"{path}: unknown extension {path.suffix!r}; known:"
+      f"{path} has the extension {path.suffix!r}, which must be one of"
       f" {', '.join(sorted(_READERS))}."
     )
   try:
@@ -108,7 +108,7 @@ def read(path: pathlib.Path) -> WeightsFile:
 
 @contextlib.contextmanager
 def explain(fault: str, advice: str = "") -> Iterator[None]:
-  """Names the fault of a file; libraries raise many kinds of errors for it."""
+  """Turns any error of a library into a `WeightsError` that names the fault."""
   try:
     yield
   except errors.UserError:
@@ -122,7 +122,7 @@ def explain(fault: str, advice: str = "") -> Iterator[None]:
 def wrong_type(
   path: pathlib.Path, name: str, dtype: Any
 ) -> errors.WeightsError:
-  """The error for an array whose numbers are no weights."""
+  """The error for an array whose dtype is not that of weights."""
   return errors.WeightsError(
     f"{path}: {name} is {dtype}; it must be float32, float16, bfloat16 or"
     " float64."
@@ -137,10 +137,10 @@ def _read_safetensors(path: pathlib.Path) -> WeightsFile:
     for name in file.keys():  # noqa: SIM118 It cannot be iterated over.
       try:
         arrays[name] = file.get_tensor(name)
-      except AttributeError:  # NumPy's, for a type that it lacks.
+      except AttributeError:  # NumPy lacks the type.
         dtype = file.get_slice(name).get_dtype()
         raise wrong_type(path, name, dtype) from None
-  # As `resnet_flax.export` writes Keras's; PyTorch's names have dots.
+  # `resnet_flax.export` writes Keras's names so; PyTorch's names have dots.
   if all("/" in name for name in arrays):
     return WeightsFile(path, "keras", arrays, ())
   return _pytorch(path, arrays)
@@ -151,33 +151,33 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     import torch
   except ImportError:
     raise errors.WeightsError(
-      f"{path} can be read only with PyTorch, which is not installed: pip"
-      " install 'resnet_flax[torch]'. Or save it where PyTorch is with"
+      f"{path} needs PyTorch, which is not installed: pip install"
+      " 'resnet_flax[torch]'. Or save it with PyTorch elsewhere:"
       " safetensors.torch.save_file(state_dict, 'weights.safetensors')."
     ) from None
   version = re.match(r"(\d{1,4})\.(\d{1,4})", torch.__version__)
   if version is None or tuple(map(int, version.groups())) < _LEAST_TORCH:
     raise errors.WeightsError(
-      f"{path} can be read only with PyTorch {'.'.join(map(str, _LEAST_TORCH))}"
-      f" or later, and {torch.__version__} is installed, in which a file could"
-      " run code: pip install --upgrade 'resnet_flax[torch]'."
+      f"{path} needs PyTorch {'.'.join(map(str, _LEAST_TORCH))} or later. In"
+      f" {torch.__version__}, which is installed, a file could run code: pip"
+      " install --upgrade 'resnet_flax[torch]'."
     )
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
       if any(info.compress_type for info in archive.infolist()):
         raise errors.WeightsError(
-          f"{path} is compressed, which PyTorch never does, and may fill the"
-          " memory. Save the state dict anew: torch.save(state_dict, PATH)."
+          f"{path} must not be compressed, as it may fill the memory. Save the"
+          " state dict again: torch.save(state_dict, PATH) does not compress."
         )
   try:
-    # Anything but tensors and plain containers is refused.
+    # `weights_only` refuses anything but tensors and plain containers.
     loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     # PyTorch's own text is long and explains how to run the code.
     raise errors.WeightsError(
-      f"{path} is damaged, or holds more than tensors, which is not loaded"
-      f" since it could run code ({type(error).__name__}). Save the state dict"
-      " alone: torch.save(model.state_dict(), PATH)."
+      f"{path} is damaged, or holds more than tensors, which could run code"
+      f" ({type(error).__name__}). Save only the state dict:"
+      " torch.save(model.state_dict(), PATH)."
     ) from error
   if isinstance(loaded, Mapping):
     inner = (loaded.get(key) for key in _STATE_DICT_KEYS)
@@ -186,8 +186,8 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     isinstance(value, torch.Tensor) for value in loaded.values()
   ):
     raise errors.WeightsError(
-      f"{path} holds no state dict: needed is a dictionary of tensors, or one"
-      f" that has it as {' or '.join(map(repr, _STATE_DICT_KEYS))}."
+      f"{path} holds no state dict: it must be a dictionary of tensors, or have"
+      f" one as {' or '.join(map(repr, _STATE_DICT_KEYS))}."
     )
   arrays = {}
   for name, tensor in loaded.items():
@@ -198,7 +198,7 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     stored = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > stored:
       raise errors.WeightsError(
-        f"{path}: {name} claims the shape {list(tensor.shape)} but has"
+        f"{path}: {name} claims the shape {list(tensor.shape)} but stores"
         f" {stored} bytes."
       )
     if tensor.dtype == torch.bfloat16:
@@ -220,7 +220,7 @@ def _pytorch(
     else:
       weights[name] = array
   wrappers = {_WRAPPERS.findall(name)[0] for name in weights}
-  # One before all weights is no part of their names.
+  # A prefix of all weights is not part of their names.
   wrapper = wrappers.pop() if len(wrappers) == 1 else ""
   return WeightsFile(
     path,
@@ -246,7 +246,7 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
     info = archive.getinfo(name)
   except KeyError:
     raise errors.WeightsError(
-      f"{path} is no .keras file: it has no {name}."
+      f"{path} is not a .keras file: it has no {name}."
     ) from None
   if info.file_size > _MOST_GROWTH * path.stat().st_size:
     raise errors.WeightsError(
@@ -254,7 +254,7 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
       f" {_MOST_GROWTH} times the whole file."
     )
   with archive.open(info) as member:
-    return member.read(info.file_size + 1)  # Else what it inflates to.
+    return member.read(info.file_size + 1)  # It may inflate to more.
 
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
@@ -262,8 +262,8 @@ def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   return _keras(path, tree, tree.model)
 
 
-# For the classes of layers with weights the start of their automatic names, and
-# the names of their variables, which Keras 3 numbers in this order.
+# For each class of layers with weights, the start of its automatic names; then
+# the names of its variables, in the order in which Keras 3 numbers them.
 _AUTOMATIC = {
   "Conv2D": "conv2d",
   "Dense": "dense",
@@ -277,14 +277,14 @@ VARIABLES = {
 
 
 def automatic_names(start: str) -> Iterator[str]:
-  """'conv2d', 'conv2d_1', ...: those of the layers of a class, in turn."""
+  """Yields 'conv2d', 'conv2d_1', ...: the names of a class's layers in turn."""
   yield start
   for number in itertools.count(1):
     yield f"{start}_{number}"
 
 
 def layer_class(name: str) -> str:
-  """'conv2d' of 'conv2d_7': an automatic name without its number."""
+  """Returns 'conv2d' for 'conv2d_7': an automatic name without its number."""
   return re.sub(r"_\d+$", "", name)
 
 
@@ -293,10 +293,10 @@ def _keras(
 ) -> WeightsFile:
   """Gives the arrays of both of Keras's layouts the same names.
 
-  `model` is the JSON text of the whole one, if the file holds it.
+  `model` is the JSON text of the whole model, if the file holds it.
   """
   layers = json.loads(model)["config"]["layers"] if model else []
-  # For a layer's place in a file of Keras 3 its own name.
+  # Maps a layer's place in a file of Keras 3 to its own name.
   names: dict[str, str] = {}
   for kind, start in _AUTOMATIC.items():
     of_kind = [x["config"]["name"] for x in layers if x["class_name"] == kind]
@@ -305,7 +305,7 @@ def _keras(
   arrays: dict[str, np.ndarray] = {}
   has_layer_names = True
   for key, array in tree.arrays.items():
-    parts = key.replace("\\", "/").split("/")  # Windows has the former.
+    parts = key.replace("\\", "/").split("/")  # Windows writes backslashes.
     if parts[0] == "layers":  # layers/conv2d_7/vars/0
       place = parts[1]
       layer, variable = names.get(place, place), "/".join(parts[2:])
@@ -317,18 +317,18 @@ def _keras(
       variable = parts[-1].removesuffix(":0")
     name = f"{layer}/{variable}"
     if name in arrays:
-      raise errors.WeightsError(f"{path} has two layers of the name {layer}.")
+      raise errors.WeightsError(f"{path} has two layers named {layer}.")
     arrays[name] = array
   return WeightsFile(
     path, "keras", arrays, tuple(tree.passed_over), has_layer_names, layers
   )
 
 
-# For each extension what reads the file, and the pattern of its first bytes.
+# For each extension, the file's reader and a pattern of its first bytes.
 _READERS: dict[str, tuple[Callable[[pathlib.Path], WeightsFile], bytes]] = {
-  # Before the JSON header comes its length.
+  # The JSON header comes after its length.
   ".safetensors": (_read_safetensors, rb".{8}\{"),
-  # Before version 1.6 PyTorch wrote pickles without an archive around them.
+  # Before version 1.6, PyTorch wrote pickles without an archive around them.
   **dict.fromkeys(
     (".pt", ".pth", ".th", ".bin", ".ckpt"), (_read_torch, rb"PK\x03\x04|\x80")
   ),

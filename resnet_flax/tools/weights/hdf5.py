@@ -1,9 +1,9 @@
-"""Reads HDF5 files of strangers: only what is in the file, only once.
+"""Reads untrusted HDF5 files: only what is in the file, and only once.
 
-HDF5 has links to other files, links in circles and arrays that claim to be
-larger than anything; none of it occurs in what Keras writes. And its library
-can be made to loop for ever by a few wrong bytes, so a process of its own,
-which can be ended, reads the file and hands over what it found.
+HDF5 allows links to other files, links in circles and arrays that claim any
+size. Keras never writes these, so they are errors. A few wrong bytes can make
+the HDF5 library loop forever. So a separate process, which can be killed, reads
+the file and hands over what it found.
 
   python -m resnet_flax.tools.weights.hdf5 FILE ARRAYS
 """
@@ -23,13 +23,13 @@ import numpy as np
 
 from resnet_flax.run import errors
 
-# Longer than any layer's name; names are read whole.
+# Longer than any layer's name. A limit, since names are read whole.
 _LONGEST_NAME = 4096
 
-# How long a file may take: much longer than a good one does.
+# The time limit of a file, much longer than a good file needs.
 _SECONDS = 30.0
 _SECONDS_PER_BYTE = 1e-7
-# How much memory it may take, besides the arrays and their copies.
+# The memory limit in bytes, besides the arrays and their copies.
 _MEMORY = 2**29
 _COPIES = 3
 
@@ -45,18 +45,18 @@ class Tree:
   arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   # Paths of optimizers' and random generators' variables.
   passed_over: list[str] = dataclasses.field(default_factory=list)
-  # For the group 'conv2d_1' of 'layers' the layer's own name, where the file
-  # tells.
+  # Maps a group of 'layers', such as 'conv2d_1', to the layer's own name, if
+  # the file has it.
   layer_names: dict[str, str] = dataclasses.field(default_factory=dict)
   model: str = ""  # The JSON text of the whole model, if the file holds one.
 
 
 def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
-  """Reads all weights, in a process of its own.
+  """Reads all weights in a separate process.
 
   Raises:
-    WeightsError: something in the file is not as Keras writes it, or is
-      damaged.
+    WeightsError: the file is damaged, or has something that Keras never
+      writes.
   """
   from safetensors import numpy as safetensors_numpy
 
@@ -91,7 +91,7 @@ def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
 
 
 def _hand_over(content: pathlib.Path, arrays: pathlib.Path) -> None:
-  """What the process does: writes the arrays, prints the rest as JSON."""
+  """The separate process: writes the arrays and prints the rest as JSON."""
   from safetensors import numpy as safetensors_numpy
 
   try:
@@ -101,14 +101,14 @@ def _hand_over(content: pathlib.Path, arrays: pathlib.Path) -> None:
     safetensors_numpy.save_file(rest.pop("arrays"), arrays)
   except errors.WeightsError as error:
     rest = {"error": str(error)}
-  # h5py raises many kinds, according to what is wrong.
+  # h5py raises many kinds of errors.
   except Exception as error:
     rest = {"error": f" is damaged: {errors.one_line(error)}."}
   print(json.dumps(rest))
 
 
 def _limit_memory(size: int) -> None:
-  """Keeps what a file claims from filling the memory, where that can be."""
+  """Limits the memory that a file's claims can take, where the system can."""
   with contextlib.suppress(ImportError, OSError, ValueError):
     import resource
 
@@ -121,9 +121,9 @@ def read(file: BinaryIO) -> Tree:
   """Reads all weights.
 
   Raises:
-    WeightsError: something in the file is not as Keras writes it; the message
-      is to follow the file's name.
-    Exception: whatever h5py raises where the file is damaged.
+    WeightsError: the file has something that Keras never writes. The message
+      must follow the file's name.
+    Exception: the file is damaged; h5py raises many kinds of errors.
   """
   try:
     import h5py

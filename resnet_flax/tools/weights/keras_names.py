@@ -18,7 +18,7 @@ from resnet_flax.run import config as config_rules, errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
 
-# The name of each layer of ours, for example ('stage1_block1', 'conv1'), in a
+# Maps each of our layers, such as ('stage1_block1', 'conv1'), to its name in a
 # file.
 Names = Mapping[Path, str]
 
@@ -28,16 +28,16 @@ _NORM = {
   "mean": "moving_mean",
   "var": "moving_variance",
 }
-# In older files the head is called after what it gives.
+# Names of the head; older files have the second one.
 _HEADS = ("predictions", "probs")
-# Parts of our layers' names, and the automatic names of such layers.
+# Parts of our layers' names, and Keras's automatic names of such layers.
 _KINDS = (("conv", "conv2d"), ("bn", "batch_normalization"))
 
-# For each network of the example, by how many layers a block of each stage adds
-# to its depth.
+# For each network of the example, the layers that it gains if each stage gains
+# a block.
 _PER_GROUP = {"resnet_v1": 6, "resnet_v2": 9}
-# The layers of a block in the order in which they are created; those of the
-# shortcut are in a stage's first block alone.
+# The layers of a block in the order in which they are created. Only the first
+# block of a stage has those of the shortcut.
 _BLOCKS = {
   "resnet_v1": "conv1 bn1 conv2 bn2 shortcut_conv",
   "resnet_v2": "bn1 conv1 bn2 conv2 bn3 conv3 shortcut_conv",
@@ -45,15 +45,15 @@ _BLOCKS = {
     "conv1 bn1 conv2 bn2 shortcut_conv shortcut_bn conv3 bn3"
   ),
 }
-# What the first block of all lacks.
+# The layer that the first block of the network lacks.
 _FIRST_LACKS = {"resnet_v1": "shortcut_conv", "resnet_v2": "bn1"}
 
 
 def identify(file: files.WeightsFile) -> Source:
-  """What a file with Keras's names is of.
+  """Finds the network of a file with Keras's names.
 
   Raises:
-    WeightsError: none of the networks that are known.
+    WeightsError: it is none of the known networks.
   """
   kernels = [v for k, v in file.arrays.items() if k.endswith("/kernel")]
   if any(array.shape[:2] == (7, 7) for array in kernels):
@@ -70,7 +70,7 @@ def identify(file: files.WeightsFile) -> Source:
 def _numbered(file: files.WeightsFile, kind: str) -> list[str]:
   """The layers with an automatic name, in the order of their numbers.
 
-  The numbers go on over all models of a process, so they may start anywhere.
+  Keras counts over all models of a process, so numbers may start anywhere.
   """
   found = [name for name in _layers(file) if files.layer_class(name) == kind]
   return sorted(found, key=lambda name: (len(name), name))
@@ -90,13 +90,13 @@ def _example(file: files.WeightsFile) -> Source:
   is_v2 = file.shape(f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
   version, projections = ("v2", 3) if is_v2 else ("v1", 2)
   name = f"resnet_{version}"
-  # The stem and the projections are no part of the groups.
+  # The stem and the projections do not belong to the groups of layers.
   blocks, rest = divmod(len(convs) - 1 - projections, _PER_GROUP[name])
   if rest or blocks < 1:
     raise errors.WeightsError(
-      f"{file.path} has {len(convs)} convolutions, as no ResNet"
-      f" {version} of the Keras example has: for n blocks in"
-      f" each stage there are {_PER_GROUP[name]}n+{1 + projections}."
+      f"{file.path} has {len(convs)} convolutions. A ResNet {version} of the"
+      f" Keras example must have {_PER_GROUP[name]}n+{1 + projections}, for n"
+      " blocks in each stage."
     )
   depth = _PER_GROUP[name] * blocks + 2
   ours = _ours(name, depth, file.has_layer_names)
@@ -106,7 +106,7 @@ def _example(file: files.WeightsFile) -> Source:
     f"the Keras example's ResNet-{depth} {version}",
     file.shape(f"{head}/bias")[-1],
     functools.partial(_origin, theirs),
-    # What the example has a switch for.
+    # The example has a switch for these two.
     normalization=("pixel_mean", "none"),
     name=name,
     depth=depth,
@@ -127,16 +127,15 @@ def _applications(file: files.WeightsFile) -> Source:
   if is_v2:
     raise errors.WeightsError(
       f"{file.path} holds a ResNet V2 of keras.applications, which does not"
-      " fit: its strides are in the last block of a stage and its shortcuts"
-      " project what is activated already. Take ResNet50, ResNet101 or"
-      " ResNet152."
+      " fit: its strides are in the last block of a stage, and its shortcuts"
+      " project activated values. It must be ResNet50, ResNet101 or ResNet152."
     )
-  # The head counts, a projection in each of four stages does not.
+  # The depth counts the head, but not the projection of each of four stages.
   depth = file.num_convs + 1 - 4
   if depth < others.FIRST_BOTTLENECK or depth not in others.IMAGENET_SIZES:
     raise errors.WeightsError(
-      f"{file.path} has {file.num_convs} convolutions, as none of"
-      " keras.applications' ResNet50, ResNet101 and ResNet152 has."
+      f"{file.path} has {file.num_convs} convolutions. It must be ResNet50,"
+      " ResNet101 or ResNet152 of keras.applications."
     )
   ours = _ours("resnet_imagenet", depth)
   if file.has_layer_names:
@@ -167,14 +166,14 @@ def _applications(file: files.WeightsFile) -> Source:
 
 
 def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
-  """Our layers but the head, as created by Keras or as in `model.layers`."""
+  """Our layers but the head, in the order of creation or of `model.layers`."""
   if name == "resnet_imagenet":
     sizes: Sequence[int] = others.IMAGENET_SIZES[depth]
   else:
     sizes = [(depth - 2) // _PER_GROUP[name]] * 3
   order = _BLOCKS[name].split()
   if name == "resnet_v2" and not as_created:
-    # It is created last, but comes before conv3 there.
+    # The shortcut is created last, but precedes conv3 in `model.layers`.
     order[-2:] = ["shortcut_conv", "conv3"]
   paths: list[Path] = [("stem_conv",), ("stem_bn",)]
   for stage, blocks in enumerate(sizes, start=1):
@@ -201,7 +200,7 @@ def _in_turn(
 
 
 def _found(file: files.WeightsFile, kind: str) -> Iterator[str]:
-  """The automatic names in a file, then names to miss."""
+  """Yields the automatic names in a file, then names that it lacks."""
   found = _numbered(file, kind)
   yield from found
   for number in itertools.count(len(found)):
@@ -209,7 +208,7 @@ def _found(file: files.WeightsFile, kind: str) -> Iterator[str]:
 
 
 def _application_names(ours: Sequence[Path], head: str) -> dict[Path, str]:
-  """'conv2_block1_0_conv' for stage1_block1's shortcut_conv."""
+  """Names such as 'conv2_block1_0_conv' for stage1_block1's shortcut_conv."""
   names: dict[Path, str] = {("head",): head}
   for path in ours:
     *block, layer = path
@@ -235,14 +234,14 @@ def _flip_channels(kernel: np.ndarray) -> np.ndarray:
   return kernel[:, :, ::-1]
 
 
-# ---- The way out
+# ---- Export
 
 
 def layers_of(model: ConfigDict) -> dict[Path, tuple[str, str]]:
-  """The layers of Keras's network that `config.model` describes, by ours.
+  """Maps our layers of `config.model` to names and places in Keras's files.
 
-  Of each its name and its place in a file, 'conv2d_3': those of a class are
-  numbered in the order of `model.layers`.
+  A place is for example 'conv2d_3': the layers of a class are numbered in the
+  order of `model.layers`.
   """
   created, in_model = (
     _ours(model.name, model.depth, as_created) for as_created in (True, False)
@@ -256,7 +255,7 @@ def layers_of(model: ConfigDict) -> dict[Path, tuple[str, str]]:
 
 
 def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
-  """See `pytorch_names.origin_of`; `names` are 'keras'."""
+  """See `pytorch_names.origin_of`; `names` is 'keras'."""
   if names != "keras" or model.name not in _BLOCKS:
     return None
   theirs = {path: name for path, (name, _) in layers_of(model).items()}
@@ -264,17 +263,17 @@ def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
   return functools.partial(_origin, theirs, flip_stem=flips)
 
 
-# ---- What a file says of its layers
+# ---- What a file says about its layers
 
-# What the networks are built of. A layer of another class, as one that rescales
-# images, changes logits and has no weights that would show it.
+# The classes of layers in the networks. A layer of another class, such as one
+# that rescales images, changes the logits, and has no weights to show it.
 _CLASSES = (
   *("Conv2D", "Dense", "BatchNormalization"),
   *("Activation", "Add", "Dropout", "Flatten", "InputLayer", "ReLU"),
   *("AveragePooling2D", "GlobalAveragePooling2D", "MaxPooling2D"),
   "ZeroPadding2D",
 )
-# Settings that not every class, or not every Keras, has.
+# Defaults of settings that some classes or some versions of Keras lack.
 _USUAL = {
   "activation": "linear",
   **{"dilation_rate": [1, 1], "groups": 1},
@@ -288,7 +287,7 @@ _PLAIN_RELU = {
 
 
 def _epsilon(file: files.WeightsFile, usual: float) -> float:
-  """The batch norms' epsilon; the usual one if the file does not tell."""
+  """The batch norms' epsilon; the usual one if the file has none."""
   found = {
     float(layer["config"]["epsilon"])
     for layer in file.layers
@@ -304,7 +303,7 @@ def _epsilon(file: files.WeightsFile, usual: float) -> float:
   if len(found) > 1:
     raise errors.WeightsError(
       f"{file.path} has batch norms of different epsilons"
-      f" {sorted(found)}. They must all have the same."
+      f" {sorted(found)}. They must all be equal."
     )
   return found.pop() if found else usual
 
@@ -316,7 +315,7 @@ def _check_layers(
   padding: str | None,
   stem_strides: int,
 ) -> None:
-  """Checks that what the file says of its layers, if it does, is so in ours."""
+  """Checks that our layers match the file's description of them, if any."""
   paths = {name: path for path, name in theirs.items()}
   for layer in file.layers:
     kind, has = layer["class_name"], _USUAL | layer["config"]
@@ -327,7 +326,7 @@ def _check_layers(
       )
     allowed: dict[str, tuple[Any, ...]] = {"activation": ("linear",)}
     if kind == "Dense" or (kind == "Activation" and layer is file.layers[-1]):
-      # What follows the head makes probabilities of logits.
+      # A softmax may follow the head: it makes probabilities of the logits.
       allowed["activation"] = ("linear", "softmax")
     elif kind == "Activation":
       allowed["activation"] = ("relu",)
@@ -341,7 +340,7 @@ def _check_layers(
     for key, values in allowed.items():
       if has[key] not in values:
         raise errors.WeightsError(
-          f"{what} has the {key} {has[key]} where ours has"
+          f"{what} has the {key} {has[key]}, which must be"
           f" {' or '.join(map(str, values))}."
         )
 
@@ -349,6 +348,6 @@ def _check_layers(
 def _strides(path: Path, stem_strides: int) -> int:
   if path == ("stem_conv",):
     return stem_strides
-  # Whatever the family, the first convolution of a stage halves the image.
+  # In every family, the first convolution of a stage halves the image.
   halves = path[0] != "stage1_block1" and path[0].endswith("_block1")
   return 2 if halves and path[1] in ("conv1", "shortcut_conv") else 1

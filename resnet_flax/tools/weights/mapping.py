@@ -1,4 +1,4 @@
-"""From a library's arrays to our variables: every array exactly once."""
+"""Maps a library's arrays to our variables; uses every array exactly once."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,36 +11,36 @@ from ml_collections import ConfigDict
 from resnet_flax.run import errors, keys
 from resnet_flax.tools.weights import files
 
-# Of ours: ('params', 'stage1_block1', 'conv1', 'kernel').
+# Path of our array: ('params', 'stage1_block1', 'conv1', 'kernel').
 Path = tuple[str, ...]
 Layout = Callable[[np.ndarray], np.ndarray]
 
-# How many names an error lists of those that are left over, and of the others.
+# The most names of one kind, left over or missing, that an error lists.
 _MOST_LISTED = 30
 
 
 class Origin(NamedTuple):
   """Where one of our arrays comes from."""
 
-  name: str  # Of the library's array.
-  layout: Layout = np.asarray  # Brings it into our order of dimensions.
-  back: Layout = np.asarray  # Brings ours into the library's order.
+  name: str  # Name of the library's array.
+  layout: Layout = np.asarray  # Puts it into our order of dimensions.
+  back: Layout = np.asarray  # Puts ours into the library's order.
 
 
-# Where our array of a path comes from.
+# Maps the path of our array to its origin.
 OriginOf = Callable[[Path], Origin]
 
 
 class Source:
-  """A kind of network that a library has, as found in a file.
+  """A library's network, as found in a file.
 
   Args:
-    title: what to call it.
+    title: its name, for people.
     num_classes: size of its head.
     origin: where our arrays come from.
-    normalization: values of that key with which our network computes what
-      theirs does, the recommended one first.
-    model: such values of keys of `config.model`: one, or a tuple of several.
+    normalization: values of this key with which our network computes the same
+      as theirs. The first one is recommended.
+    model: the same for keys of `config.model`: a value, or a tuple of values.
   """
 
   def __init__(
@@ -59,19 +59,19 @@ class Source:
 
 
 def width(found: int, usual: int) -> tuple[int, ...]:
-  """What `model.num_filters` can be; 0 stands for the family's usual one."""
+  """Values that `model.num_filters` can have; 0 is the family's usual one."""
   return (0, found) if found == usual else (found,)
 
 
 def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
-  """The error for a file of none of the networks that are known."""
+  """The error for a file that holds no known network."""
   some = ", ".join(sorted(file.arrays)[:5]) or "none"
   return errors.WeightsError(
-    f"{file.path} is of no network that is known: {known}. It has: {some}."
+    f"{file.path} must hold a known network: {known}. It has: {some}."
   )
 
 
-# What networks of other libraries do not have, unless they say so.
+# Values without our own options, which are needed unless a `Source` has others.
 _OURS_ALONE: dict[str, tuple[Any, ...]] = {
   "model.squeeze_excitation": (0,),
   "model.stochastic_depth": (0.0,),
@@ -83,9 +83,9 @@ _OURS_ALONE: dict[str, tuple[Any, ...]] = {
 
 
 def differing(source: Source, config: ConfigDict) -> dict[str, str]:
-  """For keys whose values `source` cannot have, the flag that is needed.
+  """Maps each key whose value `source` cannot have to the flag that it needs.
 
-  Most of them change no shape: a wrong epsilon gives wrong logits.
+  Most of these keys change no shape: a wrong epsilon only gives wrong logits.
   """
   flat = keys.to_flat(config)
   return {
@@ -102,11 +102,11 @@ def _flag(value: Any) -> str:
 def variables(
   file: files.WeightsFile, source: Source, like: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Our variables with the file's values.
+  """Returns our variables with the file's values.
 
   Args:
     file: the arrays.
-    source: what they are of.
+    source: the network that the arrays are from.
     like: {'params': ..., 'batch_stats': ...} of `jax.ShapeDtypeStruct`s.
 
   Returns:
@@ -114,7 +114,7 @@ def variables(
 
   Raises:
     WeightsError: arrays of the file are left over, are missing, have another
-      shape, or hold what no trained network does.
+      shape, or hold values that no trained network has.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {}
@@ -128,13 +128,13 @@ def variables(
   missing = [f"{name} for {ours[name]}" for name in ours if name not in theirs]
   if left_over or missing:
     raise errors.WeightsError(
-      f"{file.path} ({source.title}) and the network do not have the same"
+      f"{file.path} ({source.title}) and the network must have the same"
       f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
     )
   values, wrong = [], []
   for path, (origin, shown, shape) in wanted.items():
     array = file.arrays[origin.name]
-    # A layout is for the dimensions that ours has, in whatever order.
+    # A layout works only on the sizes that ours has, in any order.
     fits = sorted(array.shape) == sorted(shape)
     value = origin.layout(array) if fits else array
     if value.shape == shape:
@@ -143,8 +143,8 @@ def variables(
       wrong.append(f"{theirs[origin.name]} for {shown}")
   if wrong:
     raise errors.WeightsError(
-      f"{file.path} ({source.title}) has arrays of other shapes than the"
-      f" network: {_listed(wrong)}."
+      f"{file.path} ({source.title}) and the network must have the same shapes:"
+      f" {_listed(wrong)}."
     )
   return jax.tree_util.tree_unflatten(structure, values)
 
@@ -154,7 +154,7 @@ def _checked(
 ) -> np.ndarray:
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
     raise files.wrong_type(file.path, name, value.dtype)
-  # A float64 that float32 does not hold becomes infinite, which is found here.
+  # A float64 too large for float32 becomes infinite; the next check finds it.
   with np.errstate(over="ignore"):
     value = np.ascontiguousarray(value, np.float32)
   if not np.isfinite(value).all():

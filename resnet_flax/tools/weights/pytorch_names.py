@@ -1,8 +1,8 @@
 """PyTorch's names: torchvision's networks and the CIFAR ResNets.
 
 Sources: the state dicts of torchvision's resnet.py, vgg.py and alexnet.py, and
-of the ResNets for CIFAR-10 that are widely used with PyTorch, whose blocks are
-named like torchvision's and whose head is called `linear`.
+of the widely used ResNets for CIFAR-10 in PyTorch. These name their blocks as
+torchvision does, and call their head `linear`.
 """
 
 import collections
@@ -25,8 +25,8 @@ _NORM = {
   "var": "running_var",
 }
 
-# (blocks of each stage, bottlenecks): depth. Those of 34 and 50 layers differ
-# only in their blocks.
+# (blocks of each stage, bottlenecks): depth. Depths 34 and 50 differ only in
+# the kind of their blocks.
 _IMAGENET_DEPTHS = {
   (sizes, depth >= others.FIRST_BOTTLENECK): depth
   for depth, sizes in others.IMAGENET_SIZES.items()
@@ -34,14 +34,14 @@ _IMAGENET_DEPTHS = {
 
 
 class _Features(NamedTuple):
-  """Where a network without blocks has its layers."""
+  """The places of the layers in a network without blocks."""
 
   convs: tuple[int, ...]  # Indexes in `features`.
   dense: dict[str, int]  # Indexes in `classifier`.
-  channels: int  # Those that the first dense layer is given.
+  channels: int  # Channels of the first dense layer's input.
 
 
-# Without batch norm and with it.
+# VGG-19 without batch norm, and with it.
 _VGG19 = tuple(
   _Features(convs, {"dense1": 0, "dense2": 3, "head": 6}, 512)
   for convs in (
@@ -53,7 +53,7 @@ _ALEXNET = _Features(
   (0, 3, 6, 8, 10), {"dense1": 1, "dense2": 4, "head": 6}, 256
 )
 
-# Of all its ResNets.
+# Values that all of PyTorch's ResNets need.
 _RESNET = {
   "padding": "symmetric",
   "conv_bias": False,
@@ -62,10 +62,10 @@ _RESNET = {
 
 
 def identify(file: files.WeightsFile) -> Source:
-  """What a file with PyTorch's names is of.
+  """Finds the network of a file with PyTorch's names.
 
   Raises:
-    WeightsError: none of the networks that are known.
+    WeightsError: it is none of the known networks.
   """
   names = file.arrays.keys()
   if {"classifier.6.weight", "features.0.weight"} <= names:
@@ -85,7 +85,7 @@ def identify(file: files.WeightsFile) -> Source:
 
 
 def _blocks(file: files.WeightsFile) -> tuple[int, ...]:
-  """How many blocks layer1, layer2, ... have."""
+  """The number of blocks in layer1, layer2, and so on."""
   found = (re.match(r"(layer\d+)\.\d+\.", name) for name in file.arrays)
   blocks = {match[0]: match[1] for match in found if match}
   counts = collections.Counter(blocks.values())
@@ -99,15 +99,15 @@ def _torchvision_resnet(
   depth = _IMAGENET_DEPTHS.get((sizes, has_bottlenecks))
   if depth is None:
     raise errors.WeightsError(
-      f"{file.path} is a ResNet with {sizes} blocks, which is none of"
-      " torchvision's ResNet-18, 34, 50, 101 and 152."
+      f"{file.path} is a ResNet with {sizes} blocks. It must be torchvision's"
+      " ResNet-18, 34, 50, 101 or 152."
     )
   title, more = f"torchvision's ResNet-{depth}", dict[str, Any]()
   stem = file.shape("conv1.weight")[0]
   if has_bottlenecks:
     channels, width = file.shape("layer1.0.conv2.weight")[:2]
     groups = channels // max(width, 1)
-    # Wide ResNets and ResNeXts are called as torchvision calls the latter.
+    # Wide ResNets are named as torchvision names ResNeXts.
     if (groups, width) != (1, stem):
       title += f" {groups}x{width}d"
     more = {
@@ -137,7 +137,7 @@ def _cifar_resnet(file: files.WeightsFile, sizes: tuple[int, ...]) -> Source:
     f"a PyTorch CIFAR ResNet-{depth} with option {shortcut} shortcuts",
     file.shape("linear.weight")[0],
     _cifar_origin,
-    # Not the mean image: PyTorch's recipes normalise by channel.
+    # No mean image, since PyTorch's recipes normalise by channel.
     normalization=("imagenet", "channel", "none"),
     name="resnet_v1",
     depth=depth,
@@ -153,8 +153,8 @@ def _feedforward(file: files.WeightsFile) -> Source:
   features = _ALEXNET if is_alexnet else _VGG19[has_norm]
   if file.num_convs != len(features.convs):
     raise errors.WeightsError(
-      f"{file.path} has {file.num_convs} convolutions and three dense layers,"
-      " as neither torchvision's VGG-19 nor its AlexNet has."
+      f"{file.path} has {file.num_convs} convolutions and three dense layers."
+      " It must be torchvision's VGG-19 or AlexNet."
     )
   more: dict[str, Any] = {"batch_norm_epsilon": 1e-5} if has_norm else {}
   if is_alexnet:
@@ -175,9 +175,9 @@ def _feedforward(file: files.WeightsFile) -> Source:
 
 
 def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
-  """Where the arrays of `config.model` are by somebody's names, if they can be.
+  """For export, maps our arrays of `config.model` to the library's arrays.
 
-  The way out: `names` are 'torchvision' or 'cifar'.
+  `names` is 'torchvision' or 'cifar'. Returns None if it has no such network.
   """
   match names, model.name:
     case "torchvision", "resnet_imagenet":
@@ -218,7 +218,7 @@ def _feedforward_origin(features: _Features, path: Path) -> Origin:
       return Origin(origin.name, convert, back)
     return origin
   number = int(layer.removeprefix("conv").removeprefix("bn"))
-  # A batch norm comes after its convolution.
+  # A batch norm comes directly after its convolution.
   index = features.convs[number - 1] + layer.startswith("bn")
   return _leaf(f"features.{index}", layer, leaf)
 
@@ -231,7 +231,7 @@ def _leaf(module: str, layer: str, leaf: str) -> Origin:
     return Origin(f"{module}.bias")
   if "conv" not in layer:
     return Origin(f"{module}.weight", np.transpose, np.transpose)
-  # OIHW as HWIO, and back.
+  # From OIHW to HWIO, and back.
   return Origin(
     f"{module}.weight",
     functools.partial(np.transpose, axes=(2, 3, 1, 0)),
@@ -240,7 +240,7 @@ def _leaf(module: str, layer: str, leaf: str) -> Origin:
 
 
 def _flattened(channels: int, array: np.ndarray) -> np.ndarray:
-  """[out, C*H*W] as [H*W*C, out]: what a dense layer after a flatten sees."""
+  """Turns [out, C*H*W] into [H*W*C, out], for a dense layer after a flatten."""
   units = len(array)
   return array.reshape(units, channels, -1).T.reshape(-1, units)
 

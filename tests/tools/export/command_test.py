@@ -120,10 +120,10 @@ def refused(kind, converted, tmp_path, *arguments, **more):
 def test_what_there_is_instead(converted, tmp_path):
   message = refused(errors.ConfigError, converted, tmp_path, "keras")
   assert message == (
-    "--format=keras cannot have this network: the network has 7 convolutions,"
-    " as no ResNet v1 of the Keras example has: for n blocks in each stage"
-    " there are 6n+3. All networks can be had as safetensors (--names=flax),"
-    " orbax, stablehlo and onnx."
+    "--format=keras cannot hold this network: the network has 7 convolutions."
+    " A ResNet v1 of the Keras example must have 6n+3, for n blocks in each"
+    " stage. All networks can be safetensors (with --names=flax), orbax,"
+    " stablehlo and onnx."
   )
   message = refused(
     errors.ConfigError, converted, tmp_path, "orbax", "torchvision"
@@ -162,7 +162,7 @@ def test_nothing_is_overwritten(converted, tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").touch()
   message = refused(errors.WorkdirError, converted, tmp_path, "safetensors")
-  assert "holds something already" in message
+  assert "must be a new or an empty folder" in message
   assert names_in(tmp_path / "out") == {"mine"}
 
 

@@ -116,7 +116,7 @@ def test_orbax_and_flax_names(tmp_path):
     ({"model.name": "plain"}, "cifar", "cifar has no plain"),
     ({"model.name": "resnet_v2"}, "torchvision", "torchvision has no resnet"),
     ({}, "cifar", "would need --config.model.shortcut=B .now default., "),
-    (way_in.TORCH["cifar20"], "keras", "has 19 convolutions, as no ResNet v1"),
+    (way_in.TORCH["cifar20"], "keras", r"has 19 convolutions\. A ResNet v1"),
     (
       {"model.shortcut": "B"},
       "keras",
@@ -146,7 +146,7 @@ def test_orbax_and_flax_names(tmp_path):
       "torchvision",
       "has no resnext",
     ),
-    (way_in.TORCH["resnet18"], "keras", "as none of keras.applications'"),
+    (way_in.TORCH["resnet18"], "keras", "ResNet152 of keras.applications"),
     (
       way_in.KERAS["example_v1_20"] | {"model.batch_norm_epsilon": 1e-5},
       "keras",

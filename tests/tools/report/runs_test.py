@@ -48,9 +48,9 @@ def test_name_of_a_single_run(tmp_path):
 def test_folder_without_a_run(tmp_path):
   workdirs.write(tmp_path / "run")
   (tmp_path / "empty").mkdir()
-  with pytest.raises(errors.WorkdirError, match=r"no run lies in .*empty"):
+  with pytest.raises(errors.WorkdirError, match=r"empty contains no run"):
     runs.find([tmp_path, tmp_path / "empty"])
-  with pytest.raises(errors.WorkdirError, match="missing is no folder"):
+  with pytest.raises(errors.WorkdirError, match="missing is not a folder"):
     runs.find([tmp_path / "missing"])
 
 

@@ -340,7 +340,7 @@ def test_pytorch_that_may_run_code(stub_torch, torch_file, version):
   stub_torch.loaded = STATE_DICT
   with pytest.raises(errors.WeightsError, match=r"PyTorch 2\.6 or") as raised:
     files.read(torch_file)
-  assert f"and {version} is installed" in str(raised.value)
+  assert f"{version}, which is installed" in str(raised.value)
   assert "pip install --upgrade 'resnet_flax[torch]'" in str(raised.value)
   assert stub_torch.calls == []
 
@@ -367,8 +367,8 @@ def test_without_pytorch(tmp_path):
 @pytest.mark.parametrize(
   ("name", "data", "message"),
   [
-    ("a.npz", b"", "unknown extension '.npz'; known: .bin, "),
-    ("a.tar", b"", "unknown extension '.tar'"),
+    ("a.npz", b"", "has the extension '.npz', which must be one of .bin, "),
+    ("a.tar", b"", "has the extension '.tar'"),
     ("a.KERAS", b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
     ("a.h5", b"", "it is empty"),
     ("a.h5", b"PK\x03\x04", "it is a zip archive"),
@@ -427,7 +427,7 @@ def test_pytorch_archives_that_grow(stub_torch, tmp_path):
   path = tmp_path / "a.pt"
   with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("archive/data.pkl", bytes(10**7))
-  with pytest.raises(errors.WeightsError, match="is compressed"):
+  with pytest.raises(errors.WeightsError, match="must not be compressed"):
     files.read(path)
   assert not stub_torch.calls
 
@@ -451,5 +451,5 @@ def test_two_layers_of_one_name(tmp_path):
   config = json.loads(json.dumps(CONFIG))
   config["config"]["layers"][1]["config"]["name"] = "first"
   path = keras_zip(tmp_path / "a.keras", hdf5_bytes(LAYERS), config)
-  with pytest.raises(errors.WeightsError, match="two layers of the name first"):
+  with pytest.raises(errors.WeightsError, match="two layers named first"):
     files.read(path)

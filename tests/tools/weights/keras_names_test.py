@@ -160,25 +160,25 @@ def read_layers(saved, change):
 @pytest.mark.parametrize(
   ("kind", "key", "value", "message"),
   [
-    ("Conv2D", "padding", "valid", "has the padding valid where ours has same"),
+    ("Conv2D", "padding", "valid", "has the padding valid, which must be same"),
     (
       "Conv2D",
       "strides",
       [3, 3],
-      r"has the strides \[3, 3\] where ours has \[1, 1\]",
+      r"has the strides \[3, 3\], which must be \[1, 1\]",
     ),
     (
       "Conv2D",
       "dilation_rate",
       [2, 2],
-      r"has the dilation_rate \[2, 2\] where",
+      r"has the dilation_rate \[2, 2\], which",
     ),
-    ("Conv2D", "groups", 2, "has the groups 2 where ours has 1"),
-    ("Conv2D", "activation", "relu", "relu where ours has linear"),
-    ("Dense", "activation", "relu", "relu where ours has linear or softmax"),
-    ("Activation", "activation", "gelu", "gelu where ours has relu"),
-    ("Activation", "activation", "softmax", "softmax where ours has relu"),
-    ("Activation", "activation", "linear", "linear where ours has relu"),
+    ("Conv2D", "groups", 2, "has the groups 2, which must be 1"),
+    ("Conv2D", "activation", "relu", "relu, which must be linear"),
+    ("Dense", "activation", "relu", "relu, which must be linear or softmax"),
+    ("Activation", "activation", "gelu", "gelu, which must be relu"),
+    ("Activation", "activation", "softmax", "softmax, which must be relu"),
+    ("Activation", "activation", "linear", "linear, which must be relu"),
   ],
 )
 def test_layers_that_compute_something_else(saved, kind, key, value, message):
@@ -214,7 +214,7 @@ def test_relus_that_are_none(saved):
   assert with_layers(saved, layer_of("ReLU", "a", usual), last)
   for key in usual:
     layer = layer_of("ReLU", "a", {**usual, key: 0.5})
-    with pytest.raises(errors.WeightsError, match=f"a has the {key} 0.5 where"):
+    with pytest.raises(errors.WeightsError, match=f"a has the {key} 0.5,"):
       with_layers(saved, layer, last)
 
 
@@ -335,7 +335,7 @@ def test_application_v2():
         "conv2d_1/kernel": np.zeros((3, 3, 4, 4)),
         "dense/kernel": np.zeros((4, 10)),
       },
-      "has 2 convolutions, as no ResNet v1",
+      r"has 2 convolutions\. A ResNet v1",
     ),
   ],
 )

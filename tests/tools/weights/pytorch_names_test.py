@@ -244,7 +244,7 @@ def test_projections_are_option_b():
     (
       [f"layer{k}.0.conv1.weight" for k in range(1, 5)]
       + ["conv1.weight", "linear.weight"],
-      "of no network that is known",
+      "must hold a known network",
     ),
   ],
 )
