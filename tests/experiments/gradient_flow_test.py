@@ -1,11 +1,14 @@
 """What is measured is written cell by cell, and drawn."""
 
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from experiments.gradient_flow import measurement, plot
+from experiments.tools import markers
 from resnet_flax.run import errors
 
 LAYERS = ("stem_conv", "a/conv1", "a/gate_conv", "a/shortcut_conv", "head")
@@ -157,3 +160,22 @@ def test_figures(tmp_path):
   over_time = drawn["training"].axes[0].get_lines()[0]
   np.testing.assert_array_equal(over_time.get_xdata(), [0, 4])
   np.testing.assert_allclose(over_time.get_ydata(), [1, 1])
+
+
+def test_the_pages_have_the_numbers_of_the_raw_file():
+  folder = pathlib.Path(plot.__file__).parent
+  text = (folder / "README.md").read_text()
+  table = plot.table(measurement.read(folder / "results.jsonl"))
+  assert markers.replace(text, "spread", plot.COMMAND, table) == text
+  # Numbers with a range, in the manual and in what the page says of them.
+  results = (folder.parents[1] / "docs" / "results.md").read_text()
+  section = results.partition("## Gradients\n")[2].partition("\n## ")[0]
+  summaries = re.findall(
+    r"[\d.e]+ \([\d.e]+ to [\d.e]+\)", " ".join(section.split())
+  )
+  assert len(summaries) == 6
+  assert all(f"| {each} |" in table for each in summaries)
+  said = text.partition("**What it means.**")[2]
+  numbers = re.findall(r"[\d.]+e\d+", said)
+  assert len(numbers) > 5
+  assert all(number in table for number in numbers)
