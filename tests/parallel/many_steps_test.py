@@ -185,7 +185,7 @@ def test_calls_compute_what_single_steps_do(config, programs, one_by_one):
 
 @pytest.mark.parametrize(
   ("num_devices", "num_seeds", "execution"),
-  [(2, 3, "in_turn"), pytest.param(1, 2, "vectorized", marks=slow)],
+  [(1, 2, "in_turn"), pytest.param(2, 3, "vectorized", marks=slow)],
 )
 def test_several_seeds(config, programs, num_devices, num_seeds, execution):
   layout = layout_of(config, num_devices, num_seeds, execution)

@@ -12,14 +12,12 @@ import subprocess
 import sys
 import types
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import resnet_flax
 from experiments.streaming import generated
-from resnet_flax import train
 from resnet_flax.data import crops, dataset as dataset_lib, streaming
 from resnet_flax.run import config as config_lib, errors, surroundings
 from resnet_flax.tools import predict
@@ -163,15 +161,6 @@ def test_files_are_found_in_a_stable_order(tmp_path, monkeypatch):
 # ---- The command
 
 
-@pytest.fixture(scope="module")
-def workdir(make_tiny_config, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("run")
-  config = make_tiny_config(folder / "cache")
-  config.num_epochs = 1
-  train.train_and_evaluate(config, folder / "run", devices=jax.devices()[:1])
-  return folder / "run"
-
-
 NAMES = [
   "a,b.png",
   'a"b.png',
@@ -198,12 +187,12 @@ def pictures(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(workdir, monkeypatch, capsys):
+def run(trained, monkeypatch, capsys):
   """A function of arguments that runs the command in this process."""
   monkeypatch.setattr(surroundings, "set_up", lambda: None)
 
   def run(*arguments):
-    predict.main(["predict", str(workdir), *arguments])
+    predict.main(["predict", str(trained), *arguments])
     return capsys.readouterr().out
 
   return run
@@ -214,7 +203,7 @@ def as_text(name):
 
 
 @pytest.mark.parametrize("batch_size", ["3", "32"])
-def test_json_has_what_load_model_predicts(run, workdir, pictures, batch_size):
+def test_json_has_what_load_model_predicts(run, trained, pictures, batch_size):
   names, pixels = pictures
   out = run(
     "pictures", "--format=json", "--topk=10", f"--batch_size={batch_size}"
@@ -223,7 +212,7 @@ def test_json_has_what_load_model_predicts(run, workdir, pictures, batch_size):
   assert [row["path"] for row in rows] == [
     f"pictures/{as_text(name)}" for name in names
   ]
-  loaded = resnet_flax.load_model(workdir)
+  loaded = resnet_flax.load_model(trained)
   expected = loaded.predict(pixels)
   for row, of_picture in zip(rows, expected, strict=True):
     labels = [each["class"] for each in row["classes"]]
@@ -332,9 +321,9 @@ def start(arguments, cwd):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(workdir, pictures, tmp_path):
+def test_the_commands_of_the_page(trained, pictures, tmp_path):
   (tmp_path / "runs").mkdir()
-  (tmp_path / "runs" / "quickstart").symlink_to(workdir)
+  (tmp_path / "runs" / "quickstart").symlink_to(trained)
   (tmp_path / "photo.png").write_bytes(kinds.encode(kinds.COLOUR))
   commands = re.findall("^python (-m .*)$", SECTION, re.MULTILINE)
   assert len(commands) == 3
@@ -345,11 +334,11 @@ def test_the_commands_of_the_page(workdir, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_skipped_files_are_one_line_each_and_no_bar(workdir, tmp_path):
+def test_skipped_files_are_one_line_each_and_no_bar(trained, tmp_path):
   (tmp_path / "huge").write_bytes(huge(10_000))
   (tmp_path / "text").write_text("no picture")
   (tmp_path / "picture").write_bytes(kinds.encode(kinds.COLOUR))
-  command = ["-m", "resnet_flax.predict", str(workdir), str(tmp_path)]
+  command = ["-m", "resnet_flax.predict", str(trained), str(tmp_path)]
   done = start(command, tmp_path)
   assert done.returncode == 0
   assert len(done.stdout.splitlines()) == 1

@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors_numpy
 
 import resnet_flax
 from resnet_flax import train
-from resnet_flax.run import errors
+from resnet_flax.run import errors, metrics
 from resnet_flax.tools import convert
 from resnet_flax.tools.export import command, programs, weights
 from tests.helpers import ROOT, run_module
@@ -75,15 +75,13 @@ def prepared(out, images):
   return np.float32(x), said
 
 
-def test_of_a_run_of_two_seeds(tiny_config, tmp_path, one_device):
-  tiny_config.num_seeds = 2
-  workdir = tmp_path / "run"
-  records = train.train_and_evaluate(tiny_config, workdir, devices=one_device)
+def test_of_a_run_of_two_seeds(of_two_seeds, tmp_path):
+  records = metrics.MetricsLog(of_two_seeds).read()
   out = tmp_path / "out"
-  title = command.export(workdir, out, "keras", which="latest", seed=1)
+  title = command.export(of_two_seeds, out, "keras", which="latest", seed=1)
   assert title == "the Keras example's ResNet-8 v1"
   assert names_in(out) == BESIDE | {"model.weights.h5", "mean.npy"}
-  loaded = resnet_flax.load_model(workdir, "latest", seed=1)
+  loaded = resnet_flax.load_model(of_two_seeds, "latest", seed=1)
   check = np.load(out / "check.npz")
   assert check["images"].shape == (8, 32, 32, 3)
   x, said = prepared(out, check["images"])
@@ -105,7 +103,7 @@ def test_of_a_run_of_two_seeds(tiny_config, tmp_path, one_device):
   assert "2 epochs of batches of 8" in card
   assert "| licence | not stated |" in card
   with pytest.raises(errors.ConfigError, match="seed=7 was not trained"):
-    command.export(workdir, tmp_path / "other", "keras", seed=7)
+    command.export(of_two_seeds, tmp_path / "other", "keras", seed=7)
 
 
 def refused(kind, converted, tmp_path, *arguments, **more):
@@ -180,12 +178,10 @@ def test_a_failed_write_leaves_nothing(converted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "keras", "orbax"])
-def test_a_full_disk(small_disk, form, tiny_config, tmp_path, one_device):
-  tiny_config.num_epochs = 1
-  train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
+def test_a_full_disk(small_disk, form, trained):
   small_disk.fill()
   with pytest.raises(errors.WorkdirError, match="Nothing was left there"):
-    command.export(tmp_path / "run", small_disk.folder / "out", form)
+    command.export(trained, small_disk.folder / "out", form)
   assert names_in(small_disk.folder) == {"filler"}
 
 

@@ -1,0 +1,27 @@
+"""Finished runs that many tools are tried on. Tests must not change them."""
+
+import jax
+import pytest
+
+from resnet_flax import train
+
+
+def _train(config, folder):
+  train.train_and_evaluate(config, folder / "run", devices=jax.devices()[:1])
+  return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def trained(make_tiny_config, tmp_path_factory):
+  """The workdir of a run of two epochs on digits."""
+  folder = tmp_path_factory.mktemp("trained")
+  return _train(make_tiny_config(folder / "cache"), folder)
+
+
+@pytest.fixture(scope="session")
+def of_two_seeds(make_tiny_config, tmp_path_factory):
+  """The workdir of such a run of two seeds."""
+  folder = tmp_path_factory.mktemp("of_two_seeds")
+  config = make_tiny_config(folder / "cache")
+  config.num_seeds = 2
+  return _train(config, folder)
