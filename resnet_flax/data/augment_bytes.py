@@ -25,7 +25,7 @@ def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
   odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1
   # Knuth's multiplicative hash, modulo 2**32.
   weights = (odd * np.uint32(2654435761)).reshape(shape)
-  sums = jnp.sum(images.astype(jnp.uint32) * weights, axis=(1, 2, 3))
+  sums = jnp.sum(images.astype(jnp.uint32) * weights[None], axis=(1, 2, 3))
   return augment.flip(images, (sums >> 31) == (epoch + 1) % 2)
 
 

@@ -53,11 +53,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
   "vgg": {
     "features": VGG19,
     "pooled_size": 7,
+    "hidden_sizes": (4096, 4096),
     "dropped": (False, True, True),
   },
   "alexnet": {
     "features": ALEXNET,
     "pooled_size": 6,
+    "hidden_sizes": (4096, 4096),
     "dropped": (True, True, False),
   },
 }

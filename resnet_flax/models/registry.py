@@ -172,7 +172,6 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
   }
   if family.block is None:
     return feedforward.FeedForward(
-      hidden_sizes=(4096, 4096),
       dropout=config.dropout,
       **feedforward.NETWORKS[config.name],
       **shared,

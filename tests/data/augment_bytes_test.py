@@ -25,7 +25,9 @@ def test_images_are_mirrored_in_every_other_epoch():
     expected = [
       image[:, ::-1] if mirrored(image, epoch) else image for image in images
     ]
-    found = created(jax.random.key(epoch), images, jnp.int32(epoch))
+    found = created(
+      jax.random.key(epoch), jnp.asarray(images), jnp.int32(epoch)
+    )
     np.testing.assert_array_equal(found, expected)
   half = np.mean([mirrored(image, 0) for image in images])
   assert 0.4 < half < 0.6

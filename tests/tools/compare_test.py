@@ -218,7 +218,7 @@ def test_formats(tmp_path):
 def trained(of_two_seeds, make_tiny_config, tmp_path_factory):
   """Two runs of two seeds, whose learning rates differ."""
   folder = tmp_path_factory.mktemp("compared")
-  config = make_tiny_config(folder / "cache")
+  config = make_tiny_config(of_two_seeds.parent / "cache")
   config.num_seeds = 2
   config.optimizer.learning_rate = 1e-2
   train.train_and_evaluate(config, folder / "b", devices=jax.devices()[:1])

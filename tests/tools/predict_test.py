@@ -356,5 +356,5 @@ def test_skipped_files_are_one_line_each_and_no_bar(trained, tmp_path):
   ]
   done = start([*command[:2], "nowhere", str(tmp_path / "none")], tmp_path)
   assert done.returncode == 1
-  assert "error: there is no " in done.stderr
+  assert "/none must match a file or a folder." in done.stderr
   assert len(done.stderr.splitlines()) == 1

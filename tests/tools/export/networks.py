@@ -53,7 +53,7 @@ NETWORKS = {
 
 @contextlib.contextmanager
 def few_filters():
-  """VGG and AlexNet have 8 filters in each layer."""
+  """VGG and AlexNet have 8 filters in each layer, and 64 hidden units."""
   with pytest.MonkeyPatch.context() as patch:
     for network in feedforward.NETWORKS.values():
       narrow = [
@@ -63,6 +63,7 @@ def few_filters():
         for layer in network["features"]
       ]
       patch.setitem(network, "features", narrow)
+      patch.setitem(network, "hidden_sizes", (64, 64))
     yield
 
 
