@@ -4,15 +4,12 @@ import ast
 import pathlib
 import re
 import shlex
-import sys
 import tomllib
 
 import pytest
-from absl import flags
 
-from resnet_flax import main  # noqa: F401, for its flags.
-from resnet_flax.run import command_line, experiment, rules
-from tests.helpers import ROOT
+from resnet_flax.run import experiment
+from tests.helpers import ROOT, parse_command_line
 
 # How ml_collections loads config files.
 pytestmark = pytest.mark.filterwarnings(
@@ -117,19 +114,8 @@ def test_extras_exist():
 @pytest.mark.parametrize("line", TRAINING)
 def test_the_command_says_what_it_trains(line, monkeypatch):
   """Its flags are parsed, its keys checked, its network built."""
-  argv = shlex.split(line)[2:]
-  known = set(flags.FLAGS)
   monkeypatch.chdir(ROOT)
-  monkeypatch.setattr(sys, "argv", argv)
-  try:
-    command_line.parse_flags(argv)
-    config, workdir = command_line.config_and_workdir()
-  finally:
-    flags.FLAGS.unparse_flags()
-    sys.modules.pop("config_config", None)
-    for name in set(flags.FLAGS) - known:
-      delattr(flags.FLAGS, name)
-  rules.check(config, num_devices=1)
+  config, workdir = parse_command_line(*shlex.split(line)[2:])
   assert experiment.build(config).model.stage_sizes
   (name,) = re.findall(r"--config=configs/(\w+)", line)
   assert pathlib.PurePath(workdir).name.startswith(name)

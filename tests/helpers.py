@@ -11,11 +11,18 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 from resnet_flax import data, train
 from resnet_flax.parallel import evaluate, networks, program
-from resnet_flax.run import checkpoint, experiment as experiment_lib, metrics
+from resnet_flax.run import (
+  checkpoint,
+  command_line,
+  experiment as experiment_lib,
+  metrics,
+  rules,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,6 +38,27 @@ def run_module(module, *arguments, cwd=ROOT):
     timeout=300,
     check=False,
   )
+
+
+def parse_command_line(*argv):
+  """Checked configuration and workdir of a command; leaves no flags behind."""
+  from resnet_flax import main  # noqa: F401, for its flags.
+
+  known = set(flags.FLAGS)
+  with pytest.MonkeyPatch.context() as patch:
+    # ml_collections looks for overrides there.
+    patch.setattr(sys, "argv", list(argv))
+    try:
+      command_line.parse_flags(list(argv))
+      parsed, workdir = command_line.config_and_workdir()
+      rules.check(parsed, num_devices=1)
+      return parsed, workdir
+    finally:
+      flags.FLAGS.unparse_flags()
+      # The next config file would be loaded into what this one left.
+      sys.modules.pop("config_config", None)
+      for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
 
 
 def changed(config, **values):

@@ -74,7 +74,7 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
   return sorted(cells, key=lambda cell: [cell[key] for key in order])
 
 
-def errors_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
+def cells_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
   """The cells of a network and a depth by their seeds."""
   return {
     cell["seed"]: cell
@@ -91,7 +91,7 @@ def table(cells: list[Cell]) -> str:
   ]
   for network in NETWORKS:
     for depth in DEPTHS:
-      found = errors_of(cells, network, depth).values()
+      found = cells_of(cells, network, depth).values()
       shown = [
         _mean_and_std([cell[key] for cell in found])
         for key in ("train_error", "test_error")
@@ -106,7 +106,7 @@ def table(cells: list[Cell]) -> str:
     "| --- | --- | --- | --- | --- |",
   ]
   for network in NETWORKS:
-    shallow, deep = (errors_of(cells, network, depth) for depth in DEPTHS)
+    shallow, deep = (cells_of(cells, network, depth) for depth in DEPTHS)
     seeds = sorted(shallow.keys() & deep.keys())
     ends = [
       np.array([each[seed]["train_error"] for seed in seeds])
@@ -154,7 +154,7 @@ def draw(cells: list[Cell]) -> Any:
   """Training error (thick) and test error of all seeds over the epochs."""
   figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
   for (network, depth), (color, line) in _STYLES.items():
-    found = errors_of(cells, network, depth)
+    found = cells_of(cells, network, depth)
     for split, width, alpha in (("train", 2.2, 1.0), ("test", 0.9, 0.6)):
       for k, cell in enumerate(found.values()):
         curve = cell[f"{split}_errors"]
@@ -187,11 +187,7 @@ def main() -> None:
   cells = collect(parser.parse_args().workdir)
   files_lib.write_json(_FOLDER / "degradation.json", cells)
   draw(cells).savefig(_FOLDER / "degradation.png", dpi=110)
-  readme = _FOLDER / "README.md"
-  text = markers.replace(
-    readme.read_text(), "degradation", COMMAND, table(cells)
-  )
-  readme.write_text(text)
+  markers.update(_FOLDER / "README.md", "degradation", COMMAND, table(cells))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The table of depth's costs."""
 
-import statistics
 from typing import Any
+
+from experiments.tools import timing
 
 COLUMNS = (
   *("network", "batch", "mode", "trace and lower s", "compile s"),
@@ -11,8 +12,7 @@ COLUMNS = (
 
 def row(result: dict[str, Any]) -> str:
   """Formats one result of `measure` as a row in Markdown."""
-  steps = sorted(result["step_seconds"])
-  spread = f" ({steps[0]:.2f}–{steps[-1]:.2f})" if steps[1:] else ""
+  steps = result["step_seconds"]
   lowering = result["trace_step_seconds"] + result["lower_seconds"]
   cells = [
     f"{result['name'].removeprefix('resnet_')} {result['depth']}",
@@ -22,6 +22,6 @@ def row(result: dict[str, Any]) -> str:
     f"{result['compile_seconds']:.1f}",
     f"{result['temporary_mb']:.0f}",
     f"{result['peak_mb']:.0f}",
-    f"{statistics.median(steps):.2f}{spread}",
+    timing.spread(steps, ".2f") if steps[1:] else f"{steps[0]:.2f}",
   ]
   return "| " + " | ".join(cells) + " |"

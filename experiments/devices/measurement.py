@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.tools.timing import in_turn, prepare_on_data
+from experiments.tools.timing import in_turn, prepare_on_data, spread
 
 # Only the losses of the first steps are compared: Adam amplifies rounding
 # errors in later ones.
@@ -131,6 +131,4 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
 
 def _ratios(ones: Sequence[float], others: Sequence[float]) -> str:
   ratios = [a / b for a, b in zip(ones, others, strict=True)]
-  return (
-    f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-  )
+  return spread(ratios, ".2f")

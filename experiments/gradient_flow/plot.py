@@ -227,9 +227,7 @@ def main() -> None:
   for name, figure in figures(records).items():
     figure.savefig(_FOLDER / f"{name}.png", dpi=110)
     plt.close(figure)
-  readme = _FOLDER / "README.md"
-  text = markers.replace(readme.read_text(), "spread", COMMAND, table(records))
-  readme.write_text(text)
+  markers.update(_FOLDER / "README.md", "spread", COMMAND, table(records))
 
 
 if __name__ == "__main__":

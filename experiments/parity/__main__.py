@@ -9,7 +9,6 @@ With --checks it compares augmentation, order and rates instead, in a minute.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
@@ -24,7 +23,7 @@ import numpy as np
 from configs import v1_depth20
 from experiments.parity import checks
 from resnet_flax import data
-from resnet_flax.run import environment, files as files_lib
+from resnet_flax.run import checkpoint, environment, files as files_lib
 
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -43,7 +42,7 @@ def _keras(arguments: argparse.Namespace, *more: object) -> None:
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
-  digest = hashlib.sha256(arguments.example.read_bytes()).hexdigest()
+  digest = checkpoint.digest_of(arguments.example)
   return environment.describe(jax.devices()) | {"example_sha256": digest}
 
 

@@ -138,9 +138,7 @@ def main() -> None:
   results = collect(parser.parse_args().workdir)
   files_lib.write_json(_FOLDER / "results.json", results)
   draw(results).savefig(_FOLDER / "curves.png", dpi=110)
-  readme = _FOLDER / "README.md"
-  text = markers.replace(readme.read_text(), "parity", COMMAND, table(results))
-  readme.write_text(text)
+  markers.update(_FOLDER / "README.md", "parity", COMMAND, table(results))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.throughput import flops
-from experiments.tools.timing import spread_table
+from experiments.tools.timing import spread, spread_table
 
 Measurement = dict[str, Any]
 Results = dict[str, Any]
@@ -72,17 +72,6 @@ def by_round(
 def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
   """Divides round by round, for the rounds that have both numbers."""
   return [above[k] / below[k] for k in sorted(above.keys() & below.keys())]
-
-
-def spread(values: list[float], form: str) -> str:
-  """Formats 'median (least–most)', or a dash if there is no value."""
-  if not values:
-    return "–"
-  middle, least, most = (
-    format(number, form)
-    for number in (statistics.median(values), min(values), max(values))
-  )
-  return f"{middle} ({least}–{most})"
 
 
 def _train(m: Measurement) -> float:

@@ -1,5 +1,7 @@
 """Replaces tables in Markdown files, between markers that name a command."""
 
+import pathlib
+
 
 def enclosing(name: str, command: str) -> tuple[str, str]:
   """Makes the markers before and after a table.
@@ -29,3 +31,8 @@ def replace(text: str, name: str, command: str, table: str) -> str:
   if not found or not found_end:
     raise ValueError(f"{start} ... {end} is missing")
   return f"{before}{start}\n\n{table}\n\n{end}{after}"
+
+
+def update(path: pathlib.Path, name: str, command: str, table: str) -> None:
+  """Replaces one table of a file; see `replace`."""
+  path.write_text(replace(path.read_text(), name, command, table))

@@ -125,6 +125,17 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
       yield round_number, name
 
 
+def spread(values: Sequence[float], form: str) -> str:
+  """Formats 'median (least–most)', or a dash if there is no value."""
+  if not values:
+    return "–"
+  middle, least, most = (
+    format(number, form)
+    for number in (statistics.median(values), min(values), max(values))
+  )
+  return f"{middle} ({least}–{most})"
+
+
 def spread_table(rows: Iterable[tuple[str, Sequence[float], str]]) -> str:
   """Makes a Markdown table of medians, with the least and the most.
 

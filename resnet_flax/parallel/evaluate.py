@@ -128,10 +128,10 @@ def evaluate_all(
 
   None of an epoch that `eval_every_epochs` passes over.
   """
-  scores: dict[str, Scores] = {}
   done = epoch + 1
   if done % config.eval_every_epochs and done < config.num_epochs:
-    return scores
+    return {}
+  scores = {}
   for weights in averaging.present(config, done):
     select = functools.partial(averaging.select, weights=weights)
     chosen = layout.map(select, state)

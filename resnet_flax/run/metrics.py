@@ -203,11 +203,9 @@ def of_seeds(record: Record) -> list[Record]:
 
 def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
   """The record of each network's best epoch; none if none was scored."""
-  scored = [
-    r for r in map(of_seeds, records) if monitored(r[0], monitor) in r[0]
-  ]
-  networks = zip(*scored, strict=True)
-  return [best_record(list(each), monitor) for each in networks]
+  networks = zip(*map(of_seeds, records), strict=True)
+  best = [best_record(list(each), monitor) for each in networks]
+  return [each for each in best if monitored(each, monitor) in each]
 
 
 def best_record(records: list[Record], monitor: str) -> Record:

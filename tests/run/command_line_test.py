@@ -7,7 +7,6 @@ import re
 import sys
 
 import pytest
-from absl import flags
 from hypothesis import given, settings, strategies as st
 
 from resnet_flax import main  # noqa: F401, for its flags.
@@ -20,6 +19,7 @@ from resnet_flax.run import (
   rules,
 )
 from resnet_flax.tools import summary
+from tests.helpers import parse_command_line
 
 # How ml_collections loads config files.
 pytestmark = pytest.mark.filterwarnings(
@@ -32,26 +32,8 @@ CONFIG = str(ROOT / "configs" / "v1_depth20.py")
 
 def parse(*arguments, config=CONFIG):
   """What the program makes of a command line; leaves no flags behind."""
-  known = set(flags.FLAGS)
-  argv = [
-    "resnet_flax.main",
-    *([] if config is None else [f"--config={config}"]),
-    *arguments,
-  ]
-  with pytest.MonkeyPatch.context() as patch:
-    # ml_collections looks for overrides there.
-    patch.setattr(sys, "argv", argv)
-    try:
-      command_line.parse_flags(argv)
-      parsed, workdir = command_line.config_and_workdir()
-      rules.check(parsed, num_devices=1)
-      return parsed, workdir
-    finally:
-      flags.FLAGS.unparse_flags()
-      # The next config file would be loaded into what this one left.
-      sys.modules.pop("config_config", None)
-      for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
+  given = [] if config is None else [f"--config={config}"]
+  return parse_command_line("resnet_flax.main", *given, *arguments)
 
 
 def refusal(*arguments, config=CONFIG):
