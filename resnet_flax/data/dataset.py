@@ -82,9 +82,11 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
     arrays, source = known.read(config, known)
     labels = arrays.train_labels
     dataset = types.Dataset(
-      train=types.whole_split(arrays.train_images, labels),
+      train=types.whole_split(arrays.train_images, labels, config.test_crops),
       validation=None,
-      test=types.whole_split(arrays.test_images, arrays.test_labels),
+      test=types.whole_split(
+        arrays.test_images, arrays.test_labels, config.test_crops
+      ),
       class_names=arrays.class_names,
       source=source,
     )

@@ -141,7 +141,7 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
   if not isinstance(split, StreamedSplit):
     return split
   size = len(split) * math.prod(split.image_shape)
-  keep = split.crop == "none" and split.num_crops == 1
+  keep = split.crop == "none" and split.num_crops < crops.NUM_TEN
   keep = keep and size <= _IN_MEMORY_BYTES
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
@@ -150,7 +150,7 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
     return split
   positions = np.arange(len(split))
   order = np.split(positions, range(_CHUNK, len(split), _CHUNK))
-  whole = dataclasses.replace(split, skips_bad=True, skipped={})
+  whole = dataclasses.replace(split, skips_bad=True, skipped={}, num_crops=1)
   batches = [batch for batch in whole.batches(order) if keep]
   if not split.skips_bad:
     bad += whole.skipped.values()
@@ -160,7 +160,9 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
     return split.subset(positions)
   images, labels = map(np.concatenate, zip(*batches, strict=True))
   indices = split.indices[positions]
-  return DecodedSplit(images[positions], labels[positions], indices)
+  return DecodedSplit(
+    images[positions], labels[positions], indices, split.num_crops
+  )
 
 
 class BadImage(ValueError):
@@ -172,12 +174,9 @@ class BadImage(ValueError):
 class DecodedSplit(types.ArraySplit):
   """A streamed split, decoded: `images[k]` is the image of `indices[k]`."""
 
-  def batches(
-    self, order: Sequence[np.ndarray], draw: types.Draw | None = None
-  ) -> Iterator[types.Batch]:
-    """See `Split`."""
-    for positions in order:
-      yield self.images[positions], self.labels[positions]
+  def rows(self, positions: np.ndarray) -> np.ndarray:
+    """See `ArraySplit`."""
+    return positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +190,7 @@ class StreamedSplit(types.Split):
   # Processes that decode. 0: threads of this process; -1: one per CPU thread if
   # the split is large.
   num_workers: int
-  num_crops: int = 1  # Crops of each image without `draw`: 1 or 10.
+  num_crops: int = 1  # Crops of each image without `draw`: 1, 2 or 10.
   # Whether a bad image is replaced by the next good one of this split.
   skips_bad: bool = False
   # The rows replaced so far, each with its reason.
@@ -201,10 +200,6 @@ class StreamedSplit(types.Split):
   def image_shape(self) -> tuple[int, ...]:
     """See `Split`."""
     return self.image_size, self.image_size, 3
-
-  def take(self, positions: np.ndarray) -> types.Batch:
-    """See `Split`; the central crop of each image."""
-    return types.Split.take(self.one_crop(), positions)
 
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None
@@ -314,7 +309,7 @@ class StreamedSplit(types.Split):
     decoded = pictures.decode(encoded)
     if rng:
       boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
-    elif self.num_crops > 1:
+    elif self.num_crops == crops.NUM_TEN:
       boxes = crops.corners_and_centre(*decoded.size)
     else:
       boxes = [crops.scored(decoded.size, self.image_size)]

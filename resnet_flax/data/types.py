@@ -61,8 +61,8 @@ class Split(abc.ABC):
     return dataclasses.replace(whole, num_crops=1)
 
   def take(self, positions: np.ndarray) -> Batch:
-    """uint8[B, H, W, C] images and int32[B] labels at these positions."""
-    ((images, labels),) = self.batches([positions])
+    """uint8[B, H, W, C] images, one crop of each, and int32[B] labels."""
+    ((images, labels),) = self.one_crop().batches([positions])
     return images, labels
 
 
@@ -73,6 +73,7 @@ class ArraySplit(Split):
   images: np.ndarray  # uint8[M, H, W, C]
   labels: np.ndarray  # int32[M]
   indices: np.ndarray
+  num_crops: int = 1  # 2: each image and its mirror image.
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -84,13 +85,22 @@ class ArraySplit(Split):
   ) -> Iterator[Batch]:
     """See `Split`."""
     for positions in order:
-      rows = self.indices[positions]
-      yield self.images[rows], self.labels[rows]
+      rows = self.rows(positions)
+      images = self.images[rows]
+      if self.num_crops > 1 and draw is None:
+        images = np.stack([images, images[:, :, ::-1]], axis=1)
+      yield images, self.labels[rows]
+
+  def rows(self, positions: np.ndarray) -> np.ndarray:
+    """Where the images at these positions are in `images`."""
+    return self.indices[positions]
 
 
-def whole_split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
+def whole_split(
+  images: np.ndarray, labels: np.ndarray, num_crops: int = 1
+) -> ArraySplit:
   """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
-  return ArraySplit(images, labels, np.arange(len(labels)))
+  return ArraySplit(images, labels, np.arange(len(labels)), num_crops)
 
 
 class Facts(NamedTuple):

@@ -122,9 +122,10 @@ _KEYS = (
     "What images that cannot be decoded do while training. skip: each is listed"
     " and replaced by the next good one; those to be scored are left out."
   ),
-  Key("dataset.test_crops", 1, choice(1, 10)).means(
-    "10: score by the mean probabilities of ten crops (Krizhevsky et al. 2012,"
-    " section 4.1); only for images that are decoded while training."
+  Key("dataset.test_crops", 1, choice(1, 2, 10)).means(
+    "Score by the mean probabilities of 2: an image and its mirror image; 10:"
+    " ten crops (Krizhevsky et al. 2012, section 4.1), only for images that are"
+    " decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
     "Train on a fixed subset of so many, balanced but for TFDS streams. 0: all."

@@ -211,6 +211,21 @@ def test_ten_crops_are_five_and_their_mirror_images(root):
   assert images.shape == (3, 64, 64, 3)
 
 
+def test_two_crops_are_an_image_and_its_mirror_image(root, monkeypatch):
+  def both():
+    split = load(root, test_crops=2).test
+    assert split.num_crops == 2
+    return next(split.batches([np.arange(3)]))[0], split.take(np.arange(3))[0]
+
+  decoded, central = both()
+  np.testing.assert_array_equal(decoded[:, 0], central)
+  np.testing.assert_array_equal(decoded[:, 1], central[:, :, ::-1])
+  # As of splits that are too large for the memory.
+  monkeypatch.setattr(streaming, "_IN_MEMORY_BYTES", 0)
+  streamed, _ = both()
+  np.testing.assert_array_equal(streamed, decoded)
+
+
 def test_parts_of_the_training_split(root):
   dataset = load(root, validation_examples=8, train_examples=12)
   assert (len(dataset.validation), len(dataset.train)) == (8, 12)

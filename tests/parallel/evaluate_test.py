@@ -45,8 +45,7 @@ def test_every_image_is_in_exactly_one_batch(count, batch_size, num_devices):
 def test_crops_count_as_images_of_a_call():
   split = split_of(40)
   assert evaluate.call_size(split, 30, 4) == 32
-  ten_crops = type("TenCrops", (types.ArraySplit,), {"num_crops": 10})
-  split = ten_crops(split.images, split.labels, split.indices)
+  split = types.whole_split(split.images, split.labels, num_crops=10)
   assert evaluate.call_size(split, 30, 4) == 4
   assert evaluate.call_size(split, 5, 1) == 1
 

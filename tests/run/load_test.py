@@ -67,6 +67,42 @@ def test_evaluation_on_the_images_of_training(run):
     load.evaluate_workdir(workdir, split="val")
 
 
+def test_a_run_is_scored_by_mirror_images_too(run):
+  """Whatever it was scored by while training."""
+  config, workdir, _ = run
+  flipped = ConfigDict(config.to_dict())
+  flipped.dataset.test_crops = 2
+  loaded = load.load_model(workdir, "latest")
+  for split in ("test", "train"):
+    scores = load.evaluate_workdir(
+      workdir, "latest", split=split, config=flipped
+    )
+    whole = getattr(data.load(config.dataset), split)
+    images, labels = whole.take(np.arange(len(whole)))
+    both = [loaded.predict(x) for x in (images, images[:, :, ::-1])]
+    mean = np.mean(both, axis=0)
+    likely = mean[np.arange(len(labels)), labels]
+    assert scores["accuracy"] == np.mean(mean.argmax(-1) == labels)
+    assert scores["loss"] == pytest.approx(-np.log(likely).mean(), rel=1e-5)
+
+
+def test_a_run_with_mirror_images_is_trained_as_without(run, tmp_path):
+  config, _, records = run
+  flipped = ConfigDict(config.to_dict())
+  flipped.dataset.test_crops = 2
+  found = train.train_and_evaluate(flipped, tmp_path, devices=jax.devices()[:1])
+  for one, other in zip(found, records, strict=True):
+    assert one["train_loss"] == other["train_loss"]
+    assert one["test_loss"] != other["test_loss"]
+  last = found[-1]
+  scores = load.evaluate_workdir(tmp_path, "latest")
+  assert scores["loss"] == pytest.approx(last["test_loss"], rel=1e-5)
+  # What `compare` and the report show is the same.
+  predictions = load.predict_test(tmp_path, 0, "latest", opened={})
+  correct = predictions.probabilities.argmax(-1) == predictions.labels
+  assert correct.mean() == last["test_accuracy"]
+
+
 def test_evaluation_leaves_the_workdir_alone(run):
   """It may be of a run that is going on."""
   _, workdir, _ = run
