@@ -1,0 +1,1 @@
+"""The loss of trained networks on a plane of their weights."""

@@ -1,0 +1,178 @@
+"""Evaluates a trained network on a plane of its weights (Li et al. 2018)."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_flax import data, step as step_lib
+from resnet_flax.run import (
+  environment,
+  errors,
+  files as files_lib,
+  folder,
+  load,
+)
+
+PyTree = Any
+# Of one network: `of`, which tells it from others (the run's `config`, `step`
+# and `data`, and the `plane`), facts, and the rows of its grid so far.
+Record = dict[str, Any]
+# Gives the mean loss and the share of errors at a point (alpha, beta).
+Score = Callable[[float, float], tuple[float, float]]
+
+
+def axis(record: Record) -> np.ndarray:
+  """The coordinates of a record's points in both directions, float64[points].
+
+  The middle one is zero: the trained weights.
+  """
+  plane = record["of"]["plane"]
+  half = plane["points"] // 2
+  return plane["extent"] * np.arange(-half, half + 1) / half
+
+
+def directions(params: PyTree, seed: int) -> tuple[PyTree, PyTree]:
+  """Two random directions, normalised by filter (Li et al. 2018, section 4).
+
+  Each filter of a Gaussian direction gets the norm of the network's own. A
+  filter is what makes one channel or one logit: the last axis of a kernel
+  counts them. Biases and parameters of batch norm, which have one axis, stay
+  where they are, as with `ignore=biasbn` in the authors' program.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(weights: np.ndarray) -> np.ndarray:
+    if weights.ndim < 2:
+      return np.zeros_like(weights)
+    drawn = rng.standard_normal(weights.shape, np.float32)
+    wanted, found = (
+      np.sqrt(np.sum(x**2, axis=tuple(range(x.ndim - 1)), keepdims=True))
+      for x in (weights, drawn)
+    )
+    return drawn * (wanted / found)
+
+  return jax.tree.map(draw, params), jax.tree.map(draw, params)
+
+
+def open_run(
+  workdir: pathlib.Path, plane: dict[str, Any]
+) -> tuple[Record, Score]:
+  """An empty record of a run's latest weights, and what fills it.
+
+  In inference mode: batch norm has the trained weights' running statistics at
+  every point.
+
+  Args:
+    workdir: the run's folder.
+    plane: `points` of each axis, its `extent`, `examples`, which is how many of
+      the first training images are scored, and the `seed` of the directions.
+
+  Raises:
+    ConfigError: the run has too few images, or is not float32.
+    DataError, WorkdirError: the data or the weights cannot be had.
+  """
+  loaded = load.load_model(workdir, "latest")
+  config = loaded.config
+  if config.model.dtype != "float32":
+    raise errors.ConfigError(
+      f"model.dtype={config.model.dtype} of {workdir} must be float32: the"
+      " differences of neighbours would be rounded away."
+    )
+  dataset = data.load(config.dataset)
+  folder.check_data(workdir, dataset.source)
+  split, count = dataset.train.one_crop(), plane["examples"]
+  if count > len(split):
+    raise errors.ConfigError(
+      f"--examples={count} must be at most {len(split)}, the training images of"
+      f" {workdir}."
+    )
+  of = {"config": config.to_dict(), "step": loaded.step}
+  of |= {"data": dataset.source, "plane": plane}
+  record = {
+    "of": json.loads(json.dumps(of)),  # Which makes lists of tuples.
+    "epochs": loaded.step / (len(split) // config.batch_size),
+    "trained_in": folder.read_environment(workdir),
+    "environments": [],
+    **{"seconds": 0.0, "loss": [], "error": []},
+  }
+
+  # From all devices to one, where each batch is scored.
+  variables = jax.device_get(loaded.variables)
+  arrays = variables, *directions(variables["params"], plane["seed"])
+  arrays = jax.device_put(arrays, jax.devices()[0])
+
+  @jax.jit
+  def sums(variables, first, second, alpha, beta, images, labels):
+    params = jax.tree.map(
+      lambda w, a, b: w + alpha * a + beta * b,
+      *(variables["params"], first, second),
+    )
+    logits: Any = loaded.model.apply(
+      {**variables, "params": params}, images, train=False
+    )
+    wrong = jnp.sum(jnp.argmax(logits, axis=-1) != labels)
+    return jnp.sum(step_lib.cross_entropy(logits, labels)), wrong
+
+  images, labels = split.take(np.arange(count))
+  images = np.asarray(loaded.preprocess(jnp.asarray(images)))
+  size = config.eval_batch_size
+
+  def score(alpha: float, beta: float) -> tuple[float, float]:
+    point = *arrays, np.float32(alpha), np.float32(beta)
+    found = [
+      sums(*point, images[k : k + size], labels[k : k + size])
+      for k in range(0, count, size)
+    ]
+    loss, wrong = np.asarray(found, np.float64).sum(axis=0) / count
+    return loss, wrong
+
+  return record, score
+
+
+def read(path: pathlib.Path) -> list[Record]:
+  """The records of a file, one a line; none if it does not exist."""
+  try:
+    lines = files_lib.read_text(path).splitlines()
+    return [files_lib.parse_object(line.encode()) for line in lines]
+  except FileNotFoundError:
+    return []
+  except (OSError, ValueError) as error:
+    raise errors.DataError(
+      f"{path} cannot be read: {error}. Restore or remove it."
+    ) from error
+
+
+def measure(record: Record, score: Score, path: pathlib.Path) -> None:
+  """Adds the rows of a network that the file lacks, one by one."""
+  records = read(path)
+  started = [each for each in records if each["of"] == record["of"]]
+  if started:
+    (record,) = started
+  else:
+    records.append(record)
+  here = environment.describe(jax.devices()[:1])
+  if here not in record["environments"]:
+    record["environments"].append(here)
+  coordinates = axis(record)
+  for alpha in coordinates[len(record["loss"]) :]:
+    began = time.perf_counter()
+    row = np.array([score(alpha, beta) for beta in coordinates])
+    for name, values in zip(("loss", "error"), row.T, strict=True):
+      record[name].append(
+        [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
+      )
+    record["seconds"] = round(
+      record["seconds"] + time.perf_counter() - began, 2
+    )
+    text = "".join(json.dumps(each) + "\n" for each in records)
+    files_lib.write_file(path, text.encode())
+    done = f"row {len(record['loss'])} of {len(coordinates)}"
+    name = record["of"]["config"]["model"]["name"]
+    print(f"{name}: {done}, {record['seconds']:.0f} s", flush=True)
