@@ -1,4 +1,4 @@
-"""What changes a block's branch before it is added to the shortcut."""
+"""Changes to a block's branch, before the shortcut is added."""
 
 import flax.linen as nn
 import jax
@@ -10,21 +10,21 @@ from resnet_flax.models.blocks import Context, ModuleDef
 class Branch(nn.Module):
   """Squeeze-and-excitation, then stochastic depth; 0 leaves either out.
 
-  Sources: Hu et al. 2018 (arXiv:1709.01507, section 3), whose layers have a
-  bias; Huang et al. 2016 (arXiv:1603.09382, section 3) by the linear rule: the
-  branch of block l of L is dropped for a whole batch with probability
-  stochastic_depth * l / L, and scaled by that of staying otherwise. Its batch
-  norms see every batch.
+  Squeeze-and-excitation: Hu et al. 2018 (arXiv:1709.01507, section 3); both
+  layers have a bias. Stochastic depth: Huang et al. 2016 (arXiv:1603.09382,
+  section 3), with the linear rule. Training drops the branch of block l of L
+  for a whole batch with probability stochastic_depth * l / L. Inference scales
+  the branch by the probability of staying. Its batch norms see every batch.
   """
 
-  squeeze_excitation: int  # Channels over those of the hidden layer.
-  stochastic_depth: float  # Probability for the last block.
+  squeeze_excitation: int  # Reduction: channels over hidden units.
+  stochastic_depth: float  # The last block's probability.
   dense: ModuleDef
   train: bool
 
   @nn.compact
   def __call__(self, y: jax.Array, context: Context) -> jax.Array:
-    """float[B, H, W, C] of the same."""
+    """Maps float[B, H, W, C] to the same shape."""
     if self.squeeze_excitation:
       hidden = max(y.shape[-1] // self.squeeze_excitation, 1)
       gates = self.dense(hidden, name="squeeze")(jnp.mean(y, axis=(1, 2)))

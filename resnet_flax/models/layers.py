@@ -1,4 +1,4 @@
-"""The layers that networks are built from, with the recipe's defaults."""
+"""Convolution and resizing, with the recipe's defaults."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ Pads = Sequence[tuple[int, int]]
 
 
 def window_pads(padding: str, size: tuple[int, int]) -> str | Pads:
-  """How a convolution or a pool with an odd window of this size is padded.
+  """The padding of a convolution or a pool whose window has an odd size.
 
-  'same' is TensorFlow's rule, (0, 1) for a window of 3 at stride 2 on an even
-  size; 'symmetric' pads half the window on every side, as Caffe and PyTorch do.
+  'same' is TensorFlow's rule: (0, 1) for a window of 3 at stride 2 on an even
+  size. 'symmetric' pads half the window on every side, as Caffe and PyTorch do.
   """
   if padding == "same":
     return "SAME"
@@ -43,9 +43,9 @@ def conv(
 ) -> nn.Module:
   """A convolution with he_normal kernels; parameters are float32.
 
-  `padding` is that of `window_pads`, unless `pads` replaces it; `dtype` is that
-  of the computation, which `conv_general_dilated` does, by default as `lax`.
-  See `group_norm.standardize` for `standardized`.
+  `pads` replaces `padding`, which `window_pads` explains. The convolution is
+  computed in `dtype` by `conv_general_dilated`, by default that of `lax`.
+  `group_norm.standardize` explains `standardized`.
   """
   if standardized:
     conv_general_dilated = group_norm.standardize(conv_general_dilated)
@@ -65,7 +65,7 @@ def conv(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-  """Images, float[B, H, W, C], bilinearly resized to size x size; 0: as is."""
+  """Resizes float[B, H, W, C] images to size x size, bilinearly; 0: not."""
   shape = (images.shape[0], size, size, images.shape[3])
   if not size or images.shape == shape:
     return images

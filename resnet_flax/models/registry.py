@@ -1,4 +1,4 @@
-"""Which networks there are, the depths they come in, and how to build one."""
+"""The networks by name, their depths, and how to build one."""
 
 import dataclasses
 import functools
@@ -32,12 +32,12 @@ class Family:
   # An integer L: three stages of n blocks make L * n + `besides` weighted
   # layers. Or, for each depth that a paper lists, the blocks of each stage.
   depths: int | Mapping[int, tuple[int, ...]]
-  shortcuts: tuple[str, ...]  # Those that there are, the usual one first.
-  # Block and widths, by the configuration and the stem's channels; None: one of
-  # `feedforward.NETWORKS`.
+  shortcuts: tuple[str, ...]  # Values of `model.shortcut`, the default first.
+  # Maps the configuration and the stem's channels to the block and its widths.
+  # None: the network is in `feedforward.NETWORKS`.
   block: Callable[..., blocks.Kind] | None = None
   num_filters: int = 0  # The usual channels of the stem.
-  large_images: bool = False  # Which stem, and which sizes of images it takes.
+  large_images: bool = False  # Decides the stem and the sizes of images.
   final_norm_act: bool = False
   besides: int = 2
 
@@ -69,13 +69,13 @@ MODELS = {
 
 
 def check_depth(name: str, depth: int) -> tuple[int, ...]:
-  """The blocks in each stage of a network of so many weighted layers.
+  """The number of blocks in each stage at a depth.
 
-  Shortcuts are not counted, but in wide_resnet.
+  Depth counts weighted layers; shortcuts count only in wide_resnet.
 
   Raises:
-    ConfigError: no network of the family has this depth; the message names the
-      nearest that do.
+    ConfigError: no network of the family has this depth. The message names the
+      nearest depths.
   """
   if name not in MODELS:
     raise errors.unknown_name("model.name", name, MODELS)
@@ -129,9 +129,9 @@ def _of_dtype(norm: Any, config: ConfigDict) -> Callable[..., nn.Module]:
   return functools.partial(norm, dtype=jnp.dtype(config.dtype))
 
 
-# For `model.norm`: what makes a normalisation layer, by the configuration. It
-# takes `use_running_average`, `act` and `name`; the layer is called with x and,
-# where there is one, a residual.
+# For `model.norm`: maps the configuration to a function that makes a layer. The
+# function takes `use_running_average`, `act` and `name`. The layer is called
+# with x, or with x and a residual.
 NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
   "batch_norm": _batch_norm,
   "group_norm": functools.partial(_of_dtype, group_norm.GroupNorm),
@@ -148,7 +148,7 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
     returning float32[B, num_classes] logits.
 
   Raises:
-    ConfigError: an impossible depth. `run/rules.py` checks the other keys.
+    ConfigError: the depth is impossible. `run/rules.py` checks other keys.
   """
   stage_sizes = check_depth(config.name, config.depth)
   family = MODELS[config.name]

@@ -22,9 +22,8 @@ from resnet_flax.models.kernels.loop import run_as_loop, run_with_remat
 class ResNet(nn.Module):
   """Stem, stages of residual blocks, average pool, dense head.
 
-  `conv`, `norm` and `dense` are partials. `norm` also takes
-  `use_running_average` and `act`, and what it makes is called with x and, where
-  there is one, the residual.
+  `conv`, `norm` and `dense` make layers. `norm` takes `use_running_average` and
+  `act`, too; its layer is called with x, or with x and a residual.
   """
 
   stage_sizes: Sequence[int]  # All stages but the first halve the resolution.
@@ -41,11 +40,11 @@ class ResNet(nn.Module):
   input_size: int  # See `layers.resize`.
   act: Activation = nn.relu
   # Keep only each block's input for the backward pass, which computes the block
-  # again. On a CPU, XLA computes it again too early to need less memory, except
-  # in a loop.
+  # again. On a CPU this saves memory only in a loop: elsewhere XLA computes the
+  # block again too early.
   remat: bool = False
-  # Run those blocks of a stage that are alike, all but its first, as one loop.
-  # Variables are the same and have the same names.
+  # Run a stage's blocks as one loop, except the first, which differs. Variables
+  # and their names stay the same.
   scan: bool = False
 
   @nn.compact
@@ -54,7 +53,8 @@ class ResNet(nn.Module):
 
     Args:
       images: float[B, H, W, C], 32x32 in the recipe.
-      train: batch statistics (updating `batch_stats`) or running ones.
+      train: whether batch norms use the batch's statistics and update
+        `batch_stats`, or use the running statistics.
 
     Returns:
       float32[B, num_classes] logits.
@@ -70,7 +70,7 @@ class ResNet(nn.Module):
     remat = self.remat and not self.is_initializing()
     scan = self.scan and not self.is_initializing()
     contexts = self._contexts(train)
-    first = 0  # Of the stage's blocks, among all.
+    first = 0  # The number of the stage's first block among all blocks.
     stages = zip(self.stage_sizes, self.stage_filters, strict=True)
     for stage, (num_blocks, (inner_filters, num_filters)) in enumerate(stages):
       blocks = [
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
     return self.dense(self.num_classes, name="head")(x).astype(jnp.float32)
 
   def _contexts(self, train: bool) -> Context:
-    """The contexts of all blocks, with a leading axis of blocks."""
+    """All blocks' contexts, stacked along a leading axis."""
     count = sum(self.stage_sizes)
     keys = None
     if train and self.has_rng("dropout"):
