@@ -23,7 +23,7 @@ import numpy as np
 from configs import v1_depth20
 from experiments.parity import checks
 from resnet_flax import data
-from resnet_flax.run import checkpoint, environment, files as files_lib
+from resnet_flax.run import environment, files as files_lib
 
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -42,7 +42,7 @@ def _keras(arguments: argparse.Namespace, *more: object) -> None:
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
-  digest = checkpoint.digest_of(arguments.example)
+  digest = files_lib.digest_of(arguments.example)
   return environment.describe(jax.devices()) | {"example_sha256": digest}
 
 

@@ -124,7 +124,6 @@ def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
   """The SHA-256 of each array's file, and of the class names."""
   text = json.dumps(class_names).encode()
   digests = {"class_names": hashlib.sha256(text).hexdigest()}
-  for name in _ARRAYS:
-    with files.open_regular(entry / f"{name}.npy") as file:
-      digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-  return digests
+  return digests | {
+    name: files.digest_of(entry / f"{name}.npy") for name in _ARRAYS
+  }

@@ -5,7 +5,6 @@ Layout: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import dataclasses
-import hashlib
 import io
 import logging
 import operator
@@ -126,22 +125,17 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
 def verify(archive: Archive, path: pathlib.Path) -> None:
   """Raises `DataError` unless a local file is the official archive."""
   try:
-    with files.open_regular(path) as file:
-      found = f"has {file.seek(0, 2)} bytes, not {archive.num_bytes}"
-      if file.tell() == archive.num_bytes:
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == archive.sha256:
-          return
-        found = f"has the SHA-256 {digest}, not {archive.sha256}"
+    digest = files.digest_of(path)
   except OSError as error:
     raise errors.DataError(
       f"dataset.archive={str(path)!r} cannot be read: {error.strerror}."
     ) from error
-  raise errors.DataError(
-    f"dataset.archive={str(path)!r} is not the official archive: it {found}."
-    f" Fetch the binary version again from {archive.url}."
-  )
+  if digest != archive.sha256:
+    raise errors.DataError(
+      f"dataset.archive={str(path)!r} is not the official archive: its SHA-256"
+      f" is {digest}, not {archive.sha256}. Fetch the binary version again from"
+      f" {archive.url}."
+    )
 
 
 class Contents(NamedTuple):

@@ -177,6 +177,5 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
     name = os.fsencode(os.path.relpath(path, root))
     digest.update(b"%b\0%d\0" % (name, size))
     if is_small:
-      with open(path, "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+      digest.update(bytes.fromhex(files.digest_of(pathlib.Path(path))))
   return sources, tuple(parts["train"]), f"folder-{digest.hexdigest()[:16]}"

@@ -204,8 +204,7 @@ def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
     for path in paths:
       digest.update(path.name.encode(errors="surrogateescape") + b"\0")
       if read_all:
-        with files.open_regular(path) as file:
-          digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(files.digest_of(path)))
         continue
       size = path.stat().st_size
       digest.update(b"%d\0" % size)

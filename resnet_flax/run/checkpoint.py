@@ -315,7 +315,7 @@ class Checkpoints:
     if not (folder / _STATE / _MERGED).is_file():
       raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
     there = _state_files(folder)
-    files = {name: digest_of(path) for name, path in there.items()}
+    files = {name: files_lib.digest_of(path) for name, path in there.items()}
     manifest = self._manifest | {"files": files}
     manifest["sha256"] = _seal(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -372,7 +372,7 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
     for name, digest in manifest["files"].items():
       if name not in there:
         raise _Damaged(path, f"{name} is missing")
-      if digest_of(there[name]) != digest:
+      if files_lib.digest_of(there[name]) != digest:
         raise _Damaged(path, f"{name} is not as it was written")
     # A correct seal does not prove that a run wrote the manifest.
     notes, arrays = manifest["notes"], manifest["arrays"]
@@ -399,12 +399,6 @@ def _state_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 def _seal(manifest: dict[str, Any]) -> str:
   """The SHA-256 of a manifest, which is added to the manifest."""
   return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def digest_of(path: pathlib.Path) -> str:
-  """The SHA-256 of a file."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def named_arrays(state: step_lib.TrainState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -39,6 +40,12 @@ def read_bytes(path: pathlib.Path, limit: int = _LARGEST) -> bytes:
 def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:
   """`read_bytes` as text, which must be UTF-8."""
   return read_bytes(path, limit).decode()
+
+
+def digest_of(path: pathlib.Path) -> str:
+  """The SHA-256 of a regular file; may raise OSError."""
+  with open_regular(path) as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

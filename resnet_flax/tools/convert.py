@@ -122,7 +122,7 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     "data": data,
     "converted": {
       "source": source.name,
-      "sha256": checkpoint.digest_of(source),
+      "sha256": files_lib.digest_of(source),
       "holds": kind.title,
       "passed_over": len(file.passed_over),
     },

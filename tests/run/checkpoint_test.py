@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
-from resnet_flax.run import checkpoint, errors
+from resnet_flax.run import checkpoint, errors, files as files_lib
 from tests.run import damage
 
 NOTES = {"learning_rate": [0.1], "epoch_seconds": 2.5, "data_seconds": 0.5}
@@ -354,7 +354,7 @@ def test_chunks_larger_than_their_array_are_not_read(
   form = json.loads(kv[b"float32/.zarray"])
   kv[b"float32/.zarray"] = json.dumps(form | {"chunks": [2**27]}).encode()
   there = checkpoint._state_files(folder).items()
-  reseal(folder, {"files": {k: checkpoint.digest_of(p) for k, p in there}})
+  reseal(folder, {"files": {k: files_lib.digest_of(p) for k, p in there}})
   with (
     checkpoint.Checkpoints(workdir, read_only=True) as checkpoints,
     pytest.raises(errors.WorkdirError, match="has chunks of 134217728 for"),
