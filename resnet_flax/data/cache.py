@@ -39,10 +39,7 @@ def cache_dir(configured: str) -> pathlib.Path:
 def cached(
   folder: pathlib.Path, key: str, build: Callable[[], types.Arrays]
 ) -> types.Arrays:
-  """Returns the memory-mapped arrays of entry `key`; builds a missing entry.
-
-  Raises `DataError` if the folder cannot be written.
-  """
+  """The memory-mapped arrays of entry `key`; builds a missing entry."""
   entry = folder / key
   if (arrays := _open(entry)) is not None:
     return arrays

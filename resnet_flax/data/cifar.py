@@ -73,8 +73,7 @@ ARCHIVES = {
 def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   """Downloads an archive into `folder`, unless a good copy is there.
 
-  Shows progress on a terminal. If the download fails, is not the archive or
-  does not fit on the disk, this raises `DataError` and leaves no file.
+  If that fails, this raises `DataError` and leaves no file.
   """
   import pooch
   import requests
@@ -191,8 +190,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   """Prepares a data set as ArrayRecord in `root`; returns its folder there.
 
   `local_archive` is the official binary archive, or '' to download it. TFDS
-  gives the folder its final name once it is complete. Raises `DataError` if the
-  archive is missing or wrong, or if the directory cannot be written.
+  gives the folder its final name once it is complete.
   """
   archive = ARCHIVES[name]
   if local_archive:
@@ -248,11 +246,7 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
 
 
 def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
-  """Decodes a prepared folder; each split must have `num_examples` images.
-
-  Raises `DataError` if the folder cannot be read, or if the images have another
-  form or number.
-  """
+  """Decodes a prepared folder; each split must have `num_examples` images."""
   import tensorflow_datasets as tfds
 
   arrays: dict[str, np.ndarray] = {}

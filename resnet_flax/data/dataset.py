@@ -24,11 +24,8 @@ def info(
 ) -> types.DatasetInfo:
   """Facts about the set that `config.dataset` names, without opening it.
 
-  `facts`, which a run remembers, override the files of a streamed set.
-
-  Raises:
-    ConfigError: an unknown data set.
-    DataError: only the set's files hold the facts, and they are missing.
+  `facts`, which a run remembers, override the files of a streamed set. Without
+  either, a `DataError`.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]
@@ -41,12 +38,7 @@ def info(
 def num_train_examples(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> int:
-  """The number of training images with this `config.dataset`.
-
-  Raises:
-    ConfigError: an unknown data set, or one with too few images.
-    DataError: see `info`.
-  """
+  """The number of training images with this `config.dataset`."""
   whole = info(config, facts).num_train
   rest = whole - config.validation_examples
   if rest <= 0:

@@ -100,12 +100,7 @@ def _check(parts: Parts) -> None:
 
 
 def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
-  """The folder that `config.dataset` names, its parts, its number of others.
-
-  Raises:
-    ConfigError: `data_dir` is empty or is not a local path.
-    DataError: the folder has another form, or classes without pictures.
-  """
+  """The folder that `config.dataset` names, its parts, its number of others."""
   if not config.data_dir:
     raise errors.ConfigError(
       "dataset.data_dir='' must name a folder of pictures for dataset.name="
@@ -152,12 +147,7 @@ class Files:
 
 
 def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
-  """The parts as sources, the class names, and the source's name with a digest.
-
-  Raises:
-    ConfigError, DataError: see `find`.
-    OSError: a file cannot be read.
-  """
+  """The parts as sources, the class names, and a source name with digest."""
   root, parts, num_others = find(config)
   sources = []
   for part, pictures in parts.items():

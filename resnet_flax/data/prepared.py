@@ -38,10 +38,7 @@ _FEATURES = tuple(
 
 
 def data_dir(configured: str) -> pathlib.Path:
-  """The TFDS data directory: the configured one, else TFDS's own default.
-
-  Raises `DataError` if a named directory is missing; only the default is made.
-  """
+  """The configured TFDS data directory, which must exist, else TFDS's."""
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")
   path = errors.resolve(chosen or "~/tensorflow_datasets", name)
@@ -134,10 +131,7 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
 
 
 def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
-  """Returns TFDS's builder of a copy with images, labels and these splits.
-
-  Raises any exception for another copy, and if it names other code or folders.
-  """
+  """TFDS's builder of a copy; raises any exception if it names other code."""
   import tensorflow_datasets as tfds
 
   check_features(folder)
@@ -157,11 +151,10 @@ def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
 
 
 def check_features(folder: pathlib.Path) -> Any:
-  """Returns the features by name; features.json may name only known code.
+  """The features by name; features.json may name only known code.
 
   The file is parsed as TFDS parses it, since a name can be spelt in several
-  ways. Raises any exception for another file, for unknown code, and for forms
-  that the parser does not open: JSON in a string, and files of old versions.
+  ways. Raises any exception for forms that the parser does not open, too.
   """
   from google.protobuf import json_format
   from tensorflow_datasets.core.proto import feature_pb2
@@ -243,7 +236,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
   """Reads a copy's facts, without its shards, and names the split to score.
 
   This split is 'validation', else 'test', else 'train': then its last tenth is
-  scored, which TFDS has shuffled. Raises `DataError` for unreadable copies.
+  scored, which TFDS has shuffled.
   """
   with reading(folder, PREPARE_AGAIN):
     info = json.loads(files.read_text(folder / "dataset_info.json"))
@@ -285,10 +278,7 @@ def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
 def read(
   config: ConfigDict,
 ) -> tuple[list["Records"], list[np.ndarray], tuple[str, ...], str]:
-  """The sources of both splits, their rows, class names and a name with digest.
-
-  Raises `DataError` if the copy is missing or cannot be read.
-  """
+  """Both splits' sources and rows, class names, and a name with digest."""
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
   digest = fingerprint(folder, PREPARE_AGAIN)

@@ -82,10 +82,7 @@ def _look(config: ConfigDict) -> types.Facts:
 def load(
   config: ConfigDict, augmentation: str
 ) -> tuple[types.Dataset, np.ndarray | None]:
-  """Opens a set; also returns int32[N] training labels, None if unknown.
-
-  A single official split is divided. Raises `DataError` without data.
-  """
+  """Opens a set; also returns int32[N] training labels, None if unknown."""
   if config.name == FOLDER:
     with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
       files, class_names, source = folders.read(config)
@@ -204,10 +201,7 @@ class StreamedSplit(types.Split):
   def batches(
     self, order: Sequence[np.ndarray], draw: types.Draw | None = None
   ) -> Iterator[types.Batch]:
-    """See `Split`; workers live until the iterator ends or is closed.
-
-    Raises `DataError` if an image cannot be read or a worker died.
-    """
+    """See `Split`; workers live until the iterator ends or is closed."""
     grain = workers.import_grain()
     num_crops = self.num_crops if draw is None else 1
     image_bytes = num_crops * math.prod(self.image_shape)

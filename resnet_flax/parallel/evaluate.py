@@ -39,16 +39,10 @@ def create_eval_step(
 def padded_batches(
   split: types.Split, batch_size: int, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """The split in order, in batches of one size.
+  """The `rows`, int64[R] and ascending, of each batch of the split in order.
 
-  Args:
-    split: images and labels.
-    batch_size: images of a batch, from `call_size`.
-    rows: int64[R], which images of each batch are wanted, ascending.
-
-  Yields:
-    (uint8[R, H, W, C], int32[R], bool[R]): images, labels and a mask, which is
-    False for the padding at the end of the last batch.
+  Yields uint8[R, H, W, C], int32[R] and bool[R]: images, labels and a mask,
+  which is False for the padding at the end of the last batch.
   """
   positions = np.arange(len(split))
   order = [
@@ -64,10 +58,9 @@ def padded_batches(
 
 
 def call_size(split: types.Split, batch_size: int, num_devices: int) -> int:
-  """How many images of a split are scored in one call.
+  """Images that a call scores: a multiple of the devices that share it.
 
-  At most `batch_size`, all crops counted, rounded up to a multiple of the
-  devices that share a call.
+  At most `batch_size`, all crops counted, before it is rounded up.
   """
   size = min(max(batch_size // split.num_crops, 1), len(split))
   return -(-size // num_devices) * num_devices
@@ -124,10 +117,7 @@ def evaluate_all(
   layout: Layout,
   on_batch: Callable[[], None],
 ) -> dict[str, Scores]:
-  """Scores after a 0-based epoch: of 'test', 'test_ema' and so on.
-
-  None of an epoch that `eval_every_epochs` passes over.
-  """
+  """Scores after a 0-based epoch, if it is scored: of 'test', 'test_ema'..."""
   done = epoch + 1
   if done % config.eval_every_epochs and done < config.num_epochs:
     return {}

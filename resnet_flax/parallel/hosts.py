@@ -91,9 +91,6 @@ def find_cluster(
   JAX_PROCESS_ID, else from the launcher: TPU pods, Slurm, Open MPI 4 and, with
   mpi4py, any other MPI. In Kubernetes `num_processes` must be given. With all
   three, a process takes the devices of its host or of JAX_LOCAL_DEVICE_IDS.
-
-  Raises:
-    ConfigError: an argument is missing, or the arguments contradict each other.
   """
   address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
   count = _integer("JAX_NUM_PROCESSES", num_processes)
@@ -213,9 +210,6 @@ def connected(
   processes must connect within `timeout` seconds. If process 0 dies, this one
   ends at once; if another dies, within `heartbeat_timeout` seconds. Either way
   it prints one line.
-
-  Raises:
-    ConfigError: JAX cannot find the others, or cannot listen at the address.
   """
   if cluster is None:
     yield
@@ -346,10 +340,7 @@ def is_first() -> bool:
 
 
 def first(function: Callable[[], T]) -> T:
-  """Calls a function in process 0 only; all processes get its result or error.
-
-  The function must return JSON and may raise a UserError.
-  """
+  """Calls a function in process 0 only; all get its JSON or its UserError."""
   if jax.process_count() == 1:
     return function()
   key = f"resnet_flax/first/{next(_numbers)}"
@@ -383,20 +374,13 @@ def first_only(function: Callable[[], T]) -> T | None:
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-  """Calls a function in process 0, then in the others, or raises 0's error.
-
-  For data that is prepared once, on a disk that the processes may share.
-  """
+  """Calls a function that prepares data in process 0, then in the others."""
   results = first_only(lambda: [function()])
   return results[0] if results else function()
 
 
 def check_same(name: str, value: Any) -> None:
-  """Checks that all processes have the same value, which is JSON.
-
-  Raises:
-    ConfigError: in all processes; names the values that differ.
-  """
+  """Checks that all processes have the same value, which is JSON."""
   if jax.process_count() == 1:
     return
   prefix = f"resnet_flax/same/{next(_numbers)}"

@@ -34,11 +34,8 @@ def choose(
 ) -> int:
   """How many training steps a call does: `wanted`; 0 chooses.
 
-  `image_size` is the larger side of the images that the networks see.
-
-  Raises:
-    ConfigError: more than one was asked for, and the split is not in memory or
-      the devices' memory has no room for it.
+  `image_size` is the larger side of the images that the networks see. Several
+  steps need a split in memory, and room for it on the devices.
   """
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
   is_slow = on_cpu or image_size > _LARGEST_SMALL_IMAGE
@@ -118,7 +115,8 @@ def train_steps(
 ) -> tuple[step_lib.TrainState, step_lib.StepMetrics]:
   """Several steps of one epoch, each as `step.train_step` does it.
 
-  How many is not part of the program, so where calls end changes no bit.
+  How many is not part of the program, so where calls end changes no bit. The
+  metrics are the last step's, or those of the first that is not finite.
 
   Args:
     experiment: the fixed parts.
@@ -128,10 +126,6 @@ def train_steps(
     images: uint8[M, H, W, C], the training split.
     labels: int32[M].
     num_steps: int32[], at least one.
-
-  Returns:
-    The new state, and the metrics of the last step, or of the first whose
-    result is not finite.
   """
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 
@@ -160,9 +154,8 @@ def put_split(
 ) -> tuple[jax.Array, jax.Array]:
   """Images, uint8[M, H, W, C], and labels, int32[M], on the devices.
 
-  A copy on each where it fits, since then no step needs another device's
-  images; otherwise divided over the devices that share a batch, with padding
-  that no position names.
+  A copy on each where it fits: then no step needs another device's images.
+  Otherwise divided over the devices that share a batch, and padded.
   """
   images, labels = split.take(np.arange(len(split)))
   sharding = mesh_lib.sharding(layout.mesh)

@@ -159,13 +159,9 @@ class Checkpoints:
         self._folder.rmdir()
 
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:
-    """Starts to save the stacked state of all seeds under its step.
+    """Starts to save all seeds' state, which may be donated afterwards.
 
-    The state may be donated as soon as this returns.
-
-    Raises:
-      WorkdirError: the disk has no room for it.
-      OSError: this checkpoint or the one before it could not be written.
+    Raises `OSError` if this checkpoint or the one before it failed.
     """
     needed = SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
@@ -211,10 +207,6 @@ class Checkpoints:
 
     `like` is the tree of shapes and dtypes. Metrics in `epoch_sums` that the
     checkpoint lacks are NaN.
-
-    Raises:
-      WorkdirError: the checkpoint is damaged, or has another network,
-        optimizer, schedule, normalization or format.
     """
     path = self._folder / str(step)
     manifest = _checked_manifest(path)
@@ -264,9 +256,6 @@ class Checkpoints:
     """Restores the newest good checkpoint; returns None without checkpoints.
 
     Damaged newer ones are moved to `workdir`/damaged, with a warning.
-
-    Raises:
-      WorkdirError: no checkpoint is good, nothing was moved; or see `restore`.
     """
     damaged: dict[int, _Damaged] = {}
     for step in reversed(self.steps()):

@@ -25,16 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; for `app.run(flags_parser=...)`.
-
-  Returns:
-    The program's name; positional arguments are refused.
-
-  Raises:
-    ConfigError: an unknown flag or key, a value of the wrong type, a config
-      file that is missing or fails.
-    SystemExit: help was asked for and printed.
-  """
+  """Parses the command line; for `app.run(flags_parser=...)`."""
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   except (flags.Error, UnicodeError) as error:
@@ -121,11 +112,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def config_and_workdir() -> tuple[ConfigDict, str]:
-  """The configuration, not yet checked, and its default workdir.
-
-  Raises:
-    ConfigError: no --config was given.
-  """
+  """The configuration, not yet checked, and its default workdir."""
   if CONFIG.value is None:
     raise errors.ConfigError(
       "no --config: pass a config file, for example"

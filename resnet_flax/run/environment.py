@@ -64,11 +64,7 @@ def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 
 def check_jax() -> None:
-  """Checks that JAX compiles and uses the dtypes that training needs.
-
-  Raises:
-    ConfigError: a setting of JAX must have another value.
-  """
+  """Checks that JAX compiles and uses the dtypes that training needs."""
   for name, needed in _NEEDED.items():
     value = jax.config.values[name]
     if value != needed:

@@ -91,10 +91,7 @@ def is_local(path: str) -> bool:
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """Returns the path of the flag or key `name`, with ~ expanded.
-
-  Raises `ConfigError` if it is not a local path.
-  """
+  """The local path that the flag or key `name` has, with ~ expanded."""
   text = os.fspath(path)
   if not is_local(text):
     raise ConfigError(f"{name}={text} must be {LOCAL}.")

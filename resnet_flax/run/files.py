@@ -24,12 +24,7 @@ def open_regular(path: pathlib.Path) -> io.BufferedReader:
 
 
 def read_bytes(path: pathlib.Path, limit: int = _LARGEST) -> bytes:
-  """Returns the content of a file of at most `limit` bytes.
-
-  Raises:
-    OSError: the file is missing, or is a folder, a pipe or a device.
-    ValueError: the file is larger.
-  """
+  """The content of a regular file; `ValueError` if it has more bytes."""
   with open_regular(path) as file:
     content = file.read(limit + 1)
   if len(content) > limit:
@@ -60,11 +55,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def no_link(path: str, flags: int) -> int:
-  """Opens a file that is not a symbolic link, for `open(opener=...)`.
-
-  Raises:
-    OSError: the file is a symbolic link, or cannot be opened.
-  """
+  """Opens a file that is not a symbolic link, for `open(opener=...)`."""
   return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

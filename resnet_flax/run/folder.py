@@ -63,10 +63,6 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   """Makes the workdir, checks that this run may use it, and locks it.
 
   A folder that was made here is removed again if it stays empty.
-
-  Raises:
-    WorkdirError: the workdir cannot be written, another process uses it, or its
-      run's configuration differs in a key that changes the mathematics.
   """
   check_name(workdir)
   try:
@@ -111,9 +107,6 @@ def check_same(
 
   Keys in `free` and keys that do not change the mathematics may differ;
   `num_epochs` may grow if the rates so far do not depend on it.
-
-  Raises:
-    WorkdirError: other keys differ; lists them.
   """
   stored = keys.to_flat(load_config(workdir))
   # Through JSON, which turns tuples into lists.
@@ -145,7 +138,7 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   """Holds `workdir`/lock, which names its owner, and removes it at the end.
 
   The operating system frees a lock however its process ends, so a file that is
-  left behind is taken over. Raises `WorkdirError` if another process has it.
+  left behind is taken over.
   """
   path = workdir / "lock"
   # A soft lock would outlive a process that is killed.
@@ -199,11 +192,7 @@ def _owner(path: pathlib.Path) -> str:
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-  """The configuration stored in a workdir, locked; new keys get defaults.
-
-  Raises:
-    WorkdirError: the configuration is missing or cannot be read.
-  """
+  """The configuration stored in a workdir, locked; new keys get defaults."""
   path = workdir / "config.json"
   try:
     stored = files.parse_object(files.read_bytes(path))
@@ -246,10 +235,6 @@ def record_start(
   environment.json describes the first start; differences of later starts are
   added under 'resumed'. `data` is `Dataset.source`. `facts` of the data set are
   stored for uses without its data; see `read_facts`.
-
-  Raises:
-    WorkdirError: the run was started on other pixels, or environment.json
-      cannot be read.
   """
   # Each file by itself: a run may be killed between the two.
   if not (workdir / "config.json").exists():
@@ -282,11 +267,7 @@ def record_start(
 
 
 def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
-  """The content of environment.json; {} if the file is missing.
-
-  Raises:
-    WorkdirError: the file cannot be read.
-  """
+  """The content of environment.json; {} if the file is missing."""
   path = workdir / "environment.json"
   try:
     stored = files.parse_object(files.read_bytes(path))
@@ -305,11 +286,7 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_facts(workdir: pathlib.Path) -> types.Facts | None:
-  """The facts about a run's data set; None if they are not stored.
-
-  Raises:
-    WorkdirError: environment.json cannot be read.
-  """
+  """The facts about a run's data set; None if they are not stored."""
   facts: Any = read_environment(workdir).get("dataset")
   try:
     counts = int(facts["train"]), int(facts["test"])
@@ -324,9 +301,6 @@ def check_data(workdir: pathlib.Path, data: str, known: str = "") -> None:
 
   `known`, if given, replaces the entry in environment.json. Warns if neither
   names the run's data.
-
-  Raises:
-    WorkdirError: the run has other data, or environment.json cannot be read.
   """
   stored = read_environment(workdir)
   there = known or stored.get("data")

@@ -49,11 +49,7 @@ class _Entry(NamedTuple):
 
 
 def show_if_asked(argv: list[str]) -> None:
-  """Prints help and ends the program with code 0, if an argument asks for it.
-
-  Raises:
-    ConfigError: no flag and no key has the word of --help=WORD.
-  """
+  """Prints help and ends the program with code 0, if an argument asks."""
   asks = re.compile(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?")
   for argument in itertools.takewhile(lambda each: each != "--", argv[1:]):
     if match := asks.fullmatch(argument):
@@ -71,9 +67,6 @@ def program_help(wanted: str, program: str) -> str:
   Args:
     wanted: a part, a name, or a word in names or meanings; '' for everything.
     program: the module whose key flags are the program's.
-
-  Raises:
-    ConfigError: no flag and no key has this word.
   """
   entries = _entries(program)
   parts = ", ".join(dict.fromkeys(entry.part for entry in entries))

@@ -34,8 +34,8 @@ def environment(
 ) -> dict[str, str] | None:
   """A copy of the environment in which glibc asks for huge pages.
 
-  Returns None if nothing can or need be done: glibc is older than 2.35, the
-  system gives huge pages to all programs or to none, or the user has chosen.
+  None if glibc is older than 2.35, the system gives huge pages to all programs
+  or to none, or the user has chosen.
   """
   library, version = libc
   numbers = [int(part) for part in version.split(".") if part.isdigit()]

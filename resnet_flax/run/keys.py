@@ -171,11 +171,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_flat(config: ConfigDict) -> dict[str, Any]:
-  """A configuration as {'model.depth': 20, ...}.
-
-  Raises:
-    ConfigError: a value cannot be computed, or a key is not a string.
-  """
+  """A configuration as {'model.depth': 20, ...}."""
   try:
     return flatten(config.to_dict())
   # A config file's placeholders and references are computed only here.

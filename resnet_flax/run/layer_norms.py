@@ -42,9 +42,7 @@ class LayerNorms(flax.struct.PyTreeNode):
 def layer_names(experiment: step_lib.Experiment) -> tuple[str, ...]:
   """The layers that have kernels, in the order of the forward pass.
 
-  Returns:
-    For example 'stem_conv', 'stage1_block1/conv1', ..., 'head'; projections of
-    shortcuts and gates where they are computed.
+  For example 'stem_conv', 'stage1_block1/conv1', ..., 'head'.
   """
   names = []
 

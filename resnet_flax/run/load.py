@@ -263,13 +263,6 @@ def predict_test(
 
   `opened` has data sets by their configurations and is given this one's, so
   that those who pass it again open each once.
-
-  Raises:
-    ConfigError: its configuration is of another version, or its network is
-      not for these classes.
-    DataError: the data cannot be had.
-    WorkdirError: there is no checkpoint, or none that can be read, or the run
-      was on other data.
   """
   # Before the data, which takes longer.
   loaded = load_model(workdir, which, seed=seed, weights=weights)
@@ -432,15 +425,10 @@ def _choose_steps(
 
 
 def load_source(config: ConfigDict) -> dict[str, Any]:
-  """The variables of the network that `config.init_from` names.
+  """The variables of the best checkpoint that `config.init_from` names.
 
-  Returns:
-    {'params': ..., 'batch_stats': ...} of its best checkpoint; without the head
-    if it was trained on another data set, whose classes are others.
-
-  Raises:
-    ConfigError: they do not stand for the same function here.
-    WorkdirError: there is no readable run or no checkpoint there.
+  Without the head if it was trained on another data set, whose classes are
+  others.
   """
   workdir = errors.local_path(config.init_from, "init_from")
   if not workdir.is_dir():

@@ -51,10 +51,6 @@ class MetricsLog:
     """The records so far, oldest first; a torn last line is left out.
 
     `steps_per_epoch` is by default as in the first one.
-
-    Raises:
-      WorkdirError: the file cannot be read, or a line, which is named, is not
-        the record of the next epoch.
     """
     try:
       content = files_lib.read_bytes(self._path)
@@ -92,13 +88,8 @@ class MetricsLog:
   ) -> list[Record]:
     """Drops the records of epochs that end after the restored step.
 
-    Returns:
-      The records that are kept: one less than epochs if the last one was
-      trained but not evaluated yet.
-
-    Raises:
-      WorkdirError: see `read`; or there are fewer records than epochs, or more
-        of them than a killed run can have written ahead of its checkpoint.
+    Returns the others: one less than epochs if the last one was trained but not
+    evaluated yet.
     """
     records = self.read(steps_per_epoch)
     epochs, within = divmod(step, steps_per_epoch)
@@ -211,8 +202,7 @@ def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
 def best_record(records: list[Record], monitor: str) -> Record:
   """The best of one network's records, by a name of `MONITORED`.
 
-  Of equally good ones, as `comparable` says, the first. Where none was scored
-  it is the last.
+  The first of equal ones, see `comparable`; the last where none was scored.
   """
   best = max if MONITORED[monitor] else min
   scored = [each for each in records if monitored(each, monitor) in each]

@@ -403,9 +403,6 @@ def fill(
 
   Files are replaced one by one; the workdir's own checkpoints are kept. If the
   download fails, nothing is changed.
-
-  Raises:
-    WorkdirError: all states are damaged.
   """
   with _temporary(workdir) as folder:
     for state in states:
@@ -454,10 +451,6 @@ def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
 
   The copy lasts as long as this process. `name` is the flag or key that gives
   `workdir`.
-
-  Raises:
-    ConfigError: the value is not a path, or a library is missing.
-    WorkdirError: the address is out of reach, or holds no run.
   """
   text = os.fspath(workdir)
   if re.match(r"(gs|s3)://", text):
@@ -476,14 +469,7 @@ def _fetched(url: str, name: str) -> pathlib.Path:
 
 
 def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
-  """Fills an empty folder with the latest state at an address.
-
-  `name` is the flag or key that gives the address.
-
-  Raises:
-    ConfigError: a library for such addresses is not installed.
-    WorkdirError: the address is out of reach, or holds no run.
-  """
+  """Fills an empty folder from the address of the flag or key `name`."""
   store = _Store(url, name)
   with _explain(url, name):
     states = store.states()

@@ -25,11 +25,8 @@ def run(
 ) -> None:
   """Runs a command line; mistakes and signals to stop end in one line.
 
-  Signals end it at once, unless `main` enters `signals.StopSignals`.
-
-  Args:
-    main: called with the arguments that `parse` returns.
-    parse: by default `command_line.parse_flags`.
+  Signals end it at once, unless `main` enters `signals.StopSignals`. `parse` is
+  by default `command_line.parse_flags`; `main` gets what it returns.
   """
   # The handler ends the process: an exception might be caught in a library
   # that is being imported, and the signal would be lost.

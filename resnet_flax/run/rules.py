@@ -22,10 +22,6 @@ def check(
   """Checks a configuration as a whole, before a run on so many devices.
 
   `facts`, if a run remembers them, go before what its data says.
-
-  Raises:
-    ConfigError: the first thing that is wrong, and what would work.
-    DataError: see `dataset.info`.
   """
   check_values(config)
   check_model(config.model)
@@ -103,11 +99,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 def check_model(model: ConfigDict) -> None:
-  """Checks the depth, the shortcut and keys that the family does not read.
-
-  Raises:
-    ConfigError: they are of no network; the values must be checked before.
-  """
+  """Checks the depth, the shortcut and keys that the family does not read."""
   registry.check_depth(model.name, model.depth)
   shortcuts = registry.MODELS[model.name].shortcuts
   _require(
@@ -267,12 +259,7 @@ def _check_schedule(config: ConfigDict) -> None:
 def check_input_size(
   config: ConfigDict, image_shape: tuple[int, ...], is_streamed: bool = False
 ) -> None:
-  """Refuses (H, W, C) images that the network's stem is not made for.
-
-  Raises:
-    ConfigError: they are too small or too large, as `model.input_size` leaves
-      them.
-  """
+  """Refuses (H, W, C) images that the network's stem is not made for."""
   height, width = image_shape[:2]
   key = "dataset.image_size" if is_streamed else "model.input_size"
   if config.input_size:

@@ -272,12 +272,9 @@ class Session:
       yield batch
 
   def report(self, step_metrics: networks.Networks, num_steps: int) -> None:
-    """Takes in `StepMetrics` and reads those of the call before.
+    """Takes in `StepMetrics`; checks those of the call before.
 
     One call late: the devices have the next one to work on meanwhile.
-
-    Raises:
-      NonFiniteError: a step's objective or the state after it is not finite.
     """
     self.on_event("step")
     self._read()
@@ -323,12 +320,7 @@ class Session:
     return self.step == (len(self.records) + 1) * self._steps_per_epoch
 
   def save(self, state: networks.Networks) -> None:
-    """Starts to save the networks' states; then stops if a signal has come.
-
-    Raises:
-      NonFiniteError: see `report`; nothing is saved then.
-      signals_lib.Stopped: after the checkpoint was started.
-    """
+    """Starts to save the networks' states; then stops if a signal has come."""
     last = self._read()
     now = time.perf_counter()
     self.notes = {

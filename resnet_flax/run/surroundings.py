@@ -34,11 +34,7 @@ def set_up() -> None:
 
 
 def show(text: str) -> None:
-  """Prints a command's result.
-
-  Raises:
-    UserError: standard output cannot be written, as on a full disk.
-  """
+  """Prints a command's result."""
   try:
     print(text, flush=True)
   except BrokenPipeError:

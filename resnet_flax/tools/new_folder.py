@@ -12,12 +12,7 @@ from resnet_flax.run import errors, folder as workdir_lib, signals
 
 
 def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
-  """Returns the local folder that `flag` names, which must be new or empty.
-
-  Raises:
-    ConfigError: the path is not local.
-    WorkdirError: the folder is not empty, or cannot be written.
-  """
+  """The local folder that `flag` names, which must be new or empty."""
   # Links are followed, since a folder cannot replace a link. Unlike
   # Path.resolve, realpath leaves a loop of links to _check_is_new.
   folder = pathlib.Path(os.path.realpath(errors.local_path(path, flag)))
@@ -30,11 +25,8 @@ def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
 def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
   """Yields an empty folder, which is renamed to `folder` at the end.
 
-  Signals are held until then. Signals and errors leave no files behind.
-
-  Raises:
-    WorkdirError: `folder` was filled meanwhile, or cannot be written. An
-      OSError in the caller's block counts as the latter.
+  Signals are held until then. Signals and errors leave no files behind. An
+  `OSError` in the caller's block ends as a `WorkdirError`.
   """
   prefix = f".unfinished-{folder.name}-"
   with writing(folder, flag, "Nothing was left there. Pass another folder."):

@@ -48,11 +48,7 @@ def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
 
 
 def summarize(config: ConfigDict) -> str:
-  """Lists the network's layers and size, its optimizer and its schedule.
-
-  Raises:
-    ConfigError: a value of the configuration cannot be used.
-  """
+  """Lists the network's layers and size, its optimizer and its schedule."""
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   width = max(shutil.get_terminal_size((160, 0)).columns, 120)

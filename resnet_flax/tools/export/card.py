@@ -53,16 +53,11 @@ def write(
   title: str,
   licence: str,
 ) -> None:
-  """Writes README.md, preprocess.json, labels.txt, check.npz and mean.npy.
+  """Writes README.md, preprocess.json, labels.txt and check.npz.
 
-  It writes mean.npy only for a mean image, float32[H, W, C].
-
-  Args:
-    out: an existing folder.
-    loaded: the network of the local folder `workdir`.
-    form: the format, and the library whose names the arrays have.
-    title: the network's name in that library.
-    licence: '' if it is not stated.
+  Of a mean image, float32[H, W, C], also mean.npy. `loaded` is the network of
+  the local folder `workdir`; `form` has the format and the library whose names
+  the arrays have; `title` is the network's name there.
   """
   config, scale, (name, names) = loaded.config, loaded.preprocess, form
   assert isinstance(scale, normalize.Normalization)

@@ -25,8 +25,7 @@ class Network(NamedTuple):
 def named(loaded: LoadedModel, names: str) -> Network:
   """Renames arrays for 'torchvision', 'cifar' or 'keras'; 'flax': ours.
 
-  Raises:
-    WeightsError: the library has no network that computes what ours does.
+  A `WeightsError` if that library's network would not compute what ours does.
   """
   model = loaded.config.model
   flat = traverse_util.flatten_dict(jax.device_get(loaded.variables))
@@ -56,11 +55,7 @@ def named(loaded: LoadedModel, names: str) -> Network:
 def write(
   form: str, network: Network, loaded: LoadedModel, folder: pathlib.Path
 ) -> None:
-  """Writes the files of a format into an existing folder.
-
-  Raises:
-    OSError: writing failed, whatever error a library raised.
-  """
+  """Writes the files of a format; an `OSError`, whatever a library raised."""
   arrays = {k: np.ascontiguousarray(a) for k, a in network.arrays.items()}
   with checkpoint.only_os_errors():
     match form:

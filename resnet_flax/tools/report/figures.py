@@ -265,10 +265,7 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 
 def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
-  """Draws the most confident mistakes; there must be at least one.
-
-  See `confusion`.
-  """
+  """Draws the most confident mistakes, at least one; see `confusion`."""
   rows = math.ceil(len(scores.mistakes) / _MISTAKES_IN_A_ROW)
   with _axes(7.2, 2.05 * rows) as (figure, axes):
     axes.remove()

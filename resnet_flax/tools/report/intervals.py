@@ -13,11 +13,9 @@ def interval(
 ) -> tuple[float, float, float] | None:
   """The 95 % t interval of mean(a) - mean(b), of float64[N] and float64[M].
 
-  It is Welch's interval, unless `paired` says that a[k] belongs to b[k].
-
-  Returns:
-    The interval's ends and the two-sided p-value of no difference. None if a
-    side has only one value, or if there is no spread.
+  It is Welch's, unless `paired` says that a[k] belongs to b[k]. Returns its
+  ends and the two-sided p-value of no difference; None if a side has only one
+  value, or if there is no spread.
   """
   if min(len(a), len(b)) < 2:
     return None

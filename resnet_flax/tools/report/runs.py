@@ -178,9 +178,6 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
   """Finds the workdirs at and anywhere below some folders.
 
   Each workdir is listed once, in the order of the arguments, then by name.
-
-  Raises:
-    WorkdirError: a folder does not exist or holds no run.
   """
   advice = (
     "Pass the workdirs of runs, or a folder that contains them, such as runs."
@@ -213,11 +210,7 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
-  """Reads runs.
-
-  Raises:
-    WorkdirError: a file of a run is damaged; the message names it.
-  """
+  """Reads runs; a `WorkdirError` names a damaged file."""
   real = [os.path.realpath(each) for each in folders]
   common = os.path.commonpath([os.path.dirname(path) for path in real])
   return [
@@ -260,10 +253,8 @@ def group(runs: Iterable[Run]) -> list[Group]:
   """Groups the runs that differ only in seeds and free keys.
 
   Runs on different data are in different groups, as if `data` were a key.
-
-  Returns:
-    The groups, ordered by the values of the keys in which they differ. Groups
-    of the same data set follow each other.
+  Groups are ordered by the values of the keys in which they differ; those of
+  the same data set follow each other.
   """
   by_config: dict[str, list[Run]] = {}
   for run in runs:
@@ -323,10 +314,7 @@ def _group(
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:
-  """The keys whose values are not the same in all configurations.
-
-  The data set, the network and its depth come first.
-  """
+  """The keys whose values differ: data set, network and depth, then others."""
   first = ("dataset.name", "data", "model.name", "model.depth")
   others = sorted({key for config in configs for key in config} - {*first})
   return [

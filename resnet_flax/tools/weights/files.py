@@ -69,13 +69,9 @@ class WeightsFile(NamedTuple):
 def read(path: pathlib.Path) -> WeightsFile:
   """Reads a file of weights; its extension gives its kind.
 
-  Args:
-    path: .safetensors, .pt, .pth, .th, .pth.tar, .bin or .ckpt with PyTorch's
-      names; .keras, .weights.h5 or .h5 of Keras. Letters may be capitals.
-
-  Raises:
-    WeightsError: the file is of another kind, is damaged, holds code, claims
-      more than it stores, or needs a library that is not installed.
+  Of PyTorch .safetensors, .pt, .pth, .th, .pth.tar, .bin and .ckpt; of Keras
+  .keras, .weights.h5 and .h5. A `WeightsError` if it is damaged, holds code or
+  claims more than it stores, or needs a library that is not installed.
   """
   extension = path.suffix.lower()
   if path.name.lower().endswith(".pth.tar"):  # It is not a tar archive.
@@ -291,10 +287,7 @@ def layer_class(name: str) -> str:
 def _keras(
   path: pathlib.Path, tree: hdf5.Tree, model: str | bytes
 ) -> WeightsFile:
-  """Gives the arrays of both of Keras's layouts the same names.
-
-  `model` is the JSON text of the whole model, if the file holds it.
-  """
+  """Gives the arrays of both of Keras's layouts the same names."""
   layers = json.loads(model)["config"]["layers"] if model else []
   # Maps a layer's place in a file of Keras 3 to its own name.
   names: dict[str, str] = {}

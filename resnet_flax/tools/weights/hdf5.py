@@ -52,12 +52,7 @@ class Tree:
 
 
 def read_apart(path: pathlib.Path, content: pathlib.Path) -> Tree:
-  """Reads all weights in a separate process.
-
-  Raises:
-    WeightsError: the file is damaged, or has something that Keras never
-      writes.
-  """
+  """Reads all weights in a separate process."""
   from safetensors import numpy as safetensors_numpy
 
   root = pathlib.Path(__file__).parents[3]
@@ -118,12 +113,9 @@ def _limit_memory(size: int) -> None:
 
 
 def read(file: BinaryIO) -> Tree:
-  """Reads all weights.
+  """Reads all weights; h5py raises any error for a damaged file.
 
-  Raises:
-    WeightsError: the file has something that Keras never writes. The message
-      must follow the file's name.
-    Exception: the file is damaged; h5py raises many kinds of errors.
+  The message of a `WeightsError` must follow the file's name.
   """
   try:
     import h5py

@@ -50,11 +50,7 @@ _FIRST_LACKS = {"resnet_v1": "shortcut_conv", "resnet_v2": "bn1"}
 
 
 def identify(file: files.WeightsFile) -> Source:
-  """Finds the network of a file with Keras's names.
-
-  Raises:
-    WeightsError: it is none of the known networks.
-  """
+  """Finds the network of a file with Keras's names."""
   kernels = [v for k, v in file.arrays.items() if k.endswith("/kernel")]
   if any(array.shape[:2] == (7, 7) for array in kernels):
     return _applications(file)
@@ -240,8 +236,7 @@ def _flip_channels(kernel: np.ndarray) -> np.ndarray:
 def layers_of(model: ConfigDict) -> dict[Path, tuple[str, str]]:
   """Maps our layers of `config.model` to names and places in Keras's files.
 
-  A place is for example 'conv2d_3': the layers of a class are numbered in the
-  order of `model.layers`.
+  A place is for example 'conv2d_3', numbered in the order of `model.layers`.
   """
   created, in_model = (
     _ours(model.name, model.depth, as_created) for as_created in (True, False)

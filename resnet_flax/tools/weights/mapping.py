@@ -102,19 +102,11 @@ def _flag(value: Any) -> str:
 def variables(
   file: files.WeightsFile, source: Source, like: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns our variables with the file's values.
+  """The file's values in the tree of `like`, as float32 arrays.
 
-  Args:
-    file: the arrays.
-    source: the network that the arrays are from.
-    like: {'params': ..., 'batch_stats': ...} of `jax.ShapeDtypeStruct`s.
-
-  Returns:
-    float32 arrays in the tree of `like`.
-
-  Raises:
-    WeightsError: arrays of the file are left over, are missing, have another
-      shape, or hold values that no trained network has.
+  `like` is {'params': ..., 'batch_stats': ...} of `jax.ShapeDtypeStruct`s. A
+  `WeightsError` if arrays are left over, are missing, have another shape, or
+  hold values that no trained network has.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {}

@@ -62,11 +62,7 @@ _RESNET = {
 
 
 def identify(file: files.WeightsFile) -> Source:
-  """Finds the network of a file with PyTorch's names.
-
-  Raises:
-    WeightsError: it is none of the known networks.
-  """
+  """Finds the network of a file with PyTorch's names."""
   names = file.arrays.keys()
   if {"classifier.6.weight", "features.0.weight"} <= names:
     return _feedforward(file)
@@ -175,9 +171,9 @@ def _feedforward(file: files.WeightsFile) -> Source:
 
 
 def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
-  """For export, maps our arrays of `config.model` to the library's arrays.
+  """For export, maps our arrays to those of 'torchvision' or 'cifar'.
 
-  `names` is 'torchvision' or 'cifar'. Returns None if it has no such network.
+  None if the library has no such network.
   """
   match names, model.name:
     case "torchvision", "resnet_imagenet":
