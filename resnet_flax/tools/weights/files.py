@@ -1,11 +1,11 @@
 """Reads files of weights as flat dictionaries; never runs code in a file."""
 
 import contextlib
+import io
 import itertools
 import json
 import pathlib
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -230,11 +230,7 @@ def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
     weights = _member(path, archive, "model.weights.h5")
     model = _member(path, archive, "config.json")
-  with tempfile.TemporaryDirectory() as folder:
-    content = pathlib.Path(folder) / "model.weights.h5"
-    content.write_bytes(weights)
-    tree = hdf5.read_apart(path, content)
-  return _keras(path, tree, model)
+  return _keras(path, hdf5.read(path, io.BytesIO(weights)), model)
 
 
 def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
@@ -254,7 +250,8 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
-  tree = hdf5.read_apart(path, path)
+  with path.open("rb") as file:
+    tree = hdf5.read(path, file)
   return _keras(path, tree, tree.model)
 
 

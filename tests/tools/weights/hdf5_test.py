@@ -1,5 +1,8 @@
 """HDF5 files of strangers."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
 
@@ -16,7 +19,7 @@ def read(path, fill):
   with h5py.File(path, "w") as file:
     fill(file)
   with path.open("rb") as file:
-    return hdf5.read(file)
+    return hdf5.read(path, file)
 
 
 def test_reads_what_keras_writes(tmp_path):
@@ -52,18 +55,16 @@ def test_reads_what_was_packed_anew(tmp_path, how, version):
     group = file.create_group("layers/conv2d/vars", track_order=True)
     group.create_dataset("0", data=kernel, **how)
   with path.open("rb") as file:
-    (found,) = hdf5.read(file).arrays.values()
+    (found,) = hdf5.read(path, file).arrays.values()
   np.testing.assert_array_equal(found, kernel)
 
 
 def test_without_its_library(tmp_path, monkeypatch):
-  monkeypatch.setitem(hdf5.sys.modules, "h5py", None)
-  (tmp_path / "a.h5").touch()
-  with (
-    (tmp_path / "a.h5").open("rb") as file,
-    pytest.raises(errors.WeightsError, match=r"install 'resnet_flax\[h5py\]'"),
+  monkeypatch.setitem(sys.modules, "h5py", None)
+  with pytest.raises(
+    errors.WeightsError, match=r"a.h5 needs h5py: .*'resnet_flax\[h5py\]'"
   ):
-    hdf5.read(file)
+    hdf5.read(tmp_path / "a.h5", io.BytesIO())
 
 
 def test_reads_deep_groups(tmp_path):
@@ -156,50 +157,3 @@ def test_what_keras_never_writes(fill, message, tmp_path):
   with pytest.raises(errors.WeightsError) as raised:
     read(tmp_path / "a.h5", fill)
   assert message in str(raised.value)
-
-
-def test_apart(tmp_path):
-  """Another process hands over the same."""
-  path = tmp_path / "a.h5"
-
-  def fill(file):
-    file["layers/conv2d_1/vars/0"] = KERNEL
-    file["layers/conv2d_1/vars"].attrs["name"] = "conv2d_7"
-    file["optimizer/vars/0"] = np.int64(3)
-    file.attrs["model_config"] = "{}"
-
-  one = read(path, fill)
-  other = hdf5.read_apart(path, path)
-  np.testing.assert_array_equal(
-    one.arrays["layers/conv2d_1/vars/0"], other.arrays["layers/conv2d_1/vars/0"]
-  )
-  assert one.passed_over == other.passed_over
-  assert one.layer_names == other.layer_names
-  assert one.model == other.model == "{}"
-
-
-def test_apart_says_what_is_wrong(tmp_path):
-  path = tmp_path / "a.h5"
-  with h5py.File(path, "w") as file:
-    soft_link(file)
-  with pytest.raises(errors.WeightsError) as raised:
-    hdf5.read_apart(path, path)
-  assert str(raised.value).startswith(f"{path}: other is a link to")
-
-
-def test_a_library_that_never_ends(tmp_path, monkeypatch):
-  path = tmp_path / "a.h5"
-  with h5py.File(path, "w") as file:
-    file["kernel"] = KERNEL
-  monkeypatch.setattr(hdf5, "_SECONDS", 0.0)
-  with pytest.raises(errors.WeightsError, match="had not read it after 0 s"):
-    hdf5.read_apart(path, path)
-
-
-def test_a_library_that_crashes(tmp_path, monkeypatch):
-  path = tmp_path / "a.h5"
-  with h5py.File(path, "w") as file:
-    file["kernel"] = KERNEL
-  monkeypatch.setattr(hdf5, "__name__", "resnet_flax.no_such_module")
-  with pytest.raises(errors.WeightsError, match="ended with status 1"):
-    hdf5.read_apart(path, path)
