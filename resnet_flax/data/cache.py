@@ -5,17 +5,12 @@ holds their digests. Entries are built beside their final name and renamed, so
 a half-written entry is never found. An entry that fails its check is rebuilt.
 """
 
-import contextlib
-import glob
 import hashlib
 import json
 import logging
 import os
 import pathlib
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import platformdirs
@@ -46,19 +41,15 @@ def cached(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written must fail before the slow build.
-    with _temporary(entry) as temporary:
-      _store(entry, temporary, build())
+    with files.temporary_folder(folder, f".{key}-", _ABANDONED) as temporary:
+      arrays = build()
+      _store(entry, temporary, arrays)
   except OSError as error:
     raise errors.DataError(
       f"decoded images cannot be cached in {folder}: {error}. Set"
       " --config.dataset.cache_dir to a directory with space."
     ) from error
-  if (arrays := _open(entry)) is None:
-    raise errors.DataError(
-      f"{entry} differs from what was just written: the disk is faulty. Set"
-      " --config.dataset.cache_dir to a directory on another disk."
-    )
-  return arrays
+  return _open(entry) or arrays
 
 
 def _open(entry: pathlib.Path) -> types.Arrays | None:
@@ -86,22 +77,10 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
     return None
 
 
-@contextlib.contextmanager
-def _temporary(entry: pathlib.Path) -> Iterator[str]:
-  """Yields a new folder beside the entry; removes folders of killed writers."""
-  prefix = f".{entry.name}-"
-  for left in entry.parent.glob(f"{glob.escape(prefix)}*"):
-    with contextlib.suppress(OSError):  # Another process removes it, too.
-      if time.time() - left.stat().st_mtime > _ABANDONED:
-        shutil.rmtree(left)
-  with tempfile.TemporaryDirectory(
-    prefix=prefix, dir=entry.parent, ignore_cleanup_errors=True
-  ) as temporary:
-    yield temporary
-
-
-def _store(entry: pathlib.Path, temporary: str, arrays: types.Arrays) -> None:
-  made = pathlib.Path(temporary, "made")
+def _store(
+  entry: pathlib.Path, temporary: pathlib.Path, arrays: types.Arrays
+) -> None:
+  made = temporary / "made"
   made.mkdir(0o700)
   for name in _ARRAYS:
     np.save(made / f"{name}.npy", getattr(arrays, name))

@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
 import pathlib
+import shutil
 import stat
+import tempfile
+import time
+from collections.abc import Iterator
 from typing import Any
 
 # Larger sets of images have a digest of samples instead of all bytes.
@@ -57,6 +62,25 @@ def parse_object(content: bytes) -> dict[str, Any]:
 def no_link(path: str, flags: int) -> int:
   """Opens a file that is not a symbolic link, for `open(opener=...)`."""
   return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+@contextlib.contextmanager
+def temporary_folder(
+  parent: pathlib.Path, prefix: str, seconds: float = 0.0
+) -> Iterator[pathlib.Path]:
+  """Yields a new folder; removes those older than `seconds` of this prefix.
+
+  Killed processes have left them. The prefix must be of one writer at a time,
+  or no writer may take so long.
+  """
+  for left in parent.glob(f"{glob.escape(prefix)}*"):
+    with contextlib.suppress(OSError):  # Another process removes it, too.
+      if time.time() - left.stat().st_mtime >= seconds:
+        shutil.rmtree(left)
+  with tempfile.TemporaryDirectory(
+    prefix=prefix, dir=parent, ignore_cleanup_errors=True
+  ) as name:
+    yield pathlib.Path(name)
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import fsspec
 
-from resnet_flax.run import errors
+from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
@@ -45,17 +45,13 @@ _KEY = "checkpoint.mirror"
 
 
 @dataclasses.dataclass(frozen=True)
-class _State:
-  """A complete state of a workdir."""
-
+class _State:  # Complete, of a workdir.
   number: int  # States are numbered from 1.
   progress: list[int]  # See `progress`.
   files: dict[str, str]  # SHA-256 by path in the workdir.
 
 
 class _Store:
-  """The files at an address."""
-
   def __init__(self, url: str, name: str = _KEY):
     self.url = url
     try:
@@ -89,7 +85,6 @@ class _Store:
     return answer.result()
 
   def names(self, folder: str) -> set[str]:
-    """The names in a folder."""
     try:
       self.system.invalidate_cache()
       paths = self._call(_ANSWER, "ls", f"{self.root}/{folder}", False)
@@ -105,7 +100,6 @@ class _Store:
       return None
 
   def write(self, name: str, content: bytes) -> None:
-    """Writes a file."""
     self._call(_ANSWER, "pipe_file", f"{self.root}/{name}", content)
 
   def remove(self, name: str) -> None:
@@ -114,11 +108,9 @@ class _Store:
       self._call(_ANSWER, "rm_file", f"{self.root}/{name}")
 
   def upload(self, path: pathlib.Path, name: str) -> None:
-    """Copies a local file to the address."""
     self._call(_TRANSFER, "put_file", str(path), f"{self.root}/{name}")
 
   def download(self, name: str, path: pathlib.Path) -> None:
-    """Copies a file to a local path."""
     self._call(_TRANSFER, "get_file", f"{self.root}/{name}", str(path))
 
   def states(self) -> list[_State]:
@@ -140,27 +132,13 @@ def _digests(states: list[_State]) -> set[str]:
   return {digest for state in states for digest in state.files.values()}
 
 
-def _digest(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Mirror:
   """Keeps the copy of a workdir up to date while entered.
 
   Entering refuses an address that another run uses, and fills a workdir that is
   behind. From then on a thread copies complete files; training waits for it
-  only at the end.
-
-  Args:
-    url: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.
-    workdir: the run's.
-    check: gets a folder with the mirrored configuration; must refuse another
-      run's.
-
-  Raises:
-    ConfigError: a library for such addresses is not installed.
-    WorkdirError: the address is out of reach, is in use or holds no good state.
+  only at the end. `check` gets a folder with the mirrored configuration, and
+  must refuse another run's.
   """
 
   def __init__(
@@ -281,19 +259,19 @@ class Mirror:
     # A workdir without its configuration holds nothing yet.
     if seen == self._pushed or "config.json" not in seen:
       return self._keep()
-    with _temporary(self._workdir) as folder:
+    with files.temporary_folder(self._workdir, ".mirror-") as folder:
       # The run may remove checkpoints while a slow server still copies them.
       with contextlib.suppress(FileNotFoundError):
         for name in seen:
           _link(self._workdir / name, folder / name)
       if self._look() != seen:
         return False
-      files = {name: _digest(folder / name) for name in seen}
-      for name, digest in files.items():
+      digests = {name: files.digest_of(folder / name) for name in seen}
+      for name, digest in digests.items():
         if digest not in self._stored and self._keep():
           self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
-      state = _State(self._number + 1, progress(folder), files)
+      state = _State(self._number + 1, progress(folder), digests)
     if not self._keep():
       return False
     content = json.dumps(dataclasses.asdict(state)).encode()
@@ -324,15 +302,6 @@ class Mirror:
       self._store.remove(f"states/{name}")
     for digest in self._store.names("files") - used:
       self._store.remove(f"files/{digest}")
-
-
-@contextlib.contextmanager
-def _temporary(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a new folder in a workdir; removes folders of killed runs."""
-  for path in workdir.glob(".mirror-*"):
-    shutil.rmtree(path, ignore_errors=True)
-  with tempfile.TemporaryDirectory(dir=workdir, prefix=".mirror-") as name:
-    yield pathlib.Path(name)
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -404,7 +373,7 @@ def fill(
   Files are replaced one by one; the workdir's own checkpoints are kept. If the
   download fails, nothing is changed.
   """
-  with _temporary(workdir) as folder:
+  with files.temporary_folder(workdir, ".mirror-") as folder:
     for state in states:
       shutil.rmtree(folder)
       folder.mkdir()
@@ -441,7 +410,7 @@ def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
       store.download(f"files/{digest}", path)
     except FileNotFoundError:
       return False
-    if _digest(path) != digest:
+    if files.digest_of(path) != digest:
       return False
   return True
 

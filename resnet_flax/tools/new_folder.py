@@ -1,14 +1,11 @@
 """Writes the output folder of a command as a whole, or not at all."""
 
 import contextlib
-import glob
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 
-from resnet_flax.run import errors, folder as workdir_lib, signals
+from resnet_flax.run import errors, files, folder as workdir_lib, signals
 
 
 def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
@@ -31,16 +28,13 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
   prefix = f".unfinished-{folder.name}-"
   with writing(folder, flag, "Nothing was left there. Pass another folder."):
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Remove what a killed command for this folder left behind.
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-      shutil.rmtree(left, ignore_errors=True)
     with (
-      tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as beside,
+      files.temporary_folder(folder.parent, prefix) as beside,
       # Orbax's threads must have ended before the folder is removed.
       signals.StopSignals() as stops,
       stops.hold(),
     ):
-      unfinished = pathlib.Path(beside) / "unfinished"
+      unfinished = beside / "unfinished"
       unfinished.mkdir()
       yield unfinished
       stops.check()
