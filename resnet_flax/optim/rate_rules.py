@@ -3,8 +3,8 @@
 Each has a state, which is part of the train state and of every checkpoint.
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +15,41 @@ PyTree = Any
 RateState = dict[str, PyTree]  # Of the rules, by their names.
 
 
-@dataclasses.dataclass(frozen=True)
-class Plateau:
+class Rule(NamedTuple):
+  """A rule, as functions of its state."""
+
+  line: str  # For people.
+  init: Callable[[], PyTree]  # The state before the first step.
+  # The rate, float32[], that becomes of a schedule's.
+  rate: Callable[[jax.Array, PyTree], jax.Array]
+  # The states after a batch and after an epoch; see `Rules`.
+  after_step: Callable[[PyTree, jax.Array], PyTree] = lambda state, error: state
+  after_epoch: Callable[[PyTree, float], PyTree] = lambda state, loss: state
+
+
+def plateau(config: ConfigDict) -> Rule:
   """Keras's ReduceLROnPlateau: a factor when the loss with L2 stalls."""
+  # Keras's rule: an absolute improvement counts, a relative one does not.
+  reduce = optax.contrib.reduce_on_plateau(
+    factor=config.factor,
+    patience=config.patience,
+    cooldown=config.cooldown,
+    rtol=0.0,
+    atol=config.min_delta,
+  )
 
-  config: ConfigDict  # The part `plateau` of the configuration.
-
-  def _transformation(self) -> optax.GradientTransformationExtraArgs:
-    # Keras's rule: an absolute improvement counts, a relative one does not.
-    return optax.contrib.reduce_on_plateau(
-      factor=self.config.factor,
-      patience=self.config.patience,
-      cooldown=self.config.cooldown,
-      rtol=0.0,
-      atol=self.config.min_delta,
-    )
-
-  def init(self) -> PyTree:
-    """Optax's state, which takes one update an epoch."""
-    return self._transformation().init(jnp.zeros((), jnp.float32))
-
-  def __call__(self, rate: jax.Array, state: PyTree) -> jax.Array:
-    """The rate, float32[], that becomes of a schedule's."""
+  def rate(rate, state):
     # The floor limits what the plateau does, not what the schedule does.
-    floor = jnp.minimum(rate, self.config.min_lr)
+    floor = jnp.minimum(rate, config.min_lr)
     return jnp.maximum(rate * state.scale, floor)
 
-  def after_step(self, state: PyTree, error: jax.Array) -> PyTree:
-    """Takes in nothing."""
-    del error
-    return state
-
-  def after_epoch(self, state: PyTree, objective: float) -> PyTree:
-    """Takes in the monitored loss, L2 included."""
-    return self._transformation().update((), state, value=objective)[1]
-
-  def describe(self) -> str:
-    """One line for people."""
-    return (
-      f"plateau: x {self.config.factor:.4g} after {self.config.patience} epochs"
-      f" without improvement, not below {self.config.min_lr:g}"
-    )
+  return Rule(
+    f"plateau: x {config.factor:.4g} after {config.patience} epochs without"
+    f" improvement, not below {config.min_lr:g}",
+    init=lambda: reduce.init(jnp.zeros((), jnp.float32)),
+    rate=rate,
+    after_epoch=lambda state, loss: reduce.update((), state, value=loss)[1],
+  )
 
 
 # Share of the old estimate kept at each step: the warm-up looks at the training
@@ -63,40 +57,26 @@ class Plateau:
 _ERROR_DECAY = 0.98
 
 
-@dataclasses.dataclass(frozen=True)
-class WarmupByError:
+def warmup_by_error(low: float, least_error: float) -> Rule:
   """A low rate until the training error has fallen under a threshold.
 
-  He et al. 2015, section 4.2.
+  He et al. 2015, section 4.2. The state, float32[], is a running estimate of
+  the error; 0 for good once it is low.
   """
 
-  rate: float
-  error: float
-
-  def init(self) -> jax.Array:
-    """float32[], a running estimate of the error; 0 for good once it is low."""
-    return jnp.ones((), jnp.float32)
-
-  def __call__(self, rate: jax.Array, state: jax.Array) -> jax.Array:
-    """The rate, float32[], that becomes of a schedule's."""
-    return jnp.where(state > 0, self.rate, rate)
-
-  def after_step(self, state: jax.Array, error: jax.Array) -> jax.Array:
-    """Takes in the training error, float32[] in [0, 1], of one batch."""
+  def after_step(state, error):
     new = _ERROR_DECAY * state + (1 - _ERROR_DECAY) * error
-    return jnp.where((state > 0) & (new >= self.error), new, 0.0)
+    return jnp.where((state > 0) & (new >= least_error), new, 0.0)
 
-  def after_epoch(self, state: jax.Array, objective: float) -> jax.Array:
-    """Takes in nothing."""
-    del objective
-    return state
-
-  def describe(self) -> str:
-    """One line for people."""
-    return f"warm-up: {self.rate:g} until the training error < {self.error:g}"
+  return Rule(
+    f"warm-up: {low:g} until the training error < {least_error:g}",
+    init=lambda: jnp.ones((), jnp.float32),
+    rate=lambda rate, state: jnp.where(state > 0, low, rate),
+    after_step=after_step,
+  )
 
 
-class Rules(dict[str, Plateau | WarmupByError]):
+class Rules(dict[str, Rule]):
   """The rules of a run by their names, in their order."""
 
   def init(self) -> RateState:
@@ -106,7 +86,7 @@ class Rules(dict[str, Plateau | WarmupByError]):
   def __call__(self, rate: jax.Array, state: RateState) -> jax.Array:
     """The rate, float32[], that becomes of a schedule's."""
     for name, rule in self.items():
-      rate = rule(rate, state[name])
+      rate = rule.rate(rate, state[name])
     return rate
 
   def after_step(self, state: RateState, error: jax.Array) -> RateState:
@@ -119,7 +99,7 @@ class Rules(dict[str, Plateau | WarmupByError]):
 
   def describe(self) -> list[str]:
     """One line for each, for people."""
-    return [rule.describe() for rule in self.values()]
+    return [rule.line for rule in self.values()]
 
 
 def create(config: ConfigDict) -> Rules:
@@ -127,10 +107,10 @@ def create(config: ConfigDict) -> Rules:
   rules = Rules()
   schedule = config.schedule
   if config.plateau.enabled:
-    rules["plateau"] = Plateau(config.plateau)
+    rules["plateau"] = plateau(config.plateau)
   is_deep = config.model.depth >= schedule.warmup_min_depth
   if schedule.warmup_learning_rate > 0 and is_deep:
-    rules["warmup_error"] = WarmupByError(
+    rules["warmup_error"] = warmup_by_error(
       schedule.warmup_learning_rate, schedule.warmup_error
     )
   return rules
