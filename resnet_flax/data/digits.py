@@ -13,14 +13,11 @@ _TEST_EXAMPLES = 360
 
 
 def read() -> types.Arrays:
-  """The digits, 360 stratified for tests; `DataError` without scikit-learn."""
+  """The digits, 360 of them, stratified, for tests."""
   from PIL import Image
 
-  try:
+  with errors.extra("digits", "dataset.name=digits"):
     from sklearn.datasets import load_digits
-  except ImportError:
-    message = "needs scikit-learn: pip install 'resnet_flax[digits]'."
-    raise errors.DataError(f"dataset.name='digits' {message}") from None
   digits = load_digits()
   labels = digits.target.astype(np.int32)
   grey = np.round(digits.images * (255 / 16)).astype(np.uint8)

@@ -93,11 +93,8 @@ def import_grain() -> Any:
   """Imports Grain on first use, since that takes a second or two."""
   from absl import flags
 
-  try:
+  with errors.extra("streaming", "decoding while training"):
     import grain
-  except ImportError:
-    message = "need Grain: pip install 'resnet_flax[streaming]'."
-    raise errors.DataError(f"streamed images {message}") from None
   # Grain reads flags of its own. absl refuses that if no flags were parsed, as
   # in a notebook; this gives them their defaults.
   for name in flags.FLAGS:

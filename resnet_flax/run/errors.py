@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
@@ -64,6 +64,18 @@ class Interrupted(UserError):
   def __init__(self, message: str, signal_number: int):
     super().__init__(message)
     self.exit_code = 128 + signal_number
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
+  """Says which extra to install where an import fails; `what` needs it."""
+  try:
+    yield
+  except ImportError as error:
+    raise ConfigError(
+      f"{what} needs {error.name or name}, which is not installed: pip install"
+      f" 'resnet_flax[{name}]'.{advice}"
+    ) from error
 
 
 def one_line(error: BaseException) -> str:

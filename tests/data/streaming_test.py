@@ -127,8 +127,8 @@ def test_images_of_the_wanted_size_are_taken_as_they_are(tmp_path):
 
 def test_without_grain(root, monkeypatch):
   monkeypatch.setitem(sys.modules, "grain", None)
-  message = r"streamed images need Grain: .*'resnet_flax\[streaming\]'"
-  with pytest.raises(errors.DataError, match=message):
+  message = r"decoding while training needs grain, .*'resnet_flax\[streaming\]'"
+  with pytest.raises(errors.ConfigError, match=message):
     load(root)
 
 

@@ -3,7 +3,7 @@
 python -m resnet_flax.export WORKDIR --format=safetensors --out=DIR
 """
 
-import importlib.util
+import importlib
 import logging
 import os
 
@@ -19,8 +19,7 @@ FORMATS = {
   **dict.fromkeys(("orbax", "stablehlo", "onnx"), ("flax",)),
 }
 NAMES = FORMATS["safetensors"]
-# Modules that formats need, which have their extras' names, and their titles.
-_NEEDED = {"torch": ("torch", "PyTorch"), "keras": ("h5py", "h5py")}
+_NEEDED = {"torch": "torch", "keras": "h5py"}  # Modules, which are extras.
 
 
 def export(
@@ -64,12 +63,10 @@ def export(
       f" {'; '.join(reasons) or f'it has no --names={names}'}. All networks can"
       " be safetensors (with --names=flax), orbax, stablehlo and onnx."
     )
-  module, title = _NEEDED.get(form, ("", ""))
-  if module and importlib.util.find_spec(module) is None:
-    raise errors.ConfigError(
-      f"--format={form} needs {title}, which is not installed: pip install"
-      f" 'resnet_flax[{module}]'. Or pass --format=safetensors."
-    )
+  if module := _NEEDED.get(form):
+    advice = " Or pass --format=safetensors."
+    with errors.extra(module, f"--format={form}", advice):
+      importlib.import_module(module)
   if reasons and form == "safetensors":
     _logger.info("note: the names are Flax's: %s", "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:

@@ -35,16 +35,9 @@ def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   They are uint8[N, H, W, C] and float32[N, classes], as for `loaded.predict`.
   The network computes in float32, whatever its dtype. The metadata's
   `class_names` is a JSON list in the order of the labels, empty if unknown.
-
-  ConfigError: onnx is not installed, or a layer cannot be written as ONNX.
   """
-  try:
+  with errors.extra("onnx", "--format=onnx", " Or pass --format=stablehlo."):
     from resnet_flax.tools.export import onnx_graph
-  except ModuleNotFoundError as error:
-    raise errors.ConfigError(
-      f"ONNX files need {error.name}, which is not installed: pip install"
-      " 'resnet_flax[onnx]'. Or pass --format=stablehlo."
-    ) from error
   logits, image_shape = _logits(loaded, dtype="float32")
   path = folder / "model.onnx"
   onnx_graph.write(logits, image_shape, loaded.class_names, path)

@@ -36,13 +36,8 @@ def main(argv: list[str]) -> None:
   surroundings.set_up()
   from resnet_flax.run import signals
 
-  try:
+  with errors.extra("report", "a report"):
     from resnet_flax.tools.report import report
-  except ModuleNotFoundError as error:
-    raise errors.ConfigError(
-      f"a report needs {error.name}, which is not installed: pip install"
-      " 'resnet_flax[report]'."
-    ) from error
   # A signal first removes half-written files, then ends the process.
   with signals.StopSignals():
     done = report.make(given.folders, given.out, given.checkpoints)

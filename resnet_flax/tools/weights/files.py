@@ -143,14 +143,13 @@ def _read_safetensors(path: pathlib.Path) -> WeightsFile:
 
 
 def _read_torch(path: pathlib.Path) -> WeightsFile:
-  try:
+  with errors.extra(
+    "torch",
+    str(path),
+    " Or save it with PyTorch elsewhere:"
+    " safetensors.torch.save_file(state_dict, 'weights.safetensors').",
+  ):
     import torch
-  except ImportError:
-    raise errors.WeightsError(
-      f"{path} needs PyTorch, which is not installed: pip install"
-      " 'resnet_flax[torch]'. Or save it with PyTorch elsewhere:"
-      " safetensors.torch.save_file(state_dict, 'weights.safetensors')."
-    ) from None
   version = re.match(r"(\d{1,4})\.(\d{1,4})", torch.__version__)
   if version is None or tuple(map(int, version.groups())) < _LEAST_TORCH:
     raise errors.WeightsError(

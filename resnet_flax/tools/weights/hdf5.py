@@ -38,12 +38,8 @@ def read(path: pathlib.Path, file: BinaryIO) -> Tree:
 
   `path` is for messages.
   """
-  try:
+  with errors.extra("h5py", str(path)):
     import h5py
-  except ImportError:
-    raise errors.WeightsError(
-      f"{path} needs h5py: pip install 'resnet_flax[h5py]'."
-    ) from None
 
   def bad(key: str, what: str) -> errors.WeightsError:
     return errors.WeightsError(

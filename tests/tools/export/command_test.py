@@ -130,7 +130,7 @@ def test_what_there_is_instead(converted, tmp_path):
 
 
 def test_torch_is_an_extra(converted, tmp_path, monkeypatch):
-  monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setitem(sys.modules, "torch", None)
   message = refused(errors.ConfigError, converted, tmp_path, "torch")
   assert "pip install 'resnet_flax[torch]'" in message
 
@@ -141,7 +141,7 @@ def test_h5py_is_needed_for_keras_alone(converted, tmp_path, monkeypatch):
   monkeypatch.delitem(sys.modules, weights.__name__)
   monkeypatch.delattr(weights.__name__)
   command.export(converted[0], tmp_path / "flax", "safetensors", "flax")
-  monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setitem(sys.modules, "torch", None)
   # What a format needs besides is asked for where the format has the network.
   message = refused(errors.ConfigError, converted, tmp_path, "torch")
   assert "pip install 'resnet_flax[torch]'" in message

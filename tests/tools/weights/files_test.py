@@ -356,7 +356,7 @@ def test_pytorch_that_runs_none(stub_torch, torch_file, version):
 def test_without_pytorch(tmp_path):
   path = tmp_path / "a.pth"
   path.write_bytes(b"PK\x03\x04")
-  with pytest.raises(errors.WeightsError) as raised:
+  with pytest.raises(errors.ConfigError) as raised:
     files.read(path)
   assert "pip install 'resnet_flax[torch]'" in str(raised.value)
   assert "safetensors" in str(raised.value)

@@ -62,7 +62,7 @@ def test_reads_what_was_packed_anew(tmp_path, how, version):
 def test_without_its_library(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "h5py", None)
   with pytest.raises(
-    errors.WeightsError, match=r"a.h5 needs h5py: .*'resnet_flax\[h5py\]'"
+    errors.ConfigError, match=r"a.h5 needs h5py, .*'resnet_flax\[h5py\]'"
   ):
     hdf5.read(tmp_path / "a.h5", io.BytesIO())
 
