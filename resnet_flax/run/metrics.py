@@ -35,9 +35,7 @@ _SCORES = tuple(f"test_{name}" for name in MONITORED)
 class MetricsLog:
   """The file metrics.jsonl: one JSON object for each finished epoch.
 
-  Args:
-    workdir: of the run.
-    config: of the run; with it, records must have what is read of each seed.
+  With the run's `config`, records must have what is read of each seed.
   """
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict | None = None):
@@ -226,9 +224,7 @@ def monitored(record: Mapping[str, Any], monitor: str) -> str:
 class TensorBoard:
   """TensorBoard event files, written without TensorFlow; a context manager.
 
-  Args:
-    workdir: gets the folder `tensorboard`.
-    step: steps done where the run resumes; later events are superseded.
+  The run resumes after `step` steps; later events are superseded.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):

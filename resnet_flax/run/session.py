@@ -45,13 +45,8 @@ _OWN_KEYS = ("dataset.data_dir", "dataset.archive", "dataset.cache_dir")
 class Session:
   """What the loop reads, writes and waits for; from `open_run`.
 
-  Attributes:
-    records: of the epochs so far, as in metrics.jsonl.
-    step: steps done.
-    resumes: whether a checkpoint was restored.
-    notes: 'learning_rate' of each seed's last step, 'epoch_seconds' of training
-      and 'data_seconds' of them, as of the latest checkpoint.
-    is_finished: whether all epochs are done.
+  `records` are as in metrics.jsonl, `step` counts the steps done, and `notes`
+  are those of the latest checkpoint; see `checkpoint.NEW_EPOCH`.
   """
 
   def __init__(

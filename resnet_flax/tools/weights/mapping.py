@@ -32,15 +32,11 @@ OriginOf = Callable[[Path], Origin]
 
 
 class Source:
-  """A library's network, as found in a file.
+  """A library's network, as found in a file, and where our arrays come from.
 
-  Args:
-    title: its name, for people.
-    num_classes: size of its head.
-    origin: where our arrays come from.
-    normalization: values of this key with which our network computes the same
-      as theirs. The first one is recommended.
-    model: the same for keys of `config.model`: a value, or a tuple of values.
+  `normalization` has the values of this key with which our network computes the
+  same as theirs; the first one is recommended. `model` has those of keys of
+  `config.model`: a value, or a tuple of values.
   """
 
   def __init__(
