@@ -20,12 +20,12 @@ def write_stablehlo(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   It maps uint8[N, H, W, C] images, N > 0, to float32[N, classes] probabilities,
   as `loaded.predict` does, on CPUs, CUDA's GPUs and TPUs.
   """
-  logits, image_shape = _logits(loaded)
+  logits = _logits(loaded)
   batch = export.symbolic_shape("batch")
   exported = export.export(
     jax.jit(lambda images: jax.nn.softmax(logits(images))),
     platforms=("cpu", "cuda", "tpu"),
-  )(jax.ShapeDtypeStruct((*batch, *image_shape), jnp.uint8))
+  )(jax.ShapeDtypeStruct((*batch, *loaded.image_shape), jnp.uint8))
   (folder / "program.stablehlo").write_bytes(exported.serialize())
 
 
@@ -38,15 +38,15 @@ def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   """
   with errors.extra("onnx", "--format=onnx", " Or pass --format=stablehlo."):
     from resnet_flax.tools.export import onnx_graph
-  logits, image_shape = _logits(loaded, dtype="float32")
+  logits = _logits(loaded, dtype="float32")
   path = folder / "model.onnx"
-  onnx_graph.write(logits, image_shape, loaded.class_names, path)
+  onnx_graph.write(logits, loaded.image_shape, loaded.class_names, path)
 
 
 def _logits(
   loaded: load.LoadedModel, **changes: str
-) -> tuple[Callable[[jax.Array], jax.Array], tuple[int, ...]]:
-  """The function from images to logits, and the shape of an image."""
+) -> Callable[[jax.Array], jax.Array]:
+  """The function from images to logits."""
   no_loops = {"scan": False, "remat": False}
   config = ConfigDict(loaded.config.model.to_dict() | no_loops | changes)
   model: Any = registry.create_model(config, loaded.model.num_classes)
@@ -57,4 +57,4 @@ def _logits(
   def logits(images):
     return model.apply(loaded.variables, loaded.preprocess(images), train=False)
 
-  return logits, loaded.image_shape
+  return logits
