@@ -103,9 +103,6 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
       f"the data directory {folder.parent} cannot be written:"
       f" {error.strerror}. {prepared.SET_DATA_DIR} another one."
     ) from error
-  # Pooch would wait forever for a pipe's content.
-  if (folder / name).exists() and not (folder / name).is_file():
-    raise errors.DataError(f"{folder / name} is not a file. Delete it.")
   try:
     path = pooch.retrieve(
       archive.url, f"sha256:{archive.sha256}", name, folder, downloader=download
@@ -124,16 +121,20 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
 def verify(archive: Archive, path: pathlib.Path) -> None:
   """Raises `DataError` unless a local file is the official archive."""
   try:
-    digest = files.digest_of(path)
+    size = path.stat().st_size
+    # A file of another size may take hours to read.
+    is_it = size == archive.num_bytes and (
+      files.digest_of(path) == archive.sha256
+    )
   except OSError as error:
     raise errors.DataError(
       f"dataset.archive={str(path)!r} cannot be read: {error.strerror}."
     ) from error
-  if digest != archive.sha256:
+  if not is_it:
     raise errors.DataError(
-      f"dataset.archive={str(path)!r} is not the official archive: its SHA-256"
-      f" is {digest}, not {archive.sha256}. Fetch the binary version again from"
-      f" {archive.url}."
+      f"dataset.archive={str(path)!r} is not the official archive: it has"
+      f" {size} bytes, and must have {archive.num_bytes} and the SHA-256"
+      f" {archive.sha256}. Fetch the binary version again from {archive.url}."
     )
 
 
@@ -225,8 +226,6 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
   with registered.skip_registration():
 
     class ArchiveBuilder(stock):
-      """The stock data set, generated from a decoded archive."""
-
       def _split_generators(self, dl_manager):
         for label, names in contents.names.items():
           self.info.features[label].names = names

@@ -89,22 +89,17 @@ def find(
 def _problem(path: pathlib.Path, remedy: str) -> str:
   """Why the copy with this dataset_info.json cannot be read, or ''."""
   try:
-    info = json.loads(files.read_text(path))
-    if not isinstance(info, dict):
-      raise ValueError("it holds no JSON object")
-    # Old versions of TFDS had only one format and did not name it.
-    file_format = info.get("fileFormat", "tfrecord")
-    if not isinstance(file_format, str):
-      raise ValueError("its fileFormat is not a string")
-  # Deeply nested brackets raise a RecursionError.
-  except (OSError, ValueError, RecursionError) as error:
+    info = files.parse_object(files.read_bytes(path))
+  except (OSError, ValueError) as error:
     what = f"{path.name}: {errors.one_line(error)}"
     return f"{path.parent} cannot be read ({what}). {remedy or DELETE}"
+  # Old versions of TFDS had only one format and did not name it.
+  file_format = info.get("fileFormat", "tfrecord")
   if file_format == FILE_FORMAT:
     return ""
   other = "another directory, which may be empty: a copy is prepared there."
   return (
-    f"{path.parent} is prepared as {file_format[:50]}, which needs TensorFlow;"
+    f"{path.parent} is prepared as {file_format!s:.50}, which needs TensorFlow;"
     f" it must be {FILE_FORMAT}. {remedy or f'{SET_DATA_DIR} {other}'}"
   )
 
@@ -341,7 +336,6 @@ class Records:
     return [functools.partial(self._parse, raw) for raw in records]
 
   def _parse(self, raw: bytes) -> tuple[bytes, int]:
-    """Parses a serialised `tf.train.Example`."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     feature = tf_example_pb2.Example.FromString(raw).features.feature

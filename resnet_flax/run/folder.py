@@ -270,12 +270,7 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
   """The content of environment.json; {} if the file is missing."""
   path = workdir / "environment.json"
   try:
-    stored = files.parse_object(files.read_bytes(path))
-    if not isinstance(stored.get("resumed", []), list):
-      raise ValueError("resumed is not a list")
-    if not isinstance(stored.get("data") or "", str):
-      raise ValueError("data is not a string")
-    return stored
+    return files.parse_object(files.read_bytes(path))
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

@@ -1,7 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl and TensorBoard."""
 
 import json
-import math
 import os
 import pathlib
 import statistics
@@ -108,11 +107,9 @@ class MetricsLog:
 
   def append(self, record: Record) -> None:
     """Adds the record of an epoch and sees that it reaches the disk."""
-    for key, value in record.items():
-      if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key} is {value}")
+    line = json.dumps(record, allow_nan=False) + "\n"
     with open(self._path, "a", opener=files_lib.no_link) as file:
-      file.write(json.dumps(record) + "\n")
+      file.write(line)
       file.flush()
       os.fsync(file.fileno())
 

@@ -301,21 +301,6 @@ def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
     start(tmp_path, base.get_config())
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"resumed": "no", "python": "2"}, "resumed is not a list"),
-    ({"data": ["data-1"]}, "data is not a string"),
-  ],
-)
-def test_an_environment_of_other_types(tmp_path, change, message):
-  start(tmp_path, base.get_config())
-  path = tmp_path / "environment.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  with pytest.raises(errors.WorkdirError, match=message):
-    start(tmp_path, base.get_config())
-
-
 def test_not_a_workdir(tmp_path):
   with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
     workdir_lib.load_config(tmp_path)

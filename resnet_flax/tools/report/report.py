@@ -28,10 +28,6 @@ from resnet_flax.tools.report.tables import Column, Table
 
 _logger = logging.getLogger(__name__)
 
-# Whose best checkpoint is scored: that of the best group of each data set, of
-# every group, or of none.
-SCORED = ("best", "each", "none")
-
 _MOST_CONFUSED = 10
 _NO_CURVES = "No run has finished an epoch yet."
 _NO_DEPTHS = "This needs finished groups that differ in model.depth alone."
@@ -59,22 +55,13 @@ def make(
   out: str | os.PathLike[str],
   scored: str = "best",
 ) -> Summary:
-  """Writes a report of runs.
+  """Writes a report of runs into `out`, where other files are kept.
 
-  Args:
-    paths: workdirs, or folders that contain workdirs.
-    out: the report's folder. Files of the same names are replaced, others are
-      kept.
-    scored: one of `SCORED`. If a checkpoint or the data is missing, the page
-      says why, and a warning is logged.
-
-  Raises:
-    ConfigError: `scored` is not in `SCORED`.
-    WorkdirError: there is no run, a run's file is damaged, or `out` cannot be
-      written.
+  `paths` are workdirs, or folders that contain workdirs. `scored` says whose
+  best checkpoint is scored: 'best', that of the best group of each data set,
+  'each' group's, or 'none'. If it or the data is missing, the page says why,
+  and a warning is logged.
   """
-  if scored not in SCORED:
-    raise errors.unknown_name("checkpoints", scored, SCORED)
   out = errors.local_path(out, "--out")
   folders = [mirror.local(path, "folder") for path in paths]
   runs = runs_lib.read(runs_lib.find(folders))

@@ -23,11 +23,6 @@ from resnet_flax.run.folder import load_config, read_environment
 # Runs that differ in these alone are repetitions of one experiment.
 _REPETITION_KEYS = ("seed", "num_seeds", *config_lib.MAY_DIFFER)
 
-_CONFIG_KEYS = (
-  *("seed", "num_seeds", "num_epochs", "dataset.name", "checkpoint.monitor"),
-  *("model.name", "model.depth"),
-)
-
 Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
 
 
@@ -222,15 +217,6 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
 def _read(path: pathlib.Path, name: str) -> Run:
   stored, environment = load_config(path), read_environment(path)
   config = keys.flatten(stored.to_dict())
-  try:
-    # Only keys that a report reads, since runs of other versions have them.
-    for key in _CONFIG_KEYS:
-      config_lib.KEYS[key].check(config.get(key))
-  except errors.ConfigError as error:
-    raise errors.WorkdirError(
-      f"{path / 'config.json'} is not the configuration of a run: {error}"
-      " Restore it, or leave its folder out."
-    ) from error
   records = metrics.MetricsLog(path, stored).read()
   data = environment.get("data") or "unknown"
   return Run(path, name, config, records, _device(environment), data)
@@ -238,7 +224,7 @@ def _read(path: pathlib.Path, name: str) -> Run:
 
 def _device(environment: Mapping[str, Any]) -> str:
   devices = environment.get("devices")
-  if not isinstance(devices, list) or not devices:
+  if not devices:
     return ""
   if (kind := str(devices[0])) != "cpu":
     return f"{len(devices)} x {kind}"

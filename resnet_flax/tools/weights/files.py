@@ -186,10 +186,6 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     )
   arrays = {}
   for name, tensor in loaded.items():
-    if tensor.layout != torch.strided or tensor.is_quantized:
-      raise errors.WeightsError(
-        f"{path}: {name} is sparse or quantized. It must be a plain tensor."
-      )
     stored = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > stored:
       raise errors.WeightsError(

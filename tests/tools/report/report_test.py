@@ -263,8 +263,6 @@ def test_a_mistake_changes_nothing(two_runs, tmp_path):
   with pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl, line 1"):
     report.make([two_runs], tmp_path / "out")
   assert listed(tmp_path / "out") == before
-  with pytest.raises(errors.ConfigError, match="Did you mean 'best'"):
-    report.make([two_runs], tmp_path / "out", "bset")
 
 
 def test_folder_that_cannot_be_written(two_runs, tmp_path, monkeypatch):

@@ -68,7 +68,6 @@ def test_name_that_is_no_text(tmp_path):
     ("{", "config.json cannot be read"),
     ("[]", "no JSON object"),
     ("{}", "seed is missing"),
-    ('{"seed": -1}', "seed=-1"),
   ],
 )
 def test_damaged_config(tmp_path, text, message):
@@ -77,21 +76,6 @@ def test_damaged_config(tmp_path, text, message):
   with pytest.raises(errors.WorkdirError, match=message) as caught:
     read(tmp_path)
   assert str(tmp_path / "run" / "config.json") in str(caught.value)
-
-
-def test_config_whose_keys_have_parts(tmp_path):
-  workdirs.write(tmp_path / "run")
-  path = tmp_path / "run" / "config.json"
-  config = json.loads(path.read_text()) | {"checkpoint": {"monitor": {"a": 1}}}
-  path.write_text(json.dumps(config))
-  with pytest.raises(errors.WorkdirError, match=r"checkpoint\.monitor=None"):
-    read(tmp_path)
-
-
-def test_config_with_seeds_that_cannot_be(tmp_path):
-  workdirs.write(tmp_path / "run", num_seeds=0)
-  with pytest.raises(errors.WorkdirError, match="num_seeds=0"):
-    read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,6 @@ def test_reads_what_pytorch_writes(tmp_path):
 class StubTensor:
   """As much of a tensor as is looked at."""
 
-  layout = "strided"
-  is_quantized = False
   dtype = "float32"
 
   def __init__(self, array):
@@ -232,7 +230,7 @@ def stub_torch(monkeypatch):
   torch = types.ModuleType("torch")
   torch.__version__ = "2.10.0+cpu"
   torch.Tensor = StubTensor
-  torch.strided, torch.bfloat16 = "strided", "bfloat16"
+  torch.bfloat16 = "bfloat16"
   torch.calls = []
   torch.loaded = None
 
