@@ -63,7 +63,7 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   read.
 
   Raises:
-    ConfigError: see `num_train_examples`.
+    ConfigError: too few images for what is to be held out and kept.
     DataError: the data is missing, damaged or of another form.
   """
   num_train = num_train_examples(config)

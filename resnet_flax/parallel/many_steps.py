@@ -115,17 +115,10 @@ def train_steps(
 ) -> tuple[step_lib.TrainState, step_lib.StepMetrics]:
   """Several steps of one epoch, each as `step.train_step` does it.
 
-  How many is not part of the program, so where calls end changes no bit. The
-  metrics are the last step's, or those of the first that is not finite.
-
-  Args:
-    experiment: the fixed parts.
-    state: before the first of them.
-    order: int32[B, steps per epoch], positions in the split of each batch.
-    key: key[], the same at every step.
-    images: uint8[M, H, W, C], the training split.
-    labels: int32[M].
-    num_steps: int32[], at least one.
+  How many, int32[], is not part of the program, so where calls end changes no
+  bit. `order`, int32[B, steps per epoch], has the positions in the split,
+  uint8[M, H, W, C] and int32[M], of each batch; `key`, key[], is that of every
+  step. The metrics are the last step's, or the first's that is not finite.
   """
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 

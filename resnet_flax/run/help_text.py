@@ -64,9 +64,8 @@ def show_if_asked(argv: list[str]) -> None:
 def program_help(wanted: str, program: str) -> str:
   """A program's flags and, if one of them is --config, keys, in 80 columns.
 
-  Args:
-    wanted: a part, a name, or a word in names or meanings; '' for everything.
-    program: the module whose key flags are the program's.
+  `wanted` is a part, a name, or a word in names or meanings; '' for all.
+  `program` is the module whose key flags are the program's.
   """
   entries = _entries(program)
   parts = ", ".join(dict.fromkeys(entry.part for entry in entries))

@@ -170,29 +170,18 @@ def evaluate_workdir(
 ) -> dict[str, Any]:
   """Scores a checkpoint of a run on a split of its data set.
 
-  Args:
-    workdir: the run's folder.
-    which: 'best' or 'latest'.
-    weights: 'raw', 'ema' or 'swa', as for `load_model`.
-    split: 'train' (the images that the run trained on, not augmented), 'val'
-      (those that it held out) or 'test'.
-    config: replaces the stored configuration; only keys that do not change
-      the mathematics may differ, for example where the data is, and
-      `dataset.test_crops`.
-    devices: by default all devices.
+  See `load_model` for `workdir`, `which` and `weights`. `split` is 'train' (the
+  images that the run trained on, not augmented), 'val' (those that it held out)
+  or 'test'. `config` replaces the stored configuration; only keys that do not
+  change the mathematics may differ, for example where the data is, and
+  `dataset.test_crops`.
 
   Returns:
     `loss`, `accuracy`, of ten classes or more `top5`, which are fractions, the
-    `step` of the checkpoint (steps done)
-    and, but for step 0, its 0-based `epoch`, which may not be at its end. Of
-    several seeds their means, with sample standard deviations as NAME_std,
-    `ensemble_loss` and the like, and `seeds`: the above for each `seed`
-    in its own best epoch.
-
-  Raises:
-    ConfigError, WorkdirError: see `load_model`; or the run was on other data,
-      or held out no images.
-    DataError: the data cannot be had.
+    `step` of the checkpoint (steps done) and, but for step 0, its 0-based
+    `epoch`, which may not be at its end. Of several seeds their means, with
+    sample standard deviations as NAME_std, `ensemble_loss` and the like, and
+    `seeds`: the above for each `seed` in its own best epoch.
   """
   given = config
   config, experiment, states = _restore(workdir, which, weights, config)

@@ -141,7 +141,6 @@ class Session:
       ) from None
 
   def _latest(self) -> int | None:
-    """The step of the latest checkpoint."""
     if self._checkpoints is None:
       return self._saved_step
     return max(self._checkpoints.steps(), default=None)
@@ -384,10 +383,6 @@ def open_run(
   The workdir is made if it is not there. `signals` says how signals to stop are
   met; `on_event` is called with 'step', 'save', 'manifest', 'evaluate' and
   'record' before each of them.
-
-  Raises:
-    WorkdirError: the workdir is in use, or cannot be read or written.
-    Interrupted: a signal to stop; the step in progress is finished and saved.
   """
   # Through JSON, which exchanges it.
   flat = json.loads(json.dumps(keys.to_flat(config)))

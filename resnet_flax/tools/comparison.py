@@ -31,16 +31,10 @@ def compare(
 ) -> list[Table]:
   """Returns tables: warnings if there are any, comparisons, and differences.
 
-  Args:
-    a: workdirs of one experiment's seeds, or folders that contain them.
-    b: the same for the other experiment.
-    metric: a key of metrics.jsonl; its 'test_' may be left out.
-    which: 'best' or 'last' epoch of each seed.
-    images: whether to score checkpoints on the test images.
-
-  Raises:
-    ConfigError: a side has several experiments, or the metric is not known.
-    WorkdirError: a side has no run or no finished epoch, or a damaged file.
+  `a` and `b` are workdirs of one experiment's seeds, or folders that contain
+  them. `metric` is a key of metrics.jsonl; its 'test_' may be left out. `which`
+  is the 'best' or the 'last' epoch of each seed. `images` says whether
+  checkpoints are scored on the test images.
   """
   sides = _side("A", a), _side("B", b)
   key = _key(metric, sides)

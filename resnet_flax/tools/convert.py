@@ -53,19 +53,9 @@ class Conversion(NamedTuple):
 def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   """Makes the workdir of a run that starts from a file's weights.
 
-  Args:
-    source: the file; see `weights.files.read`.
-    config: every key of `configs/base.py`. Its network must compute what the
-      file's network does. If the file's head does not fit the classes of the
-      data set, `model.num_classes` is set to the size of the head.
-    workdir: a folder that does not exist or is empty.
-
-  Raises:
-    ConfigError: a value cannot be used, or makes our network compute something
-      else. The message names the value that is needed.
-    WeightsError: the file cannot be read, or its arrays do not fit the network.
-    WorkdirError: the workdir is not empty, or cannot be written.
-    DataError: the normalization must be measured, but the data is missing.
+  The network of `config` must compute what the file's network does. If the
+  file's head does not fit the classes of the data set, `model.num_classes` is
+  set to the size of the head. `workdir` must be new or empty.
   """
   source = errors.local_path(source, "--source")
   workdir = new_folder.resolve(workdir, "--workdir")

@@ -15,18 +15,13 @@ PyTree = Any
 def run_as_loop(
   blocks: Sequence[nn.Module], x: jax.Array, contexts: PyTree, *, remat: bool
 ) -> jax.Array:
-  """Applies blocks one after the other, in a loop with one body.
+  """Applies blocks to x, float[B, H, W, C], one after the other, in a loop.
 
-  Each block keeps its variables under its own name: they are stacked only for
-  the loop. New values, such as running statistics, are written back to the
-  block.
-
-  Args:
-    blocks: bound blocks that differ only in their names and variables and keep
-      the shape and the dtype of x.
-    x: float[B, H, W, C].
-    contexts: the blocks' contexts, stacked along a leading axis.
-    remat: keep only each block's input for the backward pass.
+  The bound blocks may differ only in names and variables, and keep the shape
+  and the dtype of x. Each keeps its variables under its own name: they are
+  stacked only for the loop. New values, such as running statistics, are written
+  back to the block. `contexts` are stacked along a leading axis. With `remat`
+  only each block's input is kept for the backward pass.
   """
   # The loop's body has no parent module.
   detached = blocks[0].copy(parent=None)

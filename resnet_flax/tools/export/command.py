@@ -36,13 +36,7 @@ def export(
 
   See `load_model` for `workdir`, `which`, `seed` and `weights`. `form` is a key
   of `FORMATS`. '' for `names` takes the format's first names for this network.
-
-  Returns:
-    The network's name in that library, such as "torchvision's ResNet-18".
-
-  Raises:
-    ConfigError: see `load_model`; or the format cannot hold this network.
-    WorkdirError: see `load_model`; or `out` is not empty or cannot be written.
+  Returns its name in that library, such as "torchvision's ResNet-18".
   """
   from resnet_flax.run import load, mirror
   from resnet_flax.tools import new_folder
