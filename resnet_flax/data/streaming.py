@@ -234,6 +234,7 @@ class StreamedSplit(types.Split):
       worker_init_fn=functools.partial(workers.start, signals.SIGNALS),
     )
     if processes:
+      workers.check_semaphores()
       # Python's helper would warn as it cleans up after an error.
       os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     alive, iterator = workers.Workers(self.source.folder), iter(pipeline)

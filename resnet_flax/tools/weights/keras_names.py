@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax.models import other_blocks as others
-from resnet_flax.run import config as config_rules, errors
+from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
 
@@ -288,13 +288,6 @@ def _epsilon(file: files.WeightsFile, usual: float) -> float:
     for layer in file.layers
     if layer["class_name"] == "BatchNormalization"
   }
-  for epsilon in found:
-    try:
-      config_rules.KEYS["model.batch_norm_epsilon"].check(epsilon)
-    except errors.ConfigError as error:
-      raise errors.WeightsError(
-        f"{file.path} has a batch norm that ours cannot be: {error}"
-      ) from error
   if len(found) > 1:
     raise errors.WeightsError(
       f"{file.path} has batch norms of different epsilons"
