@@ -1,36 +1,40 @@
 """Compares training and inference on a CPU with other frameworks.
 
-  python -m experiments.throughput --out=DIR [--rounds=3] [--depths=20,56]
-    [--batch_sizes=32,128] [--programs=ours,plain,keras,torch] [--seconds=6]
-    [--peers=.peers]
+  python -m experiments.throughput [--out=experiments/throughput/comparison]
+    [--rounds=7] [--seconds=8] [--depths=20] [--batch_sizes=32,128]
+    [--programs=ours,plain,...] [--threads=2] [--peers=.peers]
 
-Every measurement has its own process, in the environment of its framework
-(`python -m experiments.throughput.environments` makes them). The programs take
-turns in several rounds, in alternating order. The command writes
-DIR/results.json after each measurement and makes the tables and the figure at
-the end. `python -m experiments.throughput.report --out=DIR` makes them again.
-Nothing else should run meanwhile.
+For each depth and batch size every program gets a process, in the environment
+of its framework (`python -m experiments.throughput.environments` makes them).
+All build their networks once, one after the other. Then they take turns in
+several rounds, in alternating order; the others wait for their input. The
+command writes DIR/results.json after each window and makes the tables and the
+figure at the end. Nothing else should run meanwhile.
 """
 
 import argparse
+import datetime
 import importlib.util
-import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from experiments.throughput import environments, report
-from resnet_flax.run import errors, files as files_lib
+import jax
 
-# Each program's worker, and the environment that it needs besides ours.
-PROGRAMS = {
-  "ours": ("ours", None),
-  "plain": ("plain", None),
-  "keras": ("keras_tensorflow", "keras"),
-  "torch": ("pytorch", "torch"),
-}
+from experiments.throughput import environments, processes, report
+from experiments.throughput.programs import PROGRAMS
+from resnet_flax.run import (
+  environment,
+  errors,
+  files as files_lib,
+  huge_pages,
+)
+
+# The length of each kind of window, as a share of --seconds.
+LENGTHS = {"train": 1.0, "resident": 1.0, "infer": 0.5, "matmul": 0.125}
 
 
 def _ints(text: str) -> list[int]:
@@ -59,12 +63,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     "python -m experiments.throughput",
     description="Compares frameworks on a CPU.",
   )
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--rounds", type=int, default=3)
-  parser.add_argument("--depths", type=_depths, default="20,56")
+  parser.add_argument("--out", type=pathlib.Path, default=report.PUBLISHED)
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--seconds", type=float, default=8.0)
+  parser.add_argument("--depths", type=_depths, default="20")
   parser.add_argument("--batch_sizes", type=_ints, default="32,128")
   parser.add_argument("--programs", type=_programs, default=",".join(PROGRAMS))
-  parser.add_argument("--seconds", type=float, default=6.0)
+  parser.add_argument(
+    "--threads", type=int, default=environment.num_cpu_threads()
+  )
   parser.add_argument(
     "--peers", type=pathlib.Path, default=environments.DEFAULT
   )
@@ -82,54 +89,53 @@ def commands(programs: list[str], peers: pathlib.Path) -> dict[str, list[str]]:
     UserError: an environment is missing.
   """
   started = {}
-  for program in programs:
-    worker, peer = PROGRAMS[program]
-    python = environments.python(peers, peer) if peer else sys.executable
-    module = f"experiments.throughput.workers.{worker}"
-    started[program] = [str(python), "-m", module]
+  for name in programs:
+    program = PROGRAMS[name]
+    python = (
+      environments.python(peers, program.peer)
+      if program.peer
+      else sys.executable
+    )
+    module = f"experiments.throughput.workers.{program.worker}"
+    started[name] = [str(python), "-m", module, *program.flags]
   return started
 
 
-def _measure(command: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-  """Runs a worker and returns its report.
+def check_clean(root: pathlib.Path, out: pathlib.Path) -> None:
+  """Checks that the commit is what is measured.
 
   Args:
-    command: the command that starts the worker.
-    settings: the worker's flags.
+    root: the checkout.
+    out: the folder of the results, which may have changed.
 
   Raises:
-    UserError: the worker fails.
+    UserError: files differ from the commit, or there is none.
   """
-  process = subprocess.run(
-    [*command, *(f"--{name}={value}" for name, value in settings.items())],
-    cwd=environments.ROOT,
-    env={
-      **os.environ,
-      # All frameworks use the CPU, even if there is a GPU.
-      "CUDA_VISIBLE_DEVICES": "",
-      "JAX_PLATFORMS": "cpu",
-      "KERAS_BACKEND": "tensorflow",
-    },
-    capture_output=True,
-    text=True,
-  )
-  lines = process.stdout.splitlines()
-  if process.returncode or not lines:
+  command = ["git", "status", "--porcelain", "--untracked-files=all", "--", "."]
+  if out.resolve().is_relative_to(root):
+    command.append(f":(exclude){out.resolve().relative_to(root)}")
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  if done.returncode:
     raise errors.UserError(
-      f"{' '.join(process.args)} failed with exit status {process.returncode};"
-      f" its messages end with:\n{process.stderr[-3000:]}"
+      f"{root} must be a git checkout, as results name their commit."
     )
-  return json.loads(lines[-1])
+  if done.stdout:
+    first = done.stdout.splitlines()[0].strip()
+    raise errors.UserError(
+      f"{root} differs from its commit ({first}): commit or stash the changes"
+      " first, as results name their commit."
+    )
 
 
 def benchmark(flags: argparse.Namespace) -> None:
-  """Measures all programs and saves after each measurement.
+  """Measures all programs and saves after each window.
 
   Args:
     flags: from `parse`.
 
   Raises:
-    UserError: an environment or Matplotlib is missing, or results exist.
+    UserError: an environment or Matplotlib is missing, results exist, files
+      differ from the commit, or a worker fails.
   """
   path = flags.out / "results.json"
   if path.exists():
@@ -139,33 +145,60 @@ def benchmark(flags: argparse.Namespace) -> None:
       "the figure needs matplotlib: pip install -e '.[figures]'"
     )
   workers = commands(flags.programs, flags.peers)
-  flags.out.mkdir(parents=True, exist_ok=True)
-  measurements: list[dict[str, Any]] = []
-  results = {
-    "settings": {"rounds": flags.rounds, "seconds": flags.seconds},
-    "measurements": measurements,
+  check_clean(environments.ROOT, flags.out)
+  jax.config.update("jax_platforms", "cpu")
+  results: dict[str, Any] = {
+    "date": datetime.date.today().isoformat(),
+    "settings": {
+      name: getattr(flags, name) for name in ("rounds", "seconds", "threads")
+    },
+    "environment": environment.describe(jax.devices()),
+    "load_average": os.getloadavg(),
+    "programs": [],
+    "windows": [],
   }
+  flags.out.mkdir(parents=True, exist_ok=True)
+  for depth in flags.depths:
+    for batch_size in flags.batch_sizes:
+      setting = {"depth": depth, "batch_size": batch_size}
+      with processes.started(
+        workers, setting, flags.threads, results["programs"]
+      ) as built:
+        for window in windows(built, flags):
+          results["windows"].append({**setting, **window})
+          files_lib.write_json(path, results)
+
+
+def windows(
+  workers: dict[str, processes.Worker], flags: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+  """Lets the workers of one depth and batch size measure in turn.
+
+  Args:
+    workers: by program.
+    flags: from `parse`.
+
+  Yields:
+    Answers, with round, program and the processor time that the waiting
+    workers used.
+  """
   for round_number in range(flags.rounds):
     # The order alternates, so that the machine's drift favours no program.
     order = list(workers)[:: -1 if round_number % 2 else 1]
-    for depth in flags.depths:
-      for batch_size in flags.batch_sizes:
-        for program in order:
-          setting = {"depth": depth, "batch_size": batch_size}
-          measured = _measure(
-            workers[program], {**setting, "seconds": flags.seconds}
-          )
-          measurements.append(
-            {"round": round_number, "program": program, **setting, **measured}
-          )
-          files_lib.write_json(path, results)
-          print(
-            f"round {round_number + 1}/{flags.rounds}, ResNet-{depth}, batch"
-            f" {batch_size}, {program}:"
-            f" {measured['train_images_per_second']:.0f} images/s",
-            file=sys.stderr,
-            flush=True,
-          )
+    print(f"round {round_number + 1}/{flags.rounds}", file=sys.stderr)
+    for program in order:
+      worker = workers[program]
+      others = [each for each in workers.values() if each is not worker]
+      for kind in worker.facts["kinds"]:
+        before = sum(each.cpu_seconds() for each in others)
+        answer = worker.ask(f"{kind} {LENGTHS[kind] * flags.seconds}")
+        waiting = sum(each.cpu_seconds() for each in others) - before
+        yield {
+          "round": round_number,
+          "program": program,
+          **answer,
+          "waiting_cpu_seconds": round(waiting, 2),
+        }
 
 
 def main() -> None:
@@ -179,4 +212,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  # All workers inherit the setting.
+  huge_pages.use()
   main()

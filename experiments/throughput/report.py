@@ -1,71 +1,61 @@
 """Makes tables and a figure from the benchmark's results.
 
-  python -m experiments.throughput.report --out=DIR
+  python -m experiments.throughput.report [--out=DIR]
 
 The command reads DIR/results.json, prints Markdown tables and writes
-DIR/throughput.png. The results may come from an interrupted run.
+DIR/throughput.png. The results may come from an interrupted run. Those of
+the published folder, the default, also go into README.md and docs/results.md.
 """
 
 import argparse
 import json
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiments.throughput import flops
+from experiments.throughput.programs import PROGRAMS
+from experiments.tools import markers
 from experiments.tools.timing import spread, spread_table
 
-Measurement = dict[str, Any]
 Results = dict[str, Any]
 Setting = tuple[int, int]
 
-_TITLES = {
-  "ours": "resnet_flax",
-  "plain": "plain Flax",
-  "keras": "Keras (TensorFlow)",
-  "torch": "PyTorch",
-}
-# Colours and hatches both differ, so that the figure is readable in grey.
-_STYLES = {
-  "ours": ("#0072b2", ""),
-  "plain": ("#56b4e9", "//"),
-  "keras": ("#e69f00", ".."),
-  "torch": ("#d55e00", "xx"),
-}
+_FOLDER = pathlib.Path(__file__).parent
+PUBLISHED = _FOLDER / "comparison"
+COMMAND = "python -m experiments.throughput.report"
+_MATMUL_FLOPS = 2 * 1024**3
 
 
 def settings(results: Results) -> list[Setting]:
   """Lists the measured (depth, batch size) pairs, sorted."""
-  return sorted(
-    {(m["depth"], m["batch_size"]) for m in results["measurements"]}
-  )
+  return sorted({(w["depth"], w["batch_size"]) for w in results["windows"]})
 
 
 def programs(results: Results) -> list[str]:
   """Lists the measured programs, ours first."""
-  measured = {m["program"] for m in results["measurements"]}
-  return [program for program in _TITLES if program in measured]
+  measured = {window["program"] for window in results["windows"]}
+  order = sorted(PROGRAMS, key=lambda name: not name.startswith("ours"))
+  return [program for program in order if program in measured]
 
 
 def by_round(
-  results: Results,
-  setting: Setting,
-  program: str,
-  value: Callable[[Measurement], float],
+  results: Results, setting: Setting, program: str, kind: str
 ) -> dict[int, float]:
-  """Returns one number for each round that measured a program at a setting.
+  """Returns steps per second of each round that measured it.
 
   Args:
     results: as in results.json.
     setting: depth and batch size.
-    program: short name of the program.
-    value: takes the number from a measurement.
+    program: key of `PROGRAMS`.
+    kind: kind of window.
   """
   return {
-    m["round"]: value(m)
-    for m in results["measurements"]
-    if (m["depth"], m["batch_size"]) == setting and m["program"] == program
+    w["round"]: w["steps"] / w["seconds"]
+    for w in results["windows"]
+    if (w["depth"], w["batch_size"]) == setting
+    and (w["program"], w["kind"]) == (program, kind)
   }
 
 
@@ -74,119 +64,160 @@ def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
   return [above[k] / below[k] for k in sorted(above.keys() & below.keys())]
 
 
-def _train(m: Measurement) -> float:
-  return m["train_images_per_second"]
-
-
-def _inference(m: Measurement) -> float:
-  return m["inference_images_per_second"]
-
-
-def _train_gflops(m: Measurement) -> float:
-  return _train(m) * flops.training(m["depth"]) / 1e9
-
-
-def _share_of_matmul(m: Measurement) -> float:
-  # One process measures both numbers, so the machine's drift cancels.
-  return _train_gflops(m) / m["matmul_gflops"]
-
-
-def tables(results: Results) -> str:
-  """Makes Markdown tables of training, inference and costs."""
-  return "\n\n".join(
-    [
-      _table(
-        results,
-        {
-          "training, images/s": (_train, ".0f"),
-          "resnet_flax ÷ it": (_train, None),
-          "GFLOP/s": (_train_gflops, ".0f"),
-          "of matmul": (_share_of_matmul, ".0%"),
-        },
-      ),
-      _table(
-        results,
-        {
-          "inference, images/s": (_inference, ".0f"),
-          "resnet_flax ÷ it": (_inference, None),
-        },
-      ),
-      _table(
-        results,
-        {
-          "build and first step, s": (lambda m: m["compile_seconds"], ".1f"),
-          "peak memory, MB": (lambda m: m["peak_megabytes"], ".0f"),
-          "matmul, GFLOP/s": (lambda m: m["matmul_gflops"], ".0f"),
-        },
-      ),
-      _versions(results),
-    ]
-  )
-
-
-def _table(
-  results: Results,
-  columns: dict[str, tuple[Callable[[Measurement], float], str | None]],
+def compared(
+  results: Results, setting: Setting, program: str, kind: str
 ) -> str:
-  """Makes a row per setting and program; no format means ours divided by it."""
-  lines = [
-    "| " + " | ".join(["depth", "batch", "program", *columns]) + " |",
-    "| " + " | ".join(["---"] * (3 + len(columns))) + " |",
-  ]
+  """Formats ours divided by a program of the same dtype, round by round."""
+  ours = PROGRAMS[program].ours
+  if program == ours:
+    return "1"
+  speeds = (by_round(results, setting, each, kind) for each in (ours, program))
+  return spread(ratios(*speeds), ".2f")
+
+
+def tables(results: Results) -> dict[str, str]:
+  """Makes Markdown tables, by the name of their markers."""
+  return {
+    "setting": _setting(results),
+    "training": _speeds(results, "train", flops.training),
+    "inference": _speeds(results, "infer", flops.inference),
+    "pipeline": _pipeline(results),
+    "programs": _programs(results),
+  }
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+  titles = list(titles)
+  lines = [titles, ["---"] * len(titles), *rows]
+  return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _speeds(
+  results: Results, kind: str, operations: Callable[[int], int]
+) -> str:
+  rows = []
   for setting in settings(results):
+    depth, batch_size = setting
     for program in programs(results):
-      cells = [*map(str, setting), _TITLES[program]]
-      for value, form in columns.values():
-        measured = by_round(results, setting, program, value)
-        if form is not None:
-          cells.append(spread(list(measured.values()), form))
-        elif program == "ours":
-          cells.append("1")
-        else:
-          ours = by_round(results, setting, "ours", value)
-          cells.append(spread(ratios(ours, measured), ".2f"))
-      lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+      steps = by_round(results, setting, program, kind).values()
+      if steps:
+        speeds = [batch_size * each for each in steps]
+        gflops = [each * operations(depth) / 1e9 for each in speeds]
+        rows.append(
+          [
+            *(*setting, PROGRAMS[program].title, spread(speeds, ".0f")),
+            compared(results, setting, program, kind),
+            spread(gflops, ".0f"),
+          ]
+        )
+  titles = ("depth", "batch", "program", "images/s", "ours ÷ it", "GFLOP/s")
+  return _table(titles, rows)
 
 
-def _versions(results: Results) -> str:
-  last = {m["program"]: m for m in results["measurements"]}
-  return "\n".join(
-    f"- {_TITLES[program]}: "
-    + ", ".join(
-      f"{name} {version}"
-      for name, version in last[program]["libraries"].items()
+def _pipeline(results: Results) -> str:
+  rows = []
+  for setting in settings(results):
+    real, resident = (
+      by_round(results, setting, "ours_data", kind)
+      for kind in ("train", "resident")
     )
-    + f"; Python {last[program]['python']}, {last[program]['threads']} threads"
-    for program in programs(results)
+    cost = [ratio - 1 for ratio in ratios(resident, real)]
+    speeds = (
+      spread([setting[1] * each for each in steps.values()], ".0f")
+      for steps in (real, resident)
+    )
+    rows.append([*setting, *speeds, spread(cost, ".1%")])
+  titles = ("real data, images/s", "resident batch, images/s", "cost")
+  return _table(("depth", "batch", *titles), rows)
+
+
+def _programs(results: Results) -> str:
+  rows = []
+  for found in results["programs"]:
+    cells = [found["depth"], found["batch_size"]]
+    cells.append(PROGRAMS[found["program"]].title)
+    if "left_out" in found:
+      # The record has the reason, in many words.
+      rows.append([*cells, "left out", *[""] * 5])
+      continue
+    rows.append(
+      [
+        *(*cells, f"{found['build_seconds']:.1f}"),
+        f"{found['peak_megabytes']:.0f}",
+        f"{found['huge_page_megabytes'] or 0:.0f}",
+        *(f"{found['parameters']:,}", found["threads"]),
+        ", ".join(" ".join(each) for each in found["libraries"].items()),
+      ]
+    )
+  return _table(
+    [
+      *("depth", "batch", "program", "build and first step, s"),
+      *("peak memory, MB", "in huge pages, MB", "parameters", "threads"),
+      "libraries",
+    ],
+    rows,
   )
 
 
-def pipeline_table(results: dict[str, Any]) -> str:
-  """Formats the results of `input_pipeline` as Markdown."""
-  steps, start = results["steps"], results["start"]
-  costs = [
-    resident / real - 1
-    for resident, real in zip(steps["resident"], steps["real"], strict=True)
+def _setting(results: Results) -> str:
+  """Says what was measured where."""
+  where, windows = results["environment"], results["windows"]
+  rounds = len({window["round"] for window in windows})
+  trained = [w["seconds"] for w in windows if w["kind"] == "train"]
+  waiting = max(
+    w["waiting_cpu_seconds"] / w["seconds"] for w in windows if w["steps"]
+  )
+  matmul = [
+    _MATMUL_FLOPS * w["steps"] / w["seconds"] / 1e9
+    for w in windows
+    if w["kind"] == "matmul"
   ]
-  return spread_table(
+  return "\n".join(
     [
-      ("training on real data, images/s", steps["real"], ".1f"),
-      ("one resident batch, images/s", steps["resident"], ".1f"),
-      ("cost of the input pipeline, pair by pair", costs, ".1%"),
-      *(
-        (
-          f"command to {what}, {cache} compilation cache, s",
-          [times[key] for times in start[cache]],
-          ".2f",
-        )
-        for cache in ("cold", "warm")
-        for key, what in (
-          ("compiling", "compilation"),
-          ("first_step", "first step"),
-        )
-      ),
+      f"- {results['date']}, commit {where['git_commit'][:7]}, n = {rounds}"
+      f" rounds, training windows of {min(trained):.1f} to"
+      f" {max(trained):.1f} s",
+      f"- {where['cpu_model']} ({where['cpu_generation']}),"
+      f" {results['settings']['threads']} threads, load average"
+      f" {results['load_average'][0]:.1f} before the start",
+      f"- JAX's product of two 1024x1024 matrices: {spread(matmul, '.0f')}"
+      " GFLOP/s",
+      f"- All waiting programs together used at most {waiting:.1%} of one"
+      " core in any window",
     ]
+  )
+
+
+def summary(results: Results) -> str:
+  """Makes the table in docs/results.md: ours divided by the others."""
+  depth = settings(results)[0][0]
+  of_depth = [each for each in settings(results) if each[0] == depth]
+  return _table(
+    ["program", *(f"batch {batch_size}" for _, batch_size in of_depth)],
+    (
+      [
+        PROGRAMS[program].title,
+        *(compared(results, each, program, "train") for each in of_depth),
+      ]
+      for program in programs(results)
+      if not program.startswith("ours")
+    ),
+  )
+
+
+def start_table(start: dict[str, Any]) -> str:
+  """Formats what `start.measure_start` returns as Markdown."""
+  return spread_table(
+    (
+      f"command to {what}, {cache} compilation cache, s",
+      [times[key] for times in start[cache]],
+      ".2f",
+    )
+    for cache in ("cold", "warm")
+    for key, what in (
+      ("compiling", "compilation"),
+      ("first_step", "first step"),
+    )
   )
 
 
@@ -203,78 +234,72 @@ def draw(results: Results, path: pathlib.Path) -> None:
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  groups, names = settings(results), programs(results)
-  width = 0.8 / len(names)
-  figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-  for axis, value, title in (
-    (axes[0], _train, "training"),
-    (axes[1], _inference, "inference"),
-  ):
-    for position, program in enumerate(names):
-      colour, hatch = _STYLES[program]
-      places, medians, below, above = [], [], [], []
-      for group, setting in enumerate(groups):
-        values = list(by_round(results, setting, program, value).values())
-        if not values:
+  groups = settings(results)
+  names = programs(results)[::-1]
+  figure, axes = plt.subplots(
+    *(len(groups), 2),
+    figsize=(10, 0.8 + len(groups) * (0.8 + 0.22 * len(names))),
+    layout="constrained",
+    squeeze=False,
+    sharey=True,
+  )
+  for line, (depth, batch_size) in zip(axes, groups, strict=True):
+    for axis, kind in zip(line, ("train", "infer"), strict=True):
+      for place, program in enumerate(names):
+        steps = by_round(results, (depth, batch_size), program, kind).values()
+        if not steps:
           continue
-        median = statistics.median(values)
-        places.append(group + (position - (len(names) - 1) / 2) * width)
-        medians.append(median)
-        below.append(median - min(values))
-        above.append(max(values) - median)
-      axis.bar(
-        places,
-        medians,
-        width,
-        yerr=(below, above),
-        capsize=2,
-        error_kw={"elinewidth": 1},
-        color=colour,
-        hatch=hatch,
-        edgecolor="black",
-        linewidth=0.6,
-        label=_TITLES[program],
+        speeds = [batch_size * each for each in steps]
+        median = statistics.median(speeds)
+        # Colour and hatch, so that the figure is readable in grey.
+        axis.barh(
+          place,
+          median,
+          xerr=([median - min(speeds)], [max(speeds) - median]),
+          capsize=2,
+          color="#0072b2" if program.startswith("ours") else "#e69f00",
+          hatch="//" if PROGRAMS[program].dtype == "bfloat16" else "",
+          edgecolor="black",
+          linewidth=0.6,
+        )
+      axis.set_title(
+        f"{'training' if kind == 'train' else 'inference'},"
+        f" ResNet-{depth}, batch {batch_size}"
       )
-    axis.set_xticks(
-      range(len(groups)),
-      [f"ResNet-{depth}\nbatch {batch}" for depth, batch in groups],
-    )
-    axis.set_title(title)
-    axis.set_ylabel("images per second")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-  # The number of rounds differs between settings.
-  rounds = sorted(
-    {
-      len(by_round(results, group, name, _train))
-      for group in groups
-      for name in names
-    }
-    - {0}
-  )
-  figure.suptitle(
-    "ResNet v1 on a CPU, float32, one resident batch: median and range of"
-    f" {' or '.join(map(str, rounds))} rounds"
-  )
-  handles, labels = axes[0].get_legend_handles_labels()
-  figure.legend(
-    handles, labels, loc="outside lower center", ncols=len(names), fontsize=9
-  )
-  figure.savefig(path, dpi=150)
+      axis.grid(axis="x", alpha=0.3)
+      axis.set_axisbelow(True)
+    line[0].set_yticks(range(len(names)), [PROGRAMS[n].title for n in names])
+  for axis in axes[-1]:
+    axis.set_xlabel("images per second: median and range of the rounds")
+  figure.savefig(path, dpi=110)
   plt.close(figure)
 
 
 def write(out: pathlib.Path) -> None:
-  """Prints the tables of out/results.json and writes out/throughput.png."""
+  """Prints the tables of out/results.json and writes out/throughput.png.
+
+  Tables of the published results go into the pages, too.
+  """
   results = json.loads((out / "results.json").read_text())
-  print(tables(results))
+  print("\n\n".join(tables(results).values()))
   draw(results, out / "throughput.png")
+  if out.resolve() == PUBLISHED:
+    for page, found in pages(results).items():
+      for name, table in found.items():
+        markers.update(page, name, COMMAND, table)
+
+
+def pages(results: Results) -> dict[pathlib.Path, dict[str, str]]:
+  """Says which tables stand in which page."""
+  docs = _FOLDER.parents[1] / "docs" / "results.md"
+  shown = {"setting": _setting(results), "training": summary(results)}
+  return {_FOLDER / "README.md": tables(results), docs: shown}
 
 
 def main() -> None:
   """Makes the tables and the figure again."""
   parser = argparse.ArgumentParser(description="Remakes tables and figure.")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=pathlib.Path, default=PUBLISHED)
   write(parser.parse_args().out)
 
 

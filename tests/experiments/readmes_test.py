@@ -100,9 +100,11 @@ def stream_tables():
 
 
 def throughput():
-  compared = report.tables(read("throughput/frameworks/results.json"))
-  pipeline = report.pipeline_table(read("throughput/batch32.json"))
-  return [*compared.splitlines(), *pipeline.splitlines()]
+  start = report.start_table(read("throughput/start.json")["start"])
+  yield from start.splitlines()
+  for path in FOLDER.glob("throughput/comparison/results.json"):
+    for table in report.tables(json.loads(path.read_text())).values():
+      yield from table.splitlines()
 
 
 TABLES = {

@@ -1,6 +1,9 @@
 import functools
 import json
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -11,28 +14,46 @@ from experiments.throughput import (
   __main__ as benchmark,
   environments,
   flops,
+  processes,
   report,
 )
+from experiments.throughput.programs import PROGRAMS
 from experiments.throughput.workers import measure, ours, plain
+from experiments.tools import markers
 from resnet_flax.run import errors
 
 SETTING = (20, 32)
+# Trainable ones, of Keras's own ResNet v1.
+PARAMETERS = {8: 78_186, 20: 273_066}
+PEERS = pathlib.Path(
+  os.environ.get("RESNET_FLAX_PEERS") or environments.DEFAULT
+)
 
 
-def measurement(round_number, program, train, **changes):
+def window(round_number, program, speed, kind="train"):
   return {
     "round": round_number,
     "program": program,
     "depth": SETTING[0],
     "batch_size": SETTING[1],
-    "train_images_per_second": train,
-    "inference_images_per_second": 4 * train,
-    "matmul_gflops": 200.0,
-    "compile_seconds": 5.0,
+    "kind": kind,
+    "steps": 10,
+    "seconds": 10 * SETTING[1] / speed,
+    "waiting_cpu_seconds": 0.0,
+  }
+
+
+def about(program, **changes):
+  return {
+    "program": program,
+    "depth": SETTING[0],
+    "batch_size": SETTING[1],
+    "build_seconds": 5.0,
     "peak_megabytes": 700.0,
-    "libraries": {"some": "1.0"},
-    "python": "3.11.7",
+    "huge_page_megabytes": 100.0,
+    "parameters": PARAMETERS[20],
     "threads": 2,
+    "libraries": {"some": "1.0"},
     **changes,
   }
 
@@ -41,21 +62,32 @@ def measurement(round_number, program, train, **changes):
 def results():
   """Three rounds of ours, two of a peer; the last round was interrupted."""
   return {
-    "settings": {"rounds": 3, "seconds": 1.0},
-    "measurements": [
-      measurement(0, "ours", 100.0),
-      measurement(0, "keras", 200.0),
-      measurement(1, "keras", 80.0),
-      measurement(1, "ours", 120.0),
-      measurement(2, "ours", 400.0),
+    "date": "2026-12-01",
+    "settings": {"rounds": 3, "seconds": 1.0, "threads": 2},
+    "environment": {
+      "git_commit": "0123456789",
+      "cpu_model": "a CPU",
+      "cpu_generation": "stepping 1",
+    },
+    "load_average": [0.1, 0.1, 0.1],
+    "programs": [
+      about("ours"),
+      about("keras"),
+      {
+        **{"program": "torch_compiled", "depth": 20, "batch_size": 32},
+        "left_out": "it failed\nno compiler",
+      },
+    ],
+    "windows": [
+      window(0, "ours", 100.0),
+      window(0, "ours", 1000.0, "infer"),
+      window(0, "keras", 200.0),
+      window(0, "keras", 500.0, "infer"),
+      window(1, "keras", 80.0),
+      window(1, "ours", 120.0),
+      window(2, "ours", 400.0),
     ],
   }
-
-
-def training_speeds(results, program):
-  return report.by_round(
-    results, SETTING, program, lambda m: m["train_images_per_second"]
-  )
 
 
 def test_flops_of_resnet20_by_hand():
@@ -87,7 +119,7 @@ def test_flops_agree_with_the_networks_own_program():
 
 def our_model():
   # Every one of the tests' devices needs an image.
-  task = measure.Task(20, batch_size=jax.device_count(), seconds=0.0)
+  task = measure.Task(20, batch_size=jax.device_count())
   return ours.build_experiment(task)[1].model
 
 
@@ -104,10 +136,11 @@ def multiply_adds(jaxpr):
 
 
 def test_ratios_pair_what_was_measured_in_one_round(results):
-  pairs = report.ratios(
-    training_speeds(results, "ours"), training_speeds(results, "keras")
+  speeds = (
+    report.by_round(results, SETTING, program, "train")
+    for program in ("ours", "keras")
   )
-  assert pairs == [0.5, 1.5]
+  assert report.ratios(*speeds) == pytest.approx([0.5, 1.5])
 
 
 def test_spread_is_median_least_and_most():
@@ -116,23 +149,67 @@ def test_spread_is_median_least_and_most():
 
 
 def test_tables_show_what_was_measured(results):
-  text = report.tables(results)
+  tables = report.tables(results)
   gflops = 120 * flops.training(20) / 1e9
-  assert f"| 20 | 32 | resnet_flax | 120 (100–400) | 1 | {gflops:.0f} " in text
-  assert "| 20 | 32 | Keras (TensorFlow) | 140 (80–200) | 1.00 (0.50" in text
-  assert "PyTorch" not in text
+  rows = tables["training"].splitlines()
+  assert (
+    f"| 20 | 32 | resnet_flax | 120 (100–400) | 1 | {gflops:.0f} " in rows[2]
+  )
+  assert "| 20 | 32 | Keras (TensorFlow) | 140 (80–200) | 1.00 (0.50" in rows[3]
+  assert "| 500 (500–500) | 2.00 (2.00–2.00) |" in tables["inference"]
+  assert "| PyTorch, compiled | left out |" + 5 * "  |" in tables["programs"]
+  assert "n = 3 rounds" in tables["setting"]
+  assert "PyTorch" not in "\n".join(rows)
+
+
+def test_bfloat16_is_compared_with_our_bfloat16(results):
+  results["windows"] = [
+    window(0, "ours", 100.0),
+    window(0, "ours_bfloat16", 300.0),
+    window(0, "torch_bfloat16", 150.0),
+  ]
+  ratio = report.compared(results, SETTING, "torch_bfloat16", "train")
+  assert ratio == "2.00 (2.00–2.00)"
+
+
+def test_pipeline_costs_what_real_data_take_longer(results):
+  results["windows"] = [
+    window(0, "ours_data", 100.0),
+    window(0, "ours_data", 105.0, "resident"),
+  ]
+  assert "| 5.0% (5.0%–5.0%) |" in report.tables(results)["pipeline"]
 
 
 def test_tables_of_a_run_that_broke_off_early(results):
-  results["measurements"][1:] = [measurement(0, "torch", 300.0, batch_size=128)]
-  assert "| 20 | 128 | resnet_flax | – |" in report.tables(results)
+  del results["windows"][1:]
+  assert report.tables(results)["training"].count("\n") == 2
+  results["windows"] = [window(0, "torch", 300.0)]
+  assert "| PyTorch | 300 (300–300) | – |" in report.tables(results)["training"]
 
 
 def test_report_is_remade_from_the_raw_figures(results, tmp_path, capsys):
   (tmp_path / "results.json").write_text(json.dumps(results))
   report.write(tmp_path)
   assert (tmp_path / "throughput.png").stat().st_size > 10_000
-  assert capsys.readouterr().out == report.tables(results) + "\n"
+  tables = report.tables(results).values()
+  assert capsys.readouterr().out == "\n\n".join(tables) + "\n"
+
+
+def test_the_pages_have_places_for_all_tables(results):
+  for page, tables in report.pages(results).items():
+    for name, table in tables.items():
+      markers.replace(page.read_text(), name, report.COMMAND, table)
+
+
+@pytest.mark.skipif(
+  not (report.PUBLISHED / "results.json").exists(), reason="not measured yet"
+)
+def test_the_pages_show_the_published_results():
+  results = json.loads((report.PUBLISHED / "results.json").read_text())
+  for page, tables in report.pages(results).items():
+    text = page.read_text()
+    for name, table in tables.items():
+      assert markers.replace(text, name, report.COMMAND, table) == text
 
 
 def test_missing_environment_says_how_to_make_it(tmp_path):
@@ -150,7 +227,7 @@ def test_ours_and_plain_need_no_other_environment(tmp_path):
 def test_environments_have_requirements():
   folder = environments.ROOT / "experiments" / "throughput" / "requirements"
   assert {path.stem for path in folder.iterdir()} == set(environments.PEERS)
-  peers = {peer for _, peer in benchmark.PROGRAMS.values() if peer}
+  peers = {program.peer for program in PROGRAMS.values() if program.peer}
   assert peers == set(environments.PEERS)
 
 
@@ -171,67 +248,126 @@ def test_unusable_flags_are_refused(flag, capsys):
   assert flag.partition("=")[0] in capsys.readouterr().err
 
 
-def test_interrupted_benchmark_keeps_what_it_has(tmp_path, monkeypatch):
-  calls = []
+def test_only_the_results_may_differ_from_the_commit(tmp_path):
+  with pytest.raises(errors.UserError, match="must be a git checkout"):
+    benchmark.check_clean(tmp_path, tmp_path)
+  subprocess.run(["git", "init", "-q", tmp_path], check=True)
+  out = tmp_path / "results"
+  out.mkdir()
+  (out / "results.json").touch()
+  benchmark.check_clean(tmp_path, out)
+  (tmp_path / "code.py").touch()
+  with pytest.raises(errors.UserError, match=r"\(\?\? code\.py\)"):
+    benchmark.check_clean(tmp_path, out)
 
-  def fake_measure(command, settings):
-    calls.append((command[-1].rpartition(".")[2], settings["depth"]))
-    if len(calls) == 3:
-      raise KeyboardInterrupt
-    return {"train_images_per_second": 1.0}
 
-  monkeypatch.setattr(benchmark, "_measure", fake_measure)
-  flags = benchmark.parse(
-    [f"--out={tmp_path}", "--programs=ours,plain", "--batch_sizes=8"]
-  )
-  with pytest.raises(KeyboardInterrupt):
+# Answers as a worker does, without a framework.
+FAKE = """
+import json, sys
+print(json.dumps({"kinds": ["train", "infer"]}), flush=True)
+for line in sys.stdin:
+  kind, seconds = line.split()
+  if kind == sys.argv[1]:
+    raise SystemExit("no more")
+  answer = {"kind": kind, "steps": 3, "seconds": float(seconds)}
+  print(json.dumps(answer), flush=True)
+"""
+
+
+def fake(dies_at=""):
+  return [sys.executable, "-c", FAKE, dies_at]
+
+
+def run_fakes(tmp_path, monkeypatch, **workers):
+  """Runs a benchmark of three rounds; returns its results."""
+  monkeypatch.setattr(benchmark, "commands", lambda *_: workers)
+  monkeypatch.setattr(benchmark, "check_clean", lambda *_: None)
+  arguments = ["--rounds=3", "--seconds=8", "--batch_sizes=8"]
+  flags = benchmark.parse([f"--out={tmp_path}", *arguments])
+  try:
     benchmark.benchmark(flags)
-  assert calls == [("ours", 20), ("plain", 20), ("ours", 56)]
-  kept = json.loads((tmp_path / "results.json").read_text())
-  assert [m["program"] for m in kept["measurements"]] == ["ours", "plain"]
+  finally:
+    results = json.loads((tmp_path / "results.json").read_text())
+  return results
 
 
-def test_order_alternates_from_round_to_round(tmp_path, monkeypatch):
-  order = []
+def test_programs_take_turns_in_alternating_order(tmp_path, monkeypatch):
+  results = run_fakes(tmp_path, monkeypatch, ours=fake(), plain=fake())
+  windows = results["windows"]
+  order = [w["program"] for w in windows if w["kind"] == "train"]
+  assert order == ["ours", "plain", "plain", "ours", "ours", "plain"]
+  assert {(w["kind"], w["seconds"]) for w in windows} == {
+    ("train", 8.0),
+    ("infer", 4.0),
+  }
+  # Blocked processes wait for nothing.
+  assert max(w["waiting_cpu_seconds"] for w in windows) < 0.5
 
-  def fake_measure(command, settings):
-    del settings
-    order.append(command[-1].rpartition(".")[2])
-    return {"train_images_per_second": 1.0}
 
-  monkeypatch.setattr(benchmark, "_measure", fake_measure)
-  arguments = ["--programs=ours,plain", "--depths=8", "--batch_sizes=8"]
-  benchmark.benchmark(
-    benchmark.parse([f"--out={tmp_path}", "--rounds=2", *arguments])
+def test_a_benchmark_that_breaks_off_keeps_its_windows(tmp_path, monkeypatch):
+  with pytest.raises(errors.UserError, match="no more"):
+    run_fakes(tmp_path, monkeypatch, ours=fake(), plain=fake("infer"))
+  windows = json.loads((tmp_path / "results.json").read_text())["windows"]
+  assert [(w["program"], w["kind"]) for w in windows] == [
+    ("ours", "train"),
+    ("ours", "infer"),
+    ("plain", "train"),
+  ]
+
+
+def test_a_program_that_cannot_be_built_is_left_out(
+  tmp_path, monkeypatch, capsys
+):
+  broken = [sys.executable, "-c", "raise SystemExit('no compiler')"]
+  results = run_fakes(tmp_path, monkeypatch, ours=fake(), torch=broken)
+  assert "no compiler" in results["programs"][1]["left_out"]
+  assert "torch is left out" in capsys.readouterr().err
+  assert {w["program"] for w in results["windows"]} == {"ours"}
+
+
+def test_our_workers_have_the_same_network_and_batch():
+  # Every one of the tests' devices needs an image.
+  task = measure.Task(depth=8, batch_size=jax.device_count())
+  facts = []
+  for program in (ours.Program(task), plain.Program(task)):
+    requests = ["train 0", "infer 0"]
+    found, *windows = measure.answers(program, requests, warm_up=0)
+    assert [w["kind"] for w in windows] == ["train", "infer"]
+    assert all(w["steps"] == 3 and w["seconds"] > 0 for w in windows)
+    facts.append((found["parameters"], found["batch"]))
+  assert facts == [(PARAMETERS[8], measure.digest(*task.batch()))] * 2
+
+
+@pytest.mark.skipif(
+  not all(
+    (PEERS / name / "bin" / "python").is_file() for name in environments.PEERS
+  ),
+  reason=f"{PEERS} has no environments of Keras and PyTorch; see"
+  " experiments/throughput/environments.py and RESNET_FLAX_PEERS",
+)
+def test_all_programs_have_the_same_network_and_batch(monkeypatch):
+  # Workers have one device, as in the benchmark, and JAX's own compiler.
+  monkeypatch.delenv("XLA_FLAGS")
+  # One of each framework; the others differ in dtype or compilation.
+  names = ("ours", "plain", "keras", "torch")
+  workers = benchmark.commands(names, PEERS)
+  found = []
+  setting = {"depth": 8, "batch_size": 8}
+  with processes.started(workers, setting, 2, found) as built:
+    assert list(built) == list(names), found
+    for worker in built.values():
+      assert worker.ask("train 0")["steps"] == 3
+  images, labels = measure.Task(**setting).batch()
+  for each in found:
+    assert each["parameters"] == PARAMETERS[8]
+    assert each["batch"] == measure.digest(images, labels)
+    assert each["threads"] == 2
+
+
+def test_a_batch_is_known_in_any_order():
+  images, labels = measure.Task(batch_size=4).batch()
+  assert measure.digest(images, labels) == measure.digest(
+    images[::-1].astype(float), labels[::-1]
   )
-  assert order == ["ours", "plain", "plain", "ours"]
-
-
-def test_worker_that_fails_is_an_error_with_its_words():
-  with pytest.raises(errors.UserError, match="no module named"):
-    benchmark._measure(
-      [sys.executable, "-c", "raise SystemExit('no module named')"],
-      {"depth": 8},
-    )
-
-
-def test_ours_and_plain_are_the_same_network():
-  for model in (our_model(), plain.ResNet(blocks=3)):
-    shapes = jax.eval_shape(
-      lambda model=model: model.init(
-        jax.random.key(0),
-        jax.numpy.zeros((1, *measure.IMAGE_SHAPE)),
-        train=False,
-      )
-    )
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    assert count == 274_442
-
-
-def test_the_batch_is_the_same_for_all():
-  task = measure.Task(depth=8, batch_size=4, seconds=0.0)
-  pixels, labels = task.batch()
-  assert (pixels, labels) == task.batch()
-  assert len(pixels) == 4 * 32 * 32 * 3
-  assert len(labels) == 4
-  assert max(labels) < measure.NUM_CLASSES
+  others = (labels + 1) % measure.NUM_CLASSES
+  assert measure.digest(images, labels) != measure.digest(images, others)

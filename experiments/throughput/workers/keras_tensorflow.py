@@ -1,5 +1,7 @@
 """The Keras CIFAR-10 example's network, trained by `fit` on TensorFlow."""
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -37,7 +39,10 @@ def create_model(blocks: int):
       x = layers.Activation("relu")(layers.add([x, y]))
   x = layers.Flatten()(layers.AveragePooling2D(8)(x))
   outputs = layers.Dense(
-    measure.NUM_CLASSES, activation="softmax", kernel_initializer="he_normal"
+    measure.NUM_CLASSES,
+    activation="softmax",
+    kernel_initializer="he_normal",
+    dtype="float32",  # Of the softmax, also in mixed precision.
   )(x)
   return keras.Model(inputs, outputs)
 
@@ -45,62 +50,58 @@ def create_model(blocks: int):
 class Program:
   """Trains and predicts on one batch that stays in memory."""
 
+  libraries = ("keras", "tensorflow-cpu", "numpy")
+
   def __init__(self, task: measure.Task):
-    self._blocks = task.blocks
-    pixels, labels = task.batch()
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, *measure.IMAGE_SHAPE)
+    if keras.backend.backend() != "tensorflow":
+      raise RuntimeError("KERAS_BACKEND must be tensorflow")
+    # Before TensorFlow makes its threads.
+    tf.config.threading.set_intra_op_parallelism_threads(task.threads)
+    if task.dtype == "bfloat16":
+      keras.config.set_dtype_policy("mixed_bfloat16")
+    self._task = task
+    images, labels = task.batch()
     self._images = tf.constant(images.astype(np.float32) / 255)
-    self._labels = tf.constant(np.frombuffer(labels, np.uint8), tf.int32)
+    self._labels = tf.constant(labels)
 
   def build(self):
     """Builds and compiles the network as the example does."""
-    self._model = create_model(self._blocks)
+    compiled = self._task.mode == "compiled"
+    self._model = create_model(self._task.blocks)
     self._model.compile(
       loss="sparse_categorical_crossentropy",
       optimizer=keras.optimizers.Adam(1e-3),
       metrics=["accuracy"],
+      jit_compile=True if compiled else "auto",
     )
     batch = tf.data.Dataset.from_tensors((self._images, self._labels))
+    logits = tf.function(
+      lambda x: self._model(x, training=False), jit_compile=compiled
+    )
 
     def train(steps: int) -> float:
       history = self._model.fit(batch.repeat(steps), verbose=0)
       return history.history["loss"][-1]
 
-    return train
-
-  def build_inference(self):
-    """Traces the network as one graph."""
-    predict_batch = tf.function(lambda x: self._model(x, training=False))
-
-    def predict(steps: int) -> None:
+    def infer(steps: int) -> None:
       for _ in range(steps):
-        result = predict_batch(self._images)
+        result = logits(self._images)
       result.numpy()
 
-    return predict
+    return {"train": train, "infer": infer}
 
-
-def matmul(steps: int) -> None:
-  """Multiplies two matrices `steps` times."""
-  a = tf.ones((measure.MATMUL_SIZE, measure.MATMUL_SIZE), tf.float32)
-  for _ in range(steps):
-    product = tf.linalg.matmul(a, a)
-  product.numpy()
-
-
-def main() -> None:
-  """Measures the task of the command line."""
-  if keras.backend.backend() != "tensorflow":
-    raise RuntimeError("KERAS_BACKEND must be tensorflow")
-  measure.run(
-    Program,
-    matmul=matmul,
-    libraries=("keras", "tensorflow-cpu", "numpy"),
-    # 0 means one thread per CPU.
-    threads=tf.config.threading.get_intra_op_parallelism_threads()
-    or measure.num_cpus(),
-  )
+  def facts(self):
+    """Says what TensorFlow has."""
+    pixels = np.rint(self._images.numpy() * 255)
+    return {
+      "parameters": sum(
+        math.prod(each.shape) for each in self._model.trainable_weights
+      ),
+      "batch": measure.digest(pixels, self._labels.numpy()),
+      "threads": tf.config.threading.get_intra_op_parallelism_threads(),
+      "jit_compile": self._model.jit_compile,
+    }
 
 
 if __name__ == "__main__":
-  main()
+  measure.serve(Program)

@@ -1,186 +1,192 @@
-"""Code of all workers; standard library only, as their environments differ."""
+"""Code of all workers; needs only NumPy, as their environments differ.
+
+A worker builds its program, warms it up and prints one line of JSON about it.
+Then it waits. For each line of its input, such as "train 8", it measures a
+window of about so many seconds and prints a line of JSON.
+"""
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import platform
-import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 NUM_CLASSES = 10
 IMAGE_SHAPE = (32, 32, 3)
 MATMUL_SIZE = 1024
-_MATMUL_SECONDS = 1.0
 _MIN_STEPS = 3
-# Warm-up time as a fraction of the measured time.
-_WARM_UP = 1 / 3
+# Allocators need some time to settle; this also gives a first speed.
+_WARM_UP_SECONDS = 2.0
+# A window is shorter than asked for only if it is so much faster than all
+# before it.
+_MARGIN = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A measurement's settings.
+  """What a worker measures.
 
   Attributes:
     depth: depth of the ResNet v1, 6n+2.
     batch_size: images per step.
-    seconds: about how long training and inference are measured, each.
+    threads: number of threads that the framework shall use.
+    dtype: "float32" or "bfloat16".
+    mode: a program's `mode`.
   """
 
-  depth: int
-  batch_size: int
-  seconds: float
+  depth: int = 20
+  batch_size: int = 32
+  threads: int = 1
+  dtype: str = "float32"
+  mode: str = "usual"
 
   @property
   def blocks(self) -> int:
     """Residual blocks of each of the three stages."""
     return (self.depth - 2) // 6
 
-  def batch(self) -> tuple[bytes, bytes]:
-    """Makes the batch, which is the same in every program.
+  def batch(self) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the batch, which is the same in every program.
 
     Returns:
-      The pixels of uint8[B, 32, 32, 3] noise, and uint8[B] labels below 10.
+      uint8[B, 32, 32, 3] noise and int32[B] labels.
     """
-    rng = random.Random(0)
-    pixels = rng.randbytes(self.batch_size * math.prod(IMAGE_SHAPE))
-    labels = [rng.randrange(NUM_CLASSES) for _ in range(self.batch_size)]
-    return pixels, bytes(labels)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (self.batch_size, *IMAGE_SHAPE), np.uint8)
+    return images, rng.integers(0, NUM_CLASSES, self.batch_size, np.int32)
 
 
-def task_from_arguments() -> Task:
-  """Parses the command line of a worker."""
-  parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-  parser.add_argument("--depth", type=int, default=20)
-  parser.add_argument("--batch_size", type=int, default=32)
-  parser.add_argument("--seconds", type=float, default=6.0)
-  return Task(**vars(parser.parse_args()))
+def digest(images: np.ndarray, labels: np.ndarray) -> str:
+  """Identifies a batch in any order of its images.
+
+  Args:
+    images: [B, 32, 32, 3], pixels as integers of any dtype.
+    labels: [B], of any dtype.
+  """
+  rows = np.concatenate(
+    [images.reshape(len(labels), -1), labels.reshape(-1, 1)], axis=1
+  ).astype(np.uint8)
+  return hashlib.sha256(b"".join(sorted(map(bytes, rows)))).hexdigest()
 
 
 class Program(Protocol):
-  """The program that a worker measures; see `report`."""
+  """The program of a worker."""
 
-  def build(self) -> Callable[[int], float]:
-    """Builds the network and the function that trains it."""
+  @property
+  def libraries(self) -> Sequence[str]:
+    """The libraries whose versions are recorded."""
 
-  def build_inference(self) -> Callable[[int], Any]:
-    """Builds the function that predicts."""
+  def build(self) -> dict[str, Callable[[int], float | None]]:
+    """Builds the network and says what can be measured.
 
+    Returns:
+      Functions that run a number of steps and return when their results are
+      ready, "train" first. It returns a finite loss, of the last step or a
+      mean, so programs cannot be compared by it.
+    """
 
-def run(program_cls: Callable[[Task], Program], **arguments: Any) -> None:
-  """Measures the task of the command line.
-
-  Args:
-    program_cls: makes the program from its task.
-    **arguments: further arguments of `report`.
-  """
-  task = task_from_arguments()
-  program = program_cls(task)
-  report(
-    task,
-    build=program.build,
-    build_inference=program.build_inference,
-    **arguments,
-  )
+  def facts(self) -> dict[str, Any]:
+    """Says what the framework has: parameters, batch, threads."""
 
 
-def report(
-  task: Task,
-  *,
-  build: Callable[[], Callable[[int], float]],
-  build_inference: Callable[[], Callable[[int], Any]],
-  matmul: Callable[[int], Any],
-  libraries: Sequence[str],
-  threads: int,
-  **extra: Any,
-) -> None:
-  """Measures a program and prints one line of JSON.
-
-  A function that runs steps must return only when their results are ready.
-
-  Args:
-    task: the measurement's settings.
-    build: builds the network; returns a function that takes a number of
-      training steps and returns a finite loss. The loss may be the last step's
-      or a mean, so programs cannot be compared by it.
-    build_inference: called after training; returns a function that predicts
-      the batch a given number of times.
-    matmul: multiplies two float32 matrices of `MATMUL_SIZE` as many times.
-    libraries: libraries whose versions are recorded.
-    threads: number of threads that the framework uses.
-    **extra: recorded unchanged.
-  """
-  started = time.perf_counter()
-  train = build()
-  train(1)
-  compile_seconds = time.perf_counter() - started
-  loss = 0.0
-
-  def train_and_keep_loss(steps: int) -> None:
-    nonlocal loss
-    loss = train(steps)
-
-  training = task.batch_size * _per_second(train_and_keep_loss, task.seconds)
-  if not math.isfinite(loss):
-    raise ArithmeticError(f"The loss must be finite, not {loss}.")
-  peak = _peak_megabytes()
-  predict = build_inference()
-  inference = task.batch_size * _per_second(predict, task.seconds)
-  matmuls = _per_second(matmul, _MATMUL_SECONDS)
-  print(
-    json.dumps(
-      {
-        "compile_seconds": compile_seconds,
-        "train_images_per_second": training,
-        "inference_images_per_second": inference,
-        "matmul_gflops": matmuls * 2 * MATMUL_SIZE**3 / 1e9,
-        "peak_megabytes": peak,
-        "loss": loss,
-        "python": platform.python_version(),
-        "libraries": {
-          name: importlib.metadata.version(name) for name in libraries
-        },
-        "threads": threads,
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-        **extra,
-      }
+def serve(program_cls: Callable[[Task], Program]) -> None:
+  """Measures the task of the command line, as often as asked."""
+  parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+  for field in dataclasses.fields(Task):
+    parser.add_argument(
+      f"--{field.name}", type=type(field.default), default=field.default
     )
-  )
+  task = Task(**vars(parser.parse_args()))
+  # Whatever libraries print is no answer.
+  output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+  for answer in answers(program_cls(task), sys.stdin):
+    print(json.dumps(answer), file=output, flush=True)
 
 
-def num_cpus() -> int:
-  """Counts the CPUs that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+def answers(
+  program: Program, requests: Iterable[str], warm_up: float = _WARM_UP_SECONDS
+) -> Iterator[dict[str, Any]]:
+  """Builds a program, then measures windows.
 
+  Args:
+    program: the program.
+    requests: lines such as "train 8".
+    warm_up: seconds of the warm-up of each kind of window.
 
-def _per_second(run: Callable[[int], Any], seconds: float) -> float:
-  """Measures steps per second of `run(steps)`, after a warm-up."""
-  run(_MIN_STEPS)
-  # The number of steps is fixed beforehand. Waiting for each step's result to
-  # read the clock would slow down programs that work ahead.
-  per_second = _MIN_STEPS / _seconds(run, _MIN_STEPS)
-  # Allocators need some time to settle; this also improves the estimate.
-  steps = max(_MIN_STEPS, math.ceil(_WARM_UP * seconds * per_second))
-  per_second = steps / _seconds(run, steps)
-  steps = max(_MIN_STEPS, math.ceil(seconds * per_second))
-  return steps / _seconds(run, steps)
-
-
-def _seconds(run: Callable[[int], Any], steps: int) -> float:
+  Yields:
+    What is known of the program, then one answer to each request.
+  """
   started = time.perf_counter()
-  run(steps)
-  return time.perf_counter() - started
+  functions = program.build()
+  functions["train"](1)
+  build_seconds = time.perf_counter() - started
+  fastest: dict[str, float] = dict.fromkeys(functions, 0.0)
+
+  def window(kind: str, seconds: float) -> dict[str, Any]:
+    run = functions[kind]
+    # The processor's caches hold another program's data.
+    run(_MIN_STEPS)
+    # The number of steps is fixed beforehand. Waiting for each step's result to
+    # read the clock would slow down programs that work ahead.
+    steps = max(_MIN_STEPS, math.ceil(_MARGIN * seconds * fastest[kind]))
+    started, used = time.perf_counter(), time.process_time()
+    loss = run(steps)
+    seconds = time.perf_counter() - started
+    fastest[kind] = max(fastest[kind], steps / seconds)
+    if loss is not None and not math.isfinite(loss):
+      raise ArithmeticError(f"The loss must be finite, not {loss}.")
+    return {
+      "steps": steps,
+      "seconds": seconds,
+      "cpu_seconds": time.process_time() - used,
+      **({} if loss is None else {"loss": loss}),
+    }
+
+  peak = {}
+  for kind in functions:
+    window(kind, 0)
+    window(kind, warm_up)
+    peak[kind] = _peak_megabytes()
+  yield {
+    "kinds": list(functions),
+    "build_seconds": build_seconds,
+    "peak_megabytes": peak["train"],
+    "huge_page_megabytes": _huge_page_megabytes(),
+    "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    "python": platform.python_version(),
+    "libraries": {
+      name: importlib.metadata.version(name) for name in program.libraries
+    },
+    **program.facts(),
+  }
+  for request in requests:
+    kind, seconds = request.split()
+    yield {"kind": kind, **window(kind, float(seconds))}
 
 
 def _peak_megabytes() -> float:
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   # Bytes on macOS, KiB elsewhere.
   return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _huge_page_megabytes() -> float | None:
+  """The memory of this process in huge pages; None where it is not known."""
+  try:
+    lines = pathlib.Path("/proc/self/smaps_rollup").read_text().splitlines()
+  except OSError:
+    return None
+  (line,) = (line for line in lines if line.startswith("AnonHugePages:"))
+  return int(line.split()[1]) * 1024 / 1e6

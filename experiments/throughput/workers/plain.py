@@ -1,6 +1,8 @@
 """The recipe's network and training step in stock Flax and Optax."""
 
 import functools
+import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +12,7 @@ import optax
 
 from experiments.throughput.workers import measure
 
+_THREADS = pathlib.Path("/proc/self/task")
 _conv = functools.partial(nn.Conv, kernel_init=nn.initializers.he_normal())
 
 
@@ -76,11 +79,12 @@ def loss_fn(params, batch_stats, model, images, labels):
 class Program:
   """Trains and predicts on one batch that stays on the device."""
 
+  libraries = ("jax", "jaxlib", "flax", "optax", "numpy")
+
   def __init__(self, task: measure.Task):
-    pixels, labels = task.batch()
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, *measure.IMAGE_SHAPE)
+    images, labels = task.batch()
     self._images = jnp.asarray(images, jnp.float32) / 255
-    self._labels = jnp.asarray(np.frombuffer(labels, np.uint8), jnp.int32)
+    self._labels = jnp.asarray(labels)
     self._model = ResNet(task.blocks)
 
   def build(self):
@@ -106,6 +110,11 @@ class Program:
       accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
       return (params, batch_stats, opt_state), loss, accuracy
 
+    @jax.jit
+    def logits(params, batch_stats, images):
+      variables = {"params": params, "batch_stats": batch_stats}
+      return self._model.apply(variables, images, train=False)
+
     def train(steps: int) -> float:
       for _ in range(steps):
         self._state, loss, accuracy = train_step(
@@ -114,27 +123,33 @@ class Program:
       jax.block_until_ready((self._state, loss, accuracy))
       return float(loss)
 
-    return train
-
-  def build_inference(self):
-    """Jits the network with its running statistics."""
-    params, batch_stats, _ = self._state
-
-    @jax.jit
-    def logits(params, batch_stats, images):
-      variables = {"params": params, "batch_stats": batch_stats}
-      return self._model.apply(variables, images, train=False)
-
-    def predict(steps: int) -> None:
+    def infer(steps: int) -> None:
+      params, batch_stats, _ = self._state
       for _ in range(steps):
         result = logits(params, batch_stats, self._images)
       jax.block_until_ready(result)
 
-    return predict
+    return {"train": train, "infer": infer}
+
+  def facts(self) -> dict[str, Any]:
+    """Says what JAX has."""
+    images = np.rint(np.asarray(self._images) * 255)
+    return facts(self._state[0], images, np.asarray(self._labels))
+
+
+def facts(params, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+  """Says what JAX has; pixels are from 0 to 255."""
+  # JAX does not tell how many threads it has, but they have names on Linux.
+  names = [p.read_text() for p in _THREADS.glob("*/comm")]
+  return {
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "batch": measure.digest(images, labels),
+    "threads": sum("XLAEigen" in name for name in names),
+  }
 
 
 def matmul(steps: int) -> None:
-  """Multiplies two matrices `steps` times."""
+  """Multiplies two float32 matrices `steps` times."""
   size = measure.MATMUL_SIZE
   a = jnp.ones((size, size), jnp.float32)
   for _ in range(steps):
@@ -142,17 +157,5 @@ def matmul(steps: int) -> None:
   jax.block_until_ready(product)
 
 
-def main() -> None:
-  """Measures the task of the command line."""
-  # The measurement includes compilation.
-  jax.config.update("jax_enable_compilation_cache", False)
-  measure.run(
-    Program,
-    matmul=matmul,
-    libraries=("jax", "jaxlib", "flax", "optax", "numpy"),
-    threads=measure.num_cpus(),
-  )
-
-
 if __name__ == "__main__":
-  main()
+  measure.serve(Program)

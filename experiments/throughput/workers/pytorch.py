@@ -1,4 +1,4 @@
-"""The recipe's network and training step in PyTorch, eager, channels last.
+"""The recipe's network and training step in PyTorch, channels last.
 
 There is one difference. A 3x3 convolution of stride 2 pads (1, 1) in PyTorch
 and (0, 1) in TensorFlow's SAME. The number of operations is the same.
@@ -65,72 +65,64 @@ def create_model(blocks: int):
 class Program:
   """Trains and predicts on one batch that stays in memory."""
 
+  libraries = ("torch", "numpy")
+
   def __init__(self, task: measure.Task):
-    self._blocks = task.blocks
-    pixels, labels = task.batch()
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, *measure.IMAGE_SHAPE)
+    torch.set_num_threads(task.threads)
+    self._task = task
+    images, labels = task.batch()
     nchw = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
     self._images = torch.from_numpy(nchw).to(memory_format=torch.channels_last)
-    self._labels = torch.from_numpy(
-      np.frombuffer(labels, np.uint8).astype(np.int64)
-    )
+    self._labels = torch.from_numpy(labels.astype(np.int64))
 
   def build(self):
-    """Builds the network and its optimizer, without compilation."""
+    """Builds the network and its optimizer."""
     torch.manual_seed(0)
-    self._model = create_model(self._blocks).to(
+    self._model = create_model(self._task.blocks).to(
       memory_format=torch.channels_last
     )
-    optimizer = torch.optim.Adam(self._model.parameters(), 1e-3, eps=1e-7)
-    kernels = [
-      module.weight
-      for module in self._model.modules()
-      if isinstance(module, nn.Conv2d)
-    ]
+    parameters = list(self._model.parameters())
+    kernels = [p for p in parameters if p.dim() == 4]
+    others = [p for p in parameters if p.dim() != 4]
+    # The gradient of 1e-4 times the squared kernels.
+    groups = [{"params": kernels, "weight_decay": 2e-4}, {"params": others}]
+    optimizer = torch.optim.Adam(groups, 1e-3, eps=1e-7, fused=True)
+    compiled = self._task.mode == "compiled"
+    model = torch.compile(self._model) if compiled else self._model
+    autocast = torch.autocast(
+      "cpu", torch.bfloat16, enabled=self._task.dtype == "bfloat16"
+    )
 
     def train(steps: int) -> float:
-      self._model.train()
+      model.train()
       for _ in range(steps):
         optimizer.zero_grad()
-        logits = self._model(self._images)
-        loss = functional.cross_entropy(logits, self._labels)
-        l2 = sum((kernel**2).sum() for kernel in kernels)
-        (loss + 1e-4 * l2).backward()
+        with autocast:
+          logits = model(self._images)
+          loss = functional.cross_entropy(logits, self._labels)
+        loss.backward()
         optimizer.step()
         accuracy = (logits.argmax(1) == self._labels).float().mean()
       accuracy.item()
       return loss.item()
 
-    return train
-
-  def build_inference(self):
-    """Puts the network into evaluation mode."""
-    self._model.eval()
-
-    def predict(steps: int) -> None:
-      with torch.inference_mode():
+    def infer(steps: int) -> None:
+      model.eval()
+      with torch.inference_mode(), autocast:
         for _ in range(steps):
-          self._model(self._images)
+          model(self._images)
 
-    return predict
+    return {"train": train, "infer": infer}
 
-
-def matmul(steps: int) -> None:
-  """Multiplies two matrices `steps` times."""
-  a = torch.ones(measure.MATMUL_SIZE, measure.MATMUL_SIZE)
-  for _ in range(steps):
-    torch.matmul(a, a)
-
-
-def main() -> None:
-  """Measures the task of the command line."""
-  measure.run(
-    Program,
-    matmul=matmul,
-    libraries=("torch", "numpy"),
-    threads=torch.get_num_threads(),
-  )
+  def facts(self):
+    """Says what PyTorch has."""
+    pixels = (self._images.permute(0, 2, 3, 1) * 255).round()
+    return {
+      "parameters": sum(p.numel() for p in self._model.parameters()),
+      "batch": measure.digest(pixels.numpy(), self._labels.numpy()),
+      "threads": torch.get_num_threads(),
+    }
 
 
 if __name__ == "__main__":
-  main()
+  measure.serve(Program)

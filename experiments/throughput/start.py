@@ -1,16 +1,13 @@
-"""Measures the input pipeline and the start of a run.
+"""Measures how long a run takes from its command to its first step.
 
-  python -m experiments.throughput.input_pipeline --config=configs/v1_depth20.py
-    [--rounds=5] [--steps=60] [--out=results.json] [--config.batch_size=128]
+  python -m experiments.throughput.start --config=configs/v1_depth20.py
+    [--rounds=5] [--out=results.json] [--config.batch_size=128]
 
-One run measures all settings in turn, for several rounds. It compares training
-on the real data with the same compiled step on one resident batch. Then it
-times a command up to its first step, with an empty and with a filled
-compilation cache. The cache keeps no program with oneDNN's convolution
-(models/kernels/onednn.py). Nothing else should run meanwhile.
+The command is started with an empty and with a filled compilation cache. The
+cache keeps no program with oneDNN's convolution (models/kernels/onednn.py).
+Nothing else should run meanwhile.
 """
 
-import itertools
 import os
 import pathlib
 import subprocess
@@ -21,10 +18,8 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from experiments.throughput import report
-from experiments.tools.timing import in_turn, prepare_on_data
 from resnet_flax.run import (
   command_line,
   environment,
@@ -33,38 +28,8 @@ from resnet_flax.run import (
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.")
-_STEPS = flags.DEFINE_integer("steps", 60, "Training steps per round.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Starts with a filled cache.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
-
-
-def measure_steps(
-  config: ConfigDict, rounds: int, steps: int
-) -> dict[str, list[float]]:
-  """Measures images/s of training on real data and on one batch, in turn.
-
-  Args:
-    config: the experiment.
-    rounds: measurements of each, after a warm-up round.
-    steps: training steps of one measurement.
-
-  Returns:
-    Images/s of each round: `real` (the data set) and `resident` (the same
-    compiled step on one batch that stays on the devices).
-  """
-  resident, batches_from = prepare_on_data(config)
-  sources = {
-    "real": lambda epoch: itertools.islice(batches_from(epoch), steps),
-    "resident": lambda _: itertools.repeat(resident.batch, steps),
-  }
-  speeds: dict[str, list[float]] = {name: [] for name in sources}
-  for round_number, name in in_turn(sources, rounds):
-    started = time.perf_counter()
-    resident.train(sources[name](round_number))
-    seconds = time.perf_counter() - started
-    if round_number:
-      speeds[name].append(steps * config.batch_size / seconds)
-  return speeds
 
 
 def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
@@ -116,19 +81,18 @@ def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
   surroundings.set_up()
-  config, _ = command_line.config_and_workdir()
+  command_line.config_and_workdir()
   arguments = [
     argument
     for argument in sys.argv[1:]
-    if not argument.startswith(("--rounds", "--steps", "--out"))
+    if not argument.startswith(("--rounds", "--out"))
   ]
-  results = {
+  results: dict[str, Any] = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),
-    "steps": measure_steps(config, _ROUNDS.value, _STEPS.value),
     "start": measure_start(arguments, _ROUNDS.value),
   }
-  print(report.pipeline_table(results))
+  print(report.start_table(results["start"]))
   if _OUT.value:
     files_lib.write_json(pathlib.Path(_OUT.value), results)
 

@@ -1,0 +1,132 @@
+"""The processes of the programs, which measure on request."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.throughput import environments
+from resnet_flax.run import errors
+
+
+class Worker(contextlib.AbstractContextManager):
+  """A program's process, which measures on request."""
+
+  def __init__(
+    self, command: list[str], environ: dict[str, str], messages: pathlib.Path
+  ) -> None:
+    """Starts the worker and waits until it is built.
+
+    Raises:
+      UserError: the worker fails.
+    """
+    self._command = command
+    self._messages = messages
+    with messages.open("w") as stderr:
+      self._process = subprocess.Popen(
+        command,
+        cwd=environments.ROOT,
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+      )
+    self.facts = self._answer()
+
+  def __exit__(self, *exception: object) -> None:
+    self._process.kill()
+    with self._process:  # Waits, and closes its streams.
+      pass
+
+  def ask(self, request: str) -> dict[str, Any]:
+    """Measures a window.
+
+    Args:
+      request: kind and seconds.
+
+    Raises:
+      UserError: the worker fails.
+    """
+    print(request, file=self._process.stdin, flush=True)
+    return self._answer()
+
+  def _answer(self) -> dict[str, Any]:
+    assert self._process.stdout is not None
+    line = self._process.stdout.readline()
+    if not line:
+      with self._process:
+        status = self._process.wait()
+      raise errors.UserError(
+        f"{' '.join(self._command)} ended with exit status {status}; its"
+        f" messages end with:\n{self._messages.read_text()[-3000:]}"
+      )
+    return json.loads(line)
+
+  def cpu_seconds(self) -> float:
+    """The processor time so far; 0 where it is not known."""
+    path = pathlib.Path(f"/proc/{self._process.pid}/stat")
+    try:
+      fields = path.read_text().rpartition(")")[2].split()
+    except OSError:
+      return 0.0
+    user, system = fields[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def started(
+  workers: dict[str, list[str]],
+  setting: dict[str, int],
+  threads: int,
+  found: list[dict[str, Any]],
+) -> Iterator[dict[str, Worker]]:
+  """Starts all workers of a depth and batch size, and ends them.
+
+  Args:
+    workers: the command of each program's worker.
+    setting: depth and batch size.
+    threads: that each framework is told to use.
+    found: gets what each worker says of itself. One that cannot be built,
+      as compiled PyTorch without a C++ compiler, is left out.
+
+  Yields:
+    The workers by program.
+  """
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    environ = {
+      **os.environ,
+      # All frameworks use the CPU, even if there is a GPU.
+      "CUDA_VISIBLE_DEVICES": "",
+      "JAX_PLATFORMS": "cpu",
+      "KERAS_BACKEND": "tensorflow",
+      # Of JAX, which has no function for it.
+      "NPROC": str(threads),
+      "JAX_ENABLE_COMPILATION_CACHE": "false",
+      # No processes that stay.
+      "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    settings = {**setting, "threads": threads}
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    built = {}
+    for program, command in workers.items():
+      print(f"{setting}: {program} builds", file=sys.stderr)
+      messages = pathlib.Path(folder, f"{program}.txt")
+      try:
+        # Builds are measured without what others have compiled.
+        own = {**environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{program}"}
+        worker = Worker([*command, *arguments], own, messages)
+      except errors.UserError as error:
+        print(f"{program} is left out: {error}", file=sys.stderr)
+        facts = {"left_out": str(error)}
+      else:
+        built[program] = stack.enter_context(worker)
+        facts = worker.facts
+      found.append({"program": program, **setting, **facts})
+    yield built
