@@ -34,7 +34,7 @@ def cache_dir(configured: str) -> pathlib.Path:
 def cached(
   folder: pathlib.Path, key: str, build: Callable[[], types.Arrays]
 ) -> types.Arrays:
-  """The memory-mapped arrays of entry `key`; builds a missing entry."""
+  """The arrays of entry `key`, memory-mapped; builds a missing entry."""
   entry = folder / key
   if (arrays := _open(entry)) is not None:
     return arrays
@@ -72,7 +72,7 @@ def _open(entry: pathlib.Path) -> types.Arrays | None:
   # An entry with any other fault is built again.
   except Exception as error:
     _logger.warning(
-      "%s is damaged (%s): decoding again", entry, errors.one_line(error)
+      "%s is damaged (%s) and not used", entry, errors.one_line(error)
     )
     return None
 

@@ -123,18 +123,17 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
   try:
     size = path.stat().st_size
     # A file of another size may take hours to read.
-    is_it = size == archive.num_bytes and (
-      files.digest_of(path) == archive.sha256
-    )
+    digest = files.digest_of(path) if size == archive.num_bytes else "unknown"
   except OSError as error:
     raise errors.DataError(
       f"dataset.archive={str(path)!r} cannot be read: {error.strerror}."
     ) from error
-  if not is_it:
+  if digest != archive.sha256:
     raise errors.DataError(
       f"dataset.archive={str(path)!r} is not the official archive: it has"
-      f" {size} bytes, and must have {archive.num_bytes} and the SHA-256"
-      f" {archive.sha256}. Fetch the binary version again from {archive.url}."
+      f" {size} bytes and the SHA-256 {digest}, and must have"
+      f" {archive.num_bytes} and {archive.sha256}. Fetch the binary version"
+      f" again from {archive.url}."
     )
 
 

@@ -24,8 +24,8 @@ def info(
 ) -> types.DatasetInfo:
   """Facts about the set that `config.dataset` names, without opening it.
 
-  `facts`, which a run remembers, override the files of a streamed set. Without
-  either, a `DataError`.
+  `facts`, which a run remembers, override the files of a streamed set. A set
+  that only its files describe raises `DataError` without them.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]
@@ -63,7 +63,7 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   read.
 
   Raises:
-    ConfigError: too few images for what is to be held out and kept.
+    ConfigError: an unknown set, too few images, or a missing extra.
     DataError: the data is missing, damaged or of another form.
   """
   num_train = num_train_examples(config)

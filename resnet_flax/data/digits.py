@@ -13,7 +13,7 @@ _TEST_EXAMPLES = 360
 
 
 def read() -> types.Arrays:
-  """The digits, 360 of them, stratified, for tests."""
+  """The digits; 360 of them, drawn by class, are the test split."""
   from PIL import Image
 
   with errors.extra("digits", "dataset.name=digits"):

@@ -38,7 +38,7 @@ _FEATURES = tuple(
 
 
 def data_dir(configured: str) -> pathlib.Path:
-  """The configured TFDS data directory, which must exist, else TFDS's."""
+  """The configured folder or $TFDS_DATA_DIR, which must exist; else TFDS's."""
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")
   path = errors.resolve(chosen or "~/tensorflow_datasets", name)

@@ -171,6 +171,12 @@ class BadImage(ValueError):
 class DecodedSplit(types.ArraySplit):
   """A streamed split, decoded: `images[k]` is the image of `indices[k]`."""
 
+  def subset(self, positions: np.ndarray) -> "DecodedSplit":
+    """See `Split`."""
+    images, labels = self.take(positions)
+    rows = self.indices[positions]
+    return DecodedSplit(images, labels, rows, self.num_crops)
+
   def rows(self, positions: np.ndarray) -> np.ndarray:
     """See `ArraySplit`."""
     return positions
@@ -253,7 +259,8 @@ class StreamedSplit(types.Split):
 
   def _next_good(self, position: int, draw: types.Draw | None) -> types.Batch:
     """The first readable image from `position` on; depends on nothing else."""
-    strict = dataclasses.replace(self, skips_bad=False)
+    num_crops = self.num_crops if draw is None else 1
+    strict = dataclasses.replace(self, skips_bad=False, num_crops=num_crops)
     for other in np.roll(np.arange(len(self)), -position):
       row = self.indices[other]
       try:

@@ -41,8 +41,8 @@ class Split(abc.ABC):
 
     `order` holds int64[B] positions in this split. With `draw`, which is for
     training, splits that crop images while decoding crop at random. Without it
-    they take the central part or, if several crops of each image are scored,
-    give uint8[B, crops, H, W, C].
+    each image is given once or, if `num_crops` is more than 1, as uint8[B,
+    crops, H, W, C].
 
     An image's pixels depend on its position and `draw` alone, so processes that
     share a batch may each ask for their own part.

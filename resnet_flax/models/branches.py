@@ -14,7 +14,8 @@ class Branch(nn.Module):
   layers have a bias. Stochastic depth: Huang et al. 2016 (arXiv:1603.09382,
   section 3), with the linear rule. Training drops the branch of block l of L
   for a whole batch with probability stochastic_depth * l / L. Inference scales
-  the branch by the probability of staying. Its batch norms see every batch.
+  the branch by the probability of staying. A branch's batch norms see every
+  batch.
   """
 
   squeeze_excitation: int  # Reduction: channels over hidden units.

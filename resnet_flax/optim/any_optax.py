@@ -90,8 +90,8 @@ def functions() -> dict[str, Callable[..., optax.GradientTransformation]]:
 def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   """The optimizer that `config.name` and `config.arguments` describe.
 
-  `mask` says of parameters which of them decay. A `ValueError` if it does not
-  take these arguments, or needs more than gradients and parameters.
+  `mask` says of parameters which of them decay. A `ValueError` if the optimizer
+  does not take these arguments, or needs more than gradients and parameters.
   """
   name = config.name.removeprefix(PREFIX)
   parameters = inspect.signature(functions()[name]).parameters

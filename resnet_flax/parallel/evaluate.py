@@ -39,10 +39,11 @@ def create_eval_step(
 def padded_batches(
   split: types.Split, batch_size: int, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """The `rows`, int64[R] and ascending, of each batch of the split in order.
+  """The split in order, in batches of `batch_size`; of each only some rows.
 
-  Yields uint8[R, H, W, C], int32[R] and bool[R]: images, labels and a mask,
-  which is False for the padding at the end of the last batch.
+  `rows`, int64[R] and ascending, says which. Yields R images, as
+  `Split.batches` does, int32[R] labels and bool[R], which is False for the
+  padding at the end of the last batch.
   """
   positions = np.arange(len(split))
   order = [

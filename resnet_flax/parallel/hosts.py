@@ -374,7 +374,7 @@ def first_only(function: Callable[[], T]) -> T | None:
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-  """Calls a function that prepares data in process 0, then in the others."""
+  """Calls a function in process 0, then in the others; all get 0's error."""
   results = first_only(lambda: [function()])
   return results[0] if results else function()
 

@@ -115,10 +115,11 @@ def train_steps(
 ) -> tuple[step_lib.TrainState, step_lib.StepMetrics]:
   """Several steps of one epoch, each as `step.train_step` does it.
 
-  How many, int32[], is not part of the program, so where calls end changes no
-  bit. `order`, int32[B, steps per epoch], has the positions in the split,
-  uint8[M, H, W, C] and int32[M], of each batch; `key`, key[], is that of every
-  step. The metrics are the last step's, or the first's that is not finite.
+  `num_steps`, int32[], is not part of the program, so where calls end changes
+  no bit. `images`, uint8[M, H, W, C], and `labels`, int32[M], are the split;
+  `order`, int32[B, steps per epoch], has the positions of each batch in it.
+  Every step takes the same `key`, key[]. The metrics are those of the last
+  step, or of the first that is not finite.
   """
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 

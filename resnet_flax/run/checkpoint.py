@@ -154,7 +154,8 @@ class Checkpoints:
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:
     """Starts to save all seeds' state, which may be donated afterwards.
 
-    Raises `OSError` if this checkpoint or the one before it failed.
+    Raises `WorkdirError` if the disk has no room for it, and `OSError` if this
+    checkpoint or the one before it could not be written.
     """
     needed = SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free

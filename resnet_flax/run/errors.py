@@ -72,8 +72,10 @@ def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
   try:
     yield
   except ImportError as error:
+    is_missing = isinstance(error, ModuleNotFoundError)
+    why = "is not installed" if is_missing else f"fails ({one_line(error)})"
     raise ConfigError(
-      f"{what} needs {error.name or name}, which is not installed: pip install"
+      f"{what} needs {error.name or name}, which {why}: pip install"
       f" 'resnet_flax[{name}]'.{advice}"
     ) from error
 

@@ -68,12 +68,13 @@ def no_link(path: str, flags: int) -> int:
 def temporary_folder(
   parent: pathlib.Path, prefix: str, seconds: float = 0.0
 ) -> Iterator[pathlib.Path]:
-  """Yields a new folder; removes those older than `seconds` of this prefix.
+  """Yields a new folder, after killed processes' folders are removed.
 
-  Killed processes have left them. The prefix must be of one writer at a time,
-  or no writer may take so long.
+  These have the same prefix and are older than `seconds`. So one process at a
+  time may use a prefix, or each must be faster.
   """
-  for left in parent.glob(f"{glob.escape(prefix)}*"):
+  # Python adds eight characters; more are another, longer prefix.
+  for left in parent.glob(f"{glob.escape(prefix)}{'?' * 8}"):
     with contextlib.suppress(OSError):  # Another process removes it, too.
       if time.time() - left.stat().st_mtime >= seconds:
         shutil.rmtree(left)

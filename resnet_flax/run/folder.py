@@ -213,8 +213,10 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
 
 def with_defaults(stored: dict[str, Any]) -> ConfigDict:
   """A configuration from JSON, with defaults for keys that it lacks."""
-  if "seed" not in stored:  # Every version has this key.
-    raise errors.ConfigError("seed is missing: this is not a configuration")
+  if type(stored.get("seed")) is not int:  # Every version has this key.
+    raise errors.ConfigError(
+      "seed is missing or no integer: this is not a configuration"
+    )
   # JSON turns tuples into lists.
   defaults = json.dumps(config_lib.default_config().to_dict())
   config = ConfigDict(json.loads(defaults))

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl and TensorBoard."""
 
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -107,9 +108,11 @@ class MetricsLog:
 
   def append(self, record: Record) -> None:
     """Adds the record of an epoch and sees that it reaches the disk."""
-    line = json.dumps(record, allow_nan=False) + "\n"
+    for key, value in record.items():
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}")
     with open(self._path, "a", opener=files_lib.no_link) as file:
-      file.write(line)
+      file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
 

@@ -45,7 +45,9 @@ _KEY = "checkpoint.mirror"
 
 
 @dataclasses.dataclass(frozen=True)
-class _State:  # Complete, of a workdir.
+class _State:
+  """A complete state of a workdir."""
+
   number: int  # States are numbered from 1.
   progress: list[int]  # See `progress`.
   files: dict[str, str]  # SHA-256 by path in the workdir.
@@ -438,7 +440,7 @@ def _fetched(url: str, name: str) -> pathlib.Path:
 
 
 def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
-  """Fills an empty folder from the address of the flag or key `name`."""
+  """Fills an empty folder with the latest state at a flag's or key's `url`."""
   store = _Store(url, name)
   with _explain(url, name):
     states = store.states()

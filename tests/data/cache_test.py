@@ -226,12 +226,12 @@ def test_unwritable_folder(tmp_path, arrays):
 
 def test_what_killed_writers_left_is_removed(tmp_path, arrays):
   """But not what others write at the time, nor what is somebody else's."""
-  (tmp_path / ".key-left" / "made").mkdir(parents=True)
-  os.utime(tmp_path / ".key-left", (0, 0))
+  (tmp_path / ".key-abcdefg1" / "made").mkdir(parents=True)
+  os.utime(tmp_path / ".key-abcdefg1", (0, 0))
   (tmp_path / ".keys").mkdir()
 
   def build():
-    assert not (tmp_path / ".key-left").exists()
+    assert not (tmp_path / ".key-abcdefg1").exists()
     (own,) = tmp_path.glob(".key-*")
     cache.cached(tmp_path, "key", Builder(arrays))
     assert own.is_dir()

@@ -220,6 +220,9 @@ def test_two_crops_are_an_image_and_its_mirror_image(root, monkeypatch):
   decoded, central = both()
   np.testing.assert_array_equal(decoded[:, 0], central)
   np.testing.assert_array_equal(decoded[:, 1], central[:, :, ::-1])
+  # A part of it is another split of its kind.
+  part = load(root, test_crops=2).test.subset(np.array([2, 1]))
+  np.testing.assert_array_equal(part.take(np.arange(2))[0], central[[2, 1]])
   # As of splits that are too large for the memory.
   monkeypatch.setattr(streaming, "_IN_MEMORY_BYTES", 0)
   streamed, _ = both()
@@ -392,9 +395,11 @@ def test_the_shard_of_a_bad_image_is_named(root):
     split.take(np.array([34]))
 
 
-def test_bad_images_are_skipped_exactly(copy, caplog):
+@pytest.mark.parametrize("test_crops", [1, 2, 10])
+def test_bad_images_are_skipped_exactly(copy, caplog, test_crops):
   write_train_split(copy, encode()[:-200])
-  split = load(copy.parent.parent, bad_images="skip").train
+  options = {"bad_images": "skip", "test_crops": test_crops}
+  split = load(copy.parent.parent, **options).train
   order = list(np.roll(np.arange(40), 7).reshape(2, 20))
   draw = datasets.Draw(0, 1)
   whole = list(split.batches(order, draw))

@@ -28,6 +28,21 @@ def test_unknown_name_suggests_nothing_far_away():
   assert "Did you mean" not in str(error)
 
 
+def test_an_extra_that_cannot_be_imported():
+  with (
+    pytest.raises(errors.ConfigError, match="no_such_module, which is not"),
+    errors.extra("onnx", "x"),
+  ):
+    import no_such_module  # noqa: F401
+  # For example one that was built for another version of NumPy.
+  message = r"x needs onnx, which fails \(ImportError: wrong ABI\): pip install"
+  with (
+    pytest.raises(errors.ConfigError, match=message),
+    errors.extra("onnx", "x"),
+  ):
+    raise ImportError("wrong ABI")
+
+
 def test_a_message_is_one_line_whatever_it_names():
   error = errors.DataError("a b/é\n\x1b[2J\udcff\u2028.tar.gz is missing")
   expected = r"a b/é\n\x1b[2J\udcff\u2028.tar.gz is missing"

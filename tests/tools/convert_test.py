@@ -328,11 +328,12 @@ def test_a_signal_leaves_nothing(
 
 
 def test_what_a_killed_conversion_left_is_cleared(source, config, tmp_path):
-  (tmp_path / ".unfinished-run-x1" / "unfinished").mkdir(parents=True)
-  (tmp_path / ".unfinished-other-x1").mkdir()
+  (tmp_path / ".unfinished-run-abcdefg1" / "unfinished").mkdir(parents=True)
+  # Another command may be writing this folder.
+  (tmp_path / ".unfinished-run-x-abcdefg1").mkdir()
   convert.convert(source, config, tmp_path / "run")
   assert sorted(os.listdir(tmp_path)) == [
-    *(".unfinished-other-x1", "run", source.name)
+    *(".unfinished-run-x-abcdefg1", "run", source.name)
   ]
 
 

@@ -71,7 +71,7 @@ def read(path: pathlib.Path) -> WeightsFile:
 
   Of PyTorch .safetensors, .pt, .pth, .th, .pth.tar, .bin and .ckpt; of Keras
   .keras, .weights.h5 and .h5. A `WeightsError` if it is damaged, holds code or
-  claims more than it stores, or needs a library that is not installed.
+  claims more than it stores; a `ConfigError` if its library is not installed.
   """
   extension = path.suffix.lower()
   if path.name.lower().endswith(".pth.tar"):  # It is not a tar archive.

@@ -141,10 +141,6 @@ def test_h5py_is_needed_for_keras_alone(converted, tmp_path, monkeypatch):
   monkeypatch.delitem(sys.modules, weights.__name__)
   monkeypatch.delattr(weights.__name__)
   command.export(converted[0], tmp_path / "flax", "safetensors", "flax")
-  monkeypatch.setitem(sys.modules, "torch", None)
-  # What a format needs besides is asked for where the format has the network.
-  message = refused(errors.ConfigError, converted, tmp_path, "torch")
-  assert "pip install 'resnet_flax[torch]'" in message
 
 
 def test_programs_are_written_by_their_module(converted, tmp_path, monkeypatch):

@@ -68,6 +68,7 @@ def test_name_that_is_no_text(tmp_path):
     ("{", "config.json cannot be read"),
     ("[]", "no JSON object"),
     ("{}", "seed is missing"),
+    ('{"seed": null}', "seed is missing or no integer"),
   ],
 )
 def test_damaged_config(tmp_path, text, message):
