@@ -5,7 +5,6 @@ python -m experiments.depth_ablation.report --workdir=runs/degradation
 
 import argparse
 import pathlib
-import statistics
 from typing import Any
 
 import matplotlib
@@ -14,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.tools import markers
+from experiments.tools import markdown
 from resnet_flax.run import files as files_lib, folder, load, metrics
 from resnet_flax.tools.report import intervals
 
@@ -93,7 +92,7 @@ def table(cells: list[Cell]) -> str:
     for depth in DEPTHS:
       found = cells_of(cells, network, depth).values()
       shown = [
-        _mean_and_std([cell[key] for cell in found])
+        markdown.mean_and_std([cell[key] for cell in found], ".1f")
         for key in ("train_error", "test_error")
       ]
       lines.append(
@@ -117,18 +116,12 @@ def table(cells: list[Cell]) -> str:
     text = "–"
     if interval:
       text = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
+    difference = markdown.mean_and_std(differences.tolist(), ".1f")
     lines.append(
-      f"| `{network}` | {_mean_and_std(differences.tolist())} | {text} |"
+      f"| `{network}` | {difference} | {text} |"
       f" {len(seeds)} | {verdict(network, differences, interval, deep)} |"
     )
   return "\n".join(lines)
-
-
-def _mean_and_std(values: list[float]) -> str:
-  if not values:
-    return "–"
-  std = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
-  return f"{statistics.mean(values):.1f}{std}"
 
 
 def verdict(
@@ -187,7 +180,7 @@ def main() -> None:
   cells = collect(parser.parse_args().workdir)
   files_lib.write_json(_FOLDER / "degradation.json", cells)
   draw(cells).savefig(_FOLDER / "degradation.png", dpi=110)
-  markers.update(_FOLDER / "README.md", "degradation", COMMAND, table(cells))
+  markdown.update(_FOLDER / "README.md", "degradation", COMMAND, table(cells))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.tools import timing
+from experiments.tools import markdown
 
 COLUMNS = (
   *("network", "batch", "mode", "trace and lower s", "compile s"),
@@ -22,6 +22,6 @@ def row(result: dict[str, Any]) -> str:
     f"{result['compile_seconds']:.1f}",
     f"{result['temporary_mb']:.0f}",
     f"{result['peak_mb']:.0f}",
-    timing.spread(steps, ".2f") if steps[1:] else f"{steps[0]:.2f}",
+    markdown.spread(steps, ".2f") if steps[1:] else f"{steps[0]:.2f}",
   ]
   return "| " + " | ".join(cells) + " |"

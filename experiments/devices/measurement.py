@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.tools.timing import in_turn, prepare_on_data, spread
+from experiments.tools import markdown
+from experiments.tools.timing import in_turn, prepare_on_data
 
 # Only the losses of the first steps are compared: Adam amplifies rounding
 # errors in later ones.
@@ -131,4 +132,4 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
 
 def _ratios(ones: Sequence[float], others: Sequence[float]) -> str:
   ratios = [a / b for a, b in zip(ones, others, strict=True)]
-  return spread(ratios, ".2f")
+  return markdown.spread(ratios, ".2f")

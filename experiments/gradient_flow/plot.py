@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments.gradient_flow import measurement
-from experiments.tools import markers
+from experiments.tools import markdown
 
 Record = measurement.Record
 
@@ -227,7 +227,7 @@ def main() -> None:
   for name, figure in figures(records).items():
     figure.savefig(_FOLDER / f"{name}.png", dpi=110)
     plt.close(figure)
-  markers.update(_FOLDER / "README.md", "spread", COMMAND, table(records))
+  markdown.update(_FOLDER / "README.md", "spread", COMMAND, table(records))
 
 
 if __name__ == "__main__":

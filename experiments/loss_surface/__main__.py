@@ -12,7 +12,7 @@ import pathlib
 import matplotlib.pyplot as plt
 
 from experiments.loss_surface import plot, surface
-from experiments.tools import markers
+from experiments.tools import markdown
 from resnet_flax.run import arguments, errors, huge_pages, surroundings
 
 COMMAND = "python -m experiments.loss_surface"
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     figure.savefig(out / "surface.png", dpi=110)
     plt.close(figure)
   if (out / "README.md").exists():
-    markers.update(out / "README.md", "surface", COMMAND, result)
+    markdown.update(out / "README.md", "surface", COMMAND, result)
 
 
 if __name__ == "__main__":

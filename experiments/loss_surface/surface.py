@@ -139,8 +139,8 @@ def open_run(
 def read(path: pathlib.Path) -> list[Record]:
   """The records of a file, one a line; none if it does not exist."""
   try:
-    lines = files_lib.read_text(path).splitlines()
-    return [files_lib.parse_object(line.encode()) for line in lines]
+    lines = files_lib.read_bytes(path).splitlines()
+    return [files_lib.parse_object(line) for line in lines]
   except FileNotFoundError:
     return []
   except (OSError, ValueError) as error:

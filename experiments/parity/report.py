@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.tools import markers
+from experiments.tools import markdown
 from resnet_flax.run import files as files_lib
 from resnet_flax.tools.report import intervals
 
@@ -86,14 +86,16 @@ def table(results: Results) -> str:
     difference = f"{statistics.mean(ours) - statistics.mean(theirs):+.3g}"
     if interval:
       difference += f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
-    cells = [title, *map(_mean_and_std, (theirs, ours)), difference]
+    cells = [
+      title,
+      *(
+        f"{markdown.mean_and_std(values, '.2f')} (n = {len(values)})"
+        for values in (theirs, ours)
+      ),
+      difference,
+    ]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
-
-
-def _mean_and_std(values: list[float]) -> str:
-  std = f" ± {statistics.stdev(values):.2g}" if values[1:] else ""
-  return f"{statistics.mean(values):.4g}{std} (n = {len(values)})"
 
 
 def draw(results: Results) -> Any:
@@ -138,7 +140,7 @@ def main() -> None:
   results = collect(parser.parse_args().workdir)
   files_lib.write_json(_FOLDER / "results.json", results)
   draw(results).savefig(_FOLDER / "curves.png", dpi=110)
-  markers.update(_FOLDER / "README.md", "parity", COMMAND, table(results))
+  markdown.update(_FOLDER / "README.md", "parity", COMMAND, table(results))
 
 
 if __name__ == "__main__":

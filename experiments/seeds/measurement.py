@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.tools.timing import in_turn, prepare_on_data, spread_table
+from experiments.tools import markdown
+from experiments.tools.timing import in_turn, prepare_on_data
 
 ALONE, IN_TURN, VECTORIZED = "one after another", "in turn", "vectorized"
 
@@ -103,4 +104,4 @@ def table(results: dict[str, Any]) -> str:
     together, each = runs
     rows += [(f"{name}, s", runs[name], ".1f") for name in runs]
     rows += [(f"{each} / {together}", ratios(runs, each, together), ".3f")]
-  return spread_table(rows)
+  return markdown.spread_table(rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tools import timing
+from experiments.tools import markdown
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.parallel import program
@@ -202,4 +202,4 @@ def table(
     (f"memory of all processes in epoch {epoch}, MB", samples, ".0f")
     for epoch, samples in enumerate(memory)
   ]
-  return timing.spread_table(rows)
+  return markdown.spread_table(rows)

@@ -16,8 +16,7 @@ from typing import Any
 
 from experiments.throughput import flops
 from experiments.throughput.programs import PROGRAMS
-from experiments.tools import markers
-from experiments.tools.timing import spread, spread_table
+from experiments.tools import markdown
 
 Results = dict[str, Any]
 Setting = tuple[int, int]
@@ -72,7 +71,7 @@ def compared(
   if program == ours:
     return "1"
   speeds = (by_round(results, setting, each, kind) for each in (ours, program))
-  return spread(ratios(*speeds), ".2f")
+  return markdown.spread(ratios(*speeds), ".2f")
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -105,9 +104,11 @@ def _speeds(
         gflops = [each * operations(depth) / 1e9 for each in speeds]
         rows.append(
           [
-            *(*setting, PROGRAMS[program].title, spread(speeds, ".0f")),
+            *setting,
+            PROGRAMS[program].title,
+            markdown.spread(speeds, ".0f"),
             compared(results, setting, program, kind),
-            spread(gflops, ".0f"),
+            markdown.spread(gflops, ".0f"),
           ]
         )
   titles = ("depth", "batch", "program", "images/s", "ours ÷ it", "GFLOP/s")
@@ -123,10 +124,10 @@ def _pipeline(results: Results) -> str:
     )
     cost = [ratio - 1 for ratio in ratios(resident, real)]
     speeds = (
-      spread([setting[1] * each for each in steps.values()], ".0f")
+      markdown.spread([setting[1] * each for each in steps.values()], ".0f")
       for steps in (real, resident)
     )
-    rows.append([*setting, *speeds, spread(cost, ".1%")])
+    rows.append([*setting, *speeds, markdown.spread(cost, ".1%")])
   titles = ("real data, images/s", "resident batch, images/s", "cost")
   return _table(("depth", "batch", *titles), rows)
 
@@ -180,8 +181,8 @@ def _setting(results: Results) -> str:
       f"- {where['cpu_model']} ({where['cpu_generation']}),"
       f" {results['settings']['threads']} threads, load average"
       f" {results['load_average'][0]:.1f} before the start",
-      f"- JAX's product of two 1024x1024 matrices: {spread(matmul, '.0f')}"
-      " GFLOP/s",
+      "- JAX's product of two 1024x1024 matrices:"
+      f" {markdown.spread(matmul, '.0f')} GFLOP/s",
       f"- All waiting programs together used at most {waiting:.1%} of one"
       " core in any window",
     ]
@@ -207,7 +208,7 @@ def summary(results: Results) -> str:
 
 def start_table(start: dict[str, Any]) -> str:
   """Formats what `start.measure_start` returns as Markdown."""
-  return spread_table(
+  return markdown.spread_table(
     (
       f"command to {what}, {cache} compilation cache, s",
       [times[key] for times in start[cache]],
@@ -286,7 +287,7 @@ def write(out: pathlib.Path) -> None:
   if out.resolve() == PUBLISHED:
     for page, found in pages(results).items():
       for name, table in found.items():
-        markers.update(page, name, COMMAND, table)
+        markdown.update(page, name, COMMAND, table)
 
 
 def pages(results: Results) -> dict[pathlib.Path, dict[str, str]]:

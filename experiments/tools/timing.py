@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -123,32 +122,3 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
   for round_number in range(rounds + 1):
     for name in sorted(names, reverse=bool(round_number % 2)):
       yield round_number, name
-
-
-def spread(values: Sequence[float], form: str) -> str:
-  """Formats 'median (least–most)', or a dash if there is no value."""
-  if not values:
-    return "–"
-  middle, least, most = (
-    format(number, form)
-    for number in (statistics.median(values), min(values), max(values))
-  )
-  return f"{middle} ({least}–{most})"
-
-
-def spread_table(rows: Iterable[tuple[str, Sequence[float], str]]) -> str:
-  """Makes a Markdown table of medians, with the least and the most.
-
-  Args:
-    rows: for each row the measurement's name with its unit, the values, and the
-      format of a number.
-  """
-  lines = [
-    "| measurement | median | least | most |",
-    "| --- | --- | --- | --- |",
-  ]
-  for name, values, form in rows:
-    numbers = (statistics.median(values), min(values), max(values))
-    cells = " | ".join(format(number, form) for number in numbers)
-    lines.append(f"| {name} | {cells} |")
-  return "\n".join(lines)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.gradient_flow import measurement, plot
-from experiments.tools import markers
+from experiments.tools import markdown
 from resnet_flax.run import errors
 
 LAYERS = ("stem_conv", "a/conv1", "a/gate_conv", "a/shortcut_conv", "head")
@@ -166,7 +166,7 @@ def test_the_pages_have_the_numbers_of_the_raw_file():
   folder = pathlib.Path(plot.__file__).parent
   text = (folder / "README.md").read_text()
   table = plot.table(measurement.read(folder / "results.jsonl"))
-  assert markers.replace(text, "spread", plot.COMMAND, table) == text
+  assert markdown.replace(text, "spread", plot.COMMAND, table) == text
   # Numbers with a range, in the manual and in what the page says of them.
   results = (folder.parents[1] / "docs" / "results.md").read_text()
   section = results.partition("## Gradients\n")[2].partition("\n## ")[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.loss_surface import __main__ as command, plot, surface
-from experiments.tools import markers
+from experiments.tools import markdown
 from resnet_flax import step as step_lib, train
 from resnet_flax.run import errors, load
 
@@ -97,7 +97,7 @@ def test_a_point_has_other_weights_and_the_same_statistics(workdir, opened):
 
 def test_an_interrupted_grid_keeps_its_rows(workdir, tmp_path):
   readme = tmp_path / "README.md"
-  readme.write_text("\n".join(markers.enclosing("surface", command.COMMAND)))
+  readme.write_text("\n".join(markdown.enclosing("surface", command.COMMAND)))
   (whole,) = run(workdir, tmp_path)
   assert np.shape(whole["loss"]) == np.shape(whole["error"]) == (3, 3)
   assert whole["epochs"] == 1
@@ -236,4 +236,4 @@ def test_figure():
 def test_the_page_has_the_numbers_of_the_raw_file():
   text = (FOLDER / "README.md").read_text()
   table = plot.table(surface.read(FOLDER / "results.jsonl"))
-  assert markers.replace(text, "surface", command.COMMAND, table) == text
+  assert markdown.replace(text, "surface", command.COMMAND, table) == text

@@ -121,7 +121,8 @@ def test_finished_seeds_are_compared(tmp_path):
     [52, 53, 57], [50, 52, 51], equal_var=False
   ).confidence_interval(0.95)
   assert row == (
-    "| last epoch's test accuracy, % | 51 ± 1 (n = 3) | 54 ± 2.6 (n = 3)"
+    "| last epoch's test accuracy, % | 51.00 ± 1.00 (n = 3) |"
+    " 54.00 ± 2.65 (n = 3)"
     f" | +3 ({test.low:+.3g} to {test.high:+.3g}) |"
   )
   assert len(report.draw(results).axes[0].get_lines()) == 6

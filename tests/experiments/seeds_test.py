@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from experiments.seeds import measurement
-from experiments.tools.timing import spread_table
+from experiments.tools.markdown import spread_table
 
 
 def test_every_way_trains_all_seeds(tiny_config, monkeypatch):

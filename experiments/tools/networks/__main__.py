@@ -5,7 +5,7 @@
 The command traces shapes and compiles nothing; deep networks take a minute.
 """
 
-from experiments.tools import markers
+from experiments.tools import markdown
 from experiments.tools.networks import table
 
 
@@ -18,7 +18,7 @@ def main() -> None:
       lines.append(table.row(network))
       print(lines[-1], flush=True)
     whole = "\n".join([table.HEADER, *lines])
-    text = markers.replace(text, name, table.COMMAND, whole)
+    text = markdown.replace(text, name, table.COMMAND, whole)
   table.PAGE.write_text(text)
 
 

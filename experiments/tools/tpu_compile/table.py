@@ -6,7 +6,7 @@ python -m experiments.tools.tpu_compile.table
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from experiments.tools import markers
+from experiments.tools import markdown
 from experiments.tools.tpu_compile import compilation, hlo, records
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -162,7 +162,7 @@ def with_tables(text: str) -> str:
     "gpu": cuda_table(records.read(CUDA_RESULTS)),
   }
   for name, table in tables.items():
-    text = markers.replace(text, name, _COMMAND, table)
+    text = markdown.replace(text, name, _COMMAND, table)
   return text
 
 

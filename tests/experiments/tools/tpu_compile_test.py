@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from experiments.tools import markers
+from experiments.tools import markdown
 from experiments.tools.tpu_compile import (
   chips,
   compilation,
@@ -327,7 +327,7 @@ def test_committed_results_have_what_the_readme_claims():
 
 def test_markers_that_are_missing():
   with pytest.raises(ValueError, match="is missing"):
-    markers.replace("no table", "steps", "python -m x", "| a |")
+    markdown.replace("no table", "steps", "python -m x", "| a |")
 
 
 def test_programs_for_gpus(config):
