@@ -102,9 +102,9 @@ def stream_tables():
 def throughput():
   start = report.start_table(read("throughput/start.json")["start"])
   yield from start.splitlines()
-  for path in FOLDER.glob("throughput/comparison/results.json"):
-    for table in report.tables(json.loads(path.read_text())).values():
-      yield from table.splitlines()
+  compared = report.tables(read("throughput/comparison/results.json"))
+  for table in compared.values():
+    yield from table.splitlines()
 
 
 TABLES = {
