@@ -1,0 +1,121 @@
+"""Collects the finished runs of this folder's sweeps; draws and tabulates them.
+
+python -m experiments.recipes.report --workdir=runs/recipes
+"""
+
+import argparse
+import pathlib
+import re
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.tools import markdown
+from resnet_flax.run import files as files_lib, folder, load, metrics
+
+_FOLDER = pathlib.Path(__file__).parent
+COMMAND = "python -m experiments.recipes.report"
+Run = dict[str, Any]
+
+
+def collect(workdir: pathlib.Path) -> list[Run]:
+  """What is kept of each finished run, by recipe and seed.
+
+  Returns:
+    Each with the test `accuracies` of its epochs in percent, the `minutes` of
+    training and scoring until then, and the last epoch's accuracy `unflipped`,
+    by images without their mirror images.
+  """
+  runs = []
+  for path in sorted(workdir.glob("*/config.json")):
+    run = path.parent
+    config = folder.load_config(run)
+    records = metrics.MetricsLog(run, config).read()
+    if len(records) < config.num_epochs:
+      continue
+    seconds = [r["epoch_seconds"] + r["evaluation_seconds"] for r in records]
+    one_view = ConfigDict(config.to_dict())
+    one_view.dataset.test_crops = 1
+    unflipped = load.evaluate_workdir(run, "latest", config=one_view)
+    runs.append(
+      {
+        "recipe": re.sub(r",?(seed|num_epochs)=\d+", "", run.name),
+        "seed": config.seed,
+        "accuracies": [round(100 * r["test_accuracy"], 2) for r in records],
+        "minutes": np.round(np.cumsum(seconds) / 60, 2).tolist(),
+        "images_per_second": statistics.median(
+          r["images_per_second"] for r in records
+        ),
+        "unflipped": round(100 * unflipped["accuracy"], 2),
+        "environment": folder.read_environment(run),
+      }
+    )
+  return sorted(runs, key=lambda run: (run["recipe"], run["seed"]))
+
+
+def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
+  """The runs of each recipe, by the number of their epochs as well."""
+  for recipe in dict.fromkeys(run["recipe"] for run in runs):
+    yield recipe, [run for run in runs if run["recipe"] == recipe]
+
+
+def table(runs: list[Run]) -> str:
+  """Last epoch's accuracies; minutes are those of seed 0."""
+  lines = [
+    "| recipe | epochs | test accuracy % | without mirror images | n |"
+    " images/s | minutes |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for recipe, found in by_recipe(runs):
+    cells = [
+      f"`{recipe}`",
+      str(len(found[0]["accuracies"])),
+      markdown.mean_and_std([run["accuracies"][-1] for run in found], ".2f"),
+      markdown.mean_and_std([run["unflipped"] for run in found], ".2f"),
+      str(len(found)),
+      f"{found[0]['images_per_second']:.0f}",
+      f"{found[0]['minutes'][-1]:.1f}",
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def draw(runs: list[Run]) -> Any:
+  """Test accuracy of every seed against the minutes of training."""
+  figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+  for k, (recipe, found) in enumerate(by_recipe(runs)):
+    for run in found:
+      label = f"{recipe}, n = {len(found)}" if run is found[0] else None
+      axis.plot(
+        run["minutes"],
+        run["accuracies"],
+        color=f"C{k}",
+        marker=".",
+        label=label,
+      )
+  axis.set(xlabel="minutes of training and scoring", ylabel="test accuracy (%)")
+  axis.grid(alpha=0.3)
+  axis.legend()
+  figure.suptitle("CIFAR-10 (JPEG copy), 2 CPU cores", fontsize="medium")
+  return figure
+
+
+def main() -> None:
+  """Writes results.json, accuracy.png and the README's table."""
+  parser = argparse.ArgumentParser(COMMAND)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  runs = collect(parser.parse_args().workdir)
+  files_lib.write_json(_FOLDER / "results.json", runs)
+  draw(runs).savefig(_FOLDER / "accuracy.png", dpi=110)
+  markdown.update(_FOLDER / "README.md", "recipes", COMMAND, table(runs))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,58 @@
+"""What is kept of the recipes' runs, and the table and figure of it."""
+
+import pytest
+
+from experiments.recipes import report
+from resnet_flax import train
+from resnet_flax.run import folder
+
+WITHOUT = "fast_cifar10,label_smoothing=0.0"
+
+
+def make_runs():
+  return [
+    {
+      "recipe": recipe,
+      "seed": seed,
+      "accuracies": [50.0, best + seed],
+      "minutes": [7.0, 14.0 + seed],
+      "images_per_second": 500.0,
+      "unflipped": best - 1,
+    }
+    for recipe, best in (("fast_cifar10", 80.0), (WITHOUT, 78.0))
+    for seed in range(3)
+  ]
+
+
+def test_table():
+  assert report.table(make_runs()).splitlines()[2:] == [
+    "| `fast_cifar10` | 2 | 81.00 ± 1.00 | 79.00 ± 0.00 | 3 | 500 | 14.0 |",
+    f"| `{WITHOUT}` | 2 | 79.00 ± 1.00 | 77.00 ± 0.00 | 3 | 500 | 14.0 |",
+  ]
+
+
+def test_one_seed_has_no_deviation():
+  (row,) = report.table(make_runs()[:1]).splitlines()[2:]
+  assert row.startswith("| `fast_cifar10` | 2 | 80.00 | 79.00 | 1 |")
+
+
+def test_figure_has_a_curve_of_each_seed():
+  (axis,) = report.draw(make_runs()).axes
+  assert len(axis.get_lines()) == 6
+  assert len(axis.get_legend().get_texts()) == 2
+
+
+def test_finished_runs_are_collected(tiny_config, tmp_path, one_device):
+  tiny_config.dataset.test_crops = 2
+  point = {"num_epochs": 2, "label_smoothing": 0.0, "seed": 0}
+  name = folder.default_name("configs/fast_cifar10.py", point)
+  records = train.train_and_evaluate(
+    tiny_config, tmp_path / name, devices=one_device
+  )
+  (run,) = report.collect(tmp_path)
+  assert (run["recipe"], run["seed"]) == (WITHOUT, 0)
+  assert run["accuracies"][-1] == pytest.approx(
+    100 * records[-1]["test_accuracy"], abs=0.01
+  )
+  assert 0 < run["minutes"][0] < run["minutes"][1]
+  assert 0 <= run["unflipped"] <= 100
