@@ -121,7 +121,8 @@ TABLES = {
 }
 # Their own tests look at these.
 ELSEWHERE = {
-  *("gradient_flow", "loss_surface", "option_cost", "parity", "weights"),
+  *("gradient_flow", "loss_surface", "option_cost", "parity", "recipes"),
+  "weights",
 }
 
 

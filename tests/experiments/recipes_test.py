@@ -1,8 +1,12 @@
 """What is kept of the recipes' runs, and the table and figure of it."""
 
+import json
+import pathlib
+
 import pytest
 
 from experiments.recipes import report
+from experiments.tools import markdown
 from resnet_flax import train
 from resnet_flax.run import folder
 
@@ -56,3 +60,15 @@ def test_finished_runs_are_collected(tiny_config, tmp_path, one_device):
   )
   assert 0 < run["minutes"][0] < run["minutes"][1]
   assert 0 <= run["unflipped"] <= 100
+
+
+def test_the_page_has_the_numbers_of_the_raw_file():
+  folder = pathlib.Path(report.__file__).parent
+  runs = json.loads((folder / "results.json").read_text())
+  text = (folder / "README.md").read_text()
+  table = report.table(runs)
+  assert markdown.replace(text, "recipes", report.COMMAND, table) == text
+  (fast,) = [run for run in runs if run["recipe"] == "fast_cifar10"]
+  accuracy = fast["accuracies"][-1]
+  assert f"reaches {accuracy:.1f} %" in text
+  assert f"give {accuracy - fast['unflipped']:.1f} points" in text

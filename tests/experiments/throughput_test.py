@@ -143,11 +143,6 @@ def test_ratios_pair_what_was_measured_in_one_round(results):
   assert report.ratios(*speeds) == pytest.approx([0.5, 1.5])
 
 
-def test_spread_is_median_least_and_most():
-  assert report.spread([3.0, 1.0, 9.0], ".0f") == "3 (1–9)"
-  assert report.spread([], ".0f") == "–"
-
-
 def test_tables_show_what_was_measured(results):
   tables = report.tables(results)
   gflops = 120 * flops.training(20) / 1e9

@@ -542,7 +542,7 @@ def test_killed_with_its_disk_at_any_moment(address, tmp_path):
   killed = command(workdir, f"--config.checkpoint.mirror={address}")
   rng = random.Random(0)
   # Everybody has folders; who has the servers has time.
-  for _ in range(20 if "://" in address else 4):
+  for _ in range(20 if "://" in address else 2):
     with subprocess.Popen(
       killed, cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as process:
