@@ -558,7 +558,7 @@ def test_a_save_in_progress_does_not_make_a_removed_workdir_anew(run, tmp_path):
 
 
 @slow
-def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
+def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch, one_device):
   """Over three seeds: within what seeds differ by."""
   monkeypatch.setattr(onednn, "enabled", True)
   if not onednn.can_convolve(jnp.bfloat16):
@@ -568,7 +568,9 @@ def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
   config.dataset.train_examples = 384
   losses = {}
   for config.model.dtype in ("float32", "bfloat16"):
-    records = train.train_and_evaluate(config, tmp_path / config.model.dtype)
+    records = train.train_and_evaluate(
+      config, tmp_path / config.model.dtype, devices=one_device
+    )
     of_seeds = [metrics.of_seeds(record) for record in records]
     losses[config.model.dtype] = np.array(
       [[seed["train_loss"] for seed in each] for each in of_seeds]
