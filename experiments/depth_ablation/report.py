@@ -3,7 +3,6 @@
 python -m experiments.depth_ablation.report --workdir=runs/degradation
 """
 
-import argparse
 import pathlib
 from typing import Any
 
@@ -13,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.tools import markdown
-from resnet_flax.run import files as files_lib, folder, load, metrics
+from experiments.tools import markdown, runs as runs_lib
+from resnet_flax.run import folder, load
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -44,12 +43,7 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
     The training errors of epochs are means over a network that changes.
   """
   cells = []
-  for path in sorted(workdir.glob("*/config.json")):
-    run = path.parent
-    config = folder.load_config(run)
-    records = metrics.MetricsLog(run, config).read()
-    if len(records) < config.num_epochs:
-      continue
+  for run, config, records in runs_lib.finished(workdir):
     scores = load.evaluate_workdir(run, "latest", split="train")
     curves = {
       f"{split}_errors": [
@@ -175,12 +169,10 @@ def draw(cells: list[Cell]) -> Any:
 
 def main() -> None:
   """Writes degradation.json, degradation.png and the README's table."""
-  parser = argparse.ArgumentParser(COMMAND)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
-  cells = collect(parser.parse_args().workdir)
-  files_lib.write_json(_FOLDER / "degradation.json", cells)
-  draw(cells).savefig(_FOLDER / "degradation.png", dpi=110)
-  markdown.update(_FOLDER / "README.md", "degradation", COMMAND, table(cells))
+  runs_lib.report(
+    *(COMMAND, "degradation", _FOLDER / "degradation.json", "degradation.png"),
+    *(collect, draw, table),
+  )
 
 
 if __name__ == "__main__":

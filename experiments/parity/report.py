@@ -3,7 +3,6 @@
 python -m experiments.parity.report --workdir=runs/parity
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -15,8 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.tools import markdown
-from resnet_flax.run import files as files_lib
+from experiments.tools import markdown, runs as runs_lib
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -135,12 +133,10 @@ def _error(record: dict[str, float]) -> float:
 
 def main() -> None:
   """Writes results.json, curves.png and the README's table."""
-  parser = argparse.ArgumentParser(COMMAND)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
-  results = collect(parser.parse_args().workdir)
-  files_lib.write_json(_FOLDER / "results.json", results)
-  draw(results).savefig(_FOLDER / "curves.png", dpi=110)
-  markdown.update(_FOLDER / "README.md", "parity", COMMAND, table(results))
+  runs_lib.report(
+    *(COMMAND, "parity", _FOLDER / "results.json", "curves.png"),
+    *(collect, draw, table),
+  )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python -m experiments.recipes.report --workdir=runs/recipes
 """
 
-import argparse
 import pathlib
 import re
 import statistics
@@ -17,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.tools import markdown
-from resnet_flax.run import files as files_lib, folder, load, metrics
+from experiments.tools import markdown, runs as runs_lib
+from resnet_flax.run import folder, load
 
 _FOLDER = pathlib.Path(__file__).parent
 COMMAND = "python -m experiments.recipes.report"
@@ -34,12 +33,7 @@ def collect(workdir: pathlib.Path) -> list[Run]:
     by images without their mirror images.
   """
   runs = []
-  for path in sorted(workdir.glob("*/config.json")):
-    run = path.parent
-    config = folder.load_config(run)
-    records = metrics.MetricsLog(run, config).read()
-    if len(records) < config.num_epochs:
-      continue
+  for run, config, records in runs_lib.finished(workdir):
     seconds = [r["epoch_seconds"] + r["evaluation_seconds"] for r in records]
     one_view = ConfigDict(config.to_dict())
     one_view.dataset.test_crops = 1
@@ -61,9 +55,13 @@ def collect(workdir: pathlib.Path) -> list[Run]:
 
 
 def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
-  """The runs of each recipe, by the number of their epochs as well."""
-  for recipe in dict.fromkeys(run["recipe"] for run in runs):
-    yield recipe, [run for run in runs if run["recipe"] == recipe]
+  """The runs of each recipe and number of epochs."""
+  groups: dict[tuple[str, int], list[Run]] = {}
+  for run in runs:
+    length = len(run["accuracies"])
+    groups.setdefault((run["recipe"], length), []).append(run)
+  for (recipe, _), found in groups.items():
+    yield recipe, found
 
 
 def table(runs: list[Run]) -> str:
@@ -109,12 +107,10 @@ def draw(runs: list[Run]) -> Any:
 
 def main() -> None:
   """Writes results.json, accuracy.png and the README's table."""
-  parser = argparse.ArgumentParser(COMMAND)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
-  runs = collect(parser.parse_args().workdir)
-  files_lib.write_json(_FOLDER / "results.json", runs)
-  draw(runs).savefig(_FOLDER / "accuracy.png", dpi=110)
-  markdown.update(_FOLDER / "README.md", "recipes", COMMAND, table(runs))
+  runs_lib.report(
+    *(COMMAND, "recipes", _FOLDER / "results.json", "accuracy.png"),
+    *(collect, draw, table),
+  )
 
 
 if __name__ == "__main__":

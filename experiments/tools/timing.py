@@ -1,4 +1,4 @@
-"""Prepares training steps, orders their timings and formats the results."""
+"""Prepares training steps and orders their timings."""
 
 import dataclasses
 import itertools

@@ -60,6 +60,10 @@ def test_finished_runs_are_collected(tiny_config, tmp_path, one_device):
   )
   assert 0 < run["minutes"][0] < run["minutes"][1]
   assert 0 <= run["unflipped"] <= 100
+  # A run that has not ended is left out.
+  log = tmp_path / name / "metrics.jsonl"
+  log.write_text(log.read_text().splitlines()[0] + "\n")
+  assert report.collect(tmp_path) == []
 
 
 def test_the_page_has_the_numbers_of_the_raw_file():

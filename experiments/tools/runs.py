@@ -1,0 +1,54 @@
+"""From finished runs to an experiment's raw file, figure and table."""
+
+import argparse
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.tools import markdown
+from resnet_flax.run import files as files_lib, folder, metrics
+
+
+def finished(
+  workdir: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, ConfigDict, list[metrics.Record]]]:
+  """Yields each finished run in a sweep's folder, by its name.
+
+  With its configuration and the records of its epochs.
+  """
+  for path in sorted(workdir.glob("*/config.json")):
+    run = path.parent
+    config = folder.load_config(run)
+    records = metrics.MetricsLog(run, config).read()
+    if len(records) >= config.num_epochs:
+      yield run, config, records
+
+
+def report(
+  command: str,
+  name: str,
+  raw_file: pathlib.Path,
+  figure: str,
+  collect: Callable[[pathlib.Path], Any],
+  draw: Callable[[Any], Any],
+  table: Callable[[Any], str],
+) -> None:
+  """Writes what `collect` makes of --workdir, its figure and its table.
+
+  Args:
+    command: the command, which the README's markers name.
+    name: the table's name in the markers.
+    raw_file: JSON file in the experiment's folder.
+    figure: name of the PNG file beside it.
+    collect: maps the folder of the runs to what is kept.
+    draw: makes Matplotlib's figure of it.
+    table: makes the README's table of it.
+  """
+  parser = argparse.ArgumentParser(command)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  kept = collect(parser.parse_args().workdir)
+  files_lib.write_json(raw_file, kept)
+  draw(kept).savefig(raw_file.with_name(figure), dpi=110)
+  markdown.update(raw_file.with_name("README.md"), name, command, table(kept))
