@@ -3,10 +3,12 @@
 import contextlib
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from resnet_flax.run import errors
 
@@ -46,6 +48,7 @@ class StopSignals:
     self._exits = exits
     self._held = False
     self._previous: dict[int, object] = {}
+    self._unraisable = sys.unraisablehook
     self._message: Callable[[], str] = lambda: "stopped."
 
   def __enter__(self) -> "StopSignals":
@@ -56,6 +59,9 @@ class StopSignals:
       if previous is not signal.SIG_IGN:
         self._previous[number] = previous
         signal.signal(number, self._note)
+    if self._previous:
+      self._unraisable = sys.unraisablehook
+      sys.unraisablehook = self._drop
     if self._exits and self._previous:
       reader, self._wakeup = socket.socketpair()
       self._wakeup.setblocking(False)
@@ -66,6 +72,8 @@ class StopSignals:
   def __exit__(self, *exception: object) -> None:
     for number, previous in self._previous.items():
       signal.signal(number, previous)  # type: ignore[arg-type]
+    if self._previous:
+      sys.unraisablehook = self._unraisable
     if self._exits and self._previous:
       signal.set_wakeup_fd(-1)
       # The listening thread ends with its socket.
@@ -102,6 +110,12 @@ class StopSignals:
     self.number = self.number or number
     if again or not self._held:
       raise Stopped(self.number)
+
+  def _drop(self, unraisable: Any) -> None:
+    # Python drops what is raised in destructors and in the callbacks of its
+    # garbage collector, XLA's for example. `check` or `_listen` comes later.
+    if not isinstance(unraisable.exc_value, Stopped):
+      self._unraisable(unraisable)
 
   def _listen(self, reader: socket.socket) -> None:
     """Receives signals whatever the main thread does."""

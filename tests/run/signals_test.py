@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -54,6 +55,29 @@ def test_what_comes_after_all_is_done_is_no_error():
       raise ValueError
     with pytest.raises(signals_lib.Stopped):
       send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("place", ["garbage collector", "destructor"])
+def test_where_python_drops_exceptions_it_stays_requested(place, capsys):
+  class Ends:
+    def __del__(self):
+      signal.raise_signal(signal.SIGINT)
+
+  def collected(phase, info):
+    signal.raise_signal(signal.SIGINT)
+    gc.callbacks.remove(collected)
+
+  with signals_lib.StopSignals() as stops:
+    if place == "destructor":
+      Ends()
+    else:
+      gc.callbacks.append(collected)
+      gc.collect()
+    gc.callbacks[:] = [c for c in gc.callbacks if c is not collected]
+    assert stops.requested
+    with pytest.raises(signals_lib.Stopped):
+      stops.check()
+  assert capsys.readouterr().err == ""
 
 
 def test_the_second_does_not_wait():
