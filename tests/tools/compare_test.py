@@ -228,23 +228,24 @@ def trained(of_two_seeds, make_tiny_config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_images(trained, monkeypatch):
-  opened, open_data = [], dataset_lib.load
+  loaded, open_data = [], dataset_lib.load
 
   def load_data(config):
-    opened.append(config.name)
+    loaded.append(config.name)
     return open_data(config)
 
   with monkeypatch.context() as patch:
     patch.setattr(dataset_lib, "load", load_data)
     tables = compare(trained / "a", trained / "b", which="last", images=True)
-  assert opened == ["digits"]  # Once, for two seeds on each side.
+  assert loaded == ["digits"]  # Once, for two seeds on each side.
   welch, _, _, images, mcnemar = (
     numbers(tables["comparison"], k) for k in range(5)
   )
-  right = []
+  right, opened = [], {}
   for name in "ab":
     found = [
-      load.predict_test(trained / name, k, "latest", opened={}) for k in (0, 1)
+      load.predict_test(trained / name, k, "latest", opened=opened)
+      for k in (0, 1)
     ]
     assert [x.step for x in found] == [8, 8]
     right.append(sum(x.probabilities.argmax(1) == x.labels for x in found))
