@@ -40,8 +40,9 @@ from configs import base
 from resnet_flax.models.kernels import onednn
 
 NUM_DEVICES = 8
-# From here on a worker gives back what it has compiled.
-MUCH_MEMORY = 900_000_000
+# From here on a worker gives back what it has compiled, after a file and after
+# a test. Below, it keeps what the next one compiles too.
+MUCH_MEMORY, TOO_MUCH_MEMORY = 900_000_000, 1_400_000_000
 
 # The compilation cache cannot keep programs with oneDNN's convolution: the
 # tests of kernels/convolution.py turn it on.
@@ -59,17 +60,27 @@ def resident_bytes():
   return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def free_programs():
-  """Workers stay small; those that are keep what the next file compiles too."""
-  yield
-  if resident_bytes() < MUCH_MEMORY:
+def free_programs(limit):
+  """Frees compiled programs if this process has more bytes than `limit`."""
+  if resident_bytes() < limit:
     return
   jax.clear_caches()
   gc.collect()
   with contextlib.suppress(OSError, AttributeError):
     # What is free goes back to the system, where the C library can do that.
     ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_worker_after_a_file():
+  yield
+  free_programs(MUCH_MEMORY)
+
+
+@pytest.fixture(autouse=True)
+def small_worker_after_a_test():
+  yield
+  free_programs(TOO_MUCH_MEMORY)
 
 
 @pytest.fixture
