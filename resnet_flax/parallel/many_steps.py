@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import types
-from resnet_flax.parallel import hosts, mesh as mesh_lib, program, transfer
+from resnet_flax.parallel import mesh as mesh_lib, program, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
 
@@ -35,25 +35,28 @@ def choose(
   """How many training steps a call does: `wanted`; 0 chooses.
 
   `image_size` is the larger side of the images that the networks see. Several
-  steps need a split in memory, and room for it on the devices.
+  steps need a split in memory, and room for it on every device.
   """
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
   is_slow = on_cpu or image_size > _LARGEST_SMALL_IMAGE
   if wanted == 1 or (not wanted and is_slow):
     return 1
-  shards = layout.mesh.shape[mesh_lib.DATA]
-  is_in_memory = isinstance(split, types.ArraySplit)
-  if is_in_memory and _fits(split, layout, shards):
-    return wanted or STEPS_PER_CALL
+  lacking = "a training split in memory, but this one is decoded while training"
+  if isinstance(split, types.ArraySplit):
+    size = len(split) * math.prod(split.image_shape)
+    # None on CPUs, which hold the split already.
+    stats = [
+      device.memory_stats() or {} for device in layout.mesh.local_devices
+    ]
+    limits = [each.get("bytes_limit", math.inf) for each in stats]
+    if size <= _SHARE * min(limits):
+      return wanted or STEPS_PER_CALL
+    lacking = (
+      f"the {size / 1e9:.1f} GB of the training split on every device: that is"
+      f" more than {_SHARE:.0%} of a device's memory"
+    )
   if not wanted:
     return 1
-  lacking = "a training split in memory, but this one is decoded while training"
-  if is_in_memory:
-    lacking = (
-      f"the {_num_bytes(split) / 1e9:.1f} GB of the training split on the"
-      f" devices: over {shards} that share it, it is more than {_SHARE:.0%} of"
-      " their memory"
-    )
   raise errors.ConfigError(
     f"steps_per_call={wanted} needs {lacking}. Pass --config.steps_per_call=1."
   )
@@ -146,20 +149,12 @@ def train_steps(
 def put_split(
   split: types.Split, layout: Layout
 ) -> tuple[jax.Array, jax.Array]:
-  """Images, uint8[M, H, W, C], and labels, int32[M], on the devices.
+  """Images, uint8[M, H, W, C], and labels, int32[M].
 
-  A copy on each where it fits: then no step needs another device's images.
-  Otherwise divided over the devices that share a batch, and padded.
+  A copy on each device: no step needs another device's images.
   """
-  images, labels = split.take(np.arange(len(split)))
-  sharding = mesh_lib.sharding(layout.mesh)
-  # Decided by one process for all.
-  if not hosts.first(lambda: _fits(split, layout, 1)):
-    sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
-    missing = -len(labels) % layout.mesh.shape[mesh_lib.DATA]
-    images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(labels, (0, missing))
-  return transfer.put((images, labels), sharding)
+  everything = split.take(np.arange(len(split)))
+  return transfer.put(everything, mesh_lib.sharding(layout.mesh))
 
 
 def _put_order(
@@ -188,19 +183,3 @@ def call_ends(
     ends = [(first // each + 1) * each for each in multiples if each]
     first = min(first + steps, last, *ends)
     yield first
-
-
-def memory_limit(device: jax.Device) -> int | None:
-  """A device's memory in bytes; None on CPUs, which hold the split already."""
-  return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def _num_bytes(split: types.Split) -> int:
-  return len(split) * math.prod(split.image_shape)
-
-
-def _fits(split: types.Split, layout: Layout, shards: int) -> bool:
-  """Whether a part of the split, one of so many, fits on every device."""
-  limits = [memory_limit(device) for device in layout.mesh.local_devices]
-  needed = _num_bytes(split) / shards
-  return all(limit is None or needed <= _SHARE * limit for limit in limits)

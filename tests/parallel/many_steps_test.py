@@ -68,9 +68,9 @@ class LittleMemory:
   [
     (0, 1_000_000, many_steps.STEPS_PER_CALL),
     (7, 1_000_000, 7),
-    # Four times an eighth of 135,168 bytes.
-    (0, 67_584, many_steps.STEPS_PER_CALL),
-    (0, 67_583, 1),
+    # Four times 135,168 bytes.
+    (0, 540_672, many_steps.STEPS_PER_CALL),
+    (0, 540_671, 1),
     (1, 10, 1),
   ],
 )
@@ -80,7 +80,7 @@ def test_chosen_by_memory(config, split, wanted, limit, chosen):
 
 
 def test_a_split_that_does_not_fit_is_named(config, split):
-  layout = LittleMemory(layout_of(config, 8), 67_583)
+  layout = LittleMemory(layout_of(config, 8), 540_671)
   with pytest.raises(errors.ConfigError, match="steps_per_call=7 needs"):
     many_steps.choose(7, split, layout, 32)
 
@@ -125,9 +125,9 @@ def programs(config):
   """A function of a layout that makes its program, compiled once."""
   compiled = {}
 
-  def make(layout, steps_per_call, is_divided=False):
+  def make(layout, steps_per_call):
     experiment, split, state, key = initial(config, layout)
-    name = layout.mesh, layout.chunk_size, len(state.chunks), is_divided
+    name = layout.mesh, layout.chunk_size, len(state.chunks)
     if name not in compiled:
       compiled[name] = many_steps.create(
         *(config, experiment, state, split, key, layout), steps_per_call=5
@@ -206,49 +206,29 @@ def test_several_seeds(config, programs, num_devices, num_seeds, execution):
     assert_close(state, single)
 
 
-def collectives(compiled):
-  """What a compiled program sends between devices: names and element types."""
-  found = re.findall(
-    r"= (\w+)\[([\d,]*)\]\S* (all-\w+|reduce-scatter|collective-\w+)\(",
-    compiled.as_text(),
-  )
-  return {(kind, dtype) for dtype, _, kind in found}
-
-
-@pytest.mark.parametrize("is_divided", [pytest.param(False, marks=slow), True])
-def test_split_on_many_devices(
-  config, programs, one_by_one, monkeypatch, is_divided
-):
-  """Copied or divided: the same results; copies need no other's images."""
+def test_split_on_many_devices(config, programs, one_by_one):
   layout = layout_of(config, 8)
-  if is_divided:
-    # A quarter of it holds an eighth of the images, and no more.
-    monkeypatch.setattr(many_steps, "memory_limit", lambda device: 67_584)
-  _, split, _, _ = initial(config, layout)
-  images, labels = many_steps.put_split(split, layout)
-  assert images.sharding.is_fully_replicated != is_divided
-  assert labels.shape == ((48,) if is_divided else (44,))
-  (state,), _ = second_epoch(config, layout, programs(layout, 3, is_divided))
+  (state,), _ = second_epoch(config, layout, programs(layout, 3))
   (single,), _ = one_by_one
   assert_close(state, single)
 
 
 @pytest.mark.slow
-def test_copies_need_no_other_devices_images(config, monkeypatch):
+def test_no_device_needs_anothers_images(config):
   layout = layout_of(config, 8)
   experiment, split, state, key = initial(config, layout)
   steps = experiment.learning_rate.steps_per_epoch
-  for limit, sent in ((None, set()), (67_584, {"all-reduce"})):
-    monkeypatch.setattr(many_steps, "memory_limit", lambda _, x=limit: x)
-    traced = program.trace(
-      functools.partial(many_steps.train_steps, experiment),
-      layout,
-      (state, layout.batch_shape((8, steps), np.int32), key),
-      (*many_steps.put_split(split, layout), np.int32(0)),
-      donate=True,
-    )
-    found = collectives(traced.lower().compile())
-    assert {kind for kind, dtype in found if dtype == "u8"} == sent
+  traced = program.trace(
+    functools.partial(many_steps.train_steps, experiment),
+    layout,
+    (state, layout.batch_shape((8, steps), np.int32), key),
+    (*many_steps.put_split(split, layout), np.int32(0)),
+    donate=True,
+  )
+  text = traced.lower().compile().as_text()
+  sent = re.findall(r"= (.*) (?:all-|reduce-scatter|collective-)[\w-]+\(", text)
+  assert any("f32[" in types for types in sent)
+  assert not [types for types in sent if "u8[" in types]
 
 
 @pytest.mark.slow
