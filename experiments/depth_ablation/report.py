@@ -78,10 +78,7 @@ def cells_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
 
 def table(cells: list[Cell]) -> str:
   """Errors by network and depth, differences by depth, and what they show."""
-  lines = [
-    "| network | depth | training error % | test error % | n |",
-    "| --- | --- | --- | --- | --- |",
-  ]
+  errors, by_depth = [], []
   for network in NETWORKS:
     for depth in DEPTHS:
       found = cells_of(cells, network, depth).values()
@@ -89,15 +86,7 @@ def table(cells: list[Cell]) -> str:
         markdown.mean_and_std([cell[key] for cell in found], ".1f")
         for key in ("train_error", "test_error")
       ]
-      lines.append(
-        f"| `{network}` | {depth} | {' | '.join(shown)} | {len(found)} |"
-      )
-  lines += [
-    "",
-    "| network | 56 less 20 layers, points of training error | 95 % interval |"
-    " seeds | shown |",
-    "| --- | --- | --- | --- | --- |",
-  ]
+      errors.append([f"`{network}`", depth, *shown, len(found)])
   for network in NETWORKS:
     shallow, deep = (cells_of(cells, network, depth) for depth in DEPTHS)
     seeds = sorted(shallow.keys() & deep.keys())
@@ -111,11 +100,17 @@ def table(cells: list[Cell]) -> str:
     if interval:
       text = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
     difference = markdown.mean_and_std(differences.tolist(), ".1f")
-    lines.append(
-      f"| `{network}` | {difference} | {text} |"
-      f" {len(seeds)} | {verdict(network, differences, interval, deep)} |"
-    )
-  return "\n".join(lines)
+    judged = verdict(network, differences, interval, deep)
+    by_depth.append([f"`{network}`", difference, text, len(seeds), judged])
+  of_errors = "network", "depth", "training error %", "test error %", "n"
+  of_depths = (
+    *("network", "56 less 20 layers, points of training error"),
+    *("95 % interval", "seeds", "shown"),
+  )
+  return (
+    f"{markdown.table(of_errors, errors)}\n\n"
+    f"{markdown.table(of_depths, by_depth)}"
+  )
 
 
 def verdict(

@@ -24,6 +24,7 @@ from absl import app, flags, logging as absl_logging
 
 from configs import base
 from experiments.depth_cost import table
+from experiments.tools import markdown
 from resnet_flax import step as step_lib
 from resnet_flax.data import normalize as normalization, randomness
 from resnet_flax.parallel import mesh as mesh_lib
@@ -192,8 +193,7 @@ def main(argv: list[str]) -> None:
     result["environment"] = environment.describe(jax.devices())
     print(json.dumps(result))
     return
-  print("| " + " | ".join(table.COLUMNS) + " |")
-  print("|" + " --- |" * len(table.COLUMNS), flush=True)
+  print(markdown.table(table.COLUMNS, []), flush=True)
   environments, results = [], []
   for depth in _DEPTHS.value:
     for mode in _MODES.value:

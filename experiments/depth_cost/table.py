@@ -16,7 +16,7 @@ def row(result: dict[str, Any]) -> str:
   lowering = result["trace_step_seconds"] + result["lower_seconds"]
   cells = [
     f"{result['name'].removeprefix('resnet_')} {result['depth']}",
-    str(result["batch_size"]),
+    result["batch_size"],
     result["mode"],
     f"{lowering:.1f}",
     f"{result['compile_seconds']:.1f}",
@@ -24,4 +24,4 @@ def row(result: dict[str, Any]) -> str:
     f"{result['peak_mb']:.0f}",
     markdown.spread(steps, ".2f") if steps[1:] else f"{steps[0]:.2f}",
   ]
-  return "| " + " | ".join(cells) + " |"
+  return markdown.row(cells)

@@ -111,10 +111,7 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
   Args:
     measured: from `measure`, sorted by device count.
   """
-  lines = [
-    "| " + " | ".join(_COLUMNS) + " |",
-    "|" + " --- |" * len(_COLUMNS),
-  ]
+  rows = []
   (first, *_) = measured
   for each in measured:
     speeds = each["images_per_second"]
@@ -126,8 +123,8 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
       _ratios(speeds, first["alone"]),
       ", ".join(f"{value:.0e}" for value in each["loss_differences"]),
     )
-    lines.append("| " + " | ".join(map(str, cells)) + " |")
-  return "\n".join(lines)
+    rows.append(cells)
+  return markdown.table(_COLUMNS, rows)
 
 
 def _ratios(ones: Sequence[float], others: Sequence[float]) -> str:

@@ -26,6 +26,7 @@ from absl import app, flags
 
 from experiments.faults import harness, injections
 from experiments.faults.case import Case, Job, Row
+from experiments.tools import markdown
 from resnet_flax.run import (
   command_line,
   environment,
@@ -242,8 +243,7 @@ def main(argv: list[str]) -> None:
         value.nbytes for value in job.reference.results.values()
       ),
     }
-    print("| " + " | ".join(_COLUMNS) + " |")
-    print("|" + " --- |" * len(_COLUMNS), flush=True)
+    print(markdown.table(_COLUMNS, []), flush=True)
     for name in filter(None, _FAULTS.value):
       needs_data = name in injections.ON_CIFAR10
       if needs_data and not _has_cifar10():

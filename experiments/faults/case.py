@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.faults import harness
+from experiments.tools import markdown
 from resnet_flax.run import errors
 
 
@@ -254,4 +255,4 @@ class Row:
   def __str__(self) -> str:
     different = "–" if self.different_bytes is None else self.different_bytes
     cells = (self.fault, self.injected, self.outcome, different, self.note)
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return markdown.row(cells)

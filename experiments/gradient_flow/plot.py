@@ -189,11 +189,7 @@ def table(records: Sequence[Record]) -> str:
 
   A cell is the geometric mean over the seeds and their range.
   """
-  lines = [
-    "| batch norm | network | depth | step | largest ÷ smallest gradient |"
-    " loss of the batch |",
-    "| --- | --- | --- | --- | --- | --- |",
-  ]
+  rows = []
   for record in sorted(records, key=lambda r: not r["cell"]["batch_norm"]):
     cell = record["cell"]
     for place, step in enumerate(cell["measure_at"]):
@@ -202,13 +198,21 @@ def table(records: Sequence[Record]) -> str:
         [each["measured"][place]["loss"] for each in record["seeds"]],
         np.float64,
       )
-      lines.append(
-        f"| {'with' if cell['batch_norm'] else 'without'}"
-        f" | `{cell['family']}` | {cell['depth']} | {step}"
-        f" | {_summary(ratios, geometric=True)}"
-        f" | {_summary(losses, geometric=False)} |"
+      rows.append(
+        [
+          "with" if cell["batch_norm"] else "without",
+          f"`{cell['family']}`",
+          cell["depth"],
+          step,
+          _summary(ratios, geometric=True),
+          _summary(losses, geometric=False),
+        ]
       )
-  return "\n".join(lines)
+  titles = (
+    *("batch norm", "network", "depth", "step"),
+    *("largest ÷ smallest gradient", "loss of the batch"),
+  )
+  return markdown.table(titles, rows)
 
 
 def _summary(values: np.ndarray, *, geometric: bool) -> str:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib import colors
 
 from experiments.loss_surface.surface import Record, axis
+from experiments.tools import markdown
 
 # What README.md decided before the first surface.
 RISE = 0.5  # Nats above the loss of the trained weights.
@@ -90,11 +91,7 @@ def table(records: Sequence[Record]) -> str:
   """The README's result, of records that have all rows."""
   if not records:
     return "None yet: the runs have not ended."
-  lines = [
-    "| network | loss at the centre | error there % | lowest loss, at (α, β)"
-    " | low points | not convex % | minutes |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-  ]
+  rows = []
   for record in records:
     loss, at = losses(record), axis(record)
     half, shape = len(at) // 2, measure(loss)
@@ -108,14 +105,25 @@ def table(records: Sequence[Record]) -> str:
       f"{shape.not_convex:.1f} of {shape.inner}",
       f"{record['seconds'] / 60:.1f}",
     ]
-    lines.append(f"| {' | '.join(cells)} |")
+    rows.append(cells)
+  titles = (
+    *("network", "loss at the centre", "error there %"),
+    *("lowest loss, at (α, β)", "low points", "not convex %", "minutes"),
+  )
   used = {
     f"{each['cpu_threads']} threads of {each['cpu_model']} at commit"
     f" {str(each['git_commit'])[:7]}"
     for record in records
     for each in record["environments"]
   }
-  lines += ["", verdict(records), "", "![Both surfaces](surface.png)", ""]
+  lines = [
+    markdown.table(titles, rows),
+    "",
+    verdict(records),
+    "",
+    "![Both surfaces](surface.png)",
+    "",
+  ]
   lines.append(
     f"Evaluated on {'; '.join(sorted(used))}. Raw figures:"
     " [results.jsonl](results.jsonl)."

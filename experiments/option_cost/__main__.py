@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from experiments.tools import timing
+from experiments.tools import markdown, timing
 from resnet_flax.configs import v1_depth20
 from resnet_flax.run import (
   environment,
@@ -82,18 +82,14 @@ def measure(
 def table(results: dict[str, Any]) -> str:
   """Each option's speed as a share of that without, round by round."""
   speeds = results["images_per_second"]
-  lines = [
-    "| option | share of the speed without | range |",
-    "| --- | --- | --- |",
-  ]
+  rows = []
   for name, values in speeds.items():
     if name != NONE:
       shares = [a / b for a, b in zip(values, speeds[NONE], strict=True)]
       median = statistics.median(shares)
-      lines.append(
-        f"| `{name}` | {median:.2f} | {min(shares):.2f} to {max(shares):.2f} |"
-      )
-  return "\n".join(lines)
+      extent = f"{min(shares):.2f} to {max(shares):.2f}"
+      rows.append([f"`{name}`", f"{median:.2f}", extent])
+  return markdown.table(("option", "share of the speed without", "range"), rows)
 
 
 def main() -> None:

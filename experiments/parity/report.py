@@ -73,10 +73,7 @@ def table(results: Results) -> str:
       for side in sides
     ],
   }
-  lines = [
-    "| | Keras | resnet_flax | difference, 95 % interval |",
-    "| --- | --- | --- | --- |",
-  ]
+  cells = []
   for title, (theirs, ours) in rows.items():
     interval = intervals.interval(
       np.array(ours), np.array(theirs), paired=False
@@ -84,16 +81,13 @@ def table(results: Results) -> str:
     difference = f"{statistics.mean(ours) - statistics.mean(theirs):+.3g}"
     if interval:
       difference += f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
-    cells = [
-      title,
-      *(
-        f"{markdown.mean_and_std(values, '.2f')} (n = {len(values)})"
-        for values in (theirs, ours)
-      ),
-      difference,
+    means = [
+      f"{markdown.mean_and_std(values, '.2f')} (n = {len(values)})"
+      for values in (theirs, ours)
     ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+    cells.append([title, *means, difference])
+  titles = "", "Keras", "resnet_flax", "difference, 95 % interval"
+  return markdown.table(titles, cells)
 
 
 def draw(results: Results) -> Any:

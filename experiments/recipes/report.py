@@ -66,23 +66,23 @@ def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
 
 def table(runs: list[Run]) -> str:
   """Last epoch's accuracies; minutes are those of seed 0."""
-  lines = [
-    "| recipe | epochs | test accuracy % | without mirror images | n |"
-    " images/s | minutes |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-  ]
-  for recipe, found in by_recipe(runs):
-    cells = [
+  rows = [
+    [
       f"`{recipe}`",
-      str(len(found[0]["accuracies"])),
+      len(found[0]["accuracies"]),
       markdown.mean_and_std([run["accuracies"][-1] for run in found], ".2f"),
       markdown.mean_and_std([run["unflipped"] for run in found], ".2f"),
-      str(len(found)),
+      len(found),
       f"{found[0]['images_per_second']:.0f}",
       f"{found[0]['minutes'][-1]:.1f}",
     ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+    for recipe, found in by_recipe(runs)
+  ]
+  titles = (
+    *("recipe", "epochs", "test accuracy %", "without mirror images", "n"),
+    *("images/s", "minutes"),
+  )
+  return markdown.table(titles, rows)
 
 
 def draw(runs: list[Run]) -> Any:

@@ -11,7 +11,7 @@ import argparse
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from experiments.throughput import flops
@@ -85,12 +85,6 @@ def tables(results: Results) -> dict[str, str]:
   }
 
 
-def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-  titles = list(titles)
-  lines = [titles, ["---"] * len(titles), *rows]
-  return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def _speeds(
   results: Results, kind: str, operations: Callable[[int], int]
 ) -> str:
@@ -112,7 +106,7 @@ def _speeds(
           ]
         )
   titles = ("depth", "batch", "program", "images/s", "ours ÷ it", "GFLOP/s")
-  return _table(titles, rows)
+  return markdown.table(titles, rows)
 
 
 def _pipeline(results: Results) -> str:
@@ -129,7 +123,7 @@ def _pipeline(results: Results) -> str:
     )
     rows.append([*setting, *speeds, markdown.spread(cost, ".1%")])
   titles = ("real data, images/s", "resident batch, images/s", "cost")
-  return _table(("depth", "batch", *titles), rows)
+  return markdown.table(("depth", "batch", *titles), rows)
 
 
 def _programs(results: Results) -> str:
@@ -150,7 +144,7 @@ def _programs(results: Results) -> str:
         ", ".join(" ".join(each) for each in found["libraries"].items()),
       ]
     )
-  return _table(
+  return markdown.table(
     [
       *("depth", "batch", "program", "build and first step, s"),
       *("peak memory, MB", "in huge pages, MB", "parameters", "threads"),
@@ -193,7 +187,7 @@ def summary(results: Results) -> str:
   """Makes the table in docs/results.md: ours divided by the others."""
   depth = settings(results)[0][0]
   of_depth = [each for each in settings(results) if each[0] == depth]
-  return _table(
+  return markdown.table(
     ["program", *(f"batch {batch_size}" for _, batch_size in of_depth)],
     (
       [

@@ -3,6 +3,7 @@
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def enclosing(name: str, command: str) -> tuple[str, str]:
@@ -40,6 +41,16 @@ def update(path: pathlib.Path, name: str, command: str, table: str) -> None:
   path.write_text(replace(path.read_text(), name, command, table))
 
 
+def row(cells: Iterable[Any]) -> str:
+  """Formats a row of a table."""
+  return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(titles: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+  """Formats a table, without a last line break."""
+  return "\n".join([row(titles), row(["---"] * len(titles)), *map(row, rows)])
+
+
 def mean_and_std(values: Sequence[float], form: str) -> str:
   """Formats 'mean ± sample standard deviation'; one value has none."""
   if not values:
@@ -66,12 +77,8 @@ def spread_table(rows: Iterable[tuple[str, Sequence[float], str]]) -> str:
     rows: for each row the measurement's name with its unit, the values, and the
       format of a number.
   """
-  lines = [
-    "| measurement | median | least | most |",
-    "| --- | --- | --- | --- |",
-  ]
+  cells = []
   for name, values, form in rows:
     numbers = (statistics.median(values), min(values), max(values))
-    cells = " | ".join(format(number, form) for number in numbers)
-    lines.append(f"| {name} | {cells} |")
-  return "\n".join(lines)
+    cells.append([name, *(format(number, form) for number in numbers)])
+  return table(("measurement", "median", "least", "most"), cells)

@@ -27,6 +27,7 @@ import numpy as np
 
 import resnet_flax
 from configs import base
+from experiments.tools import markdown
 from resnet_flax.run import environment, errors, files as files_lib
 from resnet_flax.tools import convert
 
@@ -263,11 +264,7 @@ def measure(
 
 def table(results: dict[str, Any]) -> str:
   """Formats the results as a Markdown table."""
-  lines = [
-    "| network | files | arrays | passed over | largest logit | logits |"
-    " `predict` |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-  ]
+  rows = []
   for name, result in results.items():
     compared = {k: v for k, v in result["files"].items() if isinstance(v, dict)}
     first = next(iter(compared.values()))
@@ -283,8 +280,12 @@ def table(results: dict[str, Any]) -> str:
       f"{max(value['logits'] for value in compared.values()):.1e}",
       f"{max(value['predict'] for value in compared.values()):.1e}",
     ]
-    lines.append(f"| {' | '.join(map(str, cells))} |")
-  return "\n".join(lines)
+    rows.append(cells)
+  titles = (
+    *("network", "files", "arrays", "passed over", "largest logit", "logits"),
+    "`predict`",
+  )
+  return markdown.table(titles, rows)
 
 
 def parse(

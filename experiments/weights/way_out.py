@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 import resnet_flax
 from configs import base
+from experiments.tools import markdown
 from experiments.weights.__main__ import (
   KERAS,
   TORCH,
@@ -213,11 +214,7 @@ def _run(*command_line: Any) -> str:
 
 def table(results: dict[str, Any]) -> str:
   """Formats the results as a Markdown table."""
-  lines = [
-    "| network | arrays | largest logit | `safetensors` | `torch` | `keras` |"
-    " back by `convert` |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-  ]
+  rows = []
   for result in results.values():
     found = [result["errors"].get(form) for form in FILES]
     cells = [
@@ -227,8 +224,12 @@ def table(results: dict[str, Any]) -> str:
       *("–" if error is None else f"{error:.1e}" for error in found),
       "every bit" if result["same_bits_after_convert"] else "no",
     ]
-    lines.append(f"| {' | '.join(map(str, cells))} |")
-  return "\n".join(lines)
+    rows.append(cells)
+  titles = (
+    *("network", "arrays", "largest logit", "`safetensors`", "`torch`"),
+    *("`keras`", "back by `convert`"),
+  )
+  return markdown.table(titles, rows)
 
 
 def main() -> None:

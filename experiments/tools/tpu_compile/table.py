@@ -78,7 +78,7 @@ def steps_table(results: Sequence[records.Record]) -> str:
         "memory" if memory_bound else "arithmetic",
       ]
     )
-  return _table(header, rows)
+  return markdown.table(header, rows)
 
 
 def program_table(results: Sequence[records.Record]) -> str:
@@ -109,7 +109,7 @@ def program_table(results: Sequence[records.Record]) -> str:
         f"{step['memory']['aliased'] / 1e6:.2f}" if arrays else "",
       ]
     )
-  return _table(header, rows)
+  return markdown.table(header, rows)
 
 
 def cuda_table(results: Sequence[records.Record]) -> str:
@@ -130,7 +130,7 @@ def cuda_table(results: Sequence[records.Record]) -> str:
     ]
     for _, step, title in _steps(results)
   ]
-  return _table(header, rows)
+  return markdown.table(header, rows)
 
 
 def _collectives(step: records.Record) -> str:
@@ -139,11 +139,6 @@ def _collectives(step: records.Record) -> str:
     for kind in hlo.COLLECTIVES
   }
   return ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def with_tables(text: str) -> str:
