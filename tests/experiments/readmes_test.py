@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from experiments.depth_ablation import report as degradation
 from experiments.depth_cost import table as depth_cost
 from experiments.devices import measurement as devices
 from experiments.faults import case
@@ -34,6 +35,8 @@ def mean_and_std(values, digits):
 
 
 def depth_ablation():
+  cells = read("depth_ablation/degradation.json")
+  yield from degradation.table(cells).splitlines()
   for name in ("plain", "resnet_v1"):
     for depth in (20, 56):
       last = [
