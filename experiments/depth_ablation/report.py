@@ -102,7 +102,10 @@ def table(cells: list[Cell]) -> str:
     difference = markdown.mean_and_std(differences.tolist(), ".1f")
     judged = verdict(network, differences, interval, deep)
     by_depth.append([f"`{network}`", difference, text, len(seeds), judged])
-  of_errors = "network", "depth", "training error %", "test error %", "n"
+  of_errors = (
+    *("network", "depth", "training error %, final weights", "test error %"),
+    "n",
+  )
   of_depths = (
     *("network", "56 less 20 layers, points of training error"),
     *("95 % interval", "seeds", "shown"),

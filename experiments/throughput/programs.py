@@ -41,7 +41,7 @@ PROGRAMS = {
   "torch_compiled": Program("PyTorch, compiled", *_TORCH, mode="compiled"),
   "keras": Program("Keras (TensorFlow)", *_KERAS),
   "keras_xla": Program("Keras (TensorFlow), XLA", *_KERAS, mode="compiled"),
-  "plain": Program("plain Flax", "plain"),
+  "plain": Program("stock Flax", "plain"),
   "ours_bfloat16": Program("resnet_flax, bfloat16", "ours", None, "bfloat16"),
   "torch_bfloat16": Program("PyTorch, bfloat16", *_TORCH, "bfloat16"),
   "torch_compiled_bfloat16": Program(
