@@ -24,9 +24,9 @@ SMALL = (
 )
 
 
-def test_the_page_has_eight_edits():
-  assert len(EDITS) == 8
-  assert PAGE.count("```diff") == 8
+def test_the_page_has_nine_edits():
+  assert len(EDITS) == 9
+  assert PAGE.count("```diff") == 9
 
 
 @pytest.fixture
