@@ -69,6 +69,10 @@ def test_the_results_in_the_readme_are_those_of_the_raw_files():
   record = last_record(folder / "reproduction" / "quickstart.jsonl")
   assert f"| {record['test_accuracy']:.3f} test accuracy" in text
   assert f"{record['epoch'] + 1} epochs" in text
+  runs = json.loads((folder / "recipes" / "results.json").read_text())
+  ends = [run["accuracies"][-1] for run in runs if "fast" in run["recipe"]]
+  accuracy = f"{markdown.mean_and_std(ends, '.1f')} % test accuracy"
+  assert f"| {accuracy} | {len(ends)} seeds |" in text
   kills = json.loads((folder / "faults" / "kills.json").read_text())
   assert f"{kills['kills']} kills" in text
 
