@@ -229,26 +229,31 @@ def trained(of_two_seeds, make_tiny_config, tmp_path_factory):
 @pytest.mark.slow
 def test_images(trained, monkeypatch):
   loaded, open_data = [], dataset_lib.load
+  found, predict_test = {}, load.predict_test
 
   def load_data(config):
     loaded.append(config.name)
     return open_data(config)
 
+  def predict(workdir, seed, *arguments, **options):
+    found[workdir.name, seed] = predict_test(
+      workdir, seed, *arguments, **options
+    )
+    return found[workdir.name, seed]
+
   with monkeypatch.context() as patch:
     patch.setattr(dataset_lib, "load", load_data)
+    patch.setattr(load, "predict_test", predict)
     tables = compare(trained / "a", trained / "b", which="last", images=True)
   assert loaded == ["digits"]  # Once, for two seeds on each side.
   welch, _, _, images, mcnemar = (
     numbers(tables["comparison"], k) for k in range(5)
   )
-  right, opened = [], {}
+  right = []
   for name in "ab":
-    found = [
-      load.predict_test(trained / name, k, "latest", opened=opened)
-      for k in (0, 1)
-    ]
-    assert [x.step for x in found] == [8, 8]
-    right.append(sum(x.probabilities.argmax(1) == x.labels for x in found))
+    of_side = [found[name, seed] for seed in (0, 1)]
+    assert [each.step for each in of_side] == [8, 8]
+    right.append(sum(x.probabilities.argmax(1) == x.labels for x in of_side))
   a, b = (each / 2 for each in right)
   check(images, a, b, stats.ttest_rel(a, b))
   assert images["n"] == "360, 360"
