@@ -529,7 +529,7 @@ def test_killed_with_its_disk_at_any_moment(address, tmp_path):
   """The same command on a new machine ends in the bits of its twin."""
   workdir = tmp_path / "run"
   # Everybody has folders; who has the servers has time.
-  kills, epochs = (20, 40) if "://" in address else (2, 12)
+  kills, epochs = (20, 40) if "://" in address else (2, 20)
 
   def command(workdir, *more):
     return [
