@@ -27,14 +27,14 @@ def say(*values):
 
 
 def exchange(seconds):
-  """All that processes tell one another; process 0 has its arrays late."""
+  """All that processes tell one another, where process 0 takes its time."""
 
-  def slow(tree):
+  def slow(value):
     time.sleep(seconds)
-    return tree
+    return value
 
   index = jax.process_index()
-  say(hosts.first(lambda: {"a": [1, 2.5, None]}))
+  say(hosts.first(lambda: slow({"a": [1, 2.5, None]})))
   tree = {
     "negative zero": np.float32([[-0.0, np.nan], [1e-45, 3]]),
     "scalar": np.int32(7),

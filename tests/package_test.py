@@ -1,5 +1,6 @@
 """What is installed: the wheel, its command, and what `import` costs."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -188,4 +189,6 @@ def test_the_installed_wheel_works_in_any_folder(wheel, tmp_path):
   assert scored.splitlines()[1:] == trained.splitlines()[1:4]
   (code,) = re.findall("```python\n(.*?)```", SECTION, re.DOTALL)
   assert "'highway'" in run("python", "-c", code)
-  assert "--topk" in run("resnet-flax", "predict", "--help")
+  for name in cli.COMMANDS:
+    if importlib.util.find_spec(f"resnet_flax.{name}"):
+      assert "--" in run("resnet-flax", name, "--help")

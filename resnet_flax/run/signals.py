@@ -48,7 +48,6 @@ class StopSignals:
     self._exits = exits
     self._held = False
     self._previous: dict[int, object] = {}
-    self._unraisable = sys.unraisablehook
     self._message: Callable[[], str] = lambda: "stopped."
 
   def __enter__(self) -> "StopSignals":

@@ -161,12 +161,13 @@ def test_one_byte_is_flipped(tmp_path):
 def test_a_small_part(tmp_path):
   out = tmp_path / "results.json"
   command = [
-    *(sys.executable, "-m", "experiments.faults", "--kills=1", "--faults="),
-    f"--out={out}",
+    *(sys.executable, "-m", "experiments.faults", "--kills=1"),
+    *("--faults=truncated_checkpoint", f"--out={out}"),
   ]
   ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
   assert ended.returncode == 0, ended.stdout + ended.stderr
   found = json.loads(out.read_text())
+  assert set(found["faults"]) == {"truncated_checkpoint"}
   hits = [
     attempt["signal"]
     for workdir in found["killed"]

@@ -208,6 +208,10 @@ def test_several_seeds(config, programs, num_devices, num_seeds, execution):
 
 def test_split_on_many_devices(config, programs, one_by_one):
   layout = layout_of(config, 8)
+  _, split, _, _ = initial(config, layout)
+  images, labels = many_steps.put_split(split, layout)
+  assert images.sharding.is_fully_replicated
+  assert labels.shape == (44,)
   (state,), _ = second_epoch(config, layout, programs(layout, 3))
   (single,), _ = one_by_one
   assert_close(state, single)
