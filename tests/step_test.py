@@ -85,7 +85,9 @@ def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
     assert form() == expected
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+  "name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)]
+)
 def test_accumulated_steps_are_a_larger_batch(name):
   """8 of 16 images are one of 128, where there is no batch norm."""
   config = base.get_config()

@@ -438,7 +438,11 @@ def test_learns_and_is_used_where_the_folder_is_not(
 
 # Several steps in a call need a training split in memory.
 @pytest.mark.parametrize(
-  ("crop", "steps"), [("crop_flip", 2), ("random_resized_crop", 1)]
+  ("crop", "steps"),
+  [
+    ("crop_flip", 2),
+    pytest.param("random_resized_crop", 1, marks=pytest.mark.slow),
+  ],
 )
 def test_a_run_goes_on_to_the_same_bits(
   tmp_path, one_device, crop, steps, programs

@@ -317,6 +317,7 @@ def test_a_program_that_cannot_be_built_is_left_out(
   assert {w["program"] for w in results["windows"]} == {"ours"}
 
 
+@pytest.mark.slow
 def test_our_workers_have_the_same_network_and_batch():
   # Every one of the tests' devices needs an image.
   task = measure.Task(depth=8, batch_size=jax.device_count())

@@ -68,7 +68,11 @@ DROP = {"stochastic_depth": 0.5}
   ("name", "changes"),
   [
     ("resnet_v1", SQUEEZE | DROP),
-    ("wide_resnet", DROP | {"block_dropout": 0.3, "widen_factor": 1}),
+    pytest.param(
+      "wide_resnet",
+      DROP | {"block_dropout": 0.3, "widen_factor": 1},
+      marks=pytest.mark.slow,
+    ),
     pytest.param("resnet_v2", DROP, marks=pytest.mark.slow),
     pytest.param("highway", SQUEEZE, marks=pytest.mark.slow),
     pytest.param("resnext", SQUEEZE | {"groups": 2}, marks=pytest.mark.slow),

@@ -172,7 +172,9 @@ def count_convolutions(depth, **switches):
   return str(program).count("conv_general_dilated[")
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+  "remat", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_deeper_loops_have_no_more_convolutions(remat):
   shallow, deep = (
     count_convolutions(depth, remat=remat, scan=True) for depth in (20, 56)

@@ -257,7 +257,16 @@ def test_muon_makes_convolution_kernels_orthogonal(params):
   np.testing.assert_allclose(new["conv"]["kernel"], expected, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd", "adamw", "lamb", "lion"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "adam",
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("sgd", "adamw", "lamb", "lion")
+    ),
+  ],
+)
 def test_groups_of_arrays_are_the_chain_when_steps_are_accumulated(name):
   ours = make(name=name, accumulate_steps=2, weight_decay=0.1)
   rng = np.random.default_rng(0)

@@ -108,7 +108,7 @@ def in_numpy(kind, states):
   ("execution", "scan"),
   [("in_turn", False), pytest.param("vectorized", True, marks=slow)],
 )
-@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize("kind", ["ema", pytest.param("swa", marks=slow)])
 def test_the_average_is_that_of_a_loop_in_numpy(
   config_of, kind, execution, scan
 ):
@@ -160,7 +160,7 @@ def test_training_is_the_same_with_and_without(
   ("kind", "num_devices", "event", "count"),
   [
     ("ema", 1, "step", 6),
-    ("swa", 1, "record", 3),
+    pytest.param("swa", 1, "record", 3, marks=slow),
     *(
       pytest.param(kind, num_devices, event, count, marks=slow)
       for kind, num_devices in (("ema", 8), ("swa", 8))

@@ -129,11 +129,20 @@ def by_hand(name, norm):
 @pytest.mark.parametrize(
   ("name", "model"),
   [
-    ("resnet_v1", {}),
-    ("resnet_v1", {"scan": True, "remat": True}),
-    ("highway", {"norm": "none", "scan": True}),
+    pytest.param("resnet_v1", {}, id="plain"),
+    pytest.param(
+      "resnet_v1",
+      {"scan": True, "remat": True},
+      id="scan+remat",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      "highway",
+      {"norm": "none", "scan": True},
+      id="scan without batch norm",
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=["plain", "scan+remat", "scan without batch norm"],
 )
 def test_norms_are_those_by_hand(name, model):
   experiment = make_experiment(name, **model)
@@ -198,6 +207,7 @@ def test_needs_tensorboard(tiny_config):
   rules.check(tiny_config, num_devices=1)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(
   tiny_config, tmp_path, one_device
 ):

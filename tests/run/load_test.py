@@ -86,6 +86,7 @@ def test_a_run_is_scored_by_mirror_images_too(run):
     assert scores["loss"] == pytest.approx(-np.log(likely).mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_mirror_images_is_trained_as_without(run, tmp_path):
   config, _, records = run
   flipped = ConfigDict(config.to_dict())

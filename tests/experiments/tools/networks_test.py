@@ -34,7 +34,11 @@ def in_readme(network):
 
 @pytest.mark.parametrize(
   "network",
-  [n for n in NETWORKS if n.is_large or n.depth <= LARGEST_TRACED],
+  [
+    pytest.param(n, marks=[pytest.mark.slow] * (n.depth > 50))
+    for n in NETWORKS
+    if n.is_large or n.depth <= LARGEST_TRACED
+  ],
   ids=lambda n: f"{n.title}-{n.depth}",
 )
 def test_line_is_what_the_command_writes(network):

@@ -54,7 +54,13 @@ def page_file(trained, tmp_path_factory):
   return report.make([folder / "runs"], folder / "out").page
 
 
-@pytest.mark.parametrize("width", [1300, 390], ids=["desk", "phone"])
+@pytest.mark.parametrize(
+  "width",
+  [
+    pytest.param(1300, id="desk"),
+    pytest.param(390, id="phone", marks=pytest.mark.slow),
+  ],
+)
 def test_page_renders(browser, page_file, width, tmp_path):
   said, requested = [], []
   context = browser.new_context(
