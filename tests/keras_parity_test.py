@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from configs import base
-from resnet_flax import models, step as step_lib
+from resnet_flax import step as step_lib
+from resnet_flax.models import registry
 from resnet_flax.optim import optimizers
 from tests.models.flax_batch_norm import FlaxBatchNorm
 
@@ -151,7 +152,7 @@ class Pair:
     self.theirs = keras_model(name, depth)
     config = base.get_config()
     config.model.update({"name": name, "depth": depth, "num_filters": FILTERS})
-    self.ours = models.create_model(config.model, 10)
+    self.ours = registry.create_model(config.model, 10)
     self.optimizer = optimizers.create_optimizer(config.optimizer)
     self.trainable = [v.value for v in self.theirs.trainable_variables]
     rng = np.random.default_rng(0)

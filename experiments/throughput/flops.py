@@ -9,7 +9,7 @@ import functools
 import math
 
 from configs import v1_depth20
-from resnet_flax import models
+from resnet_flax.models import registry
 from resnet_flax.run import experiment as experiment_lib
 from resnet_flax.tools import summary
 
@@ -43,6 +43,6 @@ def training(depth: int) -> int:
   """
   config = v1_depth20.get_config()
   image_shape = experiment_lib.build(config).image_shape
-  num_filters = models.num_filters(config.model)
+  num_filters = registry.num_filters(config.model)
   stem = 2 * math.prod(image_shape) * 3 * 3 * num_filters
   return 3 * inference(depth) - stem

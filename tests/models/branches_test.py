@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import models
-from resnet_flax.models import blocks, branches
+from resnet_flax.models import blocks, branches, registry
 
 
 def branch(ratio, rate, *, train):
@@ -96,7 +95,7 @@ def test_loops_change_nothing(name, changes):
 
   def gradients(**switches):
     config.update(switches)
-    model = models.create_model(config, 10)
+    model = registry.create_model(config, 10)
     model = model.clone(
       stage_sizes=(3, 1), stage_filters=model.stage_filters[:2]
     )

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import models, step as step_lib
+from resnet_flax import step as step_lib
 from resnet_flax.data import normalize as normalization
+from resnet_flax.models import registry
 from resnet_flax.parallel import mesh as mesh_lib, transfer
 from resnet_flax.run import experiment as experiment_lib
 from resnet_flax.tools import summary
@@ -41,7 +42,7 @@ def make(name="resnet_v1", depth=20, **overrides):
   # The bias before a batch norm has no gradient but rounding errors.
   config.update({"name": name, "depth": depth, "num_filters": 4})
   config.update({"conv_bias": False, **overrides})
-  return models.create_model(config, num_classes=10)
+  return registry.create_model(config, num_classes=10)
 
 
 def shorten(model):

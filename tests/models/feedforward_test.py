@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import models
-from resnet_flax.models import feedforward
+from resnet_flax.models import feedforward, registry
 from resnet_flax.models.feedforward import Conv, Pool
 
 
@@ -20,7 +19,7 @@ def make(name="vgg", **overrides):
   config = base.get_config().model
   config.update({"name": name, "depth": {"vgg": 19, "alexnet": 8}[name]})
   config.update(overrides)
-  return models.create_model(config, num_classes=10).clone(
+  return registry.create_model(config, num_classes=10).clone(
     features=(Conv(4), Pool(2), Conv(6, size=5, strides=2, pad=1), Pool(3)),
     pooled_size=2,
     hidden_sizes=(8, 12),

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import models
-from resnet_flax.models import group_norm
+from resnet_flax.models import group_norm, registry
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_every_convolution_of_a_network_is_standardized():
   config = base.get_config().model
   config.update({"depth": 8, "num_filters": 8, "norm": "group_norm"})
   config.weight_standardization = True
-  model = models.create_model(config, 10)
+  model = registry.create_model(config, 10)
   x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
   variables = model.init(jax.random.key(0), x, train=False)
   assert set(variables) == {"params"}

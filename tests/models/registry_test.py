@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import models
+from resnet_flax.models import registry
 from resnet_flax.run import errors, rules
 from resnet_flax.tools import summary
 
@@ -65,7 +65,7 @@ PUBLISHED = [
 def make(name="resnet_v1", depth=8, num_classes=10, **overrides):
   config = base.get_config().model
   config.update({"name": name, "depth": depth, **overrides})
-  return models.create_model(config, num_classes)
+  return registry.create_model(config, num_classes)
 
 
 def init_shapes(model, shape=SHAPE):

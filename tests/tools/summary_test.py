@@ -1,13 +1,13 @@
 import pytest
 
 from configs import base, he2015_depth20
-from resnet_flax import models
+from resnet_flax.models import registry
 from resnet_flax.run import errors
 from resnet_flax.tools import summary
 
 
 def test_multiply_adds_of_resnet20():
-  model = models.create_model(base.get_config().model, 10)
+  model = registry.create_model(base.get_config().model, 10)
   # Stem; three stages of six 3x3 convolutions, the first of a later stage
   # with half the input channels; two projections; the head.
   stem = 32 * 32 * 27 * 16

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from configs import base
-from resnet_flax import models
+from resnet_flax.models import registry
 from resnet_flax.tools import summary
 
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "networks.md"
@@ -42,7 +42,7 @@ class Network:
   @property
   def is_large(self) -> bool:
     """Whether it is a network for ImageNet: 224x224 images, 1,000 classes."""
-    return models.MODELS[self.name].large_images
+    return registry.MODELS[self.name].large_images
 
   @property
   def title(self) -> str:
@@ -205,7 +205,7 @@ def measure(network: Network) -> summary.Size:
   config.update({"name": network.name, "depth": network.depth})
   config.update(dict(network.overrides))
   classes, size = (1000, 224) if network.is_large else (10, 32)
-  model = models.create_model(config, classes)
+  model = registry.create_model(config, classes)
   return summary.measure_size(model, (size, size, 3))
 
 

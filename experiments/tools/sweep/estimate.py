@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from experiments.tools import timing
 from experiments.tools.sweep import overview
 from experiments.tools.sweep.definition import Cell
-from resnet_flax import data, models
+from resnet_flax import data
+from resnet_flax.models import registry
 from resnet_flax.run import (
   errors,
   experiment as experiment_lib,
@@ -171,7 +172,8 @@ def _size_of(
   """Caches sizes: cells often differ only in seeds, and tracing is slow."""
   config = ConfigDict(json.loads(model))
   return summary.measure_size(
-    models.create_model(config, config.num_classes or num_classes), image_shape
+    registry.create_model(config, config.num_classes or num_classes),
+    image_shape,
   )
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from experiments.tools.networks import table
-from resnet_flax import models
+from resnet_flax.models import registry
 
 NETWORKS = [
   network for networks in table.TABLES.values() for network in networks
@@ -52,7 +52,7 @@ def test_line_is_what_the_command_writes(network):
 )
 def test_deep_ones_are_on_the_line_of_shallow_ones(network):
   """Each further block of a stage is as large as the one before."""
-  family = models.MODELS[network.name]
+  family = registry.MODELS[network.name]
   group, besides = family.depths, family.besides
   first, second = (
     table.measure(table.Network(network.name, depth, network.overrides))
@@ -82,8 +82,8 @@ def test_published_numbers(network):
 
 
 def test_every_model_is_in_a_table():
-  assert {network.name for network in NETWORKS} == set(models.MODELS)
-  imagenet = models.MODELS["resnet_imagenet"].depths
+  assert {network.name for network in NETWORKS} == set(registry.MODELS)
+  imagenet = registry.MODELS["resnet_imagenet"].depths
   assert {n.depth for n in NETWORKS if n.name == "resnet_imagenet"} == set(
     imagenet
   )

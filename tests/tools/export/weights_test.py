@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.weights import __main__ as way_in, way_out
-from resnet_flax import models
 from resnet_flax.data import normalize
+from resnet_flax.models import registry
 from resnet_flax.run import errors, load
 from resnet_flax.tools.export import weights
 from resnet_flax.tools.weights import files, keras_names, mapping, pytorch_names
@@ -50,7 +50,7 @@ def random_network(overrides, **more):
   config = way_out.make_config(overrides | more, side=64)
   if config.model.name not in ("vgg", "alexnet"):
     config.model.num_filters = 4
-  model = models.create_model(config.model, 7)
+  model = registry.create_model(config.model, 7)
   if hasattr(model, "hidden_sizes"):
     model = model.clone(hidden_sizes=(5, 6))
   images = jnp.zeros((1, 64, 64, 3))

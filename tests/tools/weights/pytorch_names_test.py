@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from resnet_flax import models
+from resnet_flax.models import registry
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping, pytorch_names
 from tests.tools.weights import networks
@@ -25,7 +25,7 @@ def our_paths(source, **more):
   for key, values in source.needed.items():
     config.update_from_flattened_dict({key: values[0]})
   config.model.update(more)
-  model = models.create_model(config.model, 10)
+  model = registry.create_model(config.model, 10)
   size = 32 if config.model.name == "resnet_v1" else 64
   variables = jax.eval_shape(
     lambda: model.init(
@@ -119,7 +119,7 @@ def test_torchvision_resnets_of_groups_and_wide_ones(groups, width, keys):
   config = base.get_config()
   for key, values in source.needed.items():
     config.update_from_flattened_dict({key: values[0]})
-  model = models.create_model(config.model, 10)
+  model = registry.create_model(config.model, 10)
   shapes = jax.eval_shape(
     lambda: model.init(
       jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False
