@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from resnet_flax.models.kernels import onednn
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_NUMBERS = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, _LAYOUT)
 
 # The weight gradient is a sum over images, computed in chunks. A chunk's
 # operands are copied into another order and then read once. In between they
@@ -41,13 +42,10 @@ class _Geometry(NamedTuple):
   kernel_hw: onednn.HW
   strides: onednn.HW
   pads: onednn.Pads
-  precision: Any  # `jax.lax.Precision` of the products, or None.
 
   def apply(self, x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
-      *(x, kernel, self.strides, self.pads),
-      dimension_numbers=_LAYOUT,
-      precision=self.precision,
+      *(x, kernel, self.strides, self.pads), dimension_numbers=_LAYOUT
     )
 
 
@@ -221,7 +219,6 @@ def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   product = functools.partial(
     lax.dot_general,
     dimension_numbers=(((0,), (0,)), ((), ())),
-    precision=geometry.precision,
     preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
   )
   if geometry.pads != ((0, 0), (0, 0)):
@@ -306,37 +303,24 @@ def conv_general_dilated(
   rhs: Array,
   window_strides: Sequence[int],
   padding: str | Sequence[tuple[int, int]],
-  lhs_dilation: Sequence[int] | None = None,
-  rhs_dilation: Sequence[int] | None = None,
-  dimension_numbers: Any = None,
-  feature_group_count: int = 1,
-  precision: Any = None,
+  **options: Any,
 ) -> Array:
   """`jax.lax.conv_general_dilated` in this module's forms.
 
-  Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]; other
-  arguments are JAX's. JAX computes dilated and grouped convolutions, and all
-  that are not two-dimensional NHWC. Reverse-mode derivatives of any order,
-  `vmap` and batches sharded over devices work; in forward mode JAX raises an
-  error. oneDNN always sums in float32.
+  Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]. JAX
+  computes what `options`, which are its own, make anything but a plain NHWC
+  convolution. Reverse-mode derivatives of any order, `vmap` and batches sharded
+  over devices work; in forward mode JAX raises an error. oneDNN always sums in
+  float32.
   """
-  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-  if not (
-    lhs.ndim == 4
-    and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
-    and feature_group_count == 1
-    and {*(lhs_dilation or ()), *(rhs_dilation or ())} <= {1}
-    and lhs.dtype == rhs.dtype
-  ):
+  plain = (None, 1, (1, 1), _LAYOUT, _NUMBERS)
+  if lhs.dtype != rhs.dtype or any(o not in plain for o in options.values()):
     return lax.conv_general_dilated(
-      *(lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation),
-      *(dimension_numbers, feature_group_count),
-      precision=precision,
+      *(lhs, rhs, window_strides, padding), **options
     )
   input_hw, kernel_hw = lhs.shape[1:3], rhs.shape[:2]
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(input_hw, kernel_hw, window_strides, padding)
-  rows, columns = ((int(before), int(after)) for before, after in padding)
-  strides = tuple(map(int, window_strides))
-  geometry = _Geometry(input_hw, kernel_hw, strides, (rows, columns), precision)
+  pads = tuple((before, after) for before, after in padding)
+  geometry = _Geometry(input_hw, kernel_hw, tuple(window_strides), pads)
   return _apply(_OPERATIONS["g"], geometry, lhs, rhs)
