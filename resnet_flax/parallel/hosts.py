@@ -66,17 +66,14 @@ class Cluster(NamedTuple):
   detection: str | None = None  # JAX's `cluster_detection_method`.
 
 
-_OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
-_SLURM = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"}
 # Launchers that JAX knows, by environment variables: the number of processes,
-# the number of this process, others that JAX needs. Last is JAX's detection
-# method, if it must be named.
-_LAUNCHERS: tuple[tuple[str, str, set[str], str | None], ...] = (
-  (*_OPEN_MPI, {"OMPI_MCA_orte_hnp_uri"}, None),  # Open MPI 4.
+# and one that JAX needs. Last is JAX's detection method, if it must be named.
+_LAUNCHERS = (
+  ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", None),  # Open MPI 4.
   # A batch script is a single process and lacks the list of nodes.
-  ("SLURM_NTASKS", "SLURM_PROCID", _SLURM, None),
-  (*_OPEN_MPI, set(), "mpi4py"),
-  ("PMI_SIZE", "PMI_RANK", set(), "mpi4py"),  # Other kinds of MPI.
+  ("SLURM_NTASKS", "SLURM_STEP_NODELIST", None),
+  ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "mpi4py"),
+  ("PMI_SIZE", "PMI_SIZE", "mpi4py"),  # Other kinds of MPI.
 )
 
 
@@ -89,23 +86,22 @@ def find_cluster(
 
   Missing arguments come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, else from the launcher: TPU pods, Slurm, Open MPI 4 and, with
-  mpi4py, any other MPI. In Kubernetes `num_processes` must be given. With all
-  three, a process takes the devices of its host or of JAX_LOCAL_DEVICE_IDS.
+  mpi4py, any other MPI. With all three, a process takes the devices of its host
+  or of JAX_LOCAL_DEVICE_IDS.
   """
   address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
   count = _integer("JAX_NUM_PROCESSES", num_processes)
   index = _integer("JAX_PROCESS_ID", process_id)
   detection: str | None = "deactivate"
   if count != 1 and (not address or None in (count, index)):
-    size, rank, detection = _launched()
+    size, detection = _launched()
     count = size if count is None else count
-    index = rank if index is None else index
-  given = [
-    ("coordinator_address", address or None),
-    ("num_processes", count),
-    ("process_id", index),
-  ]
-  missing = [name for name, value in given if value is None]
+  given = {
+    "coordinator_address": address or None,
+    "num_processes": count,
+    "process_id": index,
+  }
+  missing = [name for name, value in given.items() if value is None]
   if len(missing) == len(given) or (count == 1 and not index):
     return None
   if count is None or (missing and detection == "deactivate"):
@@ -124,18 +120,16 @@ def find_cluster(
   return Cluster(count, index, address or None, detection)
 
 
-def _launched() -> tuple[int | None, int | None, str | None]:
-  """The number of processes, this process's number, JAX's detection method."""
-  for size_name, rank_name, others, detection in _LAUNCHERS:
+def _launched() -> tuple[int | None, str | None]:
+  """The number of processes that were started, JAX's detection method."""
+  for size_name, needed, detection in _LAUNCHERS:
     size = _integer(size_name)
-    if size and others <= os.environ.keys():
+    if size and needed in os.environ:
       if detection == "mpi4py" and size > 1:
         _check_mpi4py(size)
-      return size, _integer(rank_name), detection
+      return size, detection
   hosts = _tpu_hosts()
-  if hosts or "KUBERNETES_SERVICE_HOST" in os.environ:
-    return hosts, None, None
-  return None, None, "deactivate"
+  return hosts, None if hosts else "deactivate"
 
 
 def _integer(variable: str, given: int | None = None) -> int | None:
