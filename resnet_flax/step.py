@@ -214,12 +214,8 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
   """One step: normalise, augment, differentiate, update.
 
-  Args:
-    experiment: the fixed parts.
-    state: before the step.
-    images: uint8[B, H, W, C].
-    labels: int32[B].
-    key: key[], the same at every step; the step is folded in here.
+  Images are uint8[B, H, W, C], labels int32[B]; `key`, key[], is the same at
+  every step, whose number is folded in here.
   """
   return train_step_with_backward(experiment, state, images, labels, key)[:2]
 
@@ -317,10 +313,8 @@ def eval_step(
 
   Images are uint8[B, H, W, C], or uint8[B, crops, H, W, C], several crops of
   each, whose probabilities are averaged; labels are int32[B]; the mask,
-  bool[B], is False for padding.
-
-  Returns:
-    `metric_sums`, and the float32[B, classes] probabilities.
+  bool[B], is False for padding. Returns `metric_sums` and the float32[B,
+  classes] probabilities.
   """
   crops = images.reshape(-1, *images.shape[-3:])
   logits = apply_eval(experiment.model, state, crops)

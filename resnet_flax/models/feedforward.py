@@ -118,16 +118,14 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
   """
   if x.shape[1:3] == (size, size):
     return x
-  rows, columns = (_window_means(length, size) for length in x.shape[1:3])
+  weights = []  # Of each pixel in each mean, for rows and for columns.
+  for length in x.shape[1:3]:
+    i, pixel = np.ogrid[:size, :length]
+    start, stop = i * length // size, -(-(i + 1) * length // size)
+    means = ((start <= pixel) & (pixel < stop)) / (stop - start)
+    weights.append(means.astype(np.float32))
+  rows, columns = weights
   pooled = jnp.einsum(
     "ph,bhwc,qw->bpqc", rows, x, columns, precision=jax.lax.Precision.HIGHEST
   )
   return pooled.astype(x.dtype)
-
-
-def _window_means(length: int, size: int) -> np.ndarray:
-  """float32[size, length]: the weight of each pixel in each mean."""
-  i, pixel = np.ogrid[:size, :length]
-  start, stop = i * length // size, -(-(i + 1) * length // size)
-  means = ((start <= pixel) & (pixel < stop)) / (stop - start)
-  return means.astype(np.float32)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -115,27 +114,23 @@ def num_filters(config: ConfigDict) -> int:
 # ---- Construction
 
 
-def _batch_norm(config: ConfigDict) -> Callable[..., nn.Module]:
-  return functools.partial(
+# For `model.norm`: maps the configuration to a function that makes a layer. The
+# function takes `use_running_average`, `act` and `name`. The layer is called
+# with x, or with x and a residual.
+NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
+  "batch_norm": lambda config: functools.partial(
     batch_norm.BatchNorm,
     momentum=config.batch_norm_momentum,
     epsilon=config.batch_norm_epsilon,
     groups=config.batch_norm_groups,
     dtype=jnp.dtype(config.dtype),
-  )
-
-
-def _of_dtype(norm: Any, config: ConfigDict) -> Callable[..., nn.Module]:
-  return functools.partial(norm, dtype=jnp.dtype(config.dtype))
-
-
-# For `model.norm`: maps the configuration to a function that makes a layer. The
-# function takes `use_running_average`, `act` and `name`. The layer is called
-# with x, or with x and a residual.
-NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
-  "batch_norm": _batch_norm,
-  "group_norm": functools.partial(_of_dtype, group_norm.GroupNorm),
-  "none": functools.partial(_of_dtype, batch_norm.NoNorm),
+  ),
+  "group_norm": lambda config: functools.partial(
+    group_norm.GroupNorm, dtype=jnp.dtype(config.dtype)
+  ),
+  "none": lambda config: functools.partial(
+    batch_norm.NoNorm, dtype=jnp.dtype(config.dtype)
+  ),
 }
 
 

@@ -49,15 +49,10 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Classifies normalised images.
+    """float32[B, num_classes] logits of normalised float[B, H, W, C] images.
 
-    Args:
-      images: float[B, H, W, C], 32x32 in the recipe.
-      train: whether batch norms use the batch's statistics and update
-        `batch_stats`, or use the running statistics.
-
-    Returns:
-      float32[B, num_classes] logits.
+    In training batch norms use the batch's statistics and update `batch_stats`;
+    elsewhere they use the running statistics.
     """
     norm = functools.partial(self.norm, use_running_average=not train)
     x = self.stem(

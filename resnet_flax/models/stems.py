@@ -3,14 +3,11 @@
 A stem must be called in a module's `nn.compact` method, which owns its layers.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 
 from resnet_flax.models import layers
-
-ModuleDef = Callable[..., nn.Module]
+from resnet_flax.models.blocks import ModuleDef
 
 
 def small_images(

@@ -70,7 +70,7 @@ class LearningRate:
 
   def describe(self) -> list[str]:
     """One line for each change of the rate, for people."""
-    return [*self.schedule.lines, *self.rules.describe()]
+    return [*self.schedule.lines, *(r.line for r in self.rules.values())]
 
 
 def create_learning_rate(

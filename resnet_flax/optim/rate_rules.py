@@ -97,10 +97,6 @@ class Rules(dict[str, Rule]):
     """Takes in the monitored loss, L2 included, at the end of an epoch."""
     return {k: rule.after_epoch(state[k], loss) for k, rule in self.items()}
 
-  def describe(self) -> list[str]:
-    """One line for each, for people."""
-    return [rule.line for rule in self.values()]
-
 
 def create(config: ConfigDict) -> Rules:
   """The rules of the whole configuration."""

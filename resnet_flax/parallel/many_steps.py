@@ -44,11 +44,11 @@ def choose(
   lacking = "a training split in memory, but this one is decoded while training"
   if isinstance(split, types.ArraySplit):
     size = len(split) * math.prod(split.image_shape)
-    # None on CPUs, which hold the split already.
-    stats = [
-      device.memory_stats() or {} for device in layout.mesh.local_devices
+    # CPUs, which hold the split already, have none.
+    limits = [
+      (device.memory_stats() or {}).get("bytes_limit", math.inf)
+      for device in layout.mesh.local_devices
     ]
-    limits = [each.get("bytes_limit", math.inf) for each in stats]
     if size <= _SHARE * min(limits):
       return wanted or STEPS_PER_CALL
     lacking = (
@@ -77,7 +77,9 @@ def create(
     return program.create(config, experiment, state, split, key, layout)
   size = config.batch_size
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
-  data = put_split(split, layout)
+  # A copy on each device: no step needs another device's images.
+  everywhere = mesh_lib.sharding(layout.mesh)
+  data = transfer.put(split.take(np.arange(len(split))), everywhere)
   compiled = program.compile_function(
     "training steps",
     functools.partial(train_steps, experiment),
@@ -144,17 +146,6 @@ def train_steps(
     finite=jnp.asarray(True),
   )
   return jax.lax.fori_loop(0, num_steps, one, (state, nothing))
-
-
-def put_split(
-  split: types.Split, layout: Layout
-) -> tuple[jax.Array, jax.Array]:
-  """Images, uint8[M, H, W, C], and labels, int32[M].
-
-  A copy on each device: no step needs another device's images.
-  """
-  everything = split.take(np.arange(len(split)))
-  return transfer.put(everything, mesh_lib.sharding(layout.mesh))
 
 
 def _put_order(

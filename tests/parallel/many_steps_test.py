@@ -208,25 +208,26 @@ def test_several_seeds(config, programs, num_devices, num_seeds, execution):
 
 def test_split_on_many_devices(config, programs, one_by_one):
   layout = layout_of(config, 8)
-  _, split, _, _ = initial(config, layout)
-  images, labels = many_steps.put_split(split, layout)
+  training = programs(layout, 3)
+  images, labels = next(training.batches(0, 0)).arguments[2:4]
   assert images.sharding.is_fully_replicated
   assert labels.shape == (44,)
-  (state,), _ = second_epoch(config, layout, programs(layout, 3))
+  (state,), _ = second_epoch(config, layout, training)
   (single,), _ = one_by_one
   assert_close(state, single)
 
 
 @pytest.mark.slow
-def test_no_device_needs_anothers_images(config):
+def test_no_device_needs_anothers_images(config, programs):
   layout = layout_of(config, 8)
-  experiment, split, state, key = initial(config, layout)
+  experiment, _, state, key = initial(config, layout)
+  images, labels = next(programs(layout, 3).batches(0, 0)).arguments[2:4]
   steps = experiment.learning_rate.steps_per_epoch
   traced = program.trace(
     functools.partial(many_steps.train_steps, experiment),
     layout,
     (state, layout.batch_shape((8, steps), np.int32), key),
-    (*many_steps.put_split(split, layout), np.int32(0)),
+    (images, labels, np.int32(0)),
     donate=True,
   )
   text = traced.lower().compile().as_text()
