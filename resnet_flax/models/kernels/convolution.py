@@ -11,7 +11,7 @@ does the rest. The choice is made when a program is lowered for a platform.
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,23 +49,19 @@ class _Geometry(NamedTuple):
     )
 
 
-class _Operation(NamedTuple):
-  """One of three bilinear operations; each is a derivative of the others."""
-
-  operands: str  # Two of x (input), k (kernel) and g (the output's gradient).
-  result: str
-  cpu: Callable[..., Array]
-  standard: Callable[..., Array]  # The form for other platforms.
+# Three bilinear operations, by their results: two of x (input), k (kernel) and
+# g (the output's gradient) give the third. Each is a derivative of the others.
+_OPERANDS = {"g": "xk", "x": "gk", "k": "xg"}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(operation, geometry, a: Array, b: Array) -> Array:
-  cpu = functools.partial(operation.cpu, geometry)
-  standard = functools.partial(operation.standard, geometry)
+def _apply(result: str, geometry: _Geometry, a: Array, b: Array) -> Array:
+  cpu = functools.partial(_CPU[result], geometry)
+  standard = functools.partial(_STANDARD[result], geometry)
   mesh = jax.sharding.get_abstract_mesh()
   left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
   if not mesh.manual_axes:
-    cpu = _partitioned(operation, geometry)
+    cpu = _partitioned(result, geometry)
   # A `shard_map` takes no custom partitioning. If the partitioner may still
   # divide the batch over an axis, it gets the form that it can divide.
   elif max(left, default=1) > 1:
@@ -73,16 +69,16 @@ def _apply(operation, geometry, a: Array, b: Array) -> Array:
   return lax.platform_dependent(a, b, cpu=cpu, default=standard)
 
 
-def _forward(operation, geometry, a, b):
-  return _apply(operation, geometry, a, b), (a, b)
+def _forward(result, geometry, a, b):
+  return _apply(result, geometry, a, b), (a, b)
 
 
-def _backward(operation, geometry, operands, cotangent):
-  arrays = dict(zip(operation.operands, operands, strict=True))
-  arrays[operation.result] = cotangent
+def _backward(result, geometry, operands, cotangent):
+  arrays = dict(zip(_OPERANDS[result], operands, strict=True))
+  arrays[result] = cotangent
   return tuple(
-    _apply(each, geometry, *map(arrays.get, each.operands))
-    for each in [_OPERATIONS[name] for name in operation.operands]
+    _apply(name, geometry, *map(arrays.get, _OPERANDS[name]))
+    for name in _OPERANDS[result]
   )
 
 
@@ -246,22 +242,19 @@ def _product_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   return result.reshape(kh, kw, c, d)
 
 
-# The keys are the operations' results.
-_OPERATIONS = {
-  "g": _Operation("xk", "g", _cpu_conv, _Geometry.apply),
-  "x": _Operation("gk", "x", _cpu_input_gradient, _input_gradient),
-  "k": _Operation("xg", "k", _cpu_weight_gradient, _weight_gradient),
-}
+_CPU = {"g": _cpu_conv, "x": _cpu_input_gradient, "k": _cpu_weight_gradient}
+# The forms for other platforms.
+_STANDARD = {"g": _Geometry.apply, "x": _input_gradient, "k": _weight_gradient}
 
 
 @functools.cache
-def _partitioned(operation: _Operation, geometry: _Geometry):
+def _partitioned(result: str, geometry: _Geometry):
   """The CPU form for a sharded batch: each device computes its own part."""
   # The partitioner can divide neither oneDNN's convolution nor a loop over
   # chunks of the batch, so it would gather the whole batch.
-  local = functools.partial(operation.cpu, geometry)
+  local = functools.partial(_CPU[result], geometry)
   partitioned = custom_partitioning(local)
-  sums_over_images = operation.result == "k"
+  sums_over_images = result == "k"
 
   def partition(mesh, arg_shapes, result_shape):
     spec = arg_shapes[0].sharding.spec
@@ -277,9 +270,9 @@ def _partitioned(operation: _Operation, geometry: _Geometry):
     return mesh, local if axis is None else total, whole, (batch, batch)
 
   dimensions = {"x": "n h w c", "k": "k l c d", "g": "n p q d"}
-  a, b, result = map(dimensions.get, operation.operands + operation.result)
+  a, b = map(dimensions.get, _OPERANDS[result])
   # Equal letters are equal dimensions; devices may divide `n`, the images.
-  rule = f"{a}, {b} -> {result}"
+  rule = f"{a}, {b} -> {dimensions[result]}"
   partitioned.def_partition(
     partition,
     infer_sharding_from_operands=lambda *args: partition(*args)[2],
@@ -323,4 +316,4 @@ def conv_general_dilated(
     padding = lax.padtype_to_pads(input_hw, kernel_hw, window_strides, padding)
   pads = tuple((before, after) for before, after in padding)
   geometry = _Geometry(input_hw, kernel_hw, tuple(window_strides), pads)
-  return _apply(_OPERATIONS["g"], geometry, lhs, rhs)
+  return _apply("g", geometry, lhs, rhs)
