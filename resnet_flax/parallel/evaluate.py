@@ -78,7 +78,7 @@ def evaluate(
   """Scores all networks on a split."""
   size = call_size(split, batch_size, layout.mesh.shape[mesh_lib.DATA])
   sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
-  rows = transfer.own_rows(sharding, size, axis=0)
+  rows = transfer.own_rows(sharding, size)
   totals: list[dict[str, float]] = [{} for _ in layout.seeds]
   ensemble: dict[str, float] = {}
 
@@ -94,7 +94,7 @@ def evaluate(
 
   pending: tuple[Any, ...] | None = None
   for own in padded_batches(split, size, rows):
-    batch = transfer.put_rows(own, sharding, size, axis=0)
+    batch = transfer.put_rows(own, sharding, size)
     scored = eval_step(state, *batch)
     # Read one call late: the devices have the next one to work on meanwhile.
     if pending is not None:

@@ -129,12 +129,13 @@ class Layout:
     `of_seed` gives those of a seed, of `batch_size` images over all devices:
     arrays that have the int64[rows] of each, which this process feeds.
     """
-    where = self.batch_sharding, batch_size, int(self.is_stacked)
-    rows = transfer.own_rows(*where)
+    sharding = self.batch_sharding
+    rows = transfer.own_rows(sharding, batch_size)
     of_seeds = [of_seed(seed, rows) for seed in self.seeds]
     for batches in zip(*of_seeds, strict=True):
       chunks = [
-        transfer.put_rows(each, *where) for each in self._chunks(batches)
+        transfer.put_rows(each, sharding, batch_size)
+        for each in self._chunks(batches)
       ]
       yield tuple(map(Networks, zip(*chunks, strict=True)))
 

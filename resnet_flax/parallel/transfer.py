@@ -29,10 +29,11 @@ def put(
   return jax.tree.map(put_own, tree)
 
 
-def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
+def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   """The rows of a batch for this process's devices, int64 and ascending."""
   if sharding.is_fully_addressable:
     return np.arange(batch_size)
+  axis = sharding.spec.index(mesh_lib.DATA)
   # The rows do not depend on the number of seeds: here it is the mesh axis.
   shape = (*(sharding.mesh.shape[mesh_lib.SEED],) * axis, batch_size)
   indices = sharding.addressable_devices_indices_map(shape).values()
@@ -40,13 +41,12 @@ def own_rows(sharding: NamedSharding, batch_size: int, axis: int) -> np.ndarray:
   return np.unique(np.concatenate(rows))
 
 
-def put_rows(
-  tree: PyTree, sharding: NamedSharding, batch_size: int, axis: int
-) -> PyTree:
-  """Puts arrays on devices; along `axis` they hold only the `own_rows`."""
+def put_rows(tree: PyTree, sharding: NamedSharding, batch_size: int) -> PyTree:
+  """Puts the `own_rows` of batches on devices."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
-  rows = own_rows(sharding, batch_size, axis)
+  rows = own_rows(sharding, batch_size)
+  axis = sharding.spec.index(mesh_lib.DATA)
 
   def put_own(array: np.ndarray) -> jax.Array:
     def part(index: tuple[slice, ...]) -> np.ndarray:

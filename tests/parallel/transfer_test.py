@@ -12,7 +12,7 @@ class OfAnotherHost:
 
   def __init__(self, sharding, own):
     self._sharding, self._own = sharding, own
-    self.mesh = sharding.mesh
+    self.mesh, self.spec = sharding.mesh, sharding.spec
 
   def addressable_devices_indices_map(self, shape):
     indices = self._sharding.devices_indices_map(shape)
@@ -45,9 +45,9 @@ def test_each_host_feeds_the_rows_of_its_devices(put, own, rows):
   sharding = OfAnotherHost(
     mesh_lib.sharding(mesh_lib.create_mesh(), mesh_lib.DATA), own
   )
-  found = transfer.own_rows(sharding, 16, axis=0)
+  found = transfer.own_rows(sharding, 16)
   np.testing.assert_array_equal(found, list(rows))
-  parts = put(whole[found], sharding, 16, axis=0)
+  parts = put(whole[found], sharding, 16)
   assert parts.keys() == own
   for device, part in parts.items():
     np.testing.assert_array_equal(part, whole[2 * device : 2 * device + 2])
@@ -58,10 +58,10 @@ def test_rows_of_several_seeds(put):
   mesh = mesh_lib.create_mesh(num_seeds=2)
   sharding = mesh_lib.sharding(mesh, mesh_lib.SEED, mesh_lib.DATA)
   sharding = OfAnotherHost(sharding, {2, 3, 6, 7})
-  rows = transfer.own_rows(sharding, 8, axis=1)
+  rows = transfer.own_rows(sharding, 8)
   np.testing.assert_array_equal(rows, [4, 5, 6, 7])
   whole = np.arange(2 * 8).reshape(2, 8)
-  parts = put(whole[:, rows], sharding, 8, axis=1)
+  parts = put(whole[:, rows], sharding, 8)
   for device, part in parts.items():
     seed, column = divmod(device, 4)
     expected = whole[seed : seed + 1, 2 * column : 2 * column + 2]
@@ -70,8 +70,8 @@ def test_rows_of_several_seeds(put):
 
 def test_one_host_feeds_all():
   sharding = mesh_lib.sharding(mesh_lib.create_mesh(), mesh_lib.DATA)
-  rows = transfer.own_rows(sharding, 8, axis=0)
+  rows = transfer.own_rows(sharding, 8)
   np.testing.assert_array_equal(rows, range(8))
-  placed = transfer.put_rows(np.arange(8), sharding, 8, axis=0)
+  placed = transfer.put_rows(np.arange(8), sharding, 8)
   assert placed.sharding == sharding
   np.testing.assert_array_equal(jax.device_get(placed), range(8))
