@@ -58,12 +58,12 @@ _numbers = itertools.count()
 
 
 class Cluster(NamedTuple):
-  """How one process finds the others; JAX detects a field that is None."""
+  """Arguments of `jax.distributed.initialize`, which detects those of None."""
 
   num_processes: int
   process_id: int | None = None  # From 0.
   coordinator_address: str | None = None  # HOST:PORT of process 0.
-  detection: str | None = None  # JAX's `cluster_detection_method`.
+  cluster_detection_method: str | None = None
 
 
 # Launchers that JAX knows, by environment variables: the number of processes,
@@ -236,10 +236,7 @@ def connected(
     )
     try:
       jax.distributed.initialize(
-        cluster.coordinator_address,
-        cluster.num_processes,
-        cluster.process_id,
-        cluster_detection_method=cluster.detection,
+        **cluster._asdict(),
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=heartbeat_timeout,
         shutdown_timeout_seconds=_LEAVE,

@@ -432,7 +432,7 @@ def test_other_mpis_are_found_with_mpi4py(environment, monkeypatch):
   mpi4py = types.ModuleType("mpi4py")
   mpi4py.MPI = mock.Mock(COMM_WORLD=world)
   monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
-  assert hosts.find_cluster() == hosts.Cluster(4, detection="mpi4py")
+  assert hosts.find_cluster() == hosts.Cluster(4, None, None, "mpi4py")
   world.Get_size.return_value = 1
   with pytest.raises(errors.ConfigError, match="mpi4py finds 1 processes"):
     hosts.find_cluster()
