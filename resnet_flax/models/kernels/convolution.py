@@ -296,20 +296,25 @@ def conv_general_dilated(
   rhs: Array,
   window_strides: Sequence[int],
   padding: str | Sequence[tuple[int, int]],
+  *,
+  dimension_numbers: Any = None,
   **options: Any,
 ) -> Array:
   """`jax.lax.conv_general_dilated` in this module's forms.
 
-  Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]. JAX
-  computes what `options`, which are its own, make anything but a plain NHWC
-  convolution. Reverse-mode derivatives of any order, `vmap` and batches sharded
-  over devices work; in forward mode JAX raises an error. oneDNN always sums in
-  float32.
+  Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]; other
+  arguments are JAX's. JAX computes dilated and grouped convolutions, and all
+  that are not two-dimensional NHWC. Reverse-mode derivatives of any order,
+  `vmap` and batches sharded over devices work; in forward mode JAX raises an
+  error. oneDNN always sums in float32.
   """
-  plain = (None, 1, (1, 1), _LAYOUT, _NUMBERS)
-  if lhs.dtype != rhs.dtype or any(o not in plain for o in options.values()):
+  is_nhwc = dimension_numbers in (_LAYOUT, _NUMBERS)
+  is_plain = all(value in (None, 1, (1, 1)) for value in options.values())
+  if not (is_nhwc and is_plain and lhs.dtype == rhs.dtype):
     return lax.conv_general_dilated(
-      *(lhs, rhs, window_strides, padding), **options
+      *(lhs, rhs, window_strides, padding),
+      dimension_numbers=dimension_numbers,
+      **options,
     )
   input_hw, kernel_hw = lhs.shape[1:3], rhs.shape[:2]
   if isinstance(padding, str):

@@ -272,6 +272,15 @@ def test_others_are_passed_on(arguments):
   np.testing.assert_array_equal(mine, theirs)
 
 
+def test_other_layouts_are_passed_on():
+  """Without a layout, JAX's is NCHW."""
+  operands = normal((2, 4, 9, 9)), normal((8, 4, 3, 3)), (1, 1), "SAME"
+  np.testing.assert_array_equal(
+    convolution.conv_general_dilated(*operands),
+    lax.conv_general_dilated(*operands),
+  )
+
+
 def test_in_flax_it_is_nn_conv():
   x = normal((4, 8, 8, 3))
   own = nn.Conv(
