@@ -146,13 +146,14 @@ def test_other_classes(config, tmp_path):
     (
       "layer2.0.bn1.bias",
       None,
-      "Missing: layer2.0.bn1.bias for params/stage2_block1/bn1/bias[8]",
+      "Missing: layer2.0.bn1.bias[8] for params/stage2_block1/bn1/bias",
     ),
     (
       "layer2.0.conv1.weight",
       np.ones((8, 4, 1, 1), np.float32),
-      "layer2.0.conv1.weight[8, 4, 1, 1] for"
-      " params/stage2_block1/conv1/kernel[3, 3, 4, 8]",
+      "Left over: layer2.0.conv1.weight[8, 4, 1, 1]. Missing:"
+      " layer2.0.conv1.weight[8, 4, 3, 3] for"
+      " params/stage2_block1/conv1/kernel.",
     ),
     ("bn1.running_var", -np.ones(4, np.float32), "negative variances"),
     ("bn1.bias", np.full(4, np.inf, np.float32), "not finite"),
@@ -160,12 +161,12 @@ def test_other_classes(config, tmp_path):
     (
       "linear.weight",
       np.ones(1, np.float32),
-      "linear.weight[1] for params/head/kernel[16, 1]",
+      "linear.weight[1, 16] for params/head/kernel",
     ),
     (
       "conv1.weight",
       np.ones(4, np.float32),
-      "conv1.weight[4] for params/stem_conv/kernel[3, 3, 3, 4]",
+      "Left over: conv1.weight[4]. Missing: conv1.weight[4, 3, 3, 3]",
     ),
   ],
 )

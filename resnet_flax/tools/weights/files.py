@@ -7,13 +7,12 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from resnet_flax.run import errors
-from resnet_flax.tools.weights import hdf5
 
 # Counters of batch norms and of `AveragedModel`, which are not weights.
 _COUNTERS = ("num_batches_tracked", "n_averaged")
@@ -23,20 +22,6 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)*)")
 # Older versions can run code in spite of weights_only (CVE-2025-32434).
 _LEAST_TORCH = (2, 6)
-
-# A member may be so many times larger than its archive. Float32 weights hardly
-# shrink, so a larger member is there to fill the memory.
-_MOST_GROWTH = 16
-
-# Kinds of files, by their first bytes.
-_SIGNATURES = {
-  b"\x89HDF\r\n\x1a\n": "an HDF5 file",
-  b"PK\x03\x04": "a zip archive",
-  b"\x80": "a pickle",
-  b"\x1f\x8b": "a gzip file",
-  b"version https://git-lfs": "a pointer of Git LFS",
-  b"<": "a web page",
-}
 
 
 class WeightsFile(NamedTuple):
@@ -71,35 +56,30 @@ def read(path: pathlib.Path) -> WeightsFile:
 
   Of PyTorch .safetensors, .pt, .pth, .th, .pth.tar, .bin and .ckpt; of Keras
   .keras, .weights.h5 and .h5. A `WeightsError` if it is damaged, holds code or
-  claims more than it stores; a `ConfigError` if its library is not installed.
+  may claim more than it stores; a `ConfigError` if its library is not
+  installed.
   """
-  extension = path.suffix.lower()
-  if path.name.lower().endswith(".pth.tar"):  # It is not a tar archive.
-    extension = ".pth"
-  if extension not in _READERS:
+  name = path.name.lower()
+  readers = [read for end, read in _READERS.items() if name.endswith(end)]
+  if not readers:
     raise errors.WeightsError(
       f"{path} has the extension {path.suffix!r}, which must be one of"
       f" {', '.join(sorted(_READERS))}."
     )
   try:
     with path.open("rb") as file:
-      start = file.read(64)
+      start = file.read(24)
   except OSError as error:
     raise errors.WeightsError(
       f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
       " --source."
     ) from error
-  reader, right_start = _READERS[extension]
-  if not re.match(right_start, start, re.DOTALL):
-    known = [
-      text for sign, text in _SIGNATURES.items() if start.startswith(sign)
-    ]
-    what = (known or ["something else" if start else "empty"])[0]
-    raise errors.WeightsError(
-      f"{path} is not what its extension says: it is {what}."
-    )
-  with explain(f"{path} is damaged, or is not what its extension says"):
-    return reader(path)
+  # The first bytes show a web page or a pointer of Git LFS in its place.
+  with explain(
+    f"{path} is damaged, or is not what its extension says; it begins with"
+    f" {start!r}"
+  ):
+    return readers[0](path)
 
 
 @contextlib.contextmanager
@@ -115,27 +95,19 @@ def explain(fault: str, advice: str = "") -> Iterator[None]:
     ) from error
 
 
-def wrong_type(
-  path: pathlib.Path, name: str, dtype: Any
-) -> errors.WeightsError:
-  """The error for an array whose dtype is not that of weights."""
-  return errors.WeightsError(
-    f"{path}: {name} is {dtype}; it must be float32, float16, bfloat16 or"
-    " float64."
-  )
+def _check_stored(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
+  """Neither library compresses; a compressed file may fill the memory."""
+  if any(member.compress_type for member in archive.infolist()):
+    raise errors.WeightsError(
+      f"{path} must not be compressed. Save it again with its library, which"
+      " does not compress."
+    )
 
 
 def _read_safetensors(path: pathlib.Path) -> WeightsFile:
-  import safetensors
+  from safetensors import numpy as safetensors_numpy
 
-  arrays = {}
-  with safetensors.safe_open(path, framework="np") as file:
-    for name in file.keys():  # noqa: SIM118 It cannot be iterated over.
-      try:
-        arrays[name] = file.get_tensor(name)
-      except AttributeError:  # NumPy lacks the type.
-        dtype = file.get_slice(name).get_dtype()
-        raise wrong_type(path, name, dtype) from None
+  arrays = safetensors_numpy.load_file(path)
   # `resnet_flax.export` writes Keras's names so; PyTorch's names have dots.
   if all("/" in name for name in arrays):
     return WeightsFile(path, "keras", arrays, ())
@@ -150,20 +122,17 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     " safetensors.torch.save_file(state_dict, 'weights.safetensors').",
   ):
     import torch
-  version = re.match(r"(\d{1,4})\.(\d{1,4})", torch.__version__)
-  if version is None or tuple(map(int, version.groups())) < _LEAST_TORCH:
+  version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+  if version < _LEAST_TORCH:
     raise errors.WeightsError(
       f"{path} needs PyTorch {'.'.join(map(str, _LEAST_TORCH))} or later. In"
       f" {torch.__version__}, which is installed, a file could run code: pip"
       " install --upgrade 'resnet_flax[torch]'."
     )
+  # Before version 1.6, PyTorch wrote pickles without an archive around them.
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
-      if any(info.compress_type for info in archive.infolist()):
-        raise errors.WeightsError(
-          f"{path} must not be compressed, as it may fill the memory. Save the"
-          " state dict again: torch.save(state_dict, PATH) does not compress."
-        )
+      _check_stored(path, archive)
   try:
     # `weights_only` refuses anything but tensors and plain containers.
     loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -186,18 +155,9 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     )
   arrays = {}
   for name, tensor in loaded.items():
-    stored = tensor.untyped_storage().nbytes()
-    if tensor.numel() * tensor.element_size() > stored:
-      raise errors.WeightsError(
-        f"{path}: {name} claims the shape {list(tensor.shape)} but stores"
-        f" {stored} bytes."
-      )
-    if tensor.dtype == torch.bfloat16:
-      tensor = tensor.float()
-    try:
-      arrays[str(name)] = tensor.detach().numpy()
-    except TypeError:  # NumPy has no such type.
-      raise wrong_type(path, name, tensor.dtype) from None
+    # NumPy has no bfloat16.
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    arrays[str(name)] = tensor.detach().numpy()
   return _pytorch(path, arrays)
 
 
@@ -223,31 +183,14 @@ def _pytorch(
 
 def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
-    weights = _member(path, archive, "model.weights.h5")
-    model = _member(path, archive, "config.json")
-  return _keras(path, hdf5.read(path, io.BytesIO(weights)), model)
-
-
-def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> bytes:
-  try:
-    info = archive.getinfo(name)
-  except KeyError:
-    raise errors.WeightsError(
-      f"{path} is not a .keras file: it has no {name}."
-    ) from None
-  if info.file_size > _MOST_GROWTH * path.stat().st_size:
-    raise errors.WeightsError(
-      f"{path}: {name} claims {info.file_size} bytes, more than"
-      f" {_MOST_GROWTH} times the whole file."
-    )
-  with archive.open(info) as member:
-    return member.read(info.file_size + 1)  # It may inflate to more.
+    _check_stored(path, archive)
+    weights = io.BytesIO(archive.read("model.weights.h5"))
+    return _keras(path, weights, archive.read("config.json"))
 
 
 def _read_hdf5(path: pathlib.Path) -> WeightsFile:
   with path.open("rb") as file:
-    tree = hdf5.read(path, file)
-  return _keras(path, tree, tree.model)
+    return _keras(path, file)
 
 
 # For each class of layers with weights, the start of its automatic names; then
@@ -277,19 +220,52 @@ def layer_class(name: str) -> str:
 
 
 def _keras(
-  path: pathlib.Path, tree: hdf5.Tree, model: str | bytes
+  path: pathlib.Path, file: BinaryIO, model: str | bytes = ""
 ) -> WeightsFile:
-  """Gives the arrays of both of Keras's layouts the same names."""
+  """Reads HDF5; gives the arrays of both of Keras's layouts the same names.
+
+  `model` is the JSON text of a whole model, if it is not in the HDF5 file.
+  """
+  with errors.extra("h5py", str(path)):
+    import h5py
+
+  stored: dict[str, np.ndarray] = {}
+  passed_over: list[str] = []
+  # Maps a layer's place in a file of Keras 3, such as 'conv2d_1', to its name.
+  own_names: dict[str, str] = {}
+
+  def visit(key: str, member: Any) -> None:
+    place = re.fullmatch("layers/([^/]*)/vars", key)
+    if place and "name" in member.attrs:
+      own_names[place[1]] = str(member.attrs["name"])
+    if not isinstance(member, h5py.Dataset):
+      return
+    if key.startswith("optimizer") or "seed_generator" in key:
+      passed_over.append(key)
+      return
+    # HDF5 allows arrays that claim any size, or are parts of other files.
+    size = member.id.get_storage_size()
+    if member.is_virtual or member.external or member.nbytes > size:
+      raise errors.WeightsError(
+        f"{path}: {key[:200]} must have its values in the file, not compressed"
+        f" (h5repack -f NONE IN OUT undoes it). It stores {size} bytes of"
+        f" {member.nbytes}."
+      )
+    stored[key] = np.asarray(member[()])
+
+  with h5py.File(file, "r") as root:
+    # Links are not followed, and each array is visited once.
+    root.visititems(visit)
+    model = model or root.attrs.get("model_config", "")
   layers = json.loads(model)["config"]["layers"] if model else []
-  # Maps a layer's place in a file of Keras 3 to its own name.
   names: dict[str, str] = {}
   for kind, start in _AUTOMATIC.items():
     of_kind = [x["config"]["name"] for x in layers if x["class_name"] == kind]
     names.update(zip(automatic_names(start), of_kind, strict=False))
-  names |= tree.layer_names
+  names |= own_names
   arrays: dict[str, np.ndarray] = {}
   has_layer_names = True
-  for key, array in tree.arrays.items():
+  for key, array in stored.items():
     parts = key.replace("\\", "/").split("/")  # Windows writes backslashes.
     if parts[0] == "layers":  # layers/conv2d_7/vars/0
       place = parts[1]
@@ -305,18 +281,16 @@ def _keras(
       raise errors.WeightsError(f"{path} has two layers named {layer}.")
     arrays[name] = array
   return WeightsFile(
-    path, "keras", arrays, tuple(tree.passed_over), has_layer_names, layers
+    path, "keras", arrays, tuple(passed_over), has_layer_names, layers
   )
 
 
-# For each extension, the file's reader and a pattern of its first bytes.
-_READERS: dict[str, tuple[Callable[[pathlib.Path], WeightsFile], bytes]] = {
-  # The JSON header comes after its length.
-  ".safetensors": (_read_safetensors, rb".{8}\{"),
-  # Before version 1.6, PyTorch wrote pickles without an archive around them.
+# The reader of each extension.
+_READERS = {
+  ".safetensors": _read_safetensors,
   **dict.fromkeys(
-    (".pt", ".pth", ".th", ".bin", ".ckpt"), (_read_torch, rb"PK\x03\x04|\x80")
+    (".pt", ".pth", ".th", ".pth.tar", ".bin", ".ckpt"), _read_torch
   ),
-  ".keras": (_read_keras, rb"PK\x03\x04"),
-  **dict.fromkeys((".h5", ".hdf5"), (_read_hdf5, rb"\x89HDF\r\n\x1a\n")),
+  ".keras": _read_keras,
+  **dict.fromkeys((".h5", ".hdf5"), _read_hdf5),
 }

@@ -105,57 +105,52 @@ def variables(
   hold values that no trained network has.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+  # Of each array of the library, by its name and its shape.
   wanted = {}
   for entries, leaf in leaves:
     path = tuple(entry.key for entry in entries)
-    wanted[path] = source.origin(path), _shown("/".join(path), leaf), leaf.shape
-  ours = {origin.name: shown for origin, shown, _ in wanted.values()}
-  assert len(ours) == len(wanted), "an array would be used twice"
-  theirs = {name: _shown(name, array) for name, array in file.arrays.items()}
-  left_over = [theirs[name] for name in theirs if name not in ours]
-  missing = [f"{name} for {ours[name]}" for name in ours if name not in theirs]
+    name, layout, back = source.origin(path)
+    shape = back(np.broadcast_to(0, leaf.shape)).shape
+    wanted[name, shape] = path, layout
+  assert len(wanted) == len(leaves), "an array would be used twice"
+  there = {(name, array.shape) for name, array in file.arrays.items()}
+  left_over = [f"{n}{[*shape]}" for n, shape in sorted(there - wanted.keys())]
+  missing = [
+    f"{name}{[*shape]} for {'/'.join(path)}"
+    for (name, shape), (path, _) in wanted.items()
+    if (name, shape) not in there
+  ]
   if left_over or missing:
     raise errors.WeightsError(
       f"{file.path} ({source.title}) and the network must have the same"
       f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
     )
-  values, wrong = [], []
-  for path, (origin, shown, shape) in wanted.items():
-    array = file.arrays[origin.name]
-    # A layout works only on the sizes that ours has, in any order.
-    fits = sorted(array.shape) == sorted(shape)
-    value = origin.layout(array) if fits else array
-    if value.shape == shape:
-      values.append(_checked(file, origin.name, value, path))
-    else:
-      wrong.append(f"{theirs[origin.name]} for {shown}")
-  if wrong:
-    raise errors.WeightsError(
-      f"{file.path} ({source.title}) and the network must have the same shapes:"
-      f" {_listed(wrong)}."
-    )
+  values = [
+    _checked(file, name, layout(file.arrays[name]), path)
+    for (name, _), (path, layout) in wanted.items()
+  ]
   return jax.tree_util.tree_unflatten(structure, values)
 
 
 def _checked(
   file: files.WeightsFile, name: str, value: np.ndarray, path: Path
 ) -> np.ndarray:
+  what = f"{file.path}: {name}"
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-    raise files.wrong_type(file.path, name, value.dtype)
+    raise errors.WeightsError(
+      f"{what} is {value.dtype}; it must be float32, float16, bfloat16 or"
+      " float64."
+    )
   # A float64 too large for float32 becomes infinite; the next check finds it.
   with np.errstate(over="ignore"):
     value = np.ascontiguousarray(value, np.float32)
   if not np.isfinite(value).all():
     raise errors.WeightsError(
-      f"{file.path}: {name} holds values that are not finite in float32."
+      f"{what} holds values that are not finite in float32."
     )
   if path[0] == "batch_stats" and path[-1] == "var" and (value < 0).any():
-    raise errors.WeightsError(f"{file.path}: {name} holds negative variances.")
+    raise errors.WeightsError(f"{what} holds negative variances.")
   return value
-
-
-def _shown(name: str, array: Any) -> str:
-  return f"{name}{list(array.shape)}"
 
 
 def _listed(names: list[str]) -> str:

@@ -6,9 +6,7 @@ import json
 import os
 import pickle
 import random
-import struct
 import sys
-import tracemalloc
 import types
 import zipfile
 
@@ -193,10 +191,6 @@ def test_reads_what_pytorch_writes(tmp_path):
     read.arrays["conv1.weight"], state["conv1.weight"].numpy()
   )
   assert read.passed_over == ("bn1.num_batches_tracked",)
-  narrow = {"fc.weight": torch.ones(2, dtype=torch.float8_e4m3fn)}
-  torch.save(narrow, tmp_path / "b.th")
-  with pytest.raises(errors.WeightsError, match="float8_e4m3fn; it must be"):
-    files.read(tmp_path / "b.th")
 
 
 class StubTensor:
@@ -206,16 +200,6 @@ class StubTensor:
 
   def __init__(self, array):
     self._array = array
-    self.shape = array.shape
-
-  def numel(self):
-    return self._array.size
-
-  def element_size(self):
-    return self._array.itemsize
-
-  def untyped_storage(self):
-    return types.SimpleNamespace(nbytes=lambda: self._array.nbytes)
 
   def detach(self):
     return self
@@ -297,30 +281,6 @@ def test_pytorch_files_without_a_state_dict(stub_torch, torch_file, loaded):
     files.read(torch_file)
 
 
-def test_pytorchs_types_that_numpy_lacks(stub_torch, torch_file):
-  def fail():
-    raise TypeError("Got unsupported ScalarType Float8_e4m3fn")
-
-  tensor = StubTensor(np.ones(2, np.uint8))
-  tensor.dtype, tensor.numpy = "torch.float8_e4m3fn", fail
-  stub_torch.loaded = {"fc.weight": tensor}
-  message = "fc.weight is torch.float8_e4m3fn; it must be float32,"
-  with pytest.raises(errors.WeightsError, match=message):
-    files.read(torch_file)
-
-
-@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
-def test_types_that_numpy_lacks(kind, tmp_path):
-  place = {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}
-  header = json.dumps({"fc.weight": place}).encode()
-  path = tmp_path / "a.safetensors"
-  path.write_bytes(struct.pack("<Q", len(header)) + header + b"..")
-  with pytest.raises(
-    errors.WeightsError, match=f"fc.weight is {kind}; it must be"
-  ):
-    files.read(path)
-
-
 def test_what_pytorch_refuses(stub_torch, torch_file):
   stub_torch.loaded = pickle.UnpicklingError("set weights_only=False\nto run")
   with pytest.raises(errors.WeightsError, match="more than tensors") as raised:
@@ -365,16 +325,13 @@ def test_without_pytorch(tmp_path):
   [
     ("a.npz", b"", "has the extension '.npz', which must be one of .bin, "),
     ("a.tar", b"", "has the extension '.tar'"),
-    ("a.KERAS", b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
-    ("a.h5", b"", "it is empty"),
-    ("a.h5", b"PK\x03\x04", "it is a zip archive"),
-    ("a.h5", b"<!doctype html>", "it is a web page"),
-    ("a.h5", b"version https://git-lfs", "a pointer of Git LFS"),
-    ("a.keras", b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
-    ("a.safetensors", b"PK\x03\x04", "it is a zip archive"),
-    ("a.safetensors", b"nothing at all", "it is something else"),
+    ("a.KERAS", b"\x89HDF\r\n\x1a\n", r"begins with b'\x89HDF"),
+    ("a.h5", b"", "it begins with b''"),
+    ("a.h5", b"PK\x03\x04", "it begins with b'PK"),
+    ("a.h5", b"<!doctype html>", "it begins with b'<!doctype html>'"),
+    ("a.h5", b"version https://git-lfs", "b'version https://git-lfs'"),
+    ("a.safetensors", b"PK\x03\x04", "it begins with b'PK"),
     ("a.safetensors", b"\x00\x00\x00\x00\x00\x00\x00\x7f{}", "is damaged"),
-    ("a.pt", b"\x1f\x8b", "it is a gzip file"),
   ],
 )
 def test_not_what_the_extension_says(name, data, message, tmp_path):
@@ -393,28 +350,10 @@ def test_no_file(tmp_path):
     files.read(tmp_path / "b.h5")
 
 
-def test_archives_that_grow(tmp_path):
+def test_archives_that_may_grow(tmp_path):
   path = tmp_path / "a.keras"
   keras_zip(path, bytes(10**7), compression=zipfile.ZIP_DEFLATED)
-  with pytest.raises(errors.WeightsError, match="claims 10000000 bytes, more"):
-    files.read(path)
-
-
-def test_archives_whose_directory_lies(tmp_path):
-  """No more is unpacked than the directory claims."""
-  path = keras_zip(
-    tmp_path / "a.keras", bytes(1 << 26), compression=zipfile.ZIP_DEFLATED
-  )
-  raw = path.read_bytes()
-  true, claimed = (n.to_bytes(4, "little") for n in (1 << 26, 1000))
-  path.write_bytes(raw.replace(true, claimed))
-  with zipfile.ZipFile(path) as archive:
-    tracemalloc.start()
-    with pytest.raises(zipfile.BadZipFile):
-      files._member(path, archive, "model.weights.h5")
-    assert tracemalloc.get_traced_memory()[1] < 10**7
-    tracemalloc.stop()
-  with pytest.raises(errors.WeightsError, match="is damaged"):
+  with pytest.raises(errors.WeightsError, match="must not be compressed"):
     files.read(path)
 
 
@@ -432,7 +371,9 @@ def test_archives_without_weights(tmp_path):
   path = tmp_path / "a.keras"
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("readme.txt", "")
-  with pytest.raises(errors.WeightsError, match=r"has no model\.weights\.h5"):
+  with pytest.raises(
+    errors.WeightsError, match=r"no item .* 'model\.weights\.h5'"
+  ):
     files.read(path)
 
 
@@ -448,4 +389,101 @@ def test_two_layers_of_one_name(tmp_path):
   config["config"]["layers"][1]["config"]["name"] = "first"
   path = keras_zip(tmp_path / "a.keras", hdf5_bytes(LAYERS), config)
   with pytest.raises(errors.WeightsError, match="two layers named first"):
+    files.read(path)
+
+
+# ---- HDF5
+
+
+def write_hdf5(path, fill):
+  """A file that `fill` has filled."""
+  with h5py.File(path, "w") as file:
+    fill(file)
+  return path
+
+
+KERNEL = np.ones((2, 3), np.float32)
+
+
+def test_reads_what_keras_writes(tmp_path):
+  def fill(file):
+    file["layers/conv2d_1/vars/0"] = KERNEL
+    file["layers/conv2d_1/vars"].attrs["name"] = "conv2d_7"
+    file["optimizer/vars/0"] = np.int64(3)
+    file["layers/random_flip/seed_generator/vars/0"] = np.zeros(2, np.uint32)
+
+  read = files.read(write_hdf5(tmp_path / "a.h5", fill))
+  np.testing.assert_array_equal(read.arrays["conv2d_7/kernel"], KERNEL)
+  assert len(read.arrays) == 1
+  assert read.has_layer_names
+  assert set(read.passed_over) == {
+    "optimizer/vars/0",
+    "layers/random_flip/seed_generator/vars/0",
+  }
+
+
+@pytest.mark.parametrize(
+  "how",
+  [
+    {"chunks": (10, 2), "fillvalue": 3},
+    {"chunks": (100, 3), "maxshape": (None, 3)},
+    {"shuffle": True, "fletcher32": True},
+  ],
+)
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+def test_reads_what_was_packed_anew(tmp_path, how, version):
+  kernel, path = np.arange(192, dtype="f4").reshape(64, 3), tmp_path / "a.h5"
+  with h5py.File(path, "w", libver=version, track_order=True) as file:
+    group = file.create_group("layers/conv2d/vars", track_order=True)
+    group.create_dataset("0", data=kernel, **how)
+  (found,) = files.read(path).arrays.values()
+  np.testing.assert_array_equal(found, kernel)
+
+
+def test_without_its_library(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "h5py", None)
+  (tmp_path / "a.h5").touch()
+  with pytest.raises(
+    errors.ConfigError, match=r"a.h5 needs h5py, .*'resnet_flax\[h5py\]'"
+  ):
+    files.read(tmp_path / "a.h5")
+
+
+def test_links_are_not_followed(tmp_path):
+  def fill(file):
+    file["conv/kernel"] = KERNEL
+    file["conv/outside"] = h5py.ExternalLink("/etc/passwd", "/kernel")
+    file["conv/soft"] = h5py.SoftLink("/conv/kernel")
+    file["conv/circle"] = file["conv"]
+    file["conv/type"] = np.dtype("f4")
+
+  read = files.read(write_hdf5(tmp_path / "a.h5", fill))
+  assert read.arrays.keys() == {"conv/kernel"}
+
+
+def unallocated(file):
+  file.create_dataset("kernel", (2**40,), np.float32, chunks=(1024,))
+
+
+def compressed(file):
+  file.create_dataset("kernel", data=np.zeros(10**6), compression="gzip")
+
+
+def external_values(file):
+  external = [("/etc/passwd", 0, 8)]
+  file.create_dataset("kernel", (2,), np.float32, external=external)
+
+
+def virtual(file):
+  layout = h5py.VirtualLayout((2,), np.float32)
+  layout[:] = h5py.VirtualSource("/etc/passwd", "kernel", (2,))
+  file.create_virtual_dataset("kernel", layout)
+
+
+@pytest.mark.parametrize(
+  "fill", [unallocated, compressed, external_values, virtual]
+)
+def test_values_that_are_not_all_in_the_file(fill, tmp_path):
+  path = write_hdf5(tmp_path / "a.h5", fill)
+  with pytest.raises(errors.WeightsError, match=r"kernel must .*h5repack"):
     files.read(path)

@@ -16,10 +16,8 @@ LIKE = {
 
 
 def origin(path):
-  transposed = path[-1] == "a"
-  return mapping.Origin(
-    f"their_{path[-1]}", np.transpose if transposed else np.asarray
-  )
+  layouts = (np.transpose, np.transpose) if path[-1] == "a" else ()
+  return mapping.Origin(f"their_{path[-1]}", *layouts)
 
 
 SOURCE = mapping.Source("a network", 0, origin, ())
@@ -54,7 +52,7 @@ def test_good(dtype):
     ),
     (
       {"their_a": None},
-      r"Left over: none. Missing: their_a for params/a\[2, 3\]",
+      r"Left over: none. Missing: their_a\[3, 2\] for params/a",
     ),
     (
       {"their_a": None, "their_b": np.ones(2, np.float32)},
@@ -62,9 +60,12 @@ def test_good(dtype):
     ),
     (
       {"their_a": np.ones((2, 3), np.float32)},
-      r"the same shapes: their_a\[2, 3\] for params/a\[2, 3\]",
+      r"Left over: their_a\[2, 3\]. Missing: their_a\[3, 2\] for params/a",
     ),
-    ({"their_a": np.ones(6, np.float32)}, r"their_a\[6\] for params/a\[2, 3\]"),
+    (
+      {"their_a": np.ones(6, np.float32)},
+      r"over: their_a\[6\]. Missing: their_a\[3, 2\]",
+    ),
     ({"their_a": np.ones((3, 2), np.int32)}, "their_a is int32; it must be"),
     ({"their_a": np.full((3, 2), np.nan)}, "their_a holds values that are not"),
     ({"their_a": np.full((3, 2), 1e300)}, "not finite in float32"),
