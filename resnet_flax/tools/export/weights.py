@@ -36,10 +36,7 @@ def named(loaded: LoadedModel, names: str) -> Network:
   origin_of = library.origin_of(names, model)
   if origin_of is None:
     raise errors.WeightsError(f"{names} has no {model.name}")
-  try:
-    origins = [(origin_of(path), array) for path, array in flat.items()]
-  except KeyError as error:
-    raise errors.WeightsError(f"{names} has no layer {error}") from error
+  origins = [(origin_of(path), array) for path, array in flat.items()]
   arrays = {origin.name: origin.back(array) for origin, array in origins}
   # Reading the arrays as a file of the library says which network they are.
   file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())

@@ -5,15 +5,14 @@ of the widely used ResNets for CIFAR-10 in PyTorch. These name their blocks as
 torchvision does, and call their head `linear`.
 """
 
-import collections
 import functools
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.models import other_blocks as others
+from resnet_flax.models import feedforward, other_blocks as others
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
@@ -25,33 +24,11 @@ _NORM = {
   "var": "running_var",
 }
 
-# (blocks of each stage, bottlenecks): depth. Depths 34 and 50 differ only in
-# the kind of their blocks.
-_IMAGENET_DEPTHS = {
-  (sizes, depth >= others.FIRST_BOTTLENECK): depth
-  for depth, sizes in others.IMAGENET_SIZES.items()
+# Indexes of the dense layers in torchvision's `classifier`.
+_DENSE = {
+  "vgg": {"dense1": 0, "dense2": 3, "head": 6},
+  "alexnet": {"dense1": 1, "dense2": 4, "head": 6},
 }
-
-
-class _Features(NamedTuple):
-  """The places of the layers in a network without blocks."""
-
-  convs: tuple[int, ...]  # Indexes in `features`.
-  dense: dict[str, int]  # Indexes in `classifier`.
-  channels: int  # Channels of the first dense layer's input.
-
-
-# VGG-19 without batch norm, and with it.
-_VGG19 = tuple(
-  _Features(convs, {"dense1": 0, "dense2": 3, "head": 6}, 512)
-  for convs in (
-    (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34),
-    (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49),
-  )
-)
-_ALEXNET = _Features(
-  (0, 3, 6, 8, 10), {"dense1": 1, "dense2": 4, "head": 6}, 256
-)
 
 # Values that all of PyTorch's ResNets need.
 _RESNET = {
@@ -67,7 +44,9 @@ def identify(file: files.WeightsFile) -> Source:
   if {"classifier.6.weight", "features.0.weight"} <= names:
     return _feedforward(file)
   if {"conv1.weight", "layer1.0.conv1.weight"} <= names:
-    sizes = _blocks(file)
+    pattern = re.compile(r"(layer\d+)\.\d+\.conv1\.weight")
+    stages = [match[1] for match in map(pattern.fullmatch, names) if match]
+    sizes = tuple(stages.count(stage) for stage in sorted(set(stages)))
     if "fc.weight" in names:
       return _torchvision_resnet(file, sizes)
     if "linear.weight" in names and len(sizes) <= 3:
@@ -80,25 +59,22 @@ def identify(file: files.WeightsFile) -> Source:
   )
 
 
-def _blocks(file: files.WeightsFile) -> tuple[int, ...]:
-  """The number of blocks in layer1, layer2, and so on."""
-  found = (re.match(r"(layer\d+)\.\d+\.", name) for name in file.arrays)
-  blocks = {match[0]: match[1] for match in found if match}
-  counts = collections.Counter(blocks.values())
-  return tuple(counts[stage] for stage in sorted(counts))
-
-
 def _torchvision_resnet(
   file: files.WeightsFile, sizes: tuple[int, ...]
 ) -> Source:
   has_bottlenecks = "layer1.0.conv3.weight" in file.arrays
-  depth = _IMAGENET_DEPTHS.get((sizes, has_bottlenecks))
-  if depth is None:
+  # Depths 34 and 50 differ only in the kind of their blocks.
+  depths = [
+    depth
+    for depth, blocks in others.IMAGENET_SIZES.items()
+    if blocks == sizes and (depth >= others.FIRST_BOTTLENECK) == has_bottlenecks
+  ]
+  if not depths:
     raise errors.WeightsError(
       f"{file.path} is a ResNet with {sizes} blocks. It must be torchvision's"
       " ResNet-18, 34, 50, 101 or 152."
     )
-  title, more = f"torchvision's ResNet-{depth}", dict[str, Any]()
+  title, more = f"torchvision's ResNet-{depths[0]}", dict[str, Any]()
   stem = file.shape("conv1.weight")[0]
   if has_bottlenecks:
     channels, width = file.shape("layer1.0.conv2.weight")[:2]
@@ -117,7 +93,7 @@ def _torchvision_resnet(
     _torchvision_origin,
     normalization=("imagenet",),
     name="resnet_imagenet",
-    depth=depth,
+    depth=depths[0],
     num_filters=mapping.width(stem, usual=64),
     shortcut=("B", "default"),
     **_RESNET,
@@ -145,25 +121,22 @@ def _cifar_resnet(file: files.WeightsFile, sizes: tuple[int, ...]) -> Source:
 
 def _feedforward(file: files.WeightsFile) -> Source:
   has_norm = any(name.endswith(".running_mean") for name in file.arrays)
-  is_alexnet = "classifier.1.weight" in file.arrays
-  features = _ALEXNET if is_alexnet else _VGG19[has_norm]
-  if file.num_convs != len(features.convs):
+  title, name, depth, more = "VGG-19", "vgg", 19, dict[str, Any](norm="none")
+  if "classifier.1.weight" in file.arrays:
+    title, name, depth, more = "AlexNet", "alexnet", 8, {}
+  elif has_norm:
+    title, more = "VGG-19 with BN", {"batch_norm_epsilon": 1e-5}
+  if file.num_convs != len(_places(name, has_norm)):
     raise errors.WeightsError(
       f"{file.path} has {file.num_convs} convolutions and three dense layers."
       " It must be torchvision's VGG-19 or AlexNet."
     )
-  more: dict[str, Any] = {"batch_norm_epsilon": 1e-5} if has_norm else {}
-  if is_alexnet:
-    title, depth = "AlexNet", 8
-  else:
-    title, depth = "VGG-19" + " with BN" * has_norm, 19
-    more["norm"] = "batch_norm" if has_norm else "none"
   return Source(
     f"torchvision's {title}",
     file.shape("classifier.6.weight")[0],
-    functools.partial(_feedforward_origin, features),
+    functools.partial(_feedforward_origin, name, has_norm),
     normalization=("imagenet",),
-    name="alexnet" if is_alexnet else "vgg",
+    name=name,
     depth=depth,
     conv_bias=True,
     **more,
@@ -179,14 +152,12 @@ def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
     case "torchvision", "resnet_imagenet":
       return _torchvision_origin
     case "torchvision", "vgg":
-      features = _VGG19[model.norm != "none"]
+      return functools.partial(_feedforward_origin, "vgg", model.norm != "none")
     case "torchvision", "alexnet":
-      features = _ALEXNET
+      return functools.partial(_feedforward_origin, "alexnet", False)
     case "cifar", "resnet_v1":
       return _cifar_origin
-    case _:
-      return None
-  return functools.partial(_feedforward_origin, features)
+  return None
 
 
 def _resnet_origin(head: str, shortcut: str, path: Path) -> Origin:
@@ -204,18 +175,32 @@ _torchvision_origin = functools.partial(_resnet_origin, "fc", "downsample")
 _cifar_origin = functools.partial(_resnet_origin, "linear", "shortcut")
 
 
-def _feedforward_origin(features: _Features, path: Path) -> Origin:
+def _places(name: str, has_norm: bool) -> list[int]:
+  """Indexes of the convolutions in torchvision's `features`."""
+  places, index = [], 0
+  for layer in feedforward.NETWORKS[name]["features"]:
+    if isinstance(layer, feedforward.Conv):
+      places.append(index)
+      index += 1 + has_norm  # A ReLU comes after both.
+    index += 1
+  return places
+
+
+def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
   layer, leaf = path[1:]
-  if layer in features.dense:
-    origin = _leaf(f"classifier.{features.dense[layer]}", layer, leaf)
-    if (layer, leaf) == ("dense1", "kernel"):
-      convert = functools.partial(_flattened, features.channels)
-      back = functools.partial(_unflattened, features.channels)
-      return Origin(origin.name, convert, back)
-    return origin
+  if layer in _DENSE[name]:
+    origin = _leaf(f"classifier.{_DENSE[name][layer]}", layer, leaf)
+    if (layer, leaf) != ("dense1", "kernel"):
+      return origin
+    area = feedforward.NETWORKS[name]["pooled_size"] ** 2
+    return Origin(
+      origin.name,
+      functools.partial(_flattened, area),
+      functools.partial(_unflattened, area),
+    )
   number = int(layer.removeprefix("conv").removeprefix("bn"))
   # A batch norm comes directly after its convolution.
-  index = features.convs[number - 1] + layer.startswith("bn")
+  index = _places(name, has_norm)[number - 1] + layer.startswith("bn")
   return _leaf(f"features.{index}", layer, leaf)
 
 
@@ -235,13 +220,13 @@ def _leaf(module: str, layer: str, leaf: str) -> Origin:
   )
 
 
-def _flattened(channels: int, array: np.ndarray) -> np.ndarray:
+def _flattened(area: int, array: np.ndarray) -> np.ndarray:
   """Turns [out, C*H*W] into [H*W*C, out], for a dense layer after a flatten."""
   units = len(array)
-  return array.reshape(units, channels, -1).T.reshape(-1, units)
+  return array.reshape(units, -1, area).T.reshape(-1, units)
 
 
-def _unflattened(channels: int, array: np.ndarray) -> np.ndarray:
+def _unflattened(area: int, array: np.ndarray) -> np.ndarray:
   """Undoes `_flattened`."""
   units = array.shape[1]
-  return array.reshape(-1, channels, units).T.reshape(units, -1)
+  return array.reshape(area, -1, units).T.reshape(units, -1)

@@ -121,7 +121,7 @@ def test_orbax_and_flax_names(tmp_path):
     (
       {"model.shortcut": "B"},
       "keras",
-      "keras has no layer .'stage2_block1', 'shortcut_bn'.",
+      "would need --config.model.shortcut=keras .now B.",
     ),
     (
       way_in.TORCH["resnet50"],

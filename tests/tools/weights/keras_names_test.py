@@ -241,7 +241,9 @@ def test_epsilon_is_the_files(saved):
       settings["epsilon"] = 0.125
     return layer_of(kind, name, settings)
 
-  with pytest.raises(errors.WeightsError, match="different epsilons"):
+  with pytest.raises(
+    errors.WeightsError, match=r"_5 has the epsilon 0.125, which must be"
+  ):
     read_layers(saved, one)
 
 

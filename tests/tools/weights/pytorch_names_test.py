@@ -187,7 +187,7 @@ def test_dense_layer_after_a_flatten():
   rng = np.random.default_rng(0)
   features = rng.normal(size=(5, 3, 3))  # C, H, W
   kernel = rng.normal(size=(7, 45))
-  ours = pytorch_names._flattened(5, kernel)
+  ours = pytorch_names._flattened(9, kernel)
   np.testing.assert_allclose(
     np.transpose(features, (1, 2, 0)).ravel() @ ours, kernel @ features.ravel()
   )
