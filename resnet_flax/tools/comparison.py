@@ -100,7 +100,7 @@ def _key(metric: str, sides: Sequence[Group]) -> str:
   """The full key of a metric, which all networks must have recorded."""
   # Records of the last epoch, since an average of weights may start late.
   records = [
-    run.of_seed(seed)[side.num_epochs - 1]
+    run.record(seed, "last", side.num_epochs)
     for side in sides
     for run, seed in side.repetitions
   ]

@@ -299,7 +299,7 @@ def test_commands_of_the_page(trained, command):
   ("arguments", "code", "message"),
   [
     (["x"], 2, "arguments are required: --with"),
-    (["x", "--with", "y"], 1, "x is not a folder"),
+    (["x", "--with", "y"], 1, "x cannot be read: No such file"),
     (["{a}", "--with", "{a}", "--metric=f1"], 2, "--metric='f1' is not known"),
     (["x", "--with", "y", "--format=pdf"], 2, "invalid choice: 'pdf'"),
   ],

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import pathlib
-import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from resnet_flax.tools.report import (
   runs as runs_lib,
   scores as scores_lib,
 )
-from resnet_flax.tools.report.runs import Group, Run, Statistic, shown
+from resnet_flax.tools.report.runs import Group, Statistic, shown
 from resnet_flax.tools.report.tables import Column, Table
 
 _logger = logging.getLogger(__name__)
@@ -138,8 +137,10 @@ def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
     "Accuracies and errors are those of the test split; “best” is the epoch"
     " that checkpoint.monitor chooses. ± is the sample standard deviation over"
-    " n seeds. A name has only the keys that tell the groups of a data set"
-    " apart; “Configurations” lists all keys that differ."
+    " n seeds. An unfinished group has the values of the last epoch that all"
+    " its seeds have; unfinished runs of a finished group are not counted. A"
+    " name has only the keys that tell the groups of a data set apart;"
+    " “Configurations” lists all keys that differ."
   ]
   on_test = [
     group.number
@@ -147,26 +148,10 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     if any((run.chosen_by or "").startswith("test_") for run in group.runs)
   ]
   if on_test:
-    which = "all groups" if len(on_test) == len(groups) else _numbers(on_test)
     notes.append(
-      f"In {which} the best epoch was chosen on the test split, as there is no"
-      " validation split: the best accuracy is optimistic, the final one is"
-      " not."
-    )
-  unfinished = [group.number for group in groups if not group.finished]
-  if unfinished:
-    notes.append(
-      f"Unfinished: {_numbers(unfinished)}. Their values are those of the last"
-      " epoch that all their seeds have."
-    )
-  left_out = sum(
-    group.finished and not run.finished and bool(run.records)
-    for group in groups
-    for run in group.runs
-  )
-  if left_out:
-    notes.append(
-      f"Unfinished runs of finished groups are not counted: {left_out}."
+      f"The best epochs of # {_ranges(on_test)} were chosen on the test split,"
+      " as there is no validation split: the best accuracy is optimistic, the"
+      " final one is not."
     )
 
   def column(title, which, key, factor=100, digits=2):
@@ -186,14 +171,13 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
   compared = _differences(groups)
-  if compared is None:
-    return Section("Accuracy", notes, tables=[table])
-  notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
-  return Section("Accuracy", notes, tables=[table, compared])
+  if compared:
+    notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
+  return Section("Accuracy", notes, tables=[table, *compared])
 
 
-def _differences(groups: Sequence[Group]) -> Table | None:
-  """Groups minus the first group on their data; None if no seeds differ."""
+def _differences(groups: Sequence[Group]) -> list[Table]:
+  """Groups minus the first group on their data; no table if no seeds differ."""
   rows = []
   for _, (first, *others) in runs_lib.by_data(groups):
     b = np.array(first.at("last", "test_accuracy", 100))
@@ -202,15 +186,14 @@ def _differences(groups: Sequence[Group]) -> Table | None:
       if found := intervals.interval(a, b, paired=False):
         points = a.mean() - b.mean()
         rows.append((group.number, first.number, points, *found[:2]))
-  if not rows:
-    return None
   titles = ("group", "first", "points", "from", "to")
-  return Table(
+  table = Table(
     "intervals",
     "Final test accuracy minus that of the first group on the same data, in"
     " points, with 95 % intervals over seeds (Welch's t).",
     *map(Column, titles, zip(*rows, strict=True)),
   )
+  return [table] if rows else []
 
 
 def _times(groups: Sequence[Group]) -> Section:
@@ -218,23 +201,18 @@ def _times(groups: Sequence[Group]) -> Section:
     found = [Statistic.of([*map(value, g.counted_runs)]) for g in groups]
     return Column(title, found, digits)
 
-  def devices(group: Group) -> str:
-    names = (run.device or "unknown" for run in group.counted_runs)
-    return "; ".join(dict.fromkeys(names))
-
+  devices = [dict.fromkeys(r.device for r in g.counted_runs) for g in groups]
   table = Table(
     "time",
     "Time and speed of each group.",
     *_names(groups),
     Column("n", [len(group.counted_runs) for group in groups]),
     over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
-    over_runs("of them for data", 1, lambda r: r.mean_seconds("data_seconds")),
-    over_runs(
-      "evaluation (s)", 1, lambda r: r.mean_seconds("evaluation_seconds")
-    ),
+    over_runs("of them for data", 1, lambda r: r.mean("data_seconds")),
+    over_runs("evaluation (s)", 1, lambda r: r.mean("evaluation_seconds")),
     over_runs("images/s", 0, lambda r: r.images_per_second),
     over_runs("training time (min)", 1, lambda r: r.seconds / 60),
-    Column("trained on", [devices(group) for group in groups]),
+    Column("trained on", ["; ".join(each) for each in devices]),
   )
   note = (
     "Times are those of training, without compilation and evaluation. “of them"
@@ -248,15 +226,11 @@ def _configurations(groups: Sequence[Group]) -> Section:
   configs = [group.config for group in groups]
   differing = runs_lib.differing_keys(configs)
   common = sorted(configs[0].keys() - set(differing))
-
-  def values(config: runs_lib.Config, keys: Sequence[str]) -> list[str | None]:
-    return [shown(config[key]) if key in config else None for key in keys]
-
   same = Table(
     "same",
     "The keys that have one value in all groups.",
     Column("key", common),
-    Column("value", values(configs[0], common)),
+    Column("value", [shown(configs[0][key]) for key in common]),
     folded=True,
   )
   differences = Table(
@@ -264,8 +238,8 @@ def _configurations(groups: Sequence[Group]) -> Section:
     "The keys in which the groups differ.",
     Column("key", differing),
     *(
-      Column(f"group {group.number}", values(group.config, differing))
-      for group in groups
+      Column(f"group {g.number}", [shown(g.config.get(k)) for k in differing])
+      for g in groups
     ),
   )
   note = (
@@ -279,48 +253,44 @@ def _configurations(groups: Sequence[Group]) -> Section:
 def _runs(groups: Sequence[Group]) -> Section:
   every = [(group, run) for group in groups for run in group.runs]
   runs = [run for _, run in every]
+  # Each run by itself.
+  alone = [runs_lib.group([run])[0] for run in runs]
 
   def column(title, cell, digits=0):
     """A column whose cells are empty for runs without an epoch."""
     return Column(title, [cell(r) if r.records else None for r in runs], digits)
 
-  def best(run: Run, key: str) -> list[float]:
-    count = len(run.records)
-    return [
-      run.best_record(seed, count).get(key, math.nan) for seed in run.seeds
-    ]
+  def mean(title, which, key):
+    means = [group.statistic(which, key, 100).mean for group in alone]
+    return Column(title, means)
 
-  def final(run: Run, key: str) -> float | None:
-    last = run.records[-1]
-    return 100 * last[key] if key in last else None
-
-  def counted(group: Group, run: Run) -> str | None:
-    return _ranges([r.seed for r in group.repetitions if r.run is run]) or None
-
+  counted = [
+    _ranges([r.seed for r in group.repetitions if r.run is run]) or None
+    for group, run in every
+  ]
+  best = [sorted({*map(int, group.at("best", "epoch"))}) for group in alone]
   columns = [
     Column("#", [group.number for group, _ in every]),
     Column("run", [run.name for run in runs]),
     Column("seeds", [_ranges(run.seeds) for run in runs]),
     Column("epochs", [_epochs(len(r.records), r.config) for r in runs]),
-    Column("counted seeds", [counted(*each) for each in every]),
-    column("final test accuracy (%)", lambda r: final(r, "test_accuracy"), 2),
-    column(
-      "best test accuracy (%)",
-      lambda r: 100 * statistics.fmean(best(r, "test_accuracy")),
-      2,
-    ),
-    column(
-      "best epoch (0-based)",
-      lambda r: ", ".join(str(k) for k in sorted({*best(r, "epoch")})),
-    ),
+    Column("counted seeds", counted),
+    mean("final test accuracy (%)", "last", "test_accuracy"),
+    mean("best test accuracy (%)", "best", "test_accuracy"),
+    Column("best epoch (0-based)", [", ".join(map(str, b)) for b in best]),
     column("chosen by", lambda r: r.chosen_by),
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
   ]
   ensemble = "test_ensemble_accuracy"
   if any(ensemble in record for run in runs for record in run.records):
-    title = "ensemble's final test accuracy (%)"
-    columns.append(column(title, lambda r: final(r, ensemble), 2))
+    columns.append(
+      column(
+        "ensemble's final test accuracy (%)",
+        lambda run: 100 * run.records[-1].get(ensemble, math.nan),
+        2,
+      )
+    )
   note = (
     "The values of a run with several seeds are means over them. A seed that"
     " occurs twice in a group is counted once, in the run with more epochs."
@@ -331,10 +301,6 @@ def _runs(groups: Sequence[Group]) -> Section:
 def _epochs(done: int, config: runs_lib.Config) -> str:
   planned = config["num_epochs"]
   return f"{done} of {planned}" + ("" if done >= planned else ", unfinished")
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-  return f"group{'s' if numbers[1:] else ''} {_ranges(numbers)}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -356,31 +322,26 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   if scored != "best":
     return begun
 
-  def mean_of_best(group: Group) -> float:
-    return statistics.fmean(group.at("best", "test_accuracy"))
-
   # Accuracies on different test images cannot be compared.
-  return [max(each, key=mean_of_best) for _, each in runs_lib.by_data(begun)]
+  return [
+    max(each, key=lambda g: g.statistic("best", "test_accuracy").mean)
+    for _, each in runs_lib.by_data(begun)
+  ]
 
 
 def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   # Take the run and the seed that are best by `checkpoint.monitor`.
-  records = [
-    r.run.best_record(r.seed, len(r.run.records)) for r in group.repetitions
-  ]
+  records = [run.record(seed, "best") for run, seed in group.repetitions]
   best = metrics.best_record(records, group.config["checkpoint.monitor"])
   run, seed = group.repetitions[records.index(best)]
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
     found = load.predict_test(run.folder, seed, opened=opened)
-    scores = scores_lib.summarize(*found)
   except errors.UserError as error:
-    _logger.warning(
-      "warning: the report lacks the checkpoint of group %d: %s",
-      group.number,
-      error,
-    )
+    lacks = f"the report lacks the checkpoint of group {group.number}"
+    _logger.warning("warning: %s: %s", lacks, error)
     return Section(title, [f"This could not be made: {error}"])
+  scores = scores_lib.summarize(*found)
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   notes = [
@@ -401,18 +362,16 @@ def _score_tables(
 ) -> list[Table]:
   names, matrix, wrong = scores.class_names, scores.confusion, scores.mistakes
   confused = scores.confused(_MOST_CONFUSED)
-  images = matrix.sum(axis=1).tolist()
-  accuracies = [
-    100 * right / count if count else None
-    for right, count in zip(matrix.diagonal().tolist(), images, strict=True)
-  ]
+  images = matrix.sum(axis=1)
+  right = 100 * matrix.diagonal() / np.maximum(images, 1)
+  accuracies = np.where(images, right, np.nan)
   return [
     Table(
       f"classes_{name}",
       f"Accuracy of each class, of {what}.",
       Column("class", names),
-      Column("test images", images),
-      Column("accuracy (%)", accuracies),
+      Column("test images", images.tolist()),
+      Column("accuracy (%)", accuracies.tolist()),
     ),
     Table(
       f"confused_{name}",

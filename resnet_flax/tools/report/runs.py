@@ -51,7 +51,7 @@ class Run:
   name: str  # Its path below the folder that all runs share.
   config: Config
   records: list[metrics.Record]  # One for each finished epoch, oldest first.
-  device: str  # Its devices, described for people; '' if unknown.
+  device: str  # Its devices, described for people, or 'unknown'.
   # `Dataset.source` of the pixels it was trained on, or 'unknown'.
   data: str
 
@@ -71,37 +71,39 @@ class Run:
     index = seed - self.seeds[0]
     return [metrics.of_seeds(record)[index] for record in self.records]
 
-  def best_record(self, seed: int, num_epochs: int) -> metrics.Record:
-    """The record of a seed's best checkpoint among the first `num_epochs`."""
-    monitor = self.config["checkpoint.monitor"]
-    return metrics.best_record(self.of_seed(seed)[:num_epochs], monitor)
+  def record(
+    self, seed: int, which: str, num_epochs: int | None = None
+  ) -> metrics.Record:
+    """A seed's record of the 'best' or 'last' of the first epochs."""
+    records = self.of_seed(seed)[:num_epochs]
+    if which == "last":
+      return records[-1]
+    return metrics.best_record(records, self.config["checkpoint.monitor"])
 
   @property
   def chosen_by(self) -> str | None:
     """The key that chooses the best epoch; None before the first one."""
     if not self.records:
       return None
-    monitor = self.config["checkpoint.monitor"]
-    best = self.best_record(self.seeds[0], len(self.records))
-    return metrics.monitored(best, monitor)
+    best = self.record(self.seeds[0], "best")
+    return metrics.monitored(best, self.config["checkpoint.monitor"])
 
   @property
   def seconds(self) -> float:
     """Training time of all epochs, without compilation and evaluation."""
     return math.fsum(record["epoch_seconds"] for record in self.records)
 
-  def mean_seconds(self, key: str) -> float:
+  def mean(self, key: str) -> float:
     """Mean of a key, such as 'evaluation_seconds'; NaN if an epoch lacks it."""
     return statistics.fmean(r.get(key, math.nan) for r in self.records)
 
   @property
   def images_per_second(self) -> float:
     """Mean over all epochs; the images of all seeds count."""
-    images = math.fsum(
-      record["images_per_second"] * record["epoch_seconds"]
+    return math.fsum(
+      record["images_per_second"] * record["epoch_seconds"] / self.seconds
       for record in self.records
     )
-    return images / self.seconds
 
 
 class Repetition(NamedTuple):
@@ -151,13 +153,10 @@ class Group:
 
     NaN if a record lacks the metric; records of older runs lack new metrics.
     """
-    records = (
-      run.best_record(seed, self.num_epochs)
-      if which == "best"
-      else run.of_seed(seed)[self.num_epochs - 1]
+    return [
+      factor * run.record(seed, which, self.num_epochs).get(key, math.nan)
       for run, seed in self.repetitions
-    )
-    return [factor * record.get(key, math.nan) for record in records]
+    ]
 
   def statistic(self, which: str, key: str, factor: float = 1) -> Statistic:
     """The statistic of the values that `at` returns."""
@@ -174,20 +173,15 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
 
   Each workdir is listed once, in the order of the arguments, then by name.
   """
-  advice = (
-    "Pass the workdirs of runs, or a folder that contains them, such as runs."
-  )
+  advice = "Pass workdirs, or a folder that contains some, such as runs."
 
   def fail(error: OSError) -> None:
     raise errors.WorkdirError(
-      f"{error.filename} cannot be read: {error.strerror}. Make it readable, or"
-      " pass the workdirs one by one."
+      f"{error.filename} cannot be read: {error.strerror}. {advice}"
     ) from error
 
   found: dict[str, pathlib.Path] = {}
   for path in map(pathlib.Path, paths):
-    if not path.is_dir():
-      raise errors.WorkdirError(f"{path} is not a folder. {advice}")
     is_empty = True
     for folder, below, files in os.walk(path, onerror=fail):
       # A hidden folder is an unfinished workdir; see `new_folder`.
@@ -208,24 +202,26 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   """Reads runs; a `WorkdirError` names a damaged file."""
   real = [os.path.realpath(each) for each in folders]
   common = os.path.commonpath([os.path.dirname(path) for path in real])
-  return [
-    _read(each, shown(os.path.relpath(path, common)))
-    for each, path in zip(folders, real, strict=True)
-  ]
-
-
-def _read(path: pathlib.Path, name: str) -> Run:
-  stored, environment = load_config(path), read_environment(path)
-  config = keys.flatten(stored.to_dict())
-  records = metrics.MetricsLog(path, stored).read()
-  data = environment.get("data") or "unknown"
-  return Run(path, name, config, records, _device(environment), data)
+  runs = []
+  for folder, path in zip(folders, real, strict=True):
+    stored, environment = load_config(folder), read_environment(folder)
+    records = metrics.MetricsLog(folder, stored).read()
+    run = Run(
+      folder,
+      shown(os.path.relpath(path, common)),
+      keys.flatten(stored.to_dict()),
+      records,
+      _device(environment),
+      environment.get("data") or "unknown",
+    )
+    runs.append(run)
+  return runs
 
 
 def _device(environment: Mapping[str, Any]) -> str:
   devices = environment.get("devices")
   if not devices:
-    return ""
+    return "unknown"
   if (kind := str(devices[0])) != "cpu":
     return f"{len(devices)} x {kind}"
   threads = environment.get("cpu_threads", "?")

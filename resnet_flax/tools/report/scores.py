@@ -1,6 +1,5 @@
 """Scores of a run's checkpoint on the test images."""
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +20,7 @@ class Mistake(NamedTuple):
   confidence: float  # The probability of the predicted class.
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
   """The scores of one checkpoint on the test split."""
 
   class_names: tuple[str, ...]  # Name of each label.
@@ -70,16 +68,13 @@ def summarize(
   wrong = np.flatnonzero(predicted != labels)
   order = np.argsort(-confidences[wrong], kind="stable")
   chosen = wrong[order[:_MOST_MISTAKES]]
+  images, _ = dataset.test.take(chosen)
   mistakes = [
-    Mistake(
-      image,
-      int(position),
-      names[labels[position]],
-      names[predicted[position]],
-      float(confidences[position]),
-    )
-    for image, position in zip(
-      dataset.test.take(chosen)[0], chosen, strict=True
+    Mistake(image, int(k), names[true], names[guess], float(confidence))
+    for image, k, true, guess, confidence in zip(
+      images,
+      *(chosen, labels[chosen], predicted[chosen], confidences[chosen]),
+      strict=True,
     )
   ]
   return Scores(names, confusion, mistakes, step)

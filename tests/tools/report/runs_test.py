@@ -50,7 +50,9 @@ def test_folder_without_a_run(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(errors.WorkdirError, match=r"empty contains no run"):
     runs.find([tmp_path, tmp_path / "empty"])
-  with pytest.raises(errors.WorkdirError, match="missing is not a folder"):
+  with pytest.raises(
+    errors.WorkdirError, match="missing cannot be read: No such"
+  ):
     runs.find([tmp_path / "missing"])
 
 
@@ -152,7 +154,7 @@ def test_damaged_environment(tmp_path):
       "EPYC, 2 threads",
     ),
     ({"devices": ["TPU v4", "TPU v4"]}, "2 x TPU v4"),
-    ({"devices": []}, ""),
+    ({"devices": []}, "unknown"),
   ],
 )
 def test_device(tmp_path, environment, device):

@@ -108,6 +108,6 @@ def test_other_data(copied):
 def test_several_seeds(of_two_seeds):
   run = read(of_two_seeds)
   for seed in run.seeds:
-    best = run.best_record(seed, 2)
+    best = run.record(seed, "best")
     scored = score(run, seed)
     assert scored.num_correct / 360 == pytest.approx(best["test_accuracy"])
