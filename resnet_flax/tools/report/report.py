@@ -18,11 +18,10 @@ from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
 from resnet_flax.tools import new_folder
 from resnet_flax.tools.report import (
   figures as figures_lib,
-  intervals,
   runs as runs_lib,
   scores as scores_lib,
 )
-from resnet_flax.tools.report.runs import Group, Statistic, shown
+from resnet_flax.tools.report.runs import Group, shown
 from resnet_flax.tools.report.tables import Column, Table
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +81,6 @@ def make(
     _accuracies(groups),
     Section("Learning curves", [] if curves else [_NO_CURVES], curves),
     Section("Error against depth", [] if depths else [_NO_DEPTHS], depths),
-    _times(groups),
     _configurations(groups),
     _runs(groups),
     *(_checkpoint(group, opened) for group in _scored(groups, scored)),
@@ -125,14 +123,6 @@ def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
 # ---- Sections about groups
 
 
-def _names(groups: Sequence[Group]) -> list[Column]:
-  return [
-    Column("#", [group.number for group in groups]),
-    Column("data set", [group.data for group in groups]),
-    Column("group", [group.name for group in groups]),
-  ]
-
-
 def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
     "Accuracies and errors are those of the test split; “best” is the epoch"
@@ -140,7 +130,8 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     " n seeds. An unfinished group has the values of the last epoch that all"
     " its seeds have; unfinished runs of a finished group are not counted. A"
     " name has only the keys that tell the groups of a data set apart;"
-    " “Configurations” lists all keys that differ."
+    " “Configurations” lists all keys that differ. Whether a difference is more"
+    " than that of seeds: python -m resnet_flax.compare A --with B."
   ]
   on_test = [
     group.number
@@ -161,7 +152,9 @@ def _accuracies(groups: Sequence[Group]) -> Section:
   table = Table(
     "accuracy",
     "Final and best accuracy of each group.",
-    *_names(groups),
+    Column("#", [group.number for group in groups]),
+    Column("data set", [group.data for group in groups]),
+    Column("group", [group.name for group in groups]),
     Column("n", [len(group.repetitions) for group in groups]),
     Column("epochs", [_epochs(g.num_epochs, g.config) for g in groups]),
     column("final test accuracy (%)", "last", "test_accuracy"),
@@ -170,56 +163,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     column("final train accuracy (%)", "last", "train_accuracy"),
     column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
-  compared = _differences(groups)
-  if compared:
-    notes.append("Other comparisons: python -m resnet_flax.compare A --with B.")
-  return Section("Accuracy", notes, tables=[table, *compared])
-
-
-def _differences(groups: Sequence[Group]) -> list[Table]:
-  """Groups minus the first group on their data; no table if no seeds differ."""
-  rows = []
-  for _, (first, *others) in runs_lib.by_data(groups):
-    b = np.array(first.at("last", "test_accuracy", 100))
-    for group in others:
-      a = np.array(group.at("last", "test_accuracy", 100))
-      if found := intervals.interval(a, b, paired=False):
-        points = a.mean() - b.mean()
-        rows.append((group.number, first.number, points, *found[:2]))
-  titles = ("group", "first", "points", "from", "to")
-  table = Table(
-    "intervals",
-    "Final test accuracy minus that of the first group on the same data, in"
-    " points, with 95 % intervals over seeds (Welch's t).",
-    *map(Column, titles, zip(*rows, strict=True)),
-  )
-  return [table] if rows else []
-
-
-def _times(groups: Sequence[Group]) -> Section:
-  def over_runs(title, digits, value):
-    found = [Statistic.of([*map(value, g.counted_runs)]) for g in groups]
-    return Column(title, found, digits)
-
-  devices = [dict.fromkeys(r.device for r in g.counted_runs) for g in groups]
-  table = Table(
-    "time",
-    "Time and speed of each group.",
-    *_names(groups),
-    Column("n", [len(group.counted_runs) for group in groups]),
-    over_runs("seconds per epoch", 1, lambda r: r.seconds / len(r.records)),
-    over_runs("of them for data", 1, lambda r: r.mean("data_seconds")),
-    over_runs("evaluation (s)", 1, lambda r: r.mean("evaluation_seconds")),
-    over_runs("images/s", 0, lambda r: r.images_per_second),
-    over_runs("training time (min)", 1, lambda r: r.seconds / 60),
-    Column("trained on", ["; ".join(each) for each in devices]),
-  )
-  note = (
-    "Times are those of training, without compilation and evaluation. “of them"
-    " for data” is the time that the loop waited for batches. n counts runs. If"
-    " a run trains several seeds, images/s counts the images of all seeds."
-  )
-  return Section("Time", [note], tables=[table])
+  return Section("Accuracy", notes, tables=[table])
 
 
 def _configurations(groups: Sequence[Group]) -> Section:
@@ -281,6 +225,10 @@ def _runs(groups: Sequence[Group]) -> Section:
     column("chosen by", lambda r: r.chosen_by),
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
+    column("seconds per epoch", lambda r: r.seconds / len(r.records), 1),
+    column("of them for data", lambda r: r.mean("data_seconds"), 1),
+    column("evaluation (s)", lambda r: r.mean("evaluation_seconds"), 1),
+    Column("trained on", [run.device for run in runs]),
   ]
   ensemble = "test_ensemble_accuracy"
   if any(ensemble in record for run in runs for record in run.records):
@@ -292,8 +240,11 @@ def _runs(groups: Sequence[Group]) -> Section:
       )
     )
   note = (
-    "The values of a run with several seeds are means over them. A seed that"
-    " occurs twice in a group is counted once, in the run with more epochs."
+    "The values of a run with several seeds are means over them, but images/s"
+    " counts the images of all. A seed that occurs twice in a group is counted"
+    " once, in the run with more epochs. Times are those of training, without"
+    " compilation and evaluation; “of them for data” is the time that the loop"
+    " waited for batches."
   )
   return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])
 
