@@ -77,7 +77,7 @@ def compare(
       Column("B", [facts[1].get(key) for key in differing]),
     ),
   ]
-  return [table for table in tables if table.shown_rows()]
+  return [table for table in tables if table.columns[0].cells]
 
 
 def _side(name: str, paths: Paths) -> Group:

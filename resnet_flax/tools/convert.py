@@ -10,7 +10,6 @@ written.
 
 import contextlib
 import os
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -61,15 +60,11 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   workdir = new_folder.resolve(workdir, "--workdir")
   config = ConfigDict(config.to_dict())
   rules.check(config, num_devices=1)
-  if config.num_seeds > 1:
+  if config.num_seeds > 1 or config.init_from:
     raise errors.ConfigError(
-      f"num_seeds={config.num_seeds} must be 1 here: the file holds one"
-      " network. A run of several seeds can start from the workdir (init_from)."
-    )
-  if config.init_from:
-    raise errors.ConfigError(
-      f"init_from={config.init_from} must be empty here: the weights come from"
-      " --source."
+      f"num_seeds={config.num_seeds} must be 1 here and"
+      f" init_from={config.init_from} empty: the weights are those of one"
+      " network, in --source. Other runs can start from the workdir."
     )
   file = files.read(source)
   # A file's description of its layers may lack any key and hold any type.
@@ -84,13 +79,10 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
       f"{file.path} holds {kind.title}, which the configuration must match:"
       f" pass {', '.join(wrong.values())}."
     )
-  # If the file's head has no classes, the check of shapes reports it.
-  if 0 < kind.num_classes != experiment_lib.num_classes(config):
-    if config.model.num_classes:
-      raise errors.ConfigError(
-        f"model.num_classes={config.model.num_classes} must be 0 or that of"
-        f" {file.path}, which has a head of {kind.num_classes} classes."
-      )
+  # If another number of classes is wanted, or the file's head has none, the
+  # comparison of arrays reports it.
+  others = kind.num_classes != experiment_lib.num_classes(config)
+  if others and not config.model.num_classes:
     config.model.num_classes = kind.num_classes
   # The head's size comes from the file, and has a limit as well.
   rules.check(config, num_devices=1)
@@ -117,20 +109,14 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
       "passed_over": len(file.passed_over),
     },
   }
-  _write(workdir, state, environment=described, config=config.lock().to_dict())
-  return Conversion(kind.title, len(file.arrays), file.passed_over, config)
-
-
-def _write(
-  workdir: pathlib.Path, state: step_lib.TrainState, **documents: object
-) -> None:
   mesh = mesh_lib.create_mesh(jax.devices()[:1])
   state = jax.device_put(state, mesh_lib.sharding(mesh))
-  with new_folder.fill(workdir, "--workdir") as unfinished:
-    for name, content in documents.items():
-      files_lib.write_json(unfinished / f"{name}.json", content)
-    with checkpoint.Checkpoints(unfinished) as checkpoints:
+  with new_folder.fill(workdir, "--workdir") as folder:
+    files_lib.write_json(folder / "environment.json", described)
+    files_lib.write_json(folder / "config.json", config.lock().to_dict())
+    with checkpoint.Checkpoints(folder) as checkpoints:
       checkpoints.save(state, checkpoint.NEW_EPOCH)
+  return Conversion(kind.title, len(file.arrays), file.passed_over, config)
 
 
 def _run(argv: list[str]) -> None:

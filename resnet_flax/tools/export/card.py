@@ -13,13 +13,6 @@ from resnet_flax.tools.report import runs
 
 _NUM_CHECKED = 8
 
-_LOADING = {
-  "safetensors": "safetensors.numpy.load_file('weights.safetensors')",
-  "torch": "model.load_state_dict(torch.load('weights.pt'))",
-  "keras": "model.load_weights('model.weights.h5')",
-  "orbax": "orbax.checkpoint.StandardCheckpointer().restore(path)",
-}
-
 _CARD = """\
 # {title}{trained}
 
@@ -33,8 +26,8 @@ _CARD = """\
 | test accuracy | {accuracy} |
 | licence | {licence} |
 
-The arrays have the names and layouts of {title}. Load them with
-`{loading}`; resnet_flax's docs/use.md says more.
+The arrays have the names and layouts of {title};
+resnet_flax's docs/use.md says how to load them.
 
 `preprocess.json` says how to turn uint8[N, H, W, 3] RGB images of `image_size`
 into the network's input: divide by 255, subtract `mean` (a text names a file),
@@ -49,17 +42,17 @@ def write(
   out: pathlib.Path,
   loaded: LoadedModel,
   workdir: pathlib.Path,
-  form: tuple[str, str],
+  names: str,
   title: str,
   licence: str,
 ) -> None:
   """Writes README.md, preprocess.json, labels.txt and check.npz.
 
   Of a mean image, float32[H, W, C], also mean.npy. `loaded` is the network of
-  the local folder `workdir`; `form` has the format and the library whose names
-  the arrays have; `title` is the network's name there.
+  the local folder `workdir`. Its arrays have the names of a library, `names`,
+  which calls it `title`.
   """
-  config, scale, (name, names) = loaded.config, loaded.preprocess, form
+  config, scale = loaded.config, loaded.preprocess
   assert isinstance(scale, normalize.Normalization)
   shape = loaded.image_shape
   rng = np.random.default_rng(0)
@@ -94,17 +87,13 @@ def write(
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config, folder.read_facts(workdir))
-  used = [
-    f", {key} {value}"
-    for key, value in config.augment.items()
-    if value and key not in ("name", "flip")
-  ]
+  augment = ", ".join(f"{k} {v}" for k, v in config.augment.items() if v)
   recipe = (
     f"; {config.num_epochs} epochs of batches of {config.batch_size};"
     f" {', '.join(experiment.optimizer.links)};"
-    f" {', '.join(experiment.learning_rate.describe())}; augmentation"
-    f" {config.augment.name}{''.join(used)}, normalization"
-    f" {config.normalization}, label smoothing {config.label_smoothing}"
+    f" {', '.join(experiment.learning_rate.describe())}; augmentation:"
+    f" {augment}; normalization {config.normalization}, label smoothing"
+    f" {config.label_smoothing}"
   )
   card = _CARD.format(
     config=config,
@@ -117,7 +106,6 @@ def write(
     start=begun or "random weights",
     accuracy=_accuracy(workdir, loaded),
     licence=licence or "not stated",
-    loading=_LOADING.get(name, name),
     checked=_NUM_CHECKED,
   )
   (out / "README.md").write_text(card, "utf-8")
@@ -127,12 +115,8 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   """Test accuracy of the network, and of all seeds in their best epochs."""
   key = f"{averaging.scored_as('test', loaded.weights)}_accuracy"
   (run,) = runs.read([workdir])
-  own = [
-    record[key]
-    for record in run.of_seed(loaded.seed)
-    if record["step"] == loaded.step
-  ]
-  if not own:
+  scored = {r["step"]: r[key] for r in run.of_seed(loaded.seed) if key in r}
+  if loaded.step not in scored:
     return "not scored"
   info = dataset_lib.info(loaded.config.dataset, folder.read_facts(workdir))
   (group,) = runs.group([run])
@@ -140,7 +124,7 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   values = [value for value in group.at("best", key) if value == value]
   mean, std, n = runs.Statistic.of(values)
   return (
-    f"{own[0]:.2%} on {info.num_test:,} images; n = {n} seeds, each in"
-    f" its best epoch by {run.chosen_by}: {mean:.2%}"
+    f"{scored[loaded.step]:.2%} on {info.num_test:,} images; n = {n} seeds,"
+    f" each in its best epoch by {run.chosen_by}: {mean:.2%}"
     + ("" if std is None else f" ± {std:.2%}")
   )

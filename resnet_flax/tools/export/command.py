@@ -66,7 +66,7 @@ def export(
   with new_folder.fill(out, "--out") as folder:
     weights_lib.write(form, network, loaded, folder)
     local = mirror.local(workdir, "workdir")
-    card.write(folder, loaded, local, (form, chosen), network.title, licence)
+    card.write(folder, loaded, local, chosen, network.title, licence)
   return network.title
 
 

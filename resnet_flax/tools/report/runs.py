@@ -121,10 +121,10 @@ class Group:
   data: str  # The data set, for example 'cifar10'.
   name: str  # Unique within its data set: 'plain, depth=56'.
   config: Config  # Without the keys in which the runs may differ.
-  runs: tuple[Run, ...]  # All of them.
+  runs: Sequence[Run]  # All of them.
   # The seeds that are counted, each once: those of finished runs; if no run is
   # finished, those of runs that have an epoch.
-  repetitions: tuple[Repetition, ...]
+  repetitions: Sequence[Repetition]
   num_epochs: int  # Epochs that all repetitions have; 0 if there are none.
 
   @property
@@ -133,20 +133,17 @@ class Group:
     return self.num_epochs >= self.config["num_epochs"]
 
   @property
-  def counted_runs(self) -> tuple[Run, ...]:
+  def counted_runs(self) -> list[Run]:
     """The runs of the repetitions, each run once."""
-    counted = {id(repetition.run) for repetition in self.repetitions}
-    return tuple(run for run in self.runs if id(run) in counted)
+    return list({id(run): run for run, _ in self.repetitions}.values())
 
   def curves(self, key: str) -> np.ndarray:
     """A metric of n repetitions, float64[n, num_epochs]; NaN if missing."""
-    return np.array(
-      [
-        [e.get(key, np.nan) for e in r.run.of_seed(r.seed)][: self.num_epochs]
-        for r in self.repetitions
-      ],
-      np.float64,
-    )
+    every = [run.of_seed(seed) for run, seed in self.repetitions]
+    values = [
+      [each.get(key, math.nan) for each in records] for records in every
+    ]
+    return np.array([each[: self.num_epochs] for each in values], np.float64)
 
   def at(self, which: str, key: str, factor: float = 1) -> list[float]:
     """A metric times a factor at each repetition's 'best' or 'last' epoch.
@@ -181,20 +178,20 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
     ) from error
 
   found: dict[str, pathlib.Path] = {}
-  for path in map(pathlib.Path, paths):
-    is_empty = True
+  for path in paths:
+    here = []
     for folder, below, files in os.walk(path, onerror=fail):
       # A hidden folder is an unfinished workdir; see `new_folder`.
       below[:] = sorted(name for name in below if not name.startswith("."))
       if "config.json" in files:
-        found.setdefault(os.path.realpath(folder), pathlib.Path(folder))
+        here.append(pathlib.Path(folder))
         below.clear()
-        is_empty = False
-    if is_empty:
+    if not here:
       raise errors.WorkdirError(
-        f"{path} contains no run: there is no config.json in it or below it."
-        f" {advice}"
+        f"{path} contains no run: no config.json is in it or below it. {advice}"
       )
+    for each in here:
+      found.setdefault(os.path.realpath(each), each)
   return list(found.values())
 
 
@@ -289,10 +286,7 @@ def _group(
   counted = {seed: run for seed, run in begun.items() if run.finished} or begun
   repetitions = [Repetition(counted[seed], seed) for seed in sorted(counted)]
   num_epochs = min((len(run.records) for run in counted.values()), default=0)
-  return Group(
-    *(number, data, name, config),
-    *(tuple(runs), tuple(repetitions), num_epochs),
-  )
+  return Group(number, data, name, config, runs, repetitions, num_epochs)
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:
@@ -315,19 +309,17 @@ def labels(configs: Sequence[Config]) -> list[str]:
     if len(values) > apart:
       chosen.append(key)
       apart = len(values)
-  chosen = chosen or [
-    k for k in ("model.name", "model.depth") if k in configs[0]
-  ]
+  usual = ("model.name", "model.depth")
+  chosen = chosen or [key for key in usual if key in configs[0]]
   # A key is named by its last part, unless another key has the same one.
   last = [key.removesuffix(".name").rpartition(".")[2] for key in chosen]
   names = [
     f"{part if last.count(part) == 1 else key}=".removeprefix("model=")
     for key, part in zip(chosen, last, strict=True)
   ]
+  pairs = [*zip(names, chosen, strict=True)]
   return [
-    ", ".join(
-      n + shown(each.get(k)) for k, n in zip(chosen, names, strict=True)
-    )
+    ", ".join(name + shown(each.get(key)) for name, key in pairs)
     for each in configs
   ]
 

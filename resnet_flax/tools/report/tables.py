@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -63,23 +62,20 @@ class Table:
     ]
 
   def shown_rows(self) -> list[tuple[str, ...]]:
-    """All rows, formatted for people."""
-    shown = [map(column.show, column.cells) for column in self.columns]
+    """The titles and all rows, formatted for people."""
+    shown = [[c.title, *map(c.show, c.cells)] for c in self.columns]
     return [*zip(*shown, strict=True)]
-
-  def _all_rows(self) -> list[tuple[str, ...]]:
-    return [tuple(c.title for c in self.columns), *self.shown_rows()]
 
   def to_markdown(self) -> str:
     """The table in GitHub's Markdown."""
     rules = ["---:" if right else "---" for right in self.numeric]
-    titles, *rows = [list(map(_escape, cells)) for cells in self._all_rows()]
+    titles, *rows = [list(map(_escape, cells)) for cells in self.shown_rows()]
     lines = [f"| {' | '.join(cells)} |\n" for cells in (titles, rules, *rows)]
     return f"{_escape(self.caption)}\n\n{''.join(lines)}"
 
   def to_text(self) -> str:
     """The table for a terminal."""
-    rows = self._all_rows()
+    rows = self.shown_rows()
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     form = "  ".join(
       f"{{:{'>' if right else '<'}{width}}}"
@@ -92,7 +88,7 @@ class Table:
     """The table as a `tabular`, which needs no package."""
     titles, *rows = [
       " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
-      for cells in self._all_rows()
+      for cells in self.shown_rows()
     ]
     columns = "".join("r" if right else "l" for right in self.numeric)
     begin = f"% {self.caption}\n\\begin{{tabular}}{{{columns}}}"
@@ -103,18 +99,15 @@ class Table:
     """The table for programs; a statistic takes three columns."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    titles: list[str] = []
     columns: list[Sequence[Cell]] = []
     for title, cells, _ in self.columns:
       if any(isinstance(cell, runs_lib.Statistic) for cell in cells):
-        titles += [f"{title} {part}" for part in ("mean", "std", "n")]
-        columns += zip(*cells, strict=True)
+        parts = zip(("mean", "std", "n"), zip(*cells, strict=True), strict=True)
+        columns += [[f"{title} {part}", *values] for part, values in parts]
       else:
-        titles.append(title)
-        columns.append(cells)
-    writer.writerow(titles)
+        columns.append([title, *cells])
     writer.writerows(
-      map(_for_programs, row) for row in zip(*columns, strict=True)
+      zip(*(map(_for_programs, c) for c in columns), strict=True)
     )
     return file.getvalue()
 
@@ -125,10 +118,10 @@ def _printable(cell: Cell) -> Cell:
 
 
 def _for_programs(cell: Cell) -> Cell:
-  if not isinstance(cell, float):
-    return no_formula(cell)
+  if cell != cell:  # Not a number.
+    return None
   # Digits after the tenth are rounding errors.
-  return None if math.isnan(cell) else f"{cell:.10g}"
+  return f"{cell:.10g}" if isinstance(cell, float) else no_formula(cell)
 
 
 def no_formula(cell: Cell) -> Cell:

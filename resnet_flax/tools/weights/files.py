@@ -164,12 +164,8 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
 def _pytorch(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> WeightsFile:
-  weights, passed_over = {}, []
-  for name, array in arrays.items():
-    if name.rpartition(".")[2] in _COUNTERS:
-      passed_over.append(name)
-    else:
-      weights[name] = array
+  counters = [n for n in arrays if n.rpartition(".")[2] in _COUNTERS]
+  weights = {n: array for n, array in arrays.items() if n not in counters}
   wrappers = {_WRAPPERS.findall(name)[0] for name in weights}
   # A prefix of all weights is not part of their names.
   wrapper = wrappers.pop() if len(wrappers) == 1 else ""
@@ -177,7 +173,7 @@ def _pytorch(
     path,
     "pytorch",
     {name.removeprefix(wrapper): weights[name] for name in weights},
-    tuple(name.removeprefix(wrapper) for name in passed_over),
+    tuple(name.removeprefix(wrapper) for name in counters),
   )
 
 
