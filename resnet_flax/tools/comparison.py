@@ -49,7 +49,7 @@ def compare(
   rows = _over_seeds(sides, key, which)
   if images and same_data:
     rows += _over_images(sides, key, which)
-  chosen = " or ".join(sorted({str(side.runs[0].chosen_by) for side in sides}))
+  chosen = sorted({str(side.counted[0].chosen_by) for side in sides})
   facts = [_facts(side) for side in sides]
   differing = runs_lib.differing_keys(facts)
   digits = 2 if runs_lib.is_share(key) else 4
@@ -58,7 +58,11 @@ def compare(
     Table(
       "comparison",
       "A - B, 95 % intervals, "
-      + (f"best epochs by {chosen}" if which == "best" else "last epochs"),
+      + (
+        f"best epochs by {' or '.join(chosen)}"
+        if which == "best"
+        else "last epochs"
+      ),
       Column("of", [row.what for row in rows]),
       Column("A", [row.a for row in rows], digits),
       Column("B", [row.b for row in rows], digits),
@@ -100,35 +104,27 @@ def _key(metric: str, sides: Sequence[Group]) -> str:
   """The full key of a metric, which all networks must have recorded."""
   # Records of the last epoch, since an average of weights may start late.
   records = [
-    run.record(seed, "last", side.num_epochs)
+    run.record("last", side.num_epochs)
     for side in sides
-    for run, seed in side.repetitions
+    for run in side.counted
   ]
   known = set.intersection(*map(set, records))
   known = {k for k in known if k.startswith(("train_", "val_", "test_"))}
   key = metric if metric in known else f"test_{metric}"
-  if key not in known and any(key in record for record in records):
-    raise errors.ConfigError(
-      f"--metric={metric} must be a key that all networks recorded:"
-      f" {', '.join(sorted(known))}."
-    )
   if key not in known:
-    raise errors.unknown_name("--metric", metric, known)
+    raise errors.unknown_name("in all networks, --metric", metric, known)
   return key
 
 
 def _facts(side: Group) -> dict[str, str]:
   """How a side was trained; semicolons separate the values of several runs."""
-  facts = [
-    keys.flatten(folder.read_environment(run.folder))
-    | {**side.config, "runs": run.folder}
-    for run in side.counted_runs
-  ]
-  values = {
-    key: [runs_lib.shown(each.get(key)) for each in facts]
-    for key in set().union(*facts)
-  }
-  return {key: "; ".join(dict.fromkeys(values[key])) for key in values}
+  facts: dict[str, dict[str, None]] = {}  # The values have an order.
+  for run in side.counted:
+    environment = keys.flatten(folder.read_environment(run.folder))
+    known = environment | {**side.config, "runs": run.folder}
+    for key, value in known.items():
+      facts.setdefault(key, {})[runs_lib.shown(value)] = None
+  return {key: "; ".join(values) for key, values in facts.items()}
 
 
 def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
@@ -140,19 +136,16 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
       " Pass --which=last, or another metric."
     )
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
-  a_seeds, b_seeds = ([r.seed for r in side.repetitions] for side in sides)
-  same, a_places, b_places = np.intersect1d(
-    a_seeds, b_seeds, return_indices=True
-  )
-  if len(same) > 1:
-    pairs = a[a_places], b[b_places]
+  a_seeds, b_seeds = ([run.seed for run in side.counted] for side in sides)
+  _, *places = np.intersect1d(a_seeds, b_seeds, return_indices=True)
+  if len(places[0]) > 1:
+    pairs = a[places[0]], b[places[1]]
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
     note = f"{count} seeds per side give 80 % power at the 5 % level"
-    if count is None:
-      note = "cannot tell: neither side has a spread"
-    rows.append(_Row("seeds for 0.2 points", note))
+    no_spread = "cannot tell: neither side has a spread"
+    rows.append(_Row("seeds for 0.2 points", note if count else no_spread))
   return rows
 
 
@@ -161,15 +154,15 @@ def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   weights = next((w for w in averaging.WEIGHTS if f"_{w}_" in key), "raw")
   checkpoint = "latest" if which == "last" else which
   opened: dict[str, types.Dataset] = {}
-  right, counts = [], [len(side.repetitions) for side in sides]
+  right, counts = [], [len(side.counted) for side in sides]
   try:
     for side in sides:
-      found = [
-        load.predict_test(run.folder, seed, checkpoint, weights, opened=opened)
-        for run, seed in side.repetitions
-      ]
-      each = [x.probabilities.argmax(1) == x.labels for x in found]
-      right.append(np.sum(each, axis=0))
+      is_right = []
+      for run in side.counted:
+        asked = run.folder, run.seed, checkpoint, weights
+        found = load.predict_test(*asked, opened=opened)
+        is_right.append(found.probabilities.argmax(1) == found.labels)
+      right.append(np.sum(is_right, axis=0))
   except errors.UserError as error:
     return [_Row(what, f"left out: {error}")]
   a, b = (100 * k / n for k, n in zip(right, counts, strict=True))

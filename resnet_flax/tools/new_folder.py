@@ -11,10 +11,18 @@ from resnet_flax.run import errors, files, folder as workdir_lib, signals
 def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
   """The local folder that `flag` names, which must be new or empty."""
   # Links are followed, since a folder cannot replace a link. Unlike
-  # Path.resolve, realpath leaves a loop of links to _check_is_new.
+  # Path.resolve, realpath leaves a loop of links, which cannot be listed.
   folder = pathlib.Path(os.path.realpath(errors.local_path(path, flag)))
   workdir_lib.check_name(folder, flag)
-  _check_is_new(folder, flag)
+  with (
+    writing(folder, flag, "Pass another folder."),
+    contextlib.suppress(FileNotFoundError),
+  ):
+    if any(folder.iterdir()):
+      raise errors.WorkdirError(
+        f"{flag}={folder} must be a new or an empty folder: existing files are"
+        " never overwritten."
+      )
   return folder
 
 
@@ -38,7 +46,6 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
       unfinished.mkdir()
       yield unfinished
       stops.check()
-      _check_is_new(folder, flag)
       # This replaces an empty folder, but not one that was filled meanwhile.
       os.rename(unfinished, folder)
 
@@ -53,15 +60,3 @@ def writing(folder: pathlib.Path, flag: str, advice: str) -> Iterator[None]:
       f"{flag}={folder} cannot be written:"
       f" {error.strerror or errors.one_line(error)}. {advice}"
     ) from error
-
-
-def _check_is_new(folder: pathlib.Path, flag: str) -> None:
-  with (
-    writing(folder, flag, "Pass another folder."),
-    contextlib.suppress(FileNotFoundError),
-  ):
-    if any(folder.iterdir()):
-      raise errors.WorkdirError(
-        f"{flag}={folder} must be a new or an empty folder: existing files are"
-        " never overwritten."
-      )

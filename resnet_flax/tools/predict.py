@@ -9,7 +9,6 @@ A PATH is a file, a pattern, or a folder. All files in a folder are read.
 
 import argparse
 import csv
-import functools
 import glob
 import itertools
 import json
@@ -65,7 +64,17 @@ def predict_files(
   config, files = loaded.config, iter(files)
   shape = loaded.image_shape
   is_streamed = streaming.is_streamed(config.dataset.name)
-  read = functools.partial(_read, shape[1::-1], is_streamed)
+
+  def read(path: str) -> Any:
+    """uint8[H, W, 3], cut and resized as the data set; or an error's text."""
+    try:
+      picture = pictures.decode(files_lib.read_bytes(pathlib.Path(path)))
+    except Exception as error:
+      return errors.one_line(error)
+    box = crops.scored(picture.size, shape[1]) if is_streamed else None
+    bilinear = Image.Resampling.BILINEAR
+    return np.asarray(picture.resize(shape[1::-1], bilinear, box=box))
+
   size = min(batch_size, config.eval_batch_size)
   with futures.ThreadPoolExecutor(environment.num_cpu_threads()) as pool:
     while names := list(itertools.islice(files, size)):
@@ -76,16 +85,6 @@ def predict_files(
       rows = iter(loaded.predict(np.stack([*images, *padding])))
       for name, each in zip(names, found, strict=True):
         yield name, each if isinstance(each, str) else next(rows)
-
-
-def _read(size: tuple[int, int], is_streamed: bool, path: str) -> Any:
-  """uint8[H, W, 3], cut and resized like the data set; or the error's text."""
-  try:
-    picture = pictures.decode(files_lib.read_bytes(pathlib.Path(path)))
-  except Exception as error:
-    return errors.one_line(error)
-  box = crops.scored(picture.size, size[0]) if is_streamed else None
-  return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box=box))
 
 
 def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:

@@ -114,12 +114,13 @@ def write(
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   """Test accuracy of the network, and of all seeds in their best epochs."""
   key = f"{averaging.scored_as('test', loaded.weights)}_accuracy"
-  (run,) = runs.read([workdir])
-  scored = {r["step"]: r[key] for r in run.of_seed(loaded.seed) if key in r}
+  seeds = runs.read([workdir])
+  run = seeds[loaded.seed - loaded.config.seed]
+  scored = {r["step"]: r[key] for r in run.records if key in r}
   if loaded.step not in scored:
     return "not scored"
   info = dataset_lib.info(loaded.config.dataset, folder.read_facts(workdir))
-  (group,) = runs.group([run])
+  (group,) = runs.group(seeds)
   # An average of weights may start after the best epoch; its value is NaN.
   values = [value for value in group.at("best", key) if value == value]
   mean, std, n = runs.Statistic.of(values)

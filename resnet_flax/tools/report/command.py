@@ -12,25 +12,15 @@ def main(argv: list[str]) -> None:
     "python -m resnet_flax.report", description=__doc__.split("\n")[0]
   )
   add = parser.add_argument
-  add(
-    "folders",
-    nargs="+",
-    metavar="FOLDER",
-    help="workdir of a run, or a folder that contains workdirs, such as runs",
-  )
-  add(
-    "--out",
-    required=True,
-    help="folder of the report; files of the same names are replaced, others"
-    " are kept",
-  )
+  add("folders", nargs="+", metavar="FOLDER", help="workdirs, or above them")
+  add("--out", required=True, help="folder; files of other names are kept")
   add(
     "--checkpoints",
     choices=["best", "each", "none"],
     default="best",
-    help="groups whose best checkpoint is scored on the test images, which adds"
-    " the accuracy of each class, a confusion matrix and mistakes. best: the"
-    " best group of each data set. each: all groups. none: no group",
+    help="groups whose best checkpoint is scored on the test images, for the"
+    " accuracy of each class, a confusion matrix and mistakes. best: the best"
+    " group of each data set. each: all groups. none: no group",
   )
   given = parser.parse_intermixed_args(argv[1:])
   surroundings.set_up()

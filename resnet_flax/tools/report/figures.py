@@ -18,7 +18,6 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from resnet_flax.run import metrics
 from resnet_flax.tools.report import runs as runs_lib, scores as scores_lib
 
 # Their yellow is left out, since it is hard to see on white.
@@ -76,8 +75,7 @@ _Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 def metric_names(groups: Sequence[runs_lib.Group]) -> list[str]:
   """The recorded metrics without the split, such as 'loss' of `train_loss`."""
   records = itertools.chain(*(run.records for g in groups for run in g.runs))
-  keys = {key for record in records for key in metrics.of_seeds(record)[0]}
-  parts = [key.partition("_") for key in keys]
+  parts = [key.partition("_") for key in set().union(*records)]
   return sorted({name for split, _, name in parts if split in _LINES})
 
 
@@ -187,7 +185,6 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   depths = sorted({g.config["model.depth"] for line in lines for g in line})
   with _axes(7.2, 4.4, groups[0].data) as (figure, axes):
     for position, line in enumerate(lines):
-      line.sort(key=lambda group: group.config["model.depth"])
       finals = [g.statistic("last", "test_accuracy", 100) for g in line]
       again, place = divmod(position, len(_COLORS))
       axes.errorbar(
@@ -255,9 +252,8 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     return _render(
       figure,
       name,
-      text=f"Confusion matrix of {what}: {scores.num_correct} of"
-      f" {scores.num_images} test images are on the diagonal. The tables below"
-      " hold the accuracy of each class and what is confused most often.",
+      text=f"Confusion matrix of {what}. The tables below hold the accuracy of"
+      " each class and what is confused most often.",
       caption="Rows are true classes, columns predicted ones; "
       + ("numbers are test images; " if numbered else "")
       + "the shade is the share of the true class.",

@@ -1,7 +1,6 @@
 """Makes all sections and files of a report, then writes the files."""
 
 import base64
-import itertools
 import logging
 import math
 import os
@@ -61,9 +60,8 @@ def make(
   and a warning is logged.
   """
   out = errors.local_path(out, "--out")
-  folders = [mirror.local(path, "folder") for path in paths]
-  runs = runs_lib.read(runs_lib.find(folders))
-  groups = runs_lib.group(runs)
+  workdirs = runs_lib.find([mirror.local(path, "folder") for path in paths])
+  groups = runs_lib.group(runs_lib.read(workdirs))
   with new_folder.writing(out, "--out", "Pass another folder."):
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
@@ -94,13 +92,13 @@ def make(
       files[f"tables/{table.name}.md"] = table.to_markdown().encode()
       files[f"tables/{table.name}.csv"] = table.to_csv().encode()
   # The page is written last, after all files that it names.
-  files["index.html"] = _page(len(runs), len(groups), sections).encode()
+  files["index.html"] = _page(len(workdirs), len(groups), sections).encode()
   with new_folder.writing(out, "--out", "Pass another folder."):
     for name, content in files.items():
       path = out / name
       path.parent.mkdir(exist_ok=True)
       files_lib.write_file(path, content)
-  return Summary(len(runs), len(groups), out / "index.html")
+  return Summary(len(workdirs), len(groups), out / "index.html")
 
 
 def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
@@ -126,24 +124,15 @@ def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
 def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
     "Accuracies and errors are those of the test split; “best” is the epoch"
-    " that checkpoint.monitor chooses. ± is the sample standard deviation over"
-    " n seeds. An unfinished group has the values of the last epoch that all"
-    " its seeds have; unfinished runs of a finished group are not counted. A"
-    " name has only the keys that tell the groups of a data set apart;"
+    " that checkpoint.monitor chooses. Where there is no validation split, it"
+    " is chosen on the test split (“Runs” says by what): then the best accuracy"
+    " is optimistic, the final one is not. ± is the sample standard deviation"
+    " over n seeds. An unfinished group has the values of the last epoch that"
+    " all its seeds have; unfinished runs of a finished group are not counted.",
+    "A name has only the keys that tell the groups of a data set apart;"
     " “Configurations” lists all keys that differ. Whether a difference is more"
-    " than that of seeds: python -m resnet_flax.compare A --with B."
+    " than that of seeds: python -m resnet_flax.compare A --with B.",
   ]
-  on_test = [
-    group.number
-    for group in groups
-    if any((run.chosen_by or "").startswith("test_") for run in group.runs)
-  ]
-  if on_test:
-    notes.append(
-      f"The best epochs of # {_ranges(on_test)} were chosen on the test split,"
-      " as there is no validation split: the best accuracy is optimistic, the"
-      " final one is not."
-    )
 
   def column(title, which, key, factor=100, digits=2):
     found = [group.statistic(which, key, factor) for group in groups]
@@ -155,7 +144,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     Column("#", [group.number for group in groups]),
     Column("data set", [group.data for group in groups]),
     Column("group", [group.name for group in groups]),
-    Column("n", [len(group.repetitions) for group in groups]),
+    Column("n", [len(group.counted) for group in groups]),
     Column("epochs", [_epochs(g.num_epochs, g.config) for g in groups]),
     column("final test accuracy (%)", "last", "test_accuracy"),
     column("best test accuracy (%)", "best", "test_accuracy"),
@@ -197,31 +186,25 @@ def _configurations(groups: Sequence[Group]) -> Section:
 def _runs(groups: Sequence[Group]) -> Section:
   every = [(group, run) for group in groups for run in group.runs]
   runs = [run for _, run in every]
-  # Each run by itself.
-  alone = [runs_lib.group([run])[0] for run in runs]
 
   def column(title, cell, digits=0):
     """A column whose cells are empty for runs without an epoch."""
     return Column(title, [cell(r) if r.records else None for r in runs], digits)
 
-  def mean(title, which, key):
-    means = [group.statistic(which, key, 100).mean for group in alone]
-    return Column(title, means)
+  def accuracy(title, which):
+    key = "test_accuracy"
+    return column(title, lambda r: 100 * r.record(which).get(key, math.nan), 2)
 
-  counted = [
-    _ranges([r.seed for r in group.repetitions if r.run is run]) or None
-    for group, run in every
-  ]
-  best = [sorted({*map(int, group.at("best", "epoch"))}) for group in alone]
+  counted = ["yes" if run in group.counted else "no" for group, run in every]
   columns = [
     Column("#", [group.number for group, _ in every]),
     Column("run", [run.name for run in runs]),
-    Column("seeds", [_ranges(run.seeds) for run in runs]),
+    Column("seed", [run.seed for run in runs]),
     Column("epochs", [_epochs(len(r.records), r.config) for r in runs]),
-    Column("counted seeds", counted),
-    mean("final test accuracy (%)", "last", "test_accuracy"),
-    mean("best test accuracy (%)", "best", "test_accuracy"),
-    Column("best epoch (0-based)", [", ".join(map(str, b)) for b in best]),
+    Column("counted", counted),
+    accuracy("final test accuracy (%)", "last"),
+    accuracy("best test accuracy (%)", "best"),
+    column("best epoch (0-based)", lambda r: r.record("best")["epoch"]),
     column("chosen by", lambda r: r.chosen_by),
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
@@ -230,18 +213,13 @@ def _runs(groups: Sequence[Group]) -> Section:
     column("evaluation (s)", lambda r: r.mean("evaluation_seconds"), 1),
     Column("trained on", [run.device for run in runs]),
   ]
-  ensemble = "test_ensemble_accuracy"
-  if any(ensemble in record for run in runs for record in run.records):
-    columns.append(
-      column(
-        "ensemble's final test accuracy (%)",
-        lambda run: 100 * run.records[-1].get(ensemble, math.nan),
-        2,
-      )
-    )
+  ensembles = [100 * run.ensemble for run in runs]
+  if not all(map(math.isnan, ensembles)):
+    title = "ensemble's final test accuracy (%)"
+    columns.append(Column(title, ensembles))
   note = (
-    "The values of a run with several seeds are means over them, but images/s"
-    " counts the images of all. A seed that occurs twice in a group is counted"
+    "A run of several seeds has a row for each; its times, its images/s and its"
+    " ensemble are those of all. A seed that occurs twice in a group is counted"
     " once, in the run with more epochs. Times are those of training, without"
     " compilation and evaluation; “of them for data” is the time that the loop"
     " waited for batches."
@@ -252,16 +230,6 @@ def _runs(groups: Sequence[Group]) -> Section:
 def _epochs(done: int, config: runs_lib.Config) -> str:
   planned = config["num_epochs"]
   return f"{done} of {planned}" + ("" if done >= planned else ", unfinished")
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-  """Ascending numbers as ranges, for example '0–3, 7'."""
-  parts = []
-  # Consecutive numbers have the same difference from their index.
-  for _, run in itertools.groupby(enumerate(numbers), lambda x: x[1] - x[0]):
-    part = [number for _, number in run]
-    parts.append(str(part[0]) + (f"–{part[-1]}" if part[1:] else ""))
-  return ", ".join(parts)
 
 
 # ---- Sections about checkpoints
@@ -281,13 +249,13 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
 
 
 def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
-  # Take the run and the seed that are best by `checkpoint.monitor`.
-  records = [run.record(seed, "best") for run, seed in group.repetitions]
+  # Take the run that is best by `checkpoint.monitor`.
+  records = [run.record("best") for run in group.counted]
   best = metrics.best_record(records, group.config["checkpoint.monitor"])
-  run, seed = group.repetitions[records.index(best)]
+  run = group.counted[records.index(best)]
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
-    found = load.predict_test(run.folder, seed, opened=opened)
+    found = load.predict_test(run.folder, run.seed, opened=opened)
   except errors.UserError as error:
     lacks = f"the report lacks the checkpoint of group {group.number}"
     _logger.warning("warning: %s: %s", lacks, error)
@@ -295,17 +263,16 @@ def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   scores = scores_lib.summarize(*found)
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
-  notes = [
-    f"Run {run.name}, seed {seed}, after {scores.step:,} steps:"
-    f" {scores.num_correct:,} of {scores.num_images:,} test images are right"
-    f" ({scores.num_correct / scores.num_images:.2%})."
-  ]
+  right, count = np.trace(scores.confusion), scores.confusion.sum()
+  note = (
+    f"Run {run.name}, seed {run.seed}, after {scores.step:,} steps: {right:,}"
+    f" of {count:,} test images are right ({right / count:.2%})."
+  )
   figures = [figures_lib.confusion(scores, f"confusion_{name}", what)]
   if scores.mistakes:
     figures.append(figures_lib.mistakes(scores, f"mistakes_{name}", what))
-  else:
-    notes.append("No test image is classified wrongly.")
-  return Section(title, notes, figures, _score_tables(scores, name, what))
+  tables = _score_tables(scores, name, what)
+  return Section(title, [note], figures, tables)
 
 
 def _score_tables(

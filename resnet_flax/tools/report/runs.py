@@ -43,10 +43,11 @@ class Statistic(NamedTuple):
     return cls(mean, std, len(values))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """One workdir."""
+  """One network: a seed of a workdir."""
 
+  seed: int
   folder: pathlib.Path  # The workdir.
   name: str  # Its path below the folder that all runs share.
   config: Config
@@ -54,28 +55,17 @@ class Run:
   device: str  # Its devices, described for people, or 'unknown'.
   # `Dataset.source` of the pixels it was trained on, or 'unknown'.
   data: str
+  # Final test accuracy of all seeds of the workdir together; NaN for one seed.
+  ensemble: float
 
   @property
   def finished(self) -> bool:
     """Whether all its epochs are done."""
     return len(self.records) >= self.config["num_epochs"]
 
-  @property
-  def seeds(self) -> range:
-    """The seeds that it trains."""
-    first = self.config["seed"]
-    return range(first, first + self.config["num_seeds"])
-
-  def of_seed(self, seed: int) -> list[metrics.Record]:
-    """The records of one of its seeds."""
-    index = seed - self.seeds[0]
-    return [metrics.of_seeds(record)[index] for record in self.records]
-
-  def record(
-    self, seed: int, which: str, num_epochs: int | None = None
-  ) -> metrics.Record:
-    """A seed's record of the 'best' or 'last' of the first epochs."""
-    records = self.of_seed(seed)[:num_epochs]
+  def record(self, which: str, num_epochs: int | None = None) -> metrics.Record:
+    """The record of the 'best' or the 'last' of the first epochs."""
+    records = self.records[:num_epochs]
     if which == "last":
       return records[-1]
     return metrics.best_record(records, self.config["checkpoint.monitor"])
@@ -85,8 +75,8 @@ class Run:
     """The key that chooses the best epoch; None before the first one."""
     if not self.records:
       return None
-    best = self.record(self.seeds[0], "best")
-    return metrics.monitored(best, self.config["checkpoint.monitor"])
+    monitor = self.config["checkpoint.monitor"]
+    return metrics.monitored(self.record("best"), monitor)
 
   @property
   def seconds(self) -> float:
@@ -99,18 +89,11 @@ class Run:
 
   @property
   def images_per_second(self) -> float:
-    """Mean over all epochs; the images of all seeds count."""
+    """Mean over all epochs; the images of all seeds of the workdir count."""
     return math.fsum(
       record["images_per_second"] * record["epoch_seconds"] / self.seconds
       for record in self.records
     )
-
-
-class Repetition(NamedTuple):
-  """One seed of a run. Means are taken over repetitions."""
-
-  run: Run
-  seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,37 +105,29 @@ class Group:
   name: str  # Unique within its data set: 'plain, depth=56'.
   config: Config  # Without the keys in which the runs may differ.
   runs: Sequence[Run]  # All of them.
-  # The seeds that are counted, each once: those of finished runs; if no run is
-  # finished, those of runs that have an epoch.
-  repetitions: Sequence[Repetition]
-  num_epochs: int  # Epochs that all repetitions have; 0 if there are none.
+  # One for each seed: finished runs; if no run is finished, those that have an
+  # epoch.
+  counted: Sequence[Run]
+  num_epochs: int  # Epochs that all counted runs have; 0 if there are none.
 
   @property
   def finished(self) -> bool:
-    """Whether all repetitions have done all their epochs."""
+    """Whether all counted runs have done all their epochs."""
     return self.num_epochs >= self.config["num_epochs"]
 
-  @property
-  def counted_runs(self) -> list[Run]:
-    """The runs of the repetitions, each run once."""
-    return list({id(run): run for run, _ in self.repetitions}.values())
-
   def curves(self, key: str) -> np.ndarray:
-    """A metric of n repetitions, float64[n, num_epochs]; NaN if missing."""
-    every = [run.of_seed(seed) for run, seed in self.repetitions]
-    values = [
-      [each.get(key, math.nan) for each in records] for records in every
-    ]
-    return np.array([each[: self.num_epochs] for each in values], np.float64)
+    """A metric of n seeds, float64[n, num_epochs]; NaN if missing."""
+    every = [run.records[: self.num_epochs] for run in self.counted]
+    return np.array([[r.get(key, math.nan) for r in each] for each in every])
 
   def at(self, which: str, key: str, factor: float = 1) -> list[float]:
-    """A metric times a factor at each repetition's 'best' or 'last' epoch.
+    """A metric times a factor at each seed's 'best' or 'last' epoch.
 
     NaN if a record lacks the metric; records of older runs lack new metrics.
     """
     return [
-      factor * run.record(seed, which, self.num_epochs).get(key, math.nan)
-      for run, seed in self.repetitions
+      factor * run.record(which, self.num_epochs).get(key, math.nan)
+      for run in self.counted
     ]
 
   def statistic(self, which: str, key: str, factor: float = 1) -> Statistic:
@@ -196,22 +171,24 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
-  """Reads runs; a `WorkdirError` names a damaged file."""
+  """Reads all seeds of workdirs; a `WorkdirError` names a damaged file."""
   real = [os.path.realpath(each) for each in folders]
   common = os.path.commonpath([os.path.dirname(path) for path in real])
   runs = []
   for folder, path in zip(folders, real, strict=True):
     stored, environment = load_config(folder), read_environment(folder)
     records = metrics.MetricsLog(folder, stored).read()
-    run = Run(
-      folder,
-      shown(os.path.relpath(path, common)),
-      keys.flatten(stored.to_dict()),
-      records,
-      _device(environment),
-      environment.get("data") or "unknown",
-    )
-    runs.append(run)
+    shared = {
+      "folder": folder,
+      "name": shown(os.path.relpath(path, common)),
+      "config": keys.flatten(stored.to_dict()),
+      "device": _device(environment),
+      "data": environment.get("data") or "unknown",
+      "ensemble": [{}, *records][-1].get("test_ensemble_accuracy", math.nan),
+    }
+    for k in range(stored.num_seeds):
+      own = [metrics.of_seeds(record)[k] for record in records]
+      runs.append(Run(stored.seed + k, records=own, **shared))
   return runs
 
 
@@ -280,13 +257,11 @@ def _group(
   by_seed: dict[int, Run] = {}
   # A seed that occurs twice counts once: in its longest run, or the first.
   for run in sorted(runs, key=lambda run: -len(run.records)):
-    for seed in run.seeds:
-      by_seed.setdefault(seed, run)
-  begun = {seed: run for seed, run in by_seed.items() if run.records}
-  counted = {seed: run for seed, run in begun.items() if run.finished} or begun
-  repetitions = [Repetition(counted[seed], seed) for seed in sorted(counted)]
-  num_epochs = min((len(run.records) for run in counted.values()), default=0)
-  return Group(number, data, name, config, runs, repetitions, num_epochs)
+    by_seed.setdefault(run.seed, run)
+  begun = [run for _, run in sorted(by_seed.items()) if run.records]
+  counted = [run for run in begun if run.finished] or begun
+  num_epochs = min((len(run.records) for run in counted), default=0)
+  return Group(number, data, name, config, runs, counted, num_epochs)
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:

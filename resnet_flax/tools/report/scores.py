@@ -30,16 +30,6 @@ class Scores(NamedTuple):
   mistakes: list[Mistake]  # At most 25, the most confident ones first.
   step: int  # The checkpoint's training step.
 
-  @property
-  def num_images(self) -> int:
-    """The number of images in the test split."""
-    return int(self.confusion.sum())
-
-  @property
-  def num_correct(self) -> int:
-    """The number of images whose class was predicted."""
-    return int(np.trace(self.confusion))
-
   def confused(self, most: int) -> list[tuple[str, str, int]]:
     """(true class, predicted class, images), the most frequent first."""
     wrong = self.confusion.copy()

@@ -280,12 +280,11 @@ def test_same_seed_twice_is_counted_once(tmp_path):
   workdirs.write(tmp_path / "b", [0.1, 0.2, 0.4], seed=7)
   workdirs.write(tmp_path / "c", [0.1, 0.2, 0.4], seed=7)
   (group,) = groups_of(tmp_path)
-  assert [r.run.name for r in group.repetitions] == ["b"]
+  assert [run.name for run in group.counted] == ["b"]
   assert group.statistic("last", "test_accuracy") == runs.Statistic(
     0.4, None, 1
   )
   assert [run.name for run in group.runs] == ["a", "b", "c"]
-  assert [run.name for run in group.counted_runs] == ["b"]
 
 
 def test_unfinished_runs(tmp_path):
@@ -336,7 +335,7 @@ def test_several_seeds_in_one_run(tmp_path):
   workdirs.write(tmp_path / "a", accuracies, seed=3, num_seeds=2)
   workdirs.write(tmp_path / "b", [0.1, 0.2, 0.8], seed=5)
   (group,) = groups_of(tmp_path)
-  assert [(r.run.name, r.seed) for r in group.repetitions] == [
+  assert [(run.name, run.seed) for run in group.counted] == [
     ("a", 3),
     ("a", 4),
     ("b", 5),
@@ -349,5 +348,3 @@ def test_several_seeds_in_one_run(tmp_path):
     [0.6, 0.9, 0.8]
   )
   assert group.curves("train_accuracy").shape == (3, 3)
-  # One program: its time is not counted twice.
-  assert [run.name for run in group.counted_runs] == ["a", "b"]
