@@ -189,13 +189,8 @@ def _read_hdf5(path: pathlib.Path) -> WeightsFile:
     return _keras(path, file)
 
 
-# For each class of layers with weights, the start of its automatic names; then
-# the names of its variables, in the order in which Keras 3 numbers them.
-_AUTOMATIC = {
-  "Conv2D": "conv2d",
-  "Dense": "dense",
-  "BatchNormalization": "batch_normalization",
-}
+# For each class of layers with weights, its automatic name and the names of its
+# variables, in the order in which Keras 3 numbers them.
 VARIABLES = {
   "conv2d": ("kernel", "bias"),
   "dense": ("kernel", "bias"),
@@ -255,8 +250,10 @@ def _keras(
     model = model or root.attrs.get("model_config", "")
   layers = json.loads(model)["config"]["layers"] if model else []
   names: dict[str, str] = {}
-  for kind, start in _AUTOMATIC.items():
-    of_kind = [x["config"]["name"] for x in layers if x["class_name"] == kind]
+  for start in VARIABLES:
+    kind = start.replace("_", "")  # Conv2D, Dense or BatchNormalization.
+    found = [x["config"] for x in layers if x["class_name"].lower() == kind]
+    of_kind = [settings["name"] for settings in found]
     names.update(zip(automatic_names(start), of_kind, strict=False))
   names |= own_names
   arrays: dict[str, np.ndarray] = {}

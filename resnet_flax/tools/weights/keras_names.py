@@ -51,7 +51,14 @@ def identify(file: files.WeightsFile) -> Source:
   kernels = [v for k, v in file.arrays.items() if k.endswith("/kernel")]
   is_imagenet = any(array.shape[:2] == (7, 7) for array in kernels)
   if is_imagenet:
-    name, depth = "resnet_imagenet", _depth_of_application(file)
+    # The depth counts the head, but not the projection of each of four stages.
+    name, depth = "resnet_imagenet", file.num_convs + 1 - 4
+    if depth < others.FIRST_BOTTLENECK or depth not in others.IMAGENET_SIZES:
+      raise errors.WeightsError(
+        f"{file.path} has {file.num_convs} convolutions. It must be ResNet50,"
+        " ResNet101 or ResNet152 of keras.applications."
+      )
+    # Arrays of ResNet50V2 and the like are left over.
     title, width, epsilon = f"keras.applications' ResNet{depth}", 64, 1.001e-5
     needed: dict[str, Any] = {"normalization": ("caffe",)}
     needed |= {"shortcut": ("B", "default")}
@@ -119,24 +126,6 @@ def _example(file: files.WeightsFile) -> tuple[str, int]:
       " in each stage."
     )
   return f"resnet_{version}", per_group * blocks + 2
-
-
-def _depth_of_application(file: files.WeightsFile) -> int:
-  # In V1, a batch norm follows each convolution.
-  if sum(name.endswith("/gamma") for name in file.arrays) != file.num_convs:
-    raise errors.WeightsError(
-      f"{file.path} holds a ResNet V2 of keras.applications, which does not"
-      " fit: its strides are in the last block of a stage, and its shortcuts"
-      " project activated values. It must be ResNet50, ResNet101 or ResNet152."
-    )
-  # The depth counts the head, but not the projection of each of four stages.
-  depth = file.num_convs + 1 - 4
-  if depth < others.FIRST_BOTTLENECK or depth not in others.IMAGENET_SIZES:
-    raise errors.WeightsError(
-      f"{file.path} has {file.num_convs} convolutions. It must be ResNet50,"
-      " ResNet101 or ResNet152 of keras.applications."
-    )
-  return depth
 
 
 # ---- Our layers and theirs

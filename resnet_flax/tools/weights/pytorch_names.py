@@ -25,10 +25,7 @@ _NORM = {
 }
 
 # Indexes of the dense layers in torchvision's `classifier`.
-_DENSE = {
-  "vgg": {"dense1": 0, "dense2": 3, "head": 6},
-  "alexnet": {"dense1": 1, "dense2": 4, "head": 6},
-}
+_DENSE = {"vgg": (0, 3, 6), "alexnet": (1, 4, 6)}
 
 # Values that all of PyTorch's ResNets need.
 _RESNET = {
@@ -126,7 +123,8 @@ def _feedforward(file: files.WeightsFile) -> Source:
     title, name, depth, more = "AlexNet", "alexnet", 8, {}
   elif has_norm:
     title, more = "VGG-19 with BN", {"batch_norm_epsilon": 1e-5}
-  if file.num_convs != len(_places(name, has_norm)):
+  features = feedforward.NETWORKS[name]["features"]
+  if file.num_convs != sum(isinstance(x, feedforward.Conv) for x in features):
     raise errors.WeightsError(
       f"{file.path} has {file.num_convs} convolutions and three dense layers."
       " It must be torchvision's VGG-19 or AlexNet."
@@ -175,33 +173,28 @@ _torchvision_origin = functools.partial(_resnet_origin, "fc", "downsample")
 _cifar_origin = functools.partial(_resnet_origin, "linear", "shortcut")
 
 
-def _places(name: str, has_norm: bool) -> list[int]:
-  """Indexes of the convolutions in torchvision's `features`."""
-  places, index = [], 0
-  for layer in feedforward.NETWORKS[name]["features"]:
-    if isinstance(layer, feedforward.Conv):
-      places.append(index)
+def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
+  dense = zip(("dense1", "dense2", "head"), _DENSE[name], strict=True)
+  modules = {layer: f"classifier.{index}" for layer, index in dense}
+  network = feedforward.NETWORKS[name]
+  index = number = 0
+  for each in network["features"]:
+    if isinstance(each, feedforward.Conv):
+      number += 1
+      modules[f"conv{number}"] = f"features.{index}"
+      modules[f"bn{number}"] = f"features.{index + 1}"
       index += 1 + has_norm  # A ReLU comes after both.
     index += 1
-  return places
-
-
-def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
   layer, leaf = path[1:]
-  if layer in _DENSE[name]:
-    origin = _leaf(f"classifier.{_DENSE[name][layer]}", layer, leaf)
-    if (layer, leaf) != ("dense1", "kernel"):
-      return origin
-    area = feedforward.NETWORKS[name]["pooled_size"] ** 2
-    return Origin(
-      origin.name,
-      functools.partial(_flattened, area),
-      functools.partial(_unflattened, area),
-    )
-  number = int(layer.removeprefix("conv").removeprefix("bn"))
-  # A batch norm comes directly after its convolution.
-  index = _places(name, has_norm)[number - 1] + layer.startswith("bn")
-  return _leaf(f"features.{index}", layer, leaf)
+  origin = _leaf(modules[layer], layer, leaf)
+  if (layer, leaf) != ("dense1", "kernel"):
+    return origin
+  area = network["pooled_size"] ** 2
+  return Origin(
+    origin.name,
+    functools.partial(_flattened, area),
+    functools.partial(_unflattened, area),
+  )
 
 
 def _leaf(module: str, layer: str, leaf: str) -> Origin:

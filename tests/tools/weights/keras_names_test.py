@@ -301,18 +301,21 @@ def test_application_of_another_depth():
     identify([], application_arrays((3, 4, 7, 3)))
 
 
-def test_application_v2():
-  arrays = application_arrays(SIZES[50])
-  arrays["post_bn/gamma"] = np.zeros(1)
-  with pytest.raises(errors.WeightsError, match=r"ResNet V2 .* does not fit"):
-    identify([], arrays)
-  numbered = {
-    "conv2d/kernel": np.zeros((7, 7, 3, 64)),
-    "batch_normalization/gamma": np.zeros(64),
-    "batch_normalization_1/gamma": np.zeros(64),
-  }
-  with pytest.raises(errors.WeightsError, match=r"ResNet V2 .* does not fit"):
-    identify([], numbered, has_layer_names=False)
+def test_arrays_of_application_v2_are_left_over():
+  source = identify([], application_arrays(SIZES[50]))
+  config = our_config(source)
+  config.model.input_size = 64
+  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
+  tree = {"params": like.params, "batch_stats": like.batch_stats}
+  arrays = {"post_bn/gamma": np.zeros(1)}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    origin = source.origin(tuple(key.key for key in path))
+    arrays[origin.name] = np.zeros(leaf.shape, np.float32)
+  file = files.WeightsFile(pathlib.Path("a.keras"), "keras", arrays, ())
+  with pytest.raises(
+    errors.WeightsError, match=r"over: post_bn/gamma\[1\]\. Missing: none"
+  ):
+    mapping.variables(file, source, tree)
 
 
 @pytest.mark.parametrize(
