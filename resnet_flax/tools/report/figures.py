@@ -186,7 +186,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   with _axes(7.2, 4.4, groups[0].data) as (figure, axes):
     for position, line in enumerate(lines):
       finals = [g.statistic("last", "test_accuracy", 100) for g in line]
-      again, place = divmod(position, len(_COLORS))
+      again, place = divmod(position, _MOST_CURVES)
       axes.errorbar(
         [group.config["model.depth"] for group in line],
         [100 - final.mean for final in finals],
@@ -204,8 +204,8 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
       axes.set_xscale("log")
     axes.set_xticks(depths, [str(d) for d in depths])
     axes.minorticks_off()
-    axes.set_xlabel("depth (weighted layers)")
-    axes.set_ylabel("test error after the last epoch (%)")
+    ylabel = "test error after the last epoch (%)"
+    axes.set(xlabel="depth (weighted layers)", ylabel=ylabel)
     return _render(
       figure,
       f"depth{end}",
@@ -226,17 +226,14 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
   `what` describes the checkpoint to people; `name` is the name of the files.
   """
-  matrix = scores.confusion
-  classes = len(matrix)
-  of_class = matrix.sum(axis=1, keepdims=True)
-  share = 100 * matrix / np.maximum(of_class, 1)
+  matrix, classes = scores.confusion, len(scores.class_names)
+  share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
   numbered = classes <= _MOST_NUMBERED_CLASSES
   size = 3.4 + 0.4 * classes if numbered else 8.0
   with _axes(size, size - 0.6) as (figure, axes):
     axes.grid(False)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    label = "share of the true class (%)"
-    figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    figure.colorbar(image, shrink=0.8, label="share of the true class (%)")
     axes.set(xlabel="predicted class", ylabel="true class")
     labels = [_plain(label) for label in scores.class_names]
     font = {"fontsize": 10 if numbered else 4}
@@ -247,8 +244,6 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
       for i, j in np.ndindex(matrix.shape):
         text = axes.text(j, i, str(matrix[i, j]), ha="center", va="center")
         text.set(fontsize=8, color="white" if share[i, j] > 50 else "black")
-        # Zeros are faint, so that the other counts stand out.
-        text.set_alpha(1.0 if matrix[i, j] else 0.35)
     return _render(
       figure,
       name,

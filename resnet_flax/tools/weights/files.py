@@ -220,61 +220,52 @@ def _keras(
   with errors.extra("h5py", str(path)):
     import h5py
 
-  stored: dict[str, np.ndarray] = {}
-  passed_over: list[str] = []
-  # Maps a layer's place in a file of Keras 3, such as 'conv2d_1', to its name.
-  own_names: dict[str, str] = {}
-
-  def visit(key: str, member: Any) -> None:
-    place = re.fullmatch("layers/([^/]*)/vars", key)
-    if place and "name" in member.attrs:
-      own_names[place[1]] = str(member.attrs["name"])
-    if not isinstance(member, h5py.Dataset):
-      return
-    if key.startswith("optimizer") or "seed_generator" in key:
-      passed_over.append(key)
-      return
-    # HDF5 allows arrays that claim any size, or are parts of other files.
-    size = member.id.get_storage_size()
-    if member.is_virtual or member.external or member.nbytes > size:
-      raise errors.WeightsError(
-        f"{path}: {key[:200]} must have its values in the file, not compressed"
-        f" (h5repack -f NONE IN OUT undoes it). It stores {size} bytes of"
-        f" {member.nbytes}."
-      )
-    stored[key] = np.asarray(member[()])
-
+  members: list[tuple[str, Any]] = []
   with h5py.File(file, "r") as root:
-    # Links are not followed, and each array is visited once.
-    root.visititems(visit)
+    # No link is followed, and each member comes once, after its group.
+    root.visititems(lambda *member: members.append(member))
     model = model or root.attrs.get("model_config", "")
-  layers = json.loads(model)["config"]["layers"] if model else []
-  names: dict[str, str] = {}
-  for start in VARIABLES:
-    kind = start.replace("_", "")  # Conv2D, Dense or BatchNormalization.
-    found = [x["config"] for x in layers if x["class_name"].lower() == kind]
-    of_kind = [settings["name"] for settings in found]
-    names.update(zip(automatic_names(start), of_kind, strict=False))
-  names |= own_names
-  arrays: dict[str, np.ndarray] = {}
-  has_layer_names = True
-  for key, array in stored.items():
-    parts = key.replace("\\", "/").split("/")  # Windows writes backslashes.
-    if parts[0] == "layers":  # layers/conv2d_7/vars/0
-      place = parts[1]
-      layer, variable = names.get(place, place), "/".join(parts[2:])
-      has_layer_names &= place in names
-      for number, name in enumerate(VARIABLES.get(layer_class(place), ())):
-        variable = name if variable == f"vars/{number}" else variable
-    else:  # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
-      layer = parts[parts[0] == "model_weights"]
-      variable = parts[-1].removesuffix(":0")
-    name = f"{layer}/{variable}"
-    if name in arrays:
-      raise errors.WeightsError(f"{path} has two layers named {layer}.")
-    arrays[name] = array
+    layers = json.loads(model)["config"]["layers"] if model else []
+    # Maps a layer's place in a file of Keras 3, such as 'conv2d', to its name.
+    names: dict[str, str] = {}
+    for start in VARIABLES:
+      kind = start.replace("_", "")  # Conv2D, Dense or BatchNormalization.
+      found = [x["config"] for x in layers if x["class_name"].lower() == kind]
+      of_kind = [settings["name"] for settings in found]
+      names.update(zip(automatic_names(start), of_kind, strict=False))
+    arrays: dict[str, np.ndarray] = {}
+    passed_over, places = [], set()
+    for key, member in members:
+      parts = key.replace("\\", "/").split("/")  # Windows writes backslashes.
+      if not isinstance(member, h5py.Dataset):
+        if re.fullmatch("layers/[^/]*/vars", key) and "name" in member.attrs:
+          names[parts[1]] = str(member.attrs["name"])
+        continue
+      if key.startswith("optimizer") or "seed_generator" in key:
+        passed_over.append(key)
+        continue
+      # HDF5 allows arrays that claim any size, or are parts of other files.
+      size = member.id.get_storage_size()
+      if member.is_virtual or member.external or member.nbytes > size:
+        raise errors.WeightsError(
+          f"{path}: {key[:200]} must have its values in the file, not"
+          f" compressed (h5repack -f NONE IN OUT undoes it). It stores {size}"
+          f" bytes of {member.nbytes}."
+        )
+      if parts[0] == "layers":  # layers/conv2d_7/vars/0
+        places.add(place := parts[1])
+        layer, variable = names.get(place, place), "/".join(parts[2:])
+        for number, name in enumerate(VARIABLES.get(layer_class(place), ())):
+          variable = name if variable == f"vars/{number}" else variable
+      else:  # The legacy layout: model_weights/conv1/[more/]conv1/kernel:0.
+        layer = parts[parts[0] == "model_weights"]
+        variable = parts[-1].removesuffix(":0")
+      if f"{layer}/{variable}" in arrays:
+        raise errors.WeightsError(f"{path} has two layers named {layer}.")
+      arrays[f"{layer}/{variable}"] = np.asarray(member[()])
+  has_names = places <= names.keys()
   return WeightsFile(
-    path, "keras", arrays, tuple(passed_over), has_layer_names, layers
+    path, "keras", arrays, tuple(passed_over), has_names, layers
   )
 
 

@@ -230,11 +230,7 @@ def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
 # For each class of layers in the networks, values of settings that change the
 # logits without a change of arrays. Versions of Keras lack some settings.
 _SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
-  "Conv2D": {
-    "activation": ("linear",),
-    "dilation_rate": ([1, 1],),
-    "groups": (1,),
-  },
+  "Conv2D": {"activation": ("linear",), "dilation_rate": ([1, 1],)},
   # A softmax may follow the head: it makes probabilities of the logits.
   "Dense": {"activation": ("linear", "softmax")},
   "Activation": {"activation": ("relu",)},

@@ -173,7 +173,6 @@ def read_layers(saved, change):
       [2, 2],
       r"has the dilation_rate \[2, 2\], which",
     ),
-    ("Conv2D", "groups", 2, "has the groups 2, which must be 1"),
     ("Conv2D", "activation", "relu", "relu, which must be linear"),
     ("Dense", "activation", "relu", "relu, which must be linear or softmax"),
     ("Activation", "activation", "gelu", "gelu, which must be relu"),
