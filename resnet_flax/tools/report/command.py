@@ -12,7 +12,8 @@ def main(argv: list[str]) -> None:
     "python -m resnet_flax.report", description=__doc__.split("\n")[0]
   )
   add = parser.add_argument
-  add("folders", nargs="+", metavar="FOLDER", help="workdirs, or above them")
+  what = "workdir, or folder of workdirs"
+  add("folders", nargs="+", metavar="FOLDER", help=what)
   add("--out", required=True, help="folder; files of other names are kept")
   add(
     "--checkpoints",

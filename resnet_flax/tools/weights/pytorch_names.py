@@ -199,17 +199,13 @@ def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
 
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
   """Where the kernel, bias, ... of one of our layers comes from."""
-  if "bn" in layer:
+  if "bn" in layer or leaf == "bias":
     return Origin(f"{module}.{_NORM[leaf]}")
-  if leaf == "bias":
-    return Origin(f"{module}.bias")
-  if "conv" not in layer:
-    return Origin(f"{module}.weight", np.transpose, np.transpose)
-  # From OIHW to HWIO, and back.
+  # From OIHW to HWIO, and of dense layers from OI to IO; and back.
   return Origin(
     f"{module}.weight",
-    functools.partial(np.transpose, axes=(2, 3, 1, 0)),
-    functools.partial(np.transpose, axes=(3, 2, 0, 1)),
+    functools.partial(np.moveaxis, source=(0, 1), destination=(-1, -2)),
+    functools.partial(np.moveaxis, source=(-1, -2), destination=(0, 1)),
   )
 
 
