@@ -17,6 +17,7 @@ from resnet_flax.run import errors, files as files_lib, load, metrics, mirror
 from resnet_flax.tools import new_folder
 from resnet_flax.tools.report import (
   figures as figures_lib,
+  intervals,
   runs as runs_lib,
   scores as scores_lib,
 )
@@ -130,8 +131,8 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     " over n seeds. An unfinished group has the values of the last epoch that"
     " all its seeds have; unfinished runs of a finished group are not counted.",
     "A name has only the keys that tell the groups of a data set apart;"
-    " “Configurations” lists all keys that differ. Whether a difference is more"
-    " than that of seeds: python -m resnet_flax.compare A --with B.",
+    " “Configurations” lists all keys that differ. Other comparisons: python -m"
+    " resnet_flax.compare A --with B.",
   ]
 
   def column(title, which, key, factor=100, digits=2):
@@ -152,7 +153,27 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     column("final train accuracy (%)", "last", "train_accuracy"),
     column("final test loss (nats)", "last", "test_loss", factor=1, digits=4),
   )
-  return Section("Accuracy", notes, tables=[table])
+  return Section("Accuracy", notes, tables=[table, *_differences(groups)])
+
+
+def _differences(groups: Sequence[Group]) -> list[Table]:
+  """Groups minus the first group on their data; no table if no seeds differ."""
+  rows = []
+  for _, (first, *others) in runs_lib.by_data(groups):
+    b = np.array(first.at("last", "test_accuracy", 100))
+    for group in others:
+      a = np.array(group.at("last", "test_accuracy", 100))
+      if found := intervals.interval(a, b, paired=False):
+        points = a.mean() - b.mean()
+        rows.append((group.number, first.number, points, *found[:2]))
+  titles = ("group", "first", "points", "from", "to")
+  table = Table(
+    "intervals",
+    "Final test accuracy minus that of the first group on the same data, in"
+    " points, with 95 % intervals over seeds (Welch's t).",
+    *map(Column, titles, zip(*rows, strict=True)),
+  )
+  return [table] if rows else []
 
 
 def _configurations(groups: Sequence[Group]) -> Section:

@@ -7,7 +7,9 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from resnet_flax.data import dataset as dataset_lib
 from resnet_flax.run import errors, load
@@ -214,6 +216,22 @@ def test_each_figure_is_of_one_data_set(tmp_path):
     ["digits", "depth=20"],
     ["digits", "depth=56"],
   ]
+
+
+def test_groups_are_compared_with_the_first_of_their_data(tmp_path):
+  finals = {20: (0.6, 0.61, 0.63), 56: (0.7, 0.72, 0.71), 32: (0.5,)}
+  for depth, values in finals.items():
+    for seed, value in enumerate(values):
+      folder = tmp_path / "runs" / f"{depth}-{seed}"
+      workdirs.write(folder, [0.1, 0.2, value], seed=seed, model__depth=depth)
+  report.make([tmp_path / "runs"], tmp_path / "out", "none")
+  text = (tmp_path / "out" / "tables" / "intervals.csv").read_text()
+  header, row = csv.reader(text.splitlines())
+  assert header == ["group", "first", "points", "from", "to"]
+  # Of depth 32 there is one seed.
+  test = stats.ttest_ind(finals[56], finals[20], equal_var=False)
+  low, high = (100 * each for each in test.confidence_interval())
+  np.testing.assert_allclose([*map(float, row)], [3, 1, 29 / 3, low, high])
 
 
 def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
