@@ -399,7 +399,7 @@ def _choose_steps(
   """The step of each seed's checkpoint; none if there is none."""
   if which == "latest":
     return [max(steps)] * config.num_seeds if steps else []
-  records = metrics.MetricsLog(workdir, config).read()
+  records = metrics.MetricsLog(workdir).read()
   # The last record may be there before its checkpoint is.
   if records and records[-1]["step"] > max(steps, default=-1):
     records.pop()

@@ -107,7 +107,7 @@ class Session:
         assert restored is not None  # There are checkpoints.
         self._restored, notes = restored
         step = int(np.ravel(self._restored.step)[0])
-      self._log = metrics.MetricsLog(self._workdir, self._config)
+      self._log = metrics.MetricsLog(self._workdir)
       fallen_back = self._checkpoints.has_fallen_back(step)
       records = self._log.cut_back(
         step, self._steps_per_epoch, fallen_back=fallen_back
