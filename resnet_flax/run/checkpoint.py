@@ -49,18 +49,16 @@ _MANIFEST = "manifest.json"
 _STATE = "state"  # Orbax's folder.
 _MERGED = "manifest.ocdbt"  # Orbax writes this file last and reads it first.
 
-# What differs, by the parts of a state; metrics, `epoch_sums`, may. Parameters
-# come first: the state of their optimizer differs with them.
-_NETWORK = ("holds another network", "")
-_HERE = "; this version of the code or this configuration uses another "
-_DIFFERENCES = {
-  "params": _NETWORK,
-  "batch_stats": _NETWORK,
-  "step": _NETWORK,
-  "opt_state": ("has another optimizer state", f"{_HERE}optimizer"),
-  "rate_state": ("has another schedule state", f"{_HERE}schedule"),
-  "normalization": ("has another normalization", f"{_HERE}normalization"),
-  "average": ("has another average", f"{_HERE}average of the weights"),
+# What the parts of a state belong to; metrics, `epoch_sums`, may differ.
+# Parameters come first: the state of their optimizer differs with them.
+_PARTS = {
+  "params": "network",
+  "batch_stats": "network",
+  "step": "network",
+  "opt_state": "optimizer",
+  "rate_state": "schedule",
+  "normalization": "normalization",
+  "average": "average of the weights",
 }
 
 
@@ -171,14 +169,9 @@ class Checkpoints:
     for leaf in jax.tree.leaves(jax.device_get(state)):
       vectors.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
     packed = {dtype: np.concatenate(each) for dtype, each in vectors.items()}
-    arrays = _forms(state)
     step = int(np.ravel(state.step)[0])
-    self._manifest = {
-      "format": _FORMAT,
-      "step": step,
-      "notes": notes,
-      "arrays": arrays,
-    }
+    self._manifest = {"format": _FORMAT, "step": step, "notes": notes}
+    self._manifest["arrays"] = _forms(state)
     with only_os_errors():
       self._manager.save(
         step,
@@ -204,36 +197,32 @@ class Checkpoints:
     """
     path = self._folder / str(step)
     manifest = _checked_manifest(path)
-    forms, wanted = manifest["arrays"], _forms(like)
-    _check_same_arrays(path, forms, wanted)
-    # Where each array is in its dtype's vector.
-    slices, sizes = {}, dict[str, int]()
-    for name, form in forms.items():
-      dtype, _, shape = form.partition("[")
-      start = sizes.get(dtype, 0)
-      sizes[dtype] = start + math.prod(json.loads(f"[{shape}"))
-      slices[name] = dtype, slice(start, sizes[dtype])
-    # For NumPy arrays Orbax returns NumPy arrays.
-    target = {dtype: np.empty(size, dtype) for dtype, size in sizes.items()}
+    saved, wanted = manifest["arrays"], _forms(like)
+    _check_same_arrays(path, saved, wanted)
     try:
-      packed = self._manager.restore(
-        step,
-        args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)}),
+      vectors = self._manager.restore(
+        step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore()})
       )[_STATE]
     except MemoryError:
       raise  # The checkpoint may be good.
     # Orbax and TensorStore raise a different exception for each kind of damage.
     except Exception as error:
       raise _Damaged(path, errors.one_line(error)) from error
+    arrays = {}
+    for name, form in saved.items():
+      dtype, _, sides = form.partition("[")
+      shape = json.loads(f"[{sides}")
+      array, vectors[dtype] = np.split(vectors[dtype], [math.prod(shape)])
+      arrays[name] = array.reshape(shape)
     leaves, structure = jax.tree.flatten(like)
-    arrays = [
-      packed[slices[name][0]][slices[name][1]].reshape(leaf.shape)
-      if forms.get(name) == form
+    leaves = [
+      arrays[name]
+      if saved.get(name) == form
       else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
       for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
     ]
     # Older ones lack what an epoch has waited.
-    return jax.tree.unflatten(structure, arrays), NEW_EPOCH | manifest["notes"]
+    return jax.tree.unflatten(structure, leaves), NEW_EPOCH | manifest["notes"]
 
   def restore_latest(
     self, like: step_lib.TrainState
@@ -282,10 +271,8 @@ class Checkpoints:
   def _write_manifest(self) -> None:
     self._on_event("manifest")
     # Orbax calls this in its thread, before it gives the folder its final name.
-    unfinished = ocp.utils.tmp_checkpoints(self._folder)
-    if len(unfinished) != 1:
-      raise FileNotFoundError(f"{self._folder} was changed by another process")
-    folder = pathlib.Path(unfinished[0].get())
+    (unfinished,) = ocp.utils.tmp_checkpoints(self._folder)
+    folder = pathlib.Path(unfinished.get())
     if not (folder / _STATE / _MERGED).is_file():
       raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
     there = _state_files(folder)
@@ -384,15 +371,14 @@ def _forms(state: step_lib.TrainState) -> dict[str, str]:
 
 
 def _check_same_arrays(
-  path: pathlib.Path, saved: dict[str, str], forms: dict[str, str]
+  path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]
 ) -> None:
-  for part, what in _DIFFERENCES.items():
-    for name in [*forms, *saved]:
-      there = saved.get(name, "missing")
-      here = forms.get(name, "missing")
+  for part, what in _PARTS.items():
+    for name in [*wanted, *saved]:
+      there, here = (each.get(name, "missing") for each in (saved, wanted))
       if name.partition("/")[0] == part and here != there:
         raise errors.WorkdirError(
-          f"checkpoint {path} {what[0]}: {name} is {there} there, {here} here"
-          f"{what[1]}. Pass the configuration it was trained with, or another"
-          " --workdir."
+          f"checkpoint {path} holds another {what}: {name} is {there} there,"
+          f" {here} here. Pass the configuration it was trained with, to the"
+          " version of the program that saved it, or another --workdir."
         )

@@ -212,21 +212,19 @@ def test_restores_what_several_devices_had(tmp_path, state):
     ),
     (
       make_state().replace(opt_state=(jnp.zeros(3),)),
-      "has another optimizer state: opt_state/0 is missing there,"
-      " float32[3] here; this version of the code or this configuration uses"
-      " another optimizer. Pass",
+      "holds another optimizer: opt_state/0 is missing there, float32[3] here."
+      " Pass",
     ),
     (
       make_state().replace(rate_state={}),
-      "has another schedule state: rate_state/scale is float32[] there, missing"
-      " here; this version of the code or this configuration uses"
-      " another schedule. Pass",
+      "holds another schedule: rate_state/scale is float32[] there, missing"
+      " here. Pass",
     ),
     (
       make_state().replace(
         normalization=normalize.placeholder("pixel_mean", (4, 4, 3))
       ),
-      "has another normalization: normalization/mean is float32[8, 8, 3] there",
+      "holds another normalization: normalization/mean is float32[8, 8, 3]",
     ),
   ],
 )
