@@ -33,15 +33,11 @@ def create_model(
   Raises:
     ConfigError: an unknown name or key, or values that fit no network.
   """
-  keys = {
-    **model_keys,
-    "name": name,
-    "depth": depth,
-    "num_classes": num_classes,
-  }
   config = config_keys.default_config()
   with config.unlocked(), config.ignore_type():
-    config.model.update(keys)
+    config.model.update(
+      model_keys, name=name, depth=depth, num_classes=num_classes
+    )
   rules.check_values(config)
   rules.check_model(config.model)
   if not num_classes:

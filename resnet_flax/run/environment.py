@@ -99,25 +99,20 @@ def cpu() -> dict[str, str]:
   the same name. They are known on Linux alone.
   """
   try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    text = pathlib.Path("/proc/cpuinfo").read_text()
   except OSError:
-    lines = []
+    text = ""
   # All processors of a machine are alike.
-  info = {
-    name.strip(): value.strip()
-    for name, _, value in (line.partition(":") for line in reversed(lines))
-  }
-  numbers = [
-    f"{name} {info[name]}"
-    for name in ("cpu family", "model", "stepping")
-    if name in info
-  ]
+  info: dict[str, str] = dict(
+    re.findall(r"^(.+?)[ \t]*: *(.*)$", text, re.MULTILINE)
+  )
+  numbers = ("cpu family", "model", "stepping")
   flags = info.get("flags", info.get("Features", "")).split()
   return {
     "cpu_model": info.get("model name")
     or platform.processor()
     or platform.machine(),
-    "cpu_generation": ", ".join(numbers),
+    "cpu_generation": ", ".join(f"{n} {info[n]}" for n in numbers if n in info),
     "cpu_flags": " ".join(sorted(filter(_VECTOR.match, flags))),
   }
 

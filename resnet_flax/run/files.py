@@ -59,11 +59,6 @@ def parse_object(content: bytes) -> dict[str, Any]:
   return value
 
 
-def no_link(path: str, flags: int) -> int:
-  """Opens a file that is not a symbolic link, for `open(opener=...)`."""
-  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 @contextlib.contextmanager
 def temporary_folder(
   parent: pathlib.Path, prefix: str, seconds: float = 0.0

@@ -196,33 +196,26 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   path = workdir / "config.json"
   try:
     stored = files.parse_object(files.read_bytes(path))
-    return with_defaults(stored).lock()
+    if type(stored.get("seed")) is not int:  # Every version has this key.
+      raise ValueError(
+        "seed is missing or no integer: this is not a configuration"
+      )
+    # JSON turns tuples into lists.
+    defaults = json.dumps(config_lib.default_config().to_dict())
+    config = ConfigDict(json.loads(defaults))
+    with config.ignore_type():
+      config.update(stored)
+    return config.lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
       " --workdir of a training run."
     ) from None
-  except (
-    *(OSError, ValueError, TypeError, AttributeError, RecursionError),
-  ) as error:
+  except (OSError, ValueError, TypeError, AttributeError) as error:
     raise errors.WorkdirError(
       f"{path} cannot be read: {error}. Restore it, or start again in another"
       " --workdir."
     ) from error
-
-
-def with_defaults(stored: dict[str, Any]) -> ConfigDict:
-  """A configuration from JSON, with defaults for keys that it lacks."""
-  if type(stored.get("seed")) is not int:  # Every version has this key.
-    raise errors.ConfigError(
-      "seed is missing or no integer: this is not a configuration"
-    )
-  # JSON turns tuples into lists.
-  defaults = json.dumps(config_lib.default_config().to_dict())
-  config = ConfigDict(json.loads(defaults))
-  with config.ignore_type():
-    config.update(stored)
-  return config
 
 
 def record_start(
@@ -230,7 +223,7 @@ def record_start(
   config: ConfigDict,
   devices: Sequence[jax.Device],
   data: str,
-  facts: dict[str, Any] | None = None,
+  facts: dict[str, Any],
 ) -> None:
   """Writes config.json and environment.json; warns if the environment changed.
 
@@ -248,15 +241,15 @@ def record_start(
   path = workdir / "environment.json"
   now = environment.describe(devices) | {"data": data}
   if not path.exists():
-    files.write_json(path, now | ({"dataset": facts} if facts else {}))
+    files.write_json(path, now | {"dataset": facts})
     return
   check_data(workdir, data)
   stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
     stored["data"] = data  # Converted weights had no data; now the run has.
-  kept = {"converted", "resumed", "dataset"}
-  added = {key: stored[key] for key in kept & stored.keys()}
-  if changes := environment.changes(stored, now | added):
+  added = ("converted", "resumed", "dataset")
+  before = {key: stored[key] for key in stored if key not in added}
+  if changes := environment.changes(before, now):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
       " may differ: %s",

@@ -96,7 +96,8 @@ class MetricsLog:
     for key, value in record.items():
       if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}")
-    with open(self._path, "a", opener=files_lib.no_link) as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with open(os.open(self._path, flags, 0o666), "a") as file:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())

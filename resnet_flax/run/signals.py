@@ -139,18 +139,11 @@ class Timer:
   """Decides when a checkpoint is due, besides the end of an epoch.
 
   A checkpoint is due after every `every_steps` steps, and `every_minutes` after
-  the last checkpoint. 0 turns either off. `clock` returns seconds.
+  the last checkpoint. 0 turns either off.
   """
 
-  def __init__(
-    self,
-    every_steps: int,
-    every_minutes: float,
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    self._every_steps = every_steps
-    self._seconds = every_minutes * 60
-    self._clock = clock
+  def __init__(self, every_steps: int, every_minutes: float):
+    self._every_steps, self._seconds = every_steps, every_minutes * 60
     self.reset()
 
   def due_at(self, step: int) -> bool:
@@ -159,8 +152,8 @@ class Timer:
 
   def overdue(self) -> bool:
     """Whether a checkpoint is due by `every_minutes`."""
-    return bool(self._seconds) and self._clock() - self._last >= self._seconds
+    return 0 < self._seconds <= time.monotonic() - self._last
 
   def reset(self) -> None:
     """Must be called after a checkpoint is saved."""
-    self._last = self._clock()
+    self._last = time.monotonic()

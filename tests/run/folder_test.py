@@ -27,7 +27,7 @@ def check(folder, config):
 
 
 def record(folder, config):
-  workdir_lib.record_start(folder, config, jax.devices()[:1], "data-1")
+  workdir_lib.record_start(folder, config, jax.devices()[:1], "data-1", {})
 
 
 def start(folder, config):
@@ -179,7 +179,7 @@ def test_other_pixels_are_refused(tmp_path):
   start(tmp_path, base.get_config())
   with pytest.raises(errors.WorkdirError, match="data-1 there, data-2 here"):
     workdir_lib.record_start(
-      tmp_path, base.get_config(), jax.devices()[:1], "data-2"
+      tmp_path, base.get_config(), jax.devices()[:1], "data-2", {}
     )
 
 
@@ -425,10 +425,10 @@ def test_a_lock_that_cannot_be_had_for_other_reasons_is_refused(
 # ---- Whole files
 
 
-def test_stored_configurations_get_keys_that_came_later():
-  stored = {"seed": 1, "model": {"depth": 8}, "schedule": {}}
-  filled = workdir_lib.with_defaults(stored)
-  assert stored == {"seed": 1, "model": {"depth": 8}, "schedule": {}}
+def test_stored_configurations_get_keys_that_came_later(tmp_path):
+  path = tmp_path / "config.json"
+  path.write_text('{"seed": 1, "model": {"depth": 8}, "schedule": {}}')
+  filled = workdir_lib.load_config(tmp_path)
   flat = keys.to_flat(filled)
   # As JSON stores them.
   defaults = json.loads(json.dumps(config_lib.default_config().to_dict()))
@@ -436,5 +436,6 @@ def test_stored_configurations_get_keys_that_came_later():
   assert flat == expected | {"seed": 1, "model.depth": 8}
   rules.check(filled, num_devices=1)
   # What is no configuration does not become the default one.
-  with pytest.raises(errors.ConfigError, match="seed is missing"):
-    workdir_lib.with_defaults({"model": {"depth": 8}})
+  path.write_text('{"model": {"depth": 8}}')
+  with pytest.raises(errors.WorkdirError, match="seed is missing"):
+    workdir_lib.load_config(tmp_path)
