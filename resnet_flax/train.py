@@ -1,9 +1,7 @@
 """The loop: everything that reads, writes or waits happens here."""
 
-import functools
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,21 +43,16 @@ def train_and_evaluate(
 ) -> list[metrics.Record]:
   """Trains as the configuration says; resumes what the workdir holds.
 
-  On several hosts it is called in all processes; only process 0 reads and
-  writes the workdir.
+  The workdir gets config.json, environment.json, metrics.jsonl, checkpoints/
+  and tensorboard/. If it holds an unfinished run of this configuration, the run
+  resumes after the latest step that was saved, bit-identically. On several
+  hosts all processes call this; only process 0 reads and writes the workdir.
 
-  Args:
-    config: every key; see `run/config.py`.
-    workdir: gets config.json, environment.json, metrics.jsonl, checkpoints/
-      and tensorboard/. If it holds an unfinished run of this configuration,
-      the run resumes after the latest step that was saved, bit-identically.
-    devices: by default all devices.
-    signals: how signals to stop are met.
-    on_event: called with the name of what comes next: 'compile', and those of
-      `session.open_run`. For tests, which end a run there.
+  `devices` are by default all; `signals` says how signals to stop are met.
+  `on_event`, in which tests end a run, is called with the name of what comes
+  next: 'compile', and those of `session.open_run`.
 
-  Returns:
-    The records of all epochs, as in metrics.jsonl.
+  Returns the records of all epochs, as in metrics.jsonl.
 
   Raises:
     ConfigError: a value that cannot be used, also of JAX's settings; before
@@ -79,7 +72,6 @@ def train_and_evaluate(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
   ) as run:
     if run.is_finished:
-      hosts.first(lambda: load.check_data_of(config, pathlib.Path(workdir)))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, run)
@@ -165,11 +157,7 @@ def _set_up(
     *(config, experiment, state, dataset.train, layout)
   )
   splits = {"val": dataset.validation, "test": dataset.test}
-  run.start(
-    state,
-    layout,
-    functools.partial(records.reproduce, dataset.train, config.batch_size),
-  )
+  run.start(state, layout, dataset.train)
   return _Setup(
     state=state,
     layout=layout,

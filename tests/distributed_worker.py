@@ -54,7 +54,7 @@ def exchange(seconds):
     except errors.ConfigError as error:
       say(str(error))
   for error in (
-    errors.NonFiniteError("not finite", 3, 1),
+    errors.NonFiniteError("not finite"),
     errors.Interrupted("stopped", signal.SIGTERM),
     errors.DataError("missing"),
   ):

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import itertools
 import json
@@ -381,32 +380,6 @@ def test_finished_run_is_not_trained_again(
   assert run() == records
 
 
-def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
-  tiny_config, tmp_path, monkeypatch, one_device, caplog
-):
-  tiny_config.num_epochs = 1
-  run = functools.partial(
-    train.train_and_evaluate, tiny_config, tmp_path / "run", devices=one_device
-  )
-  records = run()
-  load = data.dataset.load
-
-  def other(config):
-    return dataclasses.replace(load(config), source="digits-2")
-
-  monkeypatch.setattr(data.dataset, "load", other)
-  with pytest.raises(errors.WorkdirError, match="digits there, digits-2 here"):
-    run()
-
-  def gone(config):
-    raise errors.DataError("no copy")
-
-  caplog.set_level("INFO")
-  monkeypatch.setattr(data.dataset, "load", gone)
-  assert run() == records
-  assert "data was not looked at: no copy" in caplog.text
-
-
 @pytest.mark.parametrize("lines", [[0, 2], [0, 0, 1]])
 def test_records_of_other_epochs_are_refused(straight, run, tmp_path, lines):
   """A line is gone, or there twice: the run does not go on from there."""
@@ -452,18 +425,6 @@ def test_settings_of_jax_that_cannot_be_are_refused_by_name(
   with setting, pytest.raises(errors.ConfigError, match=name):
     train.train_and_evaluate(tiny_config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
-
-
-def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
-  """It only says that there is no copy to compare."""
-  caplog.set_level("INFO")
-  tiny_config.dataset.name = "cifar10"
-  empty = tmp_path / "empty"
-  empty.mkdir()
-  tiny_config.dataset.data_dir = str(empty)
-  load.check_data_of(tiny_config, tmp_path)
-  assert "not looked at: there is no cifar10 in" in caplog.text
-  assert list(tmp_path.rglob("*")) == [empty]
 
 
 def one_score(loss, accuracy):
@@ -767,7 +728,9 @@ def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
       for _ in range(3):
         state, _ = training.step(state, batch)
       checkpoints.wait()
-      assert_identical(checkpoints.restore(int(copy.step), copy)[0], copy)
+      assert_identical(
+        checkpoints.restore(int(copy.step), copy)[0], copy
+      )
 
 
 def test_metrics_are_read_one_step_late(

@@ -50,12 +50,7 @@ class WorkdirError(UserError):
 
 
 class NonFiniteError(UserError, ArithmeticError):
-  """Training a seed's network gave NaN or infinity at a 0-based step."""
-
-  def __init__(self, message: str, step: int, seed: int):
-    super().__init__(message)
-    self.step = step
-    self.seed = seed
+  """Training gave NaN or infinity."""
 
 
 class Interrupted(UserError):
@@ -114,11 +109,7 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 def resolve(path: str, name: str = "path") -> pathlib.Path:
   """`local_path`, absolute. A wrong link fails only when it is opened."""
-  given = local_path(path, name)
-  try:
-    return given.resolve()
-  except (RuntimeError, OSError):  # Links may form a circle.
-    return given.absolute()
+  return pathlib.Path(os.path.realpath(local_path(path, name)))
 
 
 def differences(

@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib, prepared, types
+from resnet_flax.data import dataset as dataset_lib, types
 from resnet_flax.models import other_blocks, registry
 from resnet_flax.parallel import averaging, evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
@@ -285,21 +285,6 @@ def say_what_is_trusted(config: ConfigDict) -> None:
         "note: scored on the data in dataset.%s=%s, as config.json has it",
         *(name, config.dataset[name]),
       )
-
-
-def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks what a finished run was on, if that is here: none is downloaded."""
-  dataset = config.dataset
-  try:
-    if dataset.name.startswith("cifar"):
-      root = prepared.data_dir(dataset.data_dir)
-      if prepared.find(dataset.name, root) is None:
-        raise errors.DataError(f"there is no {dataset.name} in {root}")
-    source = dataset_lib.load(dataset).source
-  except errors.UserError as error:
-    _logger.info("note: the run's data was not looked at: %s", error)
-  else:
-    folder.check_data(workdir, source)
 
 
 def _restore(

@@ -22,28 +22,18 @@ _logger = logging.getLogger(__name__)
 class Progress:
   """Follows the epochs of a run.
 
-  A bar on a terminal, if `bar`; else a line every `interval_seconds`.
+  A bar on a terminal; elsewhere a line every `log.interval_seconds`.
   """
 
-  def __init__(
-    self,
-    num_epochs: int,
-    steps_per_epoch: int,
-    batch_size: int,
-    interval_seconds: float,
-    *,
-    bar: bool = True,
-  ):
-    self._num_epochs, self._steps_per_epoch = num_epochs, steps_per_epoch
-    self._batch_size, self._interval = batch_size, interval_seconds
-    self._has_bar = bar
+  def __init__(self, config: ConfigDict, steps_per_epoch: int):
+    self._config, self._steps_per_epoch = config, steps_per_epoch
     self._bar: Any = None
     self._seconds_per_step = self._evaluation_seconds = 0.0
 
   def start_epoch(self, epoch: int, step: int) -> None:
     """Begins the training of a 0-based epoch after its first `step` steps."""
     self._epoch, self._step, self._first_step = epoch, step, step
-    self._title = f"epoch {epoch} of {self._num_epochs}"
+    self._title = f"epoch {epoch} of {self._config.num_epochs}"
     self._started = self._last_line = time.perf_counter()
     self._bar = tqdm.tqdm(
       total=self._steps_per_epoch,
@@ -52,20 +42,19 @@ class Progress:
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
-      disable=None if self._has_bar else True,  # None: if no terminal.
+      disable=None,  # If there is no terminal.
     )
 
   def step(self, of_seeds: Sequence[step_lib.StepMetrics]) -> None:
     """Takes in the metrics of a step of each seed, on the host."""
-    before = self._step
     self._step = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
     now = time.perf_counter()
     seconds = now - self._started
     self._seconds_per_step = seconds / (self._step - self._first_step)
     if not self._bar.disable:
       self._bar.set_postfix_str(self._text(of_seeds), refresh=False)
-      self._bar.update(self._step - before)
-    elif now - self._last_line >= self._interval:
+      self._bar.update(self._step - self._bar.n)
+    elif now - self._last_line >= self._config.log.interval_seconds:
       self._last_line = now
       title = f"{self._title} step {self._step}/{self._steps_per_epoch}"
       _logger.info("%s: %s", title, self._text(of_seeds))
@@ -103,13 +92,13 @@ class Progress:
       std = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
       return f"{name} {statistics.fmean(values):.4f}{std}"
 
-    speed = len(of_seeds) * self._batch_size / self._seconds_per_step
+    speed = len(of_seeds) * self._config.batch_size / self._seconds_per_step
     left = f", {self._left()} left" if self._left() else ""
     return f"{mean('loss')}, {mean('accuracy')}, {speed:.0f} images/s{left}"
 
   def _left(self) -> str:
     """Time left for the whole run, evaluations included."""
-    epochs = self._num_epochs - self._epoch
+    epochs = self._config.num_epochs - self._epoch
     steps = epochs * self._steps_per_epoch - self._step
     seconds = steps * self._seconds_per_step
     trained = self._step == self._steps_per_epoch

@@ -1,14 +1,10 @@
-"""What a run writes down of an epoch, and of a step that failed."""
+"""What a run writes down of an epoch."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from resnet_flax import step as step_lib
-from resnet_flax.data import randomness, types
-from resnet_flax.parallel import evaluate, networks, program
+from resnet_flax.parallel import evaluate, networks
 from resnet_flax.run import errors, metrics
 
 
@@ -37,9 +33,7 @@ def of_epoch(
         raise errors.NonFiniteError(
           f"the {split} loss{layout.of_seed(seed)} is {means['loss']} after"
           f" step {state.step - 1} (0-based), at learning rate {rate:g}. Lower"
-          " optimizer.learning_rate or model.batch_norm_momentum.",
-          state.step - 1,
-          seed,
+          " optimizer.learning_rate or model.batch_norm_momentum."
         )
       values |= {f"{split}_{name}": mean for name, mean in means.items()}
     of_seeds.append(values)
@@ -55,25 +49,4 @@ def of_epoch(
     "epoch_seconds": seconds,
     "data_seconds": notes["data_seconds"],
     "images_per_second": num_images / seconds,
-  }
-
-
-def reproduce(
-  split: types.Split, batch_size: int, step: int, seed: int
-) -> dict[str, Any]:
-  """What leads to a step of a network, from the checkpoint before it."""
-  epoch, within = divmod(step, len(split) // batch_size)
-  positions = program.order(len(split), batch_size, seed, epoch)[within]
-  key = randomness.device_key(seed, randomness.Purpose.AUGMENTATION)
-  return {
-    "seed": seed,
-    "step": step,
-    "epoch": epoch,
-    "step_in_epoch": within,
-    # Of the official training split, whatever part of it is used.
-    "batch_indexes": split.indices[positions].tolist(),
-    **{
-      f"{name}_key": jax.random.key_data(key).tolist()
-      for name, key in step_lib.step_keys(key, step).items()
-    },
   }

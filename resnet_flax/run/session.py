@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib, types
-from resnet_flax.models.kernels import onednn
+from resnet_flax.data import dataset as dataset_lib, randomness, types
 from resnet_flax.parallel import hosts, many_steps, networks, program
 from resnet_flax.run import (
   checkpoint,
@@ -64,17 +62,15 @@ class Session:
     self._experiment, self._signals, self._stack = experiment, signals, stack
     self._steps_per_epoch = experiment.learning_rate.steps_per_epoch
     self._pending: networks.Networks | None = None
+    self._log = metrics.MetricsLog(workdir)
     # Of process 0 alone.
     self._checkpoints: checkpoint.Checkpoints | None = None
-    self._log: metrics.MetricsLog | None = None
     self._board: metrics.TensorBoard | None = None
     self._restored: Any = None
 
-    self.records: list[metrics.Record] = []
     self.resumes, self.step, self.notes, self.records = hosts.first(self._open)
     self._saved_step = self.step
-    if self._checkpoints is None:
-      stack.enter_context(self._explain_interruption())
+    stack.enter_context(self._explain_interruption())
     self.is_finished = len(self.records) == config.num_epochs
 
   # ---- Opening
@@ -91,7 +87,6 @@ class Session:
           self._workdir, best_steps=self._best_steps, on_event=self._saving
         )
       )
-      self._stack.enter_context(self._explain_interruption())
       # Before what is of other numbers of classes and steps is read.
       if facts := folder.read_facts(self._workdir):
         known = dataset_lib.info(self._config.dataset)
@@ -107,7 +102,6 @@ class Session:
         assert restored is not None  # There are checkpoints.
         self._restored, notes = restored
         step = int(np.ravel(self._restored.step)[0])
-      self._log = metrics.MetricsLog(self._workdir)
       fallen_back = self._checkpoints.has_fallen_back(step)
       records = self._log.cut_back(
         step, self._steps_per_epoch, fallen_back=fallen_back
@@ -135,67 +129,47 @@ class Session:
       yield
     except signals_lib.Stopped as stopped:
       raise errors.Interrupted(
-        f"stopped by {stopped}; saved up to step {self._latest() or 0} in"
+        f"stopped by {stopped}; saved up to step {self._saved_step} in"
         f" {self._workdir}. The same command resumes from there.",
         stopped.number,
       ) from None
 
-  def _latest(self) -> int | None:
-    if self._checkpoints is None:
-      return self._saved_step
-    return max(self._checkpoints.steps(), default=None)
-
   def choose_layout(
     self, dataset: types.Dataset
   ) -> tuple[networks.Layout, int]:
-    """Layout and steps of a call, chosen once for all starts of the run.
+    """Layout and steps of a call.
 
     Writes configuration, with what was chosen, and environment.
     """
     config, devices = self._config, self._devices
-    dtype = jnp.dtype(config.model.dtype)
-    is_slow = dtype != jnp.float32 and not onednn.can_convolve(dtype)
-    if is_slow and devices[0].platform == "cpu":
-      _logger.info("note: this CPU has no %s: float32 is faster", dtype)
     execution = config.seed_execution
     if execution == "auto" and config.num_seeds > 1:
-      stored = self._stored("seed_execution")
       # As experiments/seeds measured it on CPUs; elsewhere several networks in
       # one call wait less for the host.
-      chosen = "in_turn" if devices[0].platform == "cpu" else "vectorized"
-      execution = chosen if stored in (None, "auto") else stored
+      on_cpu = devices[0].platform == "cpu"
+      execution = "in_turn" if on_cpu else "vectorized"
     layout = networks.Layout.create(config, devices, execution)
-    wanted = config.steps_per_call or self._stored("steps_per_call") or 0
+    wanted = config.steps_per_call
     size = max(config.model.input_size, *self._experiment.image_shape[:2])
     # By one process for all: their devices' memory may differ.
     steps_per_call = hosts.first(
       lambda: many_steps.choose(wanted, dataset.train, layout, size)
     )
-    self._record_start(
-      dataset, seed_execution=execution, steps_per_call=steps_per_call
-    )
+    chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
+    hosts.first(lambda: self._record_start(dataset, chosen))
     return layout, steps_per_call
 
-  def _stored(self, key: str) -> Any:
-    """What an earlier start of the run has chosen; None without one."""
-    exists = (self._workdir / "config.json").exists
-    return hosts.first(
-      lambda: folder.load_config(self._workdir).get(key) if exists() else None
-    )
-
-  def _record_start(self, dataset: types.Dataset, **chosen: Any) -> None:
-    known = dataset_lib.info(self._config.dataset)
+  def _record_start(
+    self, dataset: types.Dataset, chosen: dict[str, Any]
+  ) -> None:
+    config = ConfigDict(self._config.to_dict() | chosen)
+    known = dataset_lib.info(config.dataset)
     counts = {"train": known.num_train, "test": known.num_test}
     facts = {"class_names": dataset.class_names, **counts}
-
-    @folder.explain_write_errors(self._workdir)
-    def record() -> None:
-      config = ConfigDict(self._config.to_dict() | chosen)
+    with folder.explain_write_errors(self._workdir):
       folder.record_start(
         *(self._workdir, config, self._devices, dataset.source, facts)
       )
-
-    hosts.first(record)
 
   def restored_states(self) -> list[step_lib.TrainState]:
     """The restored state of each seed, in all processes."""
@@ -213,11 +187,11 @@ class Session:
     self,
     state: networks.Networks,
     layout: networks.Layout,
-    reproduce: Callable[[int, int], dict[str, Any]],
+    split: types.Split,
   ) -> None:
-    """Begins training: a signal now waits for the end of a step."""
+    """Begins training on a split: a signal now waits for the end of a step."""
     config = self._config
-    self._layout, self._reproduce = layout, reproduce
+    self._layout, self._split = layout, split
     self._stack.enter_context(self._signals.hold())
     self._stack.enter_context(
       folder.explain_write_errors(self._workdir, running=True)
@@ -240,13 +214,7 @@ class Session:
       config.checkpoint.every_steps, config.checkpoint.every_minutes
     )
     self._agreement = hosts.Agreement(self._signals, self._timer, self._devices)
-    self._progress = progress.Progress(
-      config.num_epochs,
-      self._steps_per_epoch,
-      config.batch_size,
-      config.log.interval_seconds,
-      bar=hosts.is_first(),
-    )
+    self._progress = progress.Progress(config, self._steps_per_epoch)
     self._stack.callback(self._progress.close)
 
   def batches(
@@ -289,22 +257,36 @@ class Session:
 
   def _fail(self, step: int, seed: int, rate: float) -> None:
     path = self._workdir / "nonfinite_step.json"
-
-    def describe() -> None:
-      assert self._checkpoints is not None
-      self._checkpoints.wait()
-      latest = {"latest_checkpoint_step": self._latest()}
-      files_lib.write_json(path, self._reproduce(step, seed) | latest)
-
-    hosts.first(describe)
+    hosts.first(lambda: files_lib.write_json(path, self._reproduce(step, seed)))
     raise errors.NonFiniteError(
       f"the loss or the state{self._layout.of_seed(seed)} is not finite after"
       f" step {step} (0-based), at learning rate {rate:g}. Lower"
       " optimizer.learning_rate, or warm up with"
-      f" schedule.warmup_learning_rate. What reproduces the step is in {path}.",
-      step,
-      seed,
+      f" schedule.warmup_learning_rate. What reproduces the step is in {path}."
     )
+
+  def _reproduce(self, step: int, seed: int) -> dict[str, Any]:
+    """What leads to a step of a network, from the checkpoint before it."""
+    assert self._checkpoints is not None
+    self._checkpoints.wait()
+    epoch, within = divmod(step, self._steps_per_epoch)
+    order = program.order(
+      len(self._split), self._config.batch_size, seed, epoch
+    )
+    key = randomness.device_key(seed, randomness.Purpose.AUGMENTATION)
+    return {
+      "seed": seed,
+      "step": step,
+      "epoch": epoch,
+      "step_in_epoch": within,
+      # Of the official training split, whatever part of it is used.
+      "batch_indexes": self._split.indices[order[within]].tolist(),
+      **{
+        f"{name}_key": jax.random.key_data(key).tolist()
+        for name, key in step_lib.step_keys(key, step).items()
+      },
+      "latest_checkpoint_step": self._saved_step,
+    }
 
   def should_save(self) -> bool:
     """Whether a checkpoint is due: clock, steps, signal or the epoch's end."""
@@ -354,8 +336,7 @@ class Session:
     evaluation = time.perf_counter() - self._started
     record["evaluation_seconds"] = evaluation
     hosts.first(lambda: folder.check_not_removed(self._workdir))
-    if self._log is not None:
-      self._log.append(record)
+    hosts.first(lambda: self._log.append(record))
     self.records.append(record)
     self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:

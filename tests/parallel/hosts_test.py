@@ -230,7 +230,7 @@ def test_what_processes_tell_one_another(launcher):
       [
         f"it of process 1 {differs} value ('0' in process 0, '1' there). {same}"
       ],
-      ["NonFiniteError", "not finite", {"step": 3, "seed": 1}, 1],
+      ["NonFiniteError", "not finite", {}, 1],
       ["Interrupted", "stopped", {"exit_code": 143}, 143],
       ["DataError", "missing", {}, 1],
     ]

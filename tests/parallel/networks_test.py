@@ -316,7 +316,6 @@ def test_a_seed_that_diverges_is_named(two_seeds, tmp_path, run, monkeypatch):
   monkeypatch.setattr(networks.Layout, "get", diverging)
   with pytest.raises(
     errors.NonFiniteError, match="of seed 5 is not finite after step 0"
-  ) as caught:
+  ):
     run(tmp_path / "run", two_seeds)
-  assert caught.value.seed == 5
   assert '"seed": 5' in (tmp_path / "run/nonfinite_step.json").read_text()

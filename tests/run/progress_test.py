@@ -24,6 +24,13 @@ def step_metrics(step, images=8):
   return [types.SimpleNamespace(step=step, sums=sums)]
 
 
+def make_progress(num_epochs, steps_per_epoch, interval_seconds):
+  config = base.get_config()
+  config.num_epochs, config.batch_size = num_epochs, 8
+  config.log.interval_seconds = float(interval_seconds)
+  return progress.Progress(config, steps_per_epoch)
+
+
 class Clock:
   """A clock that tests move."""
 
@@ -39,7 +46,7 @@ def clock(monkeypatch):
 
 def test_plain_lines_without_a_terminal(clock, caplog):
   caplog.set_level(logging.INFO)
-  shown = progress.Progress(2, 4, batch_size=8, interval_seconds=30)
+  shown = make_progress(2, 4, interval_seconds=30)
   shown.start_epoch(0, 0)
   for step in range(4):
     clock.now += 20
@@ -61,7 +68,7 @@ def test_plain_lines_without_a_terminal(clock, caplog):
 
 def test_last_line_has_no_time_left(clock, caplog):
   caplog.set_level(logging.INFO)
-  shown = progress.Progress(1, 1, batch_size=8, interval_seconds=30)
+  shown = make_progress(1, 1, interval_seconds=30)
   shown.start_epoch(0, 0)
   clock.now += 1
   shown.step(step_metrics(0))
@@ -72,7 +79,7 @@ def test_last_line_has_no_time_left(clock, caplog):
 
 def test_calls_of_several_steps(clock, caplog):
   caplog.set_level(logging.INFO)
-  shown = progress.Progress(2, 10, batch_size=8, interval_seconds=0)
+  shown = make_progress(2, 10, interval_seconds=0)
   shown.start_epoch(1, 0)
   for step in (13, 17):
     clock.now += 4
@@ -86,7 +93,7 @@ def test_calls_of_several_steps(clock, caplog):
 
 def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   caplog.set_level(logging.INFO)
-  shown = progress.Progress(1, 2, batch_size=8, interval_seconds=0)
+  shown = make_progress(1, 2, interval_seconds=0)
   shown.start_epoch(0, 0)
   clock.now += 1
   one, other = (step_metrics(0)[0] for _ in range(2))
@@ -111,7 +118,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
 
 def test_going_on_within_an_epoch(clock, caplog):
   caplog.set_level(logging.INFO)
-  shown = progress.Progress(1, 100, batch_size=8, interval_seconds=0)
+  shown = make_progress(1, 100, interval_seconds=0)
   shown.start_epoch(0, 98)
   clock.now += 1
   shown.step(step_metrics(98))
@@ -131,7 +138,7 @@ def test_bar_on_a_terminal(clock, monkeypatch, caplog):
   caplog.set_level(logging.INFO)
   terminal = Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)
-  shown = progress.Progress(2, 4, batch_size=8, interval_seconds=0)
+  shown = make_progress(2, 4, interval_seconds=0)
   shown.start_epoch(0, 0)
   for step in range(4):
     clock.now += 1
