@@ -99,15 +99,13 @@ def assert_identical(one, other):
 
 def saved_steps(workdir):
   """The steps of a workdir's checkpoints."""
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.steps()
+  return checkpoint.steps(pathlib.Path(workdir))
 
 
 def restore(config, workdir, step=None):
   """A checkpoint of a run, by default the latest, as a tree of arrays."""
   like = experiment_lib.abstract_state(config, experiment_lib.build(config))
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.restore(step or checkpoints.steps()[-1], like)[0]
+  return checkpoint.restore(workdir, step or saved_steps(workdir)[-1], like)[0]
 
 
 def assert_same_run(config, one, other):

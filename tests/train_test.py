@@ -729,7 +729,7 @@ def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
         state, _ = training.step(state, batch)
       checkpoints.wait()
       assert_identical(
-        checkpoints.restore(int(copy.step), copy)[0], copy
+        checkpoint.restore(tmp_path, int(copy.step), copy)[0], copy
       )
 
 

@@ -135,7 +135,7 @@ class Process:
 
   def has_saved(self, step: int = 1) -> bool:
     """Whether there is a complete checkpoint of this step or a later one."""
-    return max(_whole(self._workdir), default=0) >= step
+    return max(checkpoint.steps(self._workdir), default=0) >= step
 
   def is_saving(self) -> bool:
     """Whether a checkpoint is half written."""
@@ -224,7 +224,7 @@ def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
   """
   monitor = workdir_lib.load_config(workdir).checkpoint.monitor
   records = metrics.MetricsLog(workdir).read()
-  step = _whole(workdir)[0]
+  step = checkpoint.steps(workdir)[0]
   _arrays(workdir, "best", step)
   name = metrics.monitored(records[0], monitor)
   return step, [record[name] for record in records]
@@ -246,19 +246,19 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
   ]
   return {
     "records": np.bytes_(json.dumps(untimed)),
-    **_arrays(workdir, "latest", _whole(workdir)[-1]),
+    **_arrays(workdir, "latest", checkpoint.steps(workdir)[-1]),
     **_arrays(workdir, "best", best),
   }
 
 
 def latest_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """Reads the latest checkpoint's arrays in an unfinished run, by path."""
-  return _arrays(workdir, "latest", _whole(workdir)[-1])
+  return _arrays(workdir, "latest", checkpoint.steps(workdir)[-1])
 
 
 def latest(workdir: pathlib.Path) -> pathlib.Path:
   """The folder of the latest complete checkpoint."""
-  return workdir / "checkpoints" / str(_whole(workdir)[-1])
+  return workdir / "checkpoints" / str(checkpoint.steps(workdir)[-1])
 
 
 def num_different_bytes(one: dict[str, Any], other: dict[str, Any]) -> int:
@@ -278,18 +278,11 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
   config = workdir_lib.load_config(workdir)
   like = experiment_lib.abstract_state(config, experiment_lib.build(config))
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    state, _ = checkpoints.restore(step, like)
+  state, _ = checkpoint.restore(workdir, step, like)
   return {
     f"{name}/{path}": np.asarray(leaf)
     for path, leaf in checkpoint.named_arrays(state).items()
   }
-
-
-def _whole(workdir: pathlib.Path) -> list[int]:
-  """The steps of the complete checkpoints, ascending."""
-  names = [path.name for path in (workdir / "checkpoints").glob("*")]
-  return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _newest(workdir: pathlib.Path) -> int:

@@ -86,9 +86,8 @@ class Checkpoints:
   """The checkpoints of one workdir: the latest two and the best epochs'.
 
   A context manager; leaving it waits for what is still being written.
-  `best_steps` returns the steps of the best epochs so far. `read_only` changes
-  nothing, so that a run can be read while it trains. `on_event` is called with
-  "manifest" before it is written, in Orbax's thread.
+  `best_steps` returns the steps of the best epochs so far. `on_event` is called
+  with "manifest" before it is written, in Orbax's thread.
   """
 
   def __init__(
@@ -96,32 +95,24 @@ class Checkpoints:
     workdir: pathlib.Path,
     *,
     best_steps: Callable[[], Collection[int]] = tuple,
-    read_only: bool = False,
     on_event: Callable[[str], None] = lambda name: None,
   ):
+    self._workdir = workdir
     self._folder = (workdir / "checkpoints").absolute()
     self._damaged = workdir / "damaged"
-    self._read_only = read_only
     self._on_event = on_event
     self._manifest: dict[str, Any] = {}
-    if not read_only:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      # A killed run's half-written checkpoint is useless. Orbax would remove it
-      # in a thread, which would outlive a run that fails at once.
-      for unfinished in ocp.utils.tmp_checkpoints(self._folder):
-        shutil.rmtree(unfinished.get(), ignore_errors=True)
-    process = jax.process_index()
+    self._folder.mkdir(parents=True, exist_ok=True)
+    # A killed run's half-written checkpoint is useless. Orbax would remove it
+    # in a thread, which would outlive a run that fails at once.
+    for unfinished in ocp.utils.tmp_checkpoints(self._folder):
+      shutil.rmtree(unfinished.get(), ignore_errors=True)
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_Kept(best_steps),
         create=False,
-        read_only=read_only,
-        save_interval_steps=0 if read_only else 1,
-        # This process has the whole state, so Orbax must not wait for others.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-          primary_host=process, active_processes={process}
-        ),
+        multiprocessing_options=_alone(),
         # A checkpoint must have its manifest before it has its final name.
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._write_manifest
@@ -131,23 +122,23 @@ class Checkpoints:
     )
 
   def __enter__(self) -> "Checkpoints":
-    self._stack = contextlib.ExitStack()
-    self._stack.enter_context(_quiet_threads())
+    self._hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook, sys.excepthook = map(_quiet, self._hooks)
     return self
 
   def __exit__(self, *exception: object) -> None:
-    with self._stack:
-      try:
-        with only_os_errors():
-          self._manager.close()
-      except OSError:
-        # Closing raises an error again that is already being reported.
-        if exception == (None, None, None):
-          raise
-    if not self._read_only:
-      # A run that failed before its first checkpoint leaves nothing.
-      with contextlib.suppress(OSError):
-        self._folder.rmdir()
+    try:
+      with only_os_errors():
+        self._manager.close()
+    except OSError:
+      # Closing raises an error again that is already being reported.
+      if exception == (None, None, None):
+        raise
+    finally:
+      sys.unraisablehook, sys.excepthook = self._hooks
+    # A run that failed before its first checkpoint leaves nothing.
+    with contextlib.suppress(OSError):
+      self._folder.rmdir()
 
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:
     """Starts to save all seeds' state, which may be donated afterwards.
@@ -183,47 +174,6 @@ class Checkpoints:
     with only_os_errors():
       self._manager.wait_until_finished()
 
-  def steps(self) -> list[int]:
-    """The steps of all checkpoints, ascending."""
-    return sorted(self._manager.all_steps())
-
-  def restore(
-    self, step: int, like: step_lib.TrainState
-  ) -> tuple[step_lib.TrainState, Notes]:
-    """Checks a checkpoint; returns its state, as NumPy arrays, and its notes.
-
-    `like` is the tree of shapes and dtypes. Metrics in `epoch_sums` that the
-    checkpoint lacks are NaN.
-    """
-    path = self._folder / str(step)
-    manifest = _checked_manifest(path)
-    saved, wanted = manifest["arrays"], _forms(like)
-    _check_same_arrays(path, saved, wanted)
-    try:
-      vectors = self._manager.restore(
-        step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore()})
-      )[_STATE]
-    except MemoryError:
-      raise  # The checkpoint may be good.
-    # Orbax and TensorStore raise a different exception for each kind of damage.
-    except Exception as error:
-      raise _Damaged(path, errors.one_line(error)) from error
-    arrays = {}
-    for name, form in saved.items():
-      dtype, _, sides = form.partition("[")
-      shape = json.loads(f"[{sides}")
-      array, vectors[dtype] = np.split(vectors[dtype], [math.prod(shape)])
-      arrays[name] = array.reshape(shape)
-    leaves, structure = jax.tree.flatten(like)
-    leaves = [
-      arrays[name]
-      if saved.get(name) == form
-      else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
-      for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
-    ]
-    # Older ones lack what an epoch has waited.
-    return jax.tree.unflatten(structure, leaves), NEW_EPOCH | manifest["notes"]
-
   def restore_latest(
     self, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Notes] | None:
@@ -232,9 +182,9 @@ class Checkpoints:
     Damaged newer ones are moved to `workdir`/damaged, with a warning.
     """
     damaged: dict[int, _Damaged] = {}
-    for step in reversed(self.steps()):
+    for step in reversed(steps(self._workdir)):
       try:
-        restored = self.restore(step, like)
+        restored = restore(self._workdir, step, like)
       except _Damaged as error:
         damaged[step] = error
         continue
@@ -282,26 +232,25 @@ class Checkpoints:
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-  """Keeps saves that fail from printing tracebacks of their own."""
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """For a process that has the whole state: Orbax must not wait for others."""
+  process = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=process, active_processes={process}
+  )
+
+
+def _quiet(hook: Any) -> Any:
+  """A hook that keeps saves that fail from printing tracebacks of their own."""
 
   # Orbax raises the first error and closes its event loop. The threads of
   # TensorStore then report more errors to the closed loop, through either hook.
-  def quiet(hook: Any) -> Any:
-    def report(*what: Any) -> None:
-      error = what[1] if len(what) == 3 else what[0].exc_value
-      if str(error) != "Event loop is closed":
-        hook(*what)
+  def report(*what: Any) -> None:
+    error = what[1] if len(what) == 3 else what[0].exc_value
+    if str(error) != "Event loop is closed":
+      hook(*what)
 
-    return report
-
-  hooks = sys.unraisablehook, sys.excepthook
-  sys.unraisablehook, sys.excepthook = map(quiet, hooks)
-  try:
-    yield
-  finally:
-    sys.unraisablehook, sys.excepthook = hooks
+  return report
 
 
 @contextlib.contextmanager
@@ -313,6 +262,52 @@ def only_os_errors() -> Iterator[None]:
     raise
   except Exception as error:
     raise OSError(str(error)) from error
+
+
+# ---- Reading
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+  """The steps of a workdir's complete checkpoints, ascending."""
+  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def restore(
+  workdir: pathlib.Path, step: int, like: step_lib.TrainState
+) -> tuple[step_lib.TrainState, Notes]:
+  """Checks a checkpoint; returns its state, as NumPy arrays, and its notes.
+
+  `like` is the tree of shapes and dtypes. Metrics in `epoch_sums` that the
+  checkpoint lacks are NaN.
+  """
+  path = workdir.absolute() / "checkpoints" / str(step)
+  manifest = _checked_manifest(path)
+  saved, wanted = manifest["arrays"], _forms(like)
+  _check_same_arrays(path, saved, wanted)
+  try:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+      vectors = reader.restore(path / _STATE)
+  except MemoryError:
+    raise  # The checkpoint may be good.
+  # Orbax and TensorStore raise a different exception for each kind of damage.
+  except Exception as error:
+    raise _Damaged(path, errors.one_line(error)) from error
+  arrays = {}
+  for name, form in saved.items():
+    dtype, _, sides = form.partition("[")
+    shape = json.loads(f"[{sides}")
+    array, vectors[dtype] = np.split(vectors[dtype], [math.prod(shape)])
+    arrays[name] = array.reshape(shape)
+  leaves, structure = jax.tree.flatten(like)
+  leaves = [
+    arrays[name]
+    if saved.get(name) == form
+    else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
+    for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
+  ]
+  # Older ones lack what an epoch has waited.
+  return jax.tree.unflatten(structure, leaves), NEW_EPOCH | manifest["notes"]
 
 
 def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:

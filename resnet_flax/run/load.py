@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
@@ -30,16 +29,11 @@ from resnet_flax.run import (
 )
 
 _logger = logging.getLogger(__name__)
-# Orbax warns of it although that is what it was asked for.
-absl_logging.get_absl_logger().addFilter(
-  lambda record: "Given directory is read only" not in str(record.msg)
-)
-
 CHECKPOINTS = ("best", "latest")
 
 _HEAD = "head"
 
-_MOST_TRIES = 10  # To read a run that goes on.
+_TRIES = 5  # To read a run that goes on: it removes old checkpoints.
 
 # Keys of `model` that may differ from the run that weights come from: they do
 # not change what the network computes.
@@ -183,20 +177,12 @@ def evaluate_workdir(
     sample standard deviations as NAME_std, `ensemble_loss` and the like, and
     `seeds`: the above for each `seed` in its own best epoch.
   """
-  given = config
+  is_stored = config is None
   config, experiment, states = _restore(workdir, which, weights, config)
-  if given is None:
+  rules.check_labels(config)
+  if is_stored:
     say_what_is_trusted(config)
-  try:
-    rules.check_labels(config)
-    dataset = dataset_lib.load(config.dataset)
-  except errors.DataError as error:
-    if given is not None or not config.dataset.data_dir:
-      raise
-    raise errors.DataError(
-      f"{error} The run's config.json names {config.dataset.data_dir}: for data"
-      " elsewhere pass --config=FILE --config.dataset.data_dir=DIR, too."
-    ) from error
+  dataset = dataset_lib.load(config.dataset)
   folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
   splits = {"train": dataset.train, "test": dataset.test}
   if dataset.validation:
@@ -306,75 +292,56 @@ def _restore(
   if given is not None:
     folder.check_same(workdir, given, free=["dataset.test_crops"])
   experiment = experiment_lib.build(config, facts)
-  # Tracing a deep network takes long.
-  like = functools.cache(
-    lambda: experiment_lib.abstract_state(config, experiment)
-  )
-  for _ in range(_MOST_TRIES):
-    before = _files(workdir)
+  like = experiment_lib.abstract_state(config, experiment)
+  for tries_left in reversed(range(_TRIES)):
     try:
       states = _read_states(workdir, which, config, like)
+      break
     except OSError as error:
       text = f"{workdir} cannot be read: {errors.one_line(error)}. Try again."
       failure = errors.WorkdirError(text)
     except errors.WorkdirError as error:
       failure = error
-    else:
-      for state in states:
-        epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
-        if weights not in (there := averaging.present(config, epochs)):
-          raise errors.WorkdirError(
-            f"{workdir} has no weights={weights} at step {state.step}, its"
-            f" {which} checkpoint's; it has {' and '.join(there)}. A run keeps"
-            " averages from its start on: --config.ema.decay=0.999, or"
-            " --config.swa.start_epoch."
-          )
-      selected = [averaging.select(state, weights) for state in states]
-      return config, experiment, selected
-    # A run that goes on removes old checkpoints, file by file.
+    if not tries_left:
+      raise failure
     time.sleep(0.1)
-    if _files(workdir) == before:
-      break
-  raise failure
-
-
-def _files(workdir: pathlib.Path) -> set[str]:
-  """All files in a folder, which may change meanwhile."""
-  return {
-    os.path.join(folder, name)
-    for folder, _, names in os.walk(workdir)
-    for name in names
-  }
+  for state in states:
+    epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
+    if weights not in (there := averaging.present(config, epochs)):
+      raise errors.WorkdirError(
+        f"{workdir} has no weights={weights} at step {state.step}, its {which}"
+        f" checkpoint's; it has {' and '.join(there)}. A run keeps averages"
+        " from its start on: --config.ema.decay=0.999, or"
+        " --config.swa.start_epoch."
+      )
+  selected = [averaging.select(state, weights) for state in states]
+  return config, experiment, selected
 
 
 def _read_states(
   workdir: pathlib.Path,
   which: str,
   config: ConfigDict,
-  like: Callable[[], step_lib.TrainState],
+  like: step_lib.TrainState,
 ) -> list[step_lib.TrainState]:
   """The state of each seed; fails if it is removed meanwhile."""
-  missing = errors.WorkdirError(
-    f"{workdir} has no {which} checkpoint: the best one is there after the"
-    " first scored epoch, the latest one after checkpoint.every_minutes."
-  )
-  if not (workdir / "checkpoints").is_dir():
-    raise missing
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    there = checkpoints.steps()
-    steps = _choose_steps(workdir, which, config, there)
-    if not steps:
-      raise missing
-    if lost := sorted(set(steps) - set(there)):
-      raise errors.WorkdirError(
-        f"{workdir} has no checkpoint of step {lost[0]}, its best epoch's;"
-        f" there: {', '.join(map(str, there)) or 'none'}. Copy it there, or"
-        " take the latest."
-      )
-    restored = {}
-    for step in set(steps):
-      stacked, _ = checkpoints.restore(step, like())
-      restored[step] = networks.unstack(stacked, config.num_seeds)
+  there = checkpoint.steps(workdir)
+  steps = _choose_steps(workdir, which, config, there)
+  if not steps:
+    raise errors.WorkdirError(
+      f"{workdir} has no {which} checkpoint: the best one is there after the"
+      " first scored epoch, the latest one after checkpoint.every_minutes."
+    )
+  if lost := sorted(set(steps) - set(there)):
+    raise errors.WorkdirError(
+      f"{workdir} has no checkpoint of step {lost[0]}, its best epoch's;"
+      f" there: {', '.join(map(str, there)) or 'none'}. Copy it there, or"
+      " take the latest."
+    )
+  restored = {}
+  for step in set(steps):
+    stacked, _ = checkpoint.restore(workdir, step, like)
+    restored[step] = networks.unstack(stacked, config.num_seeds)
   return [restored[step][k] for k, step in enumerate(steps)]
 
 

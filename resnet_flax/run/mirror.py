@@ -27,7 +27,7 @@ from typing import Any
 
 import fsspec
 
-from resnet_flax.run import errors, files
+from resnet_flax.run import checkpoint, errors, files
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ _POLL, _MOST_PATIENCE = 1.0, 60.0  # Between looks, and after failures at most.
 _ANSWER, _TRANSFER = 60.0, 1800.0  # Limits for an answer and for a file.
 _FRESH = 120.0  # An owner that is silent for longer has ended.
 _AT_THE_END, _WHEN_STOPPED = 600.0, 30.0  # Limits for copying the last files.
-
 
 _KEY = "checkpoint.mirror"
 
@@ -285,8 +284,8 @@ class Mirror:
   def _look(self) -> dict[str, tuple[int, int]]:
     """The complete files of the workdir; time and size tell of changes."""
     paths = [self._workdir / name for name in _FILES]
-    for folder in checkpoints(self._workdir):
-      paths += sorted(folder.rglob("*"))
+    for step in checkpoint.steps(self._workdir):
+      paths += sorted((self._workdir / "checkpoints" / str(step)).rglob("*"))
     try:
       return {
         str(path.relative_to(self._workdir)): (now.st_mtime_ns, now.st_size)
@@ -321,10 +320,8 @@ def _has_ended(owner: dict[str, Any]) -> bool:
     return False
   try:
     os.kill(owner["pid"], 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:
-    return False
+  except OSError as error:  # It may be another user's.
+    return isinstance(error, ProcessLookupError)
   return owner["pid"] == os.getpid()
 
 
@@ -345,23 +342,14 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
 # ---- Workdirs
 
 
-def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
-  """The folders of a workdir's complete checkpoints, by ascending step."""
-  folder = workdir / "checkpoints"
-  found = folder.iterdir() if folder.exists() else ()
-  numbered = [path for path in found if path.name.isdecimal()]
-  return sorted(numbered, key=lambda path: int(path.name))
-
-
 def progress(workdir: pathlib.Path) -> list[int]:
   """A workdir's progress: its latest checkpoint's step, its number of records.
 
   Both start at 0; a later state of a run is greater.
   """
-  steps = [int(path.name) for path in checkpoints(workdir)]
   log = workdir / "metrics.jsonl"
   records = log.read_bytes().count(b"\n") if log.exists() else 0
-  return [max(steps, default=0), records]
+  return [max(checkpoint.steps(workdir), default=0), records]
 
 
 def fill(
@@ -391,10 +379,10 @@ def fill(
       )
     check(folder)
     (workdir / "checkpoints").mkdir(exist_ok=True)
-    for checkpoint in checkpoints(folder):
-      own = workdir / "checkpoints" / checkpoint.name
+    for step in map(str, checkpoint.steps(folder)):
+      own = workdir / "checkpoints" / step
       if not own.exists():
-        checkpoint.rename(own)
+        (folder / "checkpoints" / step).rename(own)
     for name in reversed(_FILES):
       if (folder / name).exists():
         (folder / name).replace(workdir / name)

@@ -96,7 +96,7 @@ class Session:
         folder.check_data(self._workdir, here, there)
       notes, step = checkpoint.NEW_EPOCH, 0
       # Tracing a deep network takes long: not for a run that is new.
-      if self._checkpoints.steps():
+      if checkpoint.steps(self._workdir):
         like = experiment_lib.abstract_state(self._config, self._experiment)
         restored = self._checkpoints.restore_latest(like)
         assert restored is not None  # There are checkpoints.

@@ -133,11 +133,10 @@ def test_half_written_checkpoints_are_removed_but_by_readers(tmp_path, state):
   save(tmp_path, state, 0)
   unfinished = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"
   unfinished.mkdir()
-  with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.steps() == [0]
+  assert checkpoint.steps(tmp_path) == [0]
   assert unfinished.exists()
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.steps() == [0]
+  with checkpoint.Checkpoints(tmp_path):
+    assert checkpoint.steps(tmp_path) == [0]
   assert folders(tmp_path) == [0]
 
 
@@ -358,7 +357,7 @@ def test_falling_back_says_so_and_goes_on(
     assert int(restored.step) == 1
     assert checkpoints.has_fallen_back(1)
     assert not checkpoints.has_fallen_back(2)
-    assert checkpoints.steps() == [1]
+    assert checkpoint.steps(workdir) == [1]
     # The step that was damaged can be saved again.
     checkpoints.save(at(state, 2), NOTES)
   assert "checkpoints/2 is damaged" in caplog.text
