@@ -17,13 +17,12 @@ import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from resnet_flax import step as step_lib
 from resnet_flax.run import errors, files as files_lib
@@ -62,21 +61,6 @@ _PARTS = {
 }
 
 
-class _Kept(policies.PreservationPolicy):
-  """Keeps the latest checkpoint, one to fall back on, and the best."""
-
-  def __init__(self, best_steps: Callable[[], Collection[int]]):
-    self._best_steps = best_steps
-
-  def should_preserve(
-    self, checkpoints: Sequence[Any], *, context: Any
-  ) -> Sequence[bool]:
-    del context
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {*self._best_steps(), *sorted(steps)[-2:]}
-    return [step in kept for step in steps]
-
-
 class _Damaged(errors.WorkdirError):
   def __init__(self, path: pathlib.Path, what: str):
     super().__init__(f"checkpoint {path} is damaged: {what}")
@@ -97,7 +81,7 @@ class Checkpoints:
     best_steps: Callable[[], Collection[int]] = tuple,
     on_event: Callable[[str], None] = lambda name: None,
   ):
-    self._workdir = workdir
+    self._workdir, self._best_steps = workdir, best_steps
     self._folder = (workdir / "checkpoints").absolute()
     self._damaged = workdir / "damaged"
     self._on_event = on_event
@@ -107,18 +91,14 @@ class Checkpoints:
     # in a thread, which would outlive a run that fails at once.
     for unfinished in ocp.utils.tmp_checkpoints(self._folder):
       shutil.rmtree(unfinished.get(), ignore_errors=True)
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_Kept(best_steps),
-        create=False,
-        multiprocessing_options=_alone(),
-        # A checkpoint must have its manifest before it has its final name.
-        async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._write_manifest
-        ),
+    alone = ocp.CompositeOptions(multiprocessing_options=_alone())
+    self._saver = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(_STATE, composite_options=alone),
+      # A checkpoint must have its manifest before it has its final name.
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=self._write_manifest
       ),
-      item_names=(_STATE,),
+      multiprocessing_options=_alone(),
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -126,13 +106,15 @@ class Checkpoints:
     sys.unraisablehook, sys.excepthook = map(_quiet, self._hooks)
     return self
 
-  def __exit__(self, *exception: object) -> None:
+  def __exit__(self, kind: Any, *exception: object) -> None:
     try:
       with only_os_errors():
-        self._manager.close()
+        self._saver.close()
+      if kind is None:  # Else it may be unknown which are the best.
+        self._remove_old()
     except OSError:
       # Closing raises an error again that is already being reported.
-      if exception == (None, None, None):
+      if kind is None:
         raise
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
@@ -146,6 +128,9 @@ class Checkpoints:
     Raises `WorkdirError` if the disk has no room for it, and `OSError` if this
     checkpoint or the one before it could not be written.
     """
+    # Orbax's thread may still be writing the last checkpoint's manifest.
+    self.wait()
+    self._remove_old()
     needed = SPACE_FACTOR * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
     if free < needed:
@@ -154,8 +139,6 @@ class Checkpoints:
         f" {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. The checkpoints"
         " there are good: free some space, and the same command resumes."
       )
-    # Orbax's thread may still be writing the last checkpoint's manifest.
-    self.wait()
     vectors: dict[str, list[np.ndarray]] = {}
     for leaf in jax.tree.leaves(jax.device_get(state)):
       vectors.setdefault(str(leaf.dtype), []).append(np.ravel(leaf))
@@ -163,16 +146,20 @@ class Checkpoints:
     step = int(np.ravel(state.step)[0])
     self._manifest = {"format": _FORMAT, "step": step, "notes": notes}
     self._manifest["arrays"] = _forms(state)
+    arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(packed)})
     with only_os_errors():
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(packed)}),
-      )
+      self._saver.save(self._folder / str(step), args=arguments)
 
   def wait(self) -> None:
     """Waits until all is on disk; raises OSError if writing failed."""
     with only_os_errors():
-      self._manager.wait_until_finished()
+      self._saver.wait_until_finished()
+
+  def _remove_old(self) -> None:
+    """Keeps the latest checkpoint, one to fall back on, and the best."""
+    there = steps(self._workdir)
+    for step in {*there[:-2]} - {*self._best_steps()}:
+      shutil.rmtree(self._folder / str(step), ignore_errors=True)
 
   def restore_latest(
     self, like: step_lib.TrainState
@@ -202,7 +189,6 @@ class Checkpoints:
           step,
           self._damaged,
         )
-        self._manager.reload()
       return restored
     if not damaged:
       return None

@@ -129,6 +129,17 @@ def test_the_best_outlives_a_restart(tmp_path, state):
   assert folders(tmp_path) == [10, 40, 50]
 
 
+def test_a_run_that_cannot_be_opened_keeps_the_best(tmp_path, state):
+  """Its records, which say which that is, may be what cannot be read."""
+  save(tmp_path, state, 10, 20, 30, best=(10,))
+  with (
+    pytest.raises(errors.WorkdirError),
+    checkpoint.Checkpoints(tmp_path),
+  ):
+    raise errors.WorkdirError("metrics.jsonl, line 2")
+  assert folders(tmp_path) == [10, 20, 30]
+
+
 def test_half_written_checkpoints_are_removed_but_by_readers(tmp_path, state):
   save(tmp_path, state, 0)
   unfinished = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"
