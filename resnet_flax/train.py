@@ -113,9 +113,7 @@ class _Setup(NamedTuple):
 
 
 def _set_up(
-  config: ConfigDict,
-  experiment: step_lib.Experiment,
-  run: session.Session,
+  config: ConfigDict, experiment: step_lib.Experiment, run: session.Session
 ) -> _Setup:
   """Loads the data, makes or restores the state, compiles the step."""
   # What is wrong with the weights is said before the data is prepared.
@@ -157,7 +155,7 @@ def _set_up(
     *(config, experiment, state, dataset.train, layout)
   )
   splits = {"val": dataset.validation, "test": dataset.test}
-  run.start(state, layout, dataset.train)
+  run.start(state)
   return _Setup(
     state=state,
     layout=layout,

@@ -95,7 +95,7 @@ def _record_environment(out: pathlib.Path) -> None:
   if not path.exists():
     out.parent.mkdir(parents=True, exist_ok=True)
     files_lib.write_json(path, now)
-  elif changes := environment.changes(json.loads(path.read_text()), now):
+  elif changes := errors.differences(json.loads(path.read_text()), now):
     print(f"warning: other than in {path}: {'; '.join(changes)}", flush=True)
 
 

@@ -103,21 +103,21 @@ class Checkpoints:
 
   def __enter__(self) -> "Checkpoints":
     self._hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook, sys.excepthook = map(_quiet, self._hooks)
+    sys.unraisablehook, sys.excepthook = (
+      errors.quiet(hook, _is_noise) for hook in self._hooks
+    )
     return self
 
   def __exit__(self, kind: Any, *exception: object) -> None:
+    # Closing raises an error again that is already being reported.
+    already_reported = (OSError,) if kind else ()
     try:
-      with only_os_errors():
+      with contextlib.suppress(*already_reported), only_os_errors():
         self._saver.close()
-      if kind is None:  # Else it may be unknown which are the best.
-        self._remove_old()
-    except OSError:
-      # Closing raises an error again that is already being reported.
-      if kind is None:
-        raise
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
+    if not kind:  # Else it may be unknown which are the best.
+      self._remove_old()
     # A run that failed before its first checkpoint leaves nothing.
     with contextlib.suppress(OSError):
       self._folder.rmdir()
@@ -226,17 +226,10 @@ def _alone() -> ocp.options.MultiprocessingOptions:
   )
 
 
-def _quiet(hook: Any) -> Any:
-  """A hook that keeps saves that fail from printing tracebacks of their own."""
-
-  # Orbax raises the first error and closes its event loop. The threads of
-  # TensorStore then report more errors to the closed loop, through either hook.
-  def report(*what: Any) -> None:
-    error = what[1] if len(what) == 3 else what[0].exc_value
-    if str(error) != "Event loop is closed":
-      hook(*what)
-
-  return report
+def _is_noise(error: BaseException | None) -> bool:
+  # When a save fails, Orbax raises the first error and closes its event loop.
+  # The threads of TensorStore then report more errors to the closed loop.
+  return str(error) == "Event loop is closed"
 
 
 @contextlib.contextmanager

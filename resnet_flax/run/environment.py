@@ -87,11 +87,6 @@ def num_cpu_threads() -> int:
   return os.cpu_count() or 1
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """The differences of two environments, one text each, for messages."""
-  return errors.differences(old, new, "{}: {} -> {}")
-
-
 def cpu() -> dict[str, str]:
   """The processor's name, generation and vector instructions.
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
@@ -78,6 +78,19 @@ def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
 def one_line(error: BaseException) -> str:
   """Another library's error as part of a line: its type and its message."""
   return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def quiet(
+  hook: Callable[..., Any], is_noise: Callable[[BaseException | None], bool]
+) -> Callable[..., Any]:
+  """`sys.excepthook` or `sys.unraisablehook` without some exceptions."""
+
+  def report(*what: Any) -> None:
+    error = what[1] if len(what) == 3 else what[0].exc_value
+    if not is_noise(error):
+      hook(*what)
+
+  return report
 
 
 def leave(message: str, exit_code: int) -> NoReturn:

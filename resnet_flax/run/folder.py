@@ -249,7 +249,7 @@ def record_start(
     stored["data"] = data  # Converted weights had no data; now the run has.
   added = ("converted", "resumed", "dataset")
   before = {key: stored[key] for key in stored if key not in added}
-  if changes := environment.changes(before, now):
+  if changes := errors.differences(before, now, "{}: {} -> {}"):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
       " may differ: %s",

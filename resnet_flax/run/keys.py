@@ -148,9 +148,8 @@ class Key:
       raise errors.unknown_name(self.name, value, known)
     try:
       text = repr(value)
-    except (
-      Exception
-    ):  # An integer of thousands of digits, or a file's own type.
+    # An integer of thousands of digits, or a file's own type.
+    except Exception:
       text = f"({type(value).__name__})"
     text = text if len(text) <= 100 else f"{text[:100]}..."
     raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")

@@ -29,6 +29,7 @@ from resnet_flax.run import (
 )
 
 _logger = logging.getLogger(__name__)
+
 CHECKPOINTS = ("best", "latest")
 
 _HEAD = "head"
@@ -326,7 +327,18 @@ def _read_states(
 ) -> list[step_lib.TrainState]:
   """The state of each seed; fails if it is removed meanwhile."""
   there = checkpoint.steps(workdir)
-  steps = _choose_steps(workdir, which, config, there)
+  if which == "latest":
+    steps = there[-1:] * config.num_seeds
+  else:
+    records = metrics.MetricsLog(workdir).read()
+    # The last record may be there before its checkpoint is.
+    if records and records[-1]["step"] > max(there, default=-1):
+      records.pop()
+    best = metrics.best_records(records, config.checkpoint.monitor)
+    steps = [record["step"] for record in best]
+    if not steps and 0 in there:
+      # What a run starts from, as `convert` saves it, is the best so far.
+      steps = [0] * config.num_seeds
   if not steps:
     raise errors.WorkdirError(
       f"{workdir} has no {which} checkpoint: the best one is there after the"
@@ -343,23 +355,6 @@ def _read_states(
     stacked, _ = checkpoint.restore(workdir, step, like)
     restored[step] = networks.unstack(stacked, config.num_seeds)
   return [restored[step][k] for k, step in enumerate(steps)]
-
-
-def _choose_steps(
-  workdir: pathlib.Path, which: str, config: ConfigDict, steps: list[int]
-) -> list[int]:
-  """The step of each seed's checkpoint; none if there is none."""
-  if which == "latest":
-    return [max(steps)] * config.num_seeds if steps else []
-  records = metrics.MetricsLog(workdir).read()
-  # The last record may be there before its checkpoint is.
-  if records and records[-1]["step"] > max(steps, default=-1):
-    records.pop()
-  best = metrics.best_records(records, config.checkpoint.monitor)
-  if not best and 0 in steps:
-    # What a run starts from, as `convert` saves it, is the best so far.
-    return [0] * config.num_seeds
-  return [record["step"] for record in best]
 
 
 # ---- Starting from another run's weights

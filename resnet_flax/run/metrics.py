@@ -1,5 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -210,13 +211,10 @@ class TensorBoard:
   def __enter__(self) -> "TensorBoard":
     return self
 
-  def __exit__(self, *exception: object) -> None:
-    try:
+  def __exit__(self, kind: Any, *exception: object) -> None:
+    already_reported = (OSError,) if kind else ()  # That the disk is full.
+    with contextlib.suppress(*already_reported):
       self._writer.close()
-    except OSError:
-      # A disk that is full is being reported already.
-      if exception == (None, None, None):
-        raise
 
 
 def seed_tag(seed: int, tag: str) -> str:

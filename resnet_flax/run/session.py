@@ -155,6 +155,7 @@ class Session:
     steps_per_call = hosts.first(
       lambda: many_steps.choose(wanted, dataset.train, layout, size)
     )
+    self._layout, self._split = layout, dataset.train
     chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
     hosts.first(lambda: self._record_start(dataset, chosen))
     return layout, steps_per_call
@@ -183,15 +184,9 @@ class Session:
 
   # ---- Training
 
-  def start(
-    self,
-    state: networks.Networks,
-    layout: networks.Layout,
-    split: types.Split,
-  ) -> None:
-    """Begins training on a split: a signal now waits for the end of a step."""
+  def start(self, state: networks.Networks) -> None:
+    """Begins training: a signal now waits for the end of a step."""
     config = self._config
-    self._layout, self._split = layout, split
     self._stack.enter_context(self._signals.hold())
     self._stack.enter_context(
       folder.explain_write_errors(self._workdir, running=True)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 from resnet_flax.run import errors
 
@@ -60,7 +59,11 @@ class StopSignals:
         signal.signal(number, self._note)
     if self._previous:
       self._unraisable = sys.unraisablehook
-      sys.unraisablehook = self._drop
+      # Python drops what is raised in destructors and in the callbacks of its
+      # garbage collector, XLA's for example. `check` or `_listen` comes later.
+      sys.unraisablehook = errors.quiet(
+        self._unraisable, lambda error: isinstance(error, Stopped)
+      )
     if self._exits and self._previous:
       reader, self._wakeup = socket.socketpair()
       self._wakeup.setblocking(False)
@@ -89,11 +92,6 @@ class StopSignals:
       self._held = False
       raise
 
-  @property
-  def requested(self) -> bool:
-    """Whether a signal has come."""
-    return self.number is not None
-
   def check(self) -> None:
     """Raises `Stopped` if a signal has come."""
     if self.number is not None:
@@ -109,12 +107,6 @@ class StopSignals:
     self.number = self.number or number
     if again or not self._held:
       raise Stopped(self.number)
-
-  def _drop(self, unraisable: Any) -> None:
-    # Python drops what is raised in destructors and in the callbacks of its
-    # garbage collector, XLA's for example. `check` or `_listen` comes later.
-    if not isinstance(unraisable.exc_value, Stopped):
-      self._unraisable(unraisable)
 
   def _listen(self, reader: socket.socket) -> None:
     """Receives signals whatever the main thread does."""

@@ -28,7 +28,7 @@ def test_without_hold_it_is_raised_at_once(number):
       send(number)
     assert caught.value.number == number
     assert str(caught.value) == signal.Signals(number).name
-    assert signals.requested
+    assert signals.number
   assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -36,9 +36,9 @@ def test_without_hold_it_is_raised_at_once(number):
 def test_the_first_waits_for_check(number):
   with signals_lib.StopSignals() as signals, signals.hold():
     signals.check()
-    assert not signals.requested
+    assert not signals.number
     send(number)
-    assert signals.requested
+    assert signals.number
     with pytest.raises(signals_lib.Stopped) as caught:
       signals.check()
     assert caught.value.number == number
@@ -49,7 +49,7 @@ def test_what_comes_after_all_is_done_is_no_error():
     with signals.hold():
       pass
     send(signal.SIGTERM)
-    assert signals.requested
+    assert signals.number
   with signals_lib.StopSignals() as signals:
     with contextlib.suppress(ValueError), signals.hold():
       raise ValueError
@@ -74,7 +74,7 @@ def test_where_python_drops_exceptions_it_stays_requested(place, capsys):
       gc.callbacks.append(collected)
       gc.collect()
     gc.callbacks[:] = [c for c in gc.callbacks if c is not collected]
-    assert stops.requested
+    assert stops.number
     with pytest.raises(signals_lib.Stopped):
       stops.check()
   assert capsys.readouterr().err == ""

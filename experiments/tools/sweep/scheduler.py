@@ -169,7 +169,7 @@ def run(
     stopping = False
     with overview:
       while running:
-        if signals.requested and not stopping:
+        if signals.number and not stopping:
           stopping = True
           for reference in running:
             ray.cancel(reference)
