@@ -298,14 +298,10 @@ def _restore(
     try:
       states = _read_states(workdir, which, config, like)
       break
-    except OSError as error:
-      text = f"{workdir} cannot be read: {errors.one_line(error)}. Try again."
-      failure = errors.WorkdirError(text)
-    except errors.WorkdirError as error:
-      failure = error
-    if not tries_left:
-      raise failure
-    time.sleep(0.1)
+    except errors.WorkdirError:
+      if not tries_left:
+        raise
+      time.sleep(0.1)
   for state in states:
     epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
     if weights not in (there := averaging.present(config, epochs)):

@@ -356,23 +356,23 @@ def test_a_checkpoint_that_is_removed_while_it_is_read(fallen, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [1, 1000])
-def test_what_orbax_does_not_find(fallen, monkeypatch, changes):
+def test_a_checkpoint_that_is_being_removed(fallen, monkeypatch, changes):
   """It is read again, a few times."""
-  list_steps = checkpoint.steps
+  restore = checkpoint.restore
   calls = []
 
-  def vanishing(workdir):
-    calls.append(workdir)
+  def vanishing(*arguments):
+    calls.append(arguments)
     if len(calls) <= changes:
-      raise FileNotFoundError(2, "No such file", "checkpoints/8")
-    return list_steps(workdir)
+      raise errors.WorkdirError("a file is missing")
+    return restore(*arguments)
 
-  monkeypatch.setattr(checkpoint, "steps", vanishing)
+  monkeypatch.setattr(checkpoint, "restore", vanishing)
   monkeypatch.setattr(time, "sleep", lambda seconds: None)
   if changes == 1:
     assert load.load_model(fallen).step == 4
   else:
-    with pytest.raises(errors.WorkdirError, match="cannot be read: FileNotFo"):
+    with pytest.raises(errors.WorkdirError, match="a file is missing"):
       load.load_model(fallen)
     assert len(calls) == 5
 

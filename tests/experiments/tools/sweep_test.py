@@ -308,7 +308,7 @@ def test_status_is_read_from_the_files(load, caplog):
   status = observer.status(cell, None)
   assert (status.state, status.tries, status.left) == (State.WAITING, 0, "")
   # What the cell's own progress says.
-  shown = progress.Progress(3, 10, 100, 0.0)
+  shown = progress.Progress(cell.config, 10)
   with cell.log.open("a") as file:
     handler = logging.StreamHandler(file)
     logger = logging.getLogger("resnet_flax")
