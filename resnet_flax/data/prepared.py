@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,17 +26,6 @@ SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
 DELETE = "Delete it to have it prepared again."
 PREPARE_AGAIN = "Prepare it again, or take another copy."
 _SAMPLE = 1 << 14  # Bytes that a fingerprint reads at a place of a large file.
-# TFDS imports any code that features.json names, so only these are allowed.
-_FEATURES = tuple(
-  f"tensorflow_datasets.core.features.{name}"
-  for name in (
-    *("features_dict.FeaturesDict", "image_feature.Image"),
-    *("class_label_feature.ClassLabel", "text_feature.Text"),
-    # Other features, such as boxes and numbers, may stand beside these.
-    *("bounding_boxes.BBoxFeature", "labeled_image.LabeledImage"),
-    *("scalar.Scalar", "sequence_feature.Sequence", "tensor_feature.Tensor"),
-  )
-)
 
 
 def data_dir(configured: str) -> pathlib.Path:
@@ -125,51 +116,6 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
     raise errors.DataError(message) from error
 
 
-def open_builder(folder: pathlib.Path, splits: Iterable[str]) -> Any:
-  """TFDS's builder of a copy; raises any exception if it names other code."""
-  import tensorflow_datasets as tfds
-
-  check_features(folder)
-  builder = tfds.builder_from_directory(folder)
-  features = dict(builder.info.features.items())
-  kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-  for name, kind in kinds.items():
-    if not isinstance(features.get(name), kind):
-      raise ValueError(f"its feature {name!r} must be {kind.__name__}")
-  for split in splits:
-    for path in map(pathlib.Path, builder.info.splits[split].filepaths):
-      # `fingerprint` covers only the files of this folder.
-      if path.parent != folder:
-        raise ValueError(f"dataset_info.json names {path}")
-      files.open_regular(path).close()
-  return builder
-
-
-def check_features(folder: pathlib.Path) -> Any:
-  """The features by name; features.json may name only known code.
-
-  The file is parsed as TFDS parses it, since a name can be spelt in several
-  ways. Raises any exception for forms that the parser does not open, too.
-  """
-  from google.protobuf import json_format
-  from tensorflow_datasets.core.proto import feature_pb2
-
-  def check(feature: Any) -> None:
-    if (name := feature.python_class_name) not in _FEATURES:
-      raise ValueError(f"features.json names the unknown {name!r:.100}")
-    if feature.HasField("json_feature"):
-      raise ValueError(f"features.json has JSON in a string for {name}")
-    for inner in feature.features_dict.features.values():
-      check(inner)
-    if feature.sequence.HasField("feature"):
-      check(feature.sequence.feature)
-
-  parsed = json.loads(files.read_text(folder / "features.json"))
-  whole = json_format.ParseDict(parsed, feature_pb2.Feature())
-  check(whole)
-  return whole.features_dict.features
-
-
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
   """Returns the class names by label; raises any exception without names."""
   path = folder / "label.labels.txt"
@@ -207,6 +153,69 @@ def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
   return digest.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """The images of an official split, in the files of a prepared copy."""
+
+  folder: pathlib.Path  # For messages.
+  name: str  # The split's, for messages.
+  records: Any  # ArrayRecord's source of the official split.
+  shards: list[tuple[int, str]]  # First rows and names of its files.
+  num_classes: int  # Labels must be below it.
+  remedy = ""  # Another copy has the same bad images.
+
+  def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
+    """One function per row: it returns the encoded image and its label."""
+    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
+    return [functools.partial(self._parse, raw) for raw in records]
+
+  def _parse(self, raw: bytes) -> tuple[bytes, int]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(raw).features.feature
+    (encoded,) = feature["image"].bytes_list.value
+    labels = feature["label"].int64_list.value
+    if len(labels) != 1 or not 0 <= labels[0] < self.num_classes:
+      most = self.num_classes - 1
+      raise ValueError(f"its label {labels} must be one from 0 to {most}")
+    return encoded, labels[0]
+
+  def place(self, row: int) -> str:
+    """Describes where the image of a row is, for messages."""
+    first, shard = max(each for each in self.shards if each[0] <= row)
+    of_shard = f"record {row - first} of {shard}"
+    return f"record {row}, from 0, of the split {self.name!r} ({of_shard})"
+
+
+def open_split(folder: pathlib.Path, name: str, num_classes: int) -> Records:
+  """Opens a split's files; raises any exception if they are not as announced.
+
+  Not by TFDS, which would import any code that the copy names.
+  """
+  from array_record.python import array_record_data_source
+
+  info = json.loads(files.read_text(folder / "dataset_info.json"))
+  counts = _shards(info)[name]
+  paths = sorted(folder.glob(f"*-{name}.{FILE_FORMAT}-*"))
+  records: Any = ()
+  if paths:
+    records = array_record_data_source.ArrayRecordDataSource(paths)
+  if len(records) != sum(counts):
+    has = f"it has {len(records)} images in {len(paths)} files of {name!r}"
+    raise ValueError(f"{has}; announced are {sum(counts)} in {len(counts)}")
+  firsts = itertools.accumulate([0, *counts[:-1]])
+  shards = [(n, path.name) for n, path in zip(firsts, paths, strict=True)]
+  return Records(folder, name, records, shards, num_classes)
+
+
+def _shards(info: dict[str, Any]) -> dict[str, list[int]]:
+  """The numbers of images in the files of each split."""
+  return {
+    str(split["name"]): [*map(int, split["shardLengths"])]
+    for split in info["splits"]
+  }
+
+
 # ---- Sets that are decoded while training
 
 
@@ -235,13 +244,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
   """
   with reading(folder, PREPARE_AGAIN):
     info = json.loads(files.read_text(folder / "dataset_info.json"))
-    counts = {
-      str(split["name"]): sum(map(int, split["shardLengths"]))
-      for split in info["splits"]
-    }
-    features = check_features(folder)
-    if not features["label"].HasField("class_label"):
-      raise _unfit(folder, "its feature 'label' is not a ClassLabel")
+    counts = {name: sum(shards) for name, shards in _shards(info).items()}
     # ImageNet's 'test' has no labels.
     test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
@@ -253,11 +256,15 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
         raise _unfit(folder, f"it has no images in the split {split!r}")
-    # As in TFDS, classes without names are named by their numbers.
-    num_classes = features["label"].class_label.num_classes
-    labels = tuple(map(str, range(num_classes)))
     if (folder / "label.labels.txt").exists():
       labels = label_names(folder)
+    else:  # As in TFDS, classes without names are named by their numbers.
+      features = json.loads(files.read_text(folder / "features.json"))
+      label = features["featuresDict"]["features"].get("label", {})
+      if "classLabel" not in label:
+        raise _unfit(folder, "its feature 'label' is not a ClassLabel")
+      num_classes = int(label["classLabel"]["numClasses"])
+      labels = tuple(map(str, range(num_classes)))
   return types.Facts(labels, num_train, num_test), test
 
 
@@ -272,23 +279,14 @@ def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
 
 def read(
   config: ConfigDict,
-) -> tuple[list["Records"], list[np.ndarray], tuple[str, ...], str]:
+) -> tuple[list[Records], list[np.ndarray], tuple[str, ...], str]:
   """Both splits' sources and rows, class names, and a name with digest."""
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
   digest = fingerprint(folder, PREPARE_AGAIN)
   with reading(folder, PREPARE_AGAIN):
-    from array_record.python import array_record_data_source as array_record
-
-    splits = open_builder(folder, ("train", test)).info.splits
-    sources = [
-      Records(
-        *(folder, name, array_record.ArrayRecordDataSource(shards), shards),
-        len(facts.class_names),
-      )
-      for name in ("train", test)
-      for shards in [splits[name].file_instructions]
-    ]
+    classes = len(facts.class_names)
+    sources = [open_split(folder, name, classes) for name in ("train", test)]
   _allow_open_files(sum(len(each.shards) for each in sources))
   first_test = facts.num_train if test == "train" else 0
   rows = [np.arange(facts.num_train), first_test + np.arange(facts.num_test)]
@@ -298,59 +296,16 @@ def read(
 
 def _allow_open_files(count: int) -> None:
   """Raises the limit on open files: ImageNet has more than shells allow."""
-  try:
-    import resource
-  except ImportError:  # There is no such limit on Windows.
-    return
+  unlimited = resource.RLIM_INFINITY  # On Linux it is -1.
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinity = resource.RLIM_INFINITY  # On Linux it is -1.
-  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
+  soft, hard = (sys.maxsize if n == unlimited else n for n in limits)
   needed = count + 256  # Libraries, pipes and checkpoints open files, too.
-  for wanted in (16 * needed, needed):  # Each of several seeds opens its own.
-    if soft < (allowed := min(wanted, hard)):
-      with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
-        soft = allowed
-  if soft < needed:
+  # Each of several seeds opens its own.
+  if soft < (allowed := min(16 * needed, hard)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+  if allowed < needed:
     raise errors.DataError(
       f"the data set has {count} files, which are open at the same time, but a"
-      f" process may open {soft} here. The hard limit (ulimit -Hn) must be"
+      f" process may open {allowed} here. The hard limit (ulimit -Hn) must be"
       f" raised to {needed} or more."
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-  """The images of an official split, in the files of a prepared copy."""
-
-  folder: pathlib.Path  # For messages.
-  name: str  # The split's, for messages.
-  records: Any  # ArrayRecord's source of the official split.
-  shards: Sequence[Any]  # TFDS's instructions for its files, for messages.
-  num_classes: int  # Labels must be below it.
-  remedy = ""  # Another copy has the same bad images.
-
-  def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
-    """One function per row: it returns the encoded image and its label."""
-    records = self.records.__getitems__(rows.tolist()) if len(rows) else ()
-    return [functools.partial(self._parse, raw) for raw in records]
-
-  def _parse(self, raw: bytes) -> tuple[bytes, int]:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(raw).features.feature
-    (encoded,) = feature["image"].bytes_list.value
-    (label,) = feature["label"].int64_list.value
-    if not 0 <= label < self.num_classes:
-      most = self.num_classes - 1
-      raise ValueError(f"its label {label} must be from 0 to {most}")
-    return encoded, label
-
-  def place(self, row: int) -> str:
-    """Describes where the image of a row is, for messages."""
-    of_split = f"record {row}, from 0, of the split {self.name!r}"
-    for shard in self.shards:
-      if row < shard.examples_in_shard:
-        break
-      row -= shard.examples_in_shard
-    return f"{of_split} (record {row} of {os.path.basename(shard.filename)})"

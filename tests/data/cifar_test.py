@@ -281,6 +281,13 @@ def read_copy(folder):
   return cifar.read(found, COUNTS)
 
 
+def check_intact(folder, intact):
+  """Checks that a copy is read as if nothing had been changed."""
+  found, expected = read_copy(folder), cifar.read(intact, COUNTS)
+  np.testing.assert_array_equal(found.test_images, expected.test_images)
+  np.testing.assert_array_equal(found.test_labels, expected.test_labels)
+
+
 def refusal(folder):
   """The one line that a copy is refused with."""
   with pytest.raises(errors.DataError, match="Delete it") as caught:
@@ -323,9 +330,11 @@ def write_test_split(folder, image=None, label=3, count=COUNTS["test"]):
   writer.close()
 
 
-@pytest.mark.parametrize("encoding", ["PNG", "JPEG"])
-def test_other_images_are_read(copy, encoding):
-  write_test_split(copy, png(encoding=encoding))
+@pytest.mark.parametrize(
+  "image", [png(), png(encoding="JPEG"), png("L"), png("P"), png("I;16")]
+)
+def test_other_images_are_read(copy, image):
+  write_test_split(copy, image)
   arrays = cifar.read(copy, COUNTS)
   assert arrays.test_images.shape == (4, 32, 32, 3)
   assert not arrays.test_images.any()
@@ -342,23 +351,14 @@ BOMB[16:24] = (100_000).to_bytes(4, "big") * 2
     (b"", "cannot identify image"),
     (b"no image", "cannot identify image"),
     (png()[:-30], "OSError"),
-    (png("L"), "has mode L"),
-    (png("P"), "has mode P"),
-    (png("1"), "has mode 1"),
-    (png("RGBA"), "has mode RGBA"),
-    (png("LA"), "has mode LA"),
-    (png("I;16"), "has mode I;16"),
-    (png("CMYK", encoding="JPEG"), "has mode CMYK"),
     # Each of these would be broadcast to the right shape.
-    (png(size=(1, 1)), r"size (1, 1); it must have RGB and (32, 32)"),
+    (png(size=(1, 1)), "size (1, 1), not (32, 32)"),
     (png(size=(32, 1)), "size (32, 1)"),
     (png(size=(32, 33)), "size (32, 33)"),
     (png(size=(5000, 5000)), "size (5000, 5000)"),
     (bytes(BOMB), "Error"),
-    # Others that PIL knows; the first would start Ghostscript.
+    # It would start Ghostscript.
     (png(encoding="EPS"), "cannot identify image"),
-    (png(encoding="BMP"), "cannot identify image"),
-    (png(encoding="GIF", mode="P"), "cannot identify image"),
   ],
 )
 def test_images_that_are_none_or_of_another_kind(copy, image, message):
@@ -369,11 +369,11 @@ def test_images_that_are_none_or_of_another_kind(copy, image, message):
 @pytest.mark.parametrize(
   ("label", "message"),
   [
-    (10, "labels from 10 to 10, but names for 0 to 9"),
-    (-1, "labels from -1 to -1"),
-    (2**32 + 3, "OverflowError"),
-    (None, "label"),
-    ([1, 2], "label"),
+    (10, "label [10] must be one from 0 to 9"),
+    (-1, "label [-1]"),
+    (2**32 + 3, "label [4294967299]"),
+    (None, "label []"),
+    ([1, 2], "label [1, 2]"),
   ],
 )
 def test_labels_that_are_none_or_out_of_range(copy, label, message):
@@ -401,13 +401,13 @@ def test_another_number_of_examples_announced(copy, count):
   "template",
   ["/dev/zero", "../{DATASET}-{SPLIT}.{FILEFORMAT}", "x/{SPLIT}", "{SPLIT}"],
 )
-def test_files_of_other_folders_are_not_read(copy, template):
+def test_files_of_other_folders_are_not_read(copy, intact_copy, template):
   path = copy / "dataset_info.json"
   info = json.loads(path.read_text())
   for split in info["splits"]:
     split["filepathTemplate"] = template
   path.write_text(json.dumps(info))
-  refusal(copy)
+  check_intact(copy, intact_copy)
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ FEATURES = "tensorflow_datasets.core.features"
     None,
   ],
 )
-def test_features_name_no_other_code(copy, features):
+def test_features_name_no_other_code(copy, intact_copy, features):
   """TFDS would import it."""
   path = copy / "features.json"
   if isinstance(features, dict) and features:
@@ -476,17 +476,8 @@ def test_features_name_no_other_code(copy, features):
     whole["featuresDict"]["features"]["extra"] = features
     features = whole
   path.write_text(json.dumps(features))
-  refusal(copy)
+  check_intact(copy, intact_copy)
   assert "antigravity" not in sys.modules
-
-
-@pytest.mark.parametrize("changed", ["image", "label"])
-def test_features_that_do_not_match(copy, changed):
-  path = copy / "features.json"
-  whole = json.loads(path.read_text())
-  del whole["featuresDict"]["features"][changed]
-  path.write_text(json.dumps(whole))
-  refusal(copy)
 
 
 @pytest.mark.parametrize("text", ["", "a\nb\n", "\0", None])
@@ -498,8 +489,14 @@ def test_names_that_do_not_match(copy, text):
   refusal(copy)
 
 
-@pytest.mark.parametrize("name", ["features.json", TEST_FILE])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(
+  ("name", "make"),
+  [
+    ("features.json", os.mkfifo),
+    (TEST_FILE, os.mkfifo),
+    (TEST_FILE, os.mkdir),
+  ],
+)
 def test_files_that_are_none(copy, name, make):
   (copy / name).unlink()
   make(copy / name)
