@@ -1,12 +1,10 @@
 """Decoded images on disk, memory-mapped, so that a second start is fast.
 
-An entry is a folder of .npy files and `index.json`, which is written last and
-holds their digests. Entries are built beside their final name and renamed, so
-a half-written entry is never found. An entry that fails its check is rebuilt.
+An entry is a folder of .npy files and `SHA256SUMS`, which is written last.
+Entries are built beside their final name and renamed, so a half-written entry
+is never found. An entry that fails its check is rebuilt.
 """
 
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -20,9 +18,8 @@ from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 2
 _ABANDONED = 24 * 3600.0  # Seconds after which no writer can be at work.
-_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_SUMS = "SHA256SUMS"
 
 
 def cache_dir(configured: str) -> pathlib.Path:
@@ -36,14 +33,23 @@ def cached(
 ) -> types.Arrays:
   """The arrays of entry `key`, memory-mapped; builds a missing entry."""
   entry = folder / key
-  if (arrays := _open(entry)) is not None:
+  if arrays := _open(entry):
     return arrays
   try:
     folder.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written must fail before the slow build.
     with files.temporary_folder(folder, f".{key}-", _ABANDONED) as temporary:
-      arrays = build()
-      _store(entry, temporary, arrays)
+      arrays, made = build(), temporary / "made"
+      made.mkdir(0o700)
+      for name, array in arrays.items():
+        np.save(made / f"{name}.npy", array)
+      (made / _SUMS).write_text(_sums(made))
+      # Another process may have stored this entry meanwhile and may be reading
+      # it, so only a damaged entry is replaced.
+      if os.path.lexists(entry) and not _open(entry):
+        os.replace(entry, temporary / "damaged")
+      if not os.path.lexists(entry):
+        os.replace(made, entry)
   except OSError as error:
     raise errors.DataError(
       f"decoded images cannot be cached in {folder}: {error}. Set"
@@ -52,54 +58,27 @@ def cached(
   return _open(entry) or arrays
 
 
-def _open(entry: pathlib.Path) -> types.Arrays | None:
-  """Returns an entry's arrays; None if it is missing or a byte has changed."""
+def _open(entry: pathlib.Path) -> types.Arrays:
+  """An entry's arrays; none if it is missing or a byte has changed."""
   try:
-    index = json.loads(files.read_text(entry / "index.json"))
-    if index["format"] != _FORMAT:
-      return None
-    names = index["class_names"]
-    if index["sha256"] != _digests(entry, names):
+    if files.read_text(entry / _SUMS) != _sums(entry):
       raise ValueError("its SHA-256 has changed")
-    arrays = {
+    return {
       # Unlike `np.load`, this opens only .npy files, and none with objects.
-      name: np.lib.format.open_memmap(entry / f"{name}.npy", mode="r")
-      for name in _ARRAYS
+      path.stem: np.lib.format.open_memmap(path, mode="r")
+      for path in entry.glob("*.npy")
     }
-    return types.Arrays(**arrays, class_names=tuple(names))
   except FileNotFoundError:
-    return None
+    return {}
   # An entry with any other fault is built again.
   except Exception as error:
     _logger.warning(
       "%s is damaged (%s) and not used", entry, errors.one_line(error)
     )
-    return None
+    return {}
 
 
-def _store(
-  entry: pathlib.Path, temporary: pathlib.Path, arrays: types.Arrays
-) -> None:
-  made = temporary / "made"
-  made.mkdir(0o700)
-  for name in _ARRAYS:
-    np.save(made / f"{name}.npy", getattr(arrays, name))
-  names = list(arrays.class_names)
-  digests = _digests(made, names)
-  index = {"format": _FORMAT, "class_names": names, "sha256": digests}
-  (made / "index.json").write_text(json.dumps(index, indent=2))
-  # Another process may have stored this entry meanwhile and may be reading it,
-  # so only a damaged entry is replaced.
-  if os.path.lexists(entry) and _open(entry) is None:
-    os.replace(entry, made.with_name("damaged"))
-  if not os.path.lexists(entry):
-    os.replace(made, entry)
-
-
-def _digests(entry: pathlib.Path, class_names: list[str]) -> dict[str, str]:
-  """The SHA-256 of each array's file, and of the class names."""
-  text = json.dumps(class_names).encode()
-  digests = {"class_names": hashlib.sha256(text).hexdigest()}
-  return digests | {
-    name: files.digest_of(entry / f"{name}.npy") for name in _ARRAYS
-  }
+def _sums(entry: pathlib.Path) -> str:
+  """The SHA-256 of each array's file, as `sha256sum` prints it."""
+  paths = sorted(entry.glob("*.npy"))
+  return "".join(f"{files.digest_of(path)}  {path.name}\n" for path in paths)

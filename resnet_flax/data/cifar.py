@@ -177,7 +177,7 @@ def load(
   cache_dir = cache.cache_dir(config.cache_dir)
   counts = {"train": known.num_train, "test": known.num_test}
   arrays = cache.cached(cache_dir, key, lambda: read(folder, counts))
-  if (classes := len(arrays.class_names)) != known.num_classes:
+  if (classes := len(arrays["class_names"])) != known.num_classes:
     raise errors.DataError(
       f"{folder} has {classes} classes; it must have {known.num_classes}."
     )
@@ -243,7 +243,7 @@ def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
 
 def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
   """Decodes a prepared folder; each split must have `num_examples` images."""
-  arrays: dict[str, np.ndarray] = {}
+  arrays: types.Arrays = {}
   with prepared.reading(folder):
     names = prepared.label_names(folder)
     for split, count in num_examples.items():
@@ -260,4 +260,4 @@ def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
           raise ValueError(f"an image has size {image.size}, not (32, 32)")
         images[k] = image
       arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-  return types.Arrays(**arrays, class_names=names)
+  return arrays | {"class_names": np.array(names)}

@@ -72,21 +72,21 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
   else:
     known = DATASETS[config.name]
     arrays, source = known.read(config, known)
-    labels = arrays.train_labels
-    dataset = types.Dataset(
-      train=types.whole_split(arrays.train_images, labels, config.test_crops),
-      validation=None,
-      test=types.whole_split(
-        arrays.test_images, arrays.test_labels, config.test_crops
-      ),
-      class_names=arrays.class_names,
-      source=source,
+    labels = arrays["train_labels"]
+    whole, test = (
+      types.whole_split(
+        *(arrays[f"{name}_images"], arrays[f"{name}_labels"], config.test_crops)
+      )
+      for name in ("train", "test")
     )
+    class_names = tuple(map(str, arrays["class_names"]))
+    dataset = types.Dataset(whole, None, test, class_names, source)
   train, num_held_out = dataset.train, config.validation_examples
   kept, held_out = splits.choose(
     len(train), labels, num_train, num_held_out, config.split_seed
   )
   if len(held_out):
     dataset = dataclasses.replace(dataset, validation=train.subset(held_out))
-  dataset = dataclasses.replace(dataset, train=train.subset(kept))
+  if len(kept) < len(train):
+    dataset = dataclasses.replace(dataset, train=train.subset(kept))
   return streaming.settle(dataset)

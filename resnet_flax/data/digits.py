@@ -30,10 +30,10 @@ def read() -> types.Arrays:
   quotas = splits.proportional_quotas(np.bincount(labels), _TEST_EXAMPLES)
   test = splits.draw(labels, quotas, rng)
   train = np.setdiff1d(np.arange(len(labels)), test)
-  return types.Arrays(
-    train_images=images[train],
-    train_labels=labels[train],
-    test_images=images[test],
-    test_labels=labels[test],
-    class_names=tuple(map(str, digits.target_names)),
-  )
+  return {
+    "train_images": images[train],
+    "train_labels": labels[train],
+    "test_images": images[test],
+    "test_labels": labels[test],
+    "class_names": digits.target_names.astype(str),
+  }

@@ -157,7 +157,7 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
     return split.subset(positions)
   images, labels = map(np.concatenate, zip(*batches, strict=True))
   indices = split.indices[positions]
-  return DecodedSplit(
+  return types.ArraySplit(
     images[positions], labels[positions], indices, split.num_crops
   )
 
@@ -166,20 +166,6 @@ class BadImage(ValueError):
   """An image that cannot be decoded: its place, the reason and a remedy."""
 
   remedy = ""
-
-
-class DecodedSplit(types.ArraySplit):
-  """A streamed split, decoded: `images[k]` is the image of `indices[k]`."""
-
-  def subset(self, positions: np.ndarray) -> "DecodedSplit":
-    """See `Split`."""
-    images, labels = self.take(positions)
-    rows = self.indices[positions]
-    return DecodedSplit(images, labels, rows, self.num_crops)
-
-  def rows(self, positions: np.ndarray) -> np.ndarray:
-    """See `ArraySplit`."""
-    return positions
 
 
 @dataclasses.dataclass(frozen=True)

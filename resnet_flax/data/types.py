@@ -9,6 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 Batch = tuple[np.ndarray, np.ndarray]  # Images and labels.
+# The decoded official splits of a set: `train_images`, uint8[N, H, W, C],
+# `train_labels`, int32[N], `test_images`, `test_labels`, `class_names`, str[C].
+Arrays = dict[str, np.ndarray]
 
 
 class Draw(NamedTuple):
@@ -68,10 +71,10 @@ class Split(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySplit(Split):
-  """Images in memory, or memory-mapped."""
+  """Images in memory, or memory-mapped; `images[k]` is that of `indices[k]`."""
 
-  images: np.ndarray  # uint8[M, H, W, C]
-  labels: np.ndarray  # int32[M]
+  images: np.ndarray  # uint8[N, H, W, C]
+  labels: np.ndarray  # int32[N]
   indices: np.ndarray
   num_crops: int = 1  # 2: each image and its mirror image.
 
@@ -85,15 +88,15 @@ class ArraySplit(Split):
   ) -> Iterator[Batch]:
     """See `Split`."""
     for positions in order:
-      rows = self.rows(positions)
-      images = self.images[rows]
+      images = self.images[positions]
       if self.num_crops > 1 and draw is None:
         images = np.stack([images, images[:, :, ::-1]], axis=1)
-      yield images, self.labels[rows]
+      yield images, self.labels[positions]
 
-  def rows(self, positions: np.ndarray) -> np.ndarray:
-    """Where the images at these positions are in `images`."""
-    return self.indices[positions]
+  def subset(self, positions: np.ndarray) -> "ArraySplit":
+    """See `Split`; a copy."""
+    images, labels = self.images[positions], self.labels[positions]
+    return ArraySplit(images, labels, self.indices[positions], self.num_crops)
 
 
 def whole_split(
@@ -134,14 +137,3 @@ class Dataset:
   class_names: tuple[str, ...]
   # Set, version and digest of the pixels; above 1 GiB, of samples of them.
   source: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-  """The decoded official splits of a set, and its class names."""
-
-  train_images: np.ndarray  # uint8[N, H, W, C]
-  train_labels: np.ndarray  # int32[N]
-  test_images: np.ndarray
-  test_labels: np.ndarray
-  class_names: tuple[str, ...]

@@ -284,8 +284,8 @@ def read_copy(folder):
 def check_intact(folder, intact):
   """Checks that a copy is read as if nothing had been changed."""
   found, expected = read_copy(folder), cifar.read(intact, COUNTS)
-  np.testing.assert_array_equal(found.test_images, expected.test_images)
-  np.testing.assert_array_equal(found.test_labels, expected.test_labels)
+  np.testing.assert_array_equal(found["test_images"], expected["test_images"])
+  np.testing.assert_array_equal(found["test_labels"], expected["test_labels"])
 
 
 def refusal(folder):
@@ -336,8 +336,8 @@ def write_test_split(folder, image=None, label=3, count=COUNTS["test"]):
 def test_other_images_are_read(copy, image):
   write_test_split(copy, image)
   arrays = cifar.read(copy, COUNTS)
-  assert arrays.test_images.shape == (4, 32, 32, 3)
-  assert not arrays.test_images.any()
+  assert arrays["test_images"].shape == (4, 32, 32, 3)
+  assert not arrays["test_images"].any()
 
 
 # Its header announces 100,000 x 100,000 pixels.
@@ -527,8 +527,8 @@ def test_any_damage_is_one_line_or_harmless(intact_copy, data, edits, cut):
     except errors.DataError:
       refusal(folder)
     else:
-      assert arrays.train_images.shape[1:] == (32, 32, 3)
-      assert len(arrays.train_labels) == COUNTS["train"]
+      assert arrays["train_images"].shape[1:] == (32, 32, 3)
+      assert len(arrays["train_labels"]) == COUNTS["train"]
 
 
 def test_tensorflow_is_never_imported(tmp_path):

@@ -5,19 +5,17 @@ import threading
 import numpy as np
 import pytest
 
-from resnet_flax.data import types
-
 
 @pytest.fixture
 def arrays(random_images):
   """Six training images and three test images, all different."""
-  return types.Arrays(
-    train_images=random_images(6),
-    train_labels=np.arange(6, dtype=np.int32),
-    test_images=random_images(3),
-    test_labels=np.arange(3, dtype=np.int32),
-    class_names=tuple("abcdef"),
-  )
+  return {
+    "train_images": random_images(6),
+    "train_labels": np.arange(6, dtype=np.int32),
+    "test_images": random_images(3),
+    "test_labels": np.arange(3, dtype=np.int32),
+    "class_names": np.array([*"abcdef"]),
+  }
 
 
 @pytest.fixture
