@@ -9,8 +9,7 @@ import logging
 import pathlib
 import sys
 import tarfile
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -21,7 +20,6 @@ from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
-_IMAGE_SHAPE = (32, 32, 3)
 # Seconds without an answer or without a byte after which a download fails.
 TIMEOUT = 15.0
 
@@ -33,7 +31,6 @@ class Archive:
   url: str
   num_bytes: int
   sha256: str
-  folder: str  # The folder that holds all members.
   files: dict[str, tuple[str, ...]]  # By split, 'train' and 'test'.
   # The text file of class names for each label byte of an image, in order.
   labels: dict[str, str]
@@ -44,7 +41,6 @@ ARCHIVES = {
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     num_bytes=170_052_171,
     sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    folder="cifar-10-batches-bin",
     files={
       "train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
       "test": ("test_batch.bin",),
@@ -55,7 +51,6 @@ ARCHIVES = {
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     num_bytes=168_513_733,
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-    folder="cifar-100-binary",
     files={"train": ("train.bin",), "test": ("test.bin",)},
     labels={
       "coarse_label": "coarse_label_names.txt",
@@ -95,13 +90,6 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
         bar.update(len(block))
 
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.DataError(
-      f"the data directory {folder.parent} cannot be written:"
-      f" {error.strerror}. {prepared.SET_DATA_DIR} another one."
-    ) from error
-  try:
     path = pooch.retrieve(
       archive.url, f"sha256:{archive.sha256}", name, folder, downloader=download
     )
@@ -135,30 +123,29 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
     )
 
 
-class Contents(NamedTuple):
-  """The images and labels of an archive, and the names of its classes."""
+def read_archive(
+  archive: Archive, path: pathlib.Path
+) -> tuple[dict[str, types.Batch], dict[str, list[str]]]:
+  """Reads an archive whose digest is right.
 
-  splits: dict[str, types.Batch]  # uint8[N, 32, 32, 3] and uint8[N, L] labels.
-  names: dict[str, list[str]]  # The class names of each of the L labels.
-
-
-def read_archive(archive: Archive, path: pathlib.Path) -> Contents:
-  """Reads all images and labels of an archive whose digest is right."""
+  Returns uint8[N, 32, 32, 3] images and uint8[N, L] labels of each split, and
+  the class names of each of the L labels.
+  """
   with tarfile.open(path, "r:gz") as tar:
     files = ((member.name, tar.extractfile(member)) for member in tar)
-    members = {name: file.read() for name, file in files if file}
+    members = {name.split("/")[-1]: file.read() for name, file in files if file}
   names = {
-    label: members[f"{archive.folder}/{name}"].decode().split()
+    label: members[name].decode().split()
     for label, name in archive.labels.items()
   }
   splits = {}
   for split, file_names in archive.files.items():
-    raw = b"".join(members[f"{archive.folder}/{name}"] for name in file_names)
+    raw = b"".join(members[name] for name in file_names)
     rows = np.frombuffer(raw, np.uint8).reshape(-1, len(names) + 3 * 32 * 32)
     labels, planes = np.split(rows, [len(names)], axis=1)
     images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     splits[split] = images, labels
-  return Contents(splits, names)
+  return splits, names
 
 
 # ---- The prepared copy
@@ -172,16 +159,10 @@ def load(
   folder = prepared.find(config.name, root)
   if folder is None:
     folder = prepare(config.name, root, config.archive)
-  digest = prepared.fingerprint(folder)
-  key = f"{config.name}-{folder.name}-{digest[:16]}"
+  with prepared.reading(folder):
+    key = f"{config.name}-{folder.name}-{prepared.fingerprint(folder)[:16]}"
   cache_dir = cache.cache_dir(config.cache_dir)
-  counts = {"train": known.num_train, "test": known.num_test}
-  arrays = cache.cached(cache_dir, key, lambda: read(folder, counts))
-  if (classes := len(arrays["class_names"])) != known.num_classes:
-    raise errors.DataError(
-      f"{folder} has {classes} classes; it must have {known.num_classes}."
-    )
-  return arrays, key
+  return cache.cached(cache_dir, key, lambda: read(folder, known)), key
 
 
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
@@ -190,6 +171,10 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   `local_archive` is the official binary archive, or '' to download it. TFDS
   gives the folder its final name once it is complete.
   """
+  import tensorflow_datasets as tfds
+  from PIL import Image
+  from tensorflow_datasets.core import registered
+
   archive = ARCHIVES[name]
   if local_archive:
     verify(archive, path := errors.resolve(local_archive))
@@ -198,8 +183,30 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
     _logger.info("no prepared %s in %s: downloading %s", name, root, url)
     path = fetch(archive, root / "downloads")
   _logger.info("preparing %s in %s", name, root)
+  splits, class_names = read_archive(archive, path)
+  stock: Any = getattr(tfds.image_classification, name.capitalize())
+  # The stock builder reads files through TensorFlow. This one only takes the
+  # examples from elsewhere, so it writes the stock data set.
+  with registered.skip_registration():
+
+    class ArchiveBuilder(stock):
+      def _split_generators(self, dl_manager):
+        for label, names in class_names.items():
+          self.info.features[label].names = names
+        return {split: self._examples(split) for split in splits}
+
+      def _examples(self, split):
+        for k, (image, labels) in enumerate(zip(*splits[split], strict=True)):
+          # PIL encodes PIL images; TensorFlow would encode arrays.
+          example = {"id": f"{split}_{k:05d}", "image": Image.fromarray(image)}
+          example |= zip(class_names, labels.tolist(), strict=True)
+          yield k, example
+
+  ArchiveBuilder.name = name
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
   try:
-    builder = _make_builder(name, read_archive(archive, path), root)
+    builder = ArchiveBuilder(data_dir=root)
     builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
   # TFDS and ArrayRecord raise exceptions of their own for disk errors.
   except Exception as error:
@@ -210,54 +217,23 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   return pathlib.Path(builder.data_dir)
 
 
-def _make_builder(name: str, contents: Contents, root: pathlib.Path) -> Any:
-  import tensorflow_datasets as tfds
-  from PIL import Image
-  from tensorflow_datasets.core import registered
-
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()
-  stock: Any = getattr(tfds.image_classification, name.capitalize())
-  # The stock builder reads files through TensorFlow. This one only takes the
-  # examples from elsewhere, so it writes the stock data set.
-  with registered.skip_registration():
-
-    class ArchiveBuilder(stock):
-      def _split_generators(self, dl_manager):
-        for label, names in contents.names.items():
-          self.info.features[label].names = names
-        return {split: self._examples(split) for split in contents.splits}
-
-      def _examples(self, split):
-        rows = zip(*contents.splits[split], strict=True)
-        for index, (image, labels) in enumerate(rows):
-          # PIL encodes PIL images; TensorFlow would encode arrays.
-          example: dict[str, Any] = {"id": f"{split}_{index:05d}"}
-          example["image"] = Image.fromarray(image)
-          example |= zip(contents.names, map(int, labels), strict=True)
-          yield index, example
-
-  ArchiveBuilder.name = name
-  return ArchiveBuilder(data_dir=root)
-
-
-def read(folder: pathlib.Path, num_examples: Mapping[str, int]) -> types.Arrays:
-  """Decodes a prepared folder; each split must have `num_examples` images."""
+def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
+  """Decodes a prepared folder, which must hold what is known of the set."""
   arrays: types.Arrays = {}
   with prepared.reading(folder):
     names = prepared.label_names(folder)
-    for split, count in num_examples.items():
-      source = prepared.open_split(folder, split, len(names))
-      if (found := len(source.records)) != count:
-        raise ValueError(f"it has {found} {split} images, not {count}")
+    if len(names) != known.num_classes:
+      raise ValueError(f"it has {len(names)} classes, not {known.num_classes}")
+    for split, count in (("train", known.num_train), ("test", known.num_test)):
+      source = prepared.open_split(folder, split, count, known.num_classes)
       _logger.info("decoding %d %s images", count, split)
-      images = np.empty((count, *_IMAGE_SHAPE), np.uint8)
+      images = np.empty((count, *known.image_shape), np.uint8)
       labels = np.empty(count, np.int32)
       for k, example in enumerate(source.examples(np.arange(count))):
         encoded, labels[k] = example()
-        image = pictures.decode(encoded)
-        if image.size != _IMAGE_SHAPE[:2]:
-          raise ValueError(f"an image has size {image.size}, not (32, 32)")
+        image = np.asarray(pictures.decode(encoded))
+        if image.shape != known.image_shape:
+          raise ValueError(f"an image has shape {image.shape}")
         images[k] = image
       arrays |= {f"{split}_images": images, f"{split}_labels": labels}
   return arrays | {"class_names": np.array(names)}

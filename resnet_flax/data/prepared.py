@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -49,15 +48,8 @@ def find(
   Raises `DataError` if all versions are damaged or need TensorFlow. `remedy`
   tells the user what to do; the default is for copies that this program makes.
   """
-  try:
-    paths = list(root.glob(f"{name}/*/dataset_info.json"))
-  except OSError as error:
-    raise errors.DataError(
-      f"the data directory {root} cannot be read: {error.strerror}."
-      f" {SET_DATA_DIR} another one."
-    ) from error
   found = []
-  for path in paths:
+  for path in root.glob(f"{name}/*/dataset_info.json"):
     version = path.parent.name.split(".")
     if all(map(str.isdecimal, version)):  # Else the copy is not complete.
       problem = _problem(path, remedy)
@@ -125,31 +117,30 @@ def label_names(folder: pathlib.Path) -> tuple[str, ...]:
   raise ValueError(f"{path.name} is empty")
 
 
-def fingerprint(folder: pathlib.Path, remedy: str = DELETE) -> str:
-  """A digest of all files' names and contents; `DataError` if one is damaged.
+def fingerprint(folder: pathlib.Path) -> str:
+  """A digest of all files' names and contents; may raise any exception.
 
   For a copy above `files.READ_WHOLE` it covers all names and sizes, the text
   files, and samples of the beginning, middle and end of the other files.
   """
   digest = hashlib.sha256()
-  with reading(folder, remedy):
-    paths = sorted(each for each in folder.iterdir() if not each.is_dir())
-    read_all = sum(path.stat().st_size for path in paths) <= files.READ_WHOLE
-    for path in paths:
-      digest.update(path.name.encode(errors="surrogateescape") + b"\0")
-      if read_all:
-        digest.update(bytes.fromhex(files.digest_of(path)))
-        continue
-      size = path.stat().st_size
-      digest.update(b"%d\0" % size)
-      if path.suffix in (".json", ".txt"):
-        digest.update(files.read_text(path).encode())
-        continue
-      # Shards are padded, so shards with different records often equal in size.
-      with files.open_regular(path) as file:
-        for start in (0, size // 2, max(size - _SAMPLE, 0)):
-          file.seek(start)
-          digest.update(file.read(_SAMPLE))
+  paths = sorted(each for each in folder.iterdir() if not each.is_dir())
+  read_all = sum(path.stat().st_size for path in paths) <= files.READ_WHOLE
+  for path in paths:
+    digest.update(path.name.encode(errors="surrogateescape") + b"\0")
+    if read_all:
+      digest.update(bytes.fromhex(files.digest_of(path)))
+      continue
+    size = path.stat().st_size
+    digest.update(b"%d\0" % size)
+    if path.suffix in (".json", ".txt"):
+      digest.update(files.read_text(path).encode())
+      continue
+    # Shards are padded, so shards with different records often equal in size.
+    with files.open_regular(path) as file:
+      for start in (0, size // 2, max(size - _SAMPLE, 0)):
+        file.seek(start)
+        digest.update(file.read(_SAMPLE))
   return digest.hexdigest()
 
 
@@ -159,8 +150,8 @@ class Records:
 
   folder: pathlib.Path  # For messages.
   name: str  # The split's, for messages.
+  paths: list[pathlib.Path]  # Its files, for messages.
   records: Any  # ArrayRecord's source of the official split.
-  shards: list[tuple[int, str]]  # First rows and names of its files.
   num_classes: int  # Labels must be below it.
   remedy = ""  # Another copy has the same bad images.
 
@@ -182,38 +173,33 @@ class Records:
 
   def place(self, row: int) -> str:
     """Describes where the image of a row is, for messages."""
-    first, shard = max(each for each in self.shards if each[0] <= row)
-    of_shard = f"record {row - first} of {shard}"
-    return f"record {row}, from 0, of the split {self.name!r} ({of_shard})"
+    from array_record.python import array_record_data_source as array_record
+
+    left = row
+    for path in self.paths:
+      count = len(array_record.ArrayRecordDataSource([path]))
+      if left < count:
+        break
+      left -= count
+    of_split = f"record {row}, from 0, of the split {self.name!r}"
+    return f"{of_split} (record {left} of {path.name})"
 
 
-def open_split(folder: pathlib.Path, name: str, num_classes: int) -> Records:
-  """Opens a split's files; raises any exception if they are not as announced.
+def open_split(
+  folder: pathlib.Path, name: str, num_images: int, num_classes: int
+) -> Records:
+  """Opens a split's files; raises any exception if they are damaged.
 
   Not by TFDS, which would import any code that the copy names.
   """
-  from array_record.python import array_record_data_source
+  from array_record.python import array_record_data_source as array_record
 
-  info = json.loads(files.read_text(folder / "dataset_info.json"))
-  counts = _shards(info)[name]
   paths = sorted(folder.glob(f"*-{name}.{FILE_FORMAT}-*"))
-  records: Any = ()
-  if paths:
-    records = array_record_data_source.ArrayRecordDataSource(paths)
-  if len(records) != sum(counts):
-    has = f"it has {len(records)} images in {len(paths)} files of {name!r}"
-    raise ValueError(f"{has}; announced are {sum(counts)} in {len(counts)}")
-  firsts = itertools.accumulate([0, *counts[:-1]])
-  shards = [(n, path.name) for n, path in zip(firsts, paths, strict=True)]
-  return Records(folder, name, records, shards, num_classes)
-
-
-def _shards(info: dict[str, Any]) -> dict[str, list[int]]:
-  """The numbers of images in the files of each split."""
-  return {
-    str(split["name"]): [*map(int, split["shardLengths"])]
-    for split in info["splits"]
-  }
+  records = array_record.ArrayRecordDataSource(paths) if paths else ()
+  if len(records) != num_images:
+    has = f"it has {len(records)} images in {len(paths)} files"
+    raise ValueError(f"{has} of the split {name!r}, not {num_images}")
+  return Records(folder, name, paths, records, num_classes)
 
 
 # ---- Sets that are decoded while training
@@ -244,7 +230,10 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
   """
   with reading(folder, PREPARE_AGAIN):
     info = json.loads(files.read_text(folder / "dataset_info.json"))
-    counts = {name: sum(shards) for name, shards in _shards(info).items()}
+    counts = {
+      str(split["name"]): sum(map(int, split["shardLengths"]))
+      for split in info["splits"]
+    }
     # ImageNet's 'test' has no labels.
     test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
@@ -283,15 +272,18 @@ def read(
   """Both splits' sources and rows, class names, and a name with digest."""
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
-  digest = fingerprint(folder, PREPARE_AGAIN)
+  sizes = {"train": facts.num_train}
+  first_test = sizes.get(test, 0)
+  sizes[test] = first_test + facts.num_test
   with reading(folder, PREPARE_AGAIN):
-    classes = len(facts.class_names)
-    sources = [open_split(folder, name, classes) for name in ("train", test)]
-  _allow_open_files(sum(len(each.shards) for each in sources))
-  first_test = facts.num_train if test == "train" else 0
+    source = f"{config.name}-{folder.name}-{fingerprint(folder)[:16]}"
+    sources = {
+      name: open_split(folder, name, size, len(facts.class_names))
+      for name, size in sizes.items()
+    }
+  _allow_open_files(sum(len(each.paths) for each in sources.values()))
   rows = [np.arange(facts.num_train), first_test + np.arange(facts.num_test)]
-  source = f"{config.name}-{folder.name}-{digest[:16]}"
-  return sources, rows, facts.class_names, source
+  return [sources["train"], sources[test]], rows, facts.class_names, source
 
 
 def _allow_open_files(count: int) -> None:

@@ -101,7 +101,7 @@ def load(
       indices=indices,
       source=each,
       image_size=config.image_size,
-      crop=crop if each is sources[0] else "none",
+      crop=crop if indices is rows[0] else "none",
       num_workers=config.num_workers,
       num_crops=config.test_crops,
       skips_bad=config.bad_images == "skip",

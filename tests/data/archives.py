@@ -37,7 +37,7 @@ def contents(spec, num_classes, images_per_file=IMAGES_PER_FILE):
       if "coarse_label" in spec.labels:
         label[:, 0] %= 20
       rows = np.concatenate([label, raw], axis=1)
-      members[f"{spec.folder}/{name}"] = rows.tobytes()
+      members[f"folder/{name}"] = rows.tobytes()
       images[split].append(raw.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
       labels[split].append(label[:, -1])
     images[split] = np.concatenate(images[split])
@@ -45,7 +45,7 @@ def contents(spec, num_classes, images_per_file=IMAGES_PER_FILE):
   for label, name in spec.labels.items():
     count = 20 if label == "coarse_label" else num_classes
     text = "\n".join(class_names(count)) + "\n"
-    members[f"{spec.folder}/{name}"] = text.encode()
+    members[f"folder/{name}"] = text.encode()
   return members, images, labels
 
 

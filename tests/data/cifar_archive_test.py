@@ -41,13 +41,13 @@ def small(request, monkeypatch, tmp_path):
 def test_read(small):
   spec, path, images, labels = small
   cifar.verify(spec, path)
-  contents = cifar.read_archive(spec, path)
+  splits, names = cifar.read_archive(spec, path)
   for split in ("train", "test"):
-    read_images, read_labels = contents.splits[split]
+    read_images, read_labels = splits[split]
     np.testing.assert_array_equal(read_images, images[split])
     # The last label byte is the fine one.
     np.testing.assert_array_equal(read_labels[:, -1], labels[split])
-  assert contents.names["label"][3] == "class_3"
+  assert names["label"][3] == "class_3"
 
 
 def test_a_changed_byte_is_noticed(small):

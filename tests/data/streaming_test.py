@@ -104,7 +104,7 @@ def test_images_are_cut_as_pillow_cuts_them(root):
   with Image.open(io.BytesIO(encoded)) as image:
     assert image.size == (60, 45)
     expected = image.resize(
-      (64, 64), Image.Resampling.BILINEAR, box=crops.central(60, 45)
+      (64, 64), Image.Resampling.BILINEAR, box=crops.scored((60, 45), 64)
     )
   images, labels = dataset.train.take(np.array([17, 3]))
   np.testing.assert_array_equal(images[0], np.asarray(expected))
@@ -383,10 +383,13 @@ def test_examples_that_are_none(copy, image, label, message):
 
 def test_the_shard_of_a_bad_image_is_named(root):
   train_split = load(root).train
-  changes = {"shards": [(0, "0"), (30, "1")], "num_classes": 0}
+  (path,) = train_split.source.paths
+  paths = [path.with_name(path.name.replace("train", "validation")), path]
+  changes = {"paths": paths, "num_classes": 0}
   source = dataclasses.replace(train_split.source, **changes)
   split = dataclasses.replace(train_split, source=source)
-  with pytest.raises(errors.DataError, match=r"record 34, from.*record 4 of 1"):
+  message = f"record 34, from.*record 24 of {TRAIN_FILE}"
+  with pytest.raises(errors.DataError, match=message):
     split.take(np.array([34]))
 
 
@@ -549,7 +552,7 @@ def test_files_of_other_folders_are_not_read(copy):
 
 def test_a_shard_that_is_missing_or_a_pipe(copy):
   (copy / TRAIN_FILE).unlink()
-  assert "it has 0 images in 0 files of 'train'" in refusal(copy)
+  assert "it has 0 images in 0 files of the split" in refusal(copy)
   os.mkfifo(copy / TRAIN_FILE)
   assert "not a regular file" in refusal(copy)
 
