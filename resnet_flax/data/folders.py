@@ -76,12 +76,10 @@ def _list(root: str) -> tuple[Parts, int]:
     num_others += sum(others for *_, others in found.values())
   if len(parts) == 1:
     (whole,) = parts.values()
-    scored = {each: pictures[::10] for each, pictures in whole.items()}
-    rest = {
-      each: [picture for k, picture in enumerate(pictures) if k % 10]
-      for each, pictures in whole.items()
-    }
-    parts = {"train": rest, "a tenth": scored}
+    parts = {"train": {}, "a tenth": {}}
+    for each, pictures in whole.items():
+      parts["train"][each] = [p for k, p in enumerate(pictures) if k % 10]
+      parts["a tenth"][each] = pictures[::10]
   return parts, num_others
 
 

@@ -41,13 +41,10 @@ def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
   `class_sizes` are int[C]. The quotas, int[C], sum to `total`, which must be at
   most the sum of sizes. They differ by at most one; a small class gives all.
   """
-  quotas = np.zeros_like(class_sizes)
-  while (missing := total - quotas.sum()) > 0:
-    room = np.flatnonzero(quotas < class_sizes)
-    share = max(missing // len(room), 1)
-    room = room[:missing]
-    quotas[room] += np.minimum(share, class_sizes[room] - quotas[room])
-  return quotas
+  labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
+  turns = np.concatenate([*map(np.arange, class_sizes)])
+  chosen = np.lexsort([labels, turns])[:total]  # By turns, then by labels.
+  return np.bincount(labels[chosen], minlength=len(class_sizes))
 
 
 def proportional_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
