@@ -18,14 +18,13 @@ _CENTRAL_SIDE = 256 / 224
 NUM_TEN = 10
 
 
-def central(width: int, height: int) -> Box:
-  """The central square whose side is 224/256 of the shorter side."""
-  return _square(width, height, _CENTRAL_SIDE, 0.5, 0.5)
-
-
 def scored(size: tuple[int, int], side: int) -> Box:
-  """The box to score: a whole image of side x side, else the `central` box."""
-  return (0, 0, side, side) if size == (side, side) else central(*size)
+  """The box to score: the central square of 224/256 of the shorter side.
+
+  Of an image that has side x side pixels it is the whole.
+  """
+  whole = size == (side, side)
+  return _square(*size, 1 if whole else _CENTRAL_SIDE, 0.5, 0.5)
 
 
 def corners_and_centre(width: int, height: int) -> list[Box]:

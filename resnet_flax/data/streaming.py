@@ -119,24 +119,24 @@ def settle(dataset: types.Dataset) -> types.Dataset:
   decoded to find them, whatever its size. Otherwise a `DataError` gives the
   number of bad images in all splits that were decoded.
   """
-  bad: list[str] = []
-  train = _settle(dataset.train, False, bad)
-  held_out = dataset.validation and _settle(dataset.validation, True, bad)
-  test = _settle(dataset.test, True, bad)
+  bad: list[tuple[Any, str]] = []
+  splits: dict[str, Any] = {
+    name: _settle(split, name != "train", bad)
+    for name, split in vars(dataset).items()
+    if isinstance(split, StreamedSplit)
+  }
   if bad:
-    source: Any = dataset.train.source  # type: ignore[attr-defined]
+    source, first = bad[0]
     raise errors.DataError(
       f"{source.folder} has {len(bad)} images that cannot be decoded; the first"
-      f" is {bad[0]}. {source.remedy}{_SKIP}"
+      f" is {first}. {source.remedy}{_SKIP}"
     )
-  return dataclasses.replace(
-    dataset, train=train, validation=held_out, test=test
-  )
+  return dataclasses.replace(dataset, **splits)
 
 
-def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
-  if not isinstance(split, StreamedSplit):
-    return split
+def _settle(
+  split: "StreamedSplit", is_scored: bool, bad: list[tuple[Any, str]]
+) -> types.Split:
   size = len(split) * math.prod(split.image_shape)
   keep = split.crop == "none" and split.num_crops < crops.NUM_TEN
   keep = keep and size <= _IN_MEMORY_BYTES
@@ -150,16 +150,14 @@ def _settle(split: types.Split, is_scored: bool, bad: list[str]) -> types.Split:
   whole = dataclasses.replace(split, skips_bad=True, skipped={}, num_crops=1)
   batches = [batch for batch in whole.batches(order) if keep]
   if not split.skips_bad:
-    bad += whole.skipped.values()
+    bad += [(split.source, what) for what in whole.skipped.values()]
   if find_bad:
     positions = positions[~np.isin(split.indices, list(whole.skipped))]
   if not keep:
     return split.subset(positions)
-  images, labels = map(np.concatenate, zip(*batches, strict=True))
-  indices = split.indices[positions]
-  return types.ArraySplit(
-    images[positions], labels[positions], indices, split.num_crops
-  )
+  arrays = map(np.concatenate, zip(*batches, strict=True))
+  decoded = types.ArraySplit(split.indices, *arrays, num_crops=split.num_crops)
+  return decoded.subset(positions)
 
 
 class BadImage(ValueError):
@@ -172,14 +170,13 @@ class BadImage(ValueError):
 class StreamedSplit(types.Split):
   """Images that are decoded each time they are read."""
 
-  indices: np.ndarray  # Rows of the source.
+  # `indices` are rows of the source.
   source: prepared.Records | folders.Files
   image_size: int  # Height and width of a crop.
   crop: str  # In `crops.RANDOM`, used with `draw`; 'none': the central square.
   # Processes that decode. 0: threads of this process; -1: one per CPU thread if
   # the split is large.
   num_workers: int
-  num_crops: int = 1  # Crops of each image without `draw`: 1, 2 or 10.
   # Whether a bad image is replaced by the next good one of this split.
   skips_bad: bool = False
   # The rows replaced so far, each with its reason.
@@ -195,28 +192,25 @@ class StreamedSplit(types.Split):
   ) -> Iterator[types.Batch]:
     """See `Split`; workers live until the iterator ends or is closed."""
     grain = workers.import_grain()
-    num_crops = self.num_crops if draw is None else 1
-    image_bytes = num_crops * math.prod(self.image_shape)
+    whole = self if draw is None else self.one_crop()
+    image_bytes = whole.num_crops * math.prod(self.image_shape)
     size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
     # An empty batch has one chunk, too, for its shape.
     chunks = [
       np.split(positions, range(size, len(positions), size))
       for positions in order
     ]
-    # Workers get their indices with each chunk, so `lean` needs none.
-    rows = [(part, self.indices[part]) for parts in chunks for part in parts]
-    none = self.indices[:0]
-    lean = dataclasses.replace(self, indices=none, num_crops=num_crops)
+    items = [part for parts in chunks for part in parts]
     processes = self.num_workers
     if processes < 0:
       is_large = sum(map(len, order)) * image_bytes >= _WORKERS_BYTES
       processes = environment.num_cpu_threads() if is_large else 0
-    processes = min(processes, len(rows))
+    processes = min(processes, len(items))
     # A worker process sends a chunk while its thread decodes the next.
     threads = 1 if processes else 2
     pipeline = grain.experimental.WithOptionsIterDataset(
-      grain.MapDataset.source(rows)
-      .map(functools.partial(lean._read, draw))
+      grain.MapDataset.source(items)
+      .map(functools.partial(whole._read, draw))
       .to_iter_dataset(grain.ReadOptions(threads, threads)),
       # Through pipes: containers have little shared memory and kill workers
       # that exceed it. Shared memory also outlives a killed process.
@@ -238,22 +232,18 @@ class StreamedSplit(types.Split):
           arrays = [take(iterator) for _ in parts]
           images, labels = map(np.concatenate, zip(*arrays, strict=True))
           for k in np.flatnonzero(labels == _BAD):
-            images[k], labels[k] = self._next_good(positions[k], draw)
+            images[k], labels[k] = whole._next_good(positions[k], draw)
           yield images, labels
     finally:
       alive.close(iterator)
 
   def _next_good(self, position: int, draw: types.Draw | None) -> types.Batch:
     """The first readable image from `position` on; depends on nothing else."""
-    num_crops = self.num_crops if draw is None else 1
-    strict = dataclasses.replace(self, skips_bad=False, num_crops=num_crops)
     for other in np.roll(np.arange(len(self)), -position):
       row = self.indices[other]
+      (example,) = self.source.examples(np.array([row]))
       try:
-        images, labels = strict._read(
-          draw, (np.array([other]), np.array([row]))
-        )
-        return images[0], labels[0]
+        return self._decode(draw, other, example)
       except BadImage as error:
         if row not in self.skipped:
           self.skipped[row] = str(error)
@@ -261,40 +251,39 @@ class StreamedSplit(types.Split):
     name = self.source.name
     raise ValueError(f"no image of the split {name!r} can be read")
 
-  def _read(self, draw: types.Draw | None, chunk) -> types.Batch:
-    """Decodes a chunk: positions in this split and their rows of the source."""
-    positions, rows = chunk
-    return self._decode(draw, positions, rows, self.source.examples(rows))
-
-  def _decode(
-    self, draw: types.Draw | None, positions, rows, examples
-  ) -> types.Batch:
-    """Decodes a source's examples; each position decides a random crop."""
-    shape = (len(rows), self.num_crops, *self.image_shape)
-    images, labels = np.empty(shape, np.uint8), np.empty(len(rows), np.int32)
+  def _read(self, draw: types.Draw | None, positions) -> types.Batch:
+    """Decodes a chunk; images that are skipped have the label `_BAD`."""
+    shape = (len(positions), self.num_crops, *self.image_shape)
+    images = np.empty(shape, np.uint8)
+    labels = np.full(len(positions), _BAD, np.int32)
+    examples = self.source.examples(self.indices[positions])
     for k, example in enumerate(examples):
-      rng = None
-      if draw and self.crop != "none":
-        purpose, position = randomness.Purpose.HOST_CROP, int(positions[k])
-        rng = randomness.host_rng(draw.seed, purpose, draw.epoch, position)
       try:
-        encoded, labels[k] = example()
-        images[k] = self._cut(encoded, rng)
-      except Exception as error:
+        images[k], labels[k] = self._decode(draw, positions[k], example)
+      except BadImage:
         if not self.skips_bad:
-          what = f"{self.source.place(rows[k])}: {errors.one_line(error)}"
-          bad = BadImage(what)
-          bad.remedy = f"{self.source.remedy}{_SKIP}"
-          raise bad from error
-        images[k], labels[k] = 0, _BAD
+          raise
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
-  def _cut(self, encoded: bytes, rng: np.random.Generator | None) -> np.ndarray:
-    """Decodes to uint8[crops, S, S, 3] by Pillow's antialiased bilinear."""
+  def _decode(self, draw: types.Draw | None, position, example):
+    """The image at a position, uint8[S, S, 3] or [crops, S, S, 3], and label.
+
+    The position decides a random crop. Pillow's antialiased bilinear filter
+    resizes it.
+    """
     from PIL import Image
 
-    decoded = pictures.decode(encoded)
-    if rng:
+    try:
+      encoded, label = example()
+      decoded = pictures.decode(encoded)
+    except Exception as error:
+      place = self.source.place(self.indices[position])
+      bad = BadImage(f"{place}: {errors.one_line(error)}")
+      bad.remedy = f"{self.source.remedy}{_SKIP}"
+      raise bad from error
+    if draw and self.crop != "none":
+      purpose = randomness.Purpose.HOST_CROP
+      rng = randomness.host_rng(draw.seed, purpose, draw.epoch, int(position))
       boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
     elif self.num_crops == crops.NUM_TEN:
       boxes = crops.corners_and_centre(*decoded.size)
@@ -304,4 +293,4 @@ class StreamedSplit(types.Split):
     cut = [np.asarray(decoded.resize(size, method, box=box)) for box in boxes]
     if self.num_crops > 1:
       cut += [image[:, ::-1] for image in cut]
-    return np.stack(cut)
+    return (np.stack(cut) if self.num_crops > 1 else cut[0]), label

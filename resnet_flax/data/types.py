@@ -21,12 +21,15 @@ class Draw(NamedTuple):
   epoch: int  # 0-based.
 
 
+@dataclasses.dataclass(frozen=True)
 class Split(abc.ABC):
   """Labelled images, in a fixed order."""
 
   # int64[N], the images of this split, by position in the official split.
   indices: np.ndarray
-  num_crops: int = 1  # Crops of each image that is scored.
+  # Crops of each image that is scored: 1; 2, an image and its mirror image; or
+  # 10, if images are decoded while training.
+  num_crops: int = dataclasses.field(default=1, kw_only=True)
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -53,15 +56,11 @@ class Split(abc.ABC):
 
   def subset(self, positions: np.ndarray) -> Self:
     """The split of the images at the given positions of this one."""
-    whole: Any = self
-    return dataclasses.replace(whole, indices=self.indices[positions])
+    return dataclasses.replace(self, indices=self.indices[positions])
 
   def one_crop(self) -> Self:
     """The same images; the central crop of each."""
-    whole: Any = self
-    if self.num_crops == 1:
-      return whole
-    return dataclasses.replace(whole, num_crops=1)
+    return dataclasses.replace(self, num_crops=1)
 
   def take(self, positions: np.ndarray) -> Batch:
     """uint8[B, H, W, C] images, one crop of each, and int32[B] labels."""
@@ -75,8 +74,6 @@ class ArraySplit(Split):
 
   images: np.ndarray  # uint8[N, H, W, C]
   labels: np.ndarray  # int32[N]
-  indices: np.ndarray
-  num_crops: int = 1  # 2: each image and its mirror image.
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -93,17 +90,19 @@ class ArraySplit(Split):
         images = np.stack([images, images[:, :, ::-1]], axis=1)
       yield images, self.labels[positions]
 
-  def subset(self, positions: np.ndarray) -> "ArraySplit":
+  def subset(self, positions: np.ndarray) -> Self:
     """See `Split`; a copy."""
     images, labels = self.images[positions], self.labels[positions]
-    return ArraySplit(images, labels, self.indices[positions], self.num_crops)
+    subset = super().subset(positions)
+    return dataclasses.replace(subset, images=images, labels=labels)
 
 
 def whole_split(
   images: np.ndarray, labels: np.ndarray, num_crops: int = 1
 ) -> ArraySplit:
   """The split of all the given images, uint8[N, H, W, C] and int32[N]."""
-  return ArraySplit(images, labels, np.arange(len(labels)), num_crops)
+  indices = np.arange(len(labels))
+  return ArraySplit(indices, images, labels, num_crops=num_crops)
 
 
 class Facts(NamedTuple):

@@ -15,7 +15,7 @@ def is_inside(box, width, height):
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(SIDES, SIDES, st.integers(0, 2**32 - 1))
 def test_boxes_lie_in_images_of_any_size(width, height, seed):
-  assert is_inside(crops.central(width, height), width, height)
+  assert is_inside(crops.scored((width, height), 0), width, height)
   for box in crops.corners_and_centre(width, height):
     assert is_inside(box, width, height)
   for crop in crops.RANDOM.values():
@@ -25,7 +25,7 @@ def test_boxes_lie_in_images_of_any_size(width, height, seed):
 
 def test_central_crop_is_224_of_256():
   # The image resized to 341 x 256, of which 224 x 224 are cut.
-  assert crops.central(500, 375) == pytest.approx(
+  assert crops.scored((500, 375), 224) == pytest.approx(
     [250 - 164.0625, 187.5 - 164.0625, 250 + 164.0625, 187.5 + 164.0625]
   )
 
@@ -42,7 +42,7 @@ def test_ten_crops_are_of_the_central_square():
   ):
     left += 62.5
     assert box == pytest.approx([left, upper, left + size, upper + size])
-  assert boxes[-1] == pytest.approx(crops.central(500, 375))
+  assert boxes[-1] == pytest.approx(crops.scored((500, 375), 224))
 
 
 def drawn(name, count=3000):

@@ -91,9 +91,9 @@ def test_images_that_are_decoded_while_training_are_not_there(config):
     batches = subset = None
 
   layout = LittleMemory(layout_of(config), 10**9)
-  assert many_steps.choose(0, Streamed(), layout, 32) == 1
+  assert many_steps.choose(0, Streamed(np.arange(9)), layout, 32) == 1
   with pytest.raises(errors.ConfigError, match="steps_per_call=7 needs"):
-    many_steps.choose(7, Streamed(), layout, 32)
+    many_steps.choose(7, Streamed(np.arange(9)), layout, 32)
 
 
 def test_one_step_on_cpus_and_for_large_images(config, split):

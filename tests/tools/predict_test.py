@@ -112,7 +112,7 @@ def test_pictures_of_the_right_size_are_taken_as_they_are(shape, tmp_path):
   path = tmp_path / "picture"
   path.write_bytes(kinds.encode(Image.fromarray(pixels)))
   found = pixels_of(Seen(name="imagenet2012", image_size=24), path)
-  box = None if shape == (24, 24) else crops.central(*shape[::-1])
+  box = None if shape == (24, 24) else crops.scored(shape[::-1], 24)
   np.testing.assert_array_equal(found, resized(pixels, (24, 24), box))
   # Of sets in memory all is taken.
   whole = resized(pixels, (32, 32))
