@@ -11,16 +11,6 @@ from typing import Any
 
 from resnet_flax.run import errors
 
-# Remedies for a worker that a signal ended, and for one that ended by itself.
-_KILLED = (
-  "Most likely the system is out of memory: pass a smaller"
-  " --config.dataset.num_workers."
-)
-_NO_GUARD = (
-  "A script must train inside: if __name__ == '__main__'. Otherwise see the"
-  " process's own message above, or set dataset.num_workers=0."
-)
-
 
 class Workers:
   """Watches the processes that Grain starts for an iterator.
@@ -55,8 +45,10 @@ class Workers:
     if result.done() and not (error and died):
       return result.result()
     raise errors.DataError(
-      f"a process that decodes images of {self._folder} has ended ({died}). "
-      + (_KILLED if "code -" in died else _NO_GUARD)
+      f"a process that decodes images of {self._folder} has ended ({died}). A"
+      " code below 0 means that it was killed, most likely for want of memory:"
+      " pass a smaller --config.dataset.num_workers. Otherwise see its message"
+      " above; a script must train inside: if __name__ == '__main__'."
     ) from error
 
   def _died(self) -> str:
