@@ -6,11 +6,8 @@ python -m experiments.depth_ablation.report --workdir=runs/degradation
 import pathlib
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.tools import markdown, runs as runs_lib
 from resnet_flax.run import folder, load
@@ -135,9 +132,10 @@ def verdict(
   return "degradation" if degrades else "not shown"
 
 
-def draw(cells: list[Cell]) -> Any:
+def draw(cells: list[Cell]) -> Figure:
   """Training error (thick) and test error of all seeds over the epochs."""
-  figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+  figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+  axis = figure.subplots()
   for (network, depth), (color, line) in _STYLES.items():
     found = cells_of(cells, network, depth)
     for split, width, alpha in (("train", 2.2, 1.0), ("test", 0.9, 0.6)):

@@ -6,11 +6,7 @@ python -m experiments.faults.plot
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 _FOLDER = pathlib.Path(__file__).parent
 _TITLES = {"disturbed": "stopped again and again", "undisturbed": "undisturbed"}
@@ -20,9 +16,8 @@ _STYLES = {"SIGKILL": "-", "SIGTERM": ":"}
 def main() -> None:
   """Writes memory.png from long_run.json."""
   results = json.loads((_FOLDER / "long_run.json").read_text())
-  figure, axes = plt.subplots(
-    2, 1, sharex=True, sharey=True, figsize=(9, 4.5), layout="constrained"
-  )
+  figure = Figure(figsize=(9, 4.5), layout="constrained")
+  axes = figure.subplots(2, 1, sharex=True, sharey=True)
   for axis, (name, title) in zip(axes, _TITLES.items(), strict=True):
     run = results[name]
     minutes = 0.0

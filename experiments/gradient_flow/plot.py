@@ -8,11 +8,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from experiments.gradient_flow import measurement
 from experiments.tools import markdown
@@ -74,21 +71,16 @@ def _panels(
   xlabel: str,
   ylabel: str,
   curve: Callable[[Record], tuple[Sequence[float], np.ndarray]],
-) -> Any:
+) -> Figure:
   """A figure: with and without batch norm in rows, depths in columns.
 
   `curve` gives x, [N], and y, float64[seeds, N], of a record.
   """
   depths = sorted({record["cell"]["depth"] for record in records})
   forms = sorted({record["cell"]["batch_norm"] for record in records})[::-1]
-  figure, axes = plt.subplots(
-    len(forms),
-    len(depths),
-    figsize=(2.6 * len(depths) + 1.5, 1.2 + 2.6 * len(forms)),
-    sharey="row",
-    squeeze=False,
-    layout="constrained",
-  )
+  size = 2.6 * len(depths) + 1.5, 1.2 + 2.6 * len(forms)
+  figure = Figure(figsize=size, layout="constrained")
+  axes = figure.subplots(len(forms), len(depths), sharey="row", squeeze=False)
   for record in records:
     cell = record["cell"]
     color, marker, line = _STYLES[cell["family"]]
@@ -135,7 +127,7 @@ def _panels(
   return figure
 
 
-def figures(records: Sequence[Record]) -> dict[str, Any]:
+def figures(records: Sequence[Record]) -> dict[str, Figure]:
   """Signal and gradient by layer at initialisation; the spread in training.
 
   Lines are geometric means of the seeds; areas reach from the least to the
@@ -230,7 +222,6 @@ def main() -> None:
   records = measurement.read(_FOLDER / "results.jsonl")
   for name, figure in figures(records).items():
     figure.savefig(_FOLDER / f"{name}.png", dpi=110)
-    plt.close(figure)
   markdown.update(_FOLDER / "README.md", "spread", COMMAND, table(records))
 
 

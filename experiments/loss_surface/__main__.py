@@ -9,8 +9,6 @@ Without a WORKDIR it only draws what is there.
 
 import pathlib
 
-import matplotlib.pyplot as plt
-
 from experiments.loss_surface import plot, surface
 from experiments.tools import markdown
 from resnet_flax.run import arguments, errors, huge_pages, surroundings
@@ -57,9 +55,7 @@ def main(argv: list[str]) -> None:
   result = plot.table(complete)
   print(result)
   if complete:
-    figure = plot.draw(complete)
-    figure.savefig(out / "surface.png", dpi=110)
-    plt.close(figure)
+    plot.draw(complete).savefig(out / "surface.png", dpi=110)
   if (out / "README.md").exists():
     markdown.update(out / "README.md", "surface", COMMAND, result)
 

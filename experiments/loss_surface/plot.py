@@ -1,14 +1,11 @@
 """Draws the surfaces, measures their shapes and judges them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib import colors
+from matplotlib.figure import Figure
 
 from experiments.loss_surface.surface import Record, axis
 from experiments.tools import markdown
@@ -131,21 +128,16 @@ def table(records: Sequence[Record]) -> str:
   return "\n".join(lines)
 
 
-def draw(records: Sequence[Record]) -> Any:
+def draw(records: Sequence[Record]) -> Figure:
   """A panel of filled contours for each network, in the same colours."""
   surfaces = [losses(record) for record in records]
   ends = [np.nanmin(surfaces), np.nanmax(surfaces)]
   ends = np.log10(np.clip(ends, 1e-6, _HIGHEST)) * _PER_DECADE
   exponents = np.arange(np.floor(ends[0]), np.ceil(ends[1]) + 1)
   levels = 10 ** (exponents / _PER_DECADE)
-  figure, axes = plt.subplots(
-    1,
-    len(records),
-    figsize=(4.3 * len(records) + 1, 4.8),
-    sharey=True,
-    squeeze=False,
-    layout="constrained",
-  )
+  size = 4.3 * len(records) + 1, 4.8
+  figure = Figure(figsize=size, layout="constrained")
+  axes = figure.subplots(1, len(records), sharey=True, squeeze=False)
   for panel, record, loss in zip(axes[0], records, surfaces, strict=True):
     at, centre = axis(record), loss[len(loss) // 2, len(loss) // 2]
     # Alpha, the first axis of `loss`, is drawn to the right.

@@ -8,11 +8,8 @@ import pathlib
 import statistics
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.tools import markdown, runs as runs_lib
 from resnet_flax.tools.report import intervals
@@ -90,9 +87,10 @@ def table(results: Results) -> str:
   return markdown.table(titles, cells)
 
 
-def draw(results: Results) -> Any:
+def draw(results: Results) -> Figure:
   """Training objective and test error of all seeds, over the epochs."""
-  figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+  figure = Figure(figsize=(9, 3.8), layout="constrained")
+  axes = figure.subplots(1, 2)
   panels = (
     (axes[0], "training objective (nats, with L2)", _objective),
     (axes[1], "test error (%)", _error),

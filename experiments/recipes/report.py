@@ -9,11 +9,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.tools import markdown, runs as runs_lib
@@ -85,9 +82,10 @@ def table(runs: list[Run]) -> str:
   return markdown.table(titles, rows)
 
 
-def draw(runs: list[Run]) -> Any:
+def draw(runs: list[Run]) -> Figure:
   """Test accuracy of every seed against the minutes of seed 0's training."""
-  figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+  figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+  axis = figure.subplots()
   for k, (recipe, found) in enumerate(by_recipe(runs)):
     for run in found:
       label = f"{recipe}, n = {len(found)}" if run is found[0] else None

@@ -8,10 +8,7 @@ import math
 import pathlib
 import re
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 _FOLDER = pathlib.Path(__file__).parent
 # Readable in black and white: the styles differ, not only the colours.
@@ -46,7 +43,8 @@ def within_epochs(name: str) -> list[tuple[float, float, float]]:
 
 def main() -> None:
   """Writes curves.png beside the logs."""
-  figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  axes = figure.subplots(1, 2)
   for name, (style, running_line) in _STYLES.items():
     lines = (_FOLDER / f"{name}.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

@@ -6,11 +6,8 @@ python -m experiments.seeds.plot
 import json
 import pathlib
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -26,7 +23,8 @@ def main() -> None:
     np.array([100 * record[f"test_{name}"] for record in records])
     for name in ("accuracy", "accuracy_std", "ensemble_accuracy")
   )
-  figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+  figure = Figure(figsize=(5, 3.6), layout="constrained")
+  axis = figure.subplots()
   seeds = [of_seed["seed"] for of_seed in records[0]["seeds"]]
   for place, (seed, marker) in enumerate(zip(seeds, _MARKERS, strict=False)):
     values = [100 * r["seeds"][place]["test_accuracy"] for r in records]
@@ -54,7 +52,6 @@ def main() -> None:
   axis.grid(alpha=0.3)
   axis.legend(loc="lower right")
   figure.savefig(_FOLDER / "accuracy.png", dpi=110)
-  plt.close(figure)
 
 
 if __name__ == "__main__":

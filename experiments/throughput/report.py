@@ -224,20 +224,13 @@ def draw(results: Results, path: pathlib.Path) -> None:
     path: path of the PNG file.
   """
   # Imported here, since measurements and tables do not need it.
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  from matplotlib.figure import Figure
 
   groups = settings(results)
   names = programs(results)[::-1]
-  figure, axes = plt.subplots(
-    *(len(groups), 2),
-    figsize=(10, 0.8 + len(groups) * (0.8 + 0.22 * len(names))),
-    layout="constrained",
-    squeeze=False,
-    sharey=True,
-  )
+  size = 10, 0.8 + len(groups) * (0.8 + 0.22 * len(names))
+  figure = Figure(figsize=size, layout="constrained")
+  axes = figure.subplots(len(groups), 2, squeeze=False, sharey=True)
   for line, (depth, batch_size) in zip(axes, groups, strict=True):
     for axis, kind in zip(line, ("train", "infer"), strict=True):
       for place, program in enumerate(names):
@@ -267,7 +260,6 @@ def draw(results: Results, path: pathlib.Path) -> None:
   for axis in axes[-1]:
     axis.set_xlabel("images per second: median and range of the rounds")
   figure.savefig(path, dpi=110)
-  plt.close(figure)
 
 
 def write(out: pathlib.Path) -> None:

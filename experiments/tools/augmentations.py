@@ -11,13 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 import PIL.Image
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from configs import base
 from resnet_flax.data import augment, augment_bytes, dataset, trivial_augment
@@ -60,9 +56,8 @@ def main() -> None:
   for name, operation in trivial_augment.OPERATIONS.items():
     picture = jnp.stack([images[9].astype(jnp.int32)] * COLUMNS)
     rows[f"· {name}"] = jax.vmap(operation)(picture, levels) / 255
-  figure, axes = plt.subplots(
-    *(len(rows), COLUMNS), figsize=(COLUMNS * 0.62 + 1.5, len(rows) * 0.62)
-  )
+  figure = Figure(figsize=(COLUMNS * 0.62 + 1.5, len(rows) * 0.62))
+  axes = figure.subplots(len(rows), COLUMNS)
   for line, (name, pictures) in zip(axes, rows.items(), strict=True):
     for axis, picture in zip(line, pictures, strict=True):
       axis.imshow(np.clip(picture, 0, 1))
