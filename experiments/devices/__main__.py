@@ -19,42 +19,27 @@ from experiments.devices import measurement
 from resnet_flax.run import (
   command_line,
   environment,
-  errors,
   files as files_lib,
   huge_pages,
   surroundings,
 )
 
 _DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Device counts to measure.")
-_PER_DEVICE = flags.DEFINE_integer(
-  "per_device", 32, "Images for each device.", lower_bound=1
-)
-_ROUNDS = flags.DEFINE_integer(
-  "rounds", 5, "Measurements of each setting.", lower_bound=1
-)
-_STEPS = flags.DEFINE_integer(
-  "steps", 8, "Training steps per round.", lower_bound=1
-)
+_PER_DEVICE = flags.DEFINE_integer("per_device", 32, "Images for each device.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Measurements of each setting.")
+_STEPS = flags.DEFINE_integer("steps", 8, "Training steps per round.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
-
-
-def _numbers_of_devices() -> list[int]:
-  try:
-    numbers = sorted({int(number) for number in _DEVICES.value})
-  except ValueError:
-    numbers = []
-  if not numbers or numbers[0] < 1:
-    raise errors.ConfigError(
-      f"--devices={','.join(_DEVICES.value)} must be integers of at least 1,"
-      " for example 1,2,4,8."
-    )
-  return numbers
+flags.register_validator(
+  "devices",
+  lambda numbers: numbers and all(n.isdecimal() and int(n) for n in numbers),
+  "must be integers of at least 1, for example 1,2,4,8.",
+)
 
 
 def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
-  numbers = _numbers_of_devices()
+  numbers = sorted({int(number) for number in _DEVICES.value})
   # JAX reads these settings when the first device is requested.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", numbers[-1])

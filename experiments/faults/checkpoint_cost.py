@@ -7,18 +7,16 @@ Two measurements on the real data take turns: steps without a checkpoint, and
 steps that start to save one, until it is on disk. Nothing else should run.
 """
 
-import itertools
 import pathlib
 import statistics
 import tempfile
-import time
 from typing import Any
 
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments.tools.timing import in_turn, prepare_on_data
+from experiments.tools import timing
 from resnet_flax.run import (
   checkpoint,
   command_line,
@@ -35,32 +33,22 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
 def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-  """Times training steps without and with a checkpoint, in turn.
-
-  Args:
-    config: the experiment.
-    rounds: measurements of each, after a warm-up round.
-    steps: training steps of one measurement.
-
-  Returns:
-    `without` and `with`: seconds of each round; `steps_per_epoch`.
-  """
-  prepared, batches_from = prepare_on_data(config)
-  batches = batches_from(0)
-  seconds: dict[str, list[float]] = {"without": [], "with": []}
+  """Seconds of training steps without and with a checkpoint, by round."""
+  trainer = timing.prepare(config)
   with (
     tempfile.TemporaryDirectory() as folder,
     checkpoint.Checkpoints(pathlib.Path(folder)) as checkpoints,
   ):
-    for round_number, name in in_turn(seconds, rounds):
-      started = time.perf_counter()
-      if name == "with":
-        (state,) = prepared.layout.get(prepared.state)
-        checkpoints.save(state, {"epoch_seconds": 0.0})
-      prepared.train(itertools.islice(batches, steps))
+
+    def save_and_train() -> None:
+      (state,) = trainer.layout.get(trainer.state)
+      checkpoints.save(state, {"epoch_seconds": 0.0})
+      trainer.train(steps)
       checkpoints.wait()
-      if round_number:
-        seconds[name].append(time.perf_counter() - started)
+
+    seconds = timing.in_turn(
+      {"without": lambda: trainer.train(steps), "with": save_and_train}, rounds
+    )
   steps_per_epoch = experiment_lib.build(config).learning_rate.steps_per_epoch
   return {**seconds, "steps": steps, "steps_per_epoch": steps_per_epoch}
 

@@ -8,9 +8,9 @@ else should run meanwhile.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -19,10 +19,8 @@ from experiments.tools import markdown, timing
 from resnet_flax.configs import v1_depth20
 from resnet_flax.run import (
   environment,
-  experiment as experiment_lib,
   files,
   huge_pages,
-  rules,
   surroundings,
 )
 
@@ -52,31 +50,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trainer(options: dict[str, Any], batch_size: int) -> timing.Trainer:
-  """The compiled step of ResNet-20 v1 with some options."""
-  config = v1_depth20.get_config()
-  config.batch_size = batch_size
-  config.update_from_flattened_dict(options)
-  rules.check(config, num_devices=1)
-  experiment = experiment_lib.build(config)
-  images, labels = timing.noise(batch_size, experiment.image_shape)
-  return timing.prepare(config, experiment, images, labels, jax.devices()[:1])
-
-
 def measure(
   options: dict[str, dict[str, Any]], batch_size: int, rounds: int, steps: int
 ) -> dict[str, list[float]]:
-  """Images/s of each option in each round."""
-  trainers = {name: trainer(each, batch_size) for name, each in options.items()}
-  found: dict[str, list[float]] = {name: [] for name in options}
-  for round_number, name in timing.in_turn(options, rounds):
-    each = trainers[name]
-    start = time.perf_counter()
-    each.train([each.batch] * steps)
-    seconds = time.perf_counter() - start
-    if round_number:
-      found[name].append(batch_size * steps / seconds)
-  return found
+  """Images/s of ResNet-20 v1 with each option in each round."""
+  windows = {}
+  for name, overrides in options.items():
+    config = v1_depth20.get_config()
+    config.batch_size = batch_size
+    config.update_from_flattened_dict(overrides)
+    split = timing.noise(config)
+    trainer = timing.prepare(config, split, jax.devices()[:1])
+    windows[name] = functools.partial(trainer.repeat, steps)
+  return {
+    name: [batch_size * steps / seconds for seconds in of_rounds]
+    for name, of_rounds in timing.in_turn(windows, rounds).items()
+  }
 
 
 def table(results: dict[str, Any]) -> str:

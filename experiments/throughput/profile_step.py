@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from configs import v1_depth20
-from experiments.tools.timing import noise, prepare
+from experiments.tools import timing
 from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh, program
 from resnet_flax.run import experiment as experiment_lib, huge_pages
@@ -72,11 +72,7 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
   config = v1_depth20.get_config()
   config.batch_size = batch_size
   experiment = experiment_lib.build(config)
-  trainer = prepare(
-    config,
-    experiment,
-    *noise(batch_size, experiment.image_shape),
-  )
+  trainer = timing.prepare(config, timing.noise(config))
   layout, state = trainer.layout, trainer.state
   images, labels, key = trainer.batch.arguments
   own = program.step_arguments(experiment, state, batch_size, key, layout)

@@ -1,15 +1,16 @@
-"""Prepares training steps and orders their timings."""
+"""Prepares training steps and times what takes turns."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import data, step as step_lib, train
+from resnet_flax import data, train
 from resnet_flax.data import types
 from resnet_flax.parallel import networks, program
 from resnet_flax.run import experiment as experiment_lib, rules
@@ -17,26 +18,24 @@ from resnet_flax.run import experiment as experiment_lib, rules
 
 @dataclasses.dataclass
 class Trainer:
-  """Our training step, compiled as by the main command, and its state.
-
-  Attributes:
-    layout: the networks' layout on the devices.
-    training: the compiled step, which donates `state`, and its batches.
-    state: the state before the next step.
-    batch: one batch, which stays on the devices.
-  """
+  """Our training step, compiled as by the main command, and its state."""
 
   layout: networks.Layout
-  training: program.Program
-  state: networks.Networks
-  batch: program.Batch
+  training: program.Program  # Its step donates `state`.
+  state: networks.Networks  # Before the next step.
+  batch: program.Batch  # The first of epoch 0, which stays on the devices.
+  batches: Iterator[program.Batch]  # Of all epochs.
 
-  def train(self, batches: Iterable[program.Batch]) -> list[dict[str, Any]]:
-    """Takes one step for each batch; reads metrics as training does.
+  def train(self, steps: int) -> list[dict[str, Any]]:
+    """Takes steps on the next batches; the sums are those of `repeat`."""
+    return self._train(itertools.islice(self.batches, steps))
 
-    Returns:
-      For each seed, the epoch's sums after the last step, on the host.
-    """
+  def repeat(self, steps: int) -> list[dict[str, Any]]:
+    """Takes steps on `batch`; each seed's sums of its epoch, on the host."""
+    return self._train(itertools.repeat(self.batch, steps))
+
+  def _train(self, batches: Iterable[program.Batch]) -> list[dict[str, Any]]:
+    """Reads metrics one step late, as training does."""
     pending = None
     for batch in batches:
       self.state, metrics = self.training.step(self.state, batch)
@@ -47,78 +46,52 @@ class Trainer:
     return [each.sums for each in self.layout.get(pending)]
 
 
-def noise(
-  batch_size: int, image_shape: tuple[int, ...], num_classes: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
-  """Draws uint8[B, H, W, C] images and int32[B] labels, always the same."""
+def noise(config: ConfigDict) -> data.Split:
+  """One batch, uint8[B, H, W, C] and int32[B], that is always the same."""
   rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (batch_size, *image_shape), np.uint8)
-  return images, rng.integers(0, num_classes, batch_size, np.int32)
+  shape = (config.batch_size, *experiment_lib.build(config).image_shape)
+  images = rng.integers(0, 256, shape, np.uint8)
+  num_classes = experiment_lib.num_classes(config)
+  labels = rng.integers(0, num_classes, config.batch_size, np.int32)
+  return types.whole_split(images, labels)
 
 
 def prepare(
   config: ConfigDict,
-  experiment: step_lib.Experiment,
-  images: np.ndarray,
-  labels: np.ndarray,
+  split: data.Split | None = None,
   devices: Sequence[jax.Device] | None = None,
-) -> Trainer:
-  """Prepares a step on a data set of one batch."""
-  layout = networks.Layout.create(config, devices)
-  split = types.whole_split(images, labels)
-  return _prepare(config, experiment, split, layout)
-
-
-def prepare_on_data(
-  config: ConfigDict,
   execution: str = "in_turn",
-  devices: Sequence[jax.Device] | None = None,
-) -> tuple[Trainer, Callable[[int], Iterator[program.Batch]]]:
-  """Prepares a step on the configuration's own data.
+) -> Trainer:
+  """Initialises and compiles as `train.train_and_evaluate` does.
 
-  Returns:
-    The step, whose batch is the first of epoch 0, and a function that yields
-    the batches of an epoch and of all later epochs.
+  By default on the configuration's own training split and on all devices.
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
+  experiment = experiment_lib.build(config)
   layout = networks.Layout.create(config, devices, execution)
-  split = data.load(config.dataset).train
-  trainer = _prepare(config, experiment_lib.build(config), split, layout)
-
-  def batches_from(epoch: int) -> Iterator[program.Batch]:
-    return itertools.chain.from_iterable(
-      trainer.training.batches(k, 0) for k in itertools.count(epoch)
-    )
-
-  return trainer, batches_from
-
-
-def _prepare(
-  config: ConfigDict,
-  experiment: step_lib.Experiment,
-  split: data.Split,
-  layout: networks.Layout,
-) -> Trainer:
-  """Initialises and compiles as `train.train_and_evaluate` does."""
+  split = split or data.load(config.dataset).train
   key = train.augmentation_key(layout)
   state = train.initial_state(config, experiment, split, layout)
   training = program.create(config, experiment, state, split, key, layout)
-  return Trainer(layout, training, state, next(training.batches(0, 0)))
+  batches = itertools.chain.from_iterable(
+    training.batches(epoch, 0) for epoch in itertools.count()
+  )
+  return Trainer(layout, training, state, next(training.batches(0, 0)), batches)
 
 
-def in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
-  """Yields each name once a round, in an order that alternates.
+def in_turn(
+  actions: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+  """Seconds of each action in each round, after a warm-up round.
 
-  The order alternates so that the machine's drift favours no name.
-
-  Args:
-    names: names of the measurements.
-    rounds: number of counted rounds, after a warm-up round.
-
-  Yields:
-    (round, name). Round 0 is the warm-up: its measurements do not count.
+  The order alternates, so that the machine's drift favours no action.
   """
+  seconds: dict[str, list[float]] = {name: [] for name in actions}
   for round_number in range(rounds + 1):
-    for name in sorted(names, reverse=bool(round_number % 2)):
-      yield round_number, name
+    for name in sorted(actions, reverse=bool(round_number % 2)):
+      started = time.perf_counter()
+      actions[name]()
+      if round_number:
+        seconds[name].append(time.perf_counter() - started)
+  return seconds

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.devices import measurement
+from experiments.tools import timing
 
 
 @pytest.fixture
@@ -15,18 +16,18 @@ def prepared(monkeypatch):
     def __init__(self, num_devices):
       self._num_devices = num_devices
 
-    def train(self, batches):
-      now[0] += (1 + self._num_devices) * len(list(batches))
+    def train(self, steps):
+      now[0] += (1 + self._num_devices) * steps
       # A loss that depends on the number of devices, by rounding.
       loss = 10.0 * (1 + 1e-7 * (self._num_devices - 1))
       return [{"loss": loss, "count": 5}]
 
-  def prepare_on_data(config, devices):
+  def prepare(config, devices):
     prepared.append((config.batch_size, len(devices)))
-    return Resident(len(devices)), lambda epoch: iter(range(1000))
+    return Resident(len(devices))
 
-  monkeypatch.setattr(measurement, "prepare_on_data", prepare_on_data)
-  monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(timing, "prepare", prepare)
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
   return prepared
 
 

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from experiments.seeds import measurement
+from experiments.tools import timing
 from experiments.tools.markdown import spread_table
 
 
@@ -15,15 +16,14 @@ def test_every_way_trains_all_seeds(tiny_config, monkeypatch):
       self._seconds = seconds * config.num_seeds
       prepared.append((config.seed, config.num_seeds))
 
-    def train(self, batches):
-      now[0] += self._seconds * len(list(batches))
+    def train(self, steps):
+      now[0] += self._seconds * steps
 
-  def prepare_on_data(config, execution="in_turn"):
-    seconds = 2.0 if execution == "vectorized" else 1.0
-    return Resident(config, seconds), lambda epoch: iter(range(1000))
+  def prepare(config, execution="in_turn"):
+    return Resident(config, 2.0 if execution == "vectorized" else 1.0)
 
-  monkeypatch.setattr(measurement, "prepare_on_data", prepare_on_data)
-  monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(timing, "prepare", prepare)
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
   config = ConfigDict(tiny_config.to_dict() | {"seed": 4, "num_seeds": 3})
   speeds = measurement.measure_steps(config, rounds=2, steps=5)
   assert sorted(prepared) == [(4, 1), (4, 3), (4, 3), (5, 1), (6, 1)]

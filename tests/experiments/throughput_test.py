@@ -20,7 +20,7 @@ from experiments.throughput import (
 from experiments.throughput.programs import PROGRAMS
 from experiments.throughput.workers import measure, ours, plain
 from experiments.tools import markdown
-from resnet_flax.run import errors
+from resnet_flax.run import errors, experiment
 
 SETTING = (20, 32)
 # Trainable ones, of Keras's own ResNet v1.
@@ -120,7 +120,7 @@ def test_flops_agree_with_the_networks_own_program():
 def our_model():
   # Every one of the tests' devices needs an image.
   task = measure.Task(20, batch_size=jax.device_count())
-  return ours.build_experiment(task)[1].model
+  return experiment.build(ours.build_config(task)).model
 
 
 def multiply_adds(jaxpr):

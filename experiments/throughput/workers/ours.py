@@ -1,7 +1,6 @@
 """resnet_flax's network and training step, as the main command has them."""
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -11,11 +10,11 @@ from configs import v1_depth20
 from experiments.throughput.workers import measure, plain
 from experiments.tools import timing
 from resnet_flax import step as step_lib
-from resnet_flax.run import experiment as experiment_lib, rules
+from resnet_flax.run import experiment as experiment_lib
 
 
-def build_experiment(task: measure.Task):
-  """Builds the task's configuration and its experiment."""
+def build_config(task: measure.Task):
+  """The task as a configuration."""
   config = v1_depth20.get_config()
   config.model.depth = task.depth
   config.model.dtype = task.dtype
@@ -24,8 +23,12 @@ def build_experiment(task: measure.Task):
     # All programs compute on the same pixels / 255, without augmentation.
     config.augment.name = "none"
     config.normalization = "none"
-  rules.check(config, num_devices=jax.device_count())
-  return config, experiment_lib.build(config)
+  return config
+
+
+def _loss(sums) -> float:
+  """Of the one seed; the sums accumulate over the steps of an epoch."""
+  return float(sums[0]["loss"]) / int(sums[0]["count"])
 
 
 class Program:
@@ -38,33 +41,22 @@ class Program:
 
   def build(self):
     """Builds as `train.train_and_evaluate` does."""
-    config, self._experiment = build_experiment(self._task)
-    if self._task.mode == "data":
-      self._trainer, batches_from = timing.prepare_on_data(config)
-      batches = batches_from(0)
-      return {
-        "train": lambda steps: self._train(itertools.islice(batches, steps)),
-        "resident": self._train_on_resident_batch,
-      }
-    self._trainer = timing.prepare(
-      config, self._experiment, *self._task.batch()
-    )
-    self._logits = jax.jit(
-      functools.partial(step_lib.apply_eval, self._experiment.model)
-    )
-    return {
-      "train": self._train_on_resident_batch,
-      "infer": self._infer,
-      "matmul": plain.matmul,
-    }
+    config = build_config(self._task)
+    with_data = self._task.mode == "data"
+    split = None if with_data else timing.noise(config)
+    self._trainer = timing.prepare(config, split)
 
-  def _train(self, batches) -> float:
-    (sums,) = self._trainer.train(batches)
-    # The sums accumulate over the steps of an epoch.
-    return float(sums["loss"]) / int(sums["count"])
+    def train(steps: int) -> float:
+      return _loss(self._trainer.train(steps))
 
-  def _train_on_resident_batch(self, steps: int) -> float:
-    return self._train(itertools.repeat(self._trainer.batch, steps))
+    def repeat(steps: int) -> float:
+      return _loss(self._trainer.repeat(steps))
+
+    if with_data:
+      return {"train": train, "resident": repeat}
+    model = experiment_lib.build(config).model
+    self._logits = jax.jit(functools.partial(step_lib.apply_eval, model))
+    return {"train": repeat, "infer": self._infer, "matmul": plain.matmul}
 
   def _resident(self) -> tuple[jax.Array, ...]:
     batch = self._trainer.batch.images_and_labels()

@@ -2,7 +2,6 @@
 
 import datetime
 import functools
-import itertools
 import json
 import pathlib
 import statistics
@@ -19,7 +18,6 @@ from resnet_flax import data
 from resnet_flax.models import registry
 from resnet_flax.run import (
   errors,
-  experiment as experiment_lib,
   folder as workdir_lib,
   metrics,
 )
@@ -127,20 +125,10 @@ def rate_now(cells: Sequence[Cell], gpus: int) -> float:
   config = min(
     (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds
   )
-  experiment = experiment_lib.build(config)
-  prepared = timing.prepare(
-    config,
-    experiment,
-    *timing.noise(
-      config.batch_size,
-      experiment.image_shape,
-      experiment_lib.num_classes(config),
-    ),
-    devices=jax.devices()[:gpus],
-  )
+  prepared = timing.prepare(config, timing.noise(config), jax.devices()[:gpus])
   for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
     started = time.perf_counter()
-    prepared.train(itertools.repeat(prepared.batch, steps))
+    prepared.repeat(steps)
     seconds = time.perf_counter() - started
   images = _TIMED_STEPS * config.batch_size * config.num_seeds
   return images / seconds * _TRAINING * 2 * _size(config).multiply_adds
