@@ -12,129 +12,79 @@ on with those that are missing; another one with the same --out adds its own.
 
 import json
 import pathlib
-import sys
 import time
 
 import jax
-from absl import app, flags
 
 from experiments.gradient_flow import measurement
+from experiments.tools import records as records_lib
 from resnet_flax.run import (
+  arguments,
   environment,
-  errors,
   files as files_lib,
   huge_pages,
   surroundings,
 )
 
-_FAMILIES = flags.DEFINE_list(
-  "families",
-  ["plain", "highway", "resnet_v1"],
-  "Values of model.name.",
-)
-_DEPTHS = flags.DEFINE_list("depths", ["20", "56"], "Depths that are trained.")
-_INIT_DEPTHS = flags.DEFINE_list(
-  "init_depths",
-  ["110", "326"],
-  "Depths that are measured at initialisation only.",
-)
-_BATCH_NORM = flags.DEFINE_list(
-  "batch_norm", ["true", "false"], "Whether networks have batch norm."
-)
-_SEEDS = flags.DEFINE_integer(
-  "seeds", 5, "Networks of each kind, of seeds 0, 1, ...", lower_bound=1
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a step.")
-_MEASURE_AT = flags.DEFINE_list(
-  "measure_at",
-  ["0", "1", "4", "16", "64", "256"],
-  "Numbers of steps done; 0 is initialisation, the last ends training.",
-)
-_OUT = flags.DEFINE_string(
-  "out",
-  "experiments/gradient_flow/results.jsonl",
-  "Raw figures, a line for each network.",
-)
+_OUT = pathlib.Path("experiments/gradient_flow/results.jsonl")
+_NORMS = {"true,false": [True, False], "true": [True], "false": [False]}
 
 
-def _integers(flag: flags.FlagHolder) -> list[int]:
-  try:
-    values = [int(text) for text in flag.value]
-  except ValueError:
-    values = [-1]
-  if any(value < 0 for value in values):
-    raise errors.ConfigError(
-      f"--{flag.name}={','.join(flag.value)} is no list of integers from 0 on;"
-      " pass numbers such as 0,20."
-    )
-  return values
+def _names(text: str) -> list[str]:
+  return text.split(",")
 
 
-def _wanted() -> list[measurement.Cell]:
-  if unknown := set(_BATCH_NORM.value) - {"true", "false"}:
-    raise errors.unknown_name("--batch_norm", min(unknown), ["true", "false"])
-  measure_at = _integers(_MEASURE_AT)
-  if not measure_at:
-    raise errors.ConfigError(
-      "--measure_at is empty; pass at least one number, such as 0."
-    )
-  return measurement.cells(
-    _FAMILIES.value,
-    _integers(_DEPTHS),
-    _integers(_INIT_DEPTHS),
-    [text == "true" for text in _BATCH_NORM.value],
-    _SEEDS.value,
-    _BATCH_SIZE.value,
-    measure_at,
+def _integers(text: str) -> list[int]:
+  return [int(part) for part in text.split(",") if part]
+
+
+def main(argv: list[str]) -> None:
+  """Measures what is missing."""
+  parser = arguments.Parser("python -m experiments.gradient_flow")
+  add = parser.add_argument
+  add("--families", type=_names, default="plain,highway,resnet_v1")
+  add("--depths", type=_integers, default="20,56", help="that are trained")
+  add("--init_depths", type=_integers, default="110,326", help="that are not")
+  add("--batch_norm", choices=_NORMS, default="true,false")
+  add("--seeds", type=int, default=5, help="networks of each kind")
+  add("--batch_size", type=int, default=32)
+  add("--measure_at", type=_integers, default="0,1,4,16,64,256", help="steps")
+  add("--out", type=pathlib.Path, default=_OUT)
+  flags = parser.parse_args(argv[1:])
+  if not flags.measure_at or min(flags.measure_at) < 0:
+    parser.error("--measure_at must have at least one number, such as 0")
+  surroundings.set_up()
+  wanted = measurement.cells(
+    flags.families,
+    flags.depths,
+    flags.init_depths,
+    _NORMS[flags.batch_norm],
+    flags.seeds,
+    flags.batch_size,
+    flags.measure_at,
   )
-
-
-def _record_environment(out: pathlib.Path) -> None:
-  path = out.with_suffix(".environment.json")
+  records = measurement.read(flags.out)
+  path = flags.out.with_suffix(".environment.json")
   now = environment.describe(jax.devices())
   if not path.exists():
-    out.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     files_lib.write_json(path, now)
   elif changes := errors.differences(json.loads(path.read_text()), now):
     print(f"warning: other than in {path}: {'; '.join(changes)}", flush=True)
-
-
-def _run() -> None:
-  surroundings.set_up()
-  out = pathlib.Path(_OUT.value)
-  wanted = _wanted()
-  records = measurement.read(out)
-  _record_environment(out)
   for cell in measurement.missing(wanted, records):
     started = time.perf_counter()
     measured = measurement.measure(cell.config(), cell.measure_at)
     # The programs of one network are of no use to the next.
     jax.clear_caches()
-    records.append(
-      {
-        "cell": cell.settings,
-        "seconds": round(time.perf_counter() - started, 1),
-        **measured,
-      }
-    )
-    measurement.write(out, records)
+    seconds = round(time.perf_counter() - started, 1)
+    records.append({"cell": cell.settings, "seconds": seconds, **measured})
+    records_lib.write(flags.out, records)
     norm = "with" if cell.batch_norm else "without"
     print(
-      f"{cell.family} {cell.depth} {norm} batch norm:"
-      f" {records[-1]['seconds']} s",
-      flush=True,
+      f"{cell.family} {cell.depth} {norm} batch norm: {seconds} s", flush=True
     )
-
-
-def main(argv: list[str]) -> None:
-  """Measures what is missing; mistakes end in one line."""
-  del argv
-  try:
-    _run()
-  except errors.UserError as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
   huge_pages.use()
-  app.run(main)
+  arguments.run(main)

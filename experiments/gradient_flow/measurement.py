@@ -3,27 +3,23 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from configs import base
+from experiments.tools import records as records_lib
+from experiments.tools.records import Record
 from resnet_flax import data, train
 from resnet_flax.parallel import networks, program
 from resnet_flax.run import (
-  errors,
   experiment as experiment_lib,
-  files as files_lib,
   layer_norms,
   rules,
 )
-
-Record = dict[str, Any]
 
 # What is kept of `layer_norms.LayerNorms`.
 QUANTITIES = ("gradient", "activation")
@@ -37,22 +33,14 @@ _SIGNIFICANT_DIGITS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A network that is measured by itself.
+  """A network that is measured by itself."""
 
-  Attributes:
-    family: `model.name`.
-    depth: `model.depth`.
-    batch_norm: whether `model.norm` is batch_norm.
-    num_seeds: networks with the seeds 0, 1, ...
-    batch_size: images of a step.
-    measure_at: numbers of steps done, ascending; it is trained up to the last.
-  """
-
-  family: str
+  family: str  # `model.name`.
   depth: int
-  batch_norm: bool
+  batch_norm: bool  # Whether `model.norm` is batch_norm.
   num_seeds: int
   batch_size: int
+  # Numbers of steps done, ascending; it is trained up to the last.
   measure_at: tuple[int, ...]
 
   def config(self) -> ConfigDict:
@@ -70,7 +58,7 @@ class Cell:
   @property
   def settings(self) -> Record:
     """What tells it from others, as JSON has it."""
-    return json.loads(json.dumps(dataclasses.asdict(self)))
+    return dataclasses.asdict(self) | {"measure_at": list(self.measure_at)}
 
 
 def cells(
@@ -84,17 +72,8 @@ def cells(
 ) -> list[Cell]:
   """What is to be measured, shallow networks first.
 
-  Args:
-    families: values of `model.name`.
-    depths: of networks that are trained.
-    init_depths: of networks that are measured at initialisation only.
-    batch_norm: whether `model.norm` is batch_norm, in turn.
-    num_seeds: networks of each.
-    batch_size: images of a step.
-    measure_at: numbers of steps done.
-
-  Raises:
-    ConfigError: one of them cannot be measured.
+  Those of `init_depths` are measured at initialisation only. Raises
+  `ConfigError` if one cannot be measured.
   """
   steps = {depth: tuple(sorted(set(measure_at))) for depth in depths}
   steps = dict.fromkeys(init_depths, (0,)) | steps
@@ -116,16 +95,10 @@ def measure(
 ) -> Record:
   """The norms of all layers, each on the batch of the step that follows.
 
-  Args:
-    config: of the networks, which differ in their seeds.
-    measure_at: numbers of steps done, ascending.
-    devices: by default all devices.
-
-  Returns:
-    `layers`, their names in the order of the forward pass, and `seeds`: for
-    each its `seed` and under `measured` for each of `measure_at` the `step`,
-    the batch's cross-entropy before it as `loss`, and the `QUANTITIES` as
-    lists, one number for each layer; None stands for what is not finite.
+  Gives `layers`, their names in the order of the forward pass, and `seeds`: for
+  each its `seed` and under `measured` for each of `measure_at` the `step`, the
+  batch's cross-entropy before it as `loss`, and the `QUANTITIES` as lists, one
+  number for each layer; None stands for what is not finite.
   """
   split = data.load(config.dataset).train
   experiment = experiment_lib.build(config)
@@ -176,29 +149,8 @@ def _rounded(value: float) -> float | None:
 
 
 def read(path: pathlib.Path) -> list[Record]:
-  """The records of a file; none if there is no file.
-
-  Raises:
-    DataError: it is no file of records.
-  """
-  try:
-    lines = path.read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    for record in records:
-      record["cell"], record["layers"], record["seeds"]
-  except FileNotFoundError:
-    return []
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.DataError(
-      f"{path} cannot be read: {errors.one_line(error)}. Pass another --out."
-    ) from error
-  return records
-
-
-def write(path: pathlib.Path, records: Sequence[Record]) -> None:
-  """Writes a file of records, one line each, whole or not at all."""
-  text = "".join(json.dumps(record) + "\n" for record in records)
-  files_lib.write_file(path, text.encode())
+  """The records of a file; none if there is no file."""
+  return records_lib.read(path, "cell", "layers", "seeds")
 
 
 def missing(

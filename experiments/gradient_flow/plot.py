@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.gradient_flow import measurement
 from experiments.tools import markdown
-
-Record = measurement.Record
+from experiments.tools.records import Record
 
 _FOLDER = pathlib.Path(__file__).parent
 COMMAND = "python -m experiments.gradient_flow.plot"
@@ -34,11 +33,9 @@ _DATA = "CIFAR-10 (JPEG copy), batches of {batch_size}, {num_seeds} seeds"
 
 
 def norms(record: Record, quantity: str, step: int) -> np.ndarray:
-  """What was measured of a network after `step` steps.
+  """What was measured of a network after `step` steps: float64[seeds, layers].
 
-  Returns:
-    float64[seeds, layers], without projections and gates; NaN where a number
-    was not finite.
+  Without projections and gates; NaN where a number was not finite.
   """
   kept = [
     place
@@ -55,10 +52,9 @@ def norms(record: Record, quantity: str, step: int) -> np.ndarray:
 
 
 def spread(record: Record, step: int) -> np.ndarray:
-  """The largest gradient of the layers divided by the smallest.
+  """The largest gradient of the layers divided by the smallest, float64[seeds].
 
-  Returns:
-    float64[seeds]; NaN where a gradient is zero or not finite.
+  NaN where a gradient is zero or not finite.
   """
   gradients = norms(record, "gradient", step)
   gradients[gradients == 0] = np.nan

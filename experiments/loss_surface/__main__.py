@@ -10,7 +10,7 @@ Without a WORKDIR it only draws what is there.
 import pathlib
 
 from experiments.loss_surface import plot, surface
-from experiments.tools import markdown
+from experiments.tools import markdown, records as records_lib
 from resnet_flax.run import arguments, errors, huge_pages, surroundings
 
 COMMAND = "python -m experiments.loss_surface"
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.error("--extent and --examples must be positive, --seed at least 0")
   path = out / "results.jsonl"
   if workdirs:
-    for record in surface.read(path):
+    for record in records_lib.read(path, "of"):
       if differing := errors.differences(record["of"]["plane"], plane):
         parser.error(
           f"{path} has another plane, which differs in {', '.join(differing)}."
@@ -46,10 +46,9 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for record, score in runs:
       surface.measure(record, score, path)
-  records = surface.read(path)
   complete = [
     record
-    for record in records
+    for record in records_lib.read(path, "of")
     if len(record["loss"]) == record["of"]["plane"]["points"]
   ]
   result = plot.table(complete)

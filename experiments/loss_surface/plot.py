@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib import colors
 from matplotlib.figure import Figure
 
-from experiments.loss_surface.surface import Record, axis
+from experiments.loss_surface.surface import axis
 from experiments.tools import markdown
+from experiments.tools.records import Record
 
 # What README.md decided before the first surface.
 RISE = 0.5  # Nats above the loss of the trained weights.

@@ -11,19 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.tools import records as records_lib
+from experiments.tools.records import Record
 from resnet_flax import data, step as step_lib
 from resnet_flax.run import (
   environment,
   errors,
-  files as files_lib,
   folder,
   load,
 )
 
 PyTree = Any
-# Of one network: `of`, which tells it from others (the run's `config`, `step`
-# and `data`, and the `plane`), facts, and the rows of its grid so far.
-Record = dict[str, Any]
 # Gives the mean loss and the share of errors at a point (alpha, beta).
 Score = Callable[[float, float], tuple[float, float]]
 
@@ -66,17 +64,14 @@ def open_run(
 ) -> tuple[Record, Score]:
   """An empty record of a run's latest weights, and what fills it.
 
-  In inference mode: batch norm has the trained weights' running statistics at
-  every point.
+  The record has `of`, which tells it from others (the run's `config`, `step`
+  and `data`, and the `plane`), facts, and the rows of its grid so far. A plane
+  has the `points` of each axis, its `extent`, `examples`, which is how many of
+  the first training images are scored, and the `seed` of the directions.
 
-  Args:
-    workdir: the run's folder.
-    plane: `points` of each axis, its `extent`, `examples`, which is how many of
-      the first training images are scored, and the `seed` of the directions.
-
-  Raises:
-    ConfigError: the run has too few images, or is not float32.
-    DataError, WorkdirError: the data or the weights cannot be had.
+  The score is in inference mode: batch norm has the trained weights' running
+  statistics at every point. Raises `ConfigError` if the run has too few images
+  or is not float32.
   """
   loaded = load.load_model(workdir, "latest")
   config = loaded.config
@@ -136,22 +131,9 @@ def open_run(
   return record, score
 
 
-def read(path: pathlib.Path) -> list[Record]:
-  """The records of a file, one a line; none if it does not exist."""
-  try:
-    lines = files_lib.read_bytes(path).splitlines()
-    return [files_lib.parse_object(line) for line in lines]
-  except FileNotFoundError:
-    return []
-  except (OSError, ValueError) as error:
-    raise errors.DataError(
-      f"{path} cannot be read: {error}. Restore or remove it."
-    ) from error
-
-
 def measure(record: Record, score: Score, path: pathlib.Path) -> None:
   """Adds the rows of a network that the file lacks, one by one."""
-  records = read(path)
+  records = records_lib.read(path)
   started = [each for each in records if each["of"] == record["of"]]
   if started:
     (record,) = started
@@ -171,8 +153,7 @@ def measure(record: Record, score: Score, path: pathlib.Path) -> None:
     record["seconds"] = round(
       record["seconds"] + time.perf_counter() - began, 2
     )
-    text = "".join(json.dumps(each) + "\n" for each in records)
-    files_lib.write_file(path, text.encode())
+    records_lib.write(path, records)
     done = f"row {len(record['loss'])} of {len(coordinates)}"
     name = record["of"]["config"]["model"]["name"]
     print(f"{name}: {done}, {record['seconds']:.0f} s", flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.gradient_flow import measurement, plot
-from experiments.tools import markdown
+from experiments.tools import markdown, records
 from resnet_flax.run import errors
 
 LAYERS = ("stem_conv", "a/conv1", "a/gate_conv", "a/shortcut_conv", "head")
@@ -85,11 +85,11 @@ def test_interrupted_measurement_goes_on(tmp_path):
   path = tmp_path / "results.jsonl"
   wanted = make_cells()
   assert measurement.read(path) == []
-  measurement.write(path, [fake(cell) for cell in wanted[:3]])
-  records = measurement.read(path)
-  assert list(measurement.missing(wanted, records)) == wanted[3:]
+  records.write(path, [fake(cell) for cell in wanted[:3]])
+  found = measurement.read(path)
+  assert list(measurement.missing(wanted, found)) == wanted[3:]
   others = make_cells(batch_size=16)
-  assert list(measurement.missing(others, records)) == others
+  assert list(measurement.missing(others, found)) == others
   assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -142,7 +142,7 @@ def test_the_spread_is_of_one_network():
 
 def test_figures(tmp_path):
   path = tmp_path / "results.jsonl"
-  measurement.write(path, [fake(cell) for cell in make_cells()])
+  records.write(path, [fake(cell) for cell in make_cells()])
   drawn = plot.figures(measurement.read(path))
   assert set(drawn) == {"signal", "gradients", "training"}
   figure = drawn["signal"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.loss_surface import __main__ as command, plot, surface
-from experiments.tools import markdown
+from experiments.tools import markdown, records
 from resnet_flax import step as step_lib, train
 from resnet_flax.run import errors, load
 
@@ -42,7 +42,7 @@ def opened(workdir):
 def run(workdir, out, *arguments):
   flags = [f"--{name}={value}" for name, value in PLANE.items()]
   command.main(["", str(workdir), f"--out={out}", *flags, *arguments])
-  return surface.read(out / "results.jsonl")
+  return records.read(out / "results.jsonl")
 
 
 def test_directions_have_the_norms_of_the_filters(workdir):
@@ -111,7 +111,7 @@ def test_an_interrupted_grid_keeps_its_rows(workdir, tmp_path):
   assert resumed["error"] == whole["error"]
   # Nothing is missing; what is there is drawn again.
   command.main(["", f"--out={tmp_path}"])
-  assert surface.read(tmp_path / "results.jsonl") == [resumed]
+  assert records.read(tmp_path / "results.jsonl") == [resumed]
   with pytest.raises(errors.ConfigError, match=r"seed \(1 there, 2 here\)"):
     run(workdir, tmp_path, "--seed=2")
 
@@ -178,7 +178,7 @@ def test_low_points():
   assert plot.measure(np.where(X == 0, 1.0, np.nan)).low == 9
 
 
-def record(name, loss):
+def make_record(name, loss):
   return {
     "of": {
       "config": {"model": {"name": name, "depth": 56}},
@@ -206,16 +206,16 @@ BOWL, SADDLE = 1 + 0.5 * (X**2 + Y**2), 20 + X**2 - Y**2
   ],
 )
 def test_verdict(plain, residual, expected):
-  records = [record("plain", plain), record("resnet_v1", residual)]
-  assert expected in plot.verdict(records)
-  assert plot.verdict(records[::-1]) == plot.verdict(records)
-  assert "are for one plain" in plot.verdict(records[:1])
+  both = [make_record("plain", plain), make_record("resnet_v1", residual)]
+  assert expected in plot.verdict(both)
+  assert plot.verdict(both[::-1]) == plot.verdict(both)
+  assert "are for one plain" in plot.verdict(both[:1])
 
 
 def test_figure():
   lost = np.where((X == 4) & (Y == -4), np.nan, BOWL)
-  records = [record("plain", lost), record("resnet_v1", 100 * BOWL)]
-  figure = plot.draw(records)
+  both = [make_record("plain", lost), make_record("resnet_v1", 100 * BOWL)]
+  figure = plot.draw(both)
   one, other, bar = figure.axes
   assert "plain, 56 layers, 32 epochs\nloss at the centre: 1" in one.get_title()
   assert "loss at the centre: 100" in other.get_title()
@@ -226,7 +226,7 @@ def test_figure():
   for panel in (one, other):
     # Filled contours, the dashed line.
     assert len(panel.collections) == 2
-  lines = plot.table(records).splitlines()
+  lines = plot.table(both).splitlines()
   assert lines[2] == (
     "| plain, 56 layers, 32 epochs | 1 | 0.0 | 1, (0, 0) | 5 of 81"
     " | 0.0 of 48 | 1.0 |"
@@ -235,5 +235,5 @@ def test_figure():
 
 def test_the_page_has_the_numbers_of_the_raw_file():
   text = (FOLDER / "README.md").read_text()
-  table = plot.table(surface.read(FOLDER / "results.jsonl"))
+  table = plot.table(records.read(FOLDER / "results.jsonl"))
   assert markdown.replace(text, "surface", command.COMMAND, table) == text
