@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments.devices import measurement
 from resnet_flax.run import (
@@ -21,6 +21,7 @@ from resnet_flax.run import (
   environment,
   files as files_lib,
   huge_pages,
+  process,
   surroundings,
 )
 
@@ -60,4 +61,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  app.run(main, flags_parser=command_line.parse_flags)
+  process.run(main)

@@ -13,7 +13,7 @@ import tempfile
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.tools import timing
@@ -24,6 +24,7 @@ from resnet_flax.run import (
   experiment as experiment_lib,
   files as files_lib,
   huge_pages,
+  process,
   surroundings,
 )
 
@@ -85,4 +86,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  app.run(main, flags_parser=command_line.parse_flags)
+  process.run(main)

@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments.seeds import measurement
 from resnet_flax.run import (
@@ -23,6 +23,7 @@ from resnet_flax.run import (
   errors,
   files as files_lib,
   huge_pages,
+  process,
   rules,
   surroundings,
 )
@@ -57,4 +58,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  app.run(main, flags_parser=command_line.parse_flags)
+  process.run(main)

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments.throughput import report
 from resnet_flax.run import (
@@ -25,6 +25,7 @@ from resnet_flax.run import (
   environment,
   files as files_lib,
   huge_pages,
+  process,
   surroundings,
 )
 
@@ -99,4 +100,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  app.run(main, flags_parser=command_line.parse_flags)
+  process.run(main)

@@ -31,13 +31,9 @@ STEPS = ("train", "eval")
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-  """Lists the devices of a slice, as its compiler describes them.
+  """The devices of a slice such as 'v5e:2x4', as its compiler describes them.
 
-  Args:
-    topology: see `chips.of_topology`.
-
-  Raises:
-    ConfigError: the topology is unknown, or libtpu is missing.
+  Raises `ConfigError` if the topology is unknown or libtpu is missing.
   """
   chip = chips.of_topology(topology)
   if importlib.util.find_spec("libtpu") is None:
@@ -57,18 +53,10 @@ def topology_devices(topology: str) -> list[jax.Device]:
 def trace(
   config: ConfigDict, devices: Sequence[jax.Device]
 ) -> dict[str, jax.stages.Traced]:
-  """Traces both steps; with several seeds, for the networks of one call.
+  """Traces `STEPS` for devices that need not exist.
 
-  Args:
-    config: every key of `configs/base.py`.
-    devices: target devices, which need not exist.
-
-  Returns:
-    The traced functions by `STEPS`.
-
-  Raises:
-    ConfigError: a value is invalid, for example a batch that is not divisible
-      by the number of devices.
+  With several seeds, for the networks of one call. Raises `ConfigError`, for
+  example if the batch is not divisible by the number of devices.
   """
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
@@ -148,21 +136,14 @@ def _execution(config: ConfigDict) -> str:
 def describe(
   config: ConfigDict, topology: str, devices: Sequence[jax.Device], cores: int
 ) -> dict[str, Any]:
-  """Compiles both steps and describes the programs.
+  """Compiles both steps for devices of so many TensorCores; describes them.
 
-  Args:
-    config: every key of `configs/base.py`.
-    topology: the name of the devices.
-    devices: from `topology_devices`.
-    cores: TensorCores of a device.
-
-  Returns:
-    `topology`, `device_kind`, `num_devices`, `memory_bytes` (HBM of a device)
-    and `config` (see `facts`). Each of `STEPS` has the result of
-    `describe_step`, `compile_seconds`, `images_per_device`, `model_flops`
-    (twice the multiply-adds of convolutions and dense layers for a device's
-    images) and the `roofline` (see `chips.roofline`). Training also has
-    `state_arrays`, the number of arrays in a state.
+  Gives `topology`, `device_kind`, `num_devices`, `memory_bytes` (HBM of a
+  device) and `config` (see `facts`). Each of `STEPS` has the result of
+  `describe_step`, `compile_seconds`, `images_per_device`, `model_flops` (twice
+  the multiply-adds of convolutions and dense layers for a device's images) and
+  the `roofline` (see `chips.roofline`). Training also has `state_arrays`, the
+  number of arrays in a state.
   """
   chip = chips.of_topology(topology)
   # Tracing comes first, since it finds errors before the long compilation.
@@ -211,19 +192,12 @@ def describe(
 
 
 def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
-  """Describes a compiled program on each device.
+  """Describes a compiled program on each device; for most see `hlo.Module`.
 
-  Returns:
-    `memory` in bytes: `arguments`, `results`, `aliased` (results that overwrite
-      arguments), `temporary`, `program`, and their `total`.
-    `flops` and `bytes_accessed` of XLA's cost analysis. The latter counts the
-      bytes that each fusion reads and writes, in any memory.
-    `collectives`, grouped by equal values: `kind`, `arrays`, `bytes`, `count`
-      and the `op_name` of the first.
-    `collective_count` and `collective_bytes` of all collectives.
-    `convolutions`, `loops`, `custom_calls` and `host_transfers`.
-    `convolution_padding`: see `hlo.Module.convolution_padding`.
-    `aliased_arrays`: number of results that overwrite arguments.
+  `memory` is in bytes: `arguments`, `results`, `aliased` (results that
+  overwrite arguments), `temporary`, `program`, and their `total`. `flops` and
+  `bytes_accessed` are those of XLA's cost analysis. The latter counts the bytes
+  that each fusion reads and writes, in any memory.
   """
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
@@ -243,10 +217,10 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
     "memory": sizes,
     "flops": cost["flops"],
     "bytes_accessed": cost["bytes accessed"],
-    "collectives": _grouped(collectives),
-    "collective_count": sum(each.executions for each in collectives),
+    "collectives": collectives,
+    "collective_count": sum(each["count"] for each in collectives),
     "collective_bytes": sum(
-      each.executions * each.num_bytes for each in collectives
+      each["count"] * each["bytes"] for each in collectives
     ),
     "convolutions": module.count("convolution"),
     "loops": module.count("while"),
@@ -258,14 +232,7 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def check_transfers(described: dict[str, Any]) -> None:
-  """Checks that a step exchanges no data with the host.
-
-  Args:
-    described: from `describe`.
-
-  Raises:
-    UserError: a step has a transfer.
-  """
+  """Raises `UserError` if a step exchanges data with the host."""
   for step in STEPS:
     transfers = described[step]["host_transfers"]
     if transfers:
@@ -274,20 +241,3 @@ def check_transfers(described: dict[str, Any]) -> None:
         f" such as {transfers[0]}, which stop the device. Remove their causes,"
         " such as callbacks and prints, from the model and the metrics."
       )
-
-
-def _grouped(collectives: Sequence[hlo.Collective]) -> list[dict[str, Any]]:
-  groups: dict[tuple[str, int, int], dict[str, Any]] = {}
-  for each in collectives:
-    group = groups.setdefault(
-      (each.kind, each.arrays, each.num_bytes),
-      {
-        "kind": each.kind,
-        "arrays": each.arrays,
-        "bytes": each.num_bytes,
-        "count": 0,
-        "op_name": each.op_name,
-      },
-    )
-    group["count"] += each.executions
-  return list(groups.values())

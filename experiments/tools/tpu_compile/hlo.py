@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 COLLECTIVES = (
   "all-reduce",
@@ -27,31 +28,27 @@ _HOST_TARGET = re.compile(r"callback|host", re.IGNORECASE)
 _HOST_MEMORY = "S(5)"
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
-_ALIASED = re.compile(r"\{[0-9, ]*\}: \(\d+, \{[0-9, ]*\}(?:, [a-z-]+)?\)")
-_NAME = re.compile(r"%?([\w.\-]+)")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+# Its name, the type of its result, its operation, and the rest.
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) .*\{$")
 _CALLED = re.compile(
   r"\b(?:calls|to_apply|body|condition|true_computation|false_computation"
-  r"|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+  r"|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CONDITION = re.compile(r"\bcondition=%([\w.\-]+)")
+_CUSTOM_CALL = re.compile(r'custom_call_target="([^"]*)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array's type, as in `bf16[128,32]{0,1:T(8,128)(2,1)}`.
-
-  Attributes:
-    dtype: XLA's name of the type.
-    shape: sizes of the axes.
-    layout: layout in braces; empty if the text has none.
-  """
+  """An array's type, as in `bf16[128,32]{0,1:T(8,128)(2,1)}`."""
 
   dtype: str
   shape: tuple[int, ...]
-  layout: str
+  layout: str  # In braces; empty if the text has none.
 
   @property
   def num_bytes(self) -> int:
@@ -64,10 +61,8 @@ class Array:
     tiles = re.search(r":T\(([\d,]+)\)", self.layout)
     if not tiles or not self.shape:
       return self.num_bytes
-    order = [
-      int(axis) for axis in re.findall(r"\d+", self.layout.split(":")[0])
-    ]
-    sizes = [self.shape[axis] for axis in order]
+    order = re.findall(r"\d+", self.layout.split(":")[0])
+    sizes = [self.shape[int(axis)] for axis in order]
     for place, tile in enumerate(reversed(tiles[1].split(","))):
       if place < len(sizes):
         sizes[place] = -(-sizes[place] // int(tile)) * int(tile)
@@ -76,72 +71,33 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One operation.
-
-  Attributes:
-    name: name of its result.
-    result: the result's arrays; several for a tuple.
-    opcode: for example 'all-reduce-start'.
-    operands: names of its operands.
-    attributes: the rest of its line.
-    value: the value of an integer constant.
-  """
+  """One operation."""
 
   name: str
-  result: tuple[Array, ...]
-  opcode: str
-  operands: tuple[str, ...]
-  attributes: str
-  value: int | None = None
+  result: tuple[Array, ...]  # Several for a tuple.
+  opcode: str  # For example 'all-reduce-start'.
+  operands: tuple["Instruction", ...]
+  value: str  # Of a constant.
+  attributes: str  # The rest of its line.
 
   @property
-  def called(self) -> tuple[str, ...]:
+  def called(self) -> list[str]:
     """Names of the computations that it calls."""
-    return tuple(
-      name
-      for names in _CALLED.findall(self.attributes)
-      for name in _NAME.findall(names)
-    )
+    return _NAME.findall(" ".join(_CALLED.findall(self.attributes)))
 
-  @property
-  def op_name(self) -> str:
-    """Its origin in the traced program."""
-    match = re.search(r'op_name="([^"]*)"', self.attributes)
+  def find(self, pattern: re.Pattern[str]) -> str:
+    """The pattern's group in the attributes; '' if they do not match."""
+    match = pattern.search(self.attributes)
     return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-  """Communication between devices.
-
-  Attributes:
-    kind: one of `COLLECTIVES`.
-    arrays: number of arrays that it combines.
-    num_bytes: bytes of its operands on one device.
-    executions: number of runs in one call of the program.
-    op_name: origin of its first array in the traced program.
-  """
-
-  kind: str
-  arrays: int
-  num_bytes: int
-  executions: int
-  op_name: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Module:
-  """A compiled program.
+  """A compiled program."""
 
-  Attributes:
-    header: the first line of the text.
-    computations: the instructions of each computation, by name.
-    entry: the name of the computation that a call runs.
-  """
-
-  header: str
-  computations: Mapping[str, tuple[Instruction, ...]]
-  entry: str
+  header: str  # The first line of the text.
+  computations: Mapping[str, list[Instruction]]
+  entry: str  # The name of the computation that a call runs.
 
   def executed(self) -> Iterator[tuple[Instruction, int]]:
     """Yields each instruction with its number of runs in one call.
@@ -167,34 +123,30 @@ class Module:
     XLA prints a known number, except for TPUs. A loop made by JAX counts from
     zero, and its condition compares with a constant.
     """
-    if match := _TRIP_COUNT.search(instruction.attributes):
-      return int(match[1])
-    condition = _CONDITION.search(instruction.attributes)
+    if known := instruction.find(_TRIP_COUNT):
+      return int(known)
+    condition = instruction.find(_CONDITION)
     if instruction.opcode != "while" or not condition:
       return 1
-    instructions = self.computations[condition[1]]
-    values = {each.name: each.value for each in instructions}
-    root = instructions[-1]
+    root = self.computations[condition][-1]
     if root.opcode != "compare" or "direction=LT" not in root.attributes:
       return 1
-    return values.get(root.operands[-1]) or 1
+    limit = root.operands[-1].value
+    return int(limit) if limit.isdecimal() else 1
 
   def count(self, opcode: str) -> int:
     """Counts the runs of an operation in one call."""
     return sum(n for each, n in self.executed() if each.opcode == opcode)
 
-  def collectives(self) -> list[Collective]:
-    """Lists all communication; a start and its wait count once."""
-    arrays = {
-      name: {each.name: each.result for each in instructions}
-      for name, instructions in self.computations.items()
-    }
-    of_name = {
-      id(instruction): name
-      for name, instructions in self.computations.items()
-      for instruction in instructions
-    }
-    found = []
+  def collectives(self) -> list[dict[str, Any]]:
+    """All communication, grouped by equal `kind`, `arrays` and `bytes`.
+
+    `kind` is one of `COLLECTIVES`, `arrays` the number of arrays that it
+    combines, `bytes` those of its operands on one device. A group also has the
+    `count` of its runs in one call, where a start and its wait count once, and
+    the `op_name` of its first, which is its origin in the traced program.
+    """
+    groups: dict[tuple[str, int, int], dict[str, Any]] = {}
     for instruction, executions in self.executed():
       kind = instruction.opcode.removesuffix("-start")
       if kind not in COLLECTIVES or (
@@ -207,44 +159,36 @@ class Module:
         )
       ):
         continue
-      defined = arrays[of_name[id(instruction)]]
-      operands = [
-        array for name in instruction.operands for array in defined[name]
-      ]
-      found.append(
-        Collective(
-          kind,
-          len(operands),
-          sum(array.num_bytes for array in operands),
-          executions,
-          instruction.op_name,
-        )
+      arrays = [array for each in instruction.operands for array in each.result]
+      key = kind, len(arrays), sum(array.num_bytes for array in arrays)
+      group = groups.setdefault(
+        key,
+        {
+          **dict(zip(("kind", "arrays", "bytes"), key, strict=True)),
+          "count": 0,
+          "op_name": instruction.find(_OP_NAME),
+        },
       )
-    return found
+      group["count"] += executions
+    return list(groups.values())
 
   def custom_calls(self) -> dict[str, int]:
     """Counts calls of code that is not HLO, by target."""
     targets: collections.Counter[str] = collections.Counter()
     for instruction, executions in self.executed():
-      match = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-      if match:
-        targets[match[1]] += executions
+      if target := instruction.find(_CUSTOM_CALL):
+        targets[target] += executions
     return dict(sorted(targets.items()))
 
   def host_transfers(self) -> list[str]:
     """Lists names of instructions that exchange data with the host."""
-    names = []
-    for instruction, _ in self.executed():
-      target = re.search(
-        r'custom_call_target="([^"]*)"', instruction.attributes
-      )
-      if (
-        instruction.opcode in _TRANSFERS
-        or (target and _HOST_TARGET.search(target[1]))
-        or any(_HOST_MEMORY in array.layout for array in instruction.result)
-      ):
-        names.append(instruction.name)
-    return names
+    return [
+      each.name
+      for each, _ in self.executed()
+      if each.opcode in _TRANSFERS
+      or _HOST_TARGET.search(each.find(_CUSTOM_CALL))
+      or any(_HOST_MEMORY in array.layout for array in each.result)
+    ]
 
   def convolution_padding(self) -> float:
     """Bytes of all convolutions' results in memory, per byte of data.
@@ -263,92 +207,42 @@ class Module:
 
   def num_aliased(self) -> int:
     """Counts the results that overwrite an argument."""
-    _, _, text = self.header.partition("input_output_alias={")
-    aliases = 0
-    # The list ends at the first text that is no alias.
-    while match := _ALIASED.match(text := text.lstrip(", ")):
-      aliases += 1
-      text = text[match.end() :]
-    return aliases
+    return len(re.findall(r"\}: \(\d+, \{", self.header))
 
 
 def parse(text: str) -> Module:
-  """Reads a program.
-
-  Args:
-    text: from `jax.stages.Compiled.as_text()`.
-
-  Raises:
-    ValueError: the text has no entry computation.
-  """
-  computations: dict[str, tuple[Instruction, ...]] = {}
-  entry, name, instructions = "", "", list[Instruction]()
+  """Reads the text of `jax.stages.Compiled.as_text()`."""
+  computations: dict[str, list[Instruction]] = {}
+  entry = ""
   header, *lines = text.strip().splitlines()
   for line in lines:
     line = re.sub(r"/\*.*?\*/", "", line)
-    if match := _INSTRUCTION.match(line):
-      instructions.append(_instruction(match[2], line[match.end() :]))
-    elif match := _COMPUTATION.match(line):
-      name, instructions = match[2], []
-      entry = name if match[1] else entry
-    elif line.strip() == "}" and name:
-      computations[name] = tuple(instructions)
-      name = ""
+    if match := _COMPUTATION.match(line):
+      instructions = computations[match[2]] = []
+      known: dict[str, Instruction] = {}
+      entry = match[2] if match[1] else entry
+    elif match := _INSTRUCTION.match(line):
+      name, result, opcode, rest = match.groups()
+      inside, attributes = _split(rest)
+      operands = [known[x] for x in _NAME.findall(inside) if x in known]
+      known[name] = Instruction(
+        *(name, tuple(_arrays(result)), opcode, tuple(operands)),
+        *(inside if opcode == "constant" else "", attributes),
+      )
+      instructions.append(known[name])
   if not entry:
     raise ValueError("the text has no ENTRY computation")
   return Module(header, computations, entry)
 
 
-def _instruction(name: str, text: str) -> Instruction:
-  result, text = _split_result(text)
-  opcode, _, text = text.partition("(")
-  end = _closing(text)
-  operands = []
-  # Operands may have their types before their names.
-  for operand in _split(text[:end]):
-    operands.append(operand.split()[-1].lstrip("%"))
-  value = text[:end] if opcode.strip() == "constant" else ""
-  return Instruction(
-    name,
-    tuple(_arrays(result)),
-    opcode.strip(),
-    # A constant's value and a parameter's number are not names.
-    () if opcode.strip() in ("constant", "parameter") else tuple(operands),
-    text[end + 1 :],
-    int(value) if value.isdecimal() else None,
-  )
-
-
-def _split_result(text: str) -> tuple[str, str]:
-  """Splits the type at the beginning, maybe a tuple, from the rest."""
-  if not text.startswith("("):
-    result, _, rest = text.partition(" ")
-    return result, rest
-  end = _closing(text[1:]) + 2
-  return text[:end], text[end:].lstrip()
-
-
-def _closing(text: str) -> int:
-  """Finds the end of a parenthesis that was opened before the text."""
+def _split(text: str) -> tuple[str, str]:
+  """Splits at the end of a parenthesis that was opened before the text."""
   depth = 1
   for position, character in enumerate(text):
     depth += {"(": 1, ")": -1}.get(character, 0)
     if not depth:
-      return position
-  return len(text)
-
-
-def _split(text: str) -> Iterator[str]:
-  """Splits the text at commas outside brackets."""
-  depth, start = 0, 0
-  for position, character in enumerate(text + ","):
-    depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(
-      character, 0
-    )
-    if character == "," and not depth:
-      if part := text[start:position].strip():
-        yield part
-      start = position + 1
+      return text[:position], text[position + 1 :]
+  return text, ""
 
 
 def _arrays(text: str) -> Iterator[Array]:

@@ -14,19 +14,11 @@ from experiments.tools.tpu_compile import compilation
 def describe(
   config: ConfigDict, devices: Sequence[jax.Device]
 ) -> dict[str, Any]:
-  """Lowers both steps for GPUs and counts their operations.
+  """Lowers both steps for as many GPUs as there are devices, of any kind.
 
-  Args:
-    config: every key of `configs/base.py`.
-    devices: as many devices as GPUs, of any kind.
-
-  Returns:
-    For each of `compilation.STEPS` its `convolutions`, `dots` (products of
-    matrices) and `loops`, each counted once per occurrence, and `custom_calls`
-    by target, which are code outside StableHLO.
-
-  Raises:
-    ConfigError: a value is invalid.
+  Each of `compilation.STEPS` has its `convolutions`, `dots` (products of
+  matrices) and `loops`, each counted once per occurrence, and `custom_calls` by
+  target, which are code outside StableHLO.
   """
   result = {}
   for name, traced in compilation.trace(config, devices).items():

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from experiments.tools import markdown
+from experiments.tools.records import Record
 from experiments.tools.tpu_compile import compilation, hlo, records
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -15,8 +16,6 @@ RESULTS = _FOLDER / "results.jsonl"
 CUDA_RESULTS = _FOLDER / "cuda.jsonl"
 
 _COMMAND = "python -m experiments.tools.tpu_compile.table"
-
-
 # The tables have columns for these keys.
 _SHOWN = (
   *("batch_size", "eval_batch_size"),
@@ -24,7 +23,7 @@ _SHOWN = (
 )
 
 
-def _title(record: records.Record) -> list[str]:
+def _title(record: Record) -> list[str]:
   """Names the network with its overrides, its dtype and the devices."""
   config = record["config"]
   words = [f"{config['name']} {config['depth']}"]
@@ -38,20 +37,16 @@ def _title(record: records.Record) -> list[str]:
 
 
 def _steps(
-  results: Sequence[records.Record],
-) -> Iterator[tuple[records.Record, records.Record, list[str]]]:
+  results: Sequence[Record],
+) -> Iterator[tuple[Record, Record, list[str]]]:
   """Yields (record, step, first cells) for both steps of each record."""
   for record in results:
     for name in compilation.STEPS:
       yield record, record[name], [*_title(record), name]
 
 
-def steps_table(results: Sequence[records.Record]) -> str:
-  """Makes the table of compilation, memory and the roofline.
-
-  Args:
-    results: from `records.read`.
-  """
+def steps_table(results: Sequence[Record]) -> str:
+  """Makes the table of compilation, memory and the roofline."""
   header = (
     *("network", "dtype", "topology", "step", "images/device", "compile s"),
     *("MB/device", "of HBM", "temporary MB", "GFLOP", "GFLOP of layers"),
@@ -81,12 +76,8 @@ def steps_table(results: Sequence[records.Record]) -> str:
   return markdown.table(header, rows)
 
 
-def program_table(results: Sequence[records.Record]) -> str:
-  """Makes the table of the programs' operations.
-
-  Args:
-    results: from `records.read`.
-  """
+def program_table(results: Sequence[Record]) -> str:
+  """Makes the table of the programs' operations."""
   header = (
     *("network", "dtype", "topology", "step", "collectives", "kB in them"),
     *("host transfers", "custom calls", "convolutions", "loops", "padding"),
@@ -112,12 +103,8 @@ def program_table(results: Sequence[records.Record]) -> str:
   return markdown.table(header, rows)
 
 
-def cuda_table(results: Sequence[records.Record]) -> str:
-  """Makes the table of the programs that are lowered for GPUs.
-
-  Args:
-    results: from `records.read`.
-  """
+def cuda_table(results: Sequence[Record]) -> str:
+  """Makes the table of the programs that are lowered for GPUs."""
   header = (
     *("network", "dtype", "devices", "step", "convolutions", "dots", "loops"),
     "custom calls",
@@ -133,7 +120,7 @@ def cuda_table(results: Sequence[records.Record]) -> str:
   return markdown.table(header, rows)
 
 
-def _collectives(step: records.Record) -> str:
+def _collectives(step: Record) -> str:
   counts = {
     kind: sum(e["count"] for e in step["collectives"] if e["kind"] == kind)
     for kind in hlo.COLLECTIVES
@@ -142,14 +129,7 @@ def _collectives(step: records.Record) -> str:
 
 
 def with_tables(text: str) -> str:
-  """Inserts the tables of the committed records into the README's text.
-
-  Args:
-    text: the README's text, with a pair of markers for each table.
-
-  Raises:
-    ValueError: the markers are missing.
-  """
+  """Inserts the tables of the committed records into the README's text."""
   results = records.read(RESULTS)
   tables = {
     "steps": steps_table(results),
