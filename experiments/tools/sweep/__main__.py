@@ -9,10 +9,6 @@ in DIR/NAME.log. The same command skips finished cells and resumes the others.
 `experiments/tools/sweep/definition.py` describes the sweep file.
 """
 
-import contextlib
-import pathlib
-from collections.abc import Iterator
-
 from absl import flags
 
 from resnet_flax.run import errors, folder, process, surroundings
@@ -61,7 +57,8 @@ _ADDRESS = flags.DEFINE_string(
 )
 
 
-def _run(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
+  """Runs the cells that have not finished, or lists all."""
   del argv
   import jax
 
@@ -94,38 +91,6 @@ def _run(argv: list[str]) -> None:
     gpus = sweep.resources.gpus or 1
     surroundings.show(estimate.table(sweep.cells, measured, gpus))
     return
-  finished = [overview.is_finished(cell) for cell in sweep.cells]
-  with _use(workdir):
-    if all(finished):
-      observer = overview.Observer(sweep.cells)
-      statuses = {
-        cell.name: observer.status(cell, overview.State.FINISHED)
-        for cell in sweep.cells
-      }
-      reasons: dict[str, str] = {}
-    else:
-      with scheduler.connect(_ADDRESS.value) as ray:
-        statuses, reasons = scheduler.run(
-          ray,
-          sweep.cells,
-          scheduler.resources_of_cell(ray, sweep.resources),
-          _RETRIES.value,
-          overview.Overview(),
-        )
-  surroundings.show(overview.table(statuses))
-  for name, reason in reasons.items():
-    surroundings.show(f"{name} failed: {reason}")
-  surroundings.show(overview.summary(statuses.values()))
-  if reasons:
-    raise errors.UserError(
-      f"{len(reasons)} of {len(statuses)} cells failed; their messages are in"
-      f" {workdir}/NAME.log. The same command tries them again."
-    )
-
-
-@contextlib.contextmanager
-def _use(workdir: pathlib.Path) -> Iterator[None]:
-  """Makes the sweep's folder and keeps other sweeps out of it."""
   if (workdir / "config.json").exists():
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run, not a sweep. Pass another --workdir."
@@ -138,13 +103,17 @@ def _use(workdir: pathlib.Path) -> Iterator[None]:
       " one with --workdir."
     ) from error
   with folder.exclusive(workdir):
-    yield
-
-
-def main() -> None:
-  """Runs the command line; an error or a signal ends it with one line."""
-  process.run(_run)
+    statuses, reasons = scheduler.run(sweep, _ADDRESS.value, _RETRIES.value)
+  surroundings.show(overview.table(statuses))
+  for name, reason in reasons.items():
+    surroundings.show(f"{name} failed: {reason}")
+  surroundings.show(overview.summary(statuses.values()))
+  if reasons:
+    raise errors.UserError(
+      f"{len(reasons)} of {len(statuses)} cells failed; their messages are in"
+      f" {workdir}/NAME.log. The same command tries them again."
+    )
 
 
 if __name__ == "__main__":
-  main()
+  process.run(main)

@@ -36,17 +36,11 @@ _NAMES = ("CONFIG", "OVERRIDES", "GRID", "CPUS_PER_CELL", "GPUS_PER_CELL")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One run of a sweep.
+  """One run of a sweep."""
 
-  Attributes:
-    workdir: the run's folder; its name lists the cell's overrides.
-    arguments: arguments of `resnet_flax.main`, without the workdir.
-    config: the configuration that these arguments give.
-  """
-
-  workdir: pathlib.Path
-  arguments: tuple[str, ...]
-  config: ConfigDict
+  workdir: pathlib.Path  # Its name lists the cell's overrides.
+  arguments: tuple[str, ...]  # Of `resnet_flax.main`, without the workdir.
+  config: ConfigDict  # That these arguments give.
 
   @property
   def name(self) -> str:
@@ -60,43 +54,29 @@ class Cell:
 
 
 class Resources(NamedTuple):
-  """The resources of a cell; as many cells run at once as have resources.
+  """The resources of a cell; as many cells run at once as have resources."""
 
-  Attributes:
-    cpus: number of cores. On Linux the process is restricted to this number.
-      None means a GPU's share of a machine's cores if it has GPUs, else all
-      cores: one cell at a time is fastest.
-    gpus: number of GPUs. None means one if a machine has GPUs.
-  """
-
+  # Number of cores. On Linux the process is restricted to this number. None
+  # means a GPU's share of a machine's cores if it has GPUs, else all cores: one
+  # cell at a time is fastest.
   cpus: int | None = None
-  gpus: int | None = None
+  gpus: int | None = None  # None means one if a machine has GPUs.
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-  """The content of a sweep file.
+class Sweep(NamedTuple):
+  """The content of a sweep file."""
 
-  Attributes:
-    cells: at least one cell, in the order of the grid.
-    resources: resources of each cell.
-  """
-
-  cells: tuple[Cell, ...]
-  resources: Resources
+  cells: tuple[Cell, ...]  # At least one, in the order of the grid.
+  resources: Resources  # Of each cell.
 
 
 def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
   """Reads a sweep file and checks the configuration of every cell.
 
-  Args:
-    path: the sweep file.
-    workdir: parent of the cells' folders; nothing is written yet.
-    resources: values other than None override the file's.
-
-  Raises:
-    ConfigError: the file is missing, raises or has another form; a cell has an
-      invalid key or value, or occurs twice.
+  `workdir` is the parent of the cells' folders; nothing is written yet.
+  Resources other than None override the file's. Raises `ConfigError` if the
+  file is missing, raises or has another form, or if a cell has an invalid key
+  or value or occurs twice.
   """
   values = _run(path)
   config = values["CONFIG"]

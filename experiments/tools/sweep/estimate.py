@@ -38,22 +38,14 @@ def table(
   """Makes a table of the cells with their remaining cost.
 
   A time divides the remaining FLOPs by the median FLOP/s of these cells' epochs
-  and of other runs. If there are none, the smallest cell runs a few training
-  steps now. The times leave out starting, compiling and preparing data.
+  and of other runs, whose workdirs are in `measured`. If there are none, the
+  smallest cell runs a few training steps now, on `gpus` devices. The times
+  leave out starting, compiling and preparing data.
 
-  Args:
-    cells: cells of the sweep.
-    measured: workdirs of other runs, on the same machine.
-    gpus: GPUs of a cell, at least 1; a CPU counts as 1.
-
-  Returns:
-    The table. Each cell has its finished epochs, trainable parameters, FLOPs of
-    one image's forward pass and training images of all epochs. For the
-    remaining epochs it has 10^12 FLOPs (training and evaluation) and the
-    estimated time. The sums come last.
-
-  Raises:
-    WorkdirError: a workdir cannot be read, or holds another run.
+  Each cell has its finished epochs, trainable parameters, FLOPs of one image's
+  forward pass and training images of all epochs. For the remaining epochs it
+  has 10^12 FLOPs (training and evaluation) and the estimated time. The sums
+  come last. Raises `WorkdirError` if a workdir holds another run.
   """
   rates = _rates(cells, measured)
   rate = statistics.median(rates) if rates else rate_now(cells, gpus)
@@ -117,10 +109,6 @@ def rate_now(cells: Sequence[Cell], gpus: int) -> float:
   """Measures FLOP/s in training steps of the smallest cell, on noise.
 
   It calls single steps, which is slower than training on accelerators.
-
-  Args:
-    cells: cells of the sweep.
-    gpus: see `table`.
   """
   config = min(
     (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds

@@ -22,9 +22,6 @@ def end_with_parent(parent: int) -> None:
 
   The cell then saves and ends, so that it does not block a retry. On other
   systems the workdir's lock refuses the retry.
-
-  Args:
-    parent: the process that started this one.
   """
   if sys.platform != "linux":
     return
@@ -39,12 +36,9 @@ def take_cores(count: int, folder: pathlib.Path) -> None:
   """Restricts this process to `count` cores that no other cell uses.
 
   XLA starts a thread for each core that it may use, so two cells at once would
-  both use all cores. A locked file reserves a core. The file stays open after
-  this function, until the program ends.
-
-  Args:
-    count: number of cores; if the machine has no more, nothing is done.
-    folder: holds a file for each core; all cells of a machine share it.
+  both use all cores. A locked file in the folder, which all cells of a machine
+  share, reserves a core. It stays open until the program ends. If the machine
+  has no more cores, nothing is done.
   """
   if sys.platform != "linux":
     return

@@ -33,23 +33,14 @@ class State(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """The progress of a cell, read from its files.
-
-  Attributes:
-    state: state of the cell.
-    tries: number of times this sweep has started it.
-    num_epochs: number of epochs of the whole run.
-    records: records of the finished epochs.
-    best: the best record, if there is one.
-    left: the remaining time in its program's log; '' if the log has none.
-  """
+  """The progress of a cell, read from its files."""
 
   state: State
-  tries: int
-  num_epochs: int
-  records: Sequence[metrics.Record]
+  tries: int  # Number of times this sweep has started it.
+  num_epochs: int  # Of the whole run.
+  records: Sequence[metrics.Record]  # Of the finished epochs.
   best: metrics.Record | None
-  left: str
+  left: str  # The remaining time in its program's log; '' if that has none.
 
   def row(self, name: str) -> tuple[str, ...]:
     """Makes its row of the table."""
@@ -82,8 +73,7 @@ class Status:
 def is_finished(cell: Cell) -> bool:
   """Whether all epochs of a cell are finished.
 
-  Raises:
-    WorkdirError: its workdir holds a run of another configuration.
+  Raises `WorkdirError` if its workdir holds a run of another configuration.
   """
   if not (cell.workdir / "config.json").exists():
     return False
@@ -96,11 +86,7 @@ def is_finished(cell: Cell) -> bool:
 
 
 class Observer:
-  """Reads the progress of cells, from now on.
-
-  Args:
-    cells: cells of the sweep.
-  """
+  """Reads the progress of cells, from now on."""
 
   def __init__(self, cells: Iterable[Cell]):
     # An earlier sweep's lines in a log do not count.
@@ -110,12 +96,7 @@ class Observer:
     }
 
   def status(self, cell: Cell, ended: State | None) -> Status:
-    """Reads the progress of a cell.
-
-    Args:
-      cell: one of the cells.
-      ended: its final state, or None while it runs or waits.
-    """
+    """The progress of a cell, which has `ended`, or else runs or waits."""
     text = self._log(cell)
     tries = len(re.findall(f"^{task.STARTED}", text, re.MULTILINE))
     records = metrics.MetricsLog(cell.workdir).read()
@@ -149,9 +130,8 @@ class Observer:
 class Overview:
   """Shows the progress of all cells while they run; a context manager.
 
-  Args:
-    console: a terminal shows a table that is redrawn; another console gets a
-      line when a cell's state, tries or epochs change.
+  A terminal shows a table that is redrawn; another console gets a line when a
+  cell's state, tries or epochs change.
   """
 
   def __init__(self, console: Console | None = None):

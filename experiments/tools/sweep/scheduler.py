@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.tools.sweep import overview as overview_lib, task
-from experiments.tools.sweep.definition import Cell, Resources
+from experiments.tools.sweep.definition import Cell, Resources, Sweep
 from experiments.tools.sweep.overview import State, Status
 from resnet_flax.run import environment, errors, signals as signals_lib
 
@@ -21,16 +21,9 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 
 @contextlib.contextmanager
 def connect(address: str) -> Iterator[Any]:
-  """Starts Ray on this machine, or connects to a cluster; stops it at the end.
+  """Yields the module `ray`, connected to a cluster, or to this machine if ''.
 
-  Args:
-    address: address of a cluster; '' for this machine alone.
-
-  Yields:
-    The module `ray`.
-
-  Raises:
-    UserError: Ray is not installed, or the cluster cannot be reached.
+  Raises `UserError` if Ray is not installed or the cluster cannot be reached.
   """
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   # By default Ray's workers yield to all other processes; cells must not.
@@ -74,27 +67,13 @@ def connect(address: str) -> Iterator[Any]:
     ray.shutdown()
 
 
-def resources_of_cell(ray: Any, wanted: Resources) -> tuple[int, int]:
-  """Runs `choose_resources` for the machines that are up."""
-  nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-  return choose_resources(wanted, nodes)
-
-
 def choose_resources(
   wanted: Resources, nodes: Sequence[dict[str, float]]
 ) -> tuple[int, int]:
-  """Chooses the resources of each cell.
+  """Chooses the CPUs and GPUs of each cell.
 
-  Args:
-    wanted: the requested resources.
-    nodes: each machine's numbers of 'CPU' and 'GPU'; a key is missing if the
-      machine has none.
-
-  Returns:
-    CPUs and GPUs of a cell.
-
-  Raises:
-    ConfigError: no machine has enough CPUs and GPUs.
+  `nodes` has each machine's numbers of 'CPU' and 'GPU'; a key is missing if the
+  machine has none. Raises `ConfigError` if no machine has enough of both.
   """
   sizes = [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes]
   gpus = wanted.gpus
@@ -117,57 +96,51 @@ def choose_resources(
 
 
 def run(
-  ray: Any,
-  cells: Sequence[Cell],
-  resources: tuple[int, int],
-  retries: int,
-  overview: overview_lib.Overview,
+  sweep: Sweep, address: str, retries: int
 ) -> tuple[dict[str, Status], dict[str, str]]:
   """Runs all unfinished cells and waits for them.
 
-  Args:
-    ray: from `connect`.
-    cells: checked cells; the parent of their workdirs exists.
-    resources: CPUs and GPUs of a cell.
-    retries: number of restarts of a cell that dies.
-    overview: shows the cells' progress every second.
-
-  Returns:
-    The final status of each cell, and the reason of each failure, by name.
-
-  Raises:
-    Interrupted: SIGINT or SIGTERM. The cells have saved and ended.
+  A cell that dies is started again up to `retries` times. Gives the final
+  status of each cell, and the reason of each failure, by name. Raises
+  `Interrupted` after SIGINT or SIGTERM: the cells have saved and ended.
   """
-  observer = overview_lib.Observer(cells)
-  statuses = {cell.name: observer.status(cell, None) for cell in cells}
+  observer = overview_lib.Observer(sweep.cells)
+  statuses, unfinished = {}, []
+  for cell in sweep.cells:
+    ended = State.FINISHED if overview_lib.is_finished(cell) else None
+    statuses[cell.name] = observer.status(cell, ended)
+    if not ended:
+      unfinished.append(cell)
   reasons: dict[str, str] = {}
+  if not unfinished:
+    return statuses, reasons
   running: dict[Any, Cell] = {}
-
-  with signals_lib.StopSignals(exits=True) as signals, signals.hold():
+  with (
+    connect(address) as ray,
+    signals_lib.StopSignals(exits=True) as signals,
+    signals.hold(),
+  ):
     signals.say_on_exit(
       lambda: (
         "stopped at once; the cells' checkpoints are good, and the same command"
         " resumes from them."
       )
     )
-    cpus, gpus = resources
-    remote = ray.remote(task.run)
-    options = {
-      "num_cpus": cpus,
-      "num_gpus": gpus,
-      "max_retries": retries,
-      "retry_exceptions": [task.Died],
-    }
-    for cell in cells:
-      if overview_lib.is_finished(cell):
-        statuses[cell.name] = observer.status(cell, State.FINISHED)
-        continue
-      reference = remote.options(name=cell.name, **options).remote(
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = choose_resources(sweep.resources, nodes)
+    remote = ray.remote(
+      num_cpus=cpus,
+      num_gpus=gpus,
+      max_retries=retries,
+      retry_exceptions=[task.Died],
+    )(task.run)
+    for cell in unfinished:
+      reference = remote.options(name=cell.name).remote(
         cell.arguments, cell.workdir, cell.log, pathlib.Path.cwd(), cpus, gpus
       )
       running[reference] = cell
     stopping = False
-    with overview:
+    with overview_lib.Overview() as overview:
       while running:
         if signals.number and not stopping:
           stopping = True

@@ -34,24 +34,12 @@ def run(
   cpus: int,
   gpus: int,
 ) -> int:
-  """Runs the main command for one cell until it ends.
+  """Runs the main command for one cell until it ends; gives the exit code.
 
-  On an interrupt, for example by `ray.cancel`, it asks the process to stop and
-  waits for its end.
-
-  Args:
-    arguments: arguments of `resnet_flax.main`, without the workdir.
-    workdir: workdir of the cell.
-    log: file to which the start time and the process's output are added.
-    cwd: the repository's top folder.
-    cpus: number of cores that the cell may use.
-    gpus: number of GPUs that Ray has assigned, in the environment.
-
-  Returns:
-    The exit code.
-
-  Raises:
-    Died: a signal from outside ended the process.
+  The start time and the process's output are added to `log`. Ray has assigned
+  the `gpus`, in the environment. On an interrupt, for example by `ray.cancel`,
+  it asks the process to stop and waits for its end. Raises `Died` if a signal
+  from outside ended the process.
   """
   _wait_for_lock(workdir)
   environ = dict(os.environ)
