@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from experiments.tools.networks import table
+from experiments.tools import networks as table
 from resnet_flax.models import registry
 
 NETWORKS = [

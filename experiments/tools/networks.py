@@ -1,16 +1,22 @@
-"""Compares the size of every network with its published size."""
+"""Writes the tables of all networks' sizes into docs/networks.md.
+
+  python -m experiments.networks
+
+The command traces shapes and compiles nothing; deep networks take a minute.
+"""
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import base
+from experiments.tools import markdown
 from resnet_flax.models import registry
 from resnet_flax.tools import summary
 
-PAGE = pathlib.Path(__file__).parents[3] / "docs" / "networks.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "networks.md"
 COMMAND = "python -m experiments.networks"
 
 _KERAS = "Keras example"
@@ -23,21 +29,13 @@ _KERAS_APPLICATIONS = "keras.applications"
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A row of the table.
-
-  Attributes:
-    name: `model.name`.
-    depth: `model.depth`.
-    overrides: other keys of `model`.
-    published: published numbers of parameters and multiply-adds.
-    source: the publication.
-  """
+  """A row of the table."""
 
   name: str
   depth: int
-  overrides: tuple[tuple[str, Any], ...] = ()
-  published: tuple[str, str] = ("", "")
-  source: str = ""
+  overrides: tuple[tuple[str, Any], ...] = ()  # Other keys of `model`.
+  published: tuple[str, str] = ("", "")  # Parameters and multiply-adds.
+  source: str = ""  # The publication.
 
   @property
   def is_large(self) -> bool:
@@ -53,16 +51,17 @@ class Network:
 
 def _series(
   name: str,
-  published: Mapping[int, tuple[str, str]] | Iterable[int],
+  published: Mapping[int, str | tuple[str, str]] | Sequence[int],
   source: str = "",
   **overrides: Any,
 ) -> list[Network]:
-  items = tuple(overrides.items())
+  """Networks of some depths, which may map to what is published of them."""
   if not isinstance(published, Mapping):
-    return [Network(name, depth, items) for depth in published]
+    published = dict.fromkeys(published, "")
+  items = tuple(overrides.items())
   return [
-    Network(name, depth, items, numbers, source)
-    for depth, numbers in published.items()
+    Network(name, depth, items, (n, "") if isinstance(n, str) else n, source)
+    for depth, n in published.items()
   ]
 
 
@@ -72,23 +71,23 @@ SMALL = (
   *_series(
     "resnet_v1",
     {
-      20: ("273,066", ""),
-      32: ("467,946", ""),
-      44: ("662,826", ""),
-      56: ("857,706", ""),
-      110: ("1,734,666", ""),
+      20: "273,066",
+      32: "467,946",
+      44: "662,826",
+      56: "857,706",
+      110: "1,734,666",
     },
     _KERAS,
   ),
   *_series(
     "resnet_v1",
     {
-      20: ("0.27 M", ""),
-      32: ("0.46 M", ""),
-      44: ("0.66 M", ""),
-      56: ("0.85 M", ""),
-      110: ("1.7 M", ""),
-      1202: ("19.4 M", ""),
+      20: "0.27 M",
+      32: "0.46 M",
+      44: "0.66 M",
+      56: "0.85 M",
+      110: "1.7 M",
+      1202: "19.4 M",
     },
     _HE,
     shortcut="A",
@@ -102,50 +101,43 @@ SMALL = (
   *_series(
     "resnet_v2",
     {
-      20: ("570,602", ""),
-      29: ("843,786", ""),
-      56: ("1,663,338", ""),
-      110: ("3,302,442", ""),
-      164: ("4,941,546", ""),
+      20: "570,602",
+      29: "843,786",
+      56: "1,663,338",
+      110: "3,302,442",
+      164: "4,941,546",
     },
     _KERAS,
   ),
   *_series("resnet_v2", [1001]),
-  *_series("wide_resnet", {28: ("36.5 M", "")}, _WIDE, conv_bias=False),
+  *_series("wide_resnet", {28: "36.5 M"}, _WIDE, conv_bias=False),
   *_series(
     "wide_resnet",
-    {16: ("11.0 M", ""), 22: ("17.2 M", "")},
+    {16: "11.0 M", 22: "17.2 M"},
     _WIDE,
     widen_factor=8,
     conv_bias=False,
   ),
   *_series(
-    "wide_resnet", {40: ("2.2 M", "")}, _WIDE, widen_factor=2, conv_bias=False
+    "wide_resnet", {40: "2.2 M"}, _WIDE, widen_factor=2, conv_bias=False
   ),
   *_series(
-    "wide_resnet", {40: ("8.9 M", "")}, _WIDE, widen_factor=4, conv_bias=False
+    "wide_resnet", {40: "8.9 M"}, _WIDE, widen_factor=4, conv_bias=False
   ),
   *_series("wide_resnet", [16], widen_factor=4, conv_bias=False),
-  *_series("resnext", {29: ("34.4 M", "")}, _XIE, conv_bias=False),
+  *_series("resnext", {29: "34.4 M"}, _XIE, conv_bias=False),
 )
 
 LARGE = (
   *_series(
     "resnet_imagenet",
-    {
-      18: ("11,689,512", "1.8 G"),
-      34: ("21,797,672", "3.6 G"),
-    },
+    {18: ("11,689,512", "1.8 G"), 34: ("21,797,672", "3.6 G")},
     f"{_TORCHVISION}, {_HE}",
     conv_bias=False,
   ),
   *_series(
     "resnet_imagenet",
-    {
-      50: ("25,557,032", ""),
-      101: ("44,549,160", ""),
-      152: ("60,192,808", "11.5 G"),
-    },
+    {50: "25,557,032", 101: "44,549,160", 152: ("60,192,808", "11.5 G")},
     _TORCHVISION,
     conv_bias=False,
   ),
@@ -169,14 +161,14 @@ LARGE = (
   ),
   *_series(
     "resnet_imagenet",
-    {50: ("68,883,240", ""), 101: ("126,886,696", "")},
+    {50: "68,883,240", 101: "126,886,696"},
     _TORCHVISION,
     group_width=128,
     conv_bias=False,
   ),
   *_series(
     "resnet_imagenet",
-    {50: ("28,088,024", "")},
+    {50: "28,088,024"},
     "timm's seresnet50",
     squeeze_excitation=16,
     conv_bias=False,
@@ -193,8 +185,8 @@ LARGE = (
     f"{_TORCHVISION}, {_HE}",
     norm="none",
   ),
-  *_series("vgg", {19: ("143,678,248", "")}, _TORCHVISION),
-  *_series("alexnet", {8: ("61,100,840", "")}, _TORCHVISION),
+  *_series("vgg", {19: "143,678,248"}, _TORCHVISION),
+  *_series("alexnet", {8: "61,100,840"}, _TORCHVISION),
 )
 
 
@@ -212,10 +204,8 @@ def measure(network: Network) -> summary.Size:
 def row(network: Network) -> str:
   """Formats a network's row of the table."""
   measured = measure(network)
-  billions, millions = (
-    f"{measured.multiply_adds / 1e9:.2f} G",
-    f"{measured.multiply_adds / 1e6:.1f} M",
-  )
+  millions = f"{measured.multiply_adds / 1e6:.1f} M"
+  billions = f"{measured.multiply_adds / 1e9:.2f} G"
   cells = [
     network.title,
     str(network.depth),
@@ -232,6 +222,20 @@ HEADER = (
   "| network | depth | parameters | published | multiply-adds | published |"
   " source |\n| --- | --- | --- | --- | --- | --- | --- |"
 )
-
-
 TABLES = {"large networks": LARGE, "small networks": SMALL}
+
+
+def main() -> None:
+  """Replaces the tables between their markers."""
+  text = PAGE.read_text()
+  for name, networks in TABLES.items():
+    lines = [HEADER]
+    for network in networks:
+      lines.append(row(network))
+      print(lines[-1], flush=True)
+    text = markdown.replace(text, name, COMMAND, "\n".join(lines))
+  PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+  main()

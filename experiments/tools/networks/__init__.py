@@ -1,1 +1,0 @@
-"""Makes tables of all networks with their counted and published sizes."""
