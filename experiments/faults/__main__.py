@@ -8,11 +8,10 @@ Some faults need root and the right to mount, or a prepared CIFAR-10 under
 TFDS_DATA_DIR. Without it, the table lists them as skipped.
 """
 
+import argparse
 import collections
 import dataclasses
-import functools
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -22,31 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 
 from experiments.faults import harness, injections
 from experiments.faults.case import Case, Job, Row
-from experiments.tools import markdown
-from resnet_flax.run import (
-  command_line,
-  environment,
-  files as files_lib,
-  surroundings,
-)
+from experiments.tools import lists, markdown
+from resnet_flax.run import environment, files as files_lib, surroundings
 
-_KILLS = flags.DEFINE_integer("kills", 50, "Random kills that hit a process.")
-_SEED = flags.DEFINE_integer("seed", 0, "Draws times, signals, files, bytes.")
-_OUT = flags.DEFINE_string("out", "", "JSON file, written after each fault.")
-_FAULTS = flags.DEFINE_list(
-  "faults",
-  list(injections.FAULTS),
-  f"Any of {', '.join(injections.FAULTS)}; empty for none.",
-)
-flags.register_validator(
-  "faults",
-  lambda names: set(names) <= {*injections.FAULTS, ""},
-  f"must be any of {', '.join(injections.FAULTS)}, or empty.",
-)
 _SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
 _COLUMNS = ("fault", "injected", "outcome", "bytes that differ", "note")
 # The program's handlers may not be installed yet, so Python's own codes count.
@@ -61,15 +41,9 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
 
   Half of the times fall before compilation ends, within the reference's time up
   to there. The other half fall after it, within the reference's remaining time
-  from the moment that the attempt's step is compiled.
-
-  Args:
-    job: the job, which runs in new workdirs until each of them finishes.
-    kills: number of signals that must end a process.
-    seed: draws the signals and their times.
-
-  Returns:
-    The attempts and the number of differing bytes of each workdir, as JSON.
+  from the moment that the attempt's step is compiled. The job runs in new
+  workdirs until each of them finishes. Gives the attempts and the number of
+  differing bytes of each workdir, as JSON.
   """
   rng = np.random.default_rng(seed)
   reference = job.reference
@@ -88,7 +62,7 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
           wait = process.age + rng.uniform(
             0, reference.seconds - reference.seconds_to_compiled
           )
-        process.wait_until(functools.partial(process.is_older, wait))
+        process.wait_until_age(wait)
         process.send(number)
       attempts.append(process.end().as_json())
       # A signal does not count if its process finished anyway.
@@ -103,11 +77,7 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
 
 
 def kill_rows(workdirs: list[Any]) -> list[Row]:
-  """Makes a row for each phase in which signals ended a process.
-
-  Args:
-    workdirs: from `kill_at_random`.
-  """
+  """Makes a row for each phase in which signals ended a process."""
   rows = []
   hits = collections.defaultdict(list)
   for index, workdir in enumerate(workdirs):
@@ -158,16 +128,7 @@ def _ended_well(attempt: dict[str, Any]) -> bool:
 
 
 def inject(name: str, job: Job, seed: int) -> tuple[Row, list[Any]]:
-  """Injects one named fault.
-
-  Args:
-    name: a key of `injections.FAULTS`.
-    job: the job that the fault hits.
-    seed: draws the random choices of the fault.
-
-  Returns:
-    The fault's row, and all attempts as JSON.
-  """
+  """Injects a fault into a job; gives its row, and all attempts as JSON."""
   fault = injections.FAULTS[name]
   # The docstring's first line is the fault's name in the table.
   assert fault.__doc__ is not None
@@ -190,11 +151,6 @@ def inject(name: str, job: Job, seed: int) -> tuple[Row, list[Any]]:
   return row, case.attempts
 
 
-def _has_cifar10() -> bool:
-  folder = os.environ.get("TFDS_DATA_DIR", "")
-  return bool(folder) and pathlib.Path(folder, "cifar10").is_dir()
-
-
 def _anonymous(value: Any, folder: pathlib.Path) -> Any:
   """Replaces this machine's folder and host name in JSON."""
   text = json.dumps(value)
@@ -203,9 +159,15 @@ def _anonymous(value: Any, folder: pathlib.Path) -> Any:
   return json.loads(text)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Injects the faults, prints each row, and writes the raw figures."""
-  del argv
+  parser = argparse.ArgumentParser("python -m experiments.faults")
+  add, known = parser.add_argument, injections.FAULTS
+  add("--kills", type=int, default=50, help="that hit a process")
+  add("--seed", type=int, default=0, help="draws times, signals, files, bytes")
+  add("--out", type=pathlib.Path, help="written after each fault")
+  add("--faults", type=lists.names(known), default=",".join(known))
+  flags = parser.parse_args()
   surroundings.set_up()
   # A background job ignores SIGINT, and its runs would inherit that.
   signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -213,8 +175,8 @@ def main(argv: list[str]) -> None:
   results: dict[str, Any] = {
     "arguments": injections.DIGITS,
     "arguments_for_data": injections.CIFAR10,
-    "kills": _KILLS.value,
-    "seed": _SEED.value,
+    "kills": flags.kills,
+    "seed": flags.seed,
     "environment": environment.describe(jax.devices()),
     "reference": {},
     "killed": [],
@@ -222,15 +184,13 @@ def main(argv: list[str]) -> None:
     "table": [],
   }
 
-  def add(new: list[Row]) -> None:
+  def show(new: list[Row]) -> None:
     for row in new:
       print(row, flush=True)
     rows.extend(new)
     results["table"] = [dataclasses.asdict(row) for row in rows]
-    if _OUT.value:
-      files_lib.write_json(
-        pathlib.Path(_OUT.value), _anonymous(results, folder)
-      )
+    if flags.out:
+      files_lib.write_json(flags.out, _anonymous(results, folder))
 
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -244,23 +204,16 @@ def main(argv: list[str]) -> None:
       ),
     }
     print(markdown.table(_COLUMNS, []), flush=True)
-    for name in filter(None, _FAULTS.value):
-      needs_data = name in injections.ON_CIFAR10
-      if needs_data and not _has_cifar10():
-        text = "skipped: needs a prepared cifar10"
-        add([Row(name.replace("_", " "), 0, text, None, "", True)])
-        continue
-      row, attempts = inject(
-        name, on_cifar10 if needs_data else job, _SEED.value
-      )
-      results["faults"][name] = attempts
-      add([row])
-    results["killed"] = kill_at_random(job, _KILLS.value, _SEED.value)
-    add(kill_rows(results["killed"]))
+    for name in flags.faults:
+      hit = on_cifar10 if name in injections.ON_CIFAR10 else job
+      row, results["faults"][name] = inject(name, hit, flags.seed)
+      show([row])
+    results["killed"] = kill_at_random(job, flags.kills, flags.seed)
+    show(kill_rows(results["killed"]))
   wrong = [row.fault for row in rows if not row.as_expected]
   if wrong:
     sys.exit(f"not as expected: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse_flags)
+  main()

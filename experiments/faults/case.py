@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,8 @@ from resnet_flax.run import errors
 class Job:
   """A command with its undisturbed run and a half-done run.
 
-  Args:
-    folder: folder for the workdirs and the data cache.
-    arguments: arguments of the main command.
-    half_done: step of the checkpoint at which the half-done run is killed.
+  `folder` is for the workdirs and the data cache. The half-done run is killed
+  at the checkpoint of step `half_done`.
   """
 
   def __init__(
@@ -65,16 +63,14 @@ class Job:
   def half_done(self, workdir: pathlib.Path) -> int:
     """Makes a workdir in the state that a killed run leaves.
 
-    Returns:
-      The process ID of the killed run, whose lock is still in the workdir.
+    Gives the process ID of that run, whose lock is still in the workdir.
     """
     template, pid = self._template
     shutil.copytree(template, workdir)
     return pid
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
   """The undisturbed run: its compile time, its total time and its results."""
 
   seconds_to_compiled: float
@@ -83,30 +79,19 @@ class Reference:
 
 
 class Case:
-  """The test of one fault: its actions, its outcome and its problems.
-
-  Attributes:
-    workdir: workdir of the tested run; does not exist at first.
-    extra: further arguments of the command, after the job's.
-    rng: draws the random choices of the fault.
-    injected: number of times the fault was injected.
-    attempts: all starts of the command, as JSON.
-    problems: unexpected results, in words.
-    notes: remarks for the table.
-    messages: standard error of all starts.
-    different_bytes: differing bytes of all recovered runs; None without one.
-  """
+  """The test of one fault: its actions, its outcome and its problems."""
 
   def __init__(self, job: Job, rng: np.random.Generator):
     self.job = job
-    self.workdir = job.new_workdir()
-    self.extra: list[str] = []
-    self.rng = rng
-    self.injected = 1
-    self.attempts: list[dict[str, Any]] = []
-    self.problems: list[str] = []
-    self.notes: list[str] = []
-    self.messages: list[str] = []
+    self.workdir = job.new_workdir()  # It does not exist at first.
+    self.extra: list[str] = []  # Arguments of the command, after the job's.
+    self.rng = rng  # Draws the random choices of the fault.
+    self.injected = 1  # Number of times.
+    self.attempts: list[dict[str, Any]] = []  # All starts, as JSON.
+    self.problems: list[str] = []  # Unexpected results, in words.
+    self.notes: list[str] = []  # Remarks for the table.
+    self.messages: list[str] = []  # Standard error of all starts.
+    # Of all recovered runs; None without one.
     self.different_bytes: int | None = None
     self._done: list[str] = []
 
@@ -120,9 +105,12 @@ class Case:
     if not holds:
       self.problems.append(problem)
 
-  def half_done(self) -> int:
+  def half_done(self, *, locked: bool = True) -> int:
     """Starts from a half-done run; returns the killed process's ID."""
-    return self.job.half_done(self.workdir)
+    pid = self.job.half_done(self.workdir)
+    if not locked:
+      (self.workdir / "lock").unlink()
+    return pid
 
   def start(self, *extra: str, **environment: str) -> harness.Process:
     """Starts the command."""
@@ -161,10 +149,7 @@ class Case:
   ) -> None:
     """Runs the command, which must stop with one line that has these words.
 
-    Args:
-      *words: parts of the line.
-      error: the line of a run that has ended already; None runs the command.
-      extra: further arguments of the command, after the job's.
+    `error` is the line of a run that has ended already; None runs the command.
     """
     if error is None:
       error = self.end(self.start(*extra)).error
@@ -185,10 +170,7 @@ class Case:
   ) -> None:
     """Runs the command, which must finish with the reference's results.
 
-    Args:
-      *says: words that its messages must contain.
-      identical: whether the results must be bit-identical.
-      **environment: environment variables of the run.
+    Its messages must contain the words that it `says`.
     """
     self._done.append("recovers" if identical else "finishes")
     ended = self.end(self.start(**environment))
@@ -223,7 +205,8 @@ class Case:
   def latest_is_good(self) -> None:
     """Checks that the latest checkpoint can be restored and is finite."""
     try:
-      arrays = harness.latest_arrays(self.workdir)
+      step = int(harness.latest(self.workdir).name)
+      arrays = harness.arrays(self.workdir, "latest", step)
     except errors.WorkdirError as error:
       self.problems.append(str(error))
       return

@@ -33,30 +33,20 @@ def command(arguments: list[str], workdir: pathlib.Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-  """How a process ended.
+  """How a process ended."""
 
-  Attributes:
-    code: exit code; negative if a signal killed it.
-    lines: lines of its standard error.
-    seconds: seconds since its start, or since the signal if it got one.
-    signal: the signal's name; None if it got none or ended before.
-    phase: the phase in which it got the signal; see `Process.phase`.
-    sent_after: seconds from the start to the signal.
-  """
-
-  code: int
-  lines: list[str]
-  seconds: float
-  signal: str | None = None
-  phase: str | None = None
-  sent_after: float | None = None
+  code: int  # Negative if a signal killed it.
+  lines: list[str]  # Of its standard error.
+  seconds: float  # Since its start, or since the signal if it got one.
+  signal: str | None = None  # Its name; None if it got none or ended before.
+  phase: str | None = None  # Of `Process`, in which it got the signal.
+  sent_after: float | None = None  # Seconds from the start to the signal.
 
   @property
   def error(self) -> str:
-    """The line that says why it stopped; empty if it ended otherwise.
+    """The last line, 'error: ...', that says why it stopped.
 
-    It is empty with exit code 0, after a traceback, or if the last line does
-    not have the form 'error: ...'.
+    It is empty with exit code 0, after a traceback, or if there is none.
     """
     last = self.lines[-1].strip() if self.lines else ""
     traced = any(line.startswith("Traceback") for line in self.lines)
@@ -76,13 +66,7 @@ class Ended:
 
 
 class Process:
-  """A running main command on a workdir.
-
-  Args:
-    arguments: arguments of the command.
-    workdir: workdir of the run.
-    **environment: environment variables of the process.
-  """
+  """A running main command on a workdir, with more environment variables."""
 
   def __init__(
     self, arguments: list[str], workdir: pathlib.Path, **environment: str
@@ -111,10 +95,6 @@ class Process:
     """Seconds since its start."""
     return time.monotonic() - self.started
 
-  def is_older(self, seconds: float) -> bool:
-    """Whether it started at least `seconds` ago."""
-    return self.age >= seconds
-
   def messages(self) -> str:
     """Its standard error so far."""
     # The process shares the file's position, so reading must not move it.
@@ -128,6 +108,10 @@ class Process:
         return True
       time.sleep(_POLL_SECONDS)
     return False
+
+  def wait_until_age(self, seconds: float) -> None:
+    """Waits until it has this age, or ends before."""
+    self.wait_until(lambda: self.age >= seconds)
 
   def is_compiled(self) -> bool:
     """Whether the training step is compiled."""
@@ -144,11 +128,10 @@ class Process:
   def phase(self) -> str:
     """Tells from its messages and its workdir what it is doing.
 
-    Returns:
-      'starting': Python and the libraries load. 'preparing': the workdir is
-      locked, and the run restores a checkpoint and loads data. 'compiling': the
-      training step compiles. Then 'training' or 'evaluating', with '+ saving'
-      while a checkpoint is half written.
+    'starting': Python and the libraries load. 'preparing': the workdir is
+    locked, and the run restores a checkpoint and loads data. 'compiling': the
+    training step compiles. Then 'training' or 'evaluating', with '+ saving'
+    while a checkpoint is half written.
     """
     if not self.is_compiled():
       if "compiling the" in self.messages():
@@ -195,47 +178,24 @@ class Process:
     return not within and len(records) < epochs
 
 
-def run_and_signal(
-  arguments: list[str],
-  workdir: pathlib.Path,
-  number: int,
-  condition: Callable[[Process], bool],
-) -> Ended:
-  """Runs the main command and sends it a signal, unless it ends before.
-
-  Args:
-    arguments: arguments of the command.
-    workdir: workdir of the run.
-    number: number of the signal.
-    condition: polled; the signal is sent when it holds for the process.
-  """
-  process = Process(arguments, workdir)
-  if process.wait_until(lambda: condition(process)):
-    process.send(number)
-  return process.end()
-
-
 def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
-  """Finds the best checkpoint of a finished run.
+  """The step of a finished run's oldest checkpoint, which can be restored.
 
-  Returns:
-    The step of the oldest checkpoint, which can be restored, and the monitored
-    metric of every epoch.
+  And the monitored metric of every epoch.
   """
   monitor = workdir_lib.load_config(workdir).checkpoint.monitor
   records = metrics.MetricsLog(workdir).read()
   step = checkpoint.steps(workdir)[0]
-  _arrays(workdir, "best", step)
+  arrays(workdir, "best", step)
   name = metrics.monitored(records[0], monitor)
   return step, [record[name] for record in records]
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
-  """Reads a finished run's results: its records and its two checkpoints.
+  """A finished run's results, by name.
 
-  Returns:
-    `records` without their timing, as JSON, and the arrays of the latest and
-    the best checkpoint, by path.
+  `records` without their timing, as JSON, and the arrays of the latest and the
+  best checkpoint, by path.
   """
   config = workdir_lib.load_config(workdir)
   records = metrics.MetricsLog(workdir).read()
@@ -246,14 +206,9 @@ def results(workdir: pathlib.Path) -> dict[str, Any]:
   ]
   return {
     "records": np.bytes_(json.dumps(untimed)),
-    **_arrays(workdir, "latest", checkpoint.steps(workdir)[-1]),
-    **_arrays(workdir, "best", best),
+    **arrays(workdir, "latest", checkpoint.steps(workdir)[-1]),
+    **arrays(workdir, "best", best),
   }
-
-
-def latest_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads the latest checkpoint's arrays in an unfinished run, by path."""
-  return _arrays(workdir, "latest", checkpoint.steps(workdir)[-1])
 
 
 def latest(workdir: pathlib.Path) -> pathlib.Path:
@@ -273,9 +228,10 @@ def num_different_bytes(one: dict[str, Any], other: dict[str, Any]) -> int:
   return count
 
 
-def _arrays(
+def arrays(
   workdir: pathlib.Path, name: str, step: int
 ) -> dict[str, np.ndarray]:
+  """Reads the arrays of a checkpoint, by `name`/path."""
   config = workdir_lib.load_config(workdir)
   like = experiment_lib.abstract_state(config, experiment_lib.build(config))
   state, _ = checkpoint.restore(workdir, step, like)

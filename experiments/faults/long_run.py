@@ -40,11 +40,7 @@ _MEMORY_SECONDS = 5.0
 class Twin:
   """One of the two runs, which is started again until it finishes.
 
-  Args:
-    name: name of its workdir and its log in the folder.
-    folder: folder for both.
-    core: the run's own CPU.
-    arguments: arguments of `resnet_flax.main`.
+  Its workdir and its log in the folder have its name; the core is its own.
   """
 
   def __init__(
