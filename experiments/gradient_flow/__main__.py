@@ -17,7 +17,8 @@ import time
 import jax
 
 from experiments.gradient_flow import measurement
-from experiments.tools import records as records_lib
+from experiments.tools import lists, records as records_lib
+from resnet_flax import models
 from resnet_flax.run import (
   arguments,
   environment,
@@ -30,25 +31,18 @@ _OUT = pathlib.Path("experiments/gradient_flow/results.jsonl")
 _NORMS = {"true,false": [True, False], "true": [True], "false": [False]}
 
 
-def _names(text: str) -> list[str]:
-  return text.split(",")
-
-
-def _integers(text: str) -> list[int]:
-  return [int(part) for part in text.split(",") if part]
-
-
 def main(argv: list[str]) -> None:
   """Measures what is missing."""
   parser = arguments.Parser("python -m experiments.gradient_flow")
-  add = parser.add_argument
-  add("--families", type=_names, default="plain,highway,resnet_v1")
-  add("--depths", type=_integers, default="20,56", help="that are trained")
-  add("--init_depths", type=_integers, default="110,326", help="that are not")
+  add, integers = parser.add_argument, lists.integers
+  families = lists.names(models.MODELS)
+  add("--families", type=families, default="plain,highway,resnet_v1")
+  add("--depths", type=integers, default="20,56", help="that are trained")
+  add("--init_depths", type=integers, default="110,326", help="that are not")
   add("--batch_norm", choices=_NORMS, default="true,false")
   add("--seeds", type=int, default=5, help="networks of each kind")
   add("--batch_size", type=int, default=32)
-  add("--measure_at", type=_integers, default="0,1,4,16,64,256", help="steps")
+  add("--measure_at", type=integers, default="0,1,4,16,64,256", help="steps")
   add("--out", type=pathlib.Path, default=_OUT)
   flags = parser.parse_args(argv[1:])
   if not flags.measure_at or min(flags.measure_at) < 0:

@@ -26,6 +26,7 @@ import jax
 
 from experiments.throughput import environments, processes, report
 from experiments.throughput.programs import PROGRAMS
+from experiments.tools import lists
 from resnet_flax.run import (
   environment,
   errors,
@@ -37,79 +38,49 @@ from resnet_flax.run import (
 LENGTHS = {"train": 1.0, "resident": 1.0, "infer": 0.5, "matmul": 0.125}
 
 
-def _ints(text: str) -> list[int]:
-  return [int(part) for part in text.split(",")]
-
-
 def _depths(text: str) -> list[int]:
-  depths = _ints(text)
+  depths = lists.integers(text)
   if any(depth < 8 or (depth - 2) % 6 for depth in depths):
     raise argparse.ArgumentTypeError(f"{text} must be 6n+2, for example 20,56")
   return depths
 
 
-def _programs(text: str) -> list[str]:
-  programs = text.split(",")
-  if unknown := set(programs) - set(PROGRAMS):
-    raise argparse.ArgumentTypeError(
-      f"{', '.join(sorted(unknown))} must be any of {', '.join(PROGRAMS)}"
-    )
-  return programs
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
   """Parses the command line."""
-  parser = argparse.ArgumentParser(
-    "python -m experiments.throughput",
-    description="Compares frameworks on a CPU.",
-  )
-  parser.add_argument("--out", type=pathlib.Path, default=report.PUBLISHED)
-  parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--seconds", type=float, default=8.0)
-  parser.add_argument("--depths", type=_depths, default="20")
-  parser.add_argument("--batch_sizes", type=_ints, default="32,128")
-  parser.add_argument("--programs", type=_programs, default=",".join(PROGRAMS))
-  parser.add_argument(
-    "--threads", type=int, default=environment.num_cpu_threads()
-  )
-  parser.add_argument(
-    "--peers", type=pathlib.Path, default=environments.DEFAULT
-  )
+  parser = argparse.ArgumentParser("python -m experiments.throughput")
+  add = parser.add_argument
+  add("--out", type=pathlib.Path, default=report.PUBLISHED)
+  add("--rounds", type=int, default=7)
+  add("--seconds", type=float, default=8.0)
+  add("--depths", type=_depths, default="20")
+  add("--batch_sizes", type=lists.integers, default="32,128")
+  add("--programs", type=lists.names(PROGRAMS), default=",".join(PROGRAMS))
+  add("--threads", type=int, default=environment.num_cpu_threads())
+  add("--peers", type=pathlib.Path, default=environments.DEFAULT)
   return parser.parse_args(arguments)
 
 
 def commands(programs: list[str], peers: pathlib.Path) -> dict[str, list[str]]:
-  """Builds the command that starts each program's worker.
+  """The command that starts each program's worker.
 
-  Args:
-    programs: keys of `PROGRAMS`.
-    peers: the folder of the other frameworks' environments.
-
-  Raises:
-    UserError: an environment is missing.
+  Raises `UserError` if the folder of the other frameworks' environments lacks
+  one.
   """
   started = {}
   for name in programs:
     program = PROGRAMS[name]
-    python = (
-      environments.python(peers, program.peer)
-      if program.peer
-      else sys.executable
-    )
+    python = sys.executable
+    if program.peer:
+      python = environments.python(peers, program.peer)
     module = f"experiments.throughput.workers.{program.worker}"
-    started[name] = [str(python), "-m", module, *program.flags]
+    started[name] = [python, "-m", module, *program.flags]
   return started
 
 
 def check_clean(root: pathlib.Path, out: pathlib.Path) -> None:
-  """Checks that the commit is what is measured.
+  """Raises `UserError` unless the commit of `root` is what is measured.
 
-  Args:
-    root: the checkout.
-    out: the folder of the results, which may have changed.
-
-  Raises:
-    UserError: files differ from the commit, or there is none.
+  Only `out`, the folder of the results, may have changed.
   """
   command = ["git", "status", "--porcelain", "--untracked-files=all", "--", "."]
   if out.resolve().is_relative_to(root):
@@ -130,12 +101,8 @@ def check_clean(root: pathlib.Path, out: pathlib.Path) -> None:
 def benchmark(flags: argparse.Namespace) -> None:
   """Measures all programs and saves after each window.
 
-  Args:
-    flags: from `parse`.
-
-  Raises:
-    UserError: an environment or Matplotlib is missing, results exist, files
-      differ from the commit, or a worker fails.
+  Raises `UserError` if an environment or Matplotlib is missing, results exist,
+  files differ from the commit, or a worker fails.
   """
   path = flags.out / "results.json"
   if path.exists():
@@ -174,13 +141,8 @@ def windows(
 ) -> Iterator[dict[str, Any]]:
   """Lets the workers of one depth and batch size measure in turn.
 
-  Args:
-    workers: by program.
-    flags: from `parse`.
-
-  Yields:
-    Answers, with round, program and the processor time that the waiting
-    workers used.
+  Yields answers, with round, program and the processor time that the waiting
+  workers used.
   """
   for round_number in range(flags.rounds):
     # The order alternates, so that the machine's drift favours no program.

@@ -3,6 +3,7 @@
 python -m experiments.throughput.profile_step [--batch_size=128] [--steps=6]
 """
 
+import argparse
 import collections
 import functools
 import pathlib
@@ -11,22 +12,12 @@ import tempfile
 import time
 
 import jax
-from absl import app, flags
 
 from configs import v1_depth20
-from experiments.tools import timing
+from experiments.tools import markdown, timing
 from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh, program
 from resnet_flax.run import experiment as experiment_lib, huge_pages
-
-_BATCH_SIZE = flags.DEFINE_integer(
-  # A batch of one would look like the operand of a weight gradient.
-  "batch_size",
-  128,
-  "Images per step.",
-  lower_bound=2,
-)
-_STEPS = flags.DEFINE_integer("steps", 6, "Number of profiled steps.")
 
 # The purpose of an XLA program's operation, by the first pattern that matches
 # its name, shape and path; see `_describe`.
@@ -58,16 +49,12 @@ def _kind(description: str) -> str:
   return "everything else"
 
 
-def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
+def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
   """Profiles the main command's training step on one resident batch.
 
-  Args:
-    batch_size: images per step.
-    steps: number of profiled steps, after as many warm-up steps.
-
-  Returns:
-    Milliseconds of a profiled step, and of each kind of operation, summed over
-    threads. A convolution counts the time of the thread that starts it.
+  Gives the milliseconds of a profiled step, after as many warm-up steps, and of
+  each kind of operation, summed over threads. A convolution counts the time of
+  the thread that starts it.
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size
@@ -111,19 +98,20 @@ def profile(batch_size: int, steps: int) -> tuple[float, dict[str, float]]:
           kind = _kind(_describe(str(operation), definitions))
           items[kind] += event.duration_ns / 1e6 / steps
   del items[""]
-  return step_ms, dict(items.most_common())
+  return step_ms, [(kind, f"{ms:.1f}") for kind, ms in items.most_common()]
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Prints a Markdown table with the largest item first."""
-  del argv
-  step_ms, items = profile(_BATCH_SIZE.value, _STEPS.value)
+  parser = argparse.ArgumentParser()
+  # A batch of one would look like the operand of a weight gradient.
+  parser.add_argument("--batch_size", type=int, default=128, help="at least 2")
+  parser.add_argument("--steps", type=int, default=6)
+  step_ms, items = profile(**vars(parser.parse_args()))
   print(f"A profiled step takes {step_ms:.0f} ms.\n")
-  print("| item | ms |\n| --- | --- |")
-  for kind, milliseconds in items.items():
-    print(f"| {kind} | {milliseconds:.1f} |")
+  print(markdown.table(("item", "ms"), items))
 
 
 if __name__ == "__main__":
   huge_pages.use()
-  app.run(main)
+  main()

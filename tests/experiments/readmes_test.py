@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from experiments.depth_ablation import report as degradation
-from experiments.depth_cost import table as depth_cost
+from experiments.depth_cost import measurement as depth_cost
 from experiments.devices import measurement as devices
 from experiments.faults import case
 from experiments.seeds import measurement as seeds
