@@ -53,61 +53,48 @@ _LARGE = {
 }
 
 
+def _network(name: str, depth: int, **keys: Any) -> dict[str, Any]:
+  """A network's overrides of configs/base.py, from its keys of `model`."""
+  keys = {"name": name, "depth": depth, **keys}
+  return {f"model.{key}": value for key, value in keys.items()}
+
+
 def _torchvision(depth: int, **block: int) -> dict[str, Any]:
-  name = {"model.name": "resnet_imagenet", "model.depth": depth}
-  block = {f"model.{key}": value for key, value in block.items()}
-  return {**name, **block, **_TORCH, **_LARGE, "model.scan": True}
+  network = _network("resnet_imagenet", depth, **block, scan=True)
+  return network | _TORCH | _LARGE
 
 
-def _feedforward(name: str, depth: int, norm: bool) -> dict[str, Any]:
-  return {
-    "model.name": name,
-    "model.depth": depth,
-    **_TORCH,
-    **_LARGE,
-    "model.conv_bias": True,
-    "model.norm": "batch_norm" if norm else "none",
-  }
+def _feedforward(name: str, depth: int, norm: str) -> dict[str, Any]:
+  network = _TORCH | _LARGE | _network(name, depth, conv_bias=True)
+  return network | {"model.norm": norm}
 
 
 def _cifar(depth: int) -> dict[str, Any]:
-  name = {"model.depth": depth, "model.shortcut": "A"}
-  return {**name, **_TORCH, "model.scan": True}
+  return _network("resnet_v1", depth, shortcut="A", scan=True) | _TORCH
 
 
 def _application(depth: int) -> dict[str, Any]:
-  return {
-    "model.name": "resnet_imagenet",
-    "model.depth": depth,
-    "model.padding": "symmetric",
-    "model.batch_norm_epsilon": 1.001e-5,
-    "model.stride_in_3x3": False,
-    "normalization": "caffe",
-    **_LARGE,
-    "model.scan": True,
-  }
+  own = {"padding": "symmetric", "batch_norm_epsilon": 1.001e-5}
+  own |= {"stride_in_3x3": False, "scan": True}
+  network = _network("resnet_imagenet", depth, **own)
+  return network | _LARGE | {"normalization": "caffe"}
 
 
 def _example(name: str, depth: int) -> dict[str, Any]:
-  return {
-    "model.name": name,
-    "model.depth": depth,
-    # Without normalization the experiment needs no data.
-    "normalization": "none",
-    "model.scan": True,
-  }
+  # Without normalization the experiment needs no data.
+  return _network(name, depth, scan=True) | {"normalization": "none"}
 
 
-# Overrides of configs/base.py for each network, by library.
+# By library.
 TORCH = {
   **{f"resnet{depth}": _torchvision(depth) for depth in (18, 34, 50, 101, 152)},
   "wide_resnet50_2": _torchvision(50, group_width=128),
   "wide_resnet101_2": _torchvision(101, group_width=128),
   "resnext50_32x4d": _torchvision(50, groups=32, group_width=4),
   "resnext101_32x8d": _torchvision(101, groups=32, group_width=8),
-  "vgg19": _feedforward("vgg", 19, False),
-  "vgg19_bn": _feedforward("vgg", 19, True),
-  "alexnet": _feedforward("alexnet", 8, True),
+  "vgg19": _feedforward("vgg", 19, "none"),
+  "vgg19_bn": _feedforward("vgg", 19, "batch_norm"),
+  "alexnet": _feedforward("alexnet", 8, "batch_norm"),
   **{f"cifar{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
 }
 KERAS = {
@@ -162,16 +149,17 @@ def _centred(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
   return np.where(kept, logits - mean, 0)
 
 
-def _run(command: list[Any]) -> str:
+def run(*command: Any, keras_backend: str = "tensorflow") -> str:
+  """The output of a library's process, on the CPU."""
+  environ = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "KERAS_BACKEND": keras_backend,
+    "PYTHONPATH": str(_ROOT),
+  }
   process = subprocess.run(
-    [str(part) for part in command],
+    list(map(str, command)),
     cwd=_ROOT,
-    env={
-      **os.environ,
-      "CUDA_VISIBLE_DEVICES": "",
-      "KERAS_BACKEND": "tensorflow",
-      "PYTHONPATH": str(_ROOT),
-    },
+    env=os.environ | environ,
     capture_output=True,
     text=True,
   )
@@ -193,15 +181,10 @@ def our_versions() -> dict[str, Any]:
 def compare(
   overrides: dict[str, Any], folder: pathlib.Path, source: pathlib.Path
 ) -> dict[str, Any]:
-  """Converts a file and compares logits and probabilities.
+  """Converts the file `source` and compares logits and probabilities.
 
-  Args:
-    overrides: overrides of configs/base.py.
-    folder: holds reference.npz; a workdir in it is made and removed.
-    source: the file.
-
-  Returns:
-    The relative errors of `logits` and `predict`, and facts about the file.
+  `folder` holds reference.npz; a workdir in it is made and removed. Gives the
+  relative errors of `logits` and `predict`, and facts about the file.
   """
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
@@ -243,7 +226,7 @@ def measure(
     library = "torch" if name in TORCH else "keras"
     worker = _FOLDER / f"{library}_reference.py"
     theirs = name.removeprefix("older_")
-    output = _run([python, worker, f"--name={theirs}", f"--folder={folder}"])
+    output = run(python, worker, f"--name={theirs}", f"--folder={folder}")
     versions = json.loads(output.splitlines()[-1])
     result = {"versions": versions | our_versions(), "files": {}}
     sources = sorted(folder.glob("weights.*"))
@@ -251,11 +234,11 @@ def measure(
       safe = folder / "weights.safetensors"
       for source in sources:
         if source != safe:
-          _run([python, "-c", _SAME_ARRAYS, source, safe])
+          run(python, "-c", _SAME_ARRAYS, source, safe)
           result["files"][source.suffix] = "the same arrays as .safetensors"
       sources = [safe]
       if name == "cifar20":
-        result["pickle_with_code"] = _run([python, "-c", _CODE, folder])
+        result["pickle_with_code"] = run(python, "-c", _CODE, folder)
     for source in sources:
       extension = source.name.removeprefix("weights")
       result["files"][extension] = compare(overrides, folder, source)

@@ -11,9 +11,7 @@ are the table of README.md.
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -31,10 +29,10 @@ from experiments.weights.__main__ import (
   our_versions,
   parse,
   relative_error,
+  run,
 )
 from resnet_flax.data import normalize
 from resnet_flax.run import (
-  errors,
   experiment as experiment_lib,
   files as files_lib,
   load,
@@ -145,9 +143,8 @@ def measure(
 ) -> dict[str, Any]:
   """Exports a random network and compares its library's logits by file.
 
-  Returns:
-    The relative error of logits by format, the largest logit, and whether
-    `convert` gave back bit-identical arrays.
+  Gives the relative error of logits by format, the largest logit, and whether
+  `convert` gave back bit-identical arrays.
   """
   is_torch = name in TORCH
   config = make_config(overrides)
@@ -170,9 +167,9 @@ def measure(
     sees_bgr = name.startswith("application")
     np.save(folder / "inputs.npy", inputs[..., ::-1] if sees_bgr else inputs)
     weights.write("safetensors", network, drawn, folder)
-    run = folder / "run"
-    convert.convert(folder / FILES["safetensors"], config, run)
-    returned = resnet_flax.load_model(run).variables
+    workdir = folder / "run"
+    convert.convert(folder / FILES["safetensors"], config, workdir)
+    returned = resnet_flax.load_model(workdir).variables
     same = jax.tree.map(np.array_equal, returned, drawn.variables)
     result: dict[str, Any] = {
       "holds": network.title,
@@ -184,32 +181,15 @@ def measure(
     for form in ("safetensors", "torch" if is_torch else "keras"):
       out = folder / form
       options = [f"--format={form}", f"--out={out}", f"--names={names}"]
-      _run(python, "-m", "resnet_flax.export", run, *options)
+      run(python, "-m", "resnet_flax.export", workdir, *options)
       worker = _FOLDER / f"{'torch' if is_torch else 'keras'}_reference.py"
       options = [f"--name={name}", f"--folder={folder}"]
-      said = _run(python, worker, *options, f"--weights={out / FILES[form]}")
+      options.append(f"--weights={out / FILES[form]}")
+      said = run(python, worker, *options, keras_backend="jax")
       result["versions"] = json.loads(said.splitlines()[-1]) | our_versions()
       theirs = np.load(folder / "logits.npy")
       result["errors"][form] = relative_error(ours, theirs)
   return result
-
-
-def _run(*command_line: Any) -> str:
-  environment = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "KERAS_BACKEND": "jax",
-    "PYTHONPATH": str(_FOLDER.parents[1]),
-  }
-  process = subprocess.run(
-    list(map(str, command_line)),
-    env=os.environ | environment,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  if process.returncode:
-    raise errors.UserError(f"{command_line[1:3]}: {process.stderr[-2000:]}")
-  return process.stdout.strip()
 
 
 def table(results: dict[str, Any]) -> str:
