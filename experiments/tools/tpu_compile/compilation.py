@@ -4,6 +4,7 @@ The steps are traced as in training and evaluation, with shapes instead of
 arrays.
 """
 
+import collections
 import functools
 import importlib.util
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jaxlib.mlir import ir
 from ml_collections import ConfigDict
 
 from experiments.tools.tpu_compile import chips, hlo
@@ -61,7 +63,7 @@ def trace(
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
   experiment = experiment_lib.build(config)
-  layout = networks.Layout.create(config, devices, _execution(config))
+  layout = _layout(config, devices)
   one = ConfigDict(config.to_dict() | {"num_seeds": 1})
   state = layout.shapes(experiment_lib.abstract_state(one, experiment))
   key = layout.shapes(
@@ -69,14 +71,23 @@ def trace(
       lambda: randomness.device_key(0, randomness.Purpose.AUGMENTATION)
     )
   )
+  copied = mesh_lib.sharding(layout.mesh)
+  divided = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
+  images_and_labels = ((experiment.image_shape, np.uint8), ((), np.int32))
   if config.steps_per_call > 1:
     steps = experiment.learning_rate.steps_per_epoch
     order = layout.batch_shape((config.batch_size, steps), np.int32)
+    count = data.num_train_examples(config.dataset)
+    # Every device has a copy of the training split.
+    split = [
+      jax.ShapeDtypeStruct((count, *shape), dtype, sharding=copied)
+      for shape, dtype in images_and_labels
+    ]
     traced = program.trace(
       functools.partial(many_steps.train_steps, experiment),
       layout,
       (state, order, key),
-      (*_split_shapes(config, experiment, layout), np.int32(0)),
+      (*split, np.int32(0)),
       donate=True,
     )
   else:
@@ -86,33 +97,15 @@ def trace(
       program.step_arguments(experiment, state, config.batch_size, key, layout),
       donate=True,
     )
-  sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
+  size = eval_batch_size(config, layout)
   batch = [
-    jax.ShapeDtypeStruct(
-      (eval_batch_size(config, layout), *shape), dtype, sharding=sharding
-    )
-    for shape, dtype in (
-      (experiment.image_shape, np.uint8),
-      ((), np.int32),
-      ((), np.bool_),
-    )
+    jax.ShapeDtypeStruct((size, *shape), dtype, sharding=divided)
+    for shape, dtype in (*images_and_labels, ((), np.bool_))
   ]
   eval_step = functools.partial(step_lib.eval_step, experiment)
   jitted = jax.jit(layout.of_chunk(eval_step, num_shared=3))
   scored = jitted.trace(state.chunks[0], *batch)
   return {"train": traced, "eval": scored}
-
-
-def _split_shapes(
-  config: ConfigDict, experiment: step_lib.Experiment, layout: networks.Layout
-) -> list[jax.ShapeDtypeStruct]:
-  """The shapes of the training split, with a copy on every device."""
-  count = data.num_train_examples(config.dataset)
-  sharding = mesh_lib.sharding(layout.mesh)
-  return [
-    jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
-    for shape, dtype in ((experiment.image_shape, np.uint8), ((), np.int32))
-  ]
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:
@@ -127,10 +120,13 @@ def eval_batch_size(config: ConfigDict, layout: networks.Layout) -> int:
   return -(-config.eval_batch_size // num_devices) * num_devices
 
 
-def _execution(config: ConfigDict) -> str:
+def _layout(
+  config: ConfigDict, devices: Sequence[jax.Device]
+) -> networks.Layout:
   # Without devices, the faster kind of execution cannot be measured.
   automatic = config.seed_execution == "auto"
-  return "in_turn" if automatic else config.seed_execution
+  execution = "in_turn" if automatic else config.seed_execution
+  return networks.Layout.create(config, devices, execution)
 
 
 def describe(
@@ -148,7 +144,7 @@ def describe(
   chip = chips.of_topology(topology)
   # Tracing comes first, since it finds errors before the long compilation.
   traced = trace(config, devices)
-  layout = networks.Layout.create(config, devices, _execution(config))
+  layout = _layout(config, devices)
   experiment = experiment_lib.build(config)
   multiply_adds = summary.measure_size(
     experiment.model, experiment.image_shape
@@ -229,6 +225,35 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
     "convolution_padding": module.convolution_padding(),
     "aliased_arrays": module.num_aliased(),
   }
+
+
+def lower(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
+  """Lowers both steps for as many GPUs as there are devices, of any kind.
+
+  Each of `STEPS` has its `convolutions`, `dots` (products of
+  matrices) and `loops`, each counted once per occurrence, and `custom_calls` by
+  target, which are code outside StableHLO.
+  """
+  result = {}
+  for name, traced in trace(config, devices).items():
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    names: collections.Counter[str] = collections.Counter()
+    targets: collections.Counter[str] = collections.Counter()
+
+    def visit(operation, names=names, targets=targets):
+      names[operation.name] += 1
+      if operation.name == "stablehlo.custom_call":
+        targets[str(operation.attributes["call_target_name"]).strip('"')] += 1
+      return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    result[name] = {
+      "convolutions": names["stablehlo.convolution"],
+      "dots": names["stablehlo.dot_general"],
+      "loops": names["stablehlo.while"],
+      "custom_calls": dict(sorted(targets.items())),
+    }
+  return result
 
 
 def check_transfers(described: dict[str, Any]) -> None:

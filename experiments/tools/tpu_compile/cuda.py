@@ -15,7 +15,7 @@ import sys
 import jax
 from absl import flags
 
-from experiments.tools.tpu_compile import compilation, lowering, records
+from experiments.tools.tpu_compile import compilation, records
 from resnet_flax.run import (
   command_line,
   environment,
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     "arguments": records.arguments(sys.argv),
     "topology": f"cuda:{_DEVICES.value}",
     "config": compilation.facts(config),
-    **lowering.describe(config, jax.devices()),
+    **compilation.lower(config, jax.devices()),
     "environment": environment.describe([]),
   }
   print(json.dumps(result, indent=2))

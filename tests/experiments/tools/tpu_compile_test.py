@@ -15,7 +15,6 @@ from experiments.tools.tpu_compile import (
   chips,
   compilation,
   hlo,
-  lowering,
   records,
   table,
 )
@@ -326,7 +325,7 @@ def test_markers_that_are_missing():
 
 def test_programs_for_gpus(config):
   """XLA's own convolutions: one forward and two backward, less the stem's."""
-  result = lowering.describe(config, jax.devices()[:4])
+  result = compilation.lower(config, jax.devices()[:4])
   # Seven and two shortcuts.
   assert result["train"]["convolutions"] == 3 * 9 - 1
   assert result["eval"]["convolutions"] == 9
