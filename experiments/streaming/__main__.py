@@ -4,10 +4,9 @@ python -m experiments.streaming --folder=generated [--images=2000]
   [--workers=2] [--rounds=10] [--memory_epochs=3] [--out=results.json]
 """
 
+import argparse
 import json
 import pathlib
-
-from absl import app, flags
 
 from configs import imagenet_resnet50
 from experiments.streaming import generated, measurement
@@ -15,42 +14,34 @@ from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.run import environment, files as files_lib
 
-_FOLDER = flags.DEFINE_string("folder", None, "Folder for the images.")
-_IMAGES = flags.DEFINE_integer(
-  "images", 2000, "Number of images.", lower_bound=256
-)
-_WORKERS = flags.DEFINE_integer(
-  "workers", 2, "Processes that decode.", lower_bound=1
-)
-_ROUNDS = flags.DEFINE_integer(
-  "rounds", 10, "Measurements of the speed.", lower_bound=1
-)
-_MEMORY_EPOCHS = flags.DEFINE_integer(
-  "memory_epochs", 3, "Epochs that measure memory.", lower_bound=1
-)
-_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
-
 # They take two or three seconds.
 _IMAGES_TIMED = 1536
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Measures all settings in turn and prints each round as JSON."""
-  del argv
-  folder = pathlib.Path(str(_FOLDER.value))
-  if not folder.exists():
-    generated.prepare(folder, {"train": _IMAGES.value, "validation": 50})
+  parser = argparse.ArgumentParser("python -m experiments.streaming")
+  add = parser.add_argument
+  add("--folder", type=pathlib.Path, required=True, help="of the images")
+  add("--images", type=int, default=2000, help="at least 256")
+  add("--workers", type=int, default=2, help="processes that decode")
+  add("--rounds", type=int, default=10)
+  add("--memory_epochs", type=int, default=3)
+  add("--out", type=pathlib.Path)
+  flags = parser.parse_args()
+  if not flags.folder.exists():
+    generated.prepare(flags.folder, {"train": flags.images, "validation": 50})
   config = imagenet_resnet50.get_config()
-  config.dataset.data_dir = str(folder)
-  config.dataset.num_workers = _WORKERS.value
+  config.dataset.data_dir = str(flags.folder)
+  config.dataset.num_workers = flags.workers
   split = datasets.load(config.dataset, "random_resized_crop").train
   assert isinstance(split, streaming.StreamedSplit)
-  alone = measurement.Alone(split, _WORKERS.value)
+  alone = measurement.Alone(split, flags.workers)
   pipelines = {
     way: measurement.Pipeline(split, way) for way in measurement.WAYS
   }
   rounds = []
-  for _ in range(_ROUNDS.value):
+  for _ in range(flags.rounds):
     # Pairs are measured close together: speed changes within seconds.
     rounds.append(
       {
@@ -65,22 +56,19 @@ def main(argv: list[str]) -> None:
   alone.close()
   for pipeline in pipelines.values():
     pipeline.close()
-  memory = measurement.memory_over_epochs(split, _MEMORY_EPOCHS.value)
+  memory = measurement.memory_over_epochs(split, flags.memory_epochs)
   print(measurement.table(rounds, memory))
-  if _OUT.value:
-    files_lib.write_json(
-      pathlib.Path(_OUT.value),
-      {
-        "cpu": environment.cpu()["cpu_model"],
-        "threads": environment.num_cpu_threads(),
-        "images": len(split),
-        "workers": _WORKERS.value,
-        "rounds": rounds,
-        "memory_mb": memory,
-      },
-    )
+  if flags.out:
+    results = {
+      "cpu": environment.cpu()["cpu_model"],
+      "threads": environment.num_cpu_threads(),
+      "images": len(split),
+      "workers": flags.workers,
+      "rounds": rounds,
+      "memory_mb": memory,
+    }
+    files_lib.write_json(flags.out, results)
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("folder")
-  app.run(main)
+  main()
