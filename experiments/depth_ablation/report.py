@@ -34,10 +34,9 @@ Cell = dict[str, Any]
 def collect(workdir: pathlib.Path) -> list[Cell]:
   """What is kept of each finished cell, by network, depth and seed.
 
-  Returns:
-    Each with `train_error` and `test_error` of the final weights in inference
-    mode, and `train_errors` and `test_errors` of the epochs, in percent.
-    The training errors of epochs are means over a network that changes.
+  `train_error` and `test_error` of the final weights in inference mode, and
+  `train_errors` and `test_errors` of the epochs, in percent. The training
+  errors of epochs are means over a network that changes.
   """
   cells = []
   for run, config, records in runs_lib.finished(workdir):

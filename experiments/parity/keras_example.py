@@ -61,9 +61,7 @@ class Record(keras.callbacks.Callback):
 def provide(data, out):
   """Puts in place what the file expects of Keras 2.
 
-  Args:
-    data: an .npz file with the arrays of `cifar10.load_data`.
-    out: gets a line for each epoch.
+  `data` is an .npz file with the arrays of `cifar10.load_data`.
   """
   arrays = np.load(data)
   splits = [

@@ -26,11 +26,10 @@ Results = dict[str, Any]
 
 
 def collect(workdir: pathlib.Path) -> Results:
-  """The records of the seeds that both sides have finished.
+  """The `environment` and the records of seeds that both sides have finished.
 
-  Returns:
-    `environment`, and for 'Keras' and 'resnet_flax' a list of seeds, each a
-    list of its epochs' records.
+  'Keras' and 'resnet_flax' have a list of seeds, each a list of its epochs'
+  records.
   """
   found: Results = {
     "environment": json.loads((workdir / "environment.json").read_text()),
@@ -51,27 +50,23 @@ def collect(workdir: pathlib.Path) -> Results:
   return found
 
 
+def _scores(run: list[dict[str, float]]) -> dict[str, float]:
+  accuracies = [100 * record["test_accuracy"] for record in run]
+  seconds = [record["epoch_seconds"] for record in run]
+  return {
+    "last epoch's test accuracy, %": accuracies[-1],
+    "best epoch's test accuracy, %": max(accuracies),
+    "last epoch's training objective": run[-1]["train_objective"],
+    "training of an epoch, s": statistics.median(seconds),
+  }
+
+
 def table(results: Results) -> str:
   """Final and best test accuracy, objective and time, as Markdown."""
-  sides = [results[name] for name in _STYLES]
-  rows = {
-    "last epoch's test accuracy, %": [
-      [100 * run[-1]["test_accuracy"] for run in side] for side in sides
-    ],
-    "best epoch's test accuracy, %": [
-      [100 * max(r["test_accuracy"] for r in run) for run in side]
-      for side in sides
-    ],
-    "last epoch's training objective": [
-      [run[-1]["train_objective"] for run in side] for side in sides
-    ],
-    "training of an epoch, s": [
-      [statistics.median(r["epoch_seconds"] for r in run) for run in side]
-      for side in sides
-    ],
-  }
+  sides = [[_scores(run) for run in results[name]] for name in _STYLES]
   cells = []
-  for title, (theirs, ours) in rows.items():
+  for title in sides[0][0]:
+    theirs, ours = ([run[title] for run in side] for side in sides)
     interval = intervals.interval(
       np.array(ours), np.array(theirs), paired=False
     )
@@ -91,11 +86,11 @@ def draw(results: Results) -> Figure:
   """Training objective and test error of all seeds, over the epochs."""
   figure = Figure(figsize=(9, 3.8), layout="constrained")
   axes = figure.subplots(1, 2)
-  panels = (
-    (axes[0], "training objective (nats, with L2)", _objective),
-    (axes[1], "test error (%)", _error),
-  )
-  for axis, title, value in panels:
+  panels = {
+    "training objective (nats, with L2)": lambda r: r["train_objective"],
+    "test error (%)": lambda r: 100 * (1 - r["test_accuracy"]),
+  }
+  for axis, (title, value) in zip(axes, panels.items(), strict=True):
     for name, (color, line) in _STYLES.items():
       for seed, run in enumerate(results[name]):
         axis.plot(
@@ -113,14 +108,6 @@ def draw(results: Results) -> Figure:
     "The Keras example and v1_depth20 on CIFAR-10 (JPEG copy), 50,000 images"
   )
   return figure
-
-
-def _objective(record: dict[str, float]) -> float:
-  return record["train_objective"]
-
-
-def _error(record: dict[str, float]) -> float:
-  return 100 * (1 - record["test_accuracy"])
 
 
 def main() -> None:

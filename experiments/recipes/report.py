@@ -24,10 +24,9 @@ Run = dict[str, Any]
 def collect(workdir: pathlib.Path) -> list[Run]:
   """What is kept of each finished run, by recipe and seed.
 
-  Returns:
-    Each with the test `accuracies` of its epochs in percent, the `minutes` of
-    training and scoring until then, and the last epoch's accuracy `unflipped`,
-    by images without their mirror images.
+  The test `accuracies` of its epochs in percent, the `minutes` of training and
+  scoring until then, and the last epoch's accuracy `unflipped`, by images
+  without their mirror images.
   """
   runs = []
   for run, config, records in runs_lib.finished(workdir):

@@ -3,12 +3,13 @@
 python -m experiments.reproduction.plot
 """
 
-import json
 import math
 import pathlib
 import re
 
 from matplotlib.figure import Figure
+
+from experiments.tools import records as records_lib
 
 _FOLDER = pathlib.Path(__file__).parent
 # Readable in black and white: the styles differ, not only the colours.
@@ -19,11 +20,7 @@ _STYLES = {
 
 
 def within_epochs(name: str) -> list[tuple[float, float, float]]:
-  """Reads running training means: (epochs done, loss, accuracy).
-
-  Args:
-    name: name of the run; its log is NAME.log.
-  """
+  """Reads running training means: (epochs done, loss, accuracy)."""
   pattern = re.compile(
     r"epoch (?P<epoch>\d+)(?P<of>/| of )\d+ step (\d+)/(\d+):"
     r" loss ([\d.]+), accuracy ([\d.]+)"
@@ -46,8 +43,7 @@ def main() -> None:
   figure = Figure(figsize=(9, 3.6), layout="constrained")
   axes = figure.subplots(1, 2)
   for name, (style, running_line) in _STYLES.items():
-    lines = (_FOLDER / f"{name}.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = records_lib.read(_FOLDER / f"{name}.jsonl")
     epochs = [record["epoch"] + 1 for record in records]
     running = within_epochs(name)
     for axis, column, key in (

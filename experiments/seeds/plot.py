@@ -3,12 +3,13 @@
 python -m experiments.seeds.plot
 """
 
-import json
 import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from experiments.tools import records as records_lib
 
 _FOLDER = pathlib.Path(__file__).parent
 _MARKERS = "osDv^<>"
@@ -16,8 +17,7 @@ _MARKERS = "osDv^<>"
 
 def main() -> None:
   """Writes the figure beside the raw figures."""
-  lines = (_FOLDER / "accuracy.jsonl").read_text().splitlines()
-  records = [json.loads(line) for line in lines]
+  records = records_lib.read(_FOLDER / "accuracy.jsonl")
   epochs = np.array([record["epoch"] + 1 for record in records])
   mean, std, ensemble = (
     np.array([100 * record[f"test_{name}"] for record in records])

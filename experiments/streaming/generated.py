@@ -40,16 +40,8 @@ def prepare(
 ) -> pathlib.Path:
   """Writes a data set in TFDS's own layout, without TensorFlow.
 
-  Args:
-    root: the TFDS data directory.
-    counts: number of images of each split.
-    name: name of the data set.
-    num_classes: number of labels; each image's label is drawn at random.
-    width: width of the images, in pixels.
-    height: height of the images, in pixels.
-
-  Returns:
-    The folder of the data set's version.
+  `root` is the TFDS data directory, `counts` has the number of images of each
+  split. Labels are drawn at random. Gives the folder of the set's version.
   """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import registered

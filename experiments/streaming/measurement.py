@@ -87,12 +87,6 @@ class Pipeline:
   """The input pipeline's batches over many epochs."""
 
   def __init__(self, split: streaming.StreamedSplit, way: str):
-    """Starts the pipeline.
-
-    Args:
-      split: the images to read.
-      way: one of `WAYS`.
-    """
     if way == "threads":
       split = dataclasses.replace(split, num_workers=0)
     self._batches = split.batches(
@@ -175,12 +169,10 @@ def _order(
 def table(
   rounds: Sequence[dict[str, Any]], memory: Sequence[Sequence[float]]
 ) -> str:
-  """Formats results as Markdown.
+  """Formats results as Markdown, with the memory of `memory_over_epochs`.
 
-  Args:
-    rounds: for each way, the results of `Pipeline.measure` as `pipeline` and
-      of `Alone.measure` right before it as `alone`.
-    memory: readings of each epoch, from `memory_over_epochs`.
+  A round has for each way the results of `Pipeline.measure` as `pipeline` and
+  those of `Alone.measure` right before it as `alone`.
   """
   rows: list[tuple[str, Sequence[float], str]] = []
   for key, title, form in (

@@ -19,16 +19,8 @@ DEFAULT = ROOT / ".peers"
 PEERS = ("keras", "torch")
 
 
-def python(peers: pathlib.Path, name: str) -> pathlib.Path:
-  """Finds the interpreter of a peer's environment.
-
-  Args:
-    peers: the folder of the environments.
-    name: one of `PEERS`.
-
-  Raises:
-    UserError: there is no such environment.
-  """
+def python(peers: pathlib.Path, name: str) -> str:
+  """The interpreter of a peer's environment; `UserError` if there is none."""
   path = _python(peers, name)
   if not path.is_file():
     raise errors.UserError(
@@ -36,7 +28,7 @@ def python(peers: pathlib.Path, name: str) -> pathlib.Path:
       f" 'python -m experiments.throughput.environments --peers={peers}', or"
       f" leave {name} out of --programs."
     )
-  return path
+  return str(path)
 
 
 def _python(peers: pathlib.Path, name: str) -> pathlib.Path:
@@ -46,12 +38,7 @@ def _python(peers: pathlib.Path, name: str) -> pathlib.Path:
 def make(peers: pathlib.Path, name: str) -> None:
   """Makes a peer's environment, unless it exists.
 
-  Args:
-    peers: the folder of the environments.
-    name: one of `PEERS`.
-
-  Raises:
-    UserError: its requirements cannot be installed.
+  Raises `UserError` if its requirements cannot be installed.
   """
   if _python(peers, name).is_file():
     print(f"{peers / name} already exists.")
@@ -59,13 +46,8 @@ def make(peers: pathlib.Path, name: str) -> None:
   requirements = _FOLDER / "requirements" / f"{name}.txt"
   try:
     venv.create(peers / name, with_pip=True)
-    subprocess.run(
-      [
-        *(_python(peers, name), "-m", "pip", "install"),
-        *("--requirement", requirements),
-      ],
-      check=True,
-    )
+    install = ("-m", "pip", "install", "--requirement", requirements)
+    subprocess.run([_python(peers, name), *install], check=True)
   except BaseException as error:
     # The next call would take an incomplete environment for a complete one.
     shutil.rmtree(peers / name, ignore_errors=True)

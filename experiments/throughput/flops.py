@@ -16,20 +16,12 @@ from resnet_flax.tools import summary
 
 @functools.cache
 def inference(depth: int) -> int:
-  """Counts the floating-point operations of predicting one image.
-
-  Args:
-    depth: depth of the network, 6n+2.
-  """
+  """Counts the floating-point operations of predicting one image."""
   config = v1_depth20.get_config()
   config.model.depth = depth
   experiment = experiment_lib.build(config)
-  return (
-    2
-    * summary.measure_size(
-      experiment.model, experiment.image_shape
-    ).multiply_adds
-  )
+  size = summary.measure_size(experiment.model, experiment.image_shape)
+  return 2 * size.multiply_adds
 
 
 def training(depth: int) -> int:
@@ -37,9 +29,6 @@ def training(depth: int) -> int:
 
   Each of a layer's two gradients takes as many operations as its output. The
   gradient of the images is not computed.
-
-  Args:
-    depth: depth of the network, 6n+2.
   """
   config = v1_depth20.get_config()
   image_shape = experiment_lib.build(config).image_shape

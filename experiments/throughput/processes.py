@@ -15,16 +15,14 @@ from resnet_flax.run import errors
 
 
 class Worker(contextlib.AbstractContextManager):
-  """A program's process, which measures on request."""
+  """A program's process, which measures on request.
+
+  It is built when the constructor returns. Raises `UserError` if it fails.
+  """
 
   def __init__(
     self, command: list[str], environ: dict[str, str], messages: pathlib.Path
   ) -> None:
-    """Starts the worker and waits until it is built.
-
-    Raises:
-      UserError: the worker fails.
-    """
     self._command = command
     self._messages = messages
     with messages.open("w") as stderr:
@@ -45,14 +43,7 @@ class Worker(contextlib.AbstractContextManager):
       pass
 
   def ask(self, request: str) -> dict[str, Any]:
-    """Measures a window.
-
-    Args:
-      request: kind and seconds.
-
-    Raises:
-      UserError: the worker fails.
-    """
+    """Measures a window; a request has its kind and its seconds."""
     print(request, file=self._process.stdin, flush=True)
     return self._answer()
 
@@ -86,17 +77,10 @@ def started(
   threads: int,
   found: list[dict[str, Any]],
 ) -> Iterator[dict[str, Worker]]:
-  """Starts all workers of a depth and batch size, and ends them.
+  """Starts all programs' workers of a depth and batch size, and ends them.
 
-  Args:
-    workers: the command of each program's worker.
-    setting: depth and batch size.
-    threads: that each framework is told to use.
-    found: gets what each worker says of itself. One that cannot be built,
-      as compiled PyTorch without a C++ compiler, is left out.
-
-  Yields:
-    The workers by program.
+  `found` gets what each worker says of itself. One that cannot be built, as
+  compiled PyTorch without a C++ compiler, is left out.
   """
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -4,21 +4,13 @@ from typing import NamedTuple
 
 
 class Program(NamedTuple):
-  """A program and how it is started.
-
-  Attributes:
-    title: its name in tables.
-    worker: its module in `workers`.
-    peer: the environment that it needs besides ours.
-    dtype: of convolutions; parameters are float32.
-    mode: what else differs from the worker's usual program.
-  """
+  """A program and how it is started."""
 
   title: str
-  worker: str
-  peer: str | None = None
-  dtype: str = "float32"
-  mode: str = "usual"
+  worker: str  # Its module in `workers`.
+  peer: str | None = None  # The environment that it needs besides ours.
+  dtype: str = "float32"  # Of convolutions; parameters are float32.
+  mode: str = "usual"  # What else differs from the worker's usual program.
 
   @property
   def flags(self) -> list[str]:

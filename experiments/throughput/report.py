@@ -42,14 +42,7 @@ def programs(results: Results) -> list[str]:
 def by_round(
   results: Results, setting: Setting, program: str, kind: str
 ) -> dict[int, float]:
-  """Returns steps per second of each round that measured it.
-
-  Args:
-    results: as in results.json.
-    setting: depth and batch size.
-    program: key of `PROGRAMS`.
-    kind: kind of window.
-  """
+  """Steps per second of each round that measured such a window."""
   return {
     w["round"]: w["steps"] / w["seconds"]
     for w in results["windows"]
@@ -217,12 +210,7 @@ def start_table(start: dict[str, Any]) -> str:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-  """Draws medians as bars, and the least and the most as lines.
-
-  Args:
-    results: as in results.json.
-    path: path of the PNG file.
-  """
+  """Draws medians as bars, and the least and the most as lines."""
   # Imported here, since measurements and tables do not need it.
   from matplotlib.figure import Figure
 

@@ -34,14 +34,10 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
 def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
-  """Times a command up to compilation and up to its first step.
+  """Times `resnet_flax.main` up to compilation and up to its first step.
 
-  Args:
-    arguments: arguments of `resnet_flax.main`.
-    rounds: starts with a filled cache, after one start with an empty cache.
-
-  Returns:
-    For `cold` and `warm` a list of {'compiling': s, 'first_step': s}.
+  For 'cold', one start with an empty cache, and 'warm', `rounds` starts with a
+  filled one, a list of {'compiling': s, 'first_step': s}.
   """
   with tempfile.TemporaryDirectory() as cache:
     times = [_start(arguments, cache) for _ in range(rounds + 1)]
@@ -83,11 +79,8 @@ def main(argv: list[str]) -> None:
   del argv
   surroundings.set_up()
   command_line.config_and_workdir()
-  arguments = [
-    argument
-    for argument in sys.argv[1:]
-    if not argument.startswith(("--rounds", "--out"))
-  ]
+  ours = ("--rounds", "--out")
+  arguments = [each for each in sys.argv[1:] if not each.startswith(ours)]
   results: dict[str, Any] = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),

@@ -7,26 +7,14 @@ from typing import Any
 
 
 def enclosing(name: str, command: str) -> tuple[str, str]:
-  """Makes the markers before and after a table.
-
-  Args:
-    name: name of the table.
-    command: the command that writes it.
-  """
+  """The markers before and after a table that a command writes."""
   return f"<!-- {name}: made by {command} -->", f"<!-- end of {name} -->"
 
 
 def replace(text: str, name: str, command: str, table: str) -> str:
-  """Returns a file's text with another table between the markers.
+  """A file's text with another table between the markers.
 
-  Args:
-    text: text of the file.
-    name: name of the table.
-    command: the command that writes it.
-    table: the new table, in Markdown.
-
-  Raises:
-    ValueError: the markers are missing.
+  Raises `ValueError` if the markers are missing.
   """
   start, end = enclosing(name, command)
   before, found, rest = text.partition(start)
@@ -63,22 +51,18 @@ def spread(values: Sequence[float], form: str) -> str:
   """Formats 'median (least–most)', or a dash if there is no value."""
   if not values:
     return "–"
-  middle, least, most = (
-    format(number, form)
-    for number in (statistics.median(values), min(values), max(values))
-  )
-  return f"{middle} ({least}–{most})"
+  median = statistics.median(values)
+  return f"{median:{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 def spread_table(rows: Iterable[tuple[str, Sequence[float], str]]) -> str:
-  """Makes a Markdown table of medians, with the least and the most.
+  """Formats a table of medians, with the least and the most.
 
-  Args:
-    rows: for each row the measurement's name with its unit, the values, and the
-      format of a number.
+  A row has the measurement's name with its unit, the values, and the format of
+  a number.
   """
-  cells = []
-  for name, values, form in rows:
-    numbers = (statistics.median(values), min(values), max(values))
-    cells.append([name, *(format(number, form) for number in numbers)])
+  cells = [
+    (name, *(f"{of(values):{form}}" for of in (statistics.median, min, max)))
+    for name, values, form in rows
+  ]
   return table(("measurement", "median", "least", "most"), cells)

@@ -37,14 +37,8 @@ def report(
 ) -> None:
   """Writes what `collect` makes of --workdir, its figure and its table.
 
-  Args:
-    command: the command, which the README's markers name.
-    name: the table's name in the markers.
-    raw_file: JSON file in the experiment's folder.
-    figure: name of the PNG file beside it.
-    collect: maps the folder of the runs to what is kept.
-    draw: makes Matplotlib's figure of it.
-    table: makes the README's table of it.
+  The first goes to `raw_file`, JSON, the others to the PNG file and to
+  README.md beside it, where markers have the table's name and the command.
   """
   parser = argparse.ArgumentParser(command)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)

@@ -35,21 +35,13 @@ _MARGIN = 1.05
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a worker measures.
+  """What a worker measures."""
 
-  Attributes:
-    depth: depth of the ResNet v1, 6n+2.
-    batch_size: images per step.
-    threads: number of threads that the framework shall use.
-    dtype: "float32" or "bfloat16".
-    mode: a program's `mode`.
-  """
-
-  depth: int = 20
+  depth: int = 20  # Of the ResNet v1, 6n+2.
   batch_size: int = 32
-  threads: int = 1
-  dtype: str = "float32"
-  mode: str = "usual"
+  threads: int = 1  # That the framework shall use.
+  dtype: str = "float32"  # Or "bfloat16".
+  mode: str = "usual"  # A program's `mode`.
 
   @property
   def blocks(self) -> int:
@@ -57,11 +49,7 @@ class Task:
     return (self.depth - 2) // 6
 
   def batch(self) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the batch, which is the same in every program.
-
-    Returns:
-      uint8[B, 32, 32, 3] noise and int32[B] labels.
-    """
+    """Noise, uint8[B, 32, 32, 3], and labels, int32[B]; the same for all."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (self.batch_size, *IMAGE_SHAPE), np.uint8)
     return images, rng.integers(0, NUM_CLASSES, self.batch_size, np.int32)
@@ -70,9 +58,7 @@ class Task:
 def digest(images: np.ndarray, labels: np.ndarray) -> str:
   """Identifies a batch in any order of its images.
 
-  Args:
-    images: [B, 32, 32, 3], pixels as integers of any dtype.
-    labels: [B], of any dtype.
+  Images are [B, 32, 32, 3], with integers of any dtype; labels [B].
   """
   rows = np.concatenate(
     [images.reshape(len(labels), -1), labels.reshape(-1, 1)], axis=1
@@ -90,10 +76,9 @@ class Program(Protocol):
   def build(self) -> dict[str, Callable[[int], float | None]]:
     """Builds the network and says what can be measured.
 
-    Returns:
-      Functions that run a number of steps and return when their results are
-      ready, "train" first. It returns a finite loss, of the last step or a
-      mean, so programs cannot be compared by it.
+    Functions run a number of steps and return when their results are ready,
+    "train" first. It returns a finite loss, of the last step or a mean, so
+    programs cannot be compared by it.
     """
 
   def facts(self) -> dict[str, Any]:
@@ -118,15 +103,9 @@ def serve(program_cls: Callable[[Task], Program]) -> None:
 def answers(
   program: Program, requests: Iterable[str], warm_up: float = _WARM_UP_SECONDS
 ) -> Iterator[dict[str, Any]]:
-  """Builds a program, then measures windows.
+  """Yields what is known of a program, then one answer to each request.
 
-  Args:
-    program: the program.
-    requests: lines such as "train 8".
-    warm_up: seconds of the warm-up of each kind of window.
-
-  Yields:
-    What is known of the program, then one answer to each request.
+  Each kind of window is warmed up for `warm_up` seconds.
   """
   started = time.perf_counter()
   functions = program.build()
