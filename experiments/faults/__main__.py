@@ -80,23 +80,20 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
   """Makes a row for each phase in which signals ended a process."""
   rows = []
   hits = collections.defaultdict(list)
+  after: dict[str, dict[int, int | None]] = collections.defaultdict(dict)
   for index, workdir in enumerate(workdirs):
-    for attempt in workdir["attempts"]:
-      if _was_hit(attempt):
-        hits[attempt["phase"]].append((index, attempt))
-  for phase in sorted(hits):
-    attempts = [attempt for _, attempt in hits[phase]]
-    after = [
-      workdirs[index]["different_bytes"]
-      for index in {index for index, _ in hits[phase]}
-    ]
+    for attempt in filter(_was_hit, workdir["attempts"]):
+      hits[attempt["phase"]].append(attempt)
+      after[attempt["phase"]][index] = workdir["different_bytes"]
+  for phase, attempts in sorted(hits.items()):
+    counts = list(after[phase].values())
     problems = [
       f"{attempt['signal']}: code {attempt['exit_code']}"
       for attempt in attempts
       if not _ended_well(attempt)
     ]
-    problems += ["a run failed"] * after.count(None)
-    different = sum(count or 0 for count in after)
+    problems += ["a run failed"] * counts.count(None)
+    different = sum(filter(None, counts))
     signals = collections.Counter(attempt["signal"] for attempt in attempts)
     note = ", ".join(f"{count} {name}" for name, count in signals.items())
     rows.append(

@@ -115,7 +115,7 @@ def all_checkpoints_damaged(case: Case) -> None:
 
 def full_disk(case: Case) -> None:
   """The disk fills up between two checkpoints; later there is room."""
-  _fill_disk(case, lambda process: process.has_saved())
+  _fill_disk(case, harness.Process.has_saved)
 
 
 def full_disk_while_saving(case: Case) -> None:
@@ -141,7 +141,7 @@ def read_only_workdir(case: Case) -> None:
   """The workdir becomes read-only under the run; later it is not."""
   with _small_disk(case.job.new_workdir()) as disk:
     case.workdir = disk / "run"
-    process = case.start_until(lambda process: process.has_saved())
+    process = case.start_until(harness.Process.has_saved)
     # A disk with open files cannot be remounted, but a bind mount can.
     _run("mount", "--bind", str(case.workdir), str(case.workdir))
     try:
@@ -158,7 +158,7 @@ def read_only_workdir(case: Case) -> None:
 
 def removed_workdir(case: Case) -> None:
   """The workdir is removed under the run."""
-  process = case.start_until(lambda process: process.has_saved())
+  process = case.start_until(harness.Process.has_saved)
   while case.workdir.exists():
     # The run may write meanwhile, so this is repeated.
     shutil.rmtree(case.workdir, ignore_errors=True)
@@ -168,7 +168,7 @@ def removed_workdir(case: Case) -> None:
 
 def second_process(case: Case) -> None:
   """The same command is started again while it runs."""
-  process = case.start_until(lambda process: process.has_saved())
+  process = case.start_until(harness.Process.has_saved)
   case.refuses("is in use by", str(process.pid), socket.gethostname())
   case.compare(case.end(process))
   case.notes.append("the first one finishes")
@@ -244,7 +244,7 @@ def another_models_checkpoints(case: Case) -> None:
   """The checkpoints are replaced by those of a narrower network."""
   ours, other = case.workdir, case.job.new_workdir()
   case.workdir, case.extra = other, ["--config.model.num_filters=4"]
-  case.stop_when(lambda process: process.has_saved(), signal.SIGKILL)
+  case.stop_when(harness.Process.has_saved, signal.SIGKILL)
   case.workdir, case.extra = ours, []
   case.half_done(locked=False)
   own, theirs = ours / "checkpoints", other / "checkpoints"

@@ -14,8 +14,8 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -126,14 +126,8 @@ def main(argv: list[str]) -> None:
     for name, core in zip(("disturbed", "undisturbed"), cores, strict=True)
   ]
   rngs = [np.random.default_rng(_SEED.value), None]
-  threads = [
-    threading.Thread(target=twin.run, args=(rng,))
-    for twin, rng in zip(twins, rngs, strict=True)
-  ]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  with futures.ThreadPoolExecutor() as pool:
+    list(pool.map(Twin.run, twins, rngs))  # Raises what a twin raises.
   found = [harness.results(twin.workdir) for twin in twins]
   different = harness.num_different_bytes(*found)
   files_lib.write_json(
