@@ -76,15 +76,13 @@ def table(cells: list[Cell]) -> str:
   """Errors by network and depth, differences by depth, and what they show."""
   errors, by_depth = [], []
   for network in NETWORKS:
-    for depth in DEPTHS:
-      found = cells_of(cells, network, depth).values()
+    shallow, deep = (cells_of(cells, network, depth) for depth in DEPTHS)
+    for depth, found in zip(DEPTHS, (shallow, deep), strict=True):
       shown = [
-        markdown.mean_and_std([cell[key] for cell in found], ".1f")
+        markdown.mean_and_std([cell[key] for cell in found.values()], ".1f")
         for key in ("train_error", "test_error")
       ]
       errors.append([f"`{network}`", depth, *shown, len(found)])
-  for network in NETWORKS:
-    shallow, deep = (cells_of(cells, network, depth) for depth in DEPTHS)
     seeds = sorted(shallow.keys() & deep.keys())
     ends = [
       np.array([each[seed]["train_error"] for seed in seeds])
@@ -92,9 +90,7 @@ def table(cells: list[Cell]) -> str:
     ]
     differences = ends[0] - ends[1]
     interval = intervals.interval(*ends, paired=True)
-    text = "–"
-    if interval:
-      text = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
+    text = "{:+.1f} to {:+.1f}".format(*interval) if interval else "–"
     difference = markdown.mean_and_std(differences.tolist(), ".1f")
     judged = verdict(network, differences, interval, deep)
     by_depth.append([f"`{network}`", difference, text, len(seeds), judged])

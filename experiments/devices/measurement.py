@@ -1,6 +1,7 @@
 """Compares speeds and losses of a batch on several devices and on one."""
 
 import functools
+import operator
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -39,15 +40,16 @@ def measure(
     of_batch = ConfigDict(config)
     of_batch.batch_size = number * per_device
     for devices in sorted({1, number}):
-      name = _name(number, devices)
       trainer = timing.prepare(of_batch, devices=jax.devices()[:devices])
-      windows[name] = functools.partial(trainer.train, steps)
+      windows[number, devices] = functools.partial(trainer.train, steps)
       sums = [trainer.train(1)[0] for _ in range(_COMPARED_STEPS)]
-      losses[name] = [float(each["loss"] / each["count"]) for each in sums]
+      losses[number, devices] = [
+        float(each["loss"] / each["count"]) for each in sums
+      ]
   seconds = timing.in_turn(windows, rounds)
   measured = []
   for number in numbers:
-    shared, alone = _name(number, number), _name(number, 1)
+    shared, alone = (number, number), (number, 1)
     images = steps * number * per_device
     pairs = zip(losses[shared], losses[alone], strict=True)
     measured.append(
@@ -60,10 +62,6 @@ def measure(
       }
     )
   return measured
-
-
-def _name(batch: int, devices: int) -> str:
-  return f"{batch:05d} shares on {devices}"
 
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
@@ -83,5 +81,4 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
 
 
 def _ratios(ones: Sequence[float], others: Sequence[float]) -> str:
-  ratios = [a / b for a, b in zip(ones, others, strict=True)]
-  return markdown.spread(ratios, ".2f")
+  return markdown.spread(list(map(operator.truediv, ones, others)), ".2f")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -27,8 +26,8 @@ QUANTITIES = ("gradient", "activation")
 # From here on, loops compile in less than half the time; see depth_cost.
 _LOOPED_DEPTH = 200
 
-# Of the raw figures.
-_SIGNIFICANT_DIGITS = 4
+# Of the raw figures, with four significant digits.
+_rounded = functools.partial(records_lib.rounded, digits=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +139,6 @@ def measure(
           }
         )
   return {"layers": layer_norms.layer_names(experiment), "seeds": results}
-
-
-def _rounded(value: float) -> float | None:
-  if not math.isfinite(value):
-    return None
-  return float(f"{value:.{_SIGNIFICANT_DIGITS}g}")
 
 
 def read(path: pathlib.Path) -> list[Record]:

@@ -138,20 +138,18 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
     steps = record["cell"]["measure_at"]
     return steps, np.stack([spread(record, step) for step in steps], axis=1)
 
-  xlabel = "layer, images to loss"
-  signal = _panels(
-    records,
-    "Signal at initialisation",
-    xlabel,
-    "output, root mean square",
-    functools.partial(by_layer, "activation"),
-  )
-  gradients = _panels(
-    records,
-    "Gradient at initialisation",
-    xlabel,
-    "gradient, Frobenius norm",
-    functools.partial(by_layer, "gradient"),
+  signal, gradients = (
+    _panels(
+      records,
+      f"{title} at initialisation",
+      "layer, images to loss",
+      ylabel,
+      functools.partial(by_layer, quantity),
+    )
+    for title, ylabel, quantity in (
+      ("Signal", "output, root mean square", "activation"),
+      ("Gradient", "gradient, Frobenius norm", "gradient"),
+    )
   )
   training = _panels(
     [r for r in records if len(r["cell"]["measure_at"]) > 1],

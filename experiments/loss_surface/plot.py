@@ -114,19 +114,14 @@ def table(records: Sequence[Record]) -> str:
     for record in records
     for each in record["environments"]
   }
-  lines = [
+  paragraphs = [
     markdown.table(titles, rows),
-    "",
     verdict(records),
-    "",
     "![Both surfaces](surface.png)",
-    "",
-  ]
-  lines.append(
     f"Evaluated on {'; '.join(sorted(used))}. Raw figures:"
-    " [results.jsonl](results.jsonl)."
-  )
-  return "\n".join(lines)
+    " [results.jsonl](results.jsonl).",
+  ]
+  return "\n\n".join(paragraphs)
 
 
 def draw(records: Sequence[Record]) -> Figure:

@@ -1,7 +1,6 @@
 """Evaluates a trained network on a plane of its weights (Li et al. 2018)."""
 
 import json
-import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -147,9 +146,7 @@ def measure(record: Record, score: Score, path: pathlib.Path) -> None:
     began = time.perf_counter()
     row = np.array([score(alpha, beta) for beta in coordinates])
     for name, values in zip(("loss", "error"), row.T, strict=True):
-      record[name].append(
-        [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
-      )
+      record[name].append([records_lib.rounded(x, digits=6) for x in values])
     record["seconds"] = round(
       record["seconds"] + time.perf_counter() - began, 2
     )

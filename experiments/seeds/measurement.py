@@ -1,6 +1,7 @@
 """Measures several seeds in one program and one program after another."""
 
 import functools
+import operator
 import subprocess
 import sys
 import tempfile
@@ -73,8 +74,7 @@ def table(results: dict[str, Any]) -> str:
   """
 
   def ratios(measured: dict[str, list[float]], one: str, other: str):
-    pairs = zip(measured[one], measured[other], strict=True)
-    return [a / b for a, b in pairs]
+    return list(map(operator.truediv, measured[one], measured[other]))
 
   steps, runs = results["steps"], results["runs"]
   rows = [(f"{name}, images/s", steps[name], ".1f") for name in steps]

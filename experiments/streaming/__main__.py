@@ -23,12 +23,14 @@ def main() -> None:
   parser = argparse.ArgumentParser("python -m experiments.streaming")
   add = parser.add_argument
   add("--folder", type=pathlib.Path, required=True, help="of the images")
-  add("--images", type=int, default=2000, help="at least 256")
+  add("--images", type=int, default=2000)
   add("--workers", type=int, default=2, help="processes that decode")
   add("--rounds", type=int, default=10)
   add("--memory_epochs", type=int, default=3)
   add("--out", type=pathlib.Path)
   flags = parser.parse_args()
+  if flags.images < 256:
+    parser.error(f"--images={flags.images} must be at least 256")
   if not flags.folder.exists():
     generated.prepare(flags.folder, {"train": flags.images, "validation": 50})
   config = imagenet_resnet50.get_config()

@@ -31,6 +31,7 @@ _KINDS = (
   (r"max", "batch norm, residual and ReLU, forward"),
   (r"select", "ReLU and residual, backward"),
   (r"/bn\d/|_bn/", "batch norm, backward, and bias of the convolution"),
+  (r"", "everything else"),
 )
 
 
@@ -40,13 +41,6 @@ def _describe(name: str, definitions: dict[str, str]) -> str:
   path = re.search(r'op_name="([^"]*)"', definition)
   shape = definition.partition("{")[0]
   return f"{name} {shape} {path[1] if path else ''}"
-
-
-def _kind(description: str) -> str:
-  for pattern, kind in _KINDS:
-    if re.search(pattern, description):
-      return kind
-  return "everything else"
 
 
 def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
@@ -95,7 +89,8 @@ def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
       for event in line.events:
         operation = dict(event.stats).get("hlo_op")
         if operation is not None:
-          kind = _kind(_describe(str(operation), definitions))
+          text = _describe(str(operation), definitions)
+          kind = next(kind for each, kind in _KINDS if re.search(each, text))
           items[kind] += event.duration_ns / 1e6 / steps
   del items[""]
   return step_ms, [(kind, f"{ms:.1f}") for kind, ms in items.most_common()]
@@ -104,10 +99,13 @@ def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
 def main() -> None:
   """Prints a Markdown table with the largest item first."""
   parser = argparse.ArgumentParser()
-  # A batch of one would look like the operand of a weight gradient.
-  parser.add_argument("--batch_size", type=int, default=128, help="at least 2")
+  parser.add_argument("--batch_size", type=int, default=128)
   parser.add_argument("--steps", type=int, default=6)
-  step_ms, items = profile(**vars(parser.parse_args()))
+  flags = parser.parse_args()
+  if flags.batch_size < 2:
+    # A batch of one would look like the operand of a weight gradient.
+    parser.error(f"--batch_size={flags.batch_size} must be at least 2")
+  step_ms, items = profile(flags.batch_size, flags.steps)
   print(f"A profiled step takes {step_ms:.0f} ms.\n")
   print(markdown.table(("item", "ms"), items))
 

@@ -194,7 +194,7 @@ def summary(results: Results) -> str:
 
 
 def start_table(start: dict[str, Any]) -> str:
-  """Formats what `start.measure_start` returns as Markdown."""
+  """Formats the `start` of start.json as Markdown."""
   return markdown.spread_table(
     (
       f"command to {what}, {cache} compilation cache, s",

@@ -33,18 +33,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Starts with a filled cache.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
-def measure_start(arguments: list[str], rounds: int) -> dict[str, Any]:
-  """Times `resnet_flax.main` up to compilation and up to its first step.
-
-  For 'cold', one start with an empty cache, and 'warm', `rounds` starts with a
-  filled one, a list of {'compiling': s, 'first_step': s}.
-  """
-  with tempfile.TemporaryDirectory() as cache:
-    times = [_start(arguments, cache) for _ in range(rounds + 1)]
-  return {"cold": times[:1], "warm": times[1:]}
-
-
 def _start(arguments: list[str], cache: str) -> dict[str, float]:
+  """Seconds up to 'compiling' and up to the 'first_step'."""
   with tempfile.TemporaryDirectory() as workdir:
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -81,10 +71,12 @@ def main(argv: list[str]) -> None:
   command_line.config_and_workdir()
   ours = ("--rounds", "--out")
   arguments = [each for each in sys.argv[1:] if not each.startswith(ours)]
+  with tempfile.TemporaryDirectory() as cache:
+    times = [_start(arguments, cache) for _ in range(_ROUNDS.value + 1)]
   results: dict[str, Any] = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),
-    "start": measure_start(arguments, _ROUNDS.value),
+    "start": {"cold": times[:1], "warm": times[1:]},
   }
   print(report.start_table(results["start"]))
   if _OUT.value:

@@ -24,7 +24,6 @@ _HE = "He et al. 2015"
 _TORCHVISION = "torchvision"
 _WIDE = "Zagoruyko and Komodakis 2016"
 _XIE = "Xie et al. 2017"
-_KERAS_APPLICATIONS = "keras.applications"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ LARGE = (
       101: ("44,601,832", "7.6 G"),
       152: ("60,268,520", "11.3 G"),
     },
-    f"{_KERAS_APPLICATIONS}, {_HE}",
+    f"keras.applications, {_HE}",
     stride_in_3x3=False,
   ),
   *_series(

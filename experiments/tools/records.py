@@ -1,6 +1,7 @@
 """Files of raw figures with a JSON object, a record, on each line."""
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -28,6 +29,11 @@ def read(path: pathlib.Path, *keys: str) -> list[Record]:
       " --out."
     ) from error
   return records
+
+
+def rounded(value: float, digits: int) -> float | None:
+  """A number of so many significant digits; None if it is not finite."""
+  return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def write(path: pathlib.Path, records: Iterable[Record]) -> None:

@@ -81,13 +81,13 @@ def prepare(
 
 
 def in_turn(
-  actions: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
+  actions: Mapping[Any, Callable[[], object]], rounds: int
+) -> dict[Any, list[float]]:
   """Seconds of each action in each round, after a warm-up round.
 
   The order alternates, so that the machine's drift favours no action.
   """
-  seconds: dict[str, list[float]] = {name: [] for name in actions}
+  seconds: dict[Any, list[float]] = {name: [] for name in actions}
   for round_number in range(rounds + 1):
     for name in sorted(actions, reverse=bool(round_number % 2)):
       started = time.perf_counter()

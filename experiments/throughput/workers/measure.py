@@ -133,15 +133,16 @@ def answers(
       **({} if loss is None else {"loss": loss}),
     }
 
-  peak = {}
   for kind in functions:
     window(kind, 0)
     window(kind, warm_up)
-    peak[kind] = _peak_megabytes()
+    if kind == "train":
+      peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   yield {
     "kinds": list(functions),
     "build_seconds": build_seconds,
-    "peak_megabytes": peak["train"],
+    # Bytes on macOS, KiB elsewhere.
+    "peak_megabytes": peak * (1 if sys.platform == "darwin" else 1024) / 1e6,
     "huge_page_megabytes": _huge_page_megabytes(),
     "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     "python": platform.python_version(),
@@ -153,12 +154,6 @@ def answers(
   for request in requests:
     kind, seconds = request.split()
     yield {"kind": kind, **window(kind, float(seconds))}
-
-
-def _peak_megabytes() -> float:
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  # Bytes on macOS, KiB elsewhere.
-  return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def _huge_page_megabytes() -> float | None:

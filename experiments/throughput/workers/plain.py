@@ -13,7 +13,10 @@ import optax
 from experiments.throughput.workers import measure
 
 _THREADS = pathlib.Path("/proc/self/task")
-_conv = functools.partial(nn.Conv, kernel_init=nn.initializers.he_normal())
+_he_normal = nn.initializers.he_normal()
+_conv = functools.partial(nn.Conv, kernel_init=_he_normal)
+# Its first argument is whether it takes the running statistics.
+_norm = functools.partial(nn.BatchNorm, momentum=0.99, epsilon=1e-3)
 
 
 class Block(nn.Module):
@@ -25,16 +28,10 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     """Maps float[B, H, W, C] to the block's output."""
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.99,
-      epsilon=1e-3,
-    )
     y = _conv(self.filters, (3, 3), self.strides)(x)
-    y = nn.relu(norm()(y))
+    y = nn.relu(_norm(not train)(y))
     y = _conv(self.filters, (3, 3))(y)
-    y = norm()(y)
+    y = _norm(not train)(y)
     if x.shape != y.shape:
       x = _conv(self.filters, (1, 1), self.strides)(x)
     return nn.relu(x + y)
@@ -49,18 +46,13 @@ class ResNet(nn.Module):
   def __call__(self, x, train):
     """Maps float[B, 32, 32, 3] images to float[B, 10] logits."""
     x = _conv(16, (3, 3))(x)
-    x = nn.BatchNorm(
-      use_running_average=not train, momentum=0.99, epsilon=1e-3
-    )(x)
-    x = nn.relu(x)
+    x = nn.relu(_norm(not train)(x))
     for stage in range(3):
       for block in range(self.blocks):
         strides = 2 if stage > 0 and block == 0 else 1
         x = Block(16 * 2**stage, strides)(x, train)
     x = jnp.mean(x, axis=(1, 2))
-    return nn.Dense(
-      measure.NUM_CLASSES, kernel_init=nn.initializers.he_normal()
-    )(x)
+    return nn.Dense(measure.NUM_CLASSES, kernel_init=_he_normal)(x)
 
 
 def loss_fn(params, batch_stats, model, images, labels):
