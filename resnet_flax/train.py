@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def train_and_evaluate(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
   ) as run:
     if run.is_finished:
+      hosts.first(lambda: load.check_data_of(config, pathlib.Path(workdir)))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, run)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -425,6 +426,44 @@ def test_settings_of_jax_that_cannot_be_are_refused_by_name(
   with setting, pytest.raises(errors.ConfigError, match=name):
     train.train_and_evaluate(tiny_config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
+  tiny_config, tmp_path, monkeypatch, one_device, caplog
+):
+  tiny_config.num_epochs = 1
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, tmp_path / "run", devices=one_device
+  )
+  records = run()
+  load = data.dataset.load
+
+  def other(config):
+    return dataclasses.replace(load(config), source="digits-2")
+
+  monkeypatch.setattr(data.dataset, "load", other)
+  with pytest.raises(errors.WorkdirError, match="digits there, digits-2 here"):
+    run()
+
+  def gone(config):
+    raise errors.DataError("no copy")
+
+  caplog.set_level("INFO")
+  monkeypatch.setattr(data.dataset, "load", gone)
+  assert run() == records
+  assert "data was not looked at: no copy" in caplog.text
+
+
+def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
+  """It only says that there is no copy to compare."""
+  caplog.set_level("INFO")
+  tiny_config.dataset.name = "cifar10"
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  tiny_config.dataset.data_dir = str(empty)
+  load.check_data_of(tiny_config, tmp_path)
+  assert "not looked at: there is no cifar10 in" in caplog.text
+  assert list(tmp_path.rglob("*")) == [empty]
 
 
 def one_score(loss, accuracy):

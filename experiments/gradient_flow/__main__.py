@@ -18,10 +18,11 @@ import jax
 
 from experiments.gradient_flow import measurement
 from experiments.tools import lists, records as records_lib
-from resnet_flax import models
+from resnet_flax.models import registry
 from resnet_flax.run import (
   arguments,
   environment,
+  errors,
   files as files_lib,
   huge_pages,
   surroundings,
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
   """Measures what is missing."""
   parser = arguments.Parser("python -m experiments.gradient_flow")
   add, integers = parser.add_argument, lists.integers
-  families = lists.names(models.MODELS)
+  families = lists.names(registry.MODELS)
   add("--families", type=families, default="plain,highway,resnet_v1")
   add("--depths", type=integers, default="20,56", help="that are trained")
   add("--init_depths", type=integers, default="110,326", help="that are not")

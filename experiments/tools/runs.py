@@ -21,7 +21,7 @@ def finished(
   for path in sorted(workdir.glob("*/config.json")):
     run = path.parent
     config = folder.load_config(run)
-    records = metrics.MetricsLog(run).read()
+    records = metrics.MetricsLog(run, config).read()
     if len(records) >= config.num_epochs:
       yield run, config, records
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -288,16 +287,22 @@ def read(
 
 def _allow_open_files(count: int) -> None:
   """Raises the limit on open files: ImageNet has more than shells allow."""
-  unlimited = resource.RLIM_INFINITY  # On Linux it is -1.
+  try:
+    import resource
+  except ImportError:  # There is no such limit on Windows.
+    return
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  soft, hard = (sys.maxsize if n == unlimited else n for n in limits)
+  infinity = resource.RLIM_INFINITY  # On Linux it is -1.
+  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
   needed = count + 256  # Libraries, pipes and checkpoints open files, too.
-  # Each of several seeds opens its own.
-  if soft < (allowed := min(16 * needed, hard)):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
-  if allowed < needed:
+  for wanted in (16 * needed, needed):  # Each of several seeds opens its own.
+    if soft < (allowed := min(wanted, hard)):
+      with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+        soft = allowed
+  if soft < needed:
     raise errors.DataError(
       f"the data set has {count} files, which are open at the same time, but a"
-      f" process may open {allowed} here. The hard limit (ulimit -Hn) must be"
+      f" process may open {soft} here. The hard limit (ulimit -Hn) must be"
       f" raised to {needed} or more."
     )

@@ -267,17 +267,17 @@ def restore(
   try:
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
       vectors = reader.restore(path / _STATE)
+    arrays = {}
+    for name, form in saved.items():
+      dtype, _, sides = form.partition("[")
+      shape = json.loads(f"[{sides}")
+      array, vectors[dtype] = np.split(vectors[dtype], [math.prod(shape)])
+      arrays[name] = array.reshape(shape)
   except MemoryError:
     raise  # The checkpoint may be good.
   # Orbax and TensorStore raise a different exception for each kind of damage.
   except Exception as error:
     raise _Damaged(path, errors.one_line(error)) from error
-  arrays = {}
-  for name, form in saved.items():
-    dtype, _, sides = form.partition("[")
-    shape = json.loads(f"[{sides}")
-    array, vectors[dtype] = np.split(vectors[dtype], [math.prod(shape)])
-    arrays[name] = array.reshape(shape)
   leaves, structure = jax.tree.flatten(like)
   leaves = [
     arrays[name]

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
-from resnet_flax.data import dataset as dataset_lib, types
+from resnet_flax.data import dataset as dataset_lib, prepared, types
 from resnet_flax.models import other_blocks, registry
 from resnet_flax.parallel import averaging, evaluate, mesh as mesh_lib, networks
 from resnet_flax.run import (
@@ -183,7 +183,15 @@ def evaluate_workdir(
   rules.check_labels(config)
   if is_stored:
     say_what_is_trusted(config)
-  dataset = dataset_lib.load(config.dataset)
+  try:
+    dataset = dataset_lib.load(config.dataset)
+  except errors.DataError as error:
+    if not (is_stored and config.dataset.data_dir):
+      raise
+    raise errors.DataError(
+      f"{error} The run's config.json names {config.dataset.data_dir}: for data"
+      " elsewhere pass --config=FILE --config.dataset.data_dir=DIR, too."
+    ) from error
   folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
   splits = {"train": dataset.train, "test": dataset.test}
   if dataset.validation:
@@ -274,6 +282,21 @@ def say_what_is_trusted(config: ConfigDict) -> None:
       )
 
 
+def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks what a finished run was on, if that is here: none is downloaded."""
+  dataset = config.dataset
+  try:
+    if dataset.name.startswith("cifar"):
+      root = prepared.data_dir(dataset.data_dir)
+      if prepared.find(dataset.name, root) is None:
+        raise errors.DataError(f"there is no {dataset.name} in {root}")
+    source = dataset_lib.load(dataset).source
+  except errors.UserError as error:
+    _logger.info("note: the run's data was not looked at: %s", error)
+  else:
+    folder.check_data(workdir, source)
+
+
 def _restore(
   workdir: str | os.PathLike[str],
   which: str,
@@ -326,7 +349,7 @@ def _read_states(
   if which == "latest":
     steps = there[-1:] * config.num_seeds
   else:
-    records = metrics.MetricsLog(workdir).read()
+    records = metrics.MetricsLog(workdir, config).read()
     # The last record may be there before its checkpoint is.
     if records and records[-1]["step"] > max(there, default=-1):
       records.pop()

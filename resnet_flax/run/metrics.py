@@ -6,10 +6,12 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -17,29 +19,40 @@ from resnet_flax.run import errors, files as files_lib
 
 Record = dict[str, Any]
 
+_SPEED = ("epoch_seconds", "images_per_second")
 # What is measured of the machine; it differs between bit-identical runs.
-TIMED = (
-  *("epoch_seconds", "images_per_second", "data_seconds", "evaluation_seconds"),
-)
+TIMED = (*_SPEED, "data_seconds", "evaluation_seconds")
 
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
 
-class MetricsLog:
-  """The file metrics.jsonl: one JSON object for each finished epoch."""
+# What training, scoring and reports read of every network, and what of epochs
+# that were scored.
+_TRAIN = ("train_loss", "train_accuracy")
+_SCORES = tuple(f"test_{name}" for name in MONITORED)
 
-  def __init__(self, workdir: pathlib.Path):
+
+class MetricsLog:
+  """The file metrics.jsonl: one JSON object for each finished epoch.
+
+  With the run's `config`, records must have what is read of each seed.
+  """
+
+  def __init__(self, workdir: pathlib.Path, config: ConfigDict | None = None):
     self._path = workdir / "metrics.jsonl"
+    self._seeds, self._every = range(0), 1
+    if config is not None:
+      self._every = config.eval_every_epochs
+      self._seeds = range(config.seed, config.seed + config.num_seeds)
 
   def read(self, steps_per_epoch: int | None = None) -> list[Record]:
     """The records so far, oldest first; a torn last line is left out.
 
-    They must be those of one epoch after another. `steps_per_epoch` is by
-    default as in the first one.
+    `steps_per_epoch` is by default as in the first one.
     """
     try:
-      lines = files_lib.read_bytes(self._path).removesuffix(b"\n").split(b"\n")
+      content = files_lib.read_bytes(self._path)
     except FileNotFoundError:
       return []
     except (OSError, ValueError) as error:
@@ -47,23 +60,25 @@ class MetricsLog:
         f"{self._path} cannot be read: {error}. Restore it, or use another"
         " workdir."
       ) from error
+    lines = content.removesuffix(b"\n").split(b"\n")
     records: list[Record] = []
     for epoch, line in enumerate(lines):
-      record: Record = {}
       try:
         record = files_lib.parse_object(line)
-      except ValueError:
+      except ValueError as error:
         if epoch == len(lines) - 1:
           break  # It was being written by a killed run, or the disk lost it.
-      found = record.get("epoch"), record.get("step")
-      steps_per_epoch = steps_per_epoch or found[1] or 1
-      step = (epoch + 1) * steps_per_epoch
-      if found != (epoch, step):
+        fault = f"it is no JSON object ({error})"
+      else:
+        scores = _SCORES if (epoch + 1) % self._every == 0 else ()
+        own = (*_TRAIN, *scores) if self._seeds else ()
+        fault = _fault(record, epoch, steps_per_epoch, self._seeds, own)
+      if fault:
         raise errors.WorkdirError(
-          f"{self._path}, line {epoch + 1}: epoch={found[0]} and"
-          f" step={found[1]}, not {epoch} and {step}. Restore it, or use"
-          " another workdir."
+          f"{self._path}, line {epoch + 1}: {fault}. Restore it, or use another"
+          " workdir."
         )
+      steps_per_epoch = steps_per_epoch or record["step"]
       records.append(record)
     return records
 
@@ -102,6 +117,45 @@ class MetricsLog:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
+
+
+def _fault(
+  record: Record,
+  epoch: int,
+  steps_per_epoch: int | None,
+  seeds: Sequence[int],
+  scores: Sequence[str],
+) -> str:
+  """What is wrong with the record of an epoch; '' if nothing is."""
+  of_seeds = record.get("seeds", [])
+  if not isinstance(of_seeds, list):
+    return "seeds is no list"
+  own = {key: value for key, value in record.items() if key != "seeds"}
+  needed = (*scores, *_SPEED) if seeds else ()
+  parts = [(own, ("epoch", "step", *needed))]
+  parts += [(each, ("seed", *scores) if seeds else ()) for each in of_seeds]
+  for part, keys in parts:
+    if not isinstance(part, dict):
+      return "seeds holds what is no JSON object"
+    values: dict[str, Any] = dict.fromkeys(keys)
+    for key, value in (values | part).items():
+      # JSON has integers that are no floats, too, and NaN.
+      if (
+        type(value) not in (int, float)
+        or not abs(value) <= sys.float_info.max
+        or (value <= 0 and key in ("step", "epoch_seconds"))
+      ):
+        return f"{key}={value!r:.100} cannot be"
+  found, expected = [each.get("seed") for each in of_seeds], list(seeds)
+  if seeds and found != (expected if expected[1:] else []):
+    return f"it has the seeds {found}, not {expected}"
+  step = (epoch + 1) * (steps_per_epoch or record["step"])
+  if (record["epoch"], record["step"]) != (epoch, step):
+    return (
+      f"epoch={record['epoch']} and step={record['step']}, not {epoch} and"
+      f" {step}"
+    )
+  return ""
 
 
 def summarize(

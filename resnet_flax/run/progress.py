@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import tqdm
 from ml_collections import ConfigDict
 
@@ -42,7 +43,8 @@ class Progress:
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
-      disable=None,  # If there is no terminal.
+      # Process 0 speaks for all; None: it shows a bar on a terminal.
+      disable=True if jax.process_index() else None,
     )
 
   def step(self, of_seeds: Sequence[step_lib.StepMetrics]) -> None:

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import step as step_lib
 from resnet_flax.data import dataset as dataset_lib, randomness, types
+from resnet_flax.models.kernels import onednn
 from resnet_flax.parallel import hosts, many_steps, networks, program
 from resnet_flax.run import (
   checkpoint,
@@ -62,7 +64,7 @@ class Session:
     self._experiment, self._signals, self._stack = experiment, signals, stack
     self._steps_per_epoch = experiment.learning_rate.steps_per_epoch
     self._pending: networks.Networks | None = None
-    self._log = metrics.MetricsLog(workdir)
+    self._log = metrics.MetricsLog(workdir, config)
     # Of process 0 alone.
     self._checkpoints: checkpoint.Checkpoints | None = None
     self._board: metrics.TensorBoard | None = None
@@ -142,6 +144,10 @@ class Session:
     Writes configuration, with what was chosen, and environment.
     """
     config, devices = self._config, self._devices
+    dtype = jnp.dtype(config.model.dtype)
+    is_slow = dtype != jnp.float32 and not onednn.can_convolve(dtype)
+    if is_slow and devices[0].platform == "cpu":
+      _logger.info("note: this CPU has no %s: float32 is faster", dtype)
     execution = config.seed_execution
     if execution == "auto" and config.num_seeds > 1:
       # As experiments/seeds measured it on CPUs; elsewhere several networks in

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from configs import base
 from resnet_flax.run import errors, metrics
 from tests.run import damage
 
@@ -101,8 +102,17 @@ def test_steps_must_be_those_of_the_run(log):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    *(("[]", "epoch=None"), ("null", "epoch=None"), ("{", "epoch=None")),
-    *(("{}", "epoch=None"), ('{"epoch": 0, "step": 0}', "step=0")),
+    ("[]", "no JSON object"),
+    ("null", "no JSON object"),
+    ("{", "no JSON object"),
+    ("{}", "epoch=None"),
+    ('{"epoch": 0, "step": true}', "step=True"),
+    ('{"epoch": 0, "step": 0}', "step=0"),
+    ('{"epoch": 0, "step": 4, "val_accuracy": "1"}', "val_accuracy='1'"),
+    ('{"epoch": 0, "step": 4, "test_loss": NaN}', "test_loss=nan"),
+    ('{"epoch": 0, "step": 4, "test_loss": 1%s}' % ("0" * 400), "test_loss=1"),
+    ('{"epoch": 0, "step": 4, "seeds": {}}', "seeds is no list"),
+    ('{"epoch": 0, "step": 4, "seeds": [1]}', "seeds holds what is no"),
   ],
 )
 def test_a_line_that_is_no_record_is_named(log, tmp_path, line, message):
@@ -175,6 +185,22 @@ def test_best_record(monitor, best):
     record[f"val_{monitor}"] = value
   expected = 2 if monitor == "accuracy" else 1
   assert metrics.best_record(records, monitor)["epoch"] == expected
+
+
+def test_records_that_must_have_scores(tmp_path):
+  config = base.get_config()
+  config.eval_every_epochs = 2
+  kept = {"train_loss": 1, "train_accuracy": 0, "epoch_seconds": 1}
+  kept |= {"images_per_second": 1}
+  scores = {"test_accuracy": 0, "test_loss": 1, "test_objective": 1}
+  log = metrics.MetricsLog(tmp_path, config)
+  log.append({"epoch": 0, "step": 4} | kept)
+  log.append({"epoch": 1, "step": 8} | kept | scores)
+  assert len(log.read()) == 2
+  log.append({"epoch": 2, "step": 12} | kept)
+  log.append({"epoch": 3, "step": 16} | kept)
+  with pytest.raises(errors.WorkdirError, match="line 4: test_accuracy=None"):
+    log.read()
 
 
 @pytest.mark.parametrize("monitor", ["loss", "objective"])

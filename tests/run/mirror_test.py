@@ -552,9 +552,9 @@ def test_killed_with_its_disk_at_any_moment(address, tmp_path):
         time.sleep(rng.uniform(0, 10))
       else:
         assert any("compiled in" in line for line in process.stderr)
-        # Whatever the machine, the last kill finds something mirrored.
+        # Whatever the machine, the last kill finds a mirrored checkpoint.
         if kill == kills - 1:
-          wait_until(store.states)
+          wait_until(lambda: any(each.progress[0] for each in store.states()))
         time.sleep(rng.uniform(0, 2.5))
       process.kill()
     assert process.returncode == -signal.SIGKILL

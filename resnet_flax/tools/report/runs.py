@@ -177,7 +177,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   runs = []
   for folder, path in zip(folders, real, strict=True):
     stored, environment = load_config(folder), read_environment(folder)
-    records = metrics.MetricsLog(folder).read()
+    records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,
       "name": shown(os.path.relpath(path, common)),

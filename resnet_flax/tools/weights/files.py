@@ -155,6 +155,12 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     )
   arrays = {}
   for name, tensor in loaded.items():
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:
+      raise errors.WeightsError(
+        f"{path}: {name} claims the shape {list(tensor.shape)} but stores"
+        f" {stored} bytes."
+      )
     # NumPy has no bfloat16.
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     arrays[str(name)] = tensor.detach().numpy()

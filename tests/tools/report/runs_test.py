@@ -84,10 +84,13 @@ def test_damaged_config(tmp_path, text, message):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{", "epoch=None"),
-    ("[]", "epoch=None"),
+    ("{", "no JSON object"),
+    ("[]", "no JSON object"),
     (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2 and step=300, not 1"),
+    (json.dumps(workdirs.make_record(1, float("nan"))), "train_loss=nan"),
+    (json.dumps(workdirs.make_record(1, 1.0, epoch_seconds=0)), "seconds=0"),
     (json.dumps(workdirs.make_record(1, 1.0, step=100)), "step=100, not 1 and"),
+    (json.dumps(workdirs.make_record(1, 1.0, test_loss="1")), "test_loss='1'"),
     (json.dumps(workdirs.make_record(1, 1.0, step=None)), "step=None"),
   ],
 )
@@ -99,6 +102,33 @@ def test_damaged_record(tmp_path, line, message):
   with pytest.raises(errors.WorkdirError, match=message) as caught:
     read(tmp_path)
   assert f"{path}, line 2: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"seeds": None}, "seeds is no list"),
+    ({"seeds": []}, r"the seeds \[\], not \[5, 6\]"),
+    ({"seeds": ["a", "b"]}, "no JSON object"),
+    ({"seeds": [{"seed": 5}, {"seed": 6}]}, "train_loss=None"),
+  ],
+)
+def test_damaged_record_of_seeds(tmp_path, change, message):
+  workdirs.write(tmp_path / "run", [[0.5, 0.6]], seed=5, num_seeds=2)
+  path = tmp_path / "run" / "metrics.jsonl"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
+  with pytest.raises(errors.WorkdirError, match=message):
+    read(tmp_path)
+
+
+def test_seeds_of_another_order(tmp_path):
+  workdirs.write(tmp_path / "run", [[0.5, 0.6]], seed=5, num_seeds=2)
+  path = tmp_path / "run" / "metrics.jsonl"
+  record = json.loads(path.read_text())
+  record["seeds"].reverse()
+  path.write_text(json.dumps(record) + "\n")
+  with pytest.raises(errors.WorkdirError, match=r"seeds \[6, 5\], not"):
+    read(tmp_path)
 
 
 def test_torn_last_line_is_left_out(tmp_path):

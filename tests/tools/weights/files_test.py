@@ -200,6 +200,16 @@ class StubTensor:
 
   def __init__(self, array):
     self._array = array
+    self.shape = array.shape
+
+  def numel(self):
+    return self._array.size
+
+  def element_size(self):
+    return self._array.itemsize
+
+  def untyped_storage(self):
+    return types.SimpleNamespace(nbytes=lambda: self._array.nbytes)
 
   def detach(self):
     return self
@@ -278,6 +288,15 @@ def test_pytorch_loads_tensors_alone(stub_torch, torch_file, loaded):
 def test_pytorch_files_without_a_state_dict(stub_torch, torch_file, loaded):
   stub_torch.loaded = loaded
   with pytest.raises(errors.WeightsError, match="holds no state dict"):
+    files.read(torch_file)
+
+
+def test_tensors_that_claim_more_than_they_store(stub_torch, torch_file):
+  tensor = StubTensor(np.ones(2, np.float32))
+  tensor.untyped_storage = lambda: types.SimpleNamespace(nbytes=lambda: 4)
+  stub_torch.loaded = {"fc.weight": tensor}
+  message = r"fc.weight claims the shape \[2\] but stores 4 bytes"
+  with pytest.raises(errors.WeightsError, match=message):
     files.read(torch_file)
 
 
