@@ -11,6 +11,7 @@ without a compilation cache. Nothing else should run meanwhile.
 import argparse
 import multiprocessing
 import pathlib
+from concurrent import futures
 
 from experiments.depth_cost import measurement
 from experiments.tools import lists, markdown
@@ -33,11 +34,13 @@ def main() -> None:
   for depth in flags.depths:
     for mode in flags.modes:
       # This process cannot describe the devices: it leaves them to the others.
-      with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(
+      with futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+      ) as pool:
+        result = pool.submit(
           measurement.measure,
-          (flags.name, depth, mode, flags.batch_size, flags.steps),
-        )
+          *(flags.name, depth, mode, flags.batch_size, flags.steps),
+        ).result()
       environments.append(result.pop("environment"))
       results.append(result)
       print(measurement.row(result), flush=True)

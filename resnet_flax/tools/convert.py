@@ -79,10 +79,13 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
       f"{file.path} holds {kind.title}, which the configuration must match:"
       f" pass {', '.join(wrong.values())}."
     )
-  # If another number of classes is wanted, or the file's head has none, the
-  # comparison of arrays reports it.
-  others = kind.num_classes != experiment_lib.num_classes(config)
-  if others and not config.model.num_classes:
+  # If the file's head has no classes, the comparison of arrays reports it.
+  if 0 < kind.num_classes != experiment_lib.num_classes(config):
+    if config.model.num_classes:
+      raise errors.ConfigError(
+        f"model.num_classes={config.model.num_classes} must be 0 or that of"
+        f" {file.path}, which has a head of {kind.num_classes} classes."
+      )
     config.model.num_classes = kind.num_classes
   # The head's size comes from the file, and has a limit as well.
   rules.check(config, num_devices=1)

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
   if out:
     # An unusable file must end the program before minutes of compilation.
     records.read(out)
+    if not out.parent.is_dir():
+      raise errors.DataError(f"--out={out}: make the folder {out.parent}.")
   # With a cache, the times would not include compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   devices = compilation.topology_devices(_TOPOLOGY.value)

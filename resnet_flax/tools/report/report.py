@@ -277,11 +277,11 @@ def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
     found = load.predict_test(run.folder, run.seed, opened=opened)
+    scores = scores_lib.summarize(*found)
   except errors.UserError as error:
     lacks = f"the report lacks the checkpoint of group {group.number}"
     _logger.warning("warning: %s: %s", lacks, error)
     return Section(title, [f"This could not be made: {error}"])
-  scores = scores_lib.summarize(*found)
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   right, count = np.trace(scores.confusion), scores.confusion.sum()

@@ -22,6 +22,11 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)*)")
 # Older versions can run code in spite of weights_only (CVE-2025-32434).
 _LEAST_TORCH = (2, 6)
+# Zip archives; before version 1.6, PyTorch wrote pickles without an archive.
+_TORCH_STARTS = (b"PK\x03\x04", b"\x80")
+
+# Longer than any layer's name. A limit, since names are read whole.
+_LONGEST_NAME = 4096
 
 
 class WeightsFile(NamedTuple):
@@ -79,6 +84,8 @@ def read(path: pathlib.Path) -> WeightsFile:
     f"{path} is damaged, or is not what its extension says; it begins with"
     f" {start!r}"
   ):
+    if readers[0] is _read_torch and not start.startswith(_TORCH_STARTS):
+      raise ValueError("PyTorch writes zip archives and, earlier, pickles")
     return readers[0](path)
 
 
@@ -95,6 +102,16 @@ def explain(fault: str, advice: str = "") -> Iterator[None]:
     ) from error
 
 
+def wrong_type(
+  path: pathlib.Path, name: str, dtype: Any
+) -> errors.WeightsError:
+  """The error for an array whose dtype is not that of weights."""
+  return errors.WeightsError(
+    f"{path}: {name} is {dtype}; it must be float32, float16, bfloat16 or"
+    " float64."
+  )
+
+
 def _check_stored(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
   """Neither library compresses; a compressed file may fill the memory."""
   if any(member.compress_type for member in archive.infolist()):
@@ -105,9 +122,16 @@ def _check_stored(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
 
 
 def _read_safetensors(path: pathlib.Path) -> WeightsFile:
-  from safetensors import numpy as safetensors_numpy
+  import safetensors
 
-  arrays = safetensors_numpy.load_file(path)
+  arrays = {}
+  with safetensors.safe_open(path, framework="np") as file:
+    for name in file.keys():  # noqa: SIM118 It cannot be iterated over.
+      try:
+        arrays[name] = file.get_tensor(name)
+      except AttributeError:  # NumPy lacks the type.
+        dtype = file.get_slice(name).get_dtype()
+        raise wrong_type(path, name, dtype) from None
   # `resnet_flax.export` writes Keras's names so; PyTorch's names have dots.
   if all("/" in name for name in arrays):
     return WeightsFile(path, "keras", arrays, ())
@@ -129,7 +153,6 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       f" {torch.__version__}, which is installed, a file could run code: pip"
       " install --upgrade 'resnet_flax[torch]'."
     )
-  # Before version 1.6, PyTorch wrote pickles without an archive around them.
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
       _check_stored(path, archive)
@@ -163,7 +186,10 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
       )
     # NumPy has no bfloat16.
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    arrays[str(name)] = tensor.detach().numpy()
+    try:
+      arrays[str(name)] = tensor.detach().numpy()
+    except TypeError:  # NumPy has no such type.
+      raise wrong_type(path, name, tensor.dtype) from None
   return _pytorch(path, arrays)
 
 
@@ -245,11 +271,15 @@ def _keras(
       parts = key.replace("\\", "/").split("/")  # Windows writes backslashes.
       if not isinstance(member, h5py.Dataset):
         if re.fullmatch("layers/[^/]*/vars", key) and "name" in member.attrs:
+          if member.attrs.get_id("name").get_storage_size() > _LONGEST_NAME:
+            raise errors.WeightsError(f"{path}: {key[:200]} has a long name.")
           names[parts[1]] = str(member.attrs["name"])
         continue
       if key.startswith("optimizer") or "seed_generator" in key:
         passed_over.append(key)
         continue
+      if member.dtype.kind != "f":  # Text may be longer than its file.
+        raise wrong_type(path, key[:200], member.dtype)
       # HDF5 allows arrays that claim any size, or are parts of other files.
       size = member.id.get_storage_size()
       if member.is_virtual or member.external or member.nbytes > size:

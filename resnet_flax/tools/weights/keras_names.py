@@ -58,7 +58,11 @@ def identify(file: files.WeightsFile) -> Source:
         f"{file.path} has {file.num_convs} convolutions. It must be ResNet50,"
         " ResNet101 or ResNet152 of keras.applications."
       )
-    # Arrays of ResNet50V2 and the like are left over.
+    if "post_bn/gamma" in file.arrays:
+      raise errors.WeightsError(
+        f"{file.path} is a ResNet V2 of keras.applications, which does not fit"
+        " any network here. Its ResNet50, ResNet101 and ResNet152 do."
+      )
     title, width, epsilon = f"keras.applications' ResNet{depth}", 64, 1.001e-5
     needed: dict[str, Any] = {"normalization": ("caffe",)}
     needed |= {"shortcut": ("B", "default")}

@@ -137,10 +137,7 @@ def _checked(
 ) -> np.ndarray:
   what = f"{file.path}: {name}"
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-    raise errors.WeightsError(
-      f"{what} is {value.dtype}; it must be float32, float16, bfloat16 or"
-      " float64."
-    )
+    raise files.wrong_type(file.path, name, value.dtype)
   # A float64 too large for float32 becomes infinite; the next check finds it.
   with np.errstate(over="ignore"):
     value = np.ascontiguousarray(value, np.float32)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import sys
 import types
 import zipfile
@@ -291,6 +292,30 @@ def test_pytorch_files_without_a_state_dict(stub_torch, torch_file, loaded):
     files.read(torch_file)
 
 
+def test_pytorchs_types_that_numpy_lacks(stub_torch, torch_file):
+  def fail():
+    raise TypeError("Got unsupported ScalarType Float8_e4m3fn")
+
+  tensor = StubTensor(np.ones(2, np.uint8))
+  tensor.dtype, tensor.numpy = "torch.float8_e4m3fn", fail
+  stub_torch.loaded = {"fc.weight": tensor}
+  message = "fc.weight is torch.float8_e4m3fn; it must be float32,"
+  with pytest.raises(errors.WeightsError, match=message):
+    files.read(torch_file)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_types_that_numpy_lacks(kind, tmp_path):
+  place = {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}
+  header = json.dumps({"fc.weight": place}).encode()
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(struct.pack("<Q", len(header)) + header + b"..")
+  with pytest.raises(
+    errors.WeightsError, match=f"fc.weight is {kind}; it must be"
+  ):
+    files.read(path)
+
+
 def test_tensors_that_claim_more_than_they_store(stub_torch, torch_file):
   tensor = StubTensor(np.ones(2, np.float32))
   tensor.untyped_storage = lambda: types.SimpleNamespace(nbytes=lambda: 4)
@@ -350,6 +375,8 @@ def test_without_pytorch(tmp_path):
     ("a.h5", b"<!doctype html>", "it begins with b'<!doctype html>'"),
     ("a.h5", b"version https://git-lfs", "b'version https://git-lfs'"),
     ("a.safetensors", b"PK\x03\x04", "it begins with b'PK"),
+    ("a.pt", b"\x1f\x8b", r"begins with b'\x1f\x8b'"),
+    ("a.bin", b"version https://git-lfs", "b'version https://git-lfs'"),
     ("a.safetensors", b"\x00\x00\x00\x00\x00\x00\x00\x7f{}", "is damaged"),
   ],
 )
@@ -497,6 +524,34 @@ def virtual(file):
   layout = h5py.VirtualLayout((2,), np.float32)
   layout[:] = h5py.VirtualSource("/etc/passwd", "kernel", (2,))
   file.create_virtual_dataset("kernel", layout)
+
+
+def text(file):
+  file["kernel"] = "text"
+
+
+def integers(file):
+  file["kernel"] = np.ones(2, np.int64)
+
+
+def no_space(file):
+  file["kernel"] = h5py.Empty("i4")
+
+
+@pytest.mark.parametrize("fill", [text, integers, no_space])
+def test_values_that_are_no_weights(fill, tmp_path):
+  path = write_hdf5(tmp_path / "a.h5", fill)
+  with pytest.raises(errors.WeightsError, match=r"kernel is .*; it must be"):
+    files.read(path)
+
+
+def test_a_name_that_may_fill_the_memory(tmp_path):
+  def fill(file):
+    file["layers/conv2d/vars/0"] = KERNEL
+    file["layers/conv2d/vars"].attrs["name"] = np.bytes_(b"x" * 50000)
+
+  with pytest.raises(errors.WeightsError, match="has a long name"):
+    files.read(write_hdf5(tmp_path / "a.h5", fill))
 
 
 @pytest.mark.parametrize(

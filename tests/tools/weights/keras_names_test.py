@@ -300,6 +300,13 @@ def test_application_of_another_depth():
     identify([], application_arrays((3, 4, 7, 3)))
 
 
+def test_application_v2_with_its_names():
+  arrays = application_arrays(SIZES[50])
+  arrays["post_bn/gamma"] = np.zeros(1)
+  with pytest.raises(errors.WeightsError, match=r"ResNet V2 .* does not fit"):
+    identify([], arrays)
+
+
 def test_arrays_of_application_v2_are_left_over():
   source = identify([], application_arrays(SIZES[50]))
   config = our_config(source)
