@@ -162,7 +162,13 @@ def load(
   with prepared.reading(folder):
     key = f"{config.name}-{folder.name}-{prepared.fingerprint(folder)[:16]}"
   cache_dir = cache.cache_dir(config.cache_dir)
-  return cache.cached(cache_dir, key, lambda: read(folder, known)), key
+  arrays = cache.cached(cache_dir, key, lambda: read(folder, known))
+  names = arrays.get("class_names", ())
+  if arrays.keys() != _ARRAYS or len(names) != known.num_classes:
+    raise errors.DataError(
+      f"{cache_dir / key} lacks arrays of {config.name}. Delete it."
+    )
+  return arrays, key
 
 
 def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
@@ -217,6 +223,12 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   return pathlib.Path(builder.data_dir)
 
 
+_ARRAYS = {
+  *("train_images", "train_labels", "test_images", "test_labels"),
+  "class_names",
+}
+
+
 def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
   """Decodes a prepared folder, which must hold what is known of the set."""
   arrays: types.Arrays = {}
@@ -229,7 +241,10 @@ def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
       _logger.info("decoding %d %s images", count, split)
       images = np.empty((count, *known.image_shape), np.uint8)
       labels = np.empty(count, np.int32)
-      for k, example in enumerate(source.examples(np.arange(count))):
+      # In parts, since records may be much larger than their file.
+      parts = np.split(np.arange(count), range(64, count, 64))
+      examples = (each for rows in parts for each in source.examples(rows))
+      for k, example in enumerate(examples):
         encoded, labels[k] = example()
         image = np.asarray(pictures.decode(encoded))
         if image.shape != known.image_shape:

@@ -244,15 +244,16 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
         raise _unfit(folder, f"it has no images in the split {split!r}")
+    whole = json.loads(files.read_text(folder / "features.json"))
+    features = whole["featuresDict"]["features"]
+    for name, kind in (("image", "image"), ("label", "classLabel")):
+      if kind not in features.get(name, {}):
+        raise _unfit(folder, f"its feature {name!r} has no {kind!r}")
     if (folder / "label.labels.txt").exists():
       labels = label_names(folder)
     else:  # As in TFDS, classes without names are named by their numbers.
-      features = json.loads(files.read_text(folder / "features.json"))
-      label = features["featuresDict"]["features"].get("label", {})
-      if "classLabel" not in label:
-        raise _unfit(folder, "its feature 'label' is not a ClassLabel")
-      num_classes = int(label["classLabel"]["numClasses"])
-      labels = tuple(map(str, range(num_classes)))
+      num_classes = int(features["label"]["classLabel"]["numClasses"])
+      labels = tuple(map(str, range(min(num_classes, 10**6))))
   return types.Facts(labels, num_train, num_test), test
 
 

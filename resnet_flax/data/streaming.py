@@ -276,21 +276,21 @@ class StreamedSplit(types.Split):
     try:
       encoded, label = example()
       decoded = pictures.decode(encoded)
+      if draw and self.crop != "none":
+        purpose = randomness.Purpose.HOST_CROP
+        rng = randomness.host_rng(draw.seed, purpose, draw.epoch, int(position))
+        boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
+      elif self.num_crops == crops.NUM_TEN:
+        boxes = crops.corners_and_centre(*decoded.size)
+      else:
+        boxes = [crops.scored(decoded.size, self.image_size)]
+      size, method = (self.image_size,) * 2, Image.Resampling.BILINEAR
+      cut = [np.asarray(decoded.resize(size, method, box=box)) for box in boxes]
+      if self.num_crops > 1:
+        cut += [image[:, ::-1] for image in cut]
+      return (np.stack(cut) if self.num_crops > 1 else cut[0]), label
     except Exception as error:
       place = self.source.place(self.indices[position])
       bad = BadImage(f"{place}: {errors.one_line(error)}")
       bad.remedy = f"{self.source.remedy}{_SKIP}"
       raise bad from error
-    if draw and self.crop != "none":
-      purpose = randomness.Purpose.HOST_CROP
-      rng = randomness.host_rng(draw.seed, purpose, draw.epoch, int(position))
-      boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
-    elif self.num_crops == crops.NUM_TEN:
-      boxes = crops.corners_and_centre(*decoded.size)
-    else:
-      boxes = [crops.scored(decoded.size, self.image_size)]
-    size, method = (self.image_size,) * 2, Image.Resampling.BILINEAR
-    cut = [np.asarray(decoded.resize(size, method, box=box)) for box in boxes]
-    if self.num_crops > 1:
-      cut += [image[:, ::-1] for image in cut]
-    return (np.stack(cut) if self.num_crops > 1 else cut[0]), label

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 import sys
@@ -116,7 +117,8 @@ class Checkpoints:
         self._saver.close()
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
-    if not kind:  # Else it may be unknown which are the best.
+    # Before the first save it may be unknown which are the best.
+    if not kind or self._manifest:
       self._remove_old()
     # A run that failed before its first checkpoint leaves nothing.
     with contextlib.suppress(OSError):
@@ -207,8 +209,10 @@ class Checkpoints:
   def _write_manifest(self) -> None:
     self._on_event("manifest")
     # Orbax calls this in its thread, before it gives the folder its final name.
-    (unfinished,) = ocp.utils.tmp_checkpoints(self._folder)
-    folder = pathlib.Path(unfinished.get())
+    unfinished = ocp.utils.tmp_checkpoints(self._folder)
+    if len(unfinished) != 1:
+      raise FileNotFoundError(f"{self._folder} was changed by another process")
+    folder = pathlib.Path(unfinished[0].get())
     if not (folder / _STATE / _MERGED).is_file():
       raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
     there = _state_files(folder)
@@ -248,7 +252,10 @@ def only_os_errors() -> Iterator[None]:
 
 def steps(workdir: pathlib.Path) -> list[int]:
   """The steps of a workdir's complete checkpoints, ascending."""
-  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  try:
+    names = os.listdir(workdir / "checkpoints")
+  except FileNotFoundError:
+    return []
   return sorted(int(name) for name in names if name.isdecimal())
 
 

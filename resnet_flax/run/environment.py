@@ -99,7 +99,7 @@ def cpu() -> dict[str, str]:
     text = ""
   # All processors of a machine are alike.
   info: dict[str, str] = dict(
-    re.findall(r"^(.+?)[ \t]*: *(.*)$", text, re.MULTILINE)
+    re.findall(r"^(.+?)[ \t]*: *(.*?) *$", text, re.MULTILINE)
   )
   numbers = ("cpu family", "model", "stepping")
   flags = info.get("flags", info.get("Features", "")).split()

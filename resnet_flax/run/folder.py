@@ -211,7 +211,9 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
       " --workdir of a training run."
     ) from None
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+  except (
+    *(OSError, ValueError, TypeError, AttributeError, RecursionError),
+  ) as error:
     raise errors.WorkdirError(
       f"{path} cannot be read: {error}. Restore it, or start again in another"
       " --workdir."

@@ -180,10 +180,10 @@ def evaluate_workdir(
   """
   is_stored = config is None
   config, experiment, states = _restore(workdir, which, weights, config)
-  rules.check_labels(config)
   if is_stored:
     say_what_is_trusted(config)
   try:
+    rules.check_labels(config)
     dataset = dataset_lib.load(config.dataset)
   except errors.DataError as error:
     if not (is_stored and config.dataset.data_dir):
@@ -345,7 +345,12 @@ def _read_states(
   like: step_lib.TrainState,
 ) -> list[step_lib.TrainState]:
   """The state of each seed; fails if it is removed meanwhile."""
-  there = checkpoint.steps(workdir)
+  try:
+    there = checkpoint.steps(workdir)
+  except OSError as error:
+    raise errors.WorkdirError(
+      f"{workdir} cannot be read: {errors.one_line(error)}. Try again."
+    ) from error
   if which == "latest":
     steps = there[-1:] * config.num_seeds
   else:

@@ -70,9 +70,11 @@ class Session:
     self._board: metrics.TensorBoard | None = None
     self._restored: Any = None
 
+    self._saved_step = 0
     self.resumes, self.step, self.notes, self.records = hosts.first(self._open)
     self._saved_step = self.step
-    stack.enter_context(self._explain_interruption())
+    if self._checkpoints is None:
+      stack.enter_context(self._explain_interruption())
     self.is_finished = len(self.records) == config.num_epochs
 
   # ---- Opening
@@ -89,6 +91,8 @@ class Session:
           self._workdir, best_steps=self._best_steps, on_event=self._saving
         )
       )
+      self._saved_step = max(checkpoint.steps(self._workdir), default=0)
+      self._stack.enter_context(self._explain_interruption())
       # Before what is of other numbers of classes and steps is read.
       if facts := folder.read_facts(self._workdir):
         known = dataset_lib.info(self._config.dataset)
@@ -286,7 +290,9 @@ class Session:
         f"{name}_key": jax.random.key_data(key).tolist()
         for name, key in step_lib.step_keys(key, step).items()
       },
-      "latest_checkpoint_step": self._saved_step,
+      "latest_checkpoint_step": max(
+        checkpoint.steps(self._workdir), default=None
+      ),
     }
 
   def should_save(self) -> bool:

@@ -314,6 +314,18 @@ def test_a_copy_with_another_number_of_classes(copy, tmp_path):
     cifar.load(config, known)
 
 
+def test_a_cache_that_lacks_an_array(copy, tmp_path):
+  """Its digests fit; somebody has made it."""
+  config = base.get_config().dataset
+  config.data_dir, config.cache_dir = str(copy.parent.parent), str(tmp_path)
+  _, key = cifar.load(config, KNOWN)
+  entry = tmp_path / key
+  (entry / "test_images.npy").unlink()
+  (entry / "SHA256SUMS").write_text(cache._sums(entry))
+  with pytest.raises(errors.DataError, match=r"lacks arrays .* Delete it"):
+    cifar.load(config, KNOWN)
+
+
 def write_test_split(folder, image=None, label=3, count=NUM_TEST):
   """Replaces the test split by examples of what is given."""
   example = tf_example_pb2.Example()

@@ -626,9 +626,9 @@ def test_one_label_that_changed_makes_another_set(copy, monkeypatch):
   [
     (
       {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar"},
-      "its feature 'label' is not a ClassLabel",
+      "its feature 'label' has no 'classLabel'",
     ),
-    (None, "its feature 'label' is not a ClassLabel"),
+    (None, "its feature 'label' has no 'classLabel'"),
   ],
 )
 def test_a_set_without_classes(copy, feature, message):
@@ -643,6 +643,16 @@ def test_a_set_without_classes(copy, feature, message):
   found = refusal(copy, "must have the features image and label")
   assert message in found
   assert "Prepare it" not in found
+
+
+def test_a_set_without_images(copy):
+  path = copy / "features.json"
+  stated = json.loads(path.read_text())
+  features = stated["featuresDict"]["features"]
+  features["img"] = features.pop("image")
+  path.write_text(json.dumps(stated))
+  found = refusal(copy, "must have the features image and label")
+  assert "its feature 'image' has no 'image'" in found
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import json
@@ -299,6 +300,15 @@ def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
   damage.replace(tmp_path / name, kind)
   with pytest.raises(errors.WorkdirError, match=f"{name} cannot be read"):
     start(tmp_path, base.get_config())
+
+
+@pytest.mark.parametrize("depth", [986, 987, 988, 989, 3000])
+def test_a_config_that_is_nested_is_one_line_or_read(tmp_path, depth):
+  """Only some depths are parsed and yet too much for what follows."""
+  nested = '{"a": ' * depth + "1" + "}" * depth
+  (tmp_path / "config.json").write_text(f'{{"seed": 0, "x": {nested}}}')
+  with contextlib.suppress(errors.WorkdirError):
+    workdir_lib.load_config(tmp_path)
 
 
 def test_not_a_workdir(tmp_path):
