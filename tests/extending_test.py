@@ -1,5 +1,6 @@
 """docs/extending.md: every diff applies to the code as it is, and trains."""
 
+import compileall
 import json
 import os
 import pathlib
@@ -61,6 +62,8 @@ def train(checkout, *arguments):
 def test_the_diff_applies(checkout, title, diff):
   """To the code as it stands, so that the page cannot rot."""
   apply(checkout, diff)
+  # A hunk may apply in a wrong place.
+  assert compileall.compile_dir(checkout / "resnet_flax", quiet=1)
 
 
 @pytest.mark.slow
