@@ -363,7 +363,7 @@ def _read_states(
     if not steps and 0 in there:
       # What a run starts from, as `convert` saves it, is the best so far.
       steps = [0] * config.num_seeds
-  if not steps:
+  if not steps or not (workdir / "checkpoints").is_dir():
     raise errors.WorkdirError(
       f"{workdir} has no {which} checkpoint: the best one is there after the"
       " first scored epoch, the latest one after checkpoint.every_minutes."
