@@ -70,7 +70,6 @@ class Session:
     self._board: metrics.TensorBoard | None = None
     self._restored: Any = None
 
-    self._saved_step = 0
     self.resumes, self.step, self.notes, self.records = hosts.first(self._open)
     self._saved_step = self.step
     if self._checkpoints is None:
@@ -343,7 +342,8 @@ class Session:
     evaluation = time.perf_counter() - self._started
     record["evaluation_seconds"] = evaluation
     hosts.first(lambda: folder.check_not_removed(self._workdir))
-    hosts.first(lambda: self._log.append(record))
+    if hosts.is_first():
+      self._log.append(record)
     self.records.append(record)
     self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:
