@@ -90,10 +90,11 @@ class Run:
   @property
   def images_per_second(self) -> float:
     """Mean over all epochs; the images of all seeds of the workdir count."""
-    return math.fsum(
-      record["images_per_second"] * record["epoch_seconds"] / self.seconds
+    images = math.fsum(
+      record["images_per_second"] * record["epoch_seconds"]
       for record in self.records
     )
+    return images / self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
