@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import pathlib
@@ -37,6 +38,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from resnet_flax.data import digits
 from resnet_flax.models.kernels import onednn
 
 NUM_DEVICES = 8
@@ -47,6 +49,8 @@ MUCH_MEMORY, TOO_MUCH_MEMORY = 900_000_000, 1_400_000_000
 # The compilation cache cannot keep programs with oneDNN's convolution: the
 # tests of kernels/convolution.py turn it on.
 onednn.enabled = False
+# Hundreds of runs read the digits, which are resized at each reading.
+digits.read = functools.cache(digits.read)
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

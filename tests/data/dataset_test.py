@@ -120,5 +120,6 @@ def test_impossible_parts(config, changes, message):
 
 def test_digits_without_scikit_learn(config, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+  digits.read.cache_clear()  # See conftest.py.
   with pytest.raises(errors.ConfigError, match=r"resnet_flax\[digits\]"):
     dataset_lib.load(config)
