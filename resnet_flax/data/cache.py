@@ -25,7 +25,7 @@ _SUMS = "SHA256SUMS"
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: the configured one, else the user's own."""
   own = platformdirs.user_cache_dir("resnet_flax")
-  return errors.resolve(configured or own)
+  return errors.resolve(configured or own, "dataset.cache_dir")
 
 
 def cached(

@@ -95,11 +95,11 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
     )
   except (requests.RequestException, OSError, ValueError) as error:
     raise errors.DataError(
-      f"could not download {archive.url} ({errors.one_line(error)})."
-      f" Fetch {name} elsewhere and pass --config.dataset.archive=FILE; or set"
-      " --config.dataset.data_dir (or TFDS_DATA_DIR) to a directory with a"
-      " prepared ArrayRecord copy; or try --config=configs/quickstart.py, which"
-      " needs no download."
+      f"could not download {archive.url} to {folder}"
+      f" ({errors.one_line(error)}). Fetch {name} elsewhere and pass"
+      " --config.dataset.archive=FILE; or set --config.dataset.data_dir (or"
+      " TFDS_DATA_DIR) to a directory with a prepared ArrayRecord copy; or try"
+      " --config=configs/quickstart.py, which needs no download."
     ) from error
   return pathlib.Path(path)
 
@@ -183,7 +183,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
 
   archive = ARCHIVES[name]
   if local_archive:
-    verify(archive, path := errors.resolve(local_archive))
+    verify(archive, path := errors.resolve(local_archive, "dataset.archive"))
   else:
     url = archive.url
     _logger.info("no prepared %s in %s: downloading %s", name, root, url)

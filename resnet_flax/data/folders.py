@@ -130,7 +130,7 @@ class Files:
   name: str
   paths: Sequence[str]
   labels: np.ndarray  # int32
-  remedy = "Repair or remove it. "
+  remedy = "Repair or remove such pictures. "
 
   def examples(self, rows: np.ndarray) -> list[Callable[[], tuple[bytes, int]]]:
     """See `prepared.Records`."""
@@ -165,5 +165,7 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
     name = os.fsencode(os.path.relpath(path, root))
     digest.update(b"%b\0%d\0" % (name, size))
     if is_small:
-      digest.update(bytes.fromhex(files.digest_of(pathlib.Path(path))))
+      # A picture that cannot be read is a bad one, named when it is decoded.
+      with contextlib.suppress(OSError):
+        digest.update(bytes.fromhex(files.digest_of(pathlib.Path(path))))
   return sources, tuple(parts["train"]), f"folder-{digest.hexdigest()[:16]}"

@@ -143,6 +143,14 @@ def fingerprint(folder: pathlib.Path) -> str:
   return digest.hexdigest()
 
 
+@functools.lru_cache(1 << 14)
+def _num_records(path: pathlib.Path) -> int:
+  """The number of records in a file; counting takes milliseconds."""
+  from array_record.python import array_record_data_source as array_record
+
+  return len(array_record.ArrayRecordDataSource([path]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
   """The images of an official split, in the files of a prepared copy."""
@@ -172,12 +180,9 @@ class Records:
 
   def place(self, row: int) -> str:
     """Describes where the image of a row is, for messages."""
-    from array_record.python import array_record_data_source as array_record
-
     left = row
     for path in self.paths:
-      count = len(array_record.ArrayRecordDataSource([path]))
-      if left < count:
+      if left < (count := _num_records(path)):
         break
       left -= count
     of_split = f"record {row}, from 0, of the split {self.name!r}"
@@ -252,7 +257,9 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
     if (folder / "label.labels.txt").exists():
       labels = label_names(folder)
     else:  # As in TFDS, classes without names are named by their numbers.
-      num_classes = int(features["label"]["classLabel"]["numClasses"])
+      num_classes = int(features["label"]["classLabel"].get("numClasses", 0))
+      if num_classes < 1:
+        raise _unfit(folder, "its feature 'label' has no classes")
       labels = tuple(map(str, range(min(num_classes, 10**6))))
   return types.Facts(labels, num_train, num_test), test
 

@@ -227,7 +227,8 @@ class StreamedSplit(types.Split):
     # Only processes can die unnoticed; threads cannot.
     take = alive.next_of if processes else next
     try:
-      with prepared.reading(self.source.folder, prepared.PREPARE_AGAIN):
+      remedy = self.source.remedy or prepared.PREPARE_AGAIN
+      with prepared.reading(self.source.folder, remedy):
         for positions, parts in zip(order, chunks, strict=True):
           arrays = [take(iterator) for _ in parts]
           images, labels = map(np.concatenate, zip(*arrays, strict=True))

@@ -60,7 +60,7 @@ def choice(*choices: Any, prefix: str = "") -> Values:
   """Listed values of one type; with a prefix also PREFIXNAME[/NAME]."""
   form = f"{prefix}NAME" if prefix else ""
   names = [*map(str, choices), *([form] if form else [])]
-  pattern = rf"{re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
+  pattern = rf"(?a){re.escape(prefix)}\w{{1,100}}(/[\w-]{{1,100}})?"
 
   def accept(value: Any) -> bool:
     if type(value) is not type(choices[0]):

@@ -108,7 +108,7 @@ def save_npz(path):
 
 @pytest.mark.parametrize("save", [save_objects, save_pickle, save_npz])
 def test_nothing_is_unpickled(tmp_path, arrays, save, monkeypatch):
-  """Not even with the digest that the index asks for."""
+  """Not even with the digest that SHA256SUMS has."""
   monkeypatch.chdir(tmp_path)
   build = Builder(arrays)
   cache.cached(tmp_path / "c", "key", build)

@@ -1,3 +1,4 @@
+import errno
 import functools
 import os
 import pathlib
@@ -274,6 +275,30 @@ def test_bad_pictures_can_be_skipped(damaged):
   # The next good one.
   np.testing.assert_array_equal(images[6], images[7])
   assert labels[8] == 2
+
+
+def test_a_picture_that_cannot_be_read_is_a_bad_one(damaged, monkeypatch):
+  """As on a disk with a bad sector."""
+  unreadable, open_regular = damaged / "train/red/1.png", files.open_regular
+
+  def fail(path):
+    if path == unreadable:
+      raise OSError(errno.EIO, "Input/output error")
+    return open_regular(path)
+
+  monkeypatch.setattr(files, "open_regular", fail)
+  text = refusal(damaged)
+  assert "has 4 images that cannot be decoded" in text
+  assert len(load(damaged, bad_images="skip").train) == 12
+
+
+def test_a_part_without_a_good_picture_ends(tmp_path):
+  root = make(tmp_path)
+  for path in root.glob("train/*/*"):
+    path.write_bytes(b"no picture")
+  match = r"no image of the split 'train' can be read\)\. Repair or remove such"
+  with pytest.raises(errors.DataError, match=match):
+    load(root, bad_images="skip")
 
 
 def test_a_streamed_bad_picture_is_named_when_it_is_met(damaged):

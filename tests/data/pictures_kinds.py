@@ -36,7 +36,7 @@ kind; JPEGs that say nothing of it have quality 95.
 - TensorFlow takes the numbers of a BMP's palette for grey, and a GIF's size
   from its frames.
 - Other formats, pictures that lack pixels, and those of more than 67 million
-  end in an error.
+  end in an error, and so do picture files of more than 64 MiB.
 
 This page is made by `pip install tensorflow-cpu` and
 `python -m tests.data.pictures_kinds > docs/pictures.md`.

@@ -622,37 +622,27 @@ def test_one_label_that_changed_makes_another_set(copy, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("feature", "message"),
+  ("name", "feature", "message"),
   [
-    (
-      {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar"},
-      "its feature 'label' has no 'classLabel'",
-    ),
-    (None, "its feature 'label' has no 'classLabel'"),
+    ("label", {"pythonClassName": "scalar.Scalar"}, "'label' has no 'class"),
+    ("label", None, "its feature 'label' has no 'classLabel'"),
+    ("label", {"classLabel": {}}, "its feature 'label' has no classes"),
+    ("label", {"classLabel": {"numClasses": "-3"}}, "'label' has no classes"),
+    ("image", None, "its feature 'image' has no 'image'"),
   ],
 )
-def test_a_set_without_classes(copy, feature, message):
+def test_a_set_without_classes_or_images(copy, name, feature, message):
   path = copy / "features.json"
   stated = json.loads(path.read_text())
   features = stated["featuresDict"]["features"]
-  del features["label"]
+  del features[name]
   if feature:
-    features["label"] = feature
+    features[name] = feature
   path.write_text(json.dumps(stated))
   (copy / "label.labels.txt").unlink()
   found = refusal(copy, "must have the features image and label")
   assert message in found
   assert "Prepare it" not in found
-
-
-def test_a_set_without_images(copy):
-  path = copy / "features.json"
-  stated = json.loads(path.read_text())
-  features = stated["featuresDict"]["features"]
-  features["img"] = features.pop("image")
-  path.write_text(json.dumps(stated))
-  found = refusal(copy, "must have the features image and label")
-  assert "its feature 'image' has no 'image'" in found
 
 
 @pytest.mark.slow

@@ -63,6 +63,8 @@ LARGE = {
     ),
     ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set both, or"),
     ({"dataset.name": "tfds/"}, "is not known"),
+    # No file name has 300 bytes.
+    ({"dataset.name": "tfds/" + "\u65e5" * 100}, "is not known"),
     ({"model.gate_bias": -3.0}, "=resnet_v1; it is for highway. Leave it -2.0"),
     ({"model.dropout": 0.0}, "does nothing .* it is for vgg, alexnet"),
     (
