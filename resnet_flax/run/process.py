@@ -28,9 +28,7 @@ def run(
   Signals end it at once, unless `main` enters `signals.StopSignals`. `parse` is
   by default `command_line.parse_flags`; `main` gets what it returns.
   """
-  # The handler ends the process: an exception might be caught in a library
-  # that is being imported, and the signal would be lost.
-  _set_handlers(_stop)
+  catch_signals()
   surroundings.open_streams()
   try:
     if parse is None:
@@ -54,6 +52,13 @@ def run(
   except (RuntimeError, AssertionError):
     surroundings.check_platform()
     raise
+
+
+def catch_signals() -> None:
+  """Lets signals end the process in one line, whatever it is doing."""
+  # The handler ends the process: an exception might be caught in a library
+  # that is being imported, and the signal would be lost.
+  _set_handlers(_stop)
 
 
 def _set_handlers(handler: Any) -> None:

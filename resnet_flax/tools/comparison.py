@@ -43,7 +43,8 @@ def compare(
   epochs = [f"{s.num_epochs} of {s.config['num_epochs']}" for s in sides]
   cautions = []
   if not same_data:
-    cautions.append(f"the data differ: A has {data[0]}, B has {data[1]}")
+    differ = "differ" if data[0] != data[1] else "may differ"
+    cautions.append(f"the data {differ}: A has {data[0]}, B has {data[1]}")
   if epochs[0] != epochs[1] or not all(side.finished for side in sides):
     cautions.append(f"unequal or missing epochs: A {epochs[0]}, B {epochs[1]}")
   rows = _over_seeds(sides, key, which)
@@ -102,13 +103,13 @@ def _side(name: str, paths: Paths) -> Group:
 
 def _key(metric: str, sides: Sequence[Group]) -> str:
   """The full key of a metric, which all networks must have recorded."""
-  # Records of the last epoch, since an average of weights may start late.
-  records = [
-    run.record("last", side.num_epochs)
+  # Of any epoch: averages start late, and some epochs are not scored.
+  recorded = [
+    set().union(*run.records[: side.num_epochs])
     for side in sides
     for run in side.counted
   ]
-  known = set.intersection(*map(set, records))
+  known = set.intersection(*recorded)
   known = {k for k in known if k.startswith(("train_", "val_", "test_"))}
   key = metric if metric in known else f"test_{metric}"
   if key not in known:
@@ -131,9 +132,10 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   factor, title = (100, f"{key} (%)") if runs_lib.is_share(key) else (1, key)
   a, b = (np.array(side.at(which, key, factor)) for side in sides)
   if np.isnan(np.concatenate([a, b])).any():
+    other = "best" if which == "last" else "last"
     raise errors.ConfigError(
       f"--metric={key} must be recorded in the {which} epoch of every seed."
-      " Pass --which=last, or another metric."
+      f" Pass --which={other}, or another metric."
     )
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
   a_seeds, b_seeds = ([run.seed for run in side.counted] for side in sides)

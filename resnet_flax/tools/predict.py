@@ -25,7 +25,6 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from resnet_flax.data import crops, pictures
 from resnet_flax.run import arguments, errors, files as files_lib, surroundings
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def predict_files(
   If a file cannot be decoded, a text says why. `loaded` is a `LoadedModel`. At
   most `batch_size` files, or its `eval_batch_size` if less, are read at once.
   """
-  from resnet_flax.data import streaming
+  from resnet_flax.data import crops, pictures, streaming
   from resnet_flax.run import environment
 
   config, files = loaded.config, iter(files)
@@ -130,7 +129,7 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> None:
   """The command line."""
   parser = arguments.Parser(
-    "resnet_flax.predict", description=__doc__.split("\n")[0]
+    "python -m resnet_flax.predict", description=__doc__.split("\n")[0]
   )
   add = parser.add_argument
   add("workdir", metavar="WORKDIR", help="folder of the network's run")

@@ -141,7 +141,7 @@ def test_evaluation_on_other_data_is_refused(run, tmp_path, caplog):
   )
   with pytest.raises(errors.WorkdirError, match="digits-1 there, digits here"):
     score()
-  assert "does not say" not in caplog.text
+  assert "does not name" not in caplog.text
   # Where it is not known, that is said.
   path.unlink()
   score()

@@ -27,6 +27,18 @@ class Swallows(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Swallows())
 process.run(lambda argv: __import__("jax"))
 """
+IMPORTING = """
+import importlib.abc, runpy, signal, sys
+
+class Stops(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path, target=None):
+    if name == "jax":
+      signal.raise_signal({number})
+
+sys.meta_path.insert(0, Stops())
+name, *sys.argv[1:] = "COMMAND".split()
+runpy.run_module("resnet_flax." + name, run_name="__main__", alter_sys=True)
+"""
 ENDING = """
 import atexit, signal
 from resnet_flax.run import process
@@ -113,6 +125,21 @@ def test_a_signal_ends_in_one_line(program, printed, number):
   line = f"error: stopped by {number.name}; nothing new was saved.\n"
   assert ended.stderr == line
   assert ended.stdout == printed
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    "main --mode=eval --workdir=none",
+    "convert --source=none --config=configs/quickstart.py",
+    "predict none README.md",
+    "report none --out=none",
+  ],
+)
+def test_ctrl_c_while_a_command_imports_jax(command):
+  ended = run(IMPORTING.replace("COMMAND", command), signal.SIGINT)
+  assert ended.returncode == 130
+  assert ended.stderr == "error: stopped by SIGINT; nothing new was saved.\n"
 
 
 def test_a_signal_after_the_work_is_done():

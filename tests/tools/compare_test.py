@@ -1,6 +1,7 @@
 """The command line and its numbers as a user meets them."""
 
 import csv
+import json
 import re
 import shutil
 
@@ -85,6 +86,23 @@ def test_epochs(tmp_path):
     assert float(numbers(table, 0)["A - B"]) == pytest.approx(difference)
   assert float(numbers(table, 0)["A mean"]) == pytest.approx(60)
   assert "last epochs" in table.caption
+
+
+def test_an_epoch_that_is_not_scored(tmp_path):
+  """The last one of A, which was stopped before its next score."""
+  options = {"num_epochs": 4, "eval_every_epochs": 2}
+  a = workdirs.write(tmp_path / "a", [0.5, 0.7, 0.6], **options)
+  b = workdirs.write(tmp_path / "b", [0.5, 0.4, 0.4, 0.4], **options)
+  log = a / "metrics.jsonl"
+  *scored, last = map(json.loads, log.read_text().splitlines())
+  last = {k: v for k, v in last.items() if not k.startswith("test_")}
+  log.write_text("".join(json.dumps(r) + "\n" for r in [*scored, last]))
+  tables = compare(a, b)
+  assert float(numbers(tables["comparison"], 0)["A - B"]) == pytest.approx(20)
+  # Neither folder says which data it was trained on.
+  assert "the data may differ" in tables["warnings"].to_csv()
+  with pytest.raises(errors.ConfigError, match=r"last epoch .* --which=best"):
+    compare(a, b, which="last")
 
 
 def test_one_seed_cannot_tell(tmp_path):

@@ -82,12 +82,17 @@ def write(
   }
   files.write_json(out / "preprocess.json", preprocess)
   labels = loaded.class_names or map(str, range(logits.shape[1]))
-  (out / "labels.txt").write_text("\n".join([*labels, ""]), "utf-8")
+  # A name may have line breaks and bytes that are not text.
+  lines = [f"{runs.shown(label)}\n" for label in labels]
+  (out / "labels.txt").write_text("".join(lines), "utf-8")
 
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config, folder.read_facts(workdir))
-  augment = ", ".join(f"{k} {v}" for k, v in config.augment.items() if v)
+  used = {k: v for k, v in config.augment.items() if v}
+  if "alternating_flip" in used or used["name"] == "none":
+    used.pop("flip", None)  # It does nothing there.
+  augment = ", ".join(f"{key} {value}" for key, value in used.items())
   recipe = (
     f"; {config.num_epochs} epochs of batches of {config.batch_size};"
     f" {', '.join(experiment.optimizer.links)};"
@@ -108,7 +113,7 @@ def write(
     licence=licence or "not stated",
     checked=_NUM_CHECKED,
   )
-  (out / "README.md").write_text(card, "utf-8")
+  (out / "README.md").write_text(card, "utf-8", "backslashreplace")
 
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:

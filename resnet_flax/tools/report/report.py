@@ -220,12 +220,12 @@ def _runs(groups: Sequence[Group]) -> Section:
   columns = [
     Column("#", [group.number for group, _ in every]),
     Column("run", [run.name for run in runs]),
-    Column("seed", [run.seed for run in runs]),
+    Column("seed", [str(run.seed) for run in runs]),  # No quantity.
     Column("epochs", [_epochs(len(r.records), r.config) for r in runs]),
     Column("counted", counted),
     accuracy("final test accuracy (%)", "last"),
     accuracy("best test accuracy (%)", "best"),
-    column("best epoch (0-based)", lambda r: r.record("best")["epoch"]),
+    column("best epoch (0-based)", lambda r: str(r.record("best")["epoch"])),
     column("chosen by", lambda r: r.chosen_by),
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
@@ -262,11 +262,12 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
   if scored != "best":
     return begun
 
+  def mean_of_best(group: Group) -> float:
+    mean = group.statistic("best", "test_accuracy").mean
+    return -1 if math.isnan(mean) else mean  # Not scored yet.
+
   # Accuracies on different test images cannot be compared.
-  return [
-    max(each, key=lambda g: g.statistic("best", "test_accuracy").mean)
-    for _, each in runs_lib.by_data(begun)
-  ]
+  return [max(each, key=mean_of_best) for _, each in runs_lib.by_data(begun)]
 
 
 def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:

@@ -47,7 +47,7 @@ class Table:
     self.name = name  # The name of its files, without suffix.
     self.caption = caption  # One sentence.
     self.columns = [
-      Column(title, [*map(_printable, cells)], digits)
+      Column(str(_printable(title)), [*map(_printable, cells)], digits)
       for title, cells, digits in columns
     ]
     # A folded table is long and rarely needed: the page opens it on a click.

@@ -1,5 +1,6 @@
 """From a workdir to a folder for others, whole or not at all."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -15,7 +16,7 @@ import resnet_flax
 from resnet_flax import train
 from resnet_flax.run import errors, metrics
 from resnet_flax.tools import convert
-from resnet_flax.tools.export import command, programs, weights
+from resnet_flax.tools.export import card, command, programs, weights
 from tests.helpers import ROOT, run_module
 from tests.tools.weights import networks
 
@@ -104,6 +105,42 @@ def test_of_a_run_of_two_seeds(of_two_seeds, tmp_path):
   assert "| licence | not stated |" in card
   with pytest.raises(errors.ConfigError, match="seed=7 was not trained"):
     command.export(of_two_seeds, tmp_path / "other", "keras", seed=7)
+
+
+def card_of(workdir, out, **changes):
+  """The files beside the weights of a network that is changed so."""
+  out.mkdir()
+  loaded = resnet_flax.load_model(workdir, "latest")
+  loaded = dataclasses.replace(loaded, **changes)
+  card.write(out, loaded, workdir, "keras", "a network", "\udce9")
+  return (out / "README.md").read_text(), (out / "labels.txt").read_text()
+
+
+def test_any_name_of_a_class_is_a_line(of_two_seeds, tmp_path):
+  """Folders' names may have line breaks and bytes that are not text."""
+  names = ("caf\udce9", "a\nb", *"cdefghij")
+  text, labels = card_of(of_two_seeds, tmp_path / "out", class_names=names)
+  assert labels.splitlines() == [r"caf\udce9", r"a\nb", *"cdefghij"]
+  assert r"| licence | \udce9 |" in text
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({}, "augmentation: flip True, name shift_flip;"),
+    ({"name": "none"}, "augmentation: name none;"),
+    (
+      {"alternating_flip": True},
+      "augmentation: alternating_flip True, name shift_flip;",
+    ),
+  ],
+)
+def test_the_card_has_the_augmentation_that_was_made(
+  of_two_seeds, tmp_path, changes, expected
+):
+  config = resnet_flax.load_model(of_two_seeds, "latest").config
+  config.augment.update(changes)
+  assert expected in card_of(of_two_seeds, tmp_path / "out", config=config)[0]
 
 
 def refused(kind, converted, tmp_path, *arguments, **more):

@@ -190,6 +190,28 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
   assert asked == [best[number] for number in groups]
 
 
+def test_a_group_without_scores_is_not_the_best(tmp_path, monkeypatch):
+  """Its first score is of a later epoch."""
+  workdirs.write(
+    *(tmp_path / "a", [0.5]), model__name="plain", eval_every_epochs=2
+  )
+  workdirs.write(tmp_path / "b", [0.4], seed=2024)
+  path = tmp_path / "a/metrics.jsonl"
+  record = json.loads(path.read_text())
+  kept = {k: v for k, v in record.items() if not k.startswith("test_")}
+  path.write_text(json.dumps(kept) + "\n")
+  asked = []
+
+  def predict_test(workdir, seed, opened):
+    asked.append((workdir.name, seed))
+    raise errors.DataError("none here.")
+
+  monkeypatch.setattr(load, "predict_test", predict_test)
+  page = Page(report.make([tmp_path], tmp_path / "out", "best").page)
+  assert asked == [("b", 2024)]
+  assert "2024" in page.texts  # Not 2,024: it is no quantity.
+
+
 def test_each_figure_is_of_one_data_set(tmp_path):
   for depth in (20, 56):
     for data in ("cifar10", "digits"):

@@ -58,6 +58,10 @@ def test_cells_may_hold_any_character():
   assert rows[:4] == ["'=1+1", "'+1", "'-1", "'@x"]
   assert all(row.isprintable() for row in rows)
   assert len(table.to_markdown().splitlines()) == 4 + len(names)
+  titles = tables.Table(
+    "name", "A caption.", *(tables.Column(each, [1]) for each in names)
+  )
+  assert len(titles.to_markdown().splitlines()) == 5
 
 
 def test_large_counts_are_legible():
