@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from resnet_flax.parallel import (
 )
 from resnet_flax.run import (
   environment,
+  errors,
   experiment as experiment_lib,
   layer_norms,
   load,
@@ -73,7 +73,8 @@ def train_and_evaluate(
     *(config, workdir, devices, experiment), signals=signals, on_event=on_event
   ) as run:
     if run.is_finished:
-      hosts.first(lambda: load.check_data_of(config, pathlib.Path(workdir)))
+      path = errors.local_path(workdir, "workdir")
+      hosts.first(lambda: load.check_data_of(config, path))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, run)

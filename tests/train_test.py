@@ -442,8 +442,10 @@ def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
     return dataclasses.replace(load(config), source="digits-2")
 
   monkeypatch.setattr(data.dataset, "load", other)
-  with pytest.raises(errors.WorkdirError, match="digits there, digits-2 here"):
-    run()
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for workdir in (tmp_path / "run", "~/run"):
+    with pytest.raises(errors.WorkdirError, match="digits there, digits-2"):
+      train.train_and_evaluate(tiny_config, workdir, devices=one_device)
 
   def gone(config):
     raise errors.DataError("no copy")

@@ -117,11 +117,11 @@ class Checkpoints:
         self._saver.close()
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
-    # Before the first save it may be unknown which are the best.
-    if not kind or self._manifest:
-      self._remove_old()
-    # A run that failed before its first checkpoint leaves nothing.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # The disk may be gone.
+      # Before the first save it may be unknown which are the best.
+      if not kind or self._manifest:
+        self._remove_old()
+      # A run that failed before its first checkpoint leaves nothing.
       self._folder.rmdir()
 
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -101,25 +102,34 @@ def check_name(workdir: pathlib.Path, flag: str = "--workdir") -> None:
 
 
 def check_same(
-  workdir: pathlib.Path, config: ConfigDict, *, free: Sequence[str] = ()
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  *,
+  free: Sequence[str] = (),
+  mirror: str = "",
 ) -> None:
   """Checks that a run's stored configuration equals `config`.
 
   Keys in `free` and keys that do not change the mathematics may differ;
-  `num_epochs` may grow if the rates so far do not depend on it.
+  `num_epochs` may grow if the rates so far do not depend on it. Of a copy that
+  will be removed, errors name the `mirror` that it comes from.
   """
   stored = keys.to_flat(load_config(workdir))
   # Through JSON, which turns tuples into lists.
   given = json.loads(json.dumps(keys.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
-  if given["num_epochs"] > stored["num_epochs"]:
+  first, now = stored["num_epochs"], given["num_epochs"]
+  # Somebody may have edited the file.
+  if config_lib.KEYS["num_epochs"].values.accept(first) and now > first:
     done = len(metrics.MetricsLog(workdir).read())
     if done < schedules.open_epochs(stored):
       given["num_epochs"] = stored["num_epochs"]
   if differing := errors.differences(stored, given):
-    longer = ""
-    if stored["num_epochs"] != given["num_epochs"]:
+    place, flag, longer = f"workdir {workdir}", "--workdir", ""
+    if mirror:
+      place, flag = f"checkpoint.mirror={mirror}", "checkpoint.mirror"
+    elif stored["num_epochs"] != given["num_epochs"]:
       longer = (
         " Its learning rates depend on num_epochs, so it cannot be lengthened"
         " (a run with schedule.name=constant can, and one with"
@@ -127,9 +137,9 @@ def check_same(
         f" --config.init_from={workdir} starts another run with its weights."
       )
     raise errors.WorkdirError(
-      f"workdir {workdir} holds a run of another configuration, which differs"
-      f" in {', '.join(differing)}. Pass another --workdir, or the same"
-      f" configuration to resume that run.{longer}"
+      f"{place} holds a run of another configuration, which differs in"
+      f" {', '.join(differing)}. Pass another {flag}, or the same configuration"
+      f" to resume that run.{longer}"
     )
 
 
@@ -323,7 +333,8 @@ def explain_write_errors(
       text = "no space left on the disk"
     elif running:
       check_not_removed(workdir)
-    saved = any(workdir.glob("checkpoints/*/manifest.json"))
+    # Not by pathlib, which fails on a disk that is gone.
+    saved = glob.glob("checkpoints/*/manifest.json", root_dir=workdir)
     left = (
       "The checkpoints that it holds are good" if saved else "Nothing is saved"
     )
@@ -338,7 +349,8 @@ def check_not_removed(workdir: pathlib.Path) -> None:
 
   Orbax would make another folder in its place, without the run's other files.
   """
-  if not (workdir / "config.json").exists():
+  # Not Path.exists, which fails on a disk that is gone.
+  if not os.path.exists(workdir / "config.json"):
     raise errors.WorkdirError(
       f"workdir {workdir} was removed or emptied while the run trained. The"
       " same command resumes from what is left there, or starts anew."

@@ -391,7 +391,7 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   others.
   """
   workdir = errors.local_path(config.init_from, "init_from")
-  if not workdir.is_dir():
+  if not os.path.isdir(workdir):
     raise errors.WorkdirError(
       f"init_from={workdir} is not a folder. Pass a run's workdir;"
       " resnet_flax.convert makes one of a file of weights."

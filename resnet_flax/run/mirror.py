@@ -170,10 +170,15 @@ class Mirror:
       self._claim()
       states = self._store.states()
       self._number = states[0].number if states else 0
+      here = progress(self._workdir)
+      # A run that was killed as it wrote its first list leaves a torn one.
+      is_torn = not states and len(self._store.names("states")) > 1
       # Only files of these lists count as complete; others are written again.
-      if states and states[0].progress > progress(self._workdir):
+      if (states and states[0].progress > here) or (is_torn and not any(here)):
         states = [fill(self._store, states, self._workdir, self._check)]
         _logger.info("filled %s from %s", self._workdir, self._store.url)
+      elif states:
+        self._check_run(states[0])
       self._stored = _digests(states)
     self._thread.start()
     return self
@@ -189,6 +194,14 @@ class Mirror:
         self._store.url,
         self._workdir,
       )
+
+  def _check_run(self, state: _State) -> None:
+    """Refuses an address whose run is another: copies would replace its own."""
+    kept = {k: v for k, v in state.files.items() if k in _FILES}
+    few = dataclasses.replace(state, files=kept)
+    with files.temporary_folder(self._workdir, ".mirror-") as folder:
+      if _download(self._store, few, folder):
+        self._check(folder)
 
   # ---- The owner of the address
 
@@ -408,19 +421,27 @@ def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
 def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
   """The folder of a run that is only read; a copy if it is a mirror's address.
 
-  The copy lasts as long as this process. `name` is the flag or key that gives
-  `workdir`.
+  The copy is of the latest state and lasts as long as this process. `name` is
+  the flag or key that gives `workdir`.
   """
   text = os.fspath(workdir)
   if re.match(r"(gs|s3)://", text):
     return _fetched(text, name)
   path = errors.local_path(workdir, name)
-  is_mirror = (path / "states").is_dir() and (path / "files").is_dir()
+  # Not Path.is_dir, which raises for names that are too long and the like.
+  is_mirror = all(os.path.isdir(path / each) for each in ("states", "files"))
   return _fetched(str(path), name) if is_mirror else path
 
 
-@functools.cache
 def _fetched(url: str, name: str) -> pathlib.Path:
+  with _explain(url, name):
+    latest = max(_Store(url, name).names("states"), default="")
+  return _copy_of(url, name, latest)
+
+
+@functools.cache
+def _copy_of(url: str, name: str, latest: str) -> pathlib.Path:
+  del latest  # A later state is another copy.
   folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   fetch(url, folder, name)

@@ -83,7 +83,9 @@ class Session:
     with folder.explain_write_errors(self._workdir):
       self._stack.enter_context(folder.use(self._workdir, self._config))
       if address := self._config.checkpoint.mirror:
-        check = functools.partial(folder.check_same, config=self._config)
+        check = functools.partial(
+          folder.check_same, config=self._config, mirror=address
+        )
         self._stack.enter_context(mirror.Mirror(address, self._workdir, check))
       self._checkpoints = self._stack.enter_context(
         checkpoint.Checkpoints(

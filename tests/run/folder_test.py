@@ -13,6 +13,7 @@ import pytest
 
 from configs import base
 from resnet_flax.run import (
+  checkpoint,
   config as config_lib,
   errors,
   folder as workdir_lib,
@@ -205,6 +206,30 @@ def test_another_configuration_is_refused(tmp_path):
   assert (tmp_path / "config.json").read_text() == before
 
 
+def test_another_configuration_at_a_mirror_names_the_mirror(tmp_path):
+  """The folder is a copy of it that is removed at once."""
+  start(tmp_path, base.get_config())
+  other = base.get_config()
+  other.num_epochs = 300
+  with pytest.raises(errors.WorkdirError) as caught:
+    workdir_lib.check_same(tmp_path, other, mirror="gs://b/run")
+  text = str(caught.value)
+  assert text.startswith("checkpoint.mirror=gs://b/run holds a run of another")
+  assert "num_epochs (200 there, 300 here). Pass another checkpoint." in text
+  assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("value", ["200", None, -1, True, [200]])
+def test_an_edited_number_of_epochs_is_another_configuration(tmp_path, value):
+  config = base.get_config()
+  start(tmp_path, config)
+  path = tmp_path / "config.json"
+  stored = json.loads(path.read_text()) | {"num_epochs": value}
+  path.write_text(json.dumps(stored))
+  with pytest.raises(errors.WorkdirError, match=r"num_epochs \(|config\.json"):
+    check(tmp_path, config)
+
+
 @pytest.mark.parametrize(
   ("key", "says"), [("num_epochs", True), ("seed", False)]
 )
@@ -284,6 +309,28 @@ def test_a_disk_that_is_full_says_what_is_left(tmp_path, saved, message):
     workdir_lib.explain_write_errors(tmp_path),
   ):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_is_gone_is_one_line(tmp_path, monkeypatch, number):
+  """Every question to the system fails there."""
+  start(tmp_path, base.get_config())
+
+  def fail(*arguments, **options):
+    raise OSError(number, os.strerror(number))
+
+  def lose():
+    with (
+      monkeypatch.context() as patch,
+      workdir_lib.explain_write_errors(tmp_path, running=True),
+      checkpoint.Checkpoints(tmp_path),
+    ):
+      for name in ("stat", "lstat", "listdir", "scandir", "open"):
+        patch.setattr(os, name, fail)
+      fail()
+
+  with pytest.raises(errors.WorkdirError, match="was removed or emptied"):
+    lose()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a', "nonsense"])

@@ -377,6 +377,14 @@ def test_a_checkpoint_that_is_being_removed(fallen, monkeypatch, changes):
     assert len(calls) == 5
 
 
+def test_a_name_that_no_folder_can_have(tiny_config):
+  with pytest.raises(errors.WorkdirError, match="File name too long"):
+    resnet_flax.load_model("x" * 300)
+  tiny_config.init_from = "x" * 300
+  with pytest.raises(errors.WorkdirError, match=r"init_from=.* not a folder"):
+    load.load_source(tiny_config)
+
+
 def test_unknown_checkpoint(run):
   with pytest.raises(errors.ConfigError, match="Did you mean 'latest'"):
     resnet_flax.load_model(run[1], "last")

@@ -219,14 +219,18 @@ def test_another_machine_is_refused_while_the_first_is_there(
       pass
 
 
+@pytest.mark.parametrize("is_ahead", [False, True])
 def test_another_run_is_refused_before_anything_is_changed(
-  address, workdir, tmp_path
+  address, workdir, tmp_path, is_ahead
 ):
   save(workdir, 1, records=0)
   with mirror.Mirror(address, workdir):
     pass
   other = tmp_path / "other"
   other.mkdir()
+  if is_ahead:
+    save(other, 2, records=1)
+  before = content(other)
 
   def check(folder):
     raise errors.WorkdirError(f"{(folder / 'config.json').read_text()}!")
@@ -236,7 +240,53 @@ def test_another_run_is_refused_before_anything_is_changed(
     mirror.Mirror(address, other, check),
   ):
     pass
-  assert not content(other)
+  assert content(other) == before
+  store = mirror._Store(address)
+  assert [state.progress for state in store.states()] == [[1, 0]]
+  with mirror.Mirror(address, workdir):
+    pass
+  # The address is of no state yet: any run may use it.
+  with mirror.Mirror(f"{address}-new", other, check):
+    pass
+
+
+@pytest.mark.parametrize("num_torn", [1, 2])
+def test_torn_lists_are_no_empty_mirror(workdir, tmp_path, num_torn):
+  """One alone is what a run leaves that was killed as it wrote its first."""
+  address = str(tmp_path / "disk")
+  with mirror.Mirror(address, workdir):
+    save(workdir, 1, records=0)
+    wait_until(mirror._Store(address).states)
+    if num_torn == 2:
+      save(workdir, 2, records=1)
+  store = mirror._Store(address)
+  names, kept = store.names("states"), store.names("files")
+  assert len(names) == num_torn
+  for name in names:
+    store.write(f"states/{name}", b"{")
+  other = tmp_path / "other"
+  other.mkdir()
+  if num_torn == 1:
+    with mirror.Mirror(address, other):
+      save(other, 1, records=0)
+    assert len(store.states()) == 1
+    return
+  with (
+    pytest.raises(errors.WorkdirError, match="holds no undamaged state"),
+    mirror.Mirror(address, other),
+  ):
+    pass
+  assert store.names("files") == kept
+
+
+def test_a_copy_that_is_read_is_of_the_latest_state(workdir, tmp_path):
+  address = str(tmp_path / "disk")
+  for step in (1, 2):
+    with mirror.Mirror(address, workdir):
+      save(workdir, step, records=0)
+    copies = [mirror.local(address, "workdir") for _ in range(2)]
+    assert copies[0] == copies[1]
+    assert mirror.progress(copies[0]) == [step, 0]
 
 
 @pytest.mark.parametrize(
