@@ -138,8 +138,8 @@ def in_top5(scores: Any, labels: Any) -> Any:
   # Without a sort, for which devices would gather their images' scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
   own = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
-  before = (scores > own) | ((scores == own) & (classes < labels))
-  return before.sum(axis=-1) < 5
+  after = (scores < own) | ((scores == own) & (classes >= labels))
+  return (~after).sum(axis=-1) < 5  # Of NaN, none is after.
 
 
 def metric_sums(

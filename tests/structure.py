@@ -94,7 +94,7 @@ def longest_chain() -> list[str]:
 
 def layer_of(name: str) -> int:
   """The number of a module's layer, the top one 0; that of `BASE` is last."""
-  if name in BASE:
+  if name in BASE or name.startswith("models.kernels"):
     return len(LAYERS)
   top = name.partition(".")[0]
   return next(k for k, layer in enumerate(LAYERS) if top in layer)

@@ -115,22 +115,17 @@ def num_filters(config: ConfigDict) -> int:
 
 
 # For `model.norm`: maps the configuration to a function that makes a layer. The
-# function takes `use_running_average`, `act` and `name`. The layer is called
-# with x, or with x and a residual.
+# function takes `use_running_average`, `dtype`, `act` and `name`. The layer is
+# called with x, or with x and a residual.
 NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
   "batch_norm": lambda config: functools.partial(
     batch_norm.BatchNorm,
     momentum=config.batch_norm_momentum,
     epsilon=config.batch_norm_epsilon,
     groups=config.batch_norm_groups,
-    dtype=jnp.dtype(config.dtype),
   ),
-  "group_norm": lambda config: functools.partial(
-    group_norm.GroupNorm, dtype=jnp.dtype(config.dtype)
-  ),
-  "none": lambda config: functools.partial(
-    batch_norm.NoNorm, dtype=jnp.dtype(config.dtype)
-  ),
+  "group_norm": lambda config: group_norm.GroupNorm,
+  "none": lambda config: batch_norm.NoNorm,
 }
 
 
@@ -159,7 +154,7 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
       standardized=config.weight_standardization,
       conv_general_dilated=convolution.conv_general_dilated,
     ),
-    "norm": NORMS[norm](config),
+    "norm": functools.partial(NORMS[norm](config), dtype=dtype),
     "dense": functools.partial(
       nn.Dense, kernel_init=layers.he_normal, dtype=dtype
     ),

@@ -96,9 +96,9 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   name = config.name.removeprefix(PREFIX)
   parameters = inspect.signature(functions()[name]).parameters
   decays = [each for each in parameters if each.endswith("weight_decay")]
-  # The rate and the decay have keys of their own.
+  # The rate and the decay have keys of their own; `_muon` gives dimensions.
   takes = parameters.keys() - _MASKS - {"learning_rate", "adam_learning_rate"}
-  takes -= {*decays}
+  takes -= {*decays, "muon_weight_dimension_numbers"}
   masks = parameters.keys() & _MASKS if decays else set()
   given = dict.fromkeys(decays, 0.0)
   if masks:
@@ -129,4 +129,7 @@ def _parse(text: str) -> dict[str, Any]:
   call = ast.parse(f"f({text})", mode="eval").body
   if not isinstance(call, ast.Call) or call.args:
     raise ValueError("it must be like b1=0.9,nesterov=True")
-  return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+  arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+  if len(arguments) < len(call.keywords):
+    raise ValueError("an argument stands twice")
+  return arguments

@@ -167,10 +167,10 @@ _KEYS = (
     " (19), alexnet (8)."
   ),
   Key("model.depth", 20, integer(1, 2000)).means(
-    "Weighted layers, shortcuts not counted."
+    "Weighted layers; shortcuts are counted only in wide_resnet."
   ),
   Key("model.num_filters", 0, integer(0, 1024), _RESNETS).means(
-    "Channels of the stem. 0: 16, or 64 for large images."
+    "Channels of the stem. 0: 16; 64 for resnext and for large images."
   ),
   Key("model.widen_factor", 10, integer(1, 64), ("wide_resnet",)).means(
     "Width of the first stage over the stem's: 10 of WRN-28-10."

@@ -159,7 +159,8 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
     f" {steps_per_epoch} steps of an epoch, so that each has an update.",
   )
   name = config.name.removeprefix(any_optax.PREFIX)
-  if name not in any_optax.functions():
+  is_own = config.name in optimizers.OPTIMIZERS
+  if not is_own and name not in any_optax.functions():
     what = f"optimizer.name={any_optax.PREFIX}NAME, NAME"
     raise errors.unknown_name(what, name, any_optax.functions())
   try:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -5,7 +7,7 @@ import pytest
 
 from configs import base
 from resnet_flax.optim import any_optax, optimizers
-from resnet_flax.run import errors, rules
+from resnet_flax.run import config as config_keys, errors, keys, rules
 
 
 def check(name, arguments="", **values):
@@ -27,7 +29,13 @@ def check(name, arguments="", **values):
     ("lion", "b1='x'", "unsupported operand .* lion takes: b1"),
     ("lion", "b1=open('x')", "malformed .* lion takes"),
     ("lion", "**{}", "None is none of them"),
+    ("lion", "b1=0.5,b1=0.7", "an argument stands twice. lion takes: b1"),
     ("lion", "weight_decay=0.1", "weight_decay is none of them"),
+    (
+      "muon",
+      "muon_weight_dimension_numbers=None",
+      r"muon_weight_dimension_numbers is none of them\. muon takes: ns_coeffs",
+    ),
     ("muon", "learning_rate=1", "muon takes: ns_coeffs, ns_steps, beta"),
     ("optax/nadamm", "", "Did you mean 'nadam'. Known: acprop, .*, yogi"),
     ("optax/lbfgs", "", "missing .* 'value'"),
@@ -52,6 +60,20 @@ def test_what_cannot_be_ends_in_a_line_that_says_what_can(
     check(name, arguments)
   assert str(caught.value).isprintable()
   assert len(str(caught.value)) < 500
+
+
+def test_an_optimizer_of_ones_own(monkeypatch):
+  """An entry of the table and of the key's choices; see docs/extending.md."""
+  monkeypatch.setitem(
+    *(optimizers.OPTIMIZERS, "mine"),
+    lambda config: any_optax.Rule("mine()", optax.sgd, False),
+  )
+  key = config_keys.KEYS["optimizer.name"]
+  values = keys.choice(*key.values.choices, "mine")
+  monkeypatch.setitem(
+    config_keys.KEYS, key.name, dataclasses.replace(key, values=values)
+  )
+  assert check("mine").links[-1] == "mine()"
 
 
 def test_arguments_are_optaxs():
