@@ -5,7 +5,7 @@ Source: WRN-10-2, Zagoruyko and Komodakis 2016 (arXiv:1605.07146); one cycle of
   and mirror images in scoring, Jordan 2024 (arXiv:2404.00498).
 Expected: 83.8 ± 0.1 % on a JPEG copy of CIFAR-10, n = 3 (experiments/recipes).
 Cost: 500,000 images: 13 minutes on 2 CPU cores with AVX512-BF16. On CPUs
-  without it pass --config.model.dtype=float32, which is faster there.
+  without it we advise --config.model.dtype=float32; that was not measured.
 Command: python -m resnet_flax.main --config=configs/fast_cifar10.py
 With three times the time: --config.num_epochs=30
 """

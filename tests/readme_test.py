@@ -115,7 +115,9 @@ def test_the_notebooks_run(tmp_path):
       if cell["cell_type"] == "code":
         assert not cell["outputs"]
         cells.append("".join(cell["source"]))
-  environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+  # Jupyter starts in the notebook's folder, where only the package is found.
+  (tmp_path / "resnet_flax").symlink_to(ROOT / "resnet_flax")
+  environment = os.environ | {"PYTHONPATH": str(tmp_path), "MPLBACKEND": "agg"}
   # It warns of oneDNN's programs, which it cannot keep.
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   ran = subprocess.run(

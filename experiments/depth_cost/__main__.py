@@ -8,19 +8,18 @@ Each depth and mode is measured in its own process, on one resident batch,
 without a compilation cache. Nothing else should run meanwhile.
 """
 
-import argparse
 import multiprocessing
 import pathlib
 from concurrent import futures
 
 from experiments.depth_cost import measurement
 from experiments.tools import lists, markdown
-from resnet_flax.run import files as files_lib, huge_pages
+from resnet_flax.run import arguments, files as files_lib, huge_pages
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Measures, prints each row of the table, and writes the raw figures."""
-  parser = argparse.ArgumentParser("python -m experiments.depth_cost")
+  parser = arguments.Parser("python -m experiments.depth_cost")
   add, modes = parser.add_argument, measurement.MODES
   add("--name", default="resnet_v1", help="the network's `model.name`")
   add("--depths", type=lists.integers, default="20,56,110")
@@ -28,7 +27,7 @@ def main() -> None:
   add("--batch_size", type=int, default=32)
   add("--steps", type=int, default=3, help="timed ones")
   add("--out", type=pathlib.Path, help="written after each process")
-  flags = parser.parse_args()
+  flags = parser.parse_args(argv[1:])
   print(markdown.table(measurement.COLUMNS, []), flush=True)
   environments, results = [], []
   for depth in flags.depths:
@@ -51,4 +50,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  main()
+  arguments.run(main)

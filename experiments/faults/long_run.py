@@ -19,14 +19,10 @@ from concurrent import futures
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.faults import harness
-from resnet_flax.run import (
-  command_line,
-  files as files_lib,
-  surroundings,
-)
+from resnet_flax.run import files as files_lib, process, surroundings
 
 _FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Folder of both runs.")
 _MINUTES = flags.DEFINE_float(
@@ -147,4 +143,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse_flags)
+  process.run(main)

@@ -6,8 +6,8 @@
     [--batch_size=32] [--measure_at=0,1,4,16,64,256]
     [--out=experiments/gradient_flow/results.jsonl]
 
-Every network is written as soon as it is measured. The same command again goes
-on with those that are missing; another one with the same --out adds its own.
+Every network is written as soon as it is measured. The same command
+measures the missing ones; another one with the same --out adds its own.
 """
 
 import json

@@ -14,11 +14,7 @@ from experiments.tools import records as records_lib
 from experiments.tools.records import Record
 from resnet_flax import data, train
 from resnet_flax.parallel import networks, program
-from resnet_flax.run import (
-  experiment as experiment_lib,
-  layer_norms,
-  rules,
-)
+from resnet_flax.run import experiment as experiment_lib, layer_norms, rules
 
 # What is kept of `layer_norms.LayerNorms`.
 QUANTITIES = ("gradient", "activation")

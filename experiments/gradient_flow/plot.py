@@ -79,7 +79,8 @@ def _panels(
   axes = figure.subplots(len(forms), len(depths), sharey="row", squeeze=False)
   for record in records:
     cell = record["cell"]
-    color, marker, line = _STYLES[cell["family"]]
+    style = _STYLES.get(cell["family"], ("#d55e00", "o", "-"))
+    color, marker, line = style
     axis = axes[forms.index(cell["batch_norm"]), depths.index(cell["depth"])]
     x, y = curve(record)
     # A logarithm has no place for zero.

@@ -13,12 +13,7 @@ import numpy as np
 from experiments.tools import records as records_lib
 from experiments.tools.records import Record
 from resnet_flax import data, step as step_lib
-from resnet_flax.run import (
-  environment,
-  errors,
-  folder,
-  load,
-)
+from resnet_flax.run import environment, errors, folder, load
 
 PyTree = Any
 # Gives the mean loss and the share of errors at a point (alpha, beta).

@@ -17,12 +17,7 @@ import jax
 
 from experiments.tools import markdown, timing
 from resnet_flax.configs import v1_depth20
-from resnet_flax.run import (
-  environment,
-  files,
-  huge_pages,
-  surroundings,
-)
+from resnet_flax.run import environment, files, huge_pages, surroundings
 
 NONE = "none"
 # AdamW takes no L2 term.

@@ -26,16 +26,12 @@ Results = dict[str, Any]
 
 
 def collect(workdir: pathlib.Path) -> Results:
-  """The `environment` and the records of seeds that both sides have finished.
+  """The records of seeds that both sides have finished; {} if there are none.
 
   'Keras' and 'resnet_flax' have a list of seeds, each a list of its epochs'
-  records.
+  records. `environment` is the machine's.
   """
-  found: Results = {
-    "environment": json.loads((workdir / "environment.json").read_text()),
-    "Keras": [],
-    "resnet_flax": [],
-  }
+  found: Results = {"Keras": [], "resnet_flax": []}
   for theirs in sorted(workdir.glob("keras-seed*.jsonl")):
     seed = theirs.stem.removeprefix("keras-seed")
     ours = workdir / f"ours-seed{seed}" / "metrics.jsonl"
@@ -47,7 +43,10 @@ def collect(workdir: pathlib.Path) -> Results:
     if len({len(side) for side in sides}) == 1 and sides[1:]:
       for name, side in zip(_STYLES, sides, strict=True):
         found[name].append([{k: r[k] for k in _KEPT} for r in side])
-  return found
+  if not found["Keras"]:
+    return {}
+  environment = json.loads((workdir / "environment.json").read_text())
+  return found | {"environment": environment}
 
 
 def _scores(run: list[dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,6 @@ python -m experiments.streaming --folder=generated [--images=2000]
   [--workers=2] [--rounds=10] [--memory_epochs=3] [--out=results.json]
 """
 
-import argparse
 import json
 import pathlib
 
@@ -12,15 +11,15 @@ from configs import imagenet_resnet50
 from experiments.streaming import generated, measurement
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
-from resnet_flax.run import environment, files as files_lib
+from resnet_flax.run import arguments, environment, files as files_lib
 
 # They take two or three seconds.
 _IMAGES_TIMED = 1536
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Measures all settings in turn and prints each round as JSON."""
-  parser = argparse.ArgumentParser("python -m experiments.streaming")
+  parser = arguments.Parser("python -m experiments.streaming")
   add = parser.add_argument
   add("--folder", type=pathlib.Path, required=True, help="of the images")
   add("--images", type=int, default=2000)
@@ -28,9 +27,11 @@ def main() -> None:
   add("--rounds", type=int, default=10)
   add("--memory_epochs", type=int, default=3)
   add("--out", type=pathlib.Path)
-  flags = parser.parse_args()
-  if flags.images < 256:
-    parser.error(f"--images={flags.images} must be at least 256")
+  flags = parser.parse_args(argv[1:])
+  least = {"images": 256, "workers": 1, "rounds": 1, "memory_epochs": 1}
+  for name, number in least.items():
+    if getattr(flags, name) < number:
+      parser.error(f"--{name} must be at least {number}")
   if not flags.folder.exists():
     generated.prepare(flags.folder, {"train": flags.images, "validation": 50})
   config = imagenet_resnet50.get_config()
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  arguments.run(main)

@@ -27,12 +27,7 @@ import jax
 from experiments.throughput import environments, processes, report
 from experiments.throughput.programs import PROGRAMS
 from experiments.tools import lists
-from resnet_flax.run import (
-  environment,
-  errors,
-  files as files_lib,
-  huge_pages,
-)
+from resnet_flax.run import environment, errors, files as files_lib, huge_pages
 
 # The length of each kind of window, as a share of --seconds.
 LENGTHS = {"train": 1.0, "resident": 1.0, "infer": 0.5, "matmul": 0.125}
@@ -106,7 +101,9 @@ def benchmark(flags: argparse.Namespace) -> None:
   """
   path = flags.out / "results.json"
   if path.exists():
-    raise errors.UserError(f"{path} already exists: choose another --out.")
+    raise errors.UserError(
+      f"{path} already exists: remove it, or choose another --out."
+    )
   if importlib.util.find_spec("matplotlib") is None:
     raise errors.UserError(
       "the figure needs matplotlib: pip install -e '.[figures]'"

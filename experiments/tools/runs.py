@@ -42,7 +42,12 @@ def report(
   """
   parser = argparse.ArgumentParser(command)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
-  kept = collect(parser.parse_args().workdir)
+  workdir = parser.parse_args().workdir
+  if not workdir.is_dir():
+    parser.error(f"--workdir={workdir} must be a folder of runs")
+  kept = collect(workdir)
+  if not kept:
+    parser.error(f"--workdir={workdir} must hold a finished run")
   files_lib.write_json(raw_file, kept)
   draw(kept).savefig(raw_file.with_name(figure), dpi=110)
   markdown.update(raw_file.with_name("README.md"), name, command, table(kept))

@@ -24,12 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax.run import (
-  errors,
-  folder as workdir_lib,
-  keys,
-  rules,
-)
+from resnet_flax.run import errors, folder as workdir_lib, keys, rules
 
 _NAMES = ("CONFIG", "OVERRIDES", "GRID", "CPUS_PER_CELL", "GPUS_PER_CELL")
 

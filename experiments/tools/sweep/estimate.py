@@ -16,11 +16,7 @@ from experiments.tools.sweep import overview
 from experiments.tools.sweep.definition import Cell
 from resnet_flax import data
 from resnet_flax.models import registry
-from resnet_flax.run import (
-  errors,
-  folder as workdir_lib,
-  metrics,
-)
+from resnet_flax.run import errors, folder as workdir_lib, metrics
 from resnet_flax.tools import summary
 
 _COLUMNS = (

@@ -20,12 +20,7 @@ from ml_collections import ConfigDict
 from experiments.tools.tpu_compile import chips, hlo
 from resnet_flax import data, step as step_lib
 from resnet_flax.data import randomness
-from resnet_flax.parallel import (
-  many_steps,
-  mesh as mesh_lib,
-  networks,
-  program,
-)
+from resnet_flax.parallel import many_steps, mesh as mesh_lib, networks, program
 from resnet_flax.run import errors, experiment as experiment_lib, rules
 from resnet_flax.tools import summary
 
