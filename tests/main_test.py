@@ -1,7 +1,7 @@
 """The command line as users call it: one process for each command."""
 
+import functools
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.helpers import ROOT, run_module
+
 QUICK = [
   "--config=configs/quickstart.py",
   "--config.num_epochs=1",
@@ -22,16 +23,7 @@ def command(*arguments):
   return [sys.executable, "-m", "resnet_flax.main", *map(str, arguments)]
 
 
-def run(*arguments, cwd=ROOT, **environment):
-  return subprocess.run(
-    command(*arguments),
-    cwd=cwd,
-    env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
+run = functools.partial(run_module, "resnet_flax.main")
 
 
 def test_train_again_and_eval(tmp_path):
@@ -190,13 +182,7 @@ def test_help_needs_no_jax(module, shown, hidden):
 
 
 def test_help_of_convert():
-  result = subprocess.run(
-    [sys.executable, "-m", "resnet_flax.convert", "--help"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  result = run_module("resnet_flax.convert", "--help")
   assert (result.returncode, result.stderr) == (0, "")
   lines = result.stdout.splitlines()
   assert {"  --source", "  --workdir", "  --config"} <= set(lines)

@@ -14,7 +14,7 @@ from tests.helpers import (
   saved_steps,
 )
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 AUGMENT = {
   "alternating_flip": True,
@@ -24,23 +24,20 @@ AUGMENT = {
   "cutmix": 1.0,
 }
 BRANCH = {"squeeze_excitation": 2, "stochastic_depth": 0.5, "conv_bias": False}
-NETWORKS = {
-  "wide": BRANCH
-  | {"name": "wide_resnet", "depth": 10, "widen_factor": 2}
-  | {
-    "block_dropout": 0.3,
-    "norm": "group_norm",
-    "weight_standardization": True,
-  },
+NETWORK = BRANCH | {
+  "name": "wide_resnet",
+  "depth": 10,
+  "widen_factor": 2,
+  "block_dropout": 0.3,
+  "norm": "group_norm",
+  "weight_standardization": True,
 }
 
 
-@pytest.fixture(
-  scope="module", params=[pytest.param(n, marks=slow) for n in NETWORKS]
-)
-def config(request, make_tiny_config, tmp_path_factory):
+@pytest.fixture(scope="module")
+def config(make_tiny_config, tmp_path_factory):
   config = make_tiny_config(tmp_path_factory.mktemp("cache"))
-  config.model.update(NETWORKS[request.param])
+  config.model.update(NETWORK)
   config.augment.update(AUGMENT)
   config.checkpoint.every_steps = 3
   return config
@@ -81,14 +78,12 @@ def test_a_run_resumes_within_an_epoch_bit_identically(
   assert_same_run(config, tmp_path, straight[0])
 
 
-@slow
 def test_on_several_devices(straight, run):
   """The same draws, whatever device an image is on."""
   _, records = run(num_devices=2)
   assert losses(records) == pytest.approx(losses(straight[1]), rel=1e-3)
 
 
-@slow
 @pytest.mark.parametrize("execution", ["in_turn", "vectorized"])
 def test_a_seed_of_several_is_as_it_is_alone(config, straight, run, execution):
   workdir, records = run(num_seeds=2, seed_execution=execution)
@@ -101,7 +96,6 @@ def test_a_seed_of_several_is_as_it_is_alone(config, straight, run, execution):
     assert_identical(one, restore(config, straight[0]))
 
 
-@slow
 def test_several_steps_per_call(straight, run):
   _, records = run(steps_per_call=3)
   assert losses(records) == pytest.approx(losses(straight[1]), rel=1e-3)

@@ -9,8 +9,11 @@ from hypothesis import given, settings, strategies as st
 from configs import base
 from resnet_flax import data, step as step_lib
 from resnet_flax.data import normalize, types
-from resnet_flax.parallel import evaluate, mesh as mesh_lib, networks
+from resnet_flax.parallel import evaluate
 from resnet_flax.run import experiment as experiment_lib
+from tests import helpers
+
+layout_of = functools.partial(helpers.layout_of, base.get_config())
 
 
 def split_of(count, size=2):
@@ -74,13 +77,6 @@ def scored():
     * 5,
   }
   return experiment, state, split, expected
-
-
-def layout_of(num_devices, num_seeds=1):
-  mesh = mesh_lib.create_mesh(jax.devices()[:num_devices], num_seeds)
-  return networks.Layout(
-    tuple(range(num_seeds)), mesh, chunk_size=mesh.shape[mesh_lib.SEED]
-  )
 
 
 @pytest.mark.parametrize(
