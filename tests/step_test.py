@@ -140,7 +140,7 @@ def test_top5(ties):
   mask = np.arange(200) % 2 == 0
   sums = step_lib.metric_sums(0.0, 0.0, jnp.asarray(scores), labels, mask)
   assert sums["top5"] == (expected & mask).sum()
-  # A network whose logits are NaN is right about nothing.
+  # Of NaN logits, no label is among the first five.
   assert not step_lib.in_top5(np.full_like(scores, np.nan), labels).any()
 
 

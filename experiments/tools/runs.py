@@ -1,6 +1,7 @@
 """From finished runs to an experiment's raw file, figure and table."""
 
 import argparse
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,11 +44,13 @@ def report(
   parser = argparse.ArgumentParser(command)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   workdir = parser.parse_args().workdir
-  if not workdir.is_dir():
+  if not os.path.isdir(workdir):  # Not Path.is_dir: a name may be too long.
     parser.error(f"--workdir={workdir} must be a folder of runs")
   kept = collect(workdir)
   if not kept:
     parser.error(f"--workdir={workdir} must hold a finished run")
+  # Before anything is written: these may be another experiment's runs.
+  drawn, rows = draw(kept), table(kept)
   files_lib.write_json(raw_file, kept)
-  draw(kept).savefig(raw_file.with_name(figure), dpi=110)
-  markdown.update(raw_file.with_name("README.md"), name, command, table(kept))
+  drawn.savefig(raw_file.with_name(figure), dpi=110)
+  markdown.update(raw_file.with_name("README.md"), name, command, rows)

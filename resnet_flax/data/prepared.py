@@ -103,7 +103,7 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
       ) from error
     # The error may know a better one.
     remedy = getattr(error, "remedy", remedy)
-    message = f"{folder} cannot be read ({problem}). {remedy}"
+    message = f"{folder} cannot be read ({problem}). {remedy}".rstrip()
     raise errors.DataError(message) from error
 
 

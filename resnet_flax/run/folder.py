@@ -33,6 +33,12 @@ from resnet_flax.run import (
 _logger = logging.getLogger(__name__)
 
 _MAX_NAME = 120
+# Keys of stored configurations that are read before `rules.check`; somebody may
+# have edited the file.
+_READ_UNCHECKED = (
+  *("num_epochs", "num_seeds", "eval_every_epochs"),
+  *("checkpoint.monitor", "schedule.decay_percent"),
+)
 # Errors of flock on file systems without locks, such as some network drives.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _PATIENCE = 0.2  # Seconds that an ending holder may take to remove its file.
@@ -119,9 +125,7 @@ def check_same(
   given = json.loads(json.dumps(keys.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
     given[key] = stored.get(key)
-  first, now = stored["num_epochs"], given["num_epochs"]
-  # Somebody may have edited the file.
-  if config_lib.KEYS["num_epochs"].values.accept(first) and now > first:
+  if given["num_epochs"] > stored["num_epochs"]:
     done = len(metrics.MetricsLog(workdir).read())
     if done < schedules.open_epochs(stored):
       given["num_epochs"] = stored["num_epochs"]
@@ -215,6 +219,10 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     config = ConfigDict(json.loads(defaults))
     with config.ignore_type():
       config.update(stored)
+    flat = keys.to_flat(config)
+    for name in _READ_UNCHECKED:
+      if not config_lib.KEYS[name].values.accept(flat.get(name)):
+        raise ValueError(f"{name}={flat.get(name)!r:.100} cannot be")
     return config.lock()
   except FileNotFoundError:
     raise errors.WorkdirError(
@@ -334,13 +342,15 @@ def explain_write_errors(
     elif running:
       check_not_removed(workdir)
     # Not by pathlib, which fails on a disk that is gone.
-    saved = glob.glob("checkpoints/*/manifest.json", root_dir=workdir)
-    left = (
-      "The checkpoints that it holds are good" if saved else "Nothing is saved"
-    )
+    if glob.glob("checkpoints/*/manifest.json", root_dir=workdir):
+      left = "The checkpoints that it holds are good; the same command resumes"
+      left += " from them"
+    elif os.path.isdir(workdir):
+      left = "Nothing is saved; the same command starts anew"
+    else:
+      left = "It cannot be read either; once it can, the same command resumes"
     raise errors.WorkdirError(
-      f"workdir {workdir} can no longer be written: {text[:300]}. {left}; the"
-      f" same command {'resumes from them' if saved else 'starts anew'}."
+      f"workdir {workdir} can no longer be written: {text[:300]}. {left}."
     ) from error
 
 
@@ -349,9 +359,12 @@ def check_not_removed(workdir: pathlib.Path) -> None:
 
   Orbax would make another folder in its place, without the run's other files.
   """
-  # Not Path.exists, which fails on a disk that is gone.
-  if not os.path.exists(workdir / "config.json"):
+  try:
+    os.stat(workdir / "config.json")
+  except (FileNotFoundError, NotADirectoryError):
     raise errors.WorkdirError(
       f"workdir {workdir} was removed or emptied while the run trained. The"
       " same command resumes from what is left there, or starts anew."
-    )
+    ) from None
+  except OSError:  # The disk is gone, which the next write reports.
+    pass

@@ -99,7 +99,9 @@ def load_model(
     ConfigError: `which` is neither, or the run has no such seed.
     WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
-  config, experiment, states = _restore(workdir, which, weights)
+  # Once: a mirror may get another state meanwhile.
+  local = mirror.local(workdir, "workdir")
+  config, experiment, states = _restore(local, which, weights)
   seed = config.seed if seed is None else seed
   if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
@@ -112,7 +114,7 @@ def load_model(
     mesh_lib.sharding(mesh_lib.create_mesh(jax.local_devices())),
   )
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
-  names = (folder.read_facts(mirror.local(workdir, "workdir")) or ((),))[0]
+  names = (folder.read_facts(local) or ((),))[0]
   process = os.getpid()
 
   def predict(images: Any) -> Any:
@@ -179,7 +181,8 @@ def evaluate_workdir(
     `seeds`: the above for each `seed` in its own best epoch.
   """
   is_stored = config is None
-  config, experiment, states = _restore(workdir, which, weights, config)
+  local = mirror.local(workdir, "workdir")
+  config, experiment, states = _restore(local, which, weights, config)
   if is_stored:
     say_what_is_trusted(config)
   try:
@@ -192,7 +195,7 @@ def evaluate_workdir(
       f"{error} The run's config.json names {config.dataset.data_dir}: for data"
       " elsewhere pass --config=FILE --config.dataset.data_dir=DIR, too."
     ) from error
-  folder.check_data(mirror.local(workdir, "workdir"), dataset.source)
+  folder.check_data(local, dataset.source)
   splits = {"train": dataset.train, "test": dataset.test}
   if dataset.validation:
     splits["val"] = dataset.validation

@@ -54,7 +54,7 @@ class _State:
 
 class _Store:
   def __init__(self, url: str, name: str = _KEY):
-    self.url = url
+    self.url, self.name = url, name
     try:
       self.system, self.root = fsspec.core.url_to_fs(
         url, use_listings_cache=False, skip_instance_cache=True
@@ -168,18 +168,11 @@ class Mirror:
   def __enter__(self) -> "Mirror":
     with _explain(self._store.url):
       self._claim()
-      states = self._store.states()
-      self._number = states[0].number if states else 0
-      here = progress(self._workdir)
-      # A run that was killed as it wrote its first list leaves a torn one.
-      is_torn = not states and len(self._store.names("states")) > 1
-      # Only files of these lists count as complete; others are written again.
-      if (states and states[0].progress > here) or (is_torn and not any(here)):
-        states = [fill(self._store, states, self._workdir, self._check)]
-        _logger.info("filled %s from %s", self._workdir, self._store.url)
-      elif states:
-        self._check_run(states[0])
-      self._stored = _digests(states)
+      try:
+        self._fill_or_check()
+      except errors.UserError:
+        self._store.remove("owner.json")  # A refused run keeps nobody away.
+        raise
     self._thread.start()
     return self
 
@@ -195,13 +188,31 @@ class Mirror:
         self._workdir,
       )
 
-  def _check_run(self, state: _State) -> None:
+  def _fill_or_check(self) -> None:
+    """Fills a workdir that is behind; refuses an address of another run."""
+    states, names = self._store.states(), self._store.names("states")
+    # Torn lists count, too: the lowest numbers are removed first.
+    numbers = (int(name[:9]) for name in names if name[:9].isdecimal())
+    self._number = max(numbers, default=0)
+    here = progress(self._workdir)
+    # A run that was killed as it wrote its first list leaves a torn one.
+    is_torn = not states and len(names) > 1
+    # Only files of these lists count as complete; others are written again.
+    if (states and states[0].progress > here) or (is_torn and not any(here)):
+      states = [fill(self._store, states, self._workdir, self._check)]
+      _logger.info("filled %s from %s", self._workdir, self._store.url)
+    else:
+      self._check_run(states)
+    self._stored = _digests(states)
+
+  def _check_run(self, states: list[_State]) -> None:
     """Refuses an address whose run is another: copies would replace its own."""
-    kept = {k: v for k, v in state.files.items() if k in _FILES}
-    few = dataclasses.replace(state, files=kept)
-    with files.temporary_folder(self._workdir, ".mirror-") as folder:
-      if _download(self._store, few, folder):
-        self._check(folder)
+    for state in states:
+      kept = {k: v for k, v in state.files.items() if k in _FILES}
+      few = dataclasses.replace(state, files=kept)
+      with files.temporary_folder(self._workdir, ".mirror-") as folder:
+        if _download(self._store, few, folder):
+          return self._check(folder)
 
   # ---- The owner of the address
 
@@ -386,9 +397,10 @@ def fill(
         "warning: state %d of %s is damaged", state.number, store.url
       )
     else:
+      anew = ", or delete this one to start anew" * (store.name == _KEY)
       raise errors.WorkdirError(
-        f"checkpoint.mirror={store.url} holds no undamaged state. Pass another"
-        " address, or delete this one to start anew."
+        f"{store.name}={store.url} holds no undamaged state. Pass another"
+        f" address{anew}."
       )
     check(folder)
     (workdir / "checkpoints").mkdir(exist_ok=True)
@@ -435,13 +447,13 @@ def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 def _fetched(url: str, name: str) -> pathlib.Path:
   with _explain(url, name):
-    latest = max(_Store(url, name).names("states"), default="")
-  return _copy_of(url, name, latest)
+    states = frozenset(_Store(url, name).names("states"))
+  return _copy_of(url, name, states)
 
 
 @functools.cache
-def _copy_of(url: str, name: str, latest: str) -> pathlib.Path:
-  del latest  # A later state is another copy.
+def _copy_of(url: str, name: str, states: frozenset[str]) -> pathlib.Path:
+  del states  # A later state is another copy.
   folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   fetch(url, folder, name)
@@ -453,6 +465,6 @@ def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
   store = _Store(url, name)
   with _explain(url, name):
     states = store.states()
-    if not states:
+    if not states and not store.names("states"):
       raise errors.WorkdirError(f"{name}={url} holds no mirrored run.")
     fill(store, states, workdir)

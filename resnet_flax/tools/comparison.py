@@ -43,7 +43,7 @@ def compare(
   epochs = [f"{s.num_epochs} of {s.config['num_epochs']}" for s in sides]
   cautions = []
   if not same_data:
-    differ = "differ" if data[0] != data[1] else "may differ"
+    differ = "may differ" if "unknown" in data else "differ"
     cautions.append(f"the data {differ}: A has {data[0]}, B has {data[1]}")
   if epochs[0] != epochs[1] or not all(side.finished for side in sides):
     cautions.append(f"unequal or missing epochs: A {epochs[0]}, B {epochs[1]}")

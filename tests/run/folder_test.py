@@ -226,7 +226,7 @@ def test_an_edited_number_of_epochs_is_another_configuration(tmp_path, value):
   path = tmp_path / "config.json"
   stored = json.loads(path.read_text()) | {"num_epochs": value}
   path.write_text(json.dumps(stored))
-  with pytest.raises(errors.WorkdirError, match=r"num_epochs \(|config\.json"):
+  with pytest.raises(errors.WorkdirError, match=r"config\.json .* num_epochs="):
     check(tmp_path, config)
 
 
@@ -329,7 +329,7 @@ def test_a_disk_that_is_gone_is_one_line(tmp_path, monkeypatch, number):
         patch.setattr(os, name, fail)
       fail()
 
-  with pytest.raises(errors.WorkdirError, match="was removed or emptied"):
+  with pytest.raises(errors.WorkdirError, match=r"\] .* cannot be read either"):
     lose()
 
 

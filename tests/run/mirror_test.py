@@ -243,6 +243,7 @@ def test_another_run_is_refused_before_anything_is_changed(
   assert content(other) == before
   store = mirror._Store(address)
   assert [state.progress for state in store.states()] == [[1, 0]]
+  assert store.read("owner.json") is None
   with mirror.Mirror(address, workdir):
     pass
   # The address is of no state yet: any run may use it.
@@ -264,6 +265,12 @@ def test_torn_lists_are_no_empty_mirror(workdir, tmp_path, num_torn):
   assert len(names) == num_torn
   for name in names:
     store.write(f"states/{name}", b"{")
+  # Where the run still has its workdir, it writes later ones.
+  shutil.copytree(tmp_path / "disk", tmp_path / "other_disk")
+  save(workdir, 3, records=1)
+  with mirror.Mirror(str(tmp_path / "other_disk"), workdir):
+    pass
+  assert mirror._Store(str(tmp_path / "other_disk")).states()
   other = tmp_path / "other"
   other.mkdir()
   if num_torn == 1:
@@ -277,6 +284,10 @@ def test_torn_lists_are_no_empty_mirror(workdir, tmp_path, num_torn):
   ):
     pass
   assert store.names("files") == kept
+  with pytest.raises(
+    errors.WorkdirError, match=r"^workdir=.* holds no undamaged .* address\.$"
+  ):
+    mirror.fetch(address, other, "workdir")
 
 
 def test_a_copy_that_is_read_is_of_the_latest_state(workdir, tmp_path):

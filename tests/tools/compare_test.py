@@ -99,8 +99,10 @@ def test_an_epoch_that_is_not_scored(tmp_path):
   log.write_text("".join(json.dumps(r) + "\n" for r in [*scored, last]))
   tables = compare(a, b)
   assert float(numbers(tables["comparison"], 0)["A - B"]) == pytest.approx(20)
-  # Neither folder says which data it was trained on.
-  assert "the data may differ" in tables["warnings"].to_csv()
+  # Neither folder says which data it was trained on; then one does.
+  for _ in range(2):
+    assert "the data may differ" in compare(a, b)["warnings"].to_csv()
+    (b / "environment.json").write_text('{"data": "digits"}')
   with pytest.raises(errors.ConfigError, match=r"last epoch .* --which=best"):
     compare(a, b, which="last")
 

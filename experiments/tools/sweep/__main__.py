@@ -9,6 +9,8 @@ in DIR/NAME.log. The same command skips finished cells and resumes the others.
 `experiments/tools/sweep/definition.py` describes the sweep file.
 """
 
+import os
+
 from absl import flags
 
 from resnet_flax.run import errors, folder, process, surroundings
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> None:
     gpus = sweep.resources.gpus or 1
     surroundings.show(estimate.table(sweep.cells, measured, gpus))
     return
-  if (workdir / "config.json").exists():
+  if os.path.exists(workdir / "config.json"):
     raise errors.WorkdirError(
       f"workdir {workdir} holds a run, not a sweep. Pass another --workdir."
     )

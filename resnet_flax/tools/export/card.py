@@ -83,8 +83,11 @@ def write(
   files.write_json(out / "preprocess.json", preprocess)
   labels = loaded.class_names or map(str, range(logits.shape[1]))
   # A name may have line breaks and bytes that are not text.
-  lines = [f"{runs.shown(label)}\n" for label in labels]
-  (out / "labels.txt").write_text("".join(lines), "utf-8")
+  lines = [
+    "".join(c if c.splitlines() == [c] else repr(c)[1:-1] for c in label) + "\n"
+    for label in labels
+  ]
+  (out / "labels.txt").write_text("".join(lines), "utf-8", "backslashreplace")
 
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
@@ -108,12 +111,12 @@ def write(
     recipe=recipe if loaded.step else ", not trained on",
     size=sum(leaf.size for leaf in jax.tree.leaves(loaded.variables)),
     data=stored.get("data") or "none",
-    start=begun or "random weights",
+    start=runs.shown(begun or "random weights"),
     accuracy=_accuracy(workdir, loaded),
-    licence=licence or "not stated",
+    licence=runs.shown(licence or "not stated"),
     checked=_NUM_CHECKED,
   )
-  (out / "README.md").write_text(card, "utf-8", "backslashreplace")
+  (out / "README.md").write_text(card, "utf-8")
 
 
 def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:

@@ -43,7 +43,8 @@ def export(
   from resnet_flax.tools.export import card, weights as weights_lib
 
   out = new_folder.resolve(out, "--out")
-  loaded = load.load_model(workdir, which, seed=seed, weights=weights)
+  local = mirror.local(workdir, "workdir")
+  loaded = load.load_model(local, which, seed=seed, weights=weights)
   reasons = []
   for chosen in [n for n in FORMATS[form] if names in ("", n)]:
     try:
@@ -65,7 +66,6 @@ def export(
     _logger.info("note: the names are Flax's: %s", "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
     weights_lib.write(form, network, loaded, folder)
-    local = mirror.local(workdir, "workdir")
     card.write(folder, loaded, local, chosen, network.title, licence)
   return network.title
 

@@ -71,6 +71,9 @@ def test_name_that_is_no_text(tmp_path):
     ("[]", "no JSON object"),
     ("{}", "seed is missing"),
     ('{"seed": null}', "seed is missing or no integer"),
+    ('{"seed": 0, "num_seeds": "2"}', "num_seeds='2' cannot be"),
+    ('{"seed": 0, "eval_every_epochs": null}', "eval_every_epochs=None cannot"),
+    ('{"seed": 0, "checkpoint": {"monitor": "x"}}', "monitor='x' cannot be"),
   ],
 )
 def test_damaged_config(tmp_path, text, message):
