@@ -86,8 +86,7 @@ def train_and_evaluate(
         state, step_metrics = program.step(state, batch)
         run.report(step_metrics, batch.num_steps)  # Reads one step late.
         if run.should_save():  # By the clock, steps, a signal, the epoch's end.
-          state = setup.before_save(run.step, state)
-          run.save(state)
+          state = run.save(state, setup.before_save)
       scores = evaluate.evaluate_all(
         *(config, epoch, setup.eval_step, state, setup.splits, layout),
         on_batch=run.on_evaluation_batch,

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from resnet_flax.run import (
   load,
   metrics,
   progress,
+  session,
 )
 from resnet_flax.tools.report import runs
 from tests.helpers import (
@@ -366,6 +368,31 @@ def test_a_run_that_fails_at_once_leaves_nothing(
   with pytest.raises(errors.DataError):
     train.train_and_evaluate(tiny_config, tmp_path / "run", devices=one_device)
   assert not (tmp_path / "run").exists()
+
+
+def test_what_runs_before_a_save_is_no_training_time(
+  tiny_config, tmp_path, one_device, programs, monkeypatch
+):
+  """By a clock that runs only in questions and in the hook."""
+  now = [0.0]
+
+  def clock():
+    now[0] += 0.001
+    return now[0]
+
+  def hook(step, state):
+    now[0] += 1_000
+    return state
+
+  monkeypatch.setattr(
+    session, "time", types.SimpleNamespace(perf_counter=clock)
+  )
+  monkeypatch.setattr(
+    train.batch_statistics, "create_hook", lambda *arguments: hook
+  )
+  records = programs.train(tiny_config, tmp_path, devices=one_device)
+  assert now[0] > 1_000 * len(records)
+  assert all(0 < record["epoch_seconds"] < 1 for record in records)
 
 
 def test_finished_run_is_not_trained_again(

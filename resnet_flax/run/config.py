@@ -272,8 +272,8 @@ _KEYS = (
   ),
   Key("optimizer.weight_decay", 0.0, number(0)).means(
     "The gradient gains weight_decay * w; decoupled for adamw, lamb, lion, muon"
-    " and others whose weight_decay Optax masks. Not in the objective; needs"
-    " l2=0."
+    " and others whose weight_decay Optax masks, but for adadelta, cocob, dog,"
+    " dowg and lars. Not in the objective; needs l2=0."
   ),
   Key("optimizer.l2", 1e-4, number(0)).means(
     "The objective adds l2 * sum(w**2), as in Keras: the gradient gains 2 * l2"

@@ -303,8 +303,15 @@ class Session:
   def _epoch_is_over(self) -> bool:
     return self.step == (len(self.records) + 1) * self._steps_per_epoch
 
-  def save(self, state: networks.Networks) -> None:
-    """Starts to save the networks' states; then stops if a signal has come."""
+  def save(
+    self,
+    state: networks.Networks,
+    before: Callable[[int, networks.Networks], networks.Networks],
+  ) -> networks.Networks:
+    """Starts to save what `before` makes of the states, and returns it.
+
+    Then stops if a signal has come.
+    """
     last = self._read()
     now = time.perf_counter()
     self.notes = {
@@ -314,12 +321,14 @@ class Session:
       "data_seconds": self.notes["data_seconds"] + self._waited,
     }
     self._started, self._waited = now, 0.0
+    state = before(self.step, state)
     self._save(state)
     self._timer.reset()
     self._agreement.check()
     if self._epoch_is_over():
       self._progress.close()
       self._started = time.perf_counter()
+    return state
 
   def _save(self, state: networks.Networks) -> None:
     self.on_event("save")

@@ -57,6 +57,15 @@ def test_what_is_shown(changes, expected):
   assert shown(make_cells(**CLEAR | changes)) == expected
 
 
+def test_differences_without_a_spread_are_judged():
+  """Networks that fit all of their images have no error at either depth."""
+  cells = make_cells(**CLEAR)
+  for cell in cells:
+    if cell["network"] == "resnet_v1":
+      cell["train_error"] = 0.0
+  assert shown(cells) == ["degradation", "no degradation"]
+
+
 def test_a_network_that_still_learns_does_not_show_degradation():
   cells = make_cells(**CLEAR)
   for cell in cells:

@@ -125,10 +125,12 @@ def _images_of_epoch(config: ConfigDict) -> int:
 
 
 def _flops_of_epoch(config: ConfigDict) -> float:
-  """Counts the FLOPs of training and evaluation over all seeds."""
+  """Counts the FLOPs of training and mean evaluation over all seeds."""
   info = data.info(config.dataset)
-  evaluated = info.num_test + config.dataset.validation_examples
-  passes = _TRAINING * _images_of_epoch(config) + config.num_seeds * evaluated
+  scored = info.num_test + config.dataset.validation_examples
+  scored *= config.num_seeds * config.dataset.test_crops
+  passes = _TRAINING * _images_of_epoch(config)
+  passes += scored / config.eval_every_epochs
   return 2.0 * _size(config).multiply_adds * passes
 
 

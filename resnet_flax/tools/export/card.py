@@ -132,8 +132,10 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   # An average of weights may start after the best epoch; its value is NaN.
   values = [value for value in group.at("best", key) if value == value]
   mean, std, n = runs.Statistic.of(values)
+  crops = loaded.config.dataset.test_crops
+  views = f" by the mean of {crops} views of each" if crops > 1 else ""
   return (
-    f"{scored[loaded.step]:.2%} on {info.num_test:,} images; n = {n} seeds,"
-    f" each in its best epoch by {run.chosen_by}: {mean:.2%}"
+    f"{scored[loaded.step]:.2%} on {info.num_test:,} images{views}; n = {n}"
+    f" seeds, each in its best epoch by {run.chosen_by}: {mean:.2%}"
     + ("" if std is None else f" ± {std:.2%}")
   )

@@ -242,7 +242,8 @@ def _runs(groups: Sequence[Group]) -> Section:
     "A run of several seeds has a row for each; its times, its images/s and its"
     " ensemble are those of all. A seed that occurs twice in a group is counted"
     " once, in the run with more epochs. Times are those of training, without"
-    " compilation and evaluation; “of them for data” is the time that the loop"
+    " compilation and evaluation; “evaluation (s)” has the compilation of each"
+    " start's first scoring in it; “of them for data” is the time that the loop"
     " waited for batches."
   )
   return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])

@@ -220,6 +220,19 @@ def test_depth_ablations_can_be_used(tmp_path, name, networks):
 # What it will cost.
 
 
+def test_every_view_of_each_scored_image_costs(tiny_config):
+  def forward_passes():
+    size = estimate._size(tiny_config)
+    return estimate._flops_of_epoch(tiny_config) / (2 * size.multiply_adds)
+
+  assert forward_passes() == 3 * 32 + 360
+  tiny_config.dataset.test_crops = 2
+  assert forward_passes() == 3 * 32 + 2 * 360
+  tiny_config.eval_every_epochs = 2
+  tiny_config.num_seeds = 3
+  assert forward_passes() == 3 * (3 * 32 + 360)
+
+
 def test_costs_by_hand(load, monkeypatch):
   sweep = load(
     OVERRIDES={"num_epochs": 4, "dataset.train_examples": 100},

@@ -122,6 +122,14 @@ def test_any_name_of_a_class_is_a_line(of_two_seeds, tmp_path):
   text, labels = card_of(of_two_seeds, tmp_path / "out", class_names=names)
   assert labels.splitlines() == [r"caf\udce9", r"a\nb", *"cdefghij"]
   assert r"| licence | \udce9 |" in text
+  assert "on 360 images; n = 2 seeds" in text
+
+
+def test_the_card_names_the_views_that_were_scored(of_two_seeds, tmp_path):
+  config = resnet_flax.load_model(of_two_seeds, "latest").config
+  config.dataset.test_crops = 2
+  text, _ = card_of(of_two_seeds, tmp_path / "out", config=config)
+  assert "on 360 images by the mean of 2 views of each; n = 2" in text
 
 
 @pytest.mark.parametrize(
