@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from resnet_flax import data, train
+from resnet_flax import data, step as step_lib, train
 from resnet_flax.parallel import evaluate, networks, program
 from resnet_flax.run import (
   checkpoint,
@@ -116,8 +116,11 @@ def assert_same_run(config, one, other):
   records = metrics.MetricsLog(one).read()
   best = metrics.best_record(records, "accuracy")["step"]
   assert saved_steps(one)[-1] == saved_steps(other)[-1]
+  like = experiment_lib.abstract_state(config, experiment_lib.build(config))
   for step in {saved_steps(one)[-1], best}:
-    assert_identical(restore(config, one, step), restore(config, other, step))
+    assert_identical(
+      *(checkpoint.restore(each, step, like)[0] for each in (one, other))
+    )
 
 
 def untimed(records):
@@ -145,9 +148,10 @@ def die():
 
 
 class Programs:
-  """Trains configurations often; what they share is compiled once a layout.
+  """Trains configurations often; what they share is made once.
 
-  Whatever `num_epochs` is: the learning rates are those of the first run.
+  Each program is compiled once a layout, and a seed's first state is drawn
+  once. Whatever `num_epochs` is, learning rates are those of the first run.
   """
 
   def __init__(self):
@@ -161,21 +165,32 @@ class Programs:
     del settings["log_layer_norms_every"], settings["dataset"]["cache_dir"]
     computed = json.dumps(settings, sort_keys=True)
     with pytest.MonkeyPatch.context() as patch:
-      for module, name in (
-        (program, "create"),
-        (evaluate, "create_eval_step"),
+      for module, name, own_key in (
+        # Arguments: the title, the function, the layout, ...
+        (program, "compile_function", lambda x: (x[0], x[2])),
+        (evaluate, "create_eval_step", lambda x: x[-1]),
+        (step_lib, "create_train_state", drawn_from),
       ):
-        remembering = self._remember(getattr(module, name), computed)
+        remembering = self._remember(getattr(module, name), computed, own_key)
         patch.setattr(module, name, remembering)
       return train.train_and_evaluate(config, workdir, **arguments)
 
-  def _remember(self, function, computed):
+  def _remember(self, function, computed, own_key):
     @functools.wraps(function)
-    def remembering(*arguments):
-      # The last one is the layout.
-      key = function.__name__, computed, arguments[-1]
+    def remembering(*arguments, **options):
+      key = function.__name__, computed, own_key(arguments)
+      if key[-1] is None:
+        return function(*arguments, **options)
       if key not in self._kept:
-        self._kept[key] = function(*arguments)
+        # A step may be given a state's memory, but no array of NumPy's.
+        self._kept[key] = jax.device_get(function(*arguments, **options))
       return self._kept[key]
 
     return remembering
+
+
+def drawn_from(arguments):
+  """The bits of the key that a state is drawn from; None if it is traced."""
+  _, key, _ = arguments
+  is_traced = isinstance(key, jax.core.Tracer)
+  return None if is_traced else jax.random.key_data(key).tobytes()

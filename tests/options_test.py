@@ -78,9 +78,9 @@ def test_a_run_resumes_within_an_epoch_bit_identically(
   assert_same_run(config, tmp_path, straight[0])
 
 
-def test_on_several_devices(straight, run):
-  """The same draws, whatever device an image is on."""
-  _, records = run(num_devices=2)
+def test_several_steps_per_call_on_several_devices(straight, run):
+  """The same draws, whatever call and device an image is in."""
+  _, records = run(num_devices=2, steps_per_call=3)
   assert losses(records) == pytest.approx(losses(straight[1]), rel=1e-3)
 
 
@@ -94,8 +94,3 @@ def test_a_seed_of_several_is_as_it_is_alone(config, straight, run, execution):
     both = restore(of_two, workdir)
     one = jax.tree.map(lambda leaf: leaf[0], both)
     assert_identical(one, restore(config, straight[0]))
-
-
-def test_several_steps_per_call(straight, run):
-  _, records = run(steps_per_call=3)
-  assert losses(records) == pytest.approx(losses(straight[1]), rel=1e-3)

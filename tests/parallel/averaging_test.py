@@ -127,11 +127,11 @@ def test_several_steps_in_one_call(config_of, kind):
   config = config_of(kind)
   config.checkpoint.every_steps = 0
   layout = layout_of(config)
-  ((*_, at_once),) = states_of(config, layout, steps_per_call=4)
+  (of_epochs,) = states_of(config, layout, steps_per_call=4)
   ((*_, cut),) = states_of(config, layout, steps_per_call=3)
-  assert_identical(at_once, cut)
+  assert_identical(of_epochs[-1], cut)
   if kind == "swa":
-    ((_, _, first, last),) = states_of(config, layout, steps_per_call=4)
+    _, _, first, last = of_epochs
     ends = first.variables, last.variables
     mean = jax.tree.map(lambda *x: np.mean(x, 0, np.float64), *ends)
     assert_close(last.average, mean)
@@ -161,11 +161,8 @@ def test_training_is_the_same_with_and_without(
   [
     ("ema", 1, "step", 6),
     pytest.param("swa", 1, "record", 3, marks=slow),
-    *(
-      pytest.param(kind, num_devices, event, count, marks=slow)
-      for kind, num_devices in (("ema", 8), ("swa", 8))
-      for event, count in (("step", 11), ("record", 2))
-    ),
+    pytest.param("ema", 8, "record", 2, marks=slow),
+    pytest.param("swa", 8, "step", 11, marks=slow),
   ],
 )
 def test_a_run_that_died_resumes_bit_identically(
