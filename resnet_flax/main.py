@@ -46,8 +46,9 @@ def _run(argv: list[str]) -> None:
   given = [f"--{f.name}={f.value}" for f in only_eval if f.present]
   if given and _MODE.value != "eval":
     raise errors.ConfigError(
-      f"{' and '.join(given)} must be with --mode=eval. A run keeps an average"
-      " of its weights with --config.ema.decay=0.999."
+      f"{' and '.join(given)} must be with --mode=eval."
+      + " A run keeps an average of its weights with --config.ema.decay=0.999."
+      * _WEIGHTS.present
     )
   # What is to be done, and where.
   mode, folder = _MODE.value, process.WORKDIR.value

@@ -30,7 +30,12 @@ class Normalization(flax.struct.PyTreeNode):
   std: jax.Array
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps uint8[B, H, W, C] to float32[B, H, W, C]."""
+    """Maps uint8[B, H, W, C] to float32[B, H, W, C]; else a ValueError."""
+    if images.dtype != np.uint8 or images.shape[-1] != self.mean.shape[-1]:
+      raise ValueError(
+        f"preprocess needs uint8 images of {self.mean.shape[-1]} channels; got"
+        f" {images.dtype}{list(images.shape)}."
+      )
     images = images.astype(jnp.float32) / 255
     return (images - self.mean[None]) / self.std[None]
 

@@ -77,7 +77,9 @@ def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
   """Another library's error as part of a line: its type and its message."""
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+  # Addresses of objects, which differ between two runs, say nothing.
+  text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
+  return f"{type(error).__name__}: {text[:300]}"
 
 
 def quiet(

@@ -83,6 +83,11 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
     ) from error
   if (workdir / "config.json").exists():
     check_same(workdir, config)
+  elif runs := sorted(workdir.glob("*/config.json")):
+    raise errors.WorkdirError(
+      f"workdir {workdir} is a folder of runs, such as {runs[0].parent.name}."
+      f" Pass a run's own one, such as --workdir={workdir}/NAME."
+    )
   try:
     with exclusive(workdir):
       yield
@@ -133,6 +138,8 @@ def check_same(
     place, flag, longer = f"workdir {workdir}", "--workdir", ""
     if mirror:
       place, flag = f"checkpoint.mirror={mirror}", "checkpoint.mirror"
+    elif not glob.glob("checkpoints/*/manifest.json", root_dir=workdir):
+      longer = " It has no checkpoint: delete it to start anew."
     elif stored["num_epochs"] != given["num_epochs"]:
       longer = (
         " Its learning rates depend on num_epochs, so it cannot be lengthened"
@@ -224,7 +231,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
       if not config_lib.KEYS[name].values.accept(flat.get(name)):
         raise ValueError(f"{name}={flat.get(name)!r:.100} cannot be")
     return config.lock()
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise errors.WorkdirError(
       f"{path} does not exist: {workdir} is not the workdir of a run. Pass the"
       " --workdir of a training run."

@@ -127,17 +127,22 @@ class Session:
   @contextlib.contextmanager
   def _explain_interruption(self) -> Iterator[None]:
     """A signal to stop ends in a line that says where the run stands."""
-    at_once = (
-      f"stopped at once; what was saved in {self._workdir} is good, and the"
-      " same command resumes from it."
+
+    def saved(what: str) -> str:
+      if not self._saved_step:
+        return f"{self._workdir} has no step yet: the same command starts anew."
+      return f"{what} in {self._workdir}. The same command resumes from there."
+
+    # The latest save may not have ended.
+    self._signals.say_on_exit(
+      lambda: f"stopped at once; {saved('good checkpoints are')}"
     )
-    self._signals.say_on_exit(lambda: at_once)
     try:
       yield
     except signals_lib.Stopped as stopped:
       raise errors.Interrupted(
-        f"stopped by {stopped}; saved up to step {self._saved_step} in"
-        f" {self._workdir}. The same command resumes from there.",
+        f"stopped by {stopped};"
+        f" {saved(f'saved up to step {self._saved_step}')}",
         stopped.number,
       ) from None
 

@@ -13,6 +13,9 @@ from resnet_flax.run import errors
 
 # Ctrl-C, a scheduler, a terminal that closes, and Slurm's --signal=USR1@60.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Seconds in which a signal may come twice: GNU's timeout sends it to a process
+# and then to its group.
+_ECHO = 0.05
 # Seconds that the interpreter may take to notice a signal by itself. It cannot
 # while XLA compiles.
 _GRACE = 3.0
@@ -103,9 +106,14 @@ class StopSignals:
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
-    again = self.number is not None
-    self.number = self.number or number
-    if again or not self._held:
+    if self.number is None:
+      self.number, self._came = number, time.monotonic()
+      is_first = True
+    elif number == self.number and time.monotonic() - self._came < _ECHO:
+      return
+    else:
+      is_first = False
+    if not (is_first and self._held):
       raise Stopped(self.number)
 
   def _listen(self, reader: socket.socket) -> None:
@@ -115,16 +123,17 @@ class StopSignals:
       while True:
         try:
           byte = reader.recv(1)
-        except TimeoutError:
-          byte = first  # The main thread is stuck.
+        except TimeoutError:  # The main thread is stuck.
+          errors.leave(self._message(), 128 + first[0])
         if not byte:
           return
         if byte[0] not in self._previous:
           continue
-        if first:
+        if not first:
+          first, came = byte, time.monotonic()
+          reader.settimeout(None if self._held else _GRACE)
+        elif byte != first or time.monotonic() - came > _ECHO:
           errors.leave(self._message(), 128 + first[0])
-        first = byte
-        reader.settimeout(None if self._held else _GRACE)
 
 
 class Timer:

@@ -59,3 +59,14 @@ def test_normalization():
   result = normalization.Normalization(mean, std)(images)
   assert result.dtype == jnp.float32
   np.testing.assert_allclose(result, 1.5)
+
+
+@pytest.mark.parametrize(
+  "images",
+  [np.zeros((2, 32, 32, 3), np.float32), np.zeros((2, 32, 32, 1), np.uint8)],
+)
+def test_other_images_are_refused(images):
+  """Floats from 0 to 1 would be divided by 255."""
+  scale = normalization.fixed("imagenet", (32, 32, 3))
+  with pytest.raises(ValueError, match="needs uint8 images of 3 channels; got"):
+    scale(images)

@@ -43,6 +43,12 @@ def test_an_extra_that_cannot_be_imported():
     raise ImportError("wrong ABI")
 
 
+def test_an_address_of_an_object_says_nothing():
+  error = ValueError("cannot identify <_io.BytesIO object at 0x7fc891f3a840>")
+  expected = "ValueError: cannot identify <_io.BytesIO object>"
+  assert errors.one_line(error) == expected
+
+
 def test_a_message_is_one_line_whatever_it_names():
   error = errors.DataError("a b/é\n\x1b[2J\udcff\u2028.tar.gz is missing")
   expected = r"a b/é\n\x1b[2J\udcff\u2028.tar.gz is missing"

@@ -147,6 +147,14 @@ def test_a_workdir_that_was_not_used_is_removed(tmp_path):
   assert (tmp_path / "mine").exists()
 
 
+def test_a_folder_of_runs_is_no_run(tmp_path):
+  (tmp_path / "runs" / "one").mkdir(parents=True)
+  (tmp_path / "runs" / "one" / "config.json").write_text("{}")
+  with pytest.raises(errors.WorkdirError, match=r"such as one\. .*runs/NAME"):
+    check(tmp_path / "runs", base.get_config())
+  check(tmp_path / "runs" / "two", base.get_config())
+
+
 def test_removing_the_workdir_meanwhile_is_no_error(tmp_path):
   with workdir_lib.use(tmp_path / "run", base.get_config()):
     shutil.rmtree(tmp_path / "run")
@@ -203,6 +211,7 @@ def test_another_configuration_is_refused(tmp_path):
     check(tmp_path, other)
   assert "model.depth (20 there, 56 here)" in str(caught.value)
   assert "optimizer.learning_rate (0.001 there, 0.1 here)" in str(caught.value)
+  assert "no checkpoint: delete it to start anew" in str(caught.value)
   assert (tmp_path / "config.json").read_text() == before
 
 
@@ -237,6 +246,8 @@ def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
   tmp_path, key, says
 ):
   start(tmp_path, base.get_config())
+  (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "8" / "manifest.json").touch()
   longer = base.get_config()
   longer[key] = 300
   with pytest.raises(errors.WorkdirError) as caught:

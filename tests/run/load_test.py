@@ -377,6 +377,11 @@ def test_a_checkpoint_that_is_being_removed(fallen, monkeypatch, changes):
     assert len(calls) == 5
 
 
+def test_a_file_is_no_workdir(run):
+  with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
+    resnet_flax.load_model(run[1] / "metrics.jsonl")
+
+
 def test_a_name_that_no_folder_can_have(tiny_config):
   with pytest.raises(errors.WorkdirError, match="File name too long"):
     resnet_flax.load_model("x" * 300)

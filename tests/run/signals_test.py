@@ -88,6 +88,29 @@ def test_the_second_does_not_wait():
     assert caught.value.number == signal.SIGTERM
 
 
+def test_an_echo_is_no_second_signal():
+  """GNU's timeout sends a signal to a process and to its group."""
+  with signals_lib.StopSignals() as signals, signals.hold():
+    send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    assert signals.number == signal.SIGTERM
+    signals._came -= 1  # A second later.
+    with pytest.raises(signals_lib.Stopped):
+      send(signal.SIGTERM)
+
+
+def test_an_echo_ends_no_busy_command():
+  with subprocess.Popen(
+    [sys.executable, "-c", BUSY, "hold"], stdout=subprocess.PIPE, text=True
+  ) as process:
+    assert process.stdout.readline() == "busy\n"
+    for _ in range(2):
+      process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.kill()
+
+
 def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with signals_lib.StopSignals() as signals:

@@ -19,7 +19,8 @@ FORMATS = {
   **dict.fromkeys(("orbax", "stablehlo", "onnx"), ("flax",)),
 }
 NAMES = FORMATS["safetensors"]
-_NEEDED = {"torch": "torch", "keras": "h5py"}  # Modules, which are extras.
+# Modules, which are extras.
+_NEEDED = {"torch": "torch", "keras": "h5py", "onnx": "onnx"}
 
 
 def export(
@@ -63,7 +64,8 @@ def export(
     with errors.extra(module, f"--format={form}", advice):
       importlib.import_module(module)
   if reasons and form == "safetensors":
-    _logger.info("note: the names are Flax's: %s", "; ".join(reasons))
+    text = "note: the names of the arrays are those of %s: %s"
+    _logger.info(text, chosen, "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
     weights_lib.write(form, network, loaded, folder)
     card.write(folder, loaded, local, chosen, network.title, licence)

@@ -11,7 +11,7 @@ from jax import export
 from ml_collections import ConfigDict
 
 from resnet_flax.models import registry
-from resnet_flax.run import errors, load
+from resnet_flax.run import load
 
 
 def write_stablehlo(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
@@ -36,8 +36,8 @@ def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   The network computes in float32, whatever its dtype. The metadata's
   `class_names` is a JSON list in the order of the labels, empty if unknown.
   """
-  with errors.extra("onnx", "--format=onnx", " Or pass --format=stablehlo."):
-    from resnet_flax.tools.export import onnx_graph
+  from resnet_flax.tools.export import onnx_graph
+
   logits = _logits(loaded, dtype="float32")
   path = folder / "model.onnx"
   onnx_graph.write(logits, loaded.image_shape, loaded.class_names, path)

@@ -174,10 +174,12 @@ def test_what_there_is_instead(converted, tmp_path):
   assert "it has no --names=torchvision" in message
 
 
-def test_torch_is_an_extra(converted, tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "torch", None)
-  message = refused(errors.ConfigError, converted, tmp_path, "torch")
-  assert "pip install 'resnet_flax[torch]'" in message
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_what_is_an_extra_is_named(converted, tmp_path, monkeypatch, form):
+  monkeypatch.setitem(sys.modules, form, None)
+  message = refused(errors.ConfigError, converted, tmp_path, form)
+  assert f"pip install 'resnet_flax[{form}]'" in message
+  assert "cannot be written" not in message
 
 
 def test_h5py_is_needed_for_keras_alone(converted, tmp_path, monkeypatch):

@@ -178,17 +178,6 @@ def test_a_block_that_is_not_in_the_package(tmp_path, onnx):
     )
 
 
-def test_without_onnx(tmp_path, monkeypatch):
-  package = sys.modules[programs.__package__]
-  monkeypatch.delitem(
-    sys.modules, f"{programs.__package__}.onnx_graph", raising=False
-  )
-  monkeypatch.delattr(package, "onnx_graph", raising=False)
-  monkeypatch.setitem(sys.modules, "onnx", None)
-  with pytest.raises(errors.ConfigError, match=r"'resnet_flax\[onnx\]'"):
-    programs.write_onnx(None, tmp_path)
-
-
 def test_the_examples_of_the_documentation(tmp_path, monkeypatch, onnx):
   loaded = networks.load_random()
   names = tuple("0123456789")
