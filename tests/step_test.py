@@ -309,7 +309,13 @@ def test_targets_may_be_probabilities(experiment, state, step):
   np.testing.assert_allclose(
     step_lib.cross_entropy(jnp.asarray(logits), targets), expected, rtol=1e-5
   )
-  assert np.isfinite(mixed(mix)["loss"])
+  # The loss is linear in the targets.
+  swapped = step(state, images, labels[::-1], jax.random.key(0))[1].sums
+  np.testing.assert_allclose(
+    mixed(mix)["loss"],
+    0.75 * plain["loss"] + 0.25 * swapped["loss"],
+    rtol=1e-5,
+  )
 
 
 def test_probabilities_of_crops_are_averaged(experiment, state, eval_step):

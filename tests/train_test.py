@@ -176,21 +176,22 @@ def test_record_without_its_checkpoint_is_cut_off(
   assert_same_run(long_config, tmp_path, straight)
 
 
-@pytest.mark.parametrize("damaged", [1, 2])
+@pytest.mark.parametrize("which", ["latest", "all"])
 def test_damaged_checkpoints_are_trained_again_bit_identically(
-  long_config, straight, run, tmp_path, damaged, caplog
+  long_config, straight, run, tmp_path, which, caplog
 ):
   workdir = tmp_path / "run"
   shutil.copytree(straight, workdir)
   steps = saved_steps(workdir)
-  for step in steps[-damaged:]:
+  assert len(steps) > 1
+  for step in steps if which == "all" else steps[-1:]:
     folder = workdir / f"checkpoints/{step}/state"
     path = max(
       (path for path in folder.rglob("*") if path.is_file()),
       key=lambda path: path.stat().st_size,
     )
     path.write_bytes(path.read_bytes()[:-1])
-  if damaged == len(steps):
+  if which == "all":
     with pytest.raises(errors.WorkdirError, match="is good"):
       run(workdir)
     return
