@@ -10,6 +10,18 @@ import pytest
 from experiments.faults import __main__ as faults, harness, injections
 from experiments.faults.case import Job
 
+# The command, on a quarter of the images in as many steps.
+SMALL = """\
+import runpy
+
+from experiments.faults import injections
+
+injections.DIGITS += (
+  "--config.batch_size=8", "--config.dataset.train_examples=160"
+)
+runpy.run_module("experiments.faults", run_name="__main__")
+"""
+
 
 def results(**changes):
   return {
@@ -161,7 +173,7 @@ def test_one_byte_is_flipped(tmp_path):
 def test_a_small_part(tmp_path):
   out = tmp_path / "results.json"
   command = [
-    *(sys.executable, "-m", "experiments.faults", "--kills=1"),
+    *(sys.executable, "-c", SMALL, "--kills=1"),
     *("--faults=truncated_checkpoint", f"--out={out}"),
   ]
   ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
