@@ -3,7 +3,7 @@
 python -m tests.distributed_worker train COUNT SIGNAL FLAGS...
   Runs the command line and sends itself a signal at the given step event.
 python -m tests.distributed_worker SCENARIO [SECONDS]
-  Runs one of the functions below and prints lines of JSON.
+  Runs one of the functions below; what it says are lines of JSON in $SAID.
 """
 
 import functools
@@ -23,7 +23,8 @@ from tests import helpers
 
 
 def say(*values):
-  print("\nsaid", json.dumps(values), flush=True)
+  with open(os.environ["SAID"], "a") as file:
+    print(json.dumps(values), file=file)
 
 
 def exchange(seconds):

@@ -348,7 +348,7 @@ def two_signals(case: Case) -> None:
   """A second SIGTERM comes while the first waits for the evaluation."""
   process = case.start_until(_is_in("evaluating"))
   process.send(signal.SIGTERM)
-  time.sleep(0.05)
+  time.sleep(0.1)  # Later than an echo; see run/signals.py.
   process.send(signal.SIGTERM)
   ended = case.end(process)
   case.refuses(error=ended.error)

@@ -83,10 +83,12 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
     ) from error
   if (workdir / "config.json").exists():
     check_same(workdir, config)
-  elif runs := sorted(workdir.glob("*/config.json")):
+  # Not by pathlib, which also finds what a killed mirror left, .mirror-*.
+  elif runs := sorted(glob.glob("*/config.json", root_dir=workdir)):
     raise errors.WorkdirError(
-      f"workdir {workdir} is a folder of runs, such as {runs[0].parent.name}."
-      f" Pass a run's own one, such as --workdir={workdir}/NAME."
+      f"workdir {workdir} is a folder of runs, such as"
+      f" {os.path.dirname(runs[0])}. Pass a run's own one, such as"
+      f" --workdir={workdir}/NAME."
     )
   try:
     with exclusive(workdir):
@@ -138,7 +140,10 @@ def check_same(
     place, flag, longer = f"workdir {workdir}", "--workdir", ""
     if mirror:
       place, flag = f"checkpoint.mirror={mirror}", "checkpoint.mirror"
-    elif not glob.glob("checkpoints/*/manifest.json", root_dir=workdir):
+    elif not any(
+      glob.glob(left, root_dir=workdir)
+      for left in ("lock", "metrics.jsonl", "checkpoints/*")
+    ):
       longer = " It has no checkpoint: delete it to start anew."
     elif stored["num_epochs"] != given["num_epochs"]:
       longer = (

@@ -106,7 +106,7 @@ def load_model(
   if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
     raise errors.ConfigError(
-      f"seed={seed} was not trained in {workdir}: it must be from"
+      f"seed={seed} was not trained in this run: it must be from"
       f" {config.seed} to {last}."
     )
   state = jax.device_put(

@@ -128,21 +128,26 @@ class Session:
   def _explain_interruption(self) -> Iterator[None]:
     """A signal to stop ends in a line that says where the run stands."""
 
-    def saved(what: str) -> str:
-      if not self._saved_step:
+    def saved(what: str, step: int) -> str:
+      if not step:
         return f"{self._workdir} has no step yet: the same command starts anew."
       return f"{what} in {self._workdir}. The same command resumes from there."
 
-    # The latest save may not have ended.
+    def on_disk() -> int:
+      """The latest save may not have ended; only process 0 sees the folder."""
+      if self._checkpoints is None:
+        return self._saved_step
+      return max(checkpoint.steps(self._workdir), default=0)
+
     self._signals.say_on_exit(
-      lambda: f"stopped at once; {saved('good checkpoints are')}"
+      lambda: f"stopped at once; {saved('good checkpoints are', on_disk())}"
     )
     try:
       yield
     except signals_lib.Stopped as stopped:
+      step = self._saved_step
       raise errors.Interrupted(
-        f"stopped by {stopped};"
-        f" {saved(f'saved up to step {self._saved_step}')}",
+        f"stopped by {stopped}; {saved(f'saved up to step {step}', step)}",
         stopped.number,
       ) from None
 

@@ -153,6 +153,11 @@ def test_a_folder_of_runs_is_no_run(tmp_path):
   with pytest.raises(errors.WorkdirError, match=r"such as one\. .*runs/NAME"):
     check(tmp_path / "runs", base.get_config())
   check(tmp_path / "runs" / "two", base.get_config())
+  # What a run leaves that was killed as it filled its workdir from a mirror.
+  left = tmp_path / "killed" / ".mirror-12345678"
+  left.mkdir(parents=True)
+  (left / "config.json").write_text("{}")
+  check(tmp_path / "killed", base.get_config())
 
 
 def test_removing_the_workdir_meanwhile_is_no_error(tmp_path):
@@ -212,6 +217,11 @@ def test_another_configuration_is_refused(tmp_path):
   assert "model.depth (20 there, 56 here)" in str(caught.value)
   assert "optimizer.learning_rate (0.001 there, 0.1 here)" in str(caught.value)
   assert "no checkpoint: delete it to start anew" in str(caught.value)
+  # A run that is in its first epoch has none, either.
+  (tmp_path / "lock").touch()
+  with pytest.raises(errors.WorkdirError) as caught:
+    check(tmp_path, other)
+  assert "delete" not in str(caught.value)
   assert (tmp_path / "config.json").read_text() == before
 
 

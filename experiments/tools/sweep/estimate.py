@@ -16,6 +16,7 @@ from experiments.tools.sweep import overview
 from experiments.tools.sweep.definition import Cell
 from resnet_flax import data
 from resnet_flax.models import registry
+from resnet_flax.parallel import averaging
 from resnet_flax.run import errors, folder as workdir_lib, metrics
 from resnet_flax.tools import summary
 
@@ -129,6 +130,8 @@ def _flops_of_epoch(config: ConfigDict) -> float:
   info = data.info(config.dataset)
   scored = info.num_test + config.dataset.validation_examples
   scored *= config.num_seeds * config.dataset.test_crops
+  # Averaged weights are scored, too.
+  scored *= len(averaging.present(config, config.num_epochs))
   passes = _TRAINING * _images_of_epoch(config)
   passes += scored / config.eval_every_epochs
   return 2.0 * _size(config).multiply_adds * passes

@@ -231,6 +231,8 @@ def test_every_view_of_each_scored_image_costs(tiny_config):
   tiny_config.eval_every_epochs = 2
   tiny_config.num_seeds = 3
   assert forward_passes() == 3 * (3 * 32 + 360)
+  tiny_config.ema.decay = 0.9
+  assert forward_passes() == 3 * (3 * 32 + 2 * 360)
 
 
 def test_costs_by_hand(load, monkeypatch):
