@@ -99,9 +99,7 @@ def load_model(
     ConfigError: `which` is neither, or the run has no such seed.
     WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
-  # Once: a mirror may get another state meanwhile.
-  local = mirror.local(workdir, "workdir")
-  config, experiment, states = _restore(local, which, weights)
+  local, config, experiment, states = _restore(workdir, which, weights)
   seed = config.seed if seed is None else seed
   if not 0 <= seed - config.seed < len(states):
     last = config.seed + len(states) - 1
@@ -181,8 +179,7 @@ def evaluate_workdir(
     `seeds`: the above for each `seed` in its own best epoch.
   """
   is_stored = config is None
-  local = mirror.local(workdir, "workdir")
-  config, experiment, states = _restore(local, which, weights, config)
+  local, config, experiment, states = _restore(workdir, which, weights, config)
   if is_stored:
     say_what_is_trusted(config)
   try:
@@ -305,8 +302,13 @@ def _restore(
   which: str,
   weights: str,
   given: ConfigDict | None = None,
-) -> tuple[ConfigDict, step_lib.Experiment, list[step_lib.TrainState]]:
-  """Configuration and states, one for each seed, as NumPy arrays."""
+) -> tuple[
+  pathlib.Path, ConfigDict, step_lib.Experiment, list[step_lib.TrainState]
+]:
+  """Folder, configuration and states, one for each seed, as NumPy arrays.
+
+  The folder is a mirror's copy: asked again, it might be of a later state.
+  """
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
   if weights not in averaging.WEIGHTS:
@@ -338,7 +340,7 @@ def _restore(
         " --config.swa.start_epoch."
       )
   selected = [averaging.select(state, weights) for state in states]
-  return config, experiment, selected
+  return workdir, config, experiment, selected
 
 
 def _read_states(

@@ -108,13 +108,11 @@ class StopSignals:
     del frame
     if self.number is None:
       self.number, self._came = number, time.monotonic()
-      is_first = True
+      if self._held:
+        return
     elif number == self.number and time.monotonic() - self._came < _ECHO:
       return
-    else:
-      is_first = False
-    if not (is_first and self._held):
-      raise Stopped(self.number)
+    raise Stopped(self.number)
 
   def _listen(self, reader: socket.socket) -> None:
     """Receives signals whatever the main thread does."""

@@ -32,11 +32,17 @@ PARAMETERS = {
 
 # Trainable, without biases of convolutions, and who says so: Zagoruyko and
 # Komodakis 2016, table 4, in full as the authors' PyTorch port counts them; Xie
-# et al. 2017, table 7; torchvision. Those in docs/networks.md are not here:
-# tests/experiments/tools/networks_test.py holds them to what is published.
+# et al. 2017, table 7; torchvision. docs/networks.md has more, which
+# tests/experiments/tools/networks_test.py holds to what is published.
 PUBLISHED = [
+  ("wide_resnet", 28, {}, 36_479_194, "36.5 M"),
   ("wide_resnet", 16, {"widen_factor": 4}, 2_748_890, "2.7 M"),
+  ("wide_resnet", 16, {"widen_factor": 8}, 10_961_370, "11.0 M"),
+  ("wide_resnet", 22, {"widen_factor": 8}, 17_158_106, "17.2 M"),
   ("wide_resnet", 40, {"widen_factor": 1}, 563_930, "0.6 M"),
+  ("wide_resnet", 40, {"widen_factor": 2}, 2_243_546, "2.2 M"),
+  ("wide_resnet", 40, {"widen_factor": 4}, 8_949_210, "8.9 M"),
+  ("resnext", 29, {}, 34_426_698, "34.4 M"),
   ("resnext", 29, {"groups": 16}, 68_155_210, "68.2 M"),
   (
     "resnet_imagenet",

@@ -117,7 +117,7 @@ def load_random(normalization="channel", **changes):
     pytest.MonkeyPatch.context() as patch,
     tempfile.TemporaryDirectory() as workdir,
   ):
-    restored = config, experiment, [state]
+    restored = pathlib.Path(workdir), config, experiment, [state]
     patch.setattr(load, "_restore", lambda *_: restored)
     return load.load_model(workdir)
 
