@@ -3,8 +3,8 @@
 python -m experiments.depth_ablation.report --workdir=runs/degradation
 """
 
+import operator
 import pathlib
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,11 +28,11 @@ _STYLES = {
   ("resnet_v1", 20): ("#009e73", "-."),
   ("resnet_v1", 56): ("#0072b2", "-"),
 }
-Cell = dict[str, Any]
+Cell = runs_lib.Run
 
 
 def collect(workdir: pathlib.Path) -> list[Cell]:
-  """What is kept of each finished cell, by network, depth and seed.
+  """What is kept of each finished cell.
 
   `train_error` and `test_error` of the final weights in inference mode, and
   `train_errors` and `test_errors` of the epochs, in percent. The training
@@ -59,8 +59,7 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
         "environment": folder.read_environment(run),
       }
     )
-  order = ("network", "depth", "seed")
-  return sorted(cells, key=lambda cell: [cell[key] for key in order])
+  return cells
 
 
 def cells_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
@@ -162,10 +161,10 @@ def draw(cells: list[Cell]) -> Figure:
 
 
 def main() -> None:
-  """Writes degradation.json, degradation.png and the README's table."""
+  """Adds to degradation.json; makes degradation.png and the README's table."""
   runs_lib.report(
     *(COMMAND, "degradation", _FOLDER / "degradation.json", "degradation.png"),
-    *(collect, draw, table),
+    *(collect, operator.itemgetter("network", "depth", "seed"), draw, table),
   )
 
 

@@ -4,9 +4,9 @@ python -m experiments.parity.report --workdir=runs/parity
 """
 
 import json
+import operator
 import pathlib
 import statistics
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,31 +22,40 @@ _KEPT = (
   *("test_accuracy", "test_objective", "epoch_seconds"),
 )
 _STYLES = {"Keras": ("#d55e00", "--"), "resnet_flax": ("#0072b2", "-")}
-Results = dict[str, Any]
 
 
-def collect(workdir: pathlib.Path) -> Results:
-  """The records of seeds that both sides have finished; {} if there are none.
+def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
+  """What is kept of each finished training.
 
-  'Keras' and 'resnet_flax' have a list of seeds, each a list of its epochs'
-  records. `environment` is the machine's.
+  The `program`, 'Keras' or 'resnet_flax', the `seed`, the `records` of all
+  epochs, and the machine's `environment`.
   """
-  found: Results = {"Keras": [], "resnet_flax": []}
-  for theirs in sorted(workdir.glob("keras-seed*.jsonl")):
-    seed = theirs.stem.removeprefix("keras-seed")
-    ours = workdir / f"ours-seed{seed}" / "metrics.jsonl"
-    sides = [
-      [json.loads(line) for line in path.read_text().splitlines()]
-      for path in (theirs, ours)
-      if path.exists()
-    ]
-    if len({len(side) for side in sides}) == 1 and sides[1:]:
-      for name, side in zip(_STYLES, sides, strict=True):
-        found[name].append([{k: r[k] for k in _KEPT} for r in side])
-  if not found["Keras"]:
-    return {}
+  trainings = [
+    ("resnet_flax", config.seed, records)
+    for _, config, records in runs_lib.finished(workdir)
+  ]
+  for path in workdir.glob("keras-seed*.jsonl"):  # Unfinished ones are .part.
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    seed = int(path.stem.removeprefix("keras-seed"))
+    trainings.append(("Keras", seed, records))
+  if not trainings:
+    return []
   environment = json.loads((workdir / "environment.json").read_text())
-  return found | {"environment": environment}
+  return [
+    {
+      "program": program,
+      "seed": seed,
+      "records": [{k: r[k] for k in _KEPT} for r in records],
+      "environment": environment,
+    }
+    for program, seed, records in trainings
+  ]
+
+
+def _records_of(
+  runs: list[runs_lib.Run], program: str
+) -> list[list[dict[str, float]]]:
+  return [run["records"] for run in runs if run["program"] == program]
 
 
 def _scores(run: list[dict[str, float]]) -> dict[str, float]:
@@ -60,16 +69,18 @@ def _scores(run: list[dict[str, float]]) -> dict[str, float]:
   }
 
 
-def table(results: Results) -> str:
+def table(runs: list[runs_lib.Run]) -> str:
   """Final and best test accuracy, objective and time, as Markdown."""
-  sides = [[_scores(run) for run in results[name]] for name in _STYLES]
+  sides = [[*map(_scores, _records_of(runs, name))] for name in _STYLES]
   cells = []
-  for title in sides[0][0]:
+  for title in (sides[0] or sides[1])[0]:
     theirs, ours = ([run[title] for run in side] for side in sides)
     interval = intervals.interval(
       np.array(ours), np.array(theirs), paired=False
     )
-    difference = f"{statistics.mean(ours) - statistics.mean(theirs):+.3g}"
+    difference = "–"
+    if theirs and ours:
+      difference = f"{statistics.mean(ours) - statistics.mean(theirs):+.3g}"
     if interval:
       difference += f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
     means = [
@@ -81,7 +92,7 @@ def table(results: Results) -> str:
   return markdown.table(titles, cells)
 
 
-def draw(results: Results) -> Figure:
+def draw(runs: list[runs_lib.Run]) -> Figure:
   """Training objective and test error of all seeds, over the epochs."""
   figure = Figure(figsize=(9, 3.8), layout="constrained")
   axes = figure.subplots(1, 2)
@@ -91,14 +102,15 @@ def draw(results: Results) -> Figure:
   }
   for axis, (title, value) in zip(axes, panels.items(), strict=True):
     for name, (color, line) in _STYLES.items():
-      for seed, run in enumerate(results[name]):
+      of_program = _records_of(runs, name)
+      for k, run in enumerate(of_program):
         axis.plot(
           range(1, len(run) + 1),
           [value(record) for record in run],
           color=color,
           linestyle=line,
           linewidth=1.3,
-          label=None if seed else f"{name}, {len(results[name])} seeds",
+          label=None if k else f"{name}, {len(of_program)} seeds",
         )
     axis.set(xlabel="epoch", ylabel=title)
     axis.grid(alpha=0.3)
@@ -110,10 +122,10 @@ def draw(results: Results) -> Figure:
 
 
 def main() -> None:
-  """Writes results.json, curves.png and the README's table."""
+  """Adds to results.json; makes curves.png and the README's table."""
   runs_lib.report(
     *(COMMAND, "parity", _FOLDER / "results.json", "curves.png"),
-    *(collect, draw, table),
+    *(collect, operator.itemgetter("program", "seed"), draw, table),
   )
 
 

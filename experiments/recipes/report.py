@@ -7,7 +7,6 @@ import pathlib
 import re
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,11 +17,11 @@ from resnet_flax.run import folder, load
 
 _FOLDER = pathlib.Path(__file__).parent
 COMMAND = "python -m experiments.recipes.report"
-Run = dict[str, Any]
+Run = runs_lib.Run
 
 
 def collect(workdir: pathlib.Path) -> list[Run]:
-  """What is kept of each finished run, by recipe and seed.
+  """What is kept of each finished run.
 
   The test `accuracies` of its epochs in percent, the `minutes` of training and
   scoring until then, and the last epoch's accuracy `unflipped`, by images
@@ -47,15 +46,18 @@ def collect(workdir: pathlib.Path) -> list[Run]:
         "environment": folder.read_environment(run),
       }
     )
-  return sorted(runs, key=lambda run: (run["recipe"], run["seed"]))
+  return runs
+
+
+def _key(run: Run) -> tuple[str, int, int]:
+  return run["recipe"], len(run["accuracies"]), run["seed"]
 
 
 def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
   """The runs of each recipe and number of epochs."""
   groups: dict[tuple[str, int], list[Run]] = {}
   for run in runs:
-    length = len(run["accuracies"])
-    groups.setdefault((run["recipe"], length), []).append(run)
+    groups.setdefault(_key(run)[:2], []).append(run)
   for (recipe, _), found in groups.items():
     yield recipe, found
 
@@ -106,10 +108,10 @@ def draw(runs: list[Run]) -> Figure:
 
 
 def main() -> None:
-  """Writes results.json, accuracy.png and the README's table."""
+  """Adds to results.json; makes accuracy.png and the README's table."""
   runs_lib.report(
     *(COMMAND, "recipes", _FOLDER / "results.json", "accuracy.png"),
-    *(collect, draw, table),
+    *(collect, _key, draw, table),
   )
 
 

@@ -1,5 +1,6 @@
 """What is measured beside the Keras example, and how it is compared."""
 
+import collections
 import json
 import pathlib
 
@@ -11,6 +12,7 @@ from configs import v1_depth20
 from experiments.parity import checks, report
 from resnet_flax.data import types
 from tests.helpers import run_module
+from tests.tools.report import workdirs
 
 FOLDER = pathlib.Path(report.__file__).parent
 # The lines that are looked for, in words of our own.
@@ -104,18 +106,18 @@ def record(accuracy):
 
 def test_finished_seeds_are_compared(tmp_path):
   (tmp_path / "environment.json").write_text("{}")
-  sides = {"keras": [0.5, 0.52, 0.51], "ours": [0.52, 0.53, 0.57]}
-  for seed in range(3):
-    theirs = tmp_path / f"keras-seed{seed}.jsonl"
-    ours = tmp_path / f"ours-seed{seed}" / "metrics.jsonl"
-    ours.parent.mkdir()
-    for path, name in ((theirs, "keras"), (ours, "ours")):
-      lines = [record(0.6), record(sides[name][seed])]
-      path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  # This one is not finished.
-  (tmp_path / "keras-seed3.jsonl").write_text(json.dumps(record(0.1)) + "\n")
+  sides = [0.5, 0.52, 0.51], [0.52, 0.53, 0.57]
+  for seed, (theirs, ours) in enumerate(zip(*sides, strict=True)):
+    lines = [json.dumps(record(each)) + "\n" for each in (0.6, theirs)]
+    (tmp_path / f"keras-seed{seed}.jsonl").write_text("".join(lines))
+    folder = tmp_path / f"ours-seed{seed}"
+    workdirs.write(folder, [0.6, ours], seed=seed, num_epochs=2)
+  # These are not finished.
+  (tmp_path / "keras-seed3.part").write_text(json.dumps(record(0.1)) + "\n")
+  workdirs.write(tmp_path / "ours-seed3", [0.1], seed=3, num_epochs=2)
   results = report.collect(tmp_path)
-  assert [len(results[name]) for name in ("Keras", "resnet_flax")] == [3, 3]
+  programs = collections.Counter(each["program"] for each in results)
+  assert programs == {"Keras": 3, "resnet_flax": 3}
   row = report.table(results).splitlines()[2]
   test = scipy.stats.ttest_ind(
     [52, 53, 57], [50, 52, 51], equal_var=False
@@ -126,6 +128,16 @@ def test_finished_seeds_are_compared(tmp_path):
     f" | +3 ({test.low:+.3g} to {test.high:+.3g}) |"
   )
   assert len(report.draw(results).axes[0].get_lines()) == 6
+
+
+def test_the_trainings_of_one_side_are_shown(tmp_path):
+  """Those of the other may come from another day's --workdir."""
+  (tmp_path / "environment.json").write_text("{}")
+  workdirs.write(tmp_path / "ours-seed0", [0.6, 0.7], num_epochs=2)
+  results = report.collect(tmp_path)
+  row = report.table(results).splitlines()[2]
+  assert "accuracy, % | – (n = 0) | 70.00 (n = 1) | – |" in row
+  assert len(report.draw(results).axes[0].get_lines()) == 1
 
 
 @pytest.mark.parametrize(

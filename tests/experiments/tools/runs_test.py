@@ -1,6 +1,8 @@
+import json
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.depth_ablation import report as depth_ablation
 from experiments.parity import report as parity
@@ -20,7 +22,7 @@ def test_a_folder_without_a_finished_run_changes_nothing(
     folder.mkdir()
   if kind == "unfinished":
     workdirs.write(folder / "a", [0.5], num_epochs=2)
-    (folder / "keras-seed0.jsonl").write_text("{}\n")
+    (folder / "keras-seed0.part").write_text("{}\n")
   monkeypatch.setattr(runs.files_lib, "write_json", None)
   monkeypatch.setattr(runs.markdown, "update", None)
   monkeypatch.setattr(sys, "argv", ["report", f"--workdir={folder}"])
@@ -30,3 +32,27 @@ def test_a_folder_without_a_finished_run_changes_nothing(
   what = "a folder of runs" if kind == "missing" else "a finished run"
   assert f"--workdir={folder} must " in (said := capsys.readouterr().err)
   assert what in said
+
+
+def test_runs_of_earlier_workdirs_stay(tmp_path, monkeypatch):
+  """A run replaces the one of its key; the table and the figure have all."""
+  raw = tmp_path / "results.json"
+  readme = tmp_path / "README.md"
+  readme.write_text("<!-- it: made by us -->\n\n<!-- end of it -->\n")
+  drawn = []
+
+  def report(*found):
+    monkeypatch.setattr(sys, "argv", ["report", f"--workdir={tmp_path}"])
+    runs.report(
+      *("us", "it", raw, "curves.png"),
+      collect=lambda workdir: [{"seed": k, "value": v} for k, v in found],
+      key=lambda run: (run["seed"],),
+      draw=lambda kept: drawn.append(kept) or Figure(),
+      table=lambda kept: " ".join(f"{r['seed']}:{r['value']}" for r in kept),
+    )
+
+  report((10, "a"), (2, "b"))
+  report((2, "c"), (3, "d"))
+  kept = json.loads(raw.read_text())
+  assert kept == drawn[-1]
+  assert "\n\n2:c 3:d 10:a\n\n" in readme.read_text()
