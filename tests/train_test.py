@@ -230,15 +230,36 @@ def test_a_clock_that_is_set_back_does_not_matter(
   assert_same_run(long_config, tmp_path, straight)
 
 
-def test_checkpoints_by_the_clock(tiny_config, tmp_path, one_device, programs):
-  tiny_config.checkpoint.every_minutes = 1e-9
-  with pytest.raises(SystemExit):
-    programs.train(
-      *(tiny_config, tmp_path),
-      devices=one_device,
-      on_event=at_event("step", 3, die),
-    )
-  assert saved_steps(tmp_path) == [1, 2]
+@pytest.mark.parametrize(
+  ("minutes", "seconds", "expected"),
+  [
+    (2.0, 60.0, [2, 4, 6, 8]),
+    (2.0, 59.0, [3, 4, 7, 8]),  # The end of an epoch starts it anew.
+    (1e-9, 1.0, [1, 2, 3, 4, 5, 6, 7, 8]),
+    (0.0, 1e9, [4, 8]),
+  ],
+)
+def test_checkpoints_by_the_clock(
+  minutes, seconds, expected, tiny_config, tmp_path, programs, monkeypatch
+):
+  """Each step takes so many seconds."""
+  tiny_config.checkpoint.every_minutes = minutes
+  events = []
+
+  def monotonic():
+    return seconds * events.count("step")
+
+  clock = types.SimpleNamespace(
+    monotonic=monotonic, perf_counter=time.perf_counter
+  )
+  monkeypatch.setattr(session, "time", clock)
+  programs.train(
+    *(tiny_config, tmp_path),
+    devices=jax.devices()[:1],
+    on_event=events.append,
+  )
+  saves = [k for k, event in enumerate(events) if event == "save"]
+  assert [events[:k].count("step") for k in saves] == expected
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(

@@ -438,10 +438,10 @@ class Agreement:
   def __init__(
     self,
     signals: signals_lib.StopSignals,
-    timer: signals_lib.Timer,
+    overdue: Callable[[], bool],
     devices: Sequence[jax.Device],
   ):
-    self._signals, self._timer = signals, timer
+    self._signals, self._overdue = signals, overdue
     self._pending: jax.Array | None = None
     mesh = mesh_lib.create_mesh(devices)
     divided = mesh_lib.sharding(mesh, mesh_lib.DATA)
@@ -454,9 +454,9 @@ class Agreement:
       )
     )
 
-  def until(self, step: int) -> bool:
-    """Whether to save after `step` steps."""
-    return any(self._vote()) or self._timer.due_at(step)
+  def wants_save(self) -> bool:
+    """Whether to save after this step, which all processes ask at each."""
+    return any(self._vote())
 
   def check(self, *, at_once: bool = True) -> None:
     """Raises `Stopped` if any process has a signal, by now or the last vote."""
@@ -467,7 +467,7 @@ class Agreement:
 
   def _vote(self, at_once: bool = False) -> Sequence[int]:
     """The signal, and whether a save is overdue: by the last vote, or now."""
-    own = self._signals.number or 0, int(self._timer.overdue())
+    own = self._signals.number or 0, int(self._overdue())
     if jax.process_count() == 1:
       return own
     pending, self._pending = self._pending, self._count(self._put(*own))

@@ -165,8 +165,8 @@ class Checkpoints:
 
   def restore_latest(
     self, like: step_lib.TrainState
-  ) -> tuple[step_lib.TrainState, Notes] | None:
-    """Restores the newest good checkpoint; returns None without checkpoints.
+  ) -> tuple[step_lib.TrainState, Notes]:
+    """Restores the newest good checkpoint; there must be one.
 
     Damaged newer ones are moved to `workdir`/damaged, with a warning.
     """
@@ -192,8 +192,6 @@ class Checkpoints:
           self._damaged,
         )
       return restored
-    if not damaged:
-      return None
     reasons = "; ".join(map(str, damaged.values()))
     raise errors.WorkdirError(
       f"no checkpoint in {self._folder} is good: {reasons}. Nothing was"

@@ -39,15 +39,8 @@ _TRIES = 5  # To read a run that goes on: it removes old checkpoints.
 # Keys of `model` that may differ from the run that weights come from: they do
 # not change what the network computes.
 _MAY_DIFFER = (
-  "num_classes",
-  "input_size",
-  "dtype",
-  "remat",
-  "scan",
-  "dropout",
-  "block_dropout",
-  "batch_norm_groups",
-  "gate_bias",
+  *("num_classes", "input_size", "dtype", "remat", "scan"),
+  *("dropout", "block_dropout", "batch_norm_groups", "gate_bias"),
   "batch_norm_momentum",
 )
 

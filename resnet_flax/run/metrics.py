@@ -26,7 +26,6 @@ TIMED = (*_SPEED, "data_seconds", "evaluation_seconds")
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
-
 # What training, scoring and reports read of every network, and what of epochs
 # that were scored.
 _TRAIN = ("train_loss", "train_accuracy")

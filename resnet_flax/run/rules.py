@@ -271,11 +271,11 @@ def check_input_size(
   is_small = min(height, width) < low
   if not is_small and max(height, width) <= high:
     return
-  others = [n for n, f in families.items() if f.large_images != is_large]
+  fitting = [n for n, f in families.items() if f.large_images != is_large]
   raise errors.ConfigError(
     f"model.name={config.name}, model.input_size={config.input_size}:"
     f" {height}x{width} images are too {'small' if is_small else 'large'} for"
     f" the network's stem, which takes {low}x{low} to {high}x{high}. Set"
     f" {key}={224 if is_small else 32}, or a model.name for"
-    f" {'small' if is_small else 'large'} images ({', '.join(others)})."
+    f" {'small' if is_small else 'large'} images ({', '.join(fitting)})."
   )

@@ -105,9 +105,7 @@ class Session:
       # Tracing a deep network takes long: not for a run that is new.
       if checkpoint.steps(self._workdir):
         like = experiment_lib.abstract_state(self._config, self._experiment)
-        restored = self._checkpoints.restore_latest(like)
-        assert restored is not None  # There are checkpoints.
-        self._restored, notes = restored
+        self._restored, notes = self._checkpoints.restore_latest(like)
         step = int(np.ravel(self._restored.step)[0])
       fallen_back = self._checkpoints.has_fallen_back(step)
       records = self._log.cut_back(
@@ -226,10 +224,10 @@ class Session:
       self._save(state)
     if self.step == len(self.records) * self._steps_per_epoch:
       self.notes = checkpoint.NEW_EPOCH
-    self._timer = signals_lib.Timer(
-      config.checkpoint.every_steps, config.checkpoint.every_minutes
+    self._last_save = time.monotonic()
+    self._agreement = hosts.Agreement(
+      self._signals, self._is_overdue, self._devices
     )
-    self._agreement = hosts.Agreement(self._signals, self._timer, self._devices)
     self._progress = progress.Progress(config, self._steps_per_epoch)
     self._stack.callback(self._progress.close)
 
@@ -308,7 +306,15 @@ class Session:
 
   def should_save(self) -> bool:
     """Whether a checkpoint is due: clock, steps, signal or the epoch's end."""
-    return self._agreement.until(self.step) or self._epoch_is_over()
+    # All processes must vote after every step.
+    wanted = self._agreement.wants_save()
+    every = self._config.checkpoint.every_steps
+    is_due = every and self.step % every == 0
+    return bool(wanted or is_due or self._epoch_is_over())
+
+  def _is_overdue(self) -> bool:
+    seconds = 60 * self._config.checkpoint.every_minutes
+    return 0 < seconds <= time.monotonic() - self._last_save
 
   def _epoch_is_over(self) -> bool:
     return self.step == (len(self.records) + 1) * self._steps_per_epoch
@@ -333,7 +339,7 @@ class Session:
     self._started, self._waited = now, 0.0
     state = before(self.step, state)
     self._save(state)
-    self._timer.reset()
+    self._last_save = time.monotonic()
     self._agreement.check()
     if self._epoch_is_over():
       self._progress.close()

@@ -132,27 +132,3 @@ class StopSignals:
           reader.settimeout(None if self._held else _GRACE)
         elif byte != first or time.monotonic() - came > _ECHO:
           errors.leave(self._message(), 128 + first[0])
-
-
-class Timer:
-  """Decides when a checkpoint is due, besides the end of an epoch.
-
-  A checkpoint is due after every `every_steps` steps, and `every_minutes` after
-  the last checkpoint. 0 turns either off.
-  """
-
-  def __init__(self, every_steps: int, every_minutes: float):
-    self._every_steps, self._seconds = every_steps, every_minutes * 60
-    self.reset()
-
-  def due_at(self, step: int) -> bool:
-    """Whether a checkpoint is due by `every_steps` after `step` steps."""
-    return bool(self._every_steps) and step % self._every_steps == 0
-
-  def overdue(self) -> bool:
-    """Whether a checkpoint is due by `every_minutes`."""
-    return 0 < self._seconds <= time.monotonic() - self._last
-
-  def reset(self) -> None:
-    """Must be called after a checkpoint is saved."""
-    self._last = time.monotonic()

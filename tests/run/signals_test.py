@@ -186,20 +186,3 @@ def test_a_busy_command_is_ended_from_outside(arguments, count, number):
     _, stderr = process.communicate(timeout=60)
   assert process.returncode == 128 + number
   assert stderr == "error: where it stands\n"
-
-
-def test_the_timer(monkeypatch):
-  now = [0.0]
-  monkeypatch.setattr(time, "monotonic", lambda: now[0])
-  timer = signals_lib.Timer(3, 2.0)
-  assert [step for step in range(1, 10) if timer.due_at(step)] == [3, 6, 9]
-  now[0] = 119.0
-  assert not timer.overdue()
-  now[0] = 121.0
-  assert timer.overdue()
-  timer.reset()
-  assert not timer.overdue()
-  never = signals_lib.Timer(0, 0.0)
-  now[0] = 1e9
-  assert not never.overdue()
-  assert not any(never.due_at(step) for step in range(100))
