@@ -6,10 +6,14 @@ Source: He et al. 2015, "Deep Residual Learning for Image Recognition",
 Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   reimplementations, not when the error stops falling. Images are normalised by
   each channel's mean and deviation, not by a mean image. Section 3.4's colour
-  augmentation (Krizhevsky et al. 2012) is missing. Scores use one central crop;
+  augmentation (Krizhevsky et al. 2012) is missing. Batch norm takes the
+  statistics of 256 images (on the authors' eight GPUs 32:
+  --config.model.batch_norm_groups=8), and scores by moving averages, where they
+  averaged after training. The stem's max pool pads on both sides, as
+  torchvision's, not at the end alone, as Caffe's. Scores use one central crop;
   the paper's tables 2 and 3 use ten: --config.dataset.test_crops=10
-Expected: the paper reports 22.85 % top-1 error with ten crops (table 3). This
-  has not been reproduced here.
+Expected: 24.7 % top-1 error with one crop (the authors' repository), 22.85 %
+  with ten (table 3). Neither has been reproduced here.
 Cost: 115 million images at 3.9 G multiply-adds, for several GPUs or a TPU.
 Command: python -m resnet_flax.main --config=configs/imagenet_resnet50.py
 Other depths: --config.model.depth=18 (34, 101, 152); without shortcuts:

@@ -1,6 +1,7 @@
 """ResNet-29 v2 on CIFAR-10: bottleneck blocks with pre-activation.
 
-Source: the Keras CIFAR-10 ResNet example; He et al. 2016.
+Source: the Keras CIFAR-10 ResNet example; after He et al. 2016, whose
+  bottlenecks are narrower (docs/networks.md).
 Expected: the example publishes no figure for depth 29 (56: 93.01 %,
   110: 93.15 % test accuracy after 200 epochs).
 Cost: about three times as much as v1_depth20 for the same number of images.

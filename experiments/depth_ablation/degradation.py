@@ -1,4 +1,4 @@
-"""Plain and residual networks of 20 and 56 layers, trained until they stop.
+"""Plain and residual networks of 20 and 56 layers, trained for 32 epochs.
 
 This repeats figures 1 and 6 of He et al. 2015 on 10,000 of the 50,000 training
 images, without augmentation, for 32 epochs of 312 steps. The recipe's four

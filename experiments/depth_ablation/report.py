@@ -90,9 +90,9 @@ def table(cells: list[Cell]) -> str:
     differences = ends[0] - ends[1]
     interval: tuple[float, ...] | None
     interval = intervals.interval(*ends, paired=True)
-    if interval is None and len(seeds) > 1:
-      interval = (differences[0],) * 2  # Without a spread it has no width.
     text = "{:+.1f} to {:+.1f}".format(*interval) if interval else "–"
+    if interval is None and len(seeds) > 1:
+      interval, text = (differences[0],) * 2, "none: no spread"
     difference = markdown.mean_and_std(differences.tolist(), ".1f")
     judged = verdict(network, differences, interval, deep)
     by_depth.append([f"`{network}`", difference, text, len(seeds), judged])

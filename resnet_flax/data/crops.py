@@ -30,8 +30,8 @@ def scored(size: tuple[int, int], side: int) -> Box:
 def corners_and_centre(width: int, height: int) -> list[Box]:
   """Five boxes; their crops and mirror images are the ten crops.
 
-  Krizhevsky et al. 2012, section 4.1: resize the shorter side to 256, take the
-  central 256 x 256 pixels, then the four corners and the centre of this square.
+  Krizhevsky et al. 2012, sections 2 and 4.1: resize the shorter side to 256,
+  take the central 256 x 256 pixels, then this square's corners and centre.
   """
   side = min(width, height)
   x, y = (width - side) / 2, (height - side) / 2

@@ -88,6 +88,8 @@ def _check(parts: Parts) -> None:
   classes = parts["train"].keys()
   if len(classes) < 2:
     raise ValueError(f"it must have two class folders, not {[*classes]}")
+  if {"val", "validation"} <= parts.keys():
+    raise ValueError("it has val and validation; one of them must go")
   for part, of_classes in parts.items():
     for each in sorted(classes ^ of_classes.keys()):
       raise ValueError(f"class {each!r} is in only one of train and {part}")

@@ -16,7 +16,7 @@ ModuleDef = Callable[..., nn.Module]
 Activation = Callable[[jax.Array], jax.Array]
 
 # 'keras', 'A' and 'B' differ where a block changes the shape, and are the
-# identity elsewhere; 'C' projects everywhere (He et al. 2015, section 3.3).
+# identity elsewhere; 'C' projects everywhere (He et al. 2015, section 4.1).
 SHORTCUTS = ("keras", "A", "B", "C")
 
 

@@ -1,7 +1,7 @@
 """Networks older than ResNets: convolutions, pools and three dense layers.
 
-VGG is Simonyan and Zisserman 2014 (arXiv:1409.1556). AlexNet is Krizhevsky et
-al. 2012, in the single-tower form of Krizhevsky 2014 (arXiv:1404.5997). Both
+VGG is Simonyan and Zisserman 2014 (arXiv:1409.1556). AlexNet is the single
+tower of Krizhevsky 2014 (arXiv:1404.5997), without response normalisation. Both
 have torchvision's layout.
 """
 

@@ -19,7 +19,7 @@ def window_pads(padding: str, size: tuple[int, int]) -> str | Pads:
   """The padding of a convolution or a pool whose window has an odd size.
 
   'same' is TensorFlow's rule: (0, 1) for a window of 3 at stride 2 on an even
-  size. 'symmetric' pads half the window on every side, as Caffe and PyTorch do.
+  size. 'symmetric' pads half the window on every side, as PyTorch does.
   """
   if padding == "same":
     return "SAME"

@@ -91,8 +91,8 @@ class PreActBlock(Block):
 
   The network's first block does not repeat the stem's BN-ReLU. The shortcut
   takes the block's input unchanged (section 4 and appendix). If a `wide` block
-  changes the shape, the shortcut takes the first BN-ReLU's output (Zagoruyko
-  and Komodakis 2016, figure 1d, and their code).
+  changes the shape, the shortcut takes the first BN-ReLU's output, as in the
+  code of Zagoruyko and Komodakis 2016 and in that of He et al.
   """
 
   wide: bool = False

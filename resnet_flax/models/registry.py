@@ -49,7 +49,7 @@ MODELS = {
   "resnet_v2": Family(9, ("keras",), others.keras_bottleneck, 16, **_PREACT),
   "plain": Family(6, ("none",), blocks.basic, 16),
   "preact": Family(6, ("A", "keras"), others.preact, 16, **_PREACT),
-  # Its depth counts three shortcuts, too.
+  # Its depth counts convolutions: three shortcuts, too, but not the head.
   "wide_resnet": Family(6, ("keras",), _WIDE, 16, besides=4, **_PREACT),
   "resnext": Family(9, ("B",), others.bottleneck, 64),
   "highway": Family(6, ("A", "keras", "B"), others.highway, 16),
@@ -70,7 +70,8 @@ MODELS = {
 def check_depth(name: str, depth: int) -> tuple[int, ...]:
   """The number of blocks in each stage at a depth.
 
-  Depth counts weighted layers; shortcuts count only in wide_resnet.
+  Depth counts weighted layers without shortcuts; of wide_resnet it counts all
+  convolutions, but not the head.
 
   Raises:
     ConfigError: no network of the family has this depth. The message names the

@@ -50,7 +50,7 @@ def decay_start(num_epochs: int, percent: int) -> int:
 
 
 def _stable_decay(config: ConfigDict, steps_per_epoch: int, _: int) -> Schedule:
-  """Constant, at last linearly to 0 (Hu et al. 2024, MiniCPM, section 4)."""
+  """Constant, at last linearly to 0; Hu et al. 2024 (MiniCPM) exponentially."""
   base, epochs = config.optimizer.learning_rate, config.num_epochs
   start = decay_start(epochs, config.schedule.decay_percent)
   first, steps = start * steps_per_epoch, (epochs - start) * steps_per_epoch

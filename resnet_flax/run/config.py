@@ -92,7 +92,7 @@ _KEYS = (
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
     "How images / 255 are normalised. By the training split: pixel_mean (mean"
-    " image), channel. Fixed: imagenet (torchvision's), caffe (He et al.'s)."
+    " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's means)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
     "imagenet2012 and tfds/NAME, a set that TFDS has as ArrayRecord with the"
@@ -167,7 +167,7 @@ _KEYS = (
     " (19), alexnet (8)."
   ),
   Key("model.depth", 20, integer(1, 2000)).means(
-    "Weighted layers; shortcuts are counted only in wide_resnet."
+    "Weighted layers without shortcuts; of wide_resnet all convolutions."
   ),
   Key("model.num_filters", 0, integer(0, 1024), _RESNETS).means(
     "Channels of the stem. 0: 16; 64 for resnext and for large images."
@@ -209,7 +209,7 @@ _KEYS = (
     " (torchvision, v1.5), not in its first 1x1 (the paper)."
   ),
   Key("model.gate_bias", -2.0, number(-100, 100), ("highway",)).means(
-    "Initial bias of the transform gates; the papers have -1 to -7."
+    "Initial bias of the transform gates; He et al. 2016 need -6 at depth 110."
   ),
   Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
     "The layers' normalisation; group_norm is that of Wu and He 2018."
@@ -281,8 +281,7 @@ _KEYS = (
   ),
   Key("optimizer.l2_weights", "conv_kernels", _L2_WEIGHTS).means(
     "What l2 and weight_decay are for. conv_kernels: as the Keras example."
-    " kernels: also of dense layers. all: also biases and batch norms (He et"
-    " al.)."
+    " kernels: also of dense layers. all: also biases and batch norms."
   ),
   Key("schedule.name", "drops", choice(*_SCHEDULES)).means(
     "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."

@@ -145,7 +145,8 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
-    note = f"{count} seeds per side give 80 % power at the 5 % level"
+    note = f"{count} seeds per side give 80 % power at the 5 % level, if the"
+    note += " spread is what these seeds show"
     no_spread = "cannot tell: neither side has a spread"
     rows.append(_Row("seeds for 0.2 points", note if count else no_spread))
   return rows

@@ -210,6 +210,13 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
       lambda root: shutil.rmtree(root / "train" / "red"),
       "is in only one of train",
     ),
+    (
+      lambda root: [
+        shutil.copytree(root / "test", root / name)
+        for name in ("val", "validation")
+      ],
+      "it has val and validation; one of them must go",
+    ),
     (lambda root: shutil.rmtree(root / "test" / "red"), "class 'red'"),
     (lambda root: (root / "test" / "pink").mkdir(), "class 'pink'"),
     (

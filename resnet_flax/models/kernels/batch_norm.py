@@ -105,7 +105,8 @@ class BatchNorm(nn.Module):
   `batch_stats`) and results equal those of `flax.linen.BatchNorm` over the last
   axis. The statistics of a sharded batch are the whole batch's. With several
   groups each group has statistics of its own ('ghost batch norm', Hoffer et al.
-  2017, arXiv:1705.08741, section 4.1): devices that hold whole groups exchange
+  2017, arXiv:1705.08741, section 4; there each group updates the running
+  statistics, here their mean does): devices that hold whole groups exchange
   only the updates of running statistics and parameters.
   """
 

@@ -170,7 +170,7 @@ def _differences(groups: Sequence[Group]) -> list[Table]:
   table = Table(
     "intervals",
     "Final test accuracy minus that of the first group on the same data, in"
-    " points, with 95 % intervals over seeds (Welch's t).",
+    " points, with 95 % intervals over seeds (Welch's t, each by itself).",
     *map(Column, titles, zip(*rows, strict=True)),
   )
   return [table] if rows else []
