@@ -126,6 +126,12 @@ def _set_up(
     lambda: dataset_lib.load(config.dataset, config.augment.name)
   )
   hosts.check_same("the data", dataset.source)
+  steps_per_epoch = experiment.learning_rate.steps_per_epoch
+  if len(dataset.train) // config.batch_size != steps_per_epoch:
+    raise errors.DataError(
+      f"the {len(dataset.train)} training images are more or fewer than as the"
+      " run started. Start it again once the data is complete."
+    )
   if dataset.validation is None:
     _logger.info(
       "note: the best epoch is chosen on the test split, as in the recipe;"
@@ -138,7 +144,7 @@ def _set_up(
     state = layout.put(run.restored_states())
   else:
     state = initial_state(config, experiment, dataset.train, layout, source)
-  trained = len(run.records) * experiment.learning_rate.steps_per_epoch
+  trained = len(run.records) * steps_per_epoch
   if run.records and run.step == trained:
     # An epoch's checkpoint is from before its evaluation.
     state = _after_epoch(state, run.records[-1], experiment, layout)

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import time
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from resnet_flax.run import (
   metrics,
   progress,
   session,
+  signals as signals_lib,
 )
 from resnet_flax.tools.report import runs
 from tests.helpers import (
@@ -378,6 +381,56 @@ def test_workdir_is_removed(long_config, straight, run, tmp_path, event, count):
   assert not (workdir / "metrics.jsonl").exists()
   run(workdir)
   assert_same_run(long_config, workdir, straight)
+
+
+def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
+  tiny_config, tmp_path, one_device
+):
+  """Its owner has forgotten the process that still trains."""
+  workdir = tmp_path / "run"
+  run = functools.partial(
+    train.train_and_evaluate, tiny_config, workdir, devices=one_device
+  )
+  seen = []
+
+  def begin_anew():
+    shutil.rmtree(workdir)
+    with pytest.raises(SystemExit):
+      run(on_event=at_event("step", 6, die))
+    # The lock of a process that lives.
+    owner = {"host": "elsewhere", "pid": 1, "since": "now"}
+    (workdir / "lock").write_text(json.dumps(owner))
+    seen.append(contents(workdir))
+
+  with pytest.raises(errors.WorkdirError, match="used by process 1 on elsewh"):
+    run(on_event=at_event("step", 6, begin_anew))
+  (before,) = seen
+  assert contents(workdir) == before
+
+
+def contents(folder):
+  return {
+    path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+  }
+
+
+def test_a_disk_that_is_gone_does_not_keep_a_signal_from_ending_the_run(
+  tiny_config, tmp_path, one_device, monkeypatch
+):
+  stops = signals_lib.StopSignals()
+
+  def ask():
+    gone = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint, "steps", gone)
+      assert "has no step yet" in stops._message()
+
+  train.train_and_evaluate(
+    *(tiny_config, tmp_path / "run"),
+    devices=one_device,
+    signals=stops,
+    on_event=at_event("step", 2, ask),
+  )
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(

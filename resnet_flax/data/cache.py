@@ -49,7 +49,11 @@ def cached(
       if os.path.lexists(entry) and not _open(entry):
         os.replace(entry, temporary / "damaged")
       if not os.path.lexists(entry):
-        os.replace(made, entry)
+        try:
+          os.replace(made, entry)
+        except OSError:
+          if not _open(entry):  # Else another process was faster.
+            raise
   except OSError as error:
     raise errors.DataError(
       f"decoded images cannot be cached in {folder}: {error}. Set"

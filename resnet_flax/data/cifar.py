@@ -216,6 +216,8 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
     builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
   # TFDS and ArrayRecord raise exceptions of their own for disk errors.
   except Exception as error:
+    if folder := prepared.find(name, root):
+      return folder  # Another process was faster.
     raise errors.DataError(
       f"{name} cannot be prepared in {root} ({errors.one_line(error)})."
       f" {prepared.SET_DATA_DIR} a directory that can be written."

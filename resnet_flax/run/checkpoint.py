@@ -118,8 +118,9 @@ class Checkpoints:
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
     with contextlib.suppress(OSError):  # The disk may be gone.
-      # Before the first save it may be unknown which are the best.
-      if not kind or self._manifest:
+      # Before the first save it may be unknown which are the best; and where
+      # the best was not saved, those before it must stay.
+      if not kind or self._manifest.get("step") in steps(self._workdir):
         self._remove_old()
       # A run that failed before its first checkpoint leaves nothing.
       self._folder.rmdir()
@@ -217,7 +218,7 @@ class Checkpoints:
     files = {name: files_lib.digest_of(path) for name, path in there.items()}
     manifest = self._manifest | {"files": files}
     manifest["sha256"] = _seal(manifest)
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    files_lib.write_json(folder / _MANIFEST, manifest)
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -319,6 +320,12 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError, KeyError) as error:
     raise _Damaged(path, errors.one_line(error)) from error
   return manifest
+
+
+def file_digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
+  """The SHA-256 of a checkpoint's files, by name, as it was saved."""
+  path = workdir / "checkpoints" / str(step) / _MANIFEST
+  return files_lib.parse_object(files_lib.read_bytes(path)).get("files", {})
 
 
 def _state_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

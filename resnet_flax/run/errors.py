@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
 # bucket and a backslash for a Windows folder, anywhere in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
+# What `leave` does first, since it skips atexit's.
+at_end: list[Callable[[], object]] = []
 LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
 
@@ -106,6 +108,8 @@ def leave(message: str, exit_code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # The disk is full.
       print(f"error: {message}", file=stream, flush=True)
       break
+  for each in at_end:
+    each()
   os._exit(exit_code)
 
 
@@ -122,7 +126,7 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(text))
 
 
-def resolve(path: str, name: str = "path") -> pathlib.Path:
+def resolve(path: str | os.PathLike[str], name: str = "path") -> pathlib.Path:
   """`local_path`, absolute. A wrong link fails only when it is opened."""
   return pathlib.Path(os.path.realpath(local_path(path, name)))
 

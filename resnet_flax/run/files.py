@@ -87,6 +87,9 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
     temporary.unlink(missing_ok=True)
     with temporary.open("xb") as file:
       file.write(content)
+      # Otherwise a power cut may leave an empty file under the final name.
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(OSError):

@@ -197,13 +197,28 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
       _logger.info("taking over the lock of %s, which has ended", _owner(path))
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-    path.write_text(json.dumps(owner))
+    _WRITTEN[path] = json.dumps(owner).encode()
+    path.write_bytes(_WRITTEN[path])
     try:
       yield
     finally:
       # Still locked, so that a waiting process notices that the file is gone.
       with contextlib.suppress(OSError):
-        path.unlink()
+        if not _is_taken(path):
+          path.unlink()
+
+
+# What this process has written into its locks.
+_WRITTEN: dict[pathlib.Path, bytes] = {}
+
+
+def _is_taken(path: pathlib.Path) -> bool:
+  """Whether a lock's file is another process's, in a folder made anew."""
+  try:
+    # One that is empty is about to be written.
+    return files.read_bytes(path) not in (_WRITTEN[path], b"")
+  except (OSError, ValueError, KeyError):  # File systems may have no locks.
+    return False
 
 
 def _owner(path: pathlib.Path) -> str:
@@ -367,10 +382,15 @@ def explain_write_errors(
 
 
 def check_not_removed(workdir: pathlib.Path) -> None:
-  """Checks that a run's folder and its files are still there.
+  """Checks that a run's folder and its files are still there, and its own.
 
   Orbax would make another folder in its place, without the run's other files.
   """
+  if _is_taken(lock := workdir / "lock"):
+    raise errors.WorkdirError(
+      f"workdir {workdir} was removed, and is now used by {_owner(lock)}."
+      " This run ends and saves nothing more."
+    )
   try:
     os.stat(workdir / "config.json")
   except (FileNotFoundError, NotADirectoryError):

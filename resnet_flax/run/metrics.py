@@ -23,6 +23,9 @@ _SPEED = ("epoch_seconds", "images_per_second")
 # What is measured of the machine; it differs between bit-identical runs.
 TIMED = (*_SPEED, "data_seconds", "evaluation_seconds")
 
+# Bytes. A thousand seeds write half a megabyte an epoch.
+_LARGEST = 1 << 32
+
 # What can choose the best epoch, and whether more of it is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
@@ -51,7 +54,7 @@ class MetricsLog:
     `steps_per_epoch` is by default as in the first one.
     """
     try:
-      content = files_lib.read_bytes(self._path)
+      content = files_lib.read_bytes(self._path, _LARGEST)
     except FileNotFoundError:
       return []
     except (OSError, ValueError) as error:

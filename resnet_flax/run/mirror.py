@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -39,6 +39,8 @@ _POLL, _MOST_PATIENCE = 1.0, 60.0  # Between looks, and after failures at most.
 _ANSWER, _TRANSFER = 60.0, 1800.0  # Limits for an answer and for a file.
 _FRESH = 120.0  # An owner that is silent for longer has ended.
 _AT_THE_END, _WHEN_STOPPED = 600.0, 30.0  # Limits for copying the last files.
+
+_TRIES = 5  # To read a mirror whose run goes on.
 
 _KEY = "checkpoint.mirror"
 
@@ -170,8 +172,10 @@ class Mirror:
       self._claim()
       try:
         self._fill_or_check()
-      except errors.UserError:
-        self._store.remove("owner.json")  # A refused run keeps nobody away.
+      except BaseException:
+        # A run that does not start keeps nobody away.
+        with contextlib.suppress(Exception):
+          self._store.remove("owner.json")
         raise
     self._thread.start()
     return self
@@ -203,7 +207,8 @@ class Mirror:
       _logger.info("filled %s from %s", self._workdir, self._store.url)
     else:
       self._check_run(states)
-    self._stored = _digests(states)
+    # What is gone at the address is written again.
+    self._stored = _digests(states) & self._store.names("files")
 
   def _check_run(self, states: list[_State]) -> None:
     """Refuses an address whose run is another: copies would replace its own."""
@@ -217,10 +222,10 @@ class Mirror:
   # ---- The owner of the address
 
   def _claim(self) -> None:
-    content = self._store.read("owner.json")
-    owner = json.loads(content) if content else {}
+    owner = self._read_owner()
     age = time.time() - owner.get("time", 0)
-    if age < _FRESH and not _has_ended(owner):
+    # A time to come is of a clock that was wrong.
+    if 0 <= age < _FRESH and not _has_ended(owner):
       raise errors.WorkdirError(
         f"checkpoint.mirror={self._store.url} is in use by process"
         f" {owner['pid']} on {owner['host']}, last heard of {age:.0f} s ago."
@@ -228,6 +233,13 @@ class Mirror:
         " address."
       )
     self._beat()
+
+  def _read_owner(self) -> dict[str, Any]:
+    """owner.json; {} without one, or if its writer was killed."""
+    try:
+      return files.parse_object(self._store.read("owner.json") or b"{}")
+    except ValueError:
+      return {}
 
   def _beat(self) -> None:
     owner = self._owner | {"time": time.time()}
@@ -238,8 +250,8 @@ class Mirror:
     """Renews ownership now and then; false if another run has taken over."""
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
-      content = self._store.read("owner.json")
-      if content and json.loads(content)["run"] != self._owner["run"]:
+      own = self._owner["run"]
+      if self._read_owner().get("run", own) != own:
         self._abandoned = True
         _logger.warning(
           "warning: another run has taken over %s; nothing more is copied"
@@ -291,9 +303,11 @@ class Mirror:
           _link(self._workdir / name, folder / name)
       if self._look() != seen:
         return False
-      digests = {name: files.digest_of(folder / name) for name in seen}
+      digests = _digests_in(folder, seen)
       for name, digest in digests.items():
         if digest not in self._stored and self._keep():
+          if files.digest_of(folder / name) != digest:
+            raise OSError(f"{self._workdir / name} is damaged")
           self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
       state = _State(self._number + 1, progress(folder), digests)
@@ -322,11 +336,25 @@ class Mirror:
 
   def _remove_old(self) -> None:
     used = _digests(self._store.states()[:_KEPT_STATES])
-    self._stored &= used
+    there = self._store.names("files")
+    self._stored &= used & there
     for name in sorted(self._store.names("states"))[:-_KEPT_STATES]:
       self._store.remove(f"states/{name}")
-    for digest in self._store.names("files") - used:
+    for digest in there - used:
       self._store.remove(f"files/{digest}")
+
+
+def _digests_in(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+  """The files' SHA-256. A checkpoint's are as it was saved.
+
+  So a file that was damaged since then takes no good copy's place.
+  """
+  saved = {
+    f"checkpoints/{step}/{name}": digest
+    for step in checkpoint.steps(folder)
+    for name, digest in checkpoint.file_digests(folder, step).items()
+  }
+  return {n: saved.get(n) or files.digest_of(folder / n) for n in names}
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -455,7 +483,9 @@ def _fetched(url: str, name: str) -> pathlib.Path:
 def _copy_of(url: str, name: str, states: frozenset[str]) -> pathlib.Path:
   del states  # A later state is another copy.
   folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
-  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+  atexit.register(remove)
+  errors.at_end.append(remove)
   fetch(url, folder, name)
   return folder
 
@@ -464,7 +494,14 @@ def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
   """Fills an empty folder with the latest state at a flag's or key's `url`."""
   store = _Store(url, name)
   with _explain(url, name):
-    states = store.states()
-    if not states and not store.names("states"):
-      raise errors.WorkdirError(f"{name}={url} holds no mirrored run.")
-    fill(store, states, workdir)
+    for tries_left in reversed(range(_TRIES)):
+      states = store.states()
+      if not states and not store.names("states"):
+        raise errors.WorkdirError(f"{name}={url} holds no mirrored run.")
+      try:
+        fill(store, states, workdir)
+        return
+      except errors.WorkdirError:
+        # A run that goes on removes what it has replaced.
+        if not tries_left or store.states() == states:
+          raise

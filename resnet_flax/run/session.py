@@ -133,9 +133,10 @@ class Session:
 
     def on_disk() -> int:
       """The latest save may not have ended; only process 0 sees the folder."""
-      if self._checkpoints is None:
-        return self._saved_step
-      return max(checkpoint.steps(self._workdir), default=0)
+      with contextlib.suppress(OSError):  # The disk may be gone.
+        if self._checkpoints is not None:
+          return max(checkpoint.steps(self._workdir), default=0)
+      return self._saved_step
 
     self._signals.say_on_exit(
       lambda: f"stopped at once; {saved('good checkpoints are', on_disk())}"

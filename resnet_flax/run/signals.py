@@ -13,8 +13,8 @@ from resnet_flax.run import errors
 
 # Ctrl-C, a scheduler, a terminal that closes, and Slurm's --signal=USR1@60.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Seconds in which a signal may come twice: GNU's timeout sends it to a process
-# and then to its group.
+# Seconds in which a second signal does not count: GNU's timeout sends one to a
+# process and then to its group, systemd sends SIGTERM and then SIGHUP.
 _ECHO = 0.05
 # Seconds that the interpreter may take to notice a signal by itself. It cannot
 # while XLA compiles.
@@ -110,7 +110,7 @@ class StopSignals:
       self.number, self._came = number, time.monotonic()
       if self._held:
         return
-    elif number == self.number and time.monotonic() - self._came < _ECHO:
+    elif time.monotonic() - self._came < _ECHO:
       return
     raise Stopped(self.number)
 
@@ -130,5 +130,5 @@ class StopSignals:
         if not first:
           first, came = byte, time.monotonic()
           reader.settimeout(None if self._held else _GRACE)
-        elif byte != first or time.monotonic() - came > _ECHO:
+        elif time.monotonic() - came > _ECHO:
           errors.leave(self._message(), 128 + first[0])

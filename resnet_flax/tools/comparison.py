@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,19 +10,12 @@ from resnet_flax.parallel import averaging
 from resnet_flax.run import errors, folder, keys, load, mirror
 from resnet_flax.tools.report import intervals, runs as runs_lib
 from resnet_flax.tools.report.runs import Group, Statistic
-from resnet_flax.tools.report.tables import Column, Table
+from resnet_flax.tools.report.tables import Cell, Column, Table
 
 Paths = Iterable[str | os.PathLike[str]]
 
-
-class _Row(NamedTuple):
-  what: str
-  note: str = ""
-  a: Statistic = Statistic.of([])
-  b: Statistic = Statistic.of([])
-  low: float | None = None
-  high: float | None = None
-  p: float | None = None
+_TITLES = ("of", "A", "B", "n", "A - B", "from", "to", "p", "note")
+_Row = list[Cell]  # The cells below `_TITLES`.
 
 
 def compare(
@@ -51,6 +43,7 @@ def compare(
   if images and same_data:
     rows += _over_images(sides, key, which)
   chosen = sorted({str(side.counted[0].chosen_by) for side in sides})
+  best = f"best epochs by {' or '.join(chosen)}"
   facts = [_facts(side) for side in sides]
   differing = runs_lib.differing_keys(facts)
   digits = 2 if runs_lib.is_share(key) else 4
@@ -58,21 +51,11 @@ def compare(
     Table("warnings", "Warnings", Column("warning", cautions)),
     Table(
       "comparison",
-      "A - B, 95 % intervals, "
-      + (
-        f"best epochs by {' or '.join(chosen)}"
-        if which == "best"
-        else "last epochs"
+      f"A - B, 95 % intervals, {best if which == 'best' else 'last epochs'}",
+      *(
+        Column(title, cells, 4 if title == "p" else digits)
+        for title, *cells in zip(_TITLES, *rows, strict=True)
       ),
-      Column("of", [row.what for row in rows]),
-      Column("A", [row.a for row in rows], digits),
-      Column("B", [row.b for row in rows], digits),
-      Column("n", [f"{r.a.n}, {r.b.n}" if r.a.n else None for r in rows]),
-      Column("A - B", [row.a.mean - row.b.mean for row in rows], digits),
-      Column("from", [row.low for row in rows], digits),
-      Column("to", [row.high for row in rows], digits),
-      Column("p", [row.p for row in rows], 4),
-      Column("note", [row.note for row in rows]),
     ),
     Table(
       "differences",
@@ -148,7 +131,7 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     note = f"{count} seeds per side give 80 % power at the 5 % level, if the"
     note += " spread is what these seeds show"
     no_spread = "cannot tell: neither side has a spread"
-    rows.append(_Row("seeds for 0.2 points", note if count else no_spread))
+    rows.append(_note("seeds for 0.2 points", note if count else no_spread))
   return rows
 
 
@@ -167,21 +150,28 @@ def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
         is_right.append(found.probabilities.argmax(1) == found.labels)
       right.append(np.sum(is_right, axis=0))
   except errors.UserError as error:
-    return [_Row(what, f"left out: {error}")]
+    return [_note(what, f"left out: {error}")]
   a, b = (100 * k / n for k, n in zip(right, counts, strict=True))
   rows = [_row(f"{what}, right (%) (paired t)", a, b, paired=True)]
   if counts[0] != counts[1]:
-    return [*rows, _Row(f"{what} (McNemar)", "left out: unequal seed counts")]
+    return [*rows, _note(f"{what} (McNemar)", "left out: unequal seed counts")]
   note = f"A is better on {np.sum(a > b)} images, B on {np.sum(a < b)}"
-  return [*rows, _Row(f"{what} (McNemar)", note, p=intervals.mcnemar(*right))]
+  return [*rows, _note(f"{what} (McNemar)", note, intervals.mcnemar(*right))]
 
 
 def _row(what: str, a: np.ndarray, b: np.ndarray, *, paired: bool) -> _Row:
   found = intervals.interval(a, b, paired=paired)
   note = "cannot tell: a side has one seed, or no spread" if not found else ""
   # A paired test uses the spread of the differences, not that of a side.
-  a_mean, b_mean = (
+  means = [
     Statistic(x.mean(), None if paired or len(x) < 2 else x.std(ddof=1), len(x))
     for x in (a, b)
-  )
-  return _Row(what, note, a_mean, b_mean, *(found or ()))
+  ]
+  n = f"{len(a)}, {len(b)}"
+  return [what, *means, n, a.mean() - b.mean(), *(found or [None] * 3), note]
+
+
+def _note(what: str, note: str, p: float | None = None) -> _Row:
+  """A row without means."""
+  none = Statistic.of([])
+  return [what, none, none, None, None, None, None, p, note]

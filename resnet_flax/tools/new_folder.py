@@ -10,9 +10,7 @@ from resnet_flax.run import errors, files, folder as workdir_lib, signals
 
 def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
   """The local folder that `flag` names, which must be new or empty."""
-  # Links are followed, since a folder cannot replace a link. Unlike
-  # Path.resolve, realpath leaves a loop of links, which cannot be listed.
-  folder = pathlib.Path(os.path.realpath(errors.local_path(path, flag)))
+  folder = errors.resolve(path, flag)  # A folder cannot replace a link.
   workdir_lib.check_name(folder, flag)
   with (
     writing(folder, flag, "Pass another folder."),
@@ -37,10 +35,10 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
   with writing(folder, flag, "Nothing was left there. Pass another folder."):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
-      files.temporary_folder(folder.parent, prefix) as beside,
       # Orbax's threads must have ended before the folder is removed.
       signals.StopSignals() as stops,
       stops.hold(),
+      files.temporary_folder(folder.parent, prefix) as beside,
     ):
       unfinished = beside / "unfinished"
       unfinished.mkdir()

@@ -1,11 +1,4 @@
-"""Predicts the classes of pictures with a trained network.
-
-python -m resnet_flax.predict WORKDIR PATH... [--topk=5] [--strict]
-  [--format=table|csv|json] [--checkpoint=best|latest] [--weights=raw|ema|swa]
-  [--batch_size=32]
-
-A PATH is a file, a pattern, or a folder. All files in a folder are read.
-"""
+"""Predicts the classes of pictures with a trained network."""
 
 import argparse
 import csv
@@ -129,11 +122,11 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> None:
   """The command line."""
   parser = arguments.Parser(
-    "python -m resnet_flax.predict", description=__doc__.split("\n")[0]
+    "python -m resnet_flax.predict", description=__doc__
   )
   add = parser.add_argument
   add("workdir", metavar="WORKDIR", help="folder of the network's run")
-  add("paths", metavar="PATH", nargs="+", help="file, folder or pattern")
+  add("paths", metavar="PATH", nargs="+", help="file, pattern or whole folder")
   add("--topk", type=int, default=5, help="classes per picture")
   add("--format", choices=["table", "csv", "json"], default="table")
   add("--strict", action="store_true", help="fail if a file is skipped")

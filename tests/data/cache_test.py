@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import pathlib
@@ -222,3 +223,26 @@ def test_what_killed_writers_left_is_removed(tmp_path, arrays):
 def test_cache_dir(tmp_path):
   assert cache.cache_dir(str(tmp_path / "x y")) == tmp_path / "x y"
   assert cache.cache_dir("").name == "resnet_flax"
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_another_process_that_stores_the_entry_first(
+  tmp_path, arrays, monkeypatch, is_faster
+):
+  """Between the look and the renaming."""
+  folder, build = tmp_path / "c", Builder(arrays)
+  replace = os.replace
+
+  def late(source, target):
+    monkeypatch.setattr(cache.os, "replace", replace)
+    if is_faster:
+      cache.cached(folder, "key", Builder(arrays))
+      replace(source, target)
+    raise OSError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(cache.os, "replace", late)
+  if is_faster:
+    check_equal(cache.cached(folder, "key", build), arrays)
+    return
+  with pytest.raises(errors.DataError, match="cannot be cached in"):
+    cache.cached(folder, "key", build)

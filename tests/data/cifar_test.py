@@ -77,6 +77,29 @@ def test_folders_of_any_name(config, monkeypatch, tmp_path, name):
   )
 
 
+def test_another_process_that_prepares_the_same_is_faster(
+  config, monkeypatch, tmp_path
+):
+  """Both have found no copy and begun."""
+  archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
+  config.archive = str(tmp_path / "archive.tar.gz")
+  read = cifar.read_archive
+
+  def slow(*arguments):
+    monkeypatch.setattr(cifar, "read_archive", read)
+    splits, class_names = read(*arguments)
+    images, labels = splits["test"]
+
+    def late():
+      cifar.prepare("cifar10", pathlib.Path(config.data_dir), config.archive)
+      yield from images
+
+    return splits | {"test": (late(), labels)}, class_names
+
+  monkeypatch.setattr(cifar, "read_archive", slow)
+  assert len(dataset_lib.load(config).test)
+
+
 def test_folder_whose_name_is_no_text(config, monkeypatch, tmp_path):
   archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
   config.archive = str(tmp_path / "archive.tar.gz")

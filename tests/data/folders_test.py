@@ -539,3 +539,21 @@ def test_other_classes_of_another_folder_get_a_new_head(
   for part in ("train", "test"):
     (root / part / "red").rename(root / part / "pink")
   assert "head" not in inference.load_source(config)["params"]
+
+
+def test_pictures_that_are_added_while_a_run_starts(
+  tmp_path, monkeypatch, one_device
+):
+  """Its epochs would have other steps than its records say."""
+  root = make(tmp_path / "pictures")
+  load_set = dataset_lib.load
+
+  def late(*arguments):
+    make(root, parts=("train",), names="more{}.png")
+    return load_set(*arguments)
+
+  monkeypatch.setattr(train.dataset_lib, "load", late)
+  with pytest.raises(errors.DataError, match="the 72 training images are more"):
+    train.train_and_evaluate(
+      make_config(root), tmp_path / "run", devices=one_device
+    )

@@ -140,6 +140,25 @@ def test_a_run_that_cannot_be_opened_keeps_the_best(tmp_path, state):
   assert folders(tmp_path) == [10, 20, 30]
 
 
+def test_a_best_epoch_whose_save_failed_does_not_cost_the_one_before(
+  tmp_path, state
+):
+  save(tmp_path, state, 10, 20, 30, best=(10,))
+  best = [10]
+
+  def use():
+    with checkpoint.Checkpoints(
+      tmp_path, best_steps=lambda: best, on_event=fail
+    ) as checkpoints:
+      checkpoints.save(at(state, 40), NOTES)
+      best[:] = [40]  # It is recorded while it is written.
+      checkpoints.wait()
+
+  with pytest.raises(OSError, match="RESOURCE_EXHAUSTED"):
+    use()
+  assert checkpoint.steps(tmp_path) == [10, 20, 30]
+
+
 def test_half_written_checkpoints_are_removed_but_by_readers(tmp_path, state):
   save(tmp_path, state, 0)
   unfinished = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"

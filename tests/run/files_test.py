@@ -74,3 +74,11 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     files.write_file(path, b"second")
   assert path.read_bytes() == b"first"
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+  """After a power cut the file would be there, and empty."""
+  path, seen = tmp_path / "a.json", []
+  monkeypatch.setattr(files.os, "fsync", lambda _: seen.append(path.exists()))
+  files.write_json(path, {})
+  assert seen == [False]

@@ -324,3 +324,11 @@ def test_records_are_lines_of_json(log, tmp_path):
   log.append(RECORD)
   (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert json.loads(line) == RECORD
+
+
+def test_a_log_of_many_seeds_and_epochs_is_read(log, tmp_path):
+  """A thousand seeds write half a megabyte an epoch."""
+  log.append({"epoch": 0, "step": 10})
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text().replace("}", " " * (1 << 27) + "}"))
+  assert log.read() == [{"epoch": 0, "step": 10}]

@@ -22,7 +22,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from resnet_flax import train
-from resnet_flax.run import errors, folder, mirror
+from resnet_flax.run import errors, files, folder, mirror
 from tests.helpers import assert_same_run, at_event, changed
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -198,6 +198,116 @@ def test_half_a_file_is_written_again(workdir, tmp_path, is_listed):
   assert content(again) == content(workdir)
 
 
+@pytest.mark.parametrize("starts", [1, 3])
+def test_a_checkpoint_that_is_damaged_here_stays_good_there(
+  workdir, tmp_path, starts
+):
+  """Each start copies the workdir at its end, also one that is refused."""
+  address = str(tmp_path / "disk")
+  save(workdir, 1, records=0)
+  array = workdir / "checkpoints" / "1" / "state" / "array"
+  manifest = {"files": {"state/array": files.digest_of(array)}}
+  array.parents[1].joinpath("manifest.json").write_text(json.dumps(manifest))
+  with mirror.Mirror(address, workdir):
+    pass
+  good = array.read_bytes()
+  array.write_bytes(good[:-1] + b"x")
+  for _ in range(starts):
+    with mirror.Mirror(address, workdir):
+      pass
+  other = tmp_path / "other"
+  other.mkdir()
+  mirror.fetch(address, other)
+  assert (other / array.relative_to(workdir)).read_bytes() == good
+  # One that has no good copy there is not copied.
+  shutil.rmtree(tmp_path / "disk")
+  with mock.patch.object(mirror, "_AT_THE_END", 0.5):
+    with mirror.Mirror(address, workdir):
+      pass
+    assert not mirror._Store(address).states()
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_file_that_is_gone_there_is_written_again(
+  workdir, tmp_path, is_restarted
+):
+  """A bucket's rule may remove what is old, such as config.json."""
+  address = str(tmp_path / "disk")
+  store = mirror._Store(address)
+  save(workdir, 1, records=0)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(mirror.Mirror(address, workdir))
+    wait_until(store.states)
+    store.remove(f"files/{store.states()[0].files['config.json']}")
+    if is_restarted:
+      stack.close()
+      stack.enter_context(mirror.Mirror(address, workdir))
+    for step in (2, 3):
+      save(workdir, step, records=step - 1)
+      wait_until(lambda: store.states()[0].progress[0] == step)  # noqa: B023
+  other = tmp_path / "other"
+  other.mkdir()
+  mirror.fetch(address, other)
+  assert content(other) == content(workdir)
+
+
+def test_a_mirror_is_read_while_its_run_goes_on(workdir, tmp_path, monkeypatch):
+  """Which removes the files of the states that it has replaced."""
+  address = str(tmp_path / "disk")
+  save(workdir, 1, records=0)
+  with mirror.Mirror(address, workdir):
+    pass
+  download = mirror._download
+
+  def late(*arguments):
+    monkeypatch.setattr(mirror, "_download", download)
+    shutil.rmtree(workdir / "checkpoints" / "1")
+    for step in (2, 3):
+      save(workdir, step, records=step)
+      with mirror.Mirror(address, workdir):
+        pass
+    return download(*arguments)
+
+  monkeypatch.setattr(mirror, "_download", late)
+  other = tmp_path / "other"
+  other.mkdir()
+  mirror.fetch(address, other)
+  assert content(other) == content(workdir)
+
+
+def test_a_copy_is_removed_whatever_ends_the_process(workdir, tmp_path):
+  save(workdir, 1, records=0)
+  with mirror.Mirror(str(tmp_path / "disk"), workdir):
+    pass
+  code = (
+    "import sys; from resnet_flax.run import errors, mirror;"
+    "print(mirror.local(sys.argv[1], 'workdir')); errors.leave('no', 3)"
+  )
+  ended = subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path / "disk")],
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 3, ended.stderr
+  assert not os.path.exists(ended.stdout.strip())
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"{", json.dumps({"time": time.time() + 1e6}).encode()]
+)
+def test_an_owner_that_says_nothing_keeps_nobody_away(
+  content, workdir, tmp_path
+):
+  """It was killed as it wrote, or its clock was wrong."""
+  address = str(tmp_path / "disk")
+  store = mirror._Store(address)
+  store.write("owner.json", content)
+  save(workdir, 1, records=0)
+  with mirror.Mirror(address, workdir):
+    wait_until(store.states)
+    store.write("owner.json", b"{")
+
+
 def test_another_machine_is_refused_while_the_first_is_there(
   address, workdir, tmp_path
 ):
@@ -235,6 +345,12 @@ def test_another_run_is_refused_before_anything_is_changed(
   def check(folder):
     raise errors.WorkdirError(f"{(folder / 'config.json').read_text()}!")
 
+  def stop(folder):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt), mirror.Mirror(address, other, stop):
+    pass
+  assert mirror._Store(address).read("owner.json") is None
   with (
     pytest.raises(errors.WorkdirError, match=r"seed.*!"),
     mirror.Mirror(address, other, check),

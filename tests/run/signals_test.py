@@ -83,21 +83,23 @@ def test_where_python_drops_exceptions_it_stays_requested(place, capsys):
 def test_the_second_does_not_wait():
   with signals_lib.StopSignals() as signals, signals.hold():
     send(signal.SIGTERM)
+    signals._came -= 1  # A second ago.
     with pytest.raises(signals_lib.Stopped) as caught:
       send(signal.SIGINT)
     assert caught.value.number == signal.SIGTERM
 
 
-def test_an_echo_is_no_second_signal(monkeypatch):
-  """GNU's timeout sends a signal to a process and to its group."""
+@pytest.mark.parametrize("echo", [signal.SIGTERM, signal.SIGHUP])
+def test_an_echo_is_no_second_signal(echo, monkeypatch):
+  """Of GNU's timeout and of systemd, which ends a session of ssh so."""
   monkeypatch.setattr(signals_lib, "_ECHO", 0.9)
   with signals_lib.StopSignals() as signals, signals.hold():
     send(signal.SIGTERM)
-    send(signal.SIGTERM)
+    send(echo)
     assert signals.number == signal.SIGTERM
     signals._came -= 1  # A second later.
     with pytest.raises(signals_lib.Stopped):
-      send(signal.SIGTERM)
+      send(echo)
 
 
 def test_an_echo_ends_no_busy_command():
@@ -107,8 +109,8 @@ def test_an_echo_ends_no_busy_command():
     [sys.executable, "-c", slow, "hold"], stdout=subprocess.PIPE, text=True
   ) as process:
     assert process.stdout.readline() == "busy\n"
-    for _ in range(2):
-      process.send_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+      process.send_signal(number)
       time.sleep(0.2)
     assert process.poll() is None
     process.kill()

@@ -12,7 +12,7 @@ import pytest
 
 import resnet_flax
 from resnet_flax import train
-from resnet_flax.run import errors, load as inference
+from resnet_flax.run import errors, load as inference, signals
 from resnet_flax.tools import convert
 from tests.helpers import run_module
 from tests.tools.weights import networks
@@ -313,7 +313,7 @@ def test_a_signal_leaves_nothing(
   place = {
     "write_json": convert.files_lib,
     "save": convert.checkpoint.Checkpoints,
-    "check": convert.signals.StopSignals,
+    "check": signals.StopSignals,
   }[name]
   function = getattr(place, name)
 
@@ -322,7 +322,7 @@ def test_a_signal_leaves_nothing(
     return function(*arguments)
 
   monkeypatch.setattr(place, name, interrupted)
-  with pytest.raises(convert.signals.Stopped) as caught:
+  with pytest.raises(signals.Stopped) as caught:
     convert.convert(source, config, tmp_path / "run")
   assert caught.value.number == number
   assert os.listdir(tmp_path) == [source.name]

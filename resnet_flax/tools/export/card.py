@@ -57,12 +57,9 @@ def write(
   shape = loaded.image_shape
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (_NUM_CHECKED, *shape), np.uint8)
-
-  @jax.jit
-  def logits_of(variables, images):
-    return loaded.model.apply(variables, scale(images), train=False)
-
-  logits = np.asarray(logits_of(loaded.variables, images))
+  apply = jax.jit(loaded.model.apply, static_argnames="train")
+  inputs = scale(jax.device_put(images))
+  logits = apply(loaded.variables, inputs, train=False)
   np.savez(out / "check.npz", images=images, logits=logits)
 
   mean, side = np.asarray(scale.mean), config.model.input_size

@@ -1,7 +1,4 @@
-"""Writes a trained network in the format of another library or program.
-
-python -m resnet_flax.export WORKDIR --format=safetensors --out=DIR
-"""
+"""Writes a trained network in the format of another library or program."""
 
 import importlib
 import logging
@@ -86,12 +83,8 @@ def main(argv: list[str]) -> None:
   add("--license", default="", help="Licence for the model card.")
   given = parser.parse_args(argv[1:])
   surroundings.set_up()
-  from resnet_flax.run import signals
-
-  # A signal first removes a half-written folder, then ends the process.
-  with signals.StopSignals():
-    title = export(
-      *(given.workdir, given.out, given.format, given.names),
-      *(given.checkpoint, given.seed, given.license, given.weights),
-    )
+  title = export(
+    *(given.workdir, given.out, given.format, given.names),
+    *(given.checkpoint, given.seed, given.license, given.weights),
+  )
   surroundings.show(f"Network: {title}\nFolder: {given.out}")

@@ -1,16 +1,11 @@
-"""Writes a report of runs: one page with figures and tables, and their files.
-
-python -m resnet_flax.report FOLDER... --out=FOLDER
-"""
+"""Writes a report of runs: a page with figures and tables, and their files."""
 
 from resnet_flax.run import arguments, errors, surroundings
 
 
 def main(argv: list[str]) -> None:
   """The command line."""
-  parser = arguments.Parser(
-    "python -m resnet_flax.report", description=__doc__.split("\n")[0]
-  )
+  parser = arguments.Parser("python -m resnet_flax.report", description=__doc__)
   add = parser.add_argument
   what = "workdir, or folder of workdirs"
   add("folders", nargs="+", metavar="FOLDER", help=what)

@@ -71,10 +71,8 @@ class Run:
     return metrics.best_record(records, self.config["checkpoint.monitor"])
 
   @property
-  def chosen_by(self) -> str | None:
-    """The key that chooses the best epoch; None before the first one."""
-    if not self.records:
-      return None
+  def chosen_by(self) -> str:
+    """The key that chooses the best epoch; there must be an epoch."""
     monitor = self.config["checkpoint.monitor"]
     return metrics.monitored(self.record("best"), monitor)
 
@@ -90,11 +88,9 @@ class Run:
   @property
   def images_per_second(self) -> float:
     """Mean over all epochs; the images of all seeds of the workdir count."""
-    images = math.fsum(
-      record["images_per_second"] * record["epoch_seconds"]
-      for record in self.records
-    )
-    return images / self.seconds
+    speeds = [record["images_per_second"] for record in self.records]
+    seconds = [record["epoch_seconds"] for record in self.records]
+    return statistics.fmean(speeds, seconds)
 
 
 @dataclasses.dataclass(frozen=True)

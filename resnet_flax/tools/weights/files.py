@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -213,12 +213,7 @@ def _read_keras(path: pathlib.Path) -> WeightsFile:
   with zipfile.ZipFile(path) as archive:
     _check_stored(path, archive)
     weights = io.BytesIO(archive.read("model.weights.h5"))
-    return _keras(path, weights, archive.read("config.json"))
-
-
-def _read_hdf5(path: pathlib.Path) -> WeightsFile:
-  with path.open("rb") as file:
-    return _keras(path, file)
+    return _read_hdf5(path, weights, archive.read("config.json"))
 
 
 # For each class of layers with weights, its automatic name and the names of its
@@ -242,18 +237,18 @@ def layer_class(name: str) -> str:
   return re.sub(r"_\d+$", "", name)
 
 
-def _keras(
-  path: pathlib.Path, file: BinaryIO, model: str | bytes = ""
+def _read_hdf5(
+  path: pathlib.Path, inside: BinaryIO | None = None, model: str | bytes = ""
 ) -> WeightsFile:
-  """Reads HDF5; gives the arrays of both of Keras's layouts the same names.
+  """Gives the arrays of both of Keras's layouts the same names.
 
-  `model` is the JSON text of a whole model, if it is not in the HDF5 file.
+  `inside` is HDF5 in an archive, `model` the JSON text of a whole model there.
   """
   with errors.extra("h5py", str(path)):
     import h5py
 
   members: list[tuple[str, Any]] = []
-  with h5py.File(file, "r") as root:
+  with h5py.File(inside or path, "r") as root:
     # No link is followed, and each member comes once, after its group.
     root.visititems(lambda *member: members.append(member))
     model = model or root.attrs.get("model_config", "")
@@ -306,7 +301,7 @@ def _keras(
 
 
 # The reader of each extension.
-_READERS = {
+_READERS: dict[str, Callable[[pathlib.Path], WeightsFile]] = {
   ".safetensors": _read_safetensors,
   **dict.fromkeys(
     (".pt", ".pth", ".th", ".pth.tar", ".bin", ".ckpt"), _read_torch

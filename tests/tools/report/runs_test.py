@@ -314,7 +314,6 @@ def test_nothing_yet(tmp_path):
   (group,) = groups_of(tmp_path)
   assert group.statistic("last", "test_accuracy").n == 0
   assert group.statistic("best", "test_accuracy").n == 0
-  assert group.runs[0].chosen_by is None
   assert not group.finished
 
 
