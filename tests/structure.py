@@ -1,12 +1,14 @@
 """How large the package is and how it hangs together.
 
-python -m tests.structure prints the figures that CONTRIBUTING.md names;
+python -m tests.structure prints the figures and writes CONTRIBUTING.md's table;
 structure_test.py holds their limits.
 """
 
 import ast
 import functools
 import pathlib
+
+from experiments.tools import markdown
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "resnet_flax"
 
@@ -127,16 +129,21 @@ def functions() -> list[tuple[int, str]]:
   return sorted(found, reverse=True)
 
 
+def reading_path() -> str:
+  """The lines of `READING_PATH`, as Markdown."""
+  sizes = {f"`{name}`": num_lines(PACKAGE / name) for name in READING_PATH}
+  sizes["together"] = sum(sizes.values())
+  return markdown.table(("file", "lines"), sizes.items())
+
+
 def main() -> None:
-  """Prints all figures."""
+  """Prints all figures; writes the reading path."""
   total = sum(map(num_lines, modules().values()))
   print(f"lines of the package: {total}")
-  sizes = {name: num_lines(PACKAGE / name) for name in READING_PATH}
-  print(
-    f"lines from the command line to the new parameters: {sum(sizes.values())}"
-  )
-  for name, size in sizes.items():
-    print(f"  {size:4} {name}")
+  table = reading_path()
+  print(f"from the command line to the new parameters:\n{table}")
+  path = PACKAGE.with_name("CONTRIBUTING.md")
+  markdown.update(path, "reading path", "python -m tests.structure", table)
   print(f"entries at the top: {len(entries())}: {', '.join(entries())}")
   chain = longest_chain()
   print(f"floors of imports: {len(chain)}: {' -> '.join(chain)}")

@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from tests import structure
 
 
@@ -30,9 +28,12 @@ def test_few_entries_at_the_top():
   assert len(structure.entries()) <= 10
 
 
-@pytest.mark.parametrize("name", structure.READING_PATH)
-def test_the_reading_path_exists(name):
-  assert (structure.PACKAGE / name).is_file()
+def test_the_reading_path_is_short_and_as_contributing_says():
+  """`python -m tests.structure` writes it."""
+  table = structure.reading_path()
+  text = structure.PACKAGE.with_name("CONTRIBUTING.md").read_text()
+  assert table in text
+  assert int(table.rpartition("| together |")[2].strip(" |")) <= 3000
 
 
 def test_functions_are_short_or_have_headings():

@@ -20,13 +20,14 @@ _PAGE = """\
 Every key with its default, printed by `python -m resnet_flax.run.help_text`
 from the table in [`resnet_flax/run/config.py`](../resnet_flax/run/config.py). A
 config file sets keys; so does the command line, after `--config`:
-`--config.model.depth=56`. `--help` shows all keys, `--help=model` shows a part.
+`--config.model.depth=56`.
 
 A run must be resumed with the configuration that it was started with. Keys that
 may differ do not change the results. Besides, a larger `num_epochs` makes a run
 [longer](resume.md#make-a-run-longer) where its schedule allows it. The command
 must name the old folder (`--workdir`). A key that only some networks
-(`model.name`) read must keep its default in the others.
+(`model.name`) or optimizers (`optimizer.name`) read must keep its default in
+the others.
 """
 _TABLE = """
 ## {}
