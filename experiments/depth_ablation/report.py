@@ -9,8 +9,9 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.depth_ablation import degradation
 from experiments.tools import markdown, runs as runs_lib
-from resnet_flax.run import folder, load
+from resnet_flax.run import errors as errors_lib, folder, keys, load
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -36,10 +37,18 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
 
   `train_error` and `test_error` of the final weights in inference mode, and
   `train_errors` and `test_errors` of the epochs, in percent. The training
-  errors of epochs are means over a network that changes.
+  errors of epochs are means over a network that changes. Raises `SystemExit` if
+  a run is no cell of degradation.py.
   """
   cells = []
   for run, config, records in runs_lib.finished(workdir):
+    flat = keys.to_flat(config)
+    own = {key: flat[key] for key in degradation.OVERRIDES}
+    if differing := errors_lib.differences(own, degradation.OVERRIDES):
+      raise SystemExit(
+        f"error: {run} is no cell of degradation.py: {', '.join(differing)}."
+        " Pass the --workdir of that sweep."
+      )
     scores = load.evaluate_workdir(run, "latest", split="train")
     curves = {
       f"{split}_errors": [

@@ -77,7 +77,10 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
 
 
 def kill_rows(workdirs: list[Any]) -> list[Row]:
-  """Makes a row for each phase in which signals ended a process."""
+  """Makes a row for each phase in which signals ended a process.
+
+  And one for runs that no signal hit if they failed or have other results.
+  """
   rows = []
   hits = collections.defaultdict(list)
   after: dict[str, dict[int, int | None]] = collections.defaultdict(dict)
@@ -106,6 +109,15 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
         not problems and not different,
       )
     )
+  wrong = [
+    workdir
+    for workdir in workdirs
+    if workdir["different_bytes"] != 0
+    and not any(map(_was_hit, workdir["attempts"]))
+  ]
+  if wrong:
+    text = "a run failed or differs"
+    rows.append(Row("Not killed", len(wrong), text, None, "", False))
   return rows
 
 

@@ -390,6 +390,7 @@ def lost_disks(case: Case) -> None:
     ended = case.end(process)
     if ended.code == 0:
       break
+    case.expect(ended.code == -signal.SIGKILL, f"code {ended.code}")
     case.injected += 1
     shutil.rmtree(case.workdir, ignore_errors=True)
   case.expect(_copied(folder), "nothing was copied")

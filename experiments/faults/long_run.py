@@ -22,7 +22,12 @@ import numpy as np
 from absl import flags
 
 from experiments.faults import harness
-from resnet_flax.run import files as files_lib, process, surroundings
+from resnet_flax.run import (
+  environment,
+  files as files_lib,
+  process,
+  surroundings,
+)
 
 _FOLDER = flags.DEFINE_string("folder", "runs/long_run", "Folder of both runs.")
 _MINUTES = flags.DEFINE_float(
@@ -129,6 +134,7 @@ def main(argv: list[str]) -> None:
   files_lib.write_json(
     folder / "results.json",
     {
+      "environment": environment.describe([]),
       "arguments": arguments,
       "different_bytes": different,
       "compared_bytes": sum(value.nbytes for value in found[0].values()),

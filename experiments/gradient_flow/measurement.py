@@ -7,12 +7,13 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import base
 from experiments.tools import records as records_lib
 from experiments.tools.records import Record
-from resnet_flax import data, train
+from resnet_flax import data, step as step_lib, train
 from resnet_flax.parallel import networks, program
 from resnet_flax.run import experiment as experiment_lib, layer_norms, rules
 
@@ -83,6 +84,13 @@ def cells(
   return found
 
 
+def _step(experiment: step_lib.Experiment, state: step_lib.TrainState, *more):
+  """`layer_norms.measured_step`, whose sums are those of this step alone."""
+  zeros = jax.tree.map(jnp.zeros_like, state.epoch_sums)
+  state = state.replace(epoch_sums=zeros)
+  return layer_norms.measured_step(experiment, state, *more)
+
+
 def measure(
   config: ConfigDict,
   measure_at: Sequence[int],
@@ -102,7 +110,7 @@ def measure(
   key = train.augmentation_key(layout)
   measured_step = program.compile_function(
     "training step that measures",
-    functools.partial(layer_norms.measured_step, experiment),
+    functools.partial(_step, experiment),
     layout,
     program.step_arguments(experiment, state, config.batch_size, key, layout),
     donate=True,
@@ -114,20 +122,15 @@ def measure(
   results: list[Record] = [
     {"seed": seed, "measured": []} for seed in layout.seeds
   ]
-  sums = [0.0] * len(results)
-  steps_per_epoch = experiment.learning_rate.steps_per_epoch
   for step, batch in enumerate(itertools.islice(batches, measure_at[-1] + 1)):
     state, step_metrics, norms = measured_step(state, *batch, key)
     of_seeds = zip(layout.get(step_metrics), layout.get(norms), strict=True)
     for k, (reported, of_seed) in enumerate(of_seeds):
-      # The sums are those of the epoch so far.
-      before = sums[k] if step % steps_per_epoch else 0.0
-      sums[k] = float(reported.sums["loss"])
       if step in measure_at:
         results[k]["measured"].append(
           {
             "step": step,
-            "loss": _rounded((sums[k] - before) / config.batch_size),
+            "loss": _rounded(float(reported.sums["loss"]) / config.batch_size),
             **{
               name: [_rounded(float(x)) for x in getattr(of_seed, name)]
               for name in QUANTITIES

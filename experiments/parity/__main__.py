@@ -23,15 +23,16 @@ import numpy as np
 from configs import v1_depth20
 from experiments.parity import checks
 from resnet_flax import data
-from resnet_flax.run import environment, files as files_lib
+from resnet_flax.run import environment, files as files_lib, huge_pages
 
 _FOLDER = pathlib.Path(__file__).parent
 
 
 def _run(command: list[object]) -> None:
-  quiet = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+  own = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+  own["KERAS_BACKEND"] = "tensorflow"
   subprocess.run(
-    [str(part) for part in command], env=os.environ | quiet, check=True
+    [str(part) for part in command], env=os.environ | own, check=True
   )
 
 
@@ -47,23 +48,20 @@ def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(arguments: argparse.Namespace, dataset: data.Dataset) -> None:
-  """Trains what is missing, seed by seed, and keeps records and environment."""
+  """Trains what is missing, seed by seed; keeps records and environments."""
   workdir = arguments.workdir.absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   arrays = workdir / "cifar10.npz"
-  if not arrays.exists():
-    (x, y), (x_test, y_test) = (
-      split.take(np.arange(len(split)))
-      for split in (dataset.train, dataset.test)
-    )
-    np.savez(
-      arrays,
-      train_images=x,
-      train_labels=y,
-      test_images=x_test,
-      test_labels=y_test,
-    )
-  files_lib.write_json(workdir / "environment.json", _environment(arguments))
+  (x, y), (x_test, y_test) = (
+    split.take(np.arange(len(split))) for split in (dataset.train, dataset.test)
+  )
+  np.savez(
+    arrays,
+    train_images=x,
+    train_labels=y,
+    test_images=x_test,
+    test_labels=y_test,
+  )
   epochs = arguments.epochs
   for seed in range(arguments.seeds):
     finished = workdir / f"keras-seed{seed}.jsonl"
@@ -74,6 +72,9 @@ def train(arguments: argparse.Namespace, dataset: data.Dataset) -> None:
         arguments,
         *(f"--data={arrays}", f"--out={part}"),
         *(f"--epochs={epochs}", f"--seed={seed}"),
+      )
+      files_lib.write_json(
+        finished.with_suffix(".environment.json"), _environment(arguments)
       )
       part.rename(finished)
     _run(
@@ -119,4 +120,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  # Both programs inherit the setting.
+  huge_pages.use()
   main()

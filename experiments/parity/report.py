@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.tools import markdown, runs as runs_lib
+from resnet_flax.run import folder
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -28,19 +29,17 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
   """What is kept of each finished training.
 
   The `program`, 'Keras' or 'resnet_flax', the `seed`, the `records` of all
-  epochs, and the machine's `environment`.
+  epochs, and its own `environment`.
   """
   trainings = [
-    ("resnet_flax", config.seed, records)
-    for _, config, records in runs_lib.finished(workdir)
+    ("resnet_flax", config.seed, records, folder.read_environment(run))
+    for run, config, records in runs_lib.finished(workdir)
   ]
   for path in workdir.glob("keras-seed*.jsonl"):  # Unfinished ones are .part.
     records = [json.loads(line) for line in path.read_text().splitlines()]
     seed = int(path.stem.removeprefix("keras-seed"))
-    trainings.append(("Keras", seed, records))
-  if not trainings:
-    return []
-  environment = json.loads((workdir / "environment.json").read_text())
+    where = json.loads(path.with_suffix(".environment.json").read_text())
+    trainings.append(("Keras", seed, records, where))
   return [
     {
       "program": program,
@@ -48,7 +47,7 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
       "records": [{k: r[k] for k in _KEPT} for r in records],
       "environment": environment,
     }
-    for program, seed, records in trainings
+    for program, seed, records, environment in trainings
   ]
 
 
@@ -71,6 +70,8 @@ def _scores(run: list[dict[str, float]]) -> dict[str, float]:
 
 def table(runs: list[runs_lib.Run]) -> str:
   """Final and best test accuracy, objective and time, as Markdown."""
+  if len({len(run["records"]) for run in runs}) > 1:
+    raise ValueError("trainings of unequal length cannot be compared")
   sides = [[*map(_scores, _records_of(runs, name))] for name in _STYLES]
   cells = []
   for title in (sides[0] or sides[1])[0]:

@@ -64,18 +64,20 @@ def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
 
 def table(runs: list[Run]) -> str:
   """Last epoch's accuracies; minutes are those of seed 0."""
-  rows = [
-    [
-      f"`{recipe}`",
-      len(found[0]["accuracies"]),
-      markdown.mean_and_std([run["accuracies"][-1] for run in found], ".2f"),
-      markdown.mean_and_std([run["unflipped"] for run in found], ".2f"),
-      len(found),
-      f"{found[0]['images_per_second']:.0f}",
-      f"{found[0]['minutes'][-1]:.1f}",
-    ]
-    for recipe, found in by_recipe(runs)
-  ]
+  rows = []
+  for recipe, found in by_recipe(runs):
+    speed, minutes = found[0]["images_per_second"], found[0]["minutes"][-1]
+    is_timed = found[0]["seed"] == 0
+    rows.append(
+      [
+        f"`{recipe}`",
+        len(found[0]["accuracies"]),
+        markdown.mean_and_std([run["accuracies"][-1] for run in found], ".2f"),
+        markdown.mean_and_std([run["unflipped"] for run in found], ".2f"),
+        len(found),
+        *([f"{speed:.0f}", f"{minutes:.1f}"] if is_timed else ["–", "–"]),
+      ]
+    )
   titles = (
     *("recipe", "epochs", "test accuracy %", "without mirror images", "n"),
     *("images/s", "minutes"),

@@ -63,8 +63,7 @@ def main(argv: list[str]) -> None:
   print(measurement.table(rounds, memory))
   if flags.out:
     results = {
-      "cpu": environment.cpu()["cpu_model"],
-      "threads": environment.num_cpu_threads(),
+      "environment": environment.describe([]),
       "images": len(split),
       "workers": flags.workers,
       "rounds": rounds,

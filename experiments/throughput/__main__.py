@@ -143,12 +143,13 @@ def windows(
   """
   for round_number in range(flags.rounds):
     # The order alternates, so that the machine's drift favours no program.
-    order = list(workers)[:: -1 if round_number % 2 else 1]
+    turn = -1 if round_number % 2 else 1
+    order = list(workers)[::turn]
     print(f"round {round_number + 1}/{flags.rounds}", file=sys.stderr)
     for program in order:
       worker = workers[program]
       others = [each for each in workers.values() if each is not worker]
-      for kind in worker.facts["kinds"]:
+      for kind in worker.facts["kinds"][::turn]:
         before = sum(each.cpu_seconds() for each in others)
         answer = worker.ask(f"{kind} {LENGTHS[kind] * flags.seconds}")
         waiting = sum(each.cpu_seconds() for each in others) - before

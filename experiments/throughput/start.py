@@ -20,6 +20,7 @@ import jax
 from absl import flags
 
 from experiments.throughput import report
+from resnet_flax import data
 from resnet_flax.run import (
   command_line,
   environment,
@@ -68,7 +69,8 @@ def main(argv: list[str]) -> None:
   """Measures, prints a table and writes the raw figures."""
   del argv
   surroundings.set_up()
-  command_line.config_and_workdir()
+  config, _ = command_line.config_and_workdir()
+  data.load(config.dataset)  # Decodes the images, if they are not cached.
   ours = ("--rounds", "--out")
   arguments = [each for each in sys.argv[1:] if not each.startswith(ours)]
   with tempfile.TemporaryDirectory() as cache:

@@ -60,7 +60,10 @@ def report(
   kept = {key(run): run for run in [*earlier, *found]}
   runs = [kept[each] for each in sorted(kept)]
   # Before anything is written: these may be another experiment's runs.
-  drawn, rows = draw(runs), table(runs)
+  try:
+    drawn, rows = draw(runs), table(runs)
+  except ValueError as error:
+    parser.error(f"--workdir={workdir} does not fit {raw_file.name}: {error}")
   files_lib.write_json(raw_file, runs)
   drawn.savefig(raw_file.with_name(figure), dpi=110)
   markdown.update(raw_file.with_name("README.md"), name, command, rows)

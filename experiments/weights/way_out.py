@@ -214,12 +214,12 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
   """Measures the networks that --out lacks, and prints all as a table."""
-  arguments, results = parse("experiments.weights.way_out", "torch", "keras")
+  program = "experiments.weights.way_out"
+  arguments, results = parse(program, NAMES, "torch", "keras")
   for name in NAMES:
     is_torch, overrides = name in TORCH, (TORCH | KERAS)[name]
     python = arguments.torch_python if is_torch else arguments.keras_python
-    chosen = not arguments.names or name in arguments.names.split(",")
-    if python and chosen and name not in results:
+    if python and name in arguments.names and name not in results:
       results[name] = measure(name, python, overrides)
       print(name, results[name], flush=True)
       files_lib.write_json(arguments.out, results)

@@ -5,6 +5,7 @@ Entries are built beside their final name and renamed, so a half-written entry
 is never found. An entry that fails its check is rebuilt.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -47,7 +48,8 @@ def cached(
       # Another process may have stored this entry meanwhile and may be reading
       # it, so only a damaged entry is replaced.
       if os.path.lexists(entry) and not _open(entry):
-        os.replace(entry, temporary / "damaged")
+        with contextlib.suppress(FileNotFoundError):  # It was faster.
+          os.replace(entry, temporary / "damaged")
       if not os.path.lexists(entry):
         try:
           os.replace(made, entry)

@@ -4,6 +4,7 @@ An official archive (binary version) is read only if its digest is right.
 Layout: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -216,8 +217,9 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
     builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
   # TFDS and ArrayRecord raise exceptions of their own for disk errors.
   except Exception as error:
-    if folder := prepared.find(name, root):
-      return folder  # Another process was faster.
+    with contextlib.suppress(errors.DataError):
+      if folder := prepared.find(name, root):
+        return folder  # Another process was faster.
     raise errors.DataError(
       f"{name} cannot be prepared in {root} ({errors.one_line(error)})."
       f" {prepared.SET_DATA_DIR} a directory that can be written."

@@ -88,8 +88,6 @@ def _check(parts: Parts) -> None:
   classes = parts["train"].keys()
   if len(classes) < 2:
     raise ValueError(f"it must have two class folders, not {[*classes]}")
-  if {"val", "validation"} <= parts.keys():
-    raise ValueError("it has val and validation; one of them must go")
   for part, of_classes in parts.items():
     for each in sorted(classes ^ of_classes.keys()):
       raise ValueError(f"class {each!r} is in only one of train and {part}")
@@ -158,6 +156,8 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
   text = "pictures in %s: %s; %d other files are ignored"
   _logger.info(text, root, counts, num_others)
+  if len(parts) > 3:
+    _logger.warning("warning: beside val and test, validation is not used")
   paths = [path for each in sources for path in each.paths]
   sizes = [os.stat(path).st_size for path in paths]
   is_small = sum(sizes) <= files.READ_WHOLE

@@ -323,9 +323,10 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def file_digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
-  """The SHA-256 of a checkpoint's files, by name, as it was saved."""
-  path = workdir / "checkpoints" / str(step) / _MANIFEST
-  return files_lib.parse_object(files_lib.read_bytes(path)).get("files", {})
+  """The SHA-256 of a checkpoint's files, by name; `WorkdirError` if damaged."""
+  path = workdir / "checkpoints" / str(step)
+  files = _checked_manifest(path)["files"]
+  return files | {_MANIFEST: files_lib.digest_of(path / _MANIFEST)}
 
 
 def _state_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -209,7 +209,8 @@ _KEYS = (
     " (torchvision, v1.5), not in its first 1x1 (the paper)."
   ),
   Key("model.gate_bias", -2.0, number(-100, 100), ("highway",)).means(
-    "Initial bias of the transform gates; He et al. 2016 need -6 at depth 110."
+    "Initial bias of the transform gates. In He et al. 2016, depth 110 fails"
+    " with 0 to -5 and trains with -6."
   ),
   Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
     "The layers' normalisation; group_norm is that of Wu and He 2018."

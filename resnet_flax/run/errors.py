@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
 # bucket and a backslash for a Windows folder, anywhere in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
-# What `leave` does first, since it skips atexit's.
+# What `end` does, since it skips what `atexit` knows.
 at_end: list[Callable[[], object]] = []
 LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
@@ -108,6 +108,11 @@ def leave(message: str, exit_code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # The disk is full.
       print(f"error: {message}", file=stream, flush=True)
       break
+  end(exit_code)
+
+
+def end(exit_code: int) -> NoReturn:
+  """Ends the process without a line; see `leave`."""
   for each in at_end:
     each()
   os._exit(exit_code)

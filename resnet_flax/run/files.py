@@ -31,10 +31,9 @@ def open_regular(path: pathlib.Path) -> io.BufferedReader:
 def read_bytes(path: pathlib.Path, limit: int = _LARGEST) -> bytes:
   """The content of a regular file; `ValueError` if it has more bytes."""
   with open_regular(path) as file:
-    content = file.read(limit + 1)
-  if len(content) > limit:
-    raise ValueError(f"it has more than {limit} bytes")
-  return content
+    if os.fstat(file.fileno()).st_size > limit:
+      raise ValueError(f"it has more than {limit} bytes")
+    return file.read()
 
 
 def read_text(path: pathlib.Path, limit: int = 1 << 20) -> str:

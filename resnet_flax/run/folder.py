@@ -204,7 +204,7 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     finally:
       # Still locked, so that a waiting process notices that the file is gone.
       with contextlib.suppress(OSError):
-        if not _is_taken(path):
+        if not is_taken(workdir):
           path.unlink()
 
 
@@ -212,8 +212,9 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
 _WRITTEN: dict[pathlib.Path, bytes] = {}
 
 
-def _is_taken(path: pathlib.Path) -> bool:
-  """Whether a lock's file is another process's, in a folder made anew."""
+def is_taken(workdir: pathlib.Path) -> bool:
+  """Whether a workdir that this process has locked is another one's by now."""
+  path = workdir / "lock"
   try:
     # One that is empty is about to be written.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
@@ -386,10 +387,10 @@ def check_not_removed(workdir: pathlib.Path) -> None:
 
   Orbax would make another folder in its place, without the run's other files.
   """
-  if _is_taken(lock := workdir / "lock"):
+  if is_taken(workdir):
     raise errors.WorkdirError(
-      f"workdir {workdir} was removed, and is now used by {_owner(lock)}."
-      " This run ends and saves nothing more."
+      f"workdir {workdir}, or its lock, was removed; it is now used by"
+      f" {_owner(workdir / 'lock')}. This run ends and saves nothing more."
     )
   try:
     os.stat(workdir / "config.json")

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -141,7 +141,8 @@ class Mirror:
   Entering refuses an address that another run uses, and fills a workdir that is
   behind. From then on a thread copies complete files; training waits for it
   only at the end. `check` gets a folder with the mirrored configuration, and
-  must refuse another run's.
+  must refuse another run's. `is_taken` says whether the workdir is another's by
+  now.
   """
 
   def __init__(
@@ -149,16 +150,19 @@ class Mirror:
     url: str,
     workdir: pathlib.Path,
     check: Callable[[pathlib.Path], None] = lambda folder: None,
+    is_taken: Callable[[], bool] = lambda: False,
   ):
-    self._workdir, self._check = workdir, check
+    self._workdir, self._check, self._is_taken = workdir, check, is_taken
     self._store = _Store(url)
     self._owner = {
       "run": uuid.uuid4().hex,
       "host": socket.gethostname(),
       "pid": os.getpid(),
     }
-    # Digests of complete files at the address.
+    # Digests of complete files at the address, and those of its latest state.
     self._stored: set[str] = set()
+    self._latest: dict[str, str] = {}
+    self._damaged: set[int] = set()  # Steps that were warned of.
     self._pushed: dict[str, Any] | None = None  # The files of the last copy.
     self._number = 0
     self._beaten = 0.0  # The time of the last heartbeat in owner.json.
@@ -209,6 +213,7 @@ class Mirror:
       self._check_run(states)
     # What is gone at the address is written again.
     self._stored = _digests(states) & self._store.names("files")
+    self._latest = states[0].files if states else {}
 
   def _check_run(self, states: list[_State]) -> None:
     """Refuses an address whose run is another: copies would replace its own."""
@@ -224,13 +229,13 @@ class Mirror:
   def _claim(self) -> None:
     owner = self._read_owner()
     age = time.time() - owner.get("time", 0)
-    # A time to come is of a clock that was wrong.
-    if 0 <= age < _FRESH and not _has_ended(owner):
+    # Clocks differ; a time far ahead is of one that was wrong.
+    if abs(age) < _FRESH and not _has_ended(owner):
       raise errors.WorkdirError(
         f"checkpoint.mirror={self._store.url} is in use by process"
-        f" {owner['pid']} on {owner['host']}, last heard of {age:.0f} s ago."
-        f" Stop it; if it is gone, wait {_FRESH - age:.0f} s, or pass another"
-        " address."
+        f" {owner['pid']} on {owner['host']}, last heard of {max(age, 0):.0f} s"
+        f" ago. Stop it; if it is gone, wait {_FRESH - age:.0f} s, or pass"
+        " another address."
       )
     self._beat()
 
@@ -301,13 +306,13 @@ class Mirror:
       with contextlib.suppress(FileNotFoundError):
         for name in seen:
           _link(self._workdir / name, folder / name)
-      if self._look() != seen:
+      if self._is_taken():
+        self._abandoned = True
+      if self._abandoned or self._look() != seen:
         return False
-      digests = _digests_in(folder, seen)
+      digests = self._digests_in(folder)
       for name, digest in digests.items():
         if digest not in self._stored and self._keep():
-          if files.digest_of(folder / name) != digest:
-            raise OSError(f"{self._workdir / name} is damaged")
           self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
       state = _State(self._number + 1, progress(folder), digests)
@@ -316,8 +321,33 @@ class Mirror:
     content = json.dumps(dataclasses.asdict(state)).encode()
     self._store.write(f"states/{_state_name(state.number, content)}", content)
     self._number, self._pushed = state.number, seen
+    self._latest = digests
     self._remove_old()
     return True
+
+  def _digests_in(self, folder: pathlib.Path) -> dict[str, str]:
+    """The SHA-256 of a state's files.
+
+    A damaged checkpoint is left out, and is removed from `folder`; but if the
+    latest state has a good copy, that stays.
+    """
+    paths = [folder / name for name in _FILES if (folder / name).exists()]
+    digests = {path.name: files.digest_of(path) for path in paths}
+    for step in checkpoint.steps(folder):
+      start = f"checkpoints/{step}/"
+      try:
+        of_step = checkpoint.file_digests(folder, step)
+        digests |= {start + name: digest for name, digest in of_step.items()}
+      except errors.WorkdirError as error:
+        if step not in self._damaged:
+          _logger.warning("warning: it is not copied: %s", error)
+          self._damaged.add(step)
+        there = {k: v for k, v in self._latest.items() if k.startswith(start)}
+        if there and self._stored.issuperset(there.values()):
+          digests |= there
+        else:
+          shutil.rmtree(folder / "checkpoints" / str(step))
+    return digests
 
   def _look(self) -> dict[str, tuple[int, int]]:
     """The complete files of the workdir; time and size tell of changes."""
@@ -342,19 +372,6 @@ class Mirror:
       self._store.remove(f"states/{name}")
     for digest in there - used:
       self._store.remove(f"files/{digest}")
-
-
-def _digests_in(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-  """The files' SHA-256. A checkpoint's are as it was saved.
-
-  So a file that was damaged since then takes no good copy's place.
-  """
-  saved = {
-    f"checkpoints/{step}/{name}": digest
-    for step in checkpoint.steps(folder)
-    for name, digest in checkpoint.file_digests(folder, step).items()
-  }
-  return {n: saved.get(n) or files.digest_of(folder / n) for n in names}
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -1,6 +1,5 @@
 """Common to all command lines: their start, their end and --workdir."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -48,7 +47,7 @@ def run(
   except KeyboardInterrupt as error:
     _stop(getattr(error, "number", signal.SIGINT))
   except BrokenPipeError:
-    os._exit(0)  # Whoever reads the output, such as `head`, has seen enough.
+    errors.end(0)  # Whoever reads the output, such as `head`, has seen enough.
   except (RuntimeError, AssertionError):
     surroundings.check_platform()
     raise

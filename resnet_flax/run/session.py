@@ -86,7 +86,10 @@ class Session:
         check = functools.partial(
           folder.check_same, config=self._config, mirror=address
         )
-        self._stack.enter_context(mirror.Mirror(address, self._workdir, check))
+        is_taken = functools.partial(folder.is_taken, self._workdir)
+        self._stack.enter_context(
+          mirror.Mirror(address, self._workdir, check, is_taken)
+        )
       self._checkpoints = self._stack.enter_context(
         checkpoint.Checkpoints(
           self._workdir, best_steps=self._best_steps, on_event=self._saving

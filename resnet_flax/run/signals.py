@@ -34,7 +34,7 @@ class StopSignals:
 
   Inside `hold()` the first signal waits for `check`, which the loop calls.
   Otherwise the exception would hit libraries with an event loop, such as Orbax,
-  in the middle of their work. A second signal never waits.
+  in the middle of their work. A second signal, 0.05 s later, never waits.
 
   Does nothing outside the main thread, where Python delivers no signals.
   Ignored signals stay ignored: Ctrl-C in a background job, SIGHUP under nohup.

@@ -28,6 +28,7 @@ from resnet_flax.run import (
   files as files_lib,
   process,
   rules,
+  signals,
   surroundings,
 )
 from resnet_flax.tools import new_folder
@@ -132,7 +133,9 @@ def _run(argv: list[str]) -> None:
     )
   config, default_workdir = command_line.config_and_workdir()
   workdir = process.WORKDIR.value or default_workdir
-  done = convert(source, config, workdir)
+  # A signal first removes half-written files, then ends the process.
+  with signals.StopSignals():
+    done = convert(source, config, workdir)
   others = f"{len(done.passed_over)} skipped that are not weights"
   surroundings.show(f"Source: {done.title}")
   surroundings.show(f"Arrays: {done.num_arrays} used, each once; {others}")

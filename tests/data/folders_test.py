@@ -183,6 +183,13 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
   assert not set(dataset.train.indices) & set(dataset.validation.indices)
 
 
+def test_a_second_validation_part_is_not_used_without_a_word(tmp_path, caplog):
+  root = make(tmp_path, ("train", "val", "validation", "test"))
+  dataset = load(root)
+  assert len(dataset.validation) == len(dataset.test) == 36
+  assert "beside val and test, validation is not used" in caplog.text
+
+
 # ---- What is refused
 
 
@@ -209,13 +216,6 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
     (
       lambda root: shutil.rmtree(root / "train" / "red"),
       "is in only one of train",
-    ),
-    (
-      lambda root: [
-        shutil.copytree(root / "test", root / name)
-        for name in ("val", "validation")
-      ],
-      "it has val and validation; one of them must go",
     ),
     (lambda root: shutil.rmtree(root / "test" / "red"), "class 'red'"),
     (lambda root: (root / "test" / "pink").mkdir(), "class 'pink'"),

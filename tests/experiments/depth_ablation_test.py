@@ -94,8 +94,9 @@ def test_figure_has_two_curves_of_each_seed():
 
 
 def test_finished_runs_are_scored_in_inference_mode(
-  tiny_config, tmp_path, one_device
+  tiny_config, tmp_path, one_device, monkeypatch
 ):
+  monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 2})
   train.train_and_evaluate(tiny_config, tmp_path / "a", devices=one_device)
   (cell,) = report.collect(tmp_path)
   assert (cell["network"], cell["depth"], cell["seed"]) == ("resnet_v1", 8, 0)
@@ -103,3 +104,7 @@ def test_finished_runs_are_scored_in_inference_mode(
   # All 32 images, with the final weights.
   scores = load.evaluate_workdir(tmp_path / "a", "latest", split="train")
   assert cell["train_error"] == pytest.approx(100 * (1 - scores["accuracy"]))
+  # Those of sweep.py have the same networks, depths and seeds.
+  monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 32})
+  with pytest.raises(SystemExit, match=r"num_epochs \(2 there, 32 here\)"):
+    report.collect(tmp_path)

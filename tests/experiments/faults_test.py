@@ -138,6 +138,14 @@ def test_a_signal_in_vain_is_no_hit():
   assert row.injected == 1
 
 
+@pytest.mark.parametrize("different", [None, 3])
+def test_a_run_that_no_signal_hit_is_looked_at(different):
+  ended = {"signal": None, "phase": None, "exit_code": int(different is None)}
+  workdir = {"attempts": [ended], "different_bytes": different}
+  (row,) = faults.kill_rows([workdir])
+  assert not row.as_expected
+
+
 def test_a_run_that_did_not_finish_is_not_as_expected():
   workdir = {
     "attempts": [attempt(signal.SIGKILL, "training", -9)],
@@ -184,7 +192,7 @@ def test_a_small_part(tmp_path):
     attempt["signal"]
     for workdir in found["killed"]
     for attempt in workdir["attempts"]
-    if attempt["signal"]
+    if faults._was_hit(attempt)
   ]
   assert len(hits) == 1
   assert all(row["different_bytes"] == 0 for row in found["table"])

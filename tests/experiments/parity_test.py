@@ -45,7 +45,7 @@ def keras_example():
   return keras_example
 
 
-def test_the_schedule_is_scaled_as_ours(keras_example):
+def test_the_schedule_is_scaled_as_ours(keras_example, monkeypatch):
   source = keras_example.scaled(EXAMPLE, 20)
   assert "epochs = 20\n" in source
   assert "monitor='val_accuracy'" in source
@@ -53,6 +53,10 @@ def test_the_schedule_is_scaled_as_ours(keras_example):
   rates = [schedule(epoch) for epoch in range(20)]
   expected = [1e-3] * 9 + [1e-4] * 4 + [1e-5] * 4 + [1e-6] * 2 + [5e-7]
   assert rates == expected
+  monkeypatch.setattr(checks, "EPOCHS", 20)
+  config = v1_depth20.get_config()
+  config.num_epochs = 20
+  np.testing.assert_allclose(checks._rates(config), expected, rtol=1e-6)
   with pytest.raises(SystemExit, match="another file"):
     keras_example.scaled(EXAMPLE.replace("200", "100"), 20)
 
@@ -105,11 +109,11 @@ def record(accuracy):
 
 
 def test_finished_seeds_are_compared(tmp_path):
-  (tmp_path / "environment.json").write_text("{}")
   sides = [0.5, 0.52, 0.51], [0.52, 0.53, 0.57]
   for seed, (theirs, ours) in enumerate(zip(*sides, strict=True)):
     lines = [json.dumps(record(each)) + "\n" for each in (0.6, theirs)]
     (tmp_path / f"keras-seed{seed}.jsonl").write_text("".join(lines))
+    (tmp_path / f"keras-seed{seed}.environment.json").write_text("{}")
     folder = tmp_path / f"ours-seed{seed}"
     workdirs.write(folder, [0.6, ours], seed=seed, num_epochs=2)
   # These are not finished.
@@ -132,7 +136,6 @@ def test_finished_seeds_are_compared(tmp_path):
 
 def test_the_trainings_of_one_side_are_shown(tmp_path):
   """Those of the other may come from another day's --workdir."""
-  (tmp_path / "environment.json").write_text("{}")
   workdirs.write(tmp_path / "ours-seed0", [0.6, 0.7], num_epochs=2)
   results = report.collect(tmp_path)
   row = report.table(results).splitlines()[2]

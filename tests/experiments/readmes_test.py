@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 
 import pytest
 
@@ -13,6 +12,7 @@ from experiments.faults import case
 from experiments.seeds import measurement as seeds
 from experiments.streaming import measurement as streaming
 from experiments.throughput import report
+from experiments.tools import markdown
 from resnet_flax.run import metrics
 from tests.helpers import ROOT
 
@@ -29,11 +29,6 @@ def records(name):
   return [json.loads(x) for x in (FOLDER / name).read_text().splitlines()]
 
 
-def mean_and_std(values, digits):
-  mean, std = statistics.mean(values), statistics.stdev(values)
-  return f"{mean:.{digits}f} ± {std:.{digits}f}"
-
-
 def depth_ablation():
   cells = read("depth_ablation/degradation.json")
   yield from degradation.table(cells).splitlines()
@@ -46,9 +41,10 @@ def depth_ablation():
       cells = [f"`{name}`", str(depth)]
       for split in ("train", "test"):
         errors = [100 * (1 - each[f"{split}_accuracy"]) for each in last]
-        cells.append(mean_and_std(errors, 1))
+        cells.append(markdown.mean_and_std(errors, ".1f"))
       for split in ("train", "test"):
-        cells.append(mean_and_std([each[f"{split}_loss"] for each in last], 3))
+        losses = [each[f"{split}_loss"] for each in last]
+        cells.append(markdown.mean_and_std(losses, ".3f"))
       yield f"| {' | '.join(cells)} |"
 
 
@@ -91,7 +87,7 @@ def seed_tables():
     cells = [
       str(epoch),
       ", ".join(f"{value:.4f}" for value in each),
-      mean_and_std(each, 4),
+      markdown.mean_and_std(each, ".4f"),
       f"{record['test_ensemble_accuracy']:.4f}",
     ]
     yield f"| {' | '.join(cells)} |"
@@ -140,10 +136,12 @@ def measured_rows(text):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_is_that_of_the_raw_files(name):
   text = (FOLDER / name / "README.md").read_text().replace("**", "")
-  shown = [row for row in measured_rows(text) if not row.startswith("| ---")]
-  made = set(TABLES[name]())
+  shown = {row for row in measured_rows(text) if not row.startswith("| ---")}
+  made = {row for row in TABLES[name]() if row.startswith("|")}
   assert shown
-  assert set(shown) <= made
+  assert shown <= made
+  # Nor is one left out.
+  assert made <= set(text.splitlines())
 
 
 def test_every_experiment_is_looked_at():

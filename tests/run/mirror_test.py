@@ -22,7 +22,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from resnet_flax import train
-from resnet_flax.run import errors, files, folder, mirror
+from resnet_flax.run import checkpoint, errors, files, folder, mirror
 from tests.helpers import assert_same_run, at_event, changed
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,9 +71,13 @@ def address(request, tmp_path, monkeypatch):
 def save(workdir, step, records):
   """What a run has written after so many steps."""
   folder = workdir / "checkpoints" / str(step)
-  (folder / "state").mkdir(parents=True, exist_ok=True)
-  (folder / "state" / "array").write_bytes(step.to_bytes(4, "big") * 1000)
-  (folder / "manifest.json").write_text("{}")
+  array = folder / "state" / "array"
+  array.parent.mkdir(parents=True, exist_ok=True)
+  array.write_bytes(step.to_bytes(4, "big") * 1000)
+  manifest = {"format": checkpoint._FORMAT, "step": step}
+  manifest["files"] = {"state/array": files.digest_of(array)}
+  manifest["sha256"] = checkpoint._seal(manifest)
+  (folder / "manifest.json").write_text(json.dumps(manifest))
   (workdir / "config.json").write_text('{"seed": 0}')
   lines = (json.dumps({"epoch": k}) + "\n" for k in range(records))
   (workdir / "metrics.jsonl").write_text("".join(lines))
@@ -198,33 +202,52 @@ def test_half_a_file_is_written_again(workdir, tmp_path, is_listed):
   assert content(again) == content(workdir)
 
 
-@pytest.mark.parametrize("starts", [1, 3])
+@pytest.mark.parametrize("file", ["state/array", "manifest.json"])
+@pytest.mark.parametrize("damage", [lambda b: b.replace(b"1", b"2"), None])
 def test_a_checkpoint_that_is_damaged_here_stays_good_there(
-  workdir, tmp_path, starts
+  workdir, tmp_path, caplog, file, damage
 ):
   """Each start copies the workdir at its end, also one that is refused."""
   address = str(tmp_path / "disk")
-  save(workdir, 1, records=0)
-  array = workdir / "checkpoints" / "1" / "state" / "array"
-  manifest = {"files": {"state/array": files.digest_of(array)}}
-  array.parents[1].joinpath("manifest.json").write_text(json.dumps(manifest))
+  for step in (0x31313131, 0x32323232):
+    save(workdir, step, records=0)
   with mirror.Mirror(address, workdir):
     pass
-  good = array.read_bytes()
-  array.write_bytes(good[:-1] + b"x")
-  for _ in range(starts):
+  good, path = content(workdir), workdir / "checkpoints" / "825307441" / file
+  if damage is None:
+    path.unlink()
+  else:
+    path.write_bytes(damage(path.read_bytes()))
+  for _ in range(3):
     with mirror.Mirror(address, workdir):
       pass
+  assert "it is not copied: checkpoint" in caplog.text
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
-  assert (other / array.relative_to(workdir)).read_bytes() == good
-  # One that has no good copy there is not copied.
+  assert content(other) == good
+  # One that has no good copy there is left out.
   shutil.rmtree(tmp_path / "disk")
-  with mock.patch.object(mirror, "_AT_THE_END", 0.5):
-    with mirror.Mirror(address, workdir):
-      pass
-    assert not mirror._Store(address).states()
+  shutil.rmtree(other)
+  other.mkdir()
+  with mirror.Mirror(address, workdir):
+    pass
+  mirror.fetch(address, other)
+  assert checkpoint.steps(other) == [0x32323232]
+
+
+def test_a_workdir_that_was_begun_anew_is_not_copied(workdir, tmp_path):
+  """By a run that does not use this mirror."""
+  address = str(tmp_path / "disk")
+  taken = []
+  save(workdir, 5, records=2)
+  with mirror.Mirror(address, workdir, is_taken=lambda: bool(taken)):
+    wait_until(mirror._Store(address).states)
+    taken.append(True)
+    shutil.rmtree(workdir)
+    save(workdir, 1, records=0)
+  states = mirror._Store(address).states()
+  assert [state.progress for state in states] == [[5, 2]]
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
@@ -275,13 +298,14 @@ def test_a_mirror_is_read_while_its_run_goes_on(workdir, tmp_path, monkeypatch):
   assert content(other) == content(workdir)
 
 
-def test_a_copy_is_removed_whatever_ends_the_process(workdir, tmp_path):
+def test_a_copy_is_removed_when_a_command_ends_at_once(workdir, tmp_path):
   save(workdir, 1, records=0)
   with mirror.Mirror(str(tmp_path / "disk"), workdir):
     pass
   code = (
     "import sys; from resnet_flax.run import errors, mirror;"
-    "print(mirror.local(sys.argv[1], 'workdir')); errors.leave('no', 3)"
+    "print(mirror.local(sys.argv[1], 'workdir'), flush=True);"
+    "errors.leave('no', 3)"
   )
   ended = subprocess.run(
     [sys.executable, "-c", code, str(tmp_path / "disk")],
@@ -289,14 +313,16 @@ def test_a_copy_is_removed_whatever_ends_the_process(workdir, tmp_path):
     text=True,
   )
   assert ended.returncode == 3, ended.stderr
-  assert not os.path.exists(ended.stdout.strip())
+  copy = ended.stdout.strip()
+  assert copy
+  assert not os.path.exists(copy)
 
 
 @pytest.mark.parametrize(
-  "content", [b"", b"{", json.dumps({"time": time.time() + 1e6}).encode()]
+  "content", [b"", b"{", b'{"time": 1e12}'], ids=["empty", "torn", "ahead"]
 )
 def test_an_owner_that_says_nothing_keeps_nobody_away(
-  content, workdir, tmp_path
+  content, workdir, tmp_path, monkeypatch
 ):
   """It was killed as it wrote, or its clock was wrong."""
   address = str(tmp_path / "disk")
@@ -305,7 +331,10 @@ def test_an_owner_that_says_nothing_keeps_nobody_away(
   save(workdir, 1, records=0)
   with mirror.Mirror(address, workdir):
     wait_until(store.states)
-    store.write("owner.json", b"{")
+    monkeypatch.setattr(mirror, "_FRESH", 0.0)  # It looks at each step.
+    store.write("owner.json", content)
+    save(workdir, 2, records=1)
+    wait_until(lambda: store.states()[0].progress[0] == 2)
 
 
 def test_another_machine_is_refused_while_the_first_is_there(

@@ -248,7 +248,8 @@ def _read_hdf5(
     import h5py
 
   members: list[tuple[str, Any]] = []
-  with h5py.File(inside or path, "r") as root:
+  # Not by its path, which HDF5 would lock.
+  with inside or path.open("rb") as file, h5py.File(file, "r") as root:
     # No link is followed, and each member comes once, after its group.
     root.visititems(lambda *member: members.append(member))
     model = model or root.attrs.get("model_config", "")

@@ -206,6 +206,7 @@ def test_a_broken_config_is_named(load, tmp_path, text, words):
   ("name", "networks"),
   [
     ("sweep", {("plain", 20), ("plain", 56), ("resnet_v1", 20)}),
+    ("degradation", {("plain", 20), ("plain", 56), ("resnet_v1", 20)}),
     ("he2015", {("plain", 110), ("resnet_v1", 32), ("resnet_v1", 110)}),
     ("keras", {("resnet_v1", 110), ("resnet_v2", 56), ("resnet_v2", 110)}),
   ],

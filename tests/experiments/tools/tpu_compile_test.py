@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -20,6 +18,7 @@ from experiments.tools.tpu_compile import (
 )
 from resnet_flax.parallel import networks as seeds
 from resnet_flax.run import errors
+from tests.helpers import run_module
 
 # In the manner of libtpu's text, with what a step on a TPU has and more.
 PROGRAM = """\
@@ -108,7 +107,7 @@ def test_loops_that_count_to_a_constant():
     text = without.replace(
       "  ROOT %less = pred[]{:T(512)} constant(true)", condition
     )
-    assert text != PROGRAM
+    assert text != without
     return hlo.parse(text).count("convolution") - 1
 
   count = """\
@@ -335,17 +334,9 @@ def test_programs_for_gpus(config):
     assert step["custom_calls"] == {}
 
 
-def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.tools.tpu_compile", *arguments],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-
-
 def test_command_line_ends_in_one_line():
-  ended = run("--config=configs/v1_depth20.py", "--topology=v9:2x2")
+  flags = "--config=configs/v1_depth20.py", "--topology=v9:2x2"
+  ended = run_module("experiments.tools.tpu_compile", *flags)
   assert ended.returncode == 2
   assert re.fullmatch(r"error: --topology=v9:2x2 .*\n", ended.stderr)
 
