@@ -137,6 +137,8 @@ def settle(dataset: types.Dataset) -> types.Dataset:
 def _settle(
   split: "StreamedSplit", is_scored: bool, bad: list[tuple[Any, str]]
 ) -> types.Split:
+  if is_scored:  # A part of the training images is cut as they are.
+    split = dataclasses.replace(split, crop="none")
   size = len(split) * math.prod(split.image_shape)
   keep = split.crop == "none" and split.num_crops < crops.NUM_TEN
   keep = keep and size <= _IN_MEMORY_BYTES

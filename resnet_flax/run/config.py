@@ -120,7 +120,7 @@ _KEYS = (
   ),
   Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
     "What images that cannot be decoded do while training. skip: each is listed"
-    " and replaced by the next good one; those to be scored are left out."
+    " and replaced by the next good one; of val and test they are left out."
   ),
   Key("dataset.test_crops", 1, choice(1, 2, 10)).means(
     "Score by the mean probabilities of 2: an image and its mirror image; 10:"

@@ -295,6 +295,7 @@ def record_start(
   stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
     stored["data"] = data  # Converted weights had no data; now the run has.
+  stored.setdefault("dataset", facts)  # Nor facts.
   added = ("converted", "resumed", "dataset")
   before = {key: stored[key] for key in stored if key not in added}
   if changes := errors.differences(before, now, "{}: {} -> {}"):

@@ -92,18 +92,12 @@ def load_model(
     ConfigError: `which` is neither, or the run has no such seed.
     WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
-  local, config, experiment, states = _restore(workdir, which, weights)
-  seed = config.seed if seed is None else seed
-  if not 0 <= seed - config.seed < len(states):
-    last = config.seed + len(states) - 1
-    raise errors.ConfigError(
-      f"seed={seed} was not trained in this run: it must be from"
-      f" {config.seed} to {last}."
-    )
-  state = jax.device_put(
-    states[seed - config.seed],
-    mesh_lib.sharding(mesh_lib.create_mesh(jax.local_devices())),
+  local, config, experiment, states = _restore(
+    *(workdir, which, weights), choose=lambda seeds: _one_of(seeds, seed)
   )
+  ((seed, state),) = states.items()
+  mesh = mesh_lib.create_mesh(jax.local_devices())
+  state = jax.device_put(state, mesh_lib.sharding(mesh))
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
   names = (folder.read_facts(local) or ((),))[0]
   process = os.getpid()
@@ -172,7 +166,8 @@ def evaluate_workdir(
     `seeds`: the above for each `seed` in its own best epoch.
   """
   is_stored = config is None
-  local, config, experiment, states = _restore(workdir, which, weights, config)
+  local, config, experiment, by_seed = _restore(workdir, which, weights, config)
+  states = [*by_seed.values()]
   if is_stored:
     say_what_is_trusted(config)
   try:
@@ -250,7 +245,7 @@ def predict_test(
     opened[key] = dataset_lib.load(loaded.config.dataset)
   dataset = opened[key]
   folder.check_data(workdir, dataset.source)
-  size = loaded.config.eval_batch_size
+  size = evaluate.call_size(dataset.test, loaded.config.eval_batch_size, 1)
   everything = np.arange(len(dataset.test))
   order = [everything[start : start + size] for start in everything[::size]]
   probabilities, labels = [], []
@@ -290,15 +285,25 @@ def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
     folder.check_data(workdir, source)
 
 
+def _one_of(seeds: Sequence[int], seed: int | None) -> list[int]:
+  if seed not in (None, *seeds):
+    raise errors.ConfigError(
+      f"seed={seed} was not trained in this run: it must be from {seeds[0]} to"
+      f" {seeds[-1]}."
+    )
+  return [seeds[0] if seed is None else seed]
+
+
 def _restore(
   workdir: str | os.PathLike[str],
   which: str,
   weights: str,
   given: ConfigDict | None = None,
+  choose: Callable[[Sequence[int]], Sequence[int]] = lambda seeds: seeds,
 ) -> tuple[
-  pathlib.Path, ConfigDict, step_lib.Experiment, list[step_lib.TrainState]
+  pathlib.Path, ConfigDict, step_lib.Experiment, dict[int, step_lib.TrainState]
 ]:
-  """Folder, configuration and states, one for each seed, as NumPy arrays.
+  """Folder, configuration and the states of chosen seeds, as NumPy arrays.
 
   The folder is a mirror's copy: asked again, it might be of a later state.
   """
@@ -315,24 +320,30 @@ def _restore(
     folder.check_same(workdir, given, free=["dataset.test_crops"])
   experiment = experiment_lib.build(config, facts)
   like = experiment_lib.abstract_state(config, experiment)
+  seeds = choose(range(config.seed, config.seed + config.num_seeds))
   for tries_left in reversed(range(_TRIES)):
     try:
-      states = _read_states(workdir, which, config, like)
+      states = _read_states(workdir, which, config, like, seeds)
       break
     except errors.WorkdirError:
       if not tries_left:
         raise
       time.sleep(0.1)
-  for state in states:
+  for state in states.values():
     epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
     if weights not in (there := averaging.present(config, epochs)):
-      raise errors.WorkdirError(
-        f"{workdir} has no weights={weights} at step {state.step}, its {which}"
-        f" checkpoint's; it has {' and '.join(there)}. A run keeps averages"
-        " from its start on: --config.ema.decay=0.999, or"
+      advice = (
+        "A run keeps averages from its start on: --config.ema.decay=0.999, or"
         " --config.swa.start_epoch."
       )
-  selected = [averaging.select(state, weights) for state in states]
+      if weights in averaging.present(config, config.num_epochs):
+        advice = f"Its average begins after epoch {config.swa.start_epoch}."
+        advice += " Take the latest checkpoint (--checkpoint=latest)."
+      raise errors.WorkdirError(
+        f"{workdir} has no weights={weights} at step {state.step}, its {which}"
+        f" checkpoint's; it has {' and '.join(there)}. {advice}"
+      )
+  selected = {s: averaging.select(states[s], weights) for s in seeds}
   return workdir, config, experiment, selected
 
 
@@ -341,8 +352,9 @@ def _read_states(
   which: str,
   config: ConfigDict,
   like: step_lib.TrainState,
-) -> list[step_lib.TrainState]:
-  """The state of each seed; fails if it is removed meanwhile."""
+  seeds: Sequence[int],
+) -> dict[int, step_lib.TrainState]:
+  """The states of these seeds; fails if one is removed meanwhile."""
   try:
     there = checkpoint.steps(workdir)
   except OSError as error:
@@ -366,17 +378,18 @@ def _read_states(
       f"{workdir} has no {which} checkpoint: the best one is there after the"
       " first scored epoch, the latest one after checkpoint.every_minutes."
     )
-  if lost := sorted(set(steps) - set(there)):
+  of_seeds = {seed: steps[seed - config.seed] for seed in seeds}
+  if lost := sorted({*of_seeds.values()} - {*there}):
     raise errors.WorkdirError(
       f"{workdir} has no checkpoint of step {lost[0]}, its best epoch's;"
       f" there: {', '.join(map(str, there)) or 'none'}. Copy it there, or"
       " take the latest."
     )
   restored = {}
-  for step in set(steps):
+  for step in {*of_seeds.values()}:
     stacked, _ = checkpoint.restore(workdir, step, like)
     restored[step] = networks.unstack(stacked, config.num_seeds)
-  return [restored[step][k] for k, step in enumerate(steps)]
+  return {s: restored[step][s - config.seed] for s, step in of_seeds.items()}
 
 
 # ---- Starting from another run's weights

@@ -205,8 +205,9 @@ class Mirror:
     here = progress(self._workdir)
     # A run that was killed as it wrote its first list leaves a torn one.
     is_torn = not states and len(names) > 1
+    is_new = here <= [0, 0]  # It has at most what a run starts from.
     # Only files of these lists count as complete; others are written again.
-    if (states and states[0].progress > here) or (is_torn and not any(here)):
+    if (states and states[0].progress > here) or (is_torn and is_new):
       states = [fill(self._store, states, self._workdir, self._check)]
       _logger.info("filled %s from %s", self._workdir, self._store.url)
     else:
@@ -414,11 +415,11 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
 def progress(workdir: pathlib.Path) -> list[int]:
   """A workdir's progress: its latest checkpoint's step, its number of records.
 
-  Both start at 0; a later state of a run is greater.
+  They start at -1, for none, and at 0; a later state of a run is greater.
   """
   log = workdir / "metrics.jsonl"
   records = log.read_bytes().count(b"\n") if log.exists() else 0
-  return [max(checkpoint.steps(workdir), default=0), records]
+  return [max(checkpoint.steps(workdir), default=-1), records]
 
 
 def fill(

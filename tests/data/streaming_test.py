@@ -230,7 +230,10 @@ def test_two_crops_are_an_image_and_its_mirror_image(root, monkeypatch):
 
 
 def test_parts_of_the_training_split(root):
-  dataset = load(root, validation_examples=8, train_examples=12)
+  dataset = load(
+    root, "random_resized_crop", validation_examples=8, train_examples=12
+  )
+  assert isinstance(dataset.validation, types.ArraySplit)  # Never cut anew.
   assert (len(dataset.validation), len(dataset.train)) == (8, 12)
   assert not set(dataset.validation.indices) & set(dataset.train.indices)
   fewer = load(root, validation_examples=8, train_examples=5).train

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -102,6 +103,38 @@ def test_a_run_with_mirror_images_is_trained_as_without(run, tmp_path):
   predictions = load.predict_test(tmp_path, 0, "latest", opened={})
   correct = predictions.probabilities.argmax(-1) == predictions.labels
   assert correct.mean() == last["test_accuracy"]
+
+
+def test_all_views_of_images_count_as_a_batch(run, monkeypatch):
+  _, workdir, _ = run
+  loaded, sizes = load.load_model(workdir), []
+
+  def predict(images):
+    sizes.append(len(images))
+    return loaded.predict(images)
+
+  config = ConfigDict(loaded.config.to_dict())
+  config.dataset.test_crops = 2
+  seen = dataclasses.replace(loaded, predict=predict, config=config)
+  monkeypatch.setattr(load, "load_model", lambda *_, **__: seen)
+  load.predict_test(workdir, 0, opened={})
+  assert max(sizes) == config.eval_batch_size == 100
+
+
+def test_a_seed_does_not_need_the_checkpoints_of_others(
+  tiny_config, tmp_path, monkeypatch, one_device
+):
+  tiny_config.num_seeds = 2
+  train.train_and_evaluate(tiny_config, tmp_path, devices=one_device)
+  # Each has its own best epoch.
+  best = [{"step": 4}, {"step": 8}]
+  monkeypatch.setattr(metrics, "best_records", lambda *_: best)
+  (tmp_path / "checkpoints" / "8" / "manifest.json").unlink()
+  assert load.load_model(tmp_path).step == 4
+  with pytest.raises(errors.WorkdirError, match="8 is damaged"):
+    load.load_model(tmp_path, seed=1)
+  with pytest.raises(errors.WorkdirError, match="8 is damaged"):
+    load.evaluate_workdir(tmp_path)
 
 
 def test_evaluation_leaves_the_workdir_alone(run):

@@ -131,6 +131,18 @@ def test_a_new_machine_gets_what_was_saved(address, workdir, tmp_path):
   assert len(store.names("states")) <= 2
 
 
+def test_what_a_run_starts_from_is_not_lost(workdir, tmp_path):
+  """Converted weights, or those of init_from, whose source may be gone."""
+  address = str(tmp_path / "disk")
+  save(workdir, 0, records=0)
+  with mirror.Mirror(address, workdir):
+    pass
+  other = tmp_path / "other"
+  other.mkdir()
+  with mirror.Mirror(address, other):
+    assert content(other) == content(workdir)
+
+
 def test_what_is_ahead_is_left_alone(address, workdir, tmp_path):
   save(workdir, 3, records=1)
   with mirror.Mirror(address, workdir):

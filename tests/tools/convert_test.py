@@ -91,6 +91,7 @@ def test_scored_and_trained_on(source, config, tmp_path, one_device):
   stored = json.loads((workdir / "environment.json").read_text())
   assert stored["data"] == "digits"
   assert stored["converted"]["source"] == "weights.safetensors"
+  assert loaded.class_names == tuple("0123456789")
   # And again, now that there is data to compare with.
   assert (
     train.train_and_evaluate(config, workdir, devices=one_device) == records

@@ -31,10 +31,11 @@ resnet_flax's docs/use.md says how to load them.
 
 `preprocess.json` says how to turn uint8[N, H, W, 3] RGB images of `image_size`
 into the network's input: divide by 255, subtract `mean` (a text names a file),
-divide by `std`, resize to `size`, then order `channels` and axes (`layout`).
-StableHLO and ONNX do all of this themselves, and give probabilities instead of
-logits. Line k of `labels.txt`, counted from 0, names class k. `check.npz` has
-{checked} `images` of noise and their `logits`, to check the loaded network.
+divide by `std`, resize to `size` (antialiased where it shrinks), then order
+`channels` and axes (`layout`). StableHLO and ONNX do all of this themselves,
+and give probabilities instead of logits. Line k of `labels.txt`, counted from
+0, names class k. `check.npz` has {checked} `images` of noise and their
+`logits`, computed in {config.model.dtype}, to check the loaded network.
 """
 
 
@@ -74,6 +75,7 @@ def write(
     "std": np.asarray(scale.std).ravel().tolist(),
     "size": [side, side] if side else shape[:2],
     "interpolation": "bilinear",
+    "antialias": True,
     "channels": "BGR" if sees_bgr else "RGB",
     "layout": "NCHW" if names in ("torchvision", "cifar") else "NHWC",
   }
@@ -129,10 +131,13 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   # An average of weights may start after the best epoch; its value is NaN.
   values = [value for value in group.at("best", key) if value == value]
   mean, std, n = runs.Statistic.of(values)
-  crops = loaded.config.dataset.test_crops
-  views = f" by the mean of {crops} views of each" if crops > 1 else ""
-  return (
-    f"{scored[loaded.step]:.2%} on {info.num_test:,} images{views}; n = {n}"
-    f" seeds, each in its best epoch by {run.chosen_by}: {mean:.2%}"
-    + ("" if std is None else f" ± {std:.2%}")
-  )
+  data = loaded.config.dataset
+  text = f"{scored[loaded.step]:.2%} on "
+  text += "up to " * (data.bad_images == "skip")
+  text += f"{info.num_test:,} images"
+  if data.test_crops > 1:
+    text += f" by the mean of {data.test_crops} views of each"
+  if n:
+    text += f"; n = {n} seeds, each in its best epoch by {run.chosen_by}:"
+    text += f" {mean:.2%}" + ("" if std is None else f" ± {std:.2%}")
+  return text

@@ -17,6 +17,7 @@ from resnet_flax import train
 from resnet_flax.run import errors, metrics
 from resnet_flax.tools import convert
 from resnet_flax.tools.export import card, command, programs, weights
+from resnet_flax.tools.report import runs
 from tests.helpers import ROOT, run_module
 from tests.tools.weights import networks
 
@@ -123,6 +124,20 @@ def test_any_name_of_a_class_is_a_line(of_two_seeds, tmp_path):
   assert labels.splitlines() == [r"caf\udce9", r"a\nb", *"cdefghij"]
   assert r"| licence | \udce9 |" in text
   assert "on 360 images; n = 2 seeds" in text
+
+
+def test_the_card_says_only_what_was_scored(
+  of_two_seeds, tmp_path, monkeypatch
+):
+  config = resnet_flax.load_model(of_two_seeds, "latest").config
+  config.dataset.bad_images = "skip"  # How many, records do not say.
+  # An average that begins after the best epochs.
+  none = [float("nan")] * 2
+  monkeypatch.setattr(runs.Group, "at", lambda *_: none)
+  text, _ = card_of(of_two_seeds, tmp_path / "out", config=config)
+  assert re.search(
+    r"\| test accuracy \| \d+.\d\d% on up to 360 images \|", text
+  )
 
 
 def test_the_card_names_the_views_that_were_scored(of_two_seeds, tmp_path):
