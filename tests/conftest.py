@@ -41,6 +41,13 @@ from configs import base
 from resnet_flax.data import digits
 from resnet_flax.models.kernels import onednn
 
+# A test is one process, whatever has started pytest.
+for name in (
+  *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+  *("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE"),
+):
+  os.environ.pop(name, None)
+
 NUM_DEVICES = 8
 # From here on a worker gives back what it has compiled, after a file and after
 # a test. Below, it keeps what the next one compiles too.

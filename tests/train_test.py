@@ -36,6 +36,7 @@ from tests.helpers import (
   assert_identical,
   assert_same_run,
   at_event,
+  changed,
   die,
   initial,
   layout_of,
@@ -384,26 +385,29 @@ def test_workdir_is_removed(long_config, straight, run, tmp_path, event, count):
 
 
 def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
-  tiny_config, tmp_path, one_device
+  tiny_config, tmp_path, one_device, caplog
 ):
   """Its owner has forgotten the process that still trains."""
   workdir = tmp_path / "run"
   run = functools.partial(
-    train.train_and_evaluate, tiny_config, workdir, devices=one_device
+    train.train_and_evaluate, workdir=workdir, devices=one_device
   )
+  mirrored = changed(tiny_config)
+  mirrored.checkpoint.mirror = str(tmp_path / "disk")
   seen = []
 
   def begin_anew():
     shutil.rmtree(workdir)
     with pytest.raises(SystemExit):
-      run(on_event=at_event("step", 6, die))
+      run(tiny_config, on_event=at_event("step", 6, die))
     # The lock of a process that lives.
     owner = {"host": "elsewhere", "pid": 1, "since": "now"}
     (workdir / "lock").write_text(json.dumps(owner))
     seen.append(contents(workdir))
 
   with pytest.raises(errors.WorkdirError, match="used by process 1 on elsewh"):
-    run(on_event=at_event("step", 6, begin_anew))
+    run(mirrored, on_event=at_event("step", 6, begin_anew))
+  assert "anew; nothing more is copied" in caplog.text
   (before,) = seen
   assert contents(workdir) == before
 

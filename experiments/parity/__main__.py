@@ -68,14 +68,13 @@ def train(arguments: argparse.Namespace, dataset: data.Dataset) -> None:
     if not finished.exists():
       part = finished.with_suffix(".part")
       part.unlink(missing_ok=True)
+      described = _environment(arguments)
       _keras(
         arguments,
         *(f"--data={arrays}", f"--out={part}"),
         *(f"--epochs={epochs}", f"--seed={seed}"),
       )
-      files_lib.write_json(
-        finished.with_suffix(".environment.json"), _environment(arguments)
-      )
+      files_lib.write_json(finished.with_suffix(".environment.json"), described)
       part.rename(finished)
     _run(
       [

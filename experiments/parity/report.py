@@ -38,7 +38,9 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
   for path in workdir.glob("keras-seed*.jsonl"):  # Unfinished ones are .part.
     records = [json.loads(line) for line in path.read_text().splitlines()]
     seed = int(path.stem.removeprefix("keras-seed"))
-    where = json.loads(path.with_suffix(".environment.json").read_text())
+    if not (described := path.with_suffix(".environment.json")).exists():
+      raise SystemExit(f"error: {described} is missing; train that seed again.")
+    where = json.loads(described.read_text())
     trainings.append(("Keras", seed, records, where))
   return [
     {

@@ -68,9 +68,11 @@ def warm_up(config: ConfigDict, after: Schedule, steps: int) -> Schedule:
   """
   linear = optax.linear_schedule(0.0, config.optimizer.learning_rate, steps)
   epochs = config.schedule.linear_warmup_epochs
+  first, *rest = after.lines
+  first = first.replace("epoch 0:", f"epoch {epochs:g}:", 1)
   return Schedule(
     lambda step: jnp.where(step < steps, linear(step), after.rate(step)),
-    [f"warm-up: from 0 in {epochs:g} epochs", *after.lines],
+    [f"warm-up: from 0 in {epochs:g} epochs", first, *rest],
   )
 
 

@@ -4,7 +4,8 @@ Devices are divided into groups (see `mesh`), each of which trains some of the
 seeds. The networks that one call of a compiled function works on are a chunk:
 one network of each group, or, where seeds that share a group are vectorized,
 all of them. Chunks are worked on in turn. A seed in turn computes what it would
-alone on the devices of its group, bit-identically.
+alone on the devices of its group: bit-identically, but on CPUs with several
+devices in a group (see `kernels/convolution.py`).
 """
 
 import dataclasses
@@ -160,7 +161,7 @@ class Layout:
       if self.chunk_size > groups:
         axes = (0,) * num_own + (None,) * num_shared
         return jax.vmap(function, in_axes=axes)(*arguments)
-      # As alone, bit-identically.
+      # As alone.
       own = jax.tree.map(lambda leaf: leaf[0], arguments[:num_own])
       result = function(*own, *arguments[num_own:])
       return jax.tree.map(lambda leaf: leaf[None], result)

@@ -79,5 +79,10 @@ def get(tree: PyTree, mesh: Mesh) -> PyTree:
     for leaf in jax.tree.leaves(tree)
   ):
     everywhere = mesh_lib.sharding(mesh)
-    tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+    tree = jax.jit(_same, out_shardings=everywhere)(tree)
   return jax.device_get(tree)
+
+
+def _same(tree: PyTree) -> PyTree:
+  """Has a name, since JAX would compile a new lambda at each call."""
+  return tree

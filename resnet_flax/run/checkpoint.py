@@ -323,10 +323,8 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def file_digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
-  """The SHA-256 of a checkpoint's files, by name; `WorkdirError` if damaged."""
-  path = workdir / "checkpoints" / str(step)
-  files = _checked_manifest(path)["files"]
-  return files | {_MANIFEST: files_lib.digest_of(path / _MANIFEST)}
+  """The SHA-256 of a state's files, by name; `WorkdirError` if damaged."""
+  return _checked_manifest(workdir / "checkpoints" / str(step))["files"]
 
 
 def _state_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

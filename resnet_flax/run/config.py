@@ -139,7 +139,7 @@ _KEYS = (
   ),
   Key("augment.name", "shift_flip", _AUGMENT).means(
     "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
-    " none: neither, nor a flip. Only for images decoded while training:"
+    " none: neither, nor augment.flip. Only for images decoded while training:"
     " scale_crop (He et al. 2015: shorter side 256 to 480 for crops of 224),"
     " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
   ),
@@ -319,9 +319,10 @@ _KEYS = (
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."
   ),
-  Key("ema.decay", 0.0, number(0, 1)).means(
+  Key("ema.decay", 0.0, number(0, 0.99999)).means(
     "Also score a moving average of weights, of which step n, from 0, keeps"
-    " min(decay, (1+n)/(10+n)). Raw weights choose the best epoch. 0: off."
+    " min(decay, (1+n)/(10+n)); float32 cannot average more slowly. Raw weights"
+    " choose the best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
     "Also score the mean of the weights at the ends of the epochs from this"

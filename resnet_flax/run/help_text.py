@@ -124,7 +124,8 @@ def page() -> str:
     text += _TABLE.format(part)
     for key in keys:
       default = f"`{_typed(key.default)}`" if key.default != "" else ""
-      cells = [f"`{key.name}`", default, key.values.text, key.meaning]
+      meaning = key.meaning.replace("*", r"\*")
+      cells = [f"`{key.name}`", default, key.values.text, meaning]
       cells += ["yes" if key.may_differ else "", ", ".join(key.families)]
       text += f"| {' | '.join(cells)} |\n"
   return text

@@ -338,7 +338,8 @@ def _restore(
       )
       if weights in averaging.present(config, config.num_epochs):
         advice = f"Its average begins after epoch {config.swa.start_epoch}."
-        advice += " Take the latest checkpoint (--checkpoint=latest)."
+        if which != "latest":
+          advice += " Take the latest checkpoint (--checkpoint=latest)."
       raise errors.WorkdirError(
         f"{workdir} has no weights={weights} at step {state.step}, its {which}"
         f" checkpoint's; it has {' and '.join(there)}. {advice}"

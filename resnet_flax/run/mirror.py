@@ -8,6 +8,7 @@ The latest two states are kept.
 import atexit
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -205,7 +206,7 @@ class Mirror:
     here = progress(self._workdir)
     # A run that was killed as it wrote its first list leaves a torn one.
     is_torn = not states and len(names) > 1
-    is_new = here <= [0, 0]  # It has at most what a run starts from.
+    is_new = here in ([-1, 0], [0, 0])  # At most what a run starts from.
     # Only files of these lists count as complete; others are written again.
     if (states and states[0].progress > here) or (is_torn and is_new):
       states = [fill(self._store, states, self._workdir, self._check)]
@@ -254,6 +255,13 @@ class Mirror:
 
   def _keep(self) -> bool:
     """Renews ownership now and then; false if another run has taken over."""
+    if self._is_taken() and not self._abandoned:
+      self._abandoned = True
+      self._store.remove("owner.json")
+      _logger.warning(
+        "warning: another run has begun %s anew; nothing more is copied to %s",
+        *(self._workdir, self._store.url),
+      )
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
       own = self._owner["run"]
@@ -299,19 +307,19 @@ class Mirror:
   def _push(self) -> bool:
     """Copies the workdir's state if it is new; returns whether it is stored."""
     seen = self._look()
+    if not self._keep():
+      return False
     # A workdir without its configuration holds nothing yet.
     if seen == self._pushed or "config.json" not in seen:
-      return self._keep()
+      return True
     with files.temporary_folder(self._workdir, ".mirror-") as folder:
       # The run may remove checkpoints while a slow server still copies them.
       with contextlib.suppress(FileNotFoundError):
         for name in seen:
           _link(self._workdir / name, folder / name)
-      if self._is_taken():
-        self._abandoned = True
-      if self._abandoned or self._look() != seen:
+      if self._look() != seen or not self._keep():
         return False
-      digests = self._digests_in(folder)
+      digests = self._digests_in(folder, seen)
       for name, digest in digests.items():
         if digest not in self._stored and self._keep():
           self._store.upload(folder / name, f"files/{digest}")
@@ -326,28 +334,42 @@ class Mirror:
     self._remove_old()
     return True
 
-  def _digests_in(self, folder: pathlib.Path) -> dict[str, str]:
+  def _digests_in(
+    self, folder: pathlib.Path, seen: dict[str, tuple[int, int]]
+  ) -> dict[str, str]:
     """The SHA-256 of a state's files.
 
     A damaged checkpoint is left out, and is removed from `folder`; but if the
     latest state has a good copy, that stays.
     """
-    paths = [folder / name for name in _FILES if (folder / name).exists()]
-    digests = {path.name: files.digest_of(path) for path in paths}
+    digests = {n: files.digest_of(folder / n) for n in seen if n in _FILES}
     for step in checkpoint.steps(folder):
       start = f"checkpoints/{step}/"
+      names = [name for name in seen if name.startswith(start)]
+      there = {k: v for k, v in self._latest.items() if k.startswith(start)}
+      is_there = bool(there) and self._stored.issuperset(there.values())
+      before = self._pushed or {}
+      if is_there and all(seen[n] == before.get(n) for n in names):
+        digests |= there
+        continue
       try:
-        of_step = checkpoint.file_digests(folder, step)
-        digests |= {start + name: digest for name, digest in of_step.items()}
+        good = checkpoint.file_digests(folder, step)
       except errors.WorkdirError as error:
+        # A disk's bad sector stays; other errors may pass.
+        number = getattr(error.__cause__, "errno", errno.ENOENT)
+        if number not in (errno.ENOENT, errno.EIO):
+          raise
         if step not in self._damaged:
-          _logger.warning("warning: it is not copied: %s", error)
+          text = str(error).replace(str(folder), str(self._workdir))
+          _logger.warning("warning: it is not copied: %s", text)
           self._damaged.add(step)
-        there = {k: v for k, v in self._latest.items() if k.startswith(start)}
-        if there and self._stored.issuperset(there.values()):
-          digests |= there
-        else:
+        digests |= there if is_there else {}
+        if not is_there:
           shutil.rmtree(folder / "checkpoints" / str(step))
+        continue
+      for name in names:
+        saved = good.get(name.removeprefix(start))
+        digests[name] = saved or files.digest_of(folder / name)
     return digests
 
   def _look(self) -> dict[str, tuple[int, int]]:

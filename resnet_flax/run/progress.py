@@ -63,7 +63,8 @@ class Progress:
 
   def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
     """Ends an epoch with its record and the seconds its evaluation took."""
-    self._evaluation_seconds = evaluation
+    if "test_loss" in record:
+      self._evaluation_seconds = evaluation
 
     def mean(key: str) -> str:
       std = record.get(f"{key}_std")
@@ -104,7 +105,10 @@ class Progress:
     steps = epochs * self._steps_per_epoch - self._step
     seconds = steps * self._seconds_per_step
     trained = self._step == self._steps_per_epoch
-    seconds += (epochs - trained) * self._evaluation_seconds
+    num_epochs, every = self._config.num_epochs, self._config.eval_every_epochs
+    left = range(self._epoch + trained + 1, num_epochs + 1)
+    scored = sum(done % every == 0 or done == num_epochs for done in left)
+    seconds += scored * self._evaluation_seconds
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
 
 

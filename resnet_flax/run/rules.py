@@ -1,5 +1,7 @@
 """Constraints between configuration keys, checked before anything runs."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from resnet_flax.data import (
@@ -43,6 +45,12 @@ def check(
   _require(
     config.num_epochs <= most,
     f"num_epochs={config.num_epochs} of {steps} steps must be at most {most}.",
+  )
+  mixes = config.augment.mixup or config.augment.cutmix
+  _require(
+    config.batch_size > 1 or not mixes,
+    "augment.mixup and augment.cutmix mix the images of a batch, but"
+    " batch_size=1. It must be at least 2, or both 0.",
   )
   decay, start = config.ema.decay, config.swa.start_epoch
   _require(
@@ -89,7 +97,8 @@ def check_labels(config: ConfigDict) -> None:
     num_classes in (0, classes),
     f"model.num_classes={num_classes} but dataset.name={name} has {classes}"
     " classes: the network can be loaded, but neither trained nor scored. For a"
-    " new head pass --config.init_from=WORKDIR and a --workdir of its own.",
+    " new head pass --config.model.num_classes=0 --config.init_from=WORKDIR and"
+    " a --workdir of its own.",
   )
 
 
@@ -208,14 +217,15 @@ def _check_batch_size(
   # Each group of devices trains its own seeds, on batches of its own.
   devices = num_devices // mesh.num_groups(num_devices, config.num_seeds)
   groups = config.model.batch_norm_groups
-  of_groups = f"model.batch_norm_groups={groups}"
-  for parts, what in [(devices, f"{devices} devices"), (groups, of_groups)]:
-    nearest = max(size // parts, 1) * parts
-    _require(
-      size % parts == 0,
-      f"batch_size={size} must be divisible by {what}; for example {nearest}"
-      f" or {nearest + parts}.",
-    )
+  parts = math.lcm(devices, groups)
+  nearest = max(size // parts, 1) * parts
+  what = [f"{devices} devices"] * (devices > 1)
+  what += [f"model.batch_norm_groups={groups}"] * (groups > 1)
+  _require(
+    size % parts == 0,
+    f"batch_size={size} must be divisible by {' and by '.join(what)}; for"
+    f" example {nearest} or {nearest + parts}.",
+  )
   return num_train // size
 
 
@@ -253,7 +263,8 @@ def _check_schedule(config: ConfigDict) -> None:
   _require(
     not epochs or epochs < min(ends),
     f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
-    f" at epoch {min(ends)}. It must be less, or num_epochs more.",
+    f" at epoch {min(ends)}. It must be less, or num_epochs more; with"
+    " schedule.decay_percent=100 it must be 0.",
   )
 
 

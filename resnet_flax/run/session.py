@@ -279,8 +279,8 @@ class Session:
     raise errors.NonFiniteError(
       f"the loss or the state{self._layout.of_seed(seed)} is not finite after"
       f" step {step} (0-based), at learning rate {rate:g}. Lower"
-      " optimizer.learning_rate, or warm up with"
-      f" schedule.warmup_learning_rate. What reproduces the step is in {path}."
+      " optimizer.learning_rate, or warm up with schedule.linear_warmup_epochs,"
+      f" in another --workdir. What reproduces the step is in {path}."
     )
 
   def _reproduce(self, step: int, seed: int) -> dict[str, Any]:

@@ -39,6 +39,12 @@ def compare(
     cautions.append(f"the data {differ}: A has {data[0]}, B has {data[1]}")
   if epochs[0] != epochs[1] or not all(side.finished for side in sides):
     cautions.append(f"unequal or missing epochs: A {epochs[0]}, B {epochs[1]}")
+  unscored = [r for s in sides for r in s.counted if r.chosen_by is None]
+  if which == "best" and unscored:
+    raise errors.ConfigError(
+      f"--which=best: {unscored[0].folder} has no scored epoch yet. Pass"
+      " --which=last."
+    )
   rows = _over_seeds(sides, key, which)
   if images and same_data:
     rows += _over_images(sides, key, which)
@@ -137,6 +143,9 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
 
 def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   what = "test images"
+  if not all(side.finished for side in sides):
+    note = "left out: checkpoints of unfinished runs are of other epochs"
+    return [_note(what, note)]
   weights = next((w for w in averaging.WEIGHTS if f"_{w}_" in key), "raw")
   checkpoint = "latest" if which == "last" else which
   opened: dict[str, types.Dataset] = {}

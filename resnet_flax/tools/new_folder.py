@@ -19,7 +19,7 @@ def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
     if any(folder.iterdir()):
       raise errors.WorkdirError(
         f"{flag}={folder} must be a new or an empty folder: existing files are"
-        " never overwritten."
+        " never overwritten. Pass another folder."
       )
   return folder
 

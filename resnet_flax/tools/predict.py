@@ -133,16 +133,20 @@ def main(argv: list[str]) -> None:
   add("--checkpoint", choices=["best", "latest"], default="best")
   add("--weights", choices=["raw", "ema", "swa"], default="raw")
   add("--batch_size", type=int, default=32, help="pictures per batch")
+  add("--seed", type=int, help="seed of a run of several; default: the first")
   args = parser.parse_intermixed_args(argv[1:])
   if min(args.topk, args.batch_size) < 1:
-    parser.error("--topk and --batch_size must be at least 1")
+    given = f"--topk={args.topk} and --batch_size={args.batch_size}"
+    parser.error(f"{given} must be at least 1")
   total = sum(1 for path in args.paths for _ in find(path))
   surroundings.set_up()
   from resnet_flax.run import load
 
   # Pillow warns of pictures that are skipped anyway, or that are harmless.
   warnings.filterwarnings("ignore", module="PIL")
-  loaded = load.load_model(args.workdir, args.checkpoint, weights=args.weights)
+  loaded = load.load_model(
+    args.workdir, args.checkpoint, seed=args.seed, weights=args.weights
+  )
   num_rows = _show(loaded, total, args)
   if not num_rows or (args.strict and num_rows < total):
     found = f"{num_rows} of {total} files could be predicted"

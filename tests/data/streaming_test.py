@@ -42,7 +42,7 @@ from resnet_flax.run import (
   rules,
 )
 from tests.data import damage
-from tests.helpers import Programs, at_event, layout_of, untimed
+from tests.helpers import ROOT, Programs, at_event, layout_of, untimed
 
 COUNTS = {"train": 40, "validation": 10}
 TRAIN_FILE = "imagenet2012-train.array_record-00000-of-00001"
@@ -760,7 +760,7 @@ def start(root, tmp_path):
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      env={**os.environ, "PYTHONPATH": os.getcwd()},
+      env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
   return run

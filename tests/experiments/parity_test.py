@@ -141,6 +141,12 @@ def test_the_trainings_of_one_side_are_shown(tmp_path):
   row = report.table(results).splitlines()[2]
   assert "accuracy, % | – (n = 0) | 70.00 (n = 1) | – |" in row
   assert len(report.draw(results).axes[0].get_lines()) == 1
+  workdirs.write(tmp_path / "ours-seed1", [0.6], seed=1, num_epochs=1)
+  with pytest.raises(ValueError, match="unequal length"):
+    report.table(report.collect(tmp_path))
+  (tmp_path / "keras-seed2.jsonl").write_text(json.dumps(record(0.1)) + "\n")
+  with pytest.raises(SystemExit, match=r"seed2\.environment\.json is missi"):
+    report.collect(tmp_path)
 
 
 @pytest.mark.parametrize(

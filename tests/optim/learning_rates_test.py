@@ -125,7 +125,7 @@ def test_describe_names_the_cosine_and_its_warm_up():
   config.schedule.linear_warmup_epochs = 5.0
   assert learning_rates.create_learning_rate(config, 1).describe() == [
     "warm-up: from 0 in 5 epochs",
-    "epoch 0: 0.001, by half a cosine to 0 at epoch 200",
+    "epoch 5: 0.001, by half a cosine to 0 at epoch 200",
   ]
 
 

@@ -297,8 +297,8 @@ def test_classes_without_names_have_numbers(run, pictures, monkeypatch):
   ("arguments", "message"),
   [
     ([], "arguments are required: PATH"),
-    (["a", "--topk=0"], "--topk and --batch_size must be at least 1"),
-    (["a", "--batch_size=-1"], "--topk and --batch_size must be at least 1"),
+    (["a", "--topk=0"], "--topk=0 and --batch_size=32 must be at least 1"),
+    (["a", "--batch_size=-1"], "--topk=5 and --batch_size=-1 must be at least"),
     (["a", "--format=xml"], "invalid choice: 'xml'"),
     (["a", "--checkpoint=first"], "invalid choice: 'first'"),
     (["a", "--nonsense"], "unrecognized arguments: --nonsense"),

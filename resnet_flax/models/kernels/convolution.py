@@ -6,7 +6,8 @@ If jaxlib has oneDNN, all three operations of a convolution on CPUs are oneDNN's
 forward convolution: in float32, and in bfloat16 if the processor has it. Only
 the weight gradient of a 1x1 kernel is a matrix product. Without oneDNN, the
 weight gradient is a sum of products of matrices that stay in the cache, and XLA
-does the rest. The choice is made when a program is lowered for a platform.
+does the rest. The choice is made when a program is lowered for a platform. In a
+`shard_map` whose batch the partitioner may still divide, XLA does all.
 """
 
 import functools
@@ -319,6 +320,7 @@ def conv_general_dilated(
   input_hw, kernel_hw = lhs.shape[1:3], rhs.shape[:2]
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(input_hw, kernel_hw, window_strides, padding)
-  pads = tuple((before, after) for before, after in padding)
-  geometry = _Geometry(input_hw, kernel_hw, tuple(window_strides), pads)
+  pads = tuple((int(before), int(after)) for before, after in padding)
+  strides = tuple(map(int, window_strides))
+  geometry = _Geometry(input_hw, kernel_hw, strides, pads)
   return _apply("g", geometry, lhs, rhs)

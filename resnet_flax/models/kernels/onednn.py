@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -46,9 +47,12 @@ def can_convolve(dtype: Any) -> bool:
   is_known = jaxlib_version.__version__ == "0.10.2"
   system = sys.platform, platform.machine()
   is_there = is_known and system == ("linux", "x86_64")
-  is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and _has_bfloat16())
-  # oneDNN's kernels for processors before AVX deadlock.
   most = [os.environ.get(f"{n}_MAX_CPU_ISA", "") for n in ("ONEDNN", "DNNL")]
+  # Limited to less than AVX-512, oneDNN has no bfloat16 and ends the process.
+  is_limited = any(re.fullmatch("AVX(2.*)?", each.upper()) for each in most)
+  has_bfloat16 = _has_bfloat16() and not is_limited
+  is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and has_bfloat16)
+  # oneDNN's kernels for processors before AVX deadlock.
   waits = "SSE41" in "".join(most).upper()
   return enabled and is_there and is_fast and not waits
 

@@ -22,7 +22,7 @@ _CARD = """\
 | data | {data} |
 | recipe | from {start}{recipe} |
 | computed in | {config.model.dtype} |
-| checkpoint | step {loaded.step} of seed {loaded.seed}; {loaded.weights} |
+| checkpoint | {checkpoint} |
 | test accuracy | {accuracy} |
 | licence | {licence} |
 
@@ -91,6 +91,7 @@ def write(
   stored = folder.read_environment(workdir)
   begun = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config, folder.read_facts(workdir))
+  steps = config.num_epochs * experiment.learning_rate.steps_per_epoch
   used = {k: v for k, v in config.augment.items() if v}
   if "alternating_flip" in used or used["name"] == "none":
     used.pop("flip", None)  # It does nothing there.
@@ -114,6 +115,8 @@ def write(
     accuracy=_accuracy(workdir, loaded),
     licence=runs.shown(licence or "not stated"),
     checked=_NUM_CHECKED,
+    checkpoint=f"step {loaded.step:,} of {steps:,}, seed {loaded.seed},"
+    f" {loaded.weights} weights",
   )
   (out / "README.md").write_text(card, "utf-8")
 
@@ -138,6 +141,7 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   if data.test_crops > 1:
     text += f" by the mean of {data.test_crops} views of each"
   if n:
-    text += f"; n = {n} seeds, each in its best epoch by {run.chosen_by}:"
+    text += f"; n = {n} seed{'s' * (n > 1)}, each in its best epoch by"
+    text += f" {run.chosen_by}:"
     text += f" {mean:.2%}" + ("" if std is None else f" ± {std:.2%}")
   return text

@@ -51,10 +51,14 @@ def export(
     except errors.WeightsError as error:
       reasons.append(str(error).rstrip("."))
   else:
+    if not reasons:
+      known = ", ".join(FORMATS[form])
+      text = f"--format={form} has no --names={names}; it has: {known}."
+      raise errors.ConfigError(text)
     raise errors.ConfigError(
-      f"--format={form} cannot hold this network:"
-      f" {'; '.join(reasons) or f'it has no --names={names}'}. All networks can"
-      " be safetensors (with --names=flax), orbax, stablehlo and onnx."
+      f"--format={form} cannot hold this network: {'; '.join(reasons)}. All"
+      " networks can be safetensors (with --names=flax), orbax and stablehlo,"
+      " and those without group norm onnx."
     )
   if module := _NEEDED.get(form):
     advice = " Or pass --format=safetensors."

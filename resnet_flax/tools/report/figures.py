@@ -33,6 +33,7 @@ _CUT_AT = 3.0
 _MOST_NUMBERED_CLASSES = 20
 _MISTAKES_IN_A_ROW = 5
 _WIDEST = 84  # Characters per line.
+_LONGEST_LABEL = 24  # Characters of a class name.
 
 _STYLE = {
   "font.size": 10.0,
@@ -235,7 +236,7 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, shrink=0.8, label="share of the true class (%)")
     axes.set(xlabel="predicted class", ylabel="true class")
-    labels = [_plain(label) for label in scores.class_names]
+    labels = [_short(label) for label in scores.class_names]
     font = {"fontsize": 10 if numbered else 4}
     turned = 90 if max(map(len, labels)) > 2 else 0
     axes.set_xticks(range(classes), labels, rotation=turned, **font)
@@ -266,7 +267,7 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     for cell, mistake in zip(cells, scores.mistakes, strict=False):
       cell.imshow(mistake.image, interpolation="none")
       cell.set_title(
-        f"true: {_plain(mistake.true)}\npredicted: {_plain(mistake.predicted)}"
+        f"true: {_short(mistake.true)}\npredicted: {_short(mistake.predicted)}"
         f"\nwith {mistake.confidence:.1%}",
         fontsize=7.5,
       )
@@ -278,6 +279,12 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
       caption="Above each test image are its label, the predicted class and the"
       " probability of that class. The most confident mistake is first.",
     )
+
+
+def _short(label: str) -> str:
+  """A class name that fits beside a picture; tables have the whole."""
+  short = label if len(label) <= _LONGEST_LABEL else f"{label[:23]}…"
+  return _plain(short)
 
 
 def _plain(text: str) -> str:

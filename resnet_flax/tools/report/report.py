@@ -128,7 +128,9 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     " that checkpoint.monitor chooses. Where there is no validation split, it"
     " is chosen on the test split (“Runs” says by what): then the best accuracy"
     " is optimistic, the final one is not. ± is the sample standard deviation"
-    " over n seeds. An unfinished group has the values of the last epoch that"
+    " over n seeds. All are of the raw weights; the learning curves have those"
+    " of ema and swa, too. An unfinished group has the values of the last epoch"
+    " that"
     " all its seeds have; unfinished runs of a finished group are not counted.",
     "A name has only the keys that tell the groups of a data set apart;"
     " “Configurations” lists all keys that differ. Other comparisons: python -m"
@@ -157,9 +159,10 @@ def _accuracies(groups: Sequence[Group]) -> Section:
 
 
 def _differences(groups: Sequence[Group]) -> list[Table]:
-  """Groups minus the first group on their data; no table if no seeds differ."""
+  """Finished groups minus the first; no table if no seeds differ."""
   rows = []
-  for _, (first, *others) in runs_lib.by_data(groups):
+  finished = [group for group in groups if group.finished]
+  for _, (first, *others) in runs_lib.by_data(finished):
     b = np.array(first.at("last", "test_accuracy", 100))
     for group in others:
       a = np.array(group.at("last", "test_accuracy", 100))
@@ -169,8 +172,9 @@ def _differences(groups: Sequence[Group]) -> list[Table]:
   titles = ("group", "first", "points", "from", "to")
   table = Table(
     "intervals",
-    "Final test accuracy minus that of the first group on the same data, in"
-    " points, with 95 % intervals over seeds (Welch's t, each by itself).",
+    "Final test accuracy of finished groups minus that of the first one on the"
+    " same data, in points, with 95 % intervals over seeds (Welch's t, each by"
+    " itself).",
     *map(Column, titles, zip(*rows, strict=True)),
   )
   return [table] if rows else []
@@ -225,13 +229,16 @@ def _runs(groups: Sequence[Group]) -> Section:
     Column("counted", counted),
     accuracy("final test accuracy (%)", "last"),
     accuracy("best test accuracy (%)", "best"),
-    column("best epoch (0-based)", lambda r: str(r.record("best")["epoch"])),
+    column(
+      "best epoch (0-based)",
+      lambda r: str(r.record("best")["epoch"]) if r.chosen_by else None,
+    ),
     column("chosen by", lambda r: r.chosen_by),
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
     column("seconds per epoch", lambda r: r.seconds / len(r.records), 1),
     column("of them for data", lambda r: r.mean("data_seconds"), 1),
-    column("evaluation (s)", lambda r: r.mean("evaluation_seconds"), 1),
+    column("evaluation (s)", lambda r: r.mean("evaluation_seconds", True), 1),
     Column("trained on", [run.device for run in runs]),
   ]
   ensembles = [100 * run.ensemble for run in runs]

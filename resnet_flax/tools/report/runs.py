@@ -71,19 +71,24 @@ class Run:
     return metrics.best_record(records, self.config["checkpoint.monitor"])
 
   @property
-  def chosen_by(self) -> str:
-    """The key that chooses the best epoch; there must be an epoch."""
-    monitor = self.config["checkpoint.monitor"]
-    return metrics.monitored(self.record("best"), monitor)
+  def chosen_by(self) -> str | None:
+    """The key that chooses the best epoch; None if none was scored yet."""
+    best = self.record("best")
+    key = metrics.monitored(best, self.config["checkpoint.monitor"])
+    return key if key in best else None
 
   @property
   def seconds(self) -> float:
     """Training time of all epochs, without compilation and evaluation."""
     return math.fsum(record["epoch_seconds"] for record in self.records)
 
-  def mean(self, key: str) -> float:
-    """Mean of a key, such as 'evaluation_seconds'; NaN if an epoch lacks it."""
-    return statistics.fmean(r.get(key, math.nan) for r in self.records)
+  def mean(self, key: str, scored: bool = False) -> float:
+    """Mean of a key, such as 'data_seconds'; NaN if an epoch lacks it.
+
+    Of all epochs, or of those that were scored.
+    """
+    of = [r for r in self.records if "test_loss" in r or not scored]
+    return statistics.fmean([r.get(key, math.nan) for r in of] or [math.nan])
 
   @property
   def images_per_second(self) -> float:
@@ -174,11 +179,14 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   runs = []
   for folder, path in zip(folders, real, strict=True):
     stored, environment = load_config(folder), read_environment(folder)
+    # Weights of a file are another start than random ones.
+    begun = environment.get("converted", {})
+    start = {"converted": begun["sha256"]} if "sha256" in begun else {}
     records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,
       "name": shown(os.path.relpath(path, common)),
-      "config": keys.flatten(stored.to_dict()),
+      "config": keys.flatten(stored.to_dict()) | start,
       "device": _device(environment),
       "data": environment.get("data") or "unknown",
       "ensemble": [{}, *records][-1].get("test_ensemble_accuracy", math.nan),

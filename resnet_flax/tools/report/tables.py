@@ -16,6 +16,9 @@ _LATEX = str.maketrans(
   | {"|": r"\textbar{}", "[": "{[}", "*": "{*}"}
 )
 
+_ROUNDING = 1e-9  # Smaller numbers count as zero.
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?")
+
 Cell = str | int | float | runs_lib.Statistic | None
 
 
@@ -34,7 +37,10 @@ class Column(NamedTuple):
       std = "" if cell.std is None else f" ± {self.show(cell.std)}"
       return self.show(cell.mean) + std
     if isinstance(cell, float):
-      return f"{cell:.{self.digits}f}"
+      cell = cell if abs(cell) >= _ROUNDING else 0.0
+      text = f"{cell:.{self.digits}f}"
+      # A small number is not zero.
+      return text if float(text) or not cell else f"{cell:.1g}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
@@ -126,9 +132,10 @@ def _for_programs(cell: Cell) -> Cell:
 
 def no_formula(cell: Cell) -> Cell:
   """Puts a ' before text that a spreadsheet would take for a formula."""
-  is_one = isinstance(cell, str) and cell.startswith((*"=+-@\t\r\n",))
-  return f"'{cell}" if is_one else cell
+  if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
+    return cell
+  return f"'{cell}" if cell.startswith((*"=+-@\t\r\n",)) else cell
 
 
 def _escape(text: str) -> str:
-  return re.sub(r"([\\|<>*`\[\]])", r"\\\1", text)
+  return re.sub(r"([\\|<>*`\[\]_&~$])", r"\\\1", text)

@@ -34,12 +34,18 @@ def test_a_folder_without_a_finished_run_changes_nothing(
   assert what in said
 
 
-def test_runs_of_earlier_workdirs_stay(tmp_path, monkeypatch):
+def test_runs_of_earlier_workdirs_stay(tmp_path, monkeypatch, capsys):
   """A run replaces the one of its key; the table and the figure have all."""
   raw = tmp_path / "results.json"
   readme = tmp_path / "README.md"
   readme.write_text("<!-- it: made by us -->\n\n<!-- end of it -->\n")
   drawn = []
+
+  def draw(kept):
+    if any(run["value"] is None for run in kept):
+      raise ValueError("no value")
+    drawn.append(kept)
+    return Figure()
 
   def report(*found):
     monkeypatch.setattr(sys, "argv", ["report", f"--workdir={tmp_path}"])
@@ -47,12 +53,15 @@ def test_runs_of_earlier_workdirs_stay(tmp_path, monkeypatch):
       *("us", "it", raw, "curves.png"),
       collect=lambda workdir: [{"seed": k, "value": v} for k, v in found],
       key=lambda run: (run["seed"],),
-      draw=lambda kept: drawn.append(kept) or Figure(),
+      draw=draw,
       table=lambda kept: " ".join(f"{r['seed']}:{r['value']}" for r in kept),
     )
 
   report((10, "a"), (2, "b"))
   report((2, "c"), (3, "d"))
+  with pytest.raises(SystemExit):
+    report((4, None))
+  assert "does not fit results.json: no value" in capsys.readouterr().err
   kept = json.loads(raw.read_text())
   assert kept == drawn[-1]
   assert "\n\n2:c 3:d 10:a\n\n" in readme.read_text()

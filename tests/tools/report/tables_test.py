@@ -55,7 +55,7 @@ def test_cells_may_hold_any_character():
   names = ["=1+1", "+1", "-1", "@x", "a\nb", "\x1b[31m", "\u202e"]
   table = tables.Table("name", "A caption.", tables.Column("run", names))
   rows = [row["run"] for row in csv.DictReader(io.StringIO(table.to_csv()))]
-  assert rows[:4] == ["'=1+1", "'+1", "'-1", "'@x"]
+  assert rows[:4] == ["'=1+1", "+1", "-1", "'@x"]
   assert all(row.isprintable() for row in rows)
   assert len(table.to_markdown().splitlines()) == 4 + len(names)
   titles = tables.Table(
