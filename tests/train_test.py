@@ -26,6 +26,7 @@ from resnet_flax.run import (
   experiment as experiment_lib,
   load,
   metrics,
+  mirror,
   progress,
   session,
   signals as signals_lib,
@@ -385,7 +386,7 @@ def test_workdir_is_removed(long_config, straight, run, tmp_path, event, count):
 
 
 def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
-  tiny_config, tmp_path, one_device, caplog
+  tiny_config, tmp_path, one_device, caplog, monkeypatch
 ):
   """Its owner has forgotten the process that still trains."""
   workdir = tmp_path / "run"
@@ -394,6 +395,7 @@ def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
   )
   mirrored = changed(tiny_config)
   mirrored.checkpoint.mirror = str(tmp_path / "disk")
+  monkeypatch.setattr(mirror, "_POLL", 600.0)  # It copies at the end.
   seen = []
 
   def begin_anew():
@@ -408,6 +410,7 @@ def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
   with pytest.raises(errors.WorkdirError, match="used by process 1 on elsewh"):
     run(mirrored, on_event=at_event("step", 6, begin_anew))
   assert "anew; nothing more is copied" in caplog.text
+  assert not mirror._Store(str(tmp_path / "disk")).states()
   (before,) = seen
   assert contents(workdir) == before
 

@@ -39,7 +39,8 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     seed = int(path.stem.removeprefix("keras-seed"))
     if not (described := path.with_suffix(".environment.json")).exists():
-      raise SystemExit(f"error: {described} is missing; train that seed again.")
+      text = f"{described} is missing; remove {path} and train that seed again"
+      raise SystemExit(f"error: {text}.")
     where = json.loads(described.read_text())
     trainings.append(("Keras", seed, records, where))
   return [

@@ -319,10 +319,9 @@ _KEYS = (
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."
   ),
-  Key("ema.decay", 0.0, number(0, 0.99999)).means(
+  Key("ema.decay", 0.0, number(0, 1)).means(
     "Also score a moving average of weights, of which step n, from 0, keeps"
-    " min(decay, (1+n)/(10+n)); float32 cannot average more slowly. Raw weights"
-    " choose the best epoch. 0: off."
+    " min(decay, (1+n)/(10+n)). Raw weights choose the best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
     "Also score the mean of the weights at the ends of the epochs from this"

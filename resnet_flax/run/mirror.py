@@ -257,11 +257,12 @@ class Mirror:
     """Renews ownership now and then; false if another run has taken over."""
     if self._is_taken() and not self._abandoned:
       self._abandoned = True
-      self._store.remove("owner.json")
       _logger.warning(
         "warning: another run has begun %s anew; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
+      if self._read_owner().get("run") == self._owner["run"]:
+        self._store.remove("owner.json")
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
       own = self._owner["run"]
@@ -355,9 +356,9 @@ class Mirror:
       try:
         good = checkpoint.file_digests(folder, step)
       except errors.WorkdirError as error:
-        # A disk's bad sector stays; other errors may pass.
-        number = getattr(error.__cause__, "errno", errno.ENOENT)
-        if number not in (errno.ENOENT, errno.EIO):
+        # These pass; damage stays.
+        number = getattr(error.__cause__, "errno", None)
+        if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE):
           raise
         if step not in self._damaged:
           text = str(error).replace(str(folder), str(self._workdir))

@@ -106,8 +106,8 @@ class Progress:
     seconds = steps * self._seconds_per_step
     trained = self._step == self._steps_per_epoch
     num_epochs, every = self._config.num_epochs, self._config.eval_every_epochs
-    left = range(self._epoch + trained + 1, num_epochs + 1)
-    scored = sum(done % every == 0 or done == num_epochs for done in left)
+    scored = -(-num_epochs // every) - (self._epoch + trained) // every
+    scored = min(scored, epochs - trained)
     seconds += scored * self._evaluation_seconds
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
 

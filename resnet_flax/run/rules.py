@@ -46,12 +46,6 @@ def check(
     config.num_epochs <= most,
     f"num_epochs={config.num_epochs} of {steps} steps must be at most {most}.",
   )
-  mixes = config.augment.mixup or config.augment.cutmix
-  _require(
-    config.batch_size > 1 or not mixes,
-    "augment.mixup and augment.cutmix mix the images of a batch, but"
-    " batch_size=1. It must be at least 2, or both 0.",
-  )
   decay, start = config.ema.decay, config.swa.start_epoch
   _require(
     start < config.num_epochs,
@@ -219,12 +213,13 @@ def _check_batch_size(
   groups = config.model.batch_norm_groups
   parts = math.lcm(devices, groups)
   nearest = max(size // parts, 1) * parts
+  examples = [n for n in (nearest, nearest + parts) if n <= num_train]
   what = [f"{devices} devices"] * (devices > 1)
   what += [f"model.batch_norm_groups={groups}"] * (groups > 1)
   _require(
     size % parts == 0,
     f"batch_size={size} must be divisible by {' and by '.join(what)}; for"
-    f" example {nearest} or {nearest + parts}.",
+    f" example {' or '.join(map(str, examples or [parts]))}.",
   )
   return num_train // size
 
@@ -263,8 +258,8 @@ def _check_schedule(config: ConfigDict) -> None:
   _require(
     not epochs or epochs < min(ends),
     f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
-    f" at epoch {min(ends)}. It must be less, or num_epochs more; with"
-    " schedule.decay_percent=100 it must be 0.",
+    f" at epoch {min(ends)}. It must be "
+    + ("less, or num_epochs more." if min(ends) else "0."),
   )
 
 

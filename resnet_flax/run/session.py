@@ -278,9 +278,10 @@ class Session:
     hosts.first(lambda: files_lib.write_json(path, self._reproduce(step, seed)))
     raise errors.NonFiniteError(
       f"the loss or the state{self._layout.of_seed(seed)} is not finite after"
-      f" step {step} (0-based), at learning rate {rate:g}. Lower"
-      " optimizer.learning_rate, or warm up with schedule.linear_warmup_epochs,"
-      f" in another --workdir. What reproduces the step is in {path}."
+      f" step {step} (0-based), at learning rate {rate:g}. In another --workdir"
+      " lower optimizer.learning_rate, or warm up with"
+      " schedule.linear_warmup_epochs (onecycle: peak_percent). What reproduces"
+      f" the step is in {path}."
     )
 
   def _reproduce(self, step: int, seed: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def compare(
       "comparison",
       f"A - B, 95 % intervals, {best if which == 'best' else 'last epochs'}",
       *(
-        Column(title, cells, 4 if title == "p" else digits)
+        Column(title, cells, *((4, 0.0) if title == "p" else (digits,)))
         for title, *cells in zip(_TITLES, *rows, strict=True)
       ),
     ),
@@ -144,7 +144,7 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
 def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
   what = "test images"
   if not all(side.finished for side in sides):
-    note = "left out: checkpoints of unfinished runs are of other epochs"
+    note = "left out: checkpoints of unfinished runs may be of other epochs"
     return [_note(what, note)]
   weights = next((w for w in averaging.WEIGHTS if f"_{w}_" in key), "raw")
   checkpoint = "latest" if which == "last" else which

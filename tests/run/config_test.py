@@ -103,6 +103,10 @@ LARGE = {
       "divisible by model.batch_norm_groups=3; .* 30 or 33",
     ),
     (
+      {"model.batch_norm_groups": 3, "dataset.train_examples": 32},
+      "divisible by model.batch_norm_groups=3; for example 30\\.",
+    ),
+    (
       {"model.batch_norm_groups": 2, "model.norm": "none"},
       "does nothing without batch norm",
     ),

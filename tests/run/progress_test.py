@@ -91,6 +91,22 @@ def test_calls_of_several_steps(clock, caplog):
   assert "8 images/s, 0:00:02 left" in caplog.messages[1]
 
 
+def test_time_left_has_the_scorings_that_are_left(clock):
+  """Of 7 epochs those after 1, 3, 5 and 6 (0-based) are scored."""
+  shown = make_progress(7, 1, interval_seconds=60)
+  shown._config.eval_every_epochs = 2
+  found = []
+  for epoch in range(7):
+    shown.start_epoch(epoch, 0)
+    shown.step(step_metrics(epoch))  # Without time.
+    unscored = {k: v for k, v in RECORD.items() if k != "test_loss"}
+    is_scored = epoch in (1, 3, 5, 6)
+    shown.end_epoch(RECORD if is_scored else unscored, 10.0 * is_scored)
+    found.append(shown._left())
+  seconds = (0, 30, 30, 20, 20, 10, 0)
+  assert found == [f"0:00:{s}" if s else "" for s in seconds]
+
+
 def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   caplog.set_level(logging.INFO)
   shown = make_progress(1, 2, interval_seconds=0)

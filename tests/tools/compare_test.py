@@ -333,3 +333,25 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, code, message):
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: ")
   assert message in line
+
+
+def test_unfinished_runs(tmp_path):
+  """Their checkpoints may be of other epochs than the numbers are."""
+  a = workdirs.write(tmp_path / "a", [0.5, 0.6], num_epochs=3)
+  b = workdirs.write(tmp_path / "b", [0.5, 0.6, 0.7], num_epochs=3)
+  for folder in (a, b):
+    (folder / "environment.json").write_text('{"data": "digits"}')
+  table = comparison.compare([a], [b], "accuracy", "last", images=True)[1]
+  assert "left out: checkpoints of unfinished runs may be" in table.to_csv()
+  log = a / "metrics.jsonl"
+  unscored = [
+    {k: v for k, v in json.loads(line).items() if not k.startswith("test_")}
+    for line in log.read_text().splitlines()
+  ]
+  for folder in (a, b):
+    config = folder / "config.json"
+    options = json.loads(config.read_text()) | {"eval_every_epochs": 3}
+    config.write_text(json.dumps(options))
+  log.write_text("".join(json.dumps(each) + "\n" for each in unscored))
+  with pytest.raises(errors.ConfigError, match="no scored epoch yet"):
+    comparison.compare([a], [b], "train_accuracy", "best", images=False)

@@ -92,6 +92,7 @@ def write(
   begun = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config, folder.read_facts(workdir))
   steps = config.num_epochs * experiment.learning_rate.steps_per_epoch
+  of_all = f" of {steps:,}" if loaded.step else ""
   used = {k: v for k, v in config.augment.items() if v}
   if "alternating_flip" in used or used["name"] == "none":
     used.pop("flip", None)  # It does nothing there.
@@ -105,7 +106,6 @@ def write(
   )
   card = _CARD.format(
     config=config,
-    loaded=loaded,
     title=title,
     trained=f", trained on {config.dataset.name}" if loaded.step else "",
     recipe=recipe if loaded.step else ", not trained on",
@@ -115,7 +115,7 @@ def write(
     accuracy=_accuracy(workdir, loaded),
     licence=runs.shown(licence or "not stated"),
     checked=_NUM_CHECKED,
-    checkpoint=f"step {loaded.step:,} of {steps:,}, seed {loaded.seed},"
+    checkpoint=f"step {loaded.step:,}{of_all}, seed {loaded.seed},"
     f" {loaded.weights} weights",
   )
   (out / "README.md").write_text(card, "utf-8")

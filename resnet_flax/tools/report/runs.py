@@ -181,7 +181,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
     stored, environment = load_config(folder), read_environment(folder)
     # Weights of a file are another start than random ones.
     begun = environment.get("converted", {})
-    start = {"converted": begun["sha256"]} if "sha256" in begun else {}
+    start = {"converted": begun["holds"]} if "holds" in begun else {}
     records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,

@@ -16,8 +16,7 @@ _LATEX = str.maketrans(
   | {"|": r"\textbar{}", "[": "{[}", "*": "{*}"}
 )
 
-_ROUNDING = 1e-9  # Smaller numbers count as zero.
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 Cell = str | int | float | runs_lib.Statistic | None
 
@@ -28,6 +27,7 @@ class Column(NamedTuple):
   title: str  # Its name with the unit, for example 'error (%)'.
   cells: Sequence[Cell]  # From the first row to the last.
   digits: int = 2  # Decimals shown to people; CSV has ten digits.
+  rounding: float = 1e-9  # Smaller numbers count as zero.
 
   def show(self, cell: Cell) -> str:
     """Formats a cell for people."""
@@ -37,7 +37,7 @@ class Column(NamedTuple):
       std = "" if cell.std is None else f" ± {self.show(cell.std)}"
       return self.show(cell.mean) + std
     if isinstance(cell, float):
-      cell = cell if abs(cell) >= _ROUNDING else 0.0
+      cell = cell if abs(cell) >= self.rounding else 0.0
       text = f"{cell:.{self.digits}f}"
       # A small number is not zero.
       return text if float(text) or not cell else f"{cell:.1g}"
@@ -53,8 +53,11 @@ class Table:
     self.name = name  # The name of its files, without suffix.
     self.caption = caption  # One sentence.
     self.columns = [
-      Column(str(_printable(title)), [*map(_printable, cells)], digits)
-      for title, cells, digits in columns
+      column._replace(
+        title=str(_printable(column.title)),
+        cells=[*map(_printable, column.cells)],
+      )
+      for column in columns
     ]
     # A folded table is long and rarely needed: the page opens it on a click.
     self.folded = folded
@@ -106,7 +109,7 @@ class Table:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns: list[Sequence[Cell]] = []
-    for title, cells, _ in self.columns:
+    for title, cells, *_ in self.columns:
       if any(isinstance(cell, runs_lib.Statistic) for cell in cells):
         parts = zip(("mean", "std", "n"), zip(*cells, strict=True), strict=True)
         columns += [[f"{title} {part}", *values] for part, values in parts]

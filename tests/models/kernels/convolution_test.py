@@ -190,6 +190,18 @@ def test_kernels_that_wait_for_ever_are_not_used(name, monkeypatch):
   assert not onednn.can_convolve(jnp.float32)
 
 
+@pytest.mark.parametrize(
+  ("limit", "expected"),
+  [("avx", False), ("AVX2", False), ("AVX2_VNNI_2", False), ("", True)],
+)
+def test_a_limit_that_takes_bfloat16_away(limit, expected, monkeypatch):
+  """oneDNN would end the process."""
+  monkeypatch.setattr(onednn, "_has_bfloat16", lambda: True)
+  monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+  is_there = onednn.can_convolve(jnp.float32)
+  assert onednn.can_convolve(jnp.bfloat16) == (expected and is_there)
+
+
 def test_bfloat16_is_float32_rounded():
   """Sums are float32: what is rounded are operands and results."""
   if not onednn.can_convolve(jnp.bfloat16):

@@ -180,13 +180,13 @@ def test_what_there_is_instead(converted, tmp_path):
   assert message == (
     "--format=keras cannot hold this network: the network has 7 convolutions."
     " A ResNet v1 of the Keras example must have 6n+3, for n blocks in each"
-    " stage. All networks can be safetensors (with --names=flax), orbax,"
-    " stablehlo and onnx."
+    " stage. All networks can be safetensors (with --names=flax), orbax and"
+    " stablehlo, and those without group norm onnx."
   )
   message = refused(
     errors.ConfigError, converted, tmp_path, "orbax", "torchvision"
   )
-  assert "it has no --names=torchvision" in message
+  assert "--format=orbax has no --names=torchvision; it has: flax." in message
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])

@@ -246,6 +246,9 @@ def test_groups_are_compared_with_the_first_of_their_data(tmp_path):
     for seed, value in enumerate(values):
       folder = tmp_path / "runs" / f"{depth}-{seed}"
       workdirs.write(folder, [0.1, 0.2, value], seed=seed, model__depth=depth)
+  for seed in range(2):  # These are not finished.
+    folder = tmp_path / "runs" / f"8-{seed}"
+    workdirs.write(folder, [0.1 * seed], seed=seed, model__depth=8)
   report.make([tmp_path / "runs"], tmp_path / "out", "none")
   text = (tmp_path / "out" / "tables" / "intervals.csv").read_text()
   header, row = csv.reader(text.splitlines())
@@ -253,7 +256,7 @@ def test_groups_are_compared_with_the_first_of_their_data(tmp_path):
   # Of depth 32 there is one seed.
   test = stats.ttest_ind(finals[56], finals[20], equal_var=False)
   low, high = (100 * each for each in test.confidence_interval())
-  np.testing.assert_allclose([*map(float, row)], [3, 1, 29 / 3, low, high])
+  np.testing.assert_allclose([*map(float, row)], [4, 2, 29 / 3, low, high])
 
 
 def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 
 import pytest
@@ -350,3 +351,30 @@ def test_several_seeds_in_one_run(tmp_path):
     [0.6, 0.9, 0.8]
   )
   assert group.curves("train_accuracy").shape == (3, 3)
+
+
+def test_converted_weights_are_another_start(tmp_path):
+  for seed, name in enumerate(("random", "one", "two")):
+    folder = workdirs.write(tmp_path / name, seed=seed)
+    if seed:
+      begun = {"holds": "torchvision's ResNet-50", "sha256": name}
+      (folder / "environment.json").write_text(json.dumps({"converted": begun}))
+  sizes = sorted(len(group.counted) for group in groups_of(tmp_path))
+  assert sizes == [1, 2]
+
+
+def test_before_the_first_scoring_there_is_no_best_epoch(tmp_path):
+  folder = workdirs.write(tmp_path / "a", [0.5, 0.6], eval_every_epochs=2)
+  log = folder / "metrics.jsonl"
+  records = [json.loads(line) for line in log.read_text().splitlines()]
+  first = {k: v for k, v in records[0].items() if not k.startswith("test_")}
+  first["evaluation_seconds"] = 0.0
+  second = records[1] | {"evaluation_seconds": 4.0}
+  log.write_text(json.dumps(first) + "\n")
+  (run,) = read(folder)
+  assert run.chosen_by is None
+  assert math.isnan(run.mean("evaluation_seconds", scored=True))
+  log.write_text("".join(json.dumps(each) + "\n" for each in (first, second)))
+  (run,) = read(folder)
+  assert run.chosen_by == "test_accuracy"
+  assert run.mean("evaluation_seconds", scored=True) == 4

@@ -66,3 +66,20 @@ def test_cells_may_hold_any_character():
 
 def test_large_counts_are_legible():
   assert COLUMNS[0].show(10_000) == "10,000"
+
+
+def test_a_small_number_is_not_zero():
+  column = tables.Column("x", [], 2)
+  assert column.show(0.004) == "0.004"
+  assert column.show(-0.0) == column.show(-1e-17) == "0.00"
+  assert tables.Column("p", [], 4, 0.0).show(3e-12) == "3e-12"
+
+
+def test_numbers_are_numbers_in_files():
+  table = tables.Table("name", "A.", tables.Column("value", ["-2.0", "-.5E+3"]))
+  assert table.to_csv().splitlines()[1:] == ["-2.0", "-.5E+3"]
+
+
+def test_markdown_of_any_class():
+  table = tables.Table("name", "A.", tables.Column("class", ["__init__&$~"]))
+  assert r"\_\_init\_\_\&\$\~" in table.to_markdown()
