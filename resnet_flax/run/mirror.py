@@ -42,6 +42,11 @@ _FRESH = 120.0  # An owner that is silent for longer has ended.
 _AT_THE_END, _WHEN_STOPPED = 600.0, 30.0  # Limits for copying the last files.
 
 _TRIES = 5  # To read a mirror whose run goes on.
+# Errors of reading that are no damage.
+_PASSING = (
+  *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE),
+  *(errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+)
 
 _KEY = "checkpoint.mirror"
 
@@ -207,8 +212,11 @@ class Mirror:
     # A run that was killed as it wrote its first list leaves a torn one.
     is_torn = not states and len(names) > 1
     is_new = here in ([-1, 0], [0, 0])  # At most what a run starts from.
+    # `fill` gives a workdir its configuration last.
+    is_filled = (self._workdir / "config.json").exists()
+    is_behind = states and (states[0].progress > here or not is_filled)
     # Only files of these lists count as complete; others are written again.
-    if (states and states[0].progress > here) or (is_torn and is_new):
+    if is_behind or (is_torn and is_new):
       states = [fill(self._store, states, self._workdir, self._check)]
       _logger.info("filled %s from %s", self._workdir, self._store.url)
     else:
@@ -248,6 +256,11 @@ class Mirror:
     except ValueError:
       return {}
 
+  def _release(self) -> None:
+    """Lets others use the address, unless another run has taken over."""
+    if self._read_owner().get("run") == self._owner["run"]:
+      self._store.remove("owner.json")
+
   def _beat(self) -> None:
     owner = self._owner | {"time": time.time()}
     self._store.write("owner.json", json.dumps(owner).encode())
@@ -261,8 +274,7 @@ class Mirror:
         "warning: another run has begun %s anew; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
-      if self._read_owner().get("run") == self._owner["run"]:
-        self._store.remove("owner.json")
+      self._release()
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
       own = self._owner["run"]
@@ -290,7 +302,7 @@ class Mirror:
           self._failing = False
         patience = _POLL
         if closing and is_done:
-          self._store.remove("owner.json")
+          self._release()
           return
       # Libraries raise many exceptions; the local files are good in any case.
       except Exception as error:
@@ -302,8 +314,8 @@ class Mirror:
           )
         self._failing = True
         patience = min(2 * patience, _MOST_PATIENCE)
-        if closing:
-          time.sleep(_POLL)
+      if closing:
+        time.sleep(_POLL)
 
   def _push(self) -> bool:
     """Copies the workdir's state if it is new; returns whether it is stored."""
@@ -321,11 +333,12 @@ class Mirror:
       if self._look() != seen or not self._keep():
         return False
       digests = self._digests_in(folder, seen)
+      # Now: the workdir may be removed while a slow server copies.
+      state = _State(self._number + 1, progress(folder), digests)
       for name, digest in digests.items():
         if digest not in self._stored and self._keep():
           self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
-      state = _State(self._number + 1, progress(folder), digests)
     if not self._keep():
       return False
     content = json.dumps(dataclasses.asdict(state)).encode()
@@ -333,7 +346,9 @@ class Mirror:
     self._number, self._pushed = state.number, seen
     self._latest = digests
     self._remove_old()
-    return True
+    if not self._stored.issuperset(digests.values()):
+      self._pushed = None  # Something is gone there: it is written again.
+    return self._pushed is not None
 
   def _digests_in(
     self, folder: pathlib.Path, seen: dict[str, tuple[int, int]]
@@ -356,9 +371,7 @@ class Mirror:
       try:
         good = checkpoint.file_digests(folder, step)
       except errors.WorkdirError as error:
-        # These pass; damage stays.
-        number = getattr(error.__cause__, "errno", None)
-        if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE):
+        if getattr(error.__cause__, "errno", None) in _PASSING:
           raise
         if step not in self._damaged:
           text = str(error).replace(str(folder), str(self._workdir))

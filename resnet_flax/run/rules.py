@@ -214,12 +214,15 @@ def _check_batch_size(
   parts = math.lcm(devices, groups)
   nearest = max(size // parts, 1) * parts
   examples = [n for n in (nearest, nearest + parts) if n <= num_train]
+  advice = f"for example {' or '.join(map(str, examples))}"
+  if not examples:
+    advice = f"use fewer, as there are only {num_train} training images"
   what = [f"{devices} devices"] * (devices > 1)
   what += [f"model.batch_norm_groups={groups}"] * (groups > 1)
   _require(
     size % parts == 0,
-    f"batch_size={size} must be divisible by {' and by '.join(what)}; for"
-    f" example {' or '.join(map(str, examples or [parts]))}.",
+    f"batch_size={size} must be divisible by {' and by '.join(what)};"
+    f" {advice}.",
   )
   return num_train // size
 
@@ -259,7 +262,7 @@ def _check_schedule(config: ConfigDict) -> None:
     not epochs or epochs < min(ends),
     f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
     f" at epoch {min(ends)}. It must be "
-    + ("less, or num_epochs more." if min(ends) else "0."),
+    + ("less, or num_epochs more." if min(ends) else "0, or num_epochs more."),
   )
 
 

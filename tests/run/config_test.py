@@ -107,6 +107,10 @@ LARGE = {
       "divisible by model.batch_norm_groups=3; for example 30\\.",
     ),
     (
+      {"model.batch_norm_groups": 64, "dataset.train_examples": 32},
+      "groups=64; use fewer, as there are only 32 training images",
+    ),
+    (
       {"model.batch_norm_groups": 2, "model.norm": "none"},
       "does nothing without batch norm",
     ),

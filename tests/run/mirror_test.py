@@ -145,6 +145,20 @@ def test_what_a_run_starts_from_is_not_lost(workdir, tmp_path):
     assert content(other) == content(workdir)
 
 
+def test_a_fill_that_was_killed_is_done_again(workdir, tmp_path):
+  """Its configuration comes last."""
+  address = str(tmp_path / "disk")
+  save(workdir, 0, records=0)
+  (workdir / "environment.json").write_text("{}")
+  with mirror.Mirror(address, workdir):
+    pass
+  other = tmp_path / "other"
+  other.mkdir()
+  shutil.copytree(workdir / "checkpoints", other / "checkpoints")
+  with mirror.Mirror(address, other):
+    assert content(other) == content(workdir)
+
+
 def test_what_is_ahead_is_left_alone(address, workdir, tmp_path):
   save(workdir, 3, records=1)
   with mirror.Mirror(address, workdir):
@@ -277,6 +291,12 @@ def test_a_file_that_is_gone_there_is_written_again(
     stack.enter_context(mirror.Mirror(address, workdir))
     wait_until(store.states)
     store.remove(f"files/{store.states()[0].files['config.json']}")
+    # Noticed at the next state, and written again though nothing changes.
+    save(workdir, 1, records=1)
+    wait_until(
+      lambda: mirror._digests(store.states()[:1]) <= store.names("files")
+    )
+    store.remove(f"files/{store.states()[0].files['config.json']}")
     if is_restarted:
       stack.close()
       stack.enter_context(mirror.Mirror(address, workdir))
@@ -287,6 +307,35 @@ def test_a_file_that_is_gone_there_is_written_again(
   other.mkdir()
   mirror.fetch(address, other)
   assert content(other) == content(workdir)
+
+
+def test_a_workdir_that_is_removed_during_a_copy_has_its_progress(
+  server, workdir, tmp_path
+):
+  """Else a new machine would take the state for one of nothing."""
+  address = str(tmp_path / "disk")
+  store = mirror._Store(address)
+  uploading = threading.Event()
+
+  def slow():
+    if server.asked[-1][0] == "put_file":
+      uploading.set()
+      server.recovered.wait()
+
+  with mirror.Mirror(address, workdir):
+    server.ill = slow
+    save(workdir, 7, records=3)
+    assert uploading.wait(60)
+    for name in ("checkpoints", "metrics.jsonl"):
+      for folder in workdir.glob(f".mirror-*/{name}"):
+        if folder.is_dir():
+          shutil.rmtree(folder)
+        else:
+          folder.unlink()
+    server.recovered.set()
+    # What is missing cannot be copied: the state is not written, or is whole.
+    time.sleep(0.5)
+    assert all(state.progress == [7, 3] for state in store.states())
 
 
 def test_a_mirror_is_read_while_its_run_goes_on(workdir, tmp_path, monkeypatch):

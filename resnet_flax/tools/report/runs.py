@@ -181,7 +181,9 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
     stored, environment = load_config(folder), read_environment(folder)
     # Weights of a file are another start than random ones.
     begun = environment.get("converted", {})
-    start = {"converted": begun["holds"]} if "holds" in begun else {}
+    start = {}
+    if "sha256" in begun:
+      start["converted"] = f"{begun['source']} ({begun['sha256'][:8]})"
     records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,

@@ -354,13 +354,14 @@ def test_several_seeds_in_one_run(tmp_path):
 
 
 def test_converted_weights_are_another_start(tmp_path):
-  for seed, name in enumerate(("random", "one", "two")):
-    folder = workdirs.write(tmp_path / name, seed=seed)
-    if seed:
-      begun = {"holds": "torchvision's ResNet-50", "sha256": name}
+  for seed, digest in enumerate(("", "", "one", "two", "two")):
+    folder = workdirs.write(tmp_path / str(seed), seed=seed)
+    if digest:
+      begun = {"source": "a.pt", "sha256": digest}
       (folder / "environment.json").write_text(json.dumps({"converted": begun}))
-  sizes = sorted(len(group.counted) for group in groups_of(tmp_path))
-  assert sizes == [1, 2]
+  groups = groups_of(tmp_path)
+  assert sorted(len(group.counted) for group in groups) == [1, 2, 2]
+  assert any("a.pt (one)" in group.name for group in groups)
 
 
 def test_before_the_first_scoring_there_is_no_best_epoch(tmp_path):
