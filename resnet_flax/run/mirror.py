@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -185,7 +186,7 @@ class Mirror:
       except BaseException:
         # A run that does not start keeps nobody away.
         with contextlib.suppress(Exception):
-          self._store.remove("owner.json")
+          self._release()
         raise
     self._thread.start()
     return self
@@ -214,7 +215,8 @@ class Mirror:
     is_new = here in ([-1, 0], [0, 0])  # At most what a run starts from.
     # `fill` gives a workdir its configuration last.
     is_filled = (self._workdir / "config.json").exists()
-    is_behind = states and (states[0].progress > here or not is_filled)
+    there = states[0].progress if states else []
+    is_behind = there > here or (there == here and not is_filled)
     # Only files of these lists count as complete; others are written again.
     if is_behind or (is_torn and is_new):
       states = [fill(self._store, states, self._workdir, self._check)]
@@ -274,7 +276,8 @@ class Mirror:
         "warning: another run has begun %s anew; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
-      self._release()
+      with contextlib.suppress(Exception):  # It becomes stale in any case.
+        self._release()
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
       own = self._owner["run"]
@@ -300,7 +303,7 @@ class Mirror:
         if is_done and self._failing:
           _logger.info("%s is up to date again", self._store.url)
           self._failing = False
-        patience = _POLL
+        patience = _POLL if is_done else min(2 * patience, _MOST_PATIENCE)
         if closing and is_done:
           self._release()
           return
@@ -335,6 +338,10 @@ class Mirror:
       digests = self._digests_in(folder, seen)
       # Now: the workdir may be removed while a slow server copies.
       state = _State(self._number + 1, progress(folder), digests)
+      if not all(
+        (folder / name).exists() for name in digests if name in _FILES
+      ):
+        return False
       for name, digest in digests.items():
         if digest not in self._stored and self._keep():
           self._store.upload(folder / name, f"files/{digest}")
@@ -345,9 +352,12 @@ class Mirror:
     self._store.write(f"states/{_state_name(state.number, content)}", content)
     self._number, self._pushed = state.number, seen
     self._latest = digests
-    self._remove_old()
-    if not self._stored.issuperset(digests.values()):
-      self._pushed = None  # Something is gone there: it is written again.
+    try:
+      self._remove_old()
+    finally:
+      if not self._stored.issuperset(digests.values()):
+        # Something is gone there: it is written again, unless by a new owner.
+        self._pushed, self._beaten = None, -math.inf
     return self._pushed is not None
 
   def _digests_in(

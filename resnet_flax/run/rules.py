@@ -262,7 +262,7 @@ def _check_schedule(config: ConfigDict) -> None:
     not epochs or epochs < min(ends),
     f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
     f" at epoch {min(ends)}. It must be "
-    + ("less, or num_epochs more." if min(ends) else "0, or num_epochs more."),
+    + ("less, or num_epochs more." if min(ends) else "0."),
   )
 
 

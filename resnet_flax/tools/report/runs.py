@@ -183,7 +183,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
     begun = environment.get("converted", {})
     start = {}
     if "sha256" in begun:
-      start["converted"] = f"{begun['source']} ({begun['sha256'][:8]})"
+      start["converted"] = f"{begun.get('source')} ({begun['sha256'][:8]})"
     records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,
