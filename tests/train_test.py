@@ -467,7 +467,7 @@ def test_what_runs_before_a_save_is_no_training_time(
     return state
 
   monkeypatch.setattr(
-    session, "time", types.SimpleNamespace(perf_counter=clock)
+    session, "time", types.SimpleNamespace(perf_counter=clock, monotonic=clock)
   )
   monkeypatch.setattr(
     train.batch_statistics, "create_hook", lambda *arguments: hook

@@ -235,9 +235,10 @@ class TensorBoard:
     events = workdir / "tensorboard" / "events"
     events.parent.mkdir(exist_ok=True)
     # Not SummaryWriter: its thread would die on a full disk, unnoticed, and
-    # later writes would wait for it for ever. The process's number tells apart
-    # files of one second.
-    self._writer = EventsWriter(str(events), f".{os.getpid()}")
+    # later writes would wait for it for ever. The suffix tells apart files of
+    # one second.
+    suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+    self._writer = EventsWriter(str(events), suffix)
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write_event(step, session_log=start)
 

@@ -338,3 +338,10 @@ def test_a_log_of_many_seeds_and_epochs_is_read(log, monkeypatch):
   monkeypatch.setattr(metrics.files_lib, "read_bytes", read_bytes)
   assert log.read() == [{"epoch": 0, "step": 10}]
   assert sizes[0] > 1000 * 1000 * 1000  # Seeds, epochs, bytes.
+
+
+def test_two_starts_in_one_second_have_events_of_their_own(tmp_path):
+  for step in (1, 2):
+    with metrics.TensorBoard(tmp_path, step):
+      pass
+  assert len(list((tmp_path / "tensorboard").iterdir())) == 2
