@@ -97,6 +97,15 @@ def assert_identical(one, other):
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def contents(folder):
+  """The bytes of all files below a folder by their paths in it."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+
+
 def saved_steps(workdir):
   """The steps of a workdir's checkpoints."""
   return checkpoint.steps(pathlib.Path(workdir))

@@ -38,6 +38,7 @@ from tests.helpers import (
   assert_same_run,
   at_event,
   changed,
+  contents,
   die,
   initial,
   layout_of,
@@ -413,12 +414,6 @@ def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
   assert not mirror._Store(str(tmp_path / "disk")).states()
   (before,) = seen
   assert contents(workdir) == before
-
-
-def contents(folder):
-  return {
-    path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
-  }
 
 
 def test_a_disk_that_is_gone_does_not_keep_a_signal_from_ending_the_run(

@@ -387,8 +387,9 @@ class Mirror:
           text = str(error).replace(str(folder), str(self._workdir))
           _logger.warning("warning: it is not copied: %s", text)
           self._damaged.add(step)
-        digests |= there if is_there else {}
-        if not is_there:
+        if is_there:
+          digests |= there
+        else:
           shutil.rmtree(folder / "checkpoints" / str(step))
         continue
       for name in names:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from resnet_flax import step as step_lib
 from resnet_flax.data import normalize
 from resnet_flax.run import checkpoint, errors
+from tests.helpers import contents
 from tests.run import damage
 
 NOTES = {"learning_rate": [0.1], "epoch_seconds": 2.5, "data_seconds": 0.5}
@@ -67,10 +68,6 @@ def restore_latest(workdir, like):
 
 def files(folder):
   return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def contents(folder):
-  return {path.relative_to(folder): path.read_bytes() for path in files(folder)}
 
 
 def reseal(folder, change, without=()):

@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from resnet_flax import train
 from resnet_flax.run import checkpoint, errors, files, folder, mirror
-from tests.helpers import assert_same_run, at_event, changed
+from tests.helpers import assert_same_run, at_event, changed, contents
 
 ROOT = pathlib.Path(__file__).parents[2]
 AWS = {
@@ -85,14 +85,6 @@ def save(workdir, step, records):
   (workdir / "metrics.jsonl").write_text("".join(lines))
 
 
-def content(workdir):
-  return {
-    str(path.relative_to(workdir)): path.read_bytes()
-    for path in sorted(workdir.rglob("*"))
-    if path.is_file()
-  }
-
-
 def wait_until(condition):
   deadline = time.monotonic() + 60
   while not condition():
@@ -116,16 +108,16 @@ def test_a_new_machine_gets_what_was_saved(address, workdir, tmp_path):
   other = tmp_path / "other"
   other.mkdir()
   with mirror.Mirror(address, other):
-    assert content(other) == content(workdir)
+    assert contents(other) == contents(workdir)
   with pytest.raises(errors.WorkdirError, match="holds no mirrored run"):
     mirror.fetch(f"{address}x", other)
   assert not os.path.exists(f"{address}x")
   fetched = tmp_path / "fetched"
   fetched.mkdir()
   mirror.fetch(address, fetched)
-  assert content(fetched) == content(workdir)
+  assert contents(fetched) == contents(workdir)
   # As `load_model`, `--mode=eval` and the report take it.
-  assert content(mirror.local(address, "workdir")) == content(workdir)
+  assert contents(mirror.local(address, "workdir")) == contents(workdir)
   # What no kept state has is gone there as here.
   store = mirror._Store(address)
   used = {d for state in store.states() for d in state.files.values()}
@@ -143,7 +135,7 @@ def test_what_a_run_starts_from_is_not_lost(workdir, tmp_path):
   other.mkdir()
   with mirror.Mirror(address, other):
     pass
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
 
 
 def test_a_fill_that_was_killed_is_done_again(workdir, tmp_path):
@@ -158,7 +150,7 @@ def test_a_fill_that_was_killed_is_done_again(workdir, tmp_path):
   shutil.copytree(workdir / "checkpoints", other / "checkpoints")
   with mirror.Mirror(address, other):
     pass
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
 
 
 def test_what_is_ahead_is_left_alone_without_its_configuration(
@@ -183,14 +175,14 @@ def test_what_is_ahead_is_left_alone(address, workdir, tmp_path):
   other = tmp_path / "other"
   other.mkdir()
   save(other, 5, records=1)
-  before = content(other)
+  before = contents(other)
   with mirror.Mirror(address, other):
-    assert content(other) == before
+    assert contents(other) == before
   # And is what is there from then on.
   workdir_again = tmp_path / "again"
   workdir_again.mkdir()
   mirror.fetch(address, workdir_again)
-  assert content(workdir_again) == before
+  assert contents(workdir_again) == before
 
 
 @pytest.mark.parametrize(
@@ -218,7 +210,7 @@ def test_what_is_damaged_is_not_taken(
   other.mkdir()
   with pytest.raises(errors.WorkdirError, match="holds no undamaged state"):
     mirror.fetch(address, other)
-  assert not content(other)
+  assert not contents(other)
 
 
 @pytest.mark.parametrize("is_listed", [True, False])
@@ -244,7 +236,7 @@ def test_half_a_file_is_written_again(workdir, tmp_path, is_listed):
   again = tmp_path / "again"
   again.mkdir()
   mirror.fetch(address, again)
-  assert content(again) == content(workdir)
+  assert contents(again) == contents(workdir)
 
 
 @pytest.mark.parametrize("file", ["state/array", "manifest.json"])
@@ -258,7 +250,7 @@ def test_a_checkpoint_that_is_damaged_here_stays_good_there(
     save(workdir, step, records=0)
   with mirror.Mirror(address, workdir):
     pass
-  good, path = content(workdir), workdir / "checkpoints" / "825307441" / file
+  good, path = contents(workdir), workdir / "checkpoints" / "825307441" / file
   if damage is None:
     path.unlink()
   else:
@@ -270,7 +262,7 @@ def test_a_checkpoint_that_is_damaged_here_stays_good_there(
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
-  assert content(other) == good
+  assert contents(other) == good
   # One that has no good copy there is left out.
   shutil.rmtree(tmp_path / "disk")
   shutil.rmtree(other)
@@ -323,7 +315,7 @@ def test_a_file_that_is_gone_there_is_written_again(
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
 
 
 def test_a_workdir_that_is_removed_during_a_copy_has_its_progress(
@@ -332,16 +324,8 @@ def test_a_workdir_that_is_removed_during_a_copy_has_its_progress(
   """Else a new machine would take the state for one of nothing."""
   address = str(tmp_path / "disk")
   store = mirror._Store(address)
-  uploading = threading.Event()
-
-  def slow():
-    name, path, *_ = server.asked[-1]
-    if name == "put_file" and path.endswith("state/array"):  # The last one.
-      uploading.set()
-      server.recovered.wait()
-
   with mirror.Mirror(address, workdir):
-    server.ill = slow
+    uploading = hold_upload(server, "state/array")  # The last one.
     save(workdir, 7, records=3)
     assert uploading.wait(60)
     (log,) = workdir.glob(".mirror-*/metrics.jsonl")
@@ -372,7 +356,7 @@ def test_a_mirror_is_read_while_its_run_goes_on(workdir, tmp_path, monkeypatch):
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
 
 
 def test_a_copy_is_removed_when_a_command_ends_at_once(workdir, tmp_path):
@@ -454,7 +438,7 @@ def test_another_run_is_refused_before_anything_is_changed(
   other.mkdir()
   if is_ahead:
     save(other, 2, records=1)
-  before = content(other)
+  before = contents(other)
 
   def check(folder):
     raise errors.WorkdirError(f"{(folder / 'config.json').read_text()}!")
@@ -470,7 +454,7 @@ def test_another_run_is_refused_before_anything_is_changed(
     mirror.Mirror(address, other, check),
   ):
     pass
-  assert content(other) == before
+  assert contents(other) == before
   store = mirror._Store(address)
   assert [state.progress for state in store.states()] == [[1, 0]]
   assert store.read("owner.json") is None
@@ -597,6 +581,20 @@ def fall_ill(server, illness, monkeypatch):
   server.ill = ill
 
 
+def hold_upload(server, ending=""):
+  """An event: a file whose path ends so is copied, until it has recovered."""
+  uploading = threading.Event()
+
+  def slow():
+    name, path, *_ = server.asked[-1]
+    if name == "put_file" and path.endswith(ending):
+      uploading.set()
+      server.recovered.wait()
+
+  server.ill = slow
+  return uploading
+
+
 @pytest.mark.parametrize("illness", ILLNESSES)
 def test_a_server_that_is_ill_for_a_while(
   server, illness, workdir, tmp_path, caplog, monkeypatch
@@ -619,7 +617,7 @@ def test_a_server_that_is_ill_for_a_while(
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(str(address), other)
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
 
 
 @pytest.mark.slow
@@ -639,7 +637,7 @@ def test_an_s3_server_that_is_stopped_for_a_while(
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
   server.stop()
 
 
@@ -655,7 +653,7 @@ def test_a_server_that_is_ill_at_the_start_is_an_error(
     mirror.Mirror(str(tmp_path / "disk"), workdir),
   ):
     pass
-  assert not content(workdir)
+  assert not contents(workdir)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
@@ -686,18 +684,11 @@ def test_a_slow_server_gets_what_is_removed_meanwhile(
     monkeypatch.setattr(pathlib.Path, "hardlink_to", refuse)
   address = str(tmp_path / "disk")
   store = mirror._Store(address)
-  uploading = threading.Event()
-
-  def slow():
-    if server.asked[-1][0] == "put_file":
-      uploading.set()
-      server.recovered.wait()
-
   with mirror.Mirror(address, workdir):
-    server.ill = slow
+    uploading = hold_upload(server)
     save(workdir, 1, records=1)
     assert uploading.wait(60)
-    before = content(workdir)
+    before = contents(workdir)
     shutil.rmtree(workdir / "checkpoints" / "1")
     save(workdir, 2, records=2)
     server.recovered.set()
@@ -813,7 +804,7 @@ def test_names_in_a_list_lead_nowhere_else(workdir, tmp_path):
   other = tmp_path / "other" / "run"
   other.mkdir(parents=True)
   mirror.fetch(address, other)
-  assert content(other) == content(workdir)
+  assert contents(other) == contents(workdir)
   assert os.listdir(tmp_path / "other") == ["run"]
 
 

@@ -283,8 +283,9 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 def _short(label: str) -> str:
   """A class name that fits beside a picture; tables have the whole."""
-  short = label if len(label) <= _LONGEST_LABEL else f"{label[:23]}…"
-  return _plain(short)
+  if len(label) > _LONGEST_LABEL:
+    label = f"{label[: _LONGEST_LABEL - 1]}…"
+  return _plain(label)
 
 
 def _plain(text: str) -> str:

@@ -130,8 +130,8 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     " is optimistic, the final one is not. ± is the sample standard deviation"
     " over n seeds. All are of the raw weights; the learning curves have those"
     " of ema and swa, too. An unfinished group has the values of the last epoch"
-    " that"
-    " all its seeds have; unfinished runs of a finished group are not counted.",
+    " that all its seeds have; unfinished runs of a finished group are not"
+    " counted.",
     "A name has only the keys that tell the groups of a data set apart;"
     " “Configurations” lists all keys that differ. Other comparisons: python -m"
     " resnet_flax.compare A --with B.",
