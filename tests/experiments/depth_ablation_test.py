@@ -104,7 +104,6 @@ def test_finished_runs_are_scored_in_inference_mode(
   # All 32 images, with the final weights.
   scores = load.evaluate_workdir(tmp_path / "a", "latest", split="train")
   assert cell["train_error"] == pytest.approx(100 * (1 - scores["accuracy"]))
-  # Those of sweep.py have the same networks, depths and seeds.
   monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 32})
   with pytest.raises(SystemExit, match=r"num_epochs \(2 there, 32 here\)"):
     report.collect(tmp_path)

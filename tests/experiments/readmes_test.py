@@ -32,20 +32,6 @@ def records(name):
 def depth_ablation():
   cells = read("depth_ablation/degradation.json")
   yield from degradation.table(cells).splitlines()
-  for name in ("plain", "resnet_v1"):
-    for depth in (20, 56):
-      last = [
-        records(f"depth_ablation/runs/{name}-{depth}-seed{k}/metrics.jsonl")[-1]
-        for k in (0, 1)
-      ]
-      cells = [f"`{name}`", str(depth)]
-      for split in ("train", "test"):
-        errors = [100 * (1 - each[f"{split}_accuracy"]) for each in last]
-        cells.append(markdown.mean_and_std(errors, ".1f"))
-      for split in ("train", "test"):
-        losses = [each[f"{split}_loss"] for each in last]
-        cells.append(markdown.mean_and_std(losses, ".3f"))
-      yield f"| {' | '.join(cells)} |"
 
 
 def depth_costs():

@@ -1,6 +1,6 @@
 """Runs a sweep: a base configuration and a grid of overrides, on Ray.
 
-  python -m experiments.sweep --sweep=experiments/depth_ablation/sweep.py
+  python -m experiments.sweep --sweep=experiments/depth_ablation/degradation.py
     --workdir=DIR [--dry_run] [--measured=DIR ...] [--cpus_per_cell=2]
     [--gpus_per_cell=1] [--retries=3] [--address=HOST:6379]
 
@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
   if not _SWEEP.value or not process.WORKDIR.value:
     raise errors.ConfigError(
       "--sweep and --workdir must be set. Pass --sweep=FILE, for example"
-      " experiments/depth_ablation/sweep.py, and --workdir=DIR for the cells."
+      " experiments/depth_ablation/degradation.py, and --workdir=DIR for the"
+      " cells."
     )
   workdir = errors.local_path(process.WORKDIR.value, "--workdir").absolute()
   sweep = definition.load(

@@ -121,7 +121,7 @@ def _run(path: str) -> dict[str, Any]:
   if not os.path.isfile(path):
     raise errors.ConfigError(
       f"--sweep={path}: there is no such file. Pass a sweep file, for example"
-      " experiments/depth_ablation/sweep.py."
+      " experiments/depth_ablation/degradation.py."
     )
   try:
     values = runpy.run_path(path)

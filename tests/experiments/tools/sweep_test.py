@@ -205,7 +205,6 @@ def test_a_broken_config_is_named(load, tmp_path, text, words):
 @pytest.mark.parametrize(
   ("name", "networks"),
   [
-    ("sweep", {("plain", 20), ("plain", 56), ("resnet_v1", 20)}),
     ("degradation", {("plain", 20), ("plain", 56), ("resnet_v1", 20)}),
     ("he2015", {("plain", 110), ("resnet_v1", 32), ("resnet_v1", 110)}),
     ("keras", {("resnet_v1", 110), ("resnet_v2", 56), ("resnet_v2", 110)}),
@@ -625,7 +624,7 @@ def test_a_mistake_is_one_line(tmp_path, start):
   assert (code, out) == (2, [])
   assert err == [
     "error: --sweep=none.py: there is no such file. Pass a sweep file, for"
-    " example experiments/depth_ablation/sweep.py."
+    " example experiments/depth_ablation/degradation.py."
   ]
   assert not (tmp_path / "new").exists()
 
