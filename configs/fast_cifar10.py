@@ -7,14 +7,14 @@ Expected: 83.8 ± 0.1 % on a JPEG copy of CIFAR-10, n = 3 (experiments/recipes).
 Cost: 500,000 images: 13 minutes on 2 CPU cores with AVX512-BF16. On CPUs
   without it we advise --config.model.dtype=float32; that was not measured.
 Command: python -m resnet_flax.main --config=configs/fast_cifar10.py
-With three times the time: --config.num_epochs=30
+Three times as long: --config.num_epochs=30
 """
 
 from resnet_flax.configs import base
 
 
 def get_config():
-  """Few epochs of a small network, with what helps in few epochs."""
+  """A small network, with the options that help a run of few epochs."""
   config = base.get_config()
   config.batch_size = 128
   config.num_epochs = 10
@@ -28,7 +28,7 @@ def get_config():
   config.model.depth = 10
   config.model.widen_factor = 2
   config.model.conv_bias = False
-  # Of 3,900 steps, 0.99 would average too many.
+  # At 0.99 the running statistics would average too many of the 3,900 steps.
   config.model.batch_norm_momentum = 0.9
   config.model.dtype = "bfloat16"
 

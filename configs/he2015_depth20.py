@@ -4,8 +4,8 @@ Source: He et al. 2015, "Deep Residual Learning for Image Recognition",
   section 4.2: SGD with momentum, batch 128, drops at 32k and 48k of 64k steps
   (epochs 82 and 123 of 164), pad-and-crop, parameter-free shortcuts (option
   A), no convolution bias, decay of 1e-4 * w on all weights.
-Differences: batch norm takes the statistics of 128 images (on the paper's two
-  GPUs 64: --config.model.batch_norm_groups=2), and scores by moving averages.
+Differences: batch norm takes the statistics of 128 images, not of 64 on each of
+  two GPUs (--config.model.batch_norm_groups=2); scores use moving averages.
 Expected: 8.75 % test error (table 6); 6.61 ± 0.16 % at depth 110 (best of five
   6.43 %).
 Cost: 8.2 million images.

@@ -7,10 +7,10 @@ Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   reimplementations, not when the error stops falling. Images are normalised by
   each channel's mean and deviation, not by a mean image. Section 3.4's colour
   augmentation (Krizhevsky et al. 2012) is missing. Batch norm takes the
-  statistics of 256 images (on the authors' eight GPUs 32:
-  --config.model.batch_norm_groups=8), and scores by moving averages, where they
-  averaged after training. The stem's max pool pads on both sides, as
-  torchvision's, not at the end alone, as Caffe's. Scores use one central crop;
+  statistics of 256 images, not of 32 on each of eight GPUs
+  (--config.model.batch_norm_groups=8). Scores use moving averages; the authors
+  averaged after training. The stem's max pool pads on both sides, as in
+  torchvision, not only at the end, as in Caffe. Scores use one central crop;
   the paper's tables 2 and 3 use ten: --config.dataset.test_crops=10
 Expected: 24.7 % top-1 error with one crop (the authors' repository), 22.85 %
   with ten (table 3). Neither has been reproduced here.

@@ -1,4 +1,4 @@
-"""ResNet-50 on ImageNet by a recipe that is common since the paper.
+"""ResNet-50 on ImageNet by a later recipe than the paper's own.
 
 Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD": a large batch, rate
   of 0.1 for each 256 images, five epochs of linear warm-up; He et al. 2018,

@@ -15,7 +15,7 @@ def get_config():
   config = base.get_config()
   config.dataset.name = "digits"
   config.num_epochs = 25
-  config.augment.flip = False  # A mirrored digit is another digit, or none.
+  config.augment.flip = False  # A mirrored digit is another digit or no digit.
   config.model.depth = 8
   # The run has few steps: at 0.99 the statistics would lag behind the weights.
   config.model.batch_norm_momentum = 0.9

@@ -1,8 +1,8 @@
-"""ResNet-50 as torchvision builds it, for its weights and for fine-tuning.
+"""ResNet-50 as torchvision builds it, for its weights and fine-tuning them.
 
 Source: He et al. 2015, table 1, with the stride in the 3x3 convolutions.
   Padding, epsilon and normalisation match torchvision's resnet50. CIFAR-10
-  images are enlarged to 224x224. SGD has a rate for pretrained weights.
+  images are enlarged to 224x224. The learning rate suits pretrained weights.
 Expected: converted weights give torchvision's logits (experiments/weights).
   The accuracy of fine-tuning has not been measured here.
 Cost: 10 epochs are half a million images at 4.1 G multiply-adds, for a GPU.

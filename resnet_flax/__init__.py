@@ -1,8 +1,8 @@
 """Residual networks on CIFAR-10 in JAX and Flax.
 
-`load_model` opens a trained workdir from Python; `create_model` builds a
-network, `list_models` names them. Everything else is reached through its
-module, for example `resnet_flax.data.load`.
+`load_model` loads a trained network from its workdir. `create_model` builds an
+untrained one; `list_models` lists the names that it takes. Everything else is
+imported from its module, for example `resnet_flax.data.load`.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Trains residual networks, scores a trained one, or prints what one is.
+"""Trains residual networks, scores a checkpoint, or prints a summary.
 
 python -m resnet_flax.main --config=configs/v1_depth20.py [--workdir=DIR]
   [--mode=train|eval|summary] [--config.model.depth=56 ...]
@@ -15,7 +15,7 @@ from resnet_flax.run import (
   surroundings,
 )
 
-# For --help.
+# --help lists the flags that these modules define.
 for module in (process, command_line, host_flags):
   flags.adopt_module_key_flags(module)
 _MODE = flags.DEFINE_enum(
@@ -42,20 +42,20 @@ def _run(argv: list[str]) -> None:
   from resnet_flax.parallel import hosts
   from resnet_flax.run import load, progress, signals
 
-  only_eval = (_CHECKPOINT, _WEIGHTS, _SPLIT)
-  given = [f"--{f.name}={f.value}" for f in only_eval if f.present]
-  if given and _MODE.value != "eval":
+  eval_flags = (_CHECKPOINT, _WEIGHTS, _SPLIT)
+  passed = [f"--{f.name}={f.value}" for f in eval_flags if f.present]
+  if passed and _MODE.value != "eval":
     raise errors.ConfigError(
-      f"{' and '.join(given)} must be with --mode=eval."
+      f"{' and '.join(passed)} must be with --mode=eval."
       + " A run keeps an average of its weights with --config.ema.decay=0.999."
       * _WEIGHTS.present
     )
-  # What is to be done, and where.
-  mode, folder = _MODE.value, process.WORKDIR.value
+  # Scoring a workdir needs no --config: the workdir stores its own.
+  mode, workdir = _MODE.value, process.WORKDIR.value
   config = None
-  if mode != "eval" or not folder or command_line.CONFIG.value:
+  if mode != "eval" or not workdir or command_line.CONFIG.value:
     config, default_workdir = command_line.config_and_workdir()
-    folder = folder or default_workdir
+    workdir = workdir or default_workdir
   cluster = host_flags.find_cluster(mode)
 
   if mode == "train":
@@ -63,15 +63,15 @@ def _run(argv: list[str]) -> None:
 
     with host_flags.connected(cluster):
       stops = signals.StopSignals(exits=True)
-      records = train.train_and_evaluate(config, folder, signals=stops)
+      records = train.train_and_evaluate(config, workdir, signals=stops)
       if hosts.is_first():
         surroundings.show(progress.results(config, records))
-        surroundings.show(progress.next_steps(config, folder))
+        surroundings.show(progress.next_steps(config, workdir))
   elif mode == "eval":
     with signals.StopSignals(exits=True):
-      what = _CHECKPOINT.value, _WEIGHTS.value, _SPLIT.value
-      scores = load.evaluate_workdir(folder, *what, config=config)
-    surroundings.show(progress.evaluation(*what, scores))
+      choice = _CHECKPOINT.value, _WEIGHTS.value, _SPLIT.value
+      scores = load.evaluate_workdir(workdir, *choice, config=config)
+    surroundings.show(progress.evaluation(*choice, scores))
   else:
     from resnet_flax.tools import summary
 
@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """Runs the command line; mistakes and signals end in one line."""
+  """Runs the command line; a mistake or a signal ends it with one line."""
   process.run(_run)
 
 

@@ -17,10 +17,10 @@ from resnet_flax.models.kernels import grouping
 from resnet_flax.optim import learning_rates, optimizers, rate_rules
 
 PyTree = Any
-# Sums over images, float32[] each, so that means are exact whatever the sizes
-# of batches: those of `metric_sums` and, where they are asked for, `NORMS`.
+# The entries of `metric_sums` and, with `log.norms`, `NORMS`: float32[] each.
+# They are sums over images, so that batches of different sizes can be added.
 MetricSums = dict[str, jax.Array]
-# With `log.norms`: of the loss's gradient and of the weights, over all arrays.
+# Norms over all arrays: of the cross-entropy's gradient and of the weights.
 NORMS = ("gradient_norm", "weight_norm")
 
 
@@ -30,16 +30,16 @@ class TrainState(flax.struct.PyTreeNode):
   step: jax.Array  # int32[], steps done.
   params: PyTree  # float32
   batch_stats: PyTree  # Running means and variances, float32.
-  opt_state: PyTree  # Of the Optax chain.
+  opt_state: PyTree  # The Optax chain's state.
   rate_state: rate_rules.RateState
-  # Of the epoch so far. A checkpoint may have more or fewer of them.
+  # Sums of the epoch so far. A checkpoint may have more or fewer metrics.
   epoch_sums: MetricSums
   normalization: normalize.Normalization
-  average: PyTree = None  # Averaged `variables`, where they are asked for.
+  average: PyTree = None  # Averaged `variables`, with ema or swa.
 
   @property
   def variables(self) -> dict[str, PyTree]:
-    """What `model.apply` takes."""
+    """The variables that `model.apply` takes."""
     return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -47,9 +47,9 @@ class StepMetrics(flax.struct.PyTreeNode):
   """What one training step reports."""
 
   step: jax.Array  # int32[], 0-based.
-  sums: MetricSums  # Of the epoch so far, this step included.
+  sums: MetricSums  # Sums of the epoch so far, this step included.
   learning_rate: jax.Array  # float32[], used by this step.
-  finite: jax.Array  # bool[]: the objective and the new state are.
+  finite: jax.Array  # bool[]: objective and new state are finite.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Experiment:
   model: nn.Module  # Called as model.apply(variables, images, train=...).
   optimizer: optimizers.Optimizer
   learning_rate: learning_rates.LearningRate
-  augment: augment.Augment  # Maps (key, images, targets) to the last two.
+  augment: augment.Augment  # (key, images, targets) -> (images, targets).
   image_shape: tuple[int, int, int]  # (H, W, C)
-  num_classes: int  # Of the network's head.
-  # Share of each label that goes to all classes alike in training (Szegedy et
+  num_classes: int  # Outputs of the network's head.
+  # Share of each label that training spreads over all classes (Szegedy et
   # al. 2015, section 7).
   label_smoothing: float = 0.0
   # Maps (key, uint8[B, H, W, C], epoch) to images, before normalisation.
   augment_bytes: Callable[..., jax.Array] = lambda key, images, epoch: images
-  log_norms: bool = False  # Whether training sums `NORMS`, too.
-  # The average of a state whose own is of the step before; `averaging.create`.
+  log_norms: bool = False  # Whether training also sums `NORMS`.
+  # Computes the new average of a state with the old one: `averaging.create`.
   average: Callable[[TrainState], PyTree] = lambda state: None
 
 
@@ -80,9 +80,9 @@ def create_train_state(
   key: jax.Array,
   normalization: normalize.Normalization,
 ) -> TrainState:
-  """The state before the first step, with parameters drawn from key[].
+  """The state before the first step, with parameters drawn from `key`, key[].
 
-  Under `jax.jit` a deep network's would take minutes to compile.
+  Do not call this under `jax.jit`: a deep network would compile for minutes.
   """
   images = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
   # Draws the parameters without running the network.
@@ -95,7 +95,7 @@ def state_of(
   variables: Mapping[str, PyTree],
   normalization: normalize.Normalization,
 ) -> TrainState:
-  """The state before the first step of a network with given variables."""
+  """The state before the first step, with the given variables."""
   logits = jax.ShapeDtypeStruct((1, experiment.num_classes), jnp.float32)
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
   mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
@@ -104,7 +104,7 @@ def state_of(
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
-    # Networks without batch norm have none.
+    # A network without batch norm has no running statistics.
     batch_stats=variables.get("batch_stats", {}),
     opt_state=experiment.optimizer.tx.init(variables["params"]),
     rate_state=experiment.learning_rate.rules.init(),
@@ -134,12 +134,12 @@ def cross_entropy(
 
 
 def in_top5(scores: Any, labels: Any) -> Any:
-  """Whether labels are among the 5 first of scores, [B, classes]: bool[B]."""
-  # Without a sort, for which devices would gather their images' scores.
+  """Whether labels have one of the 5 highest scores, [B, classes]: bool[B]."""
+  # `true`: the labels' scores. For a sort, devices would gather all scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
-  own = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
-  after = (scores < own) | ((scores == own) & (classes >= labels))
-  return (~after).sum(axis=-1) < 5  # Of NaN, none is after.
+  true = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
+  after = (scores < true) | ((scores == true) & (classes >= labels))
+  return (~after).sum(axis=-1) < 5  # With NaN, no class is after.
 
 
 def metric_sums(
@@ -151,10 +151,10 @@ def metric_sums(
 ) -> MetricSums:
   """The metrics of a batch, in training and in evaluation.
 
-  Each entry is a sum over the images that `mask`, bool[B], lets count; its mean
-  is recorded and drawn for every split under its name. `loss` is the sum of
-  cross-entropies, `objective` the same with the L2 term. Labels are those of
-  the data, whatever targets an augmentation made of them.
+  Each entry is a sum over the images where `mask`, bool[B], is True. The mean
+  is recorded and drawn under the entry's name, for every split. `loss` sums the
+  cross-entropies; `objective` adds the L2 term for each image. `labels` are the
+  data set's, not the targets that an augmentation made of them.
   """
   sums = {
     "loss": loss,
@@ -171,8 +171,8 @@ def metric_sums(
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
-  """The key[] of a 0-based step for 'augmentation', and for 'dropout'."""
-  # No step has this number.
+  """The key[] for 'augmentation' and for 'dropout' at a 0-based step."""
+  # No step has this number, so dropout has keys of its own.
   dropout_key = jax.random.fold_in(key, 2**32 - 1)
   return {
     "augmentation": jax.random.fold_in(key, step),
@@ -191,8 +191,8 @@ def loss_fn(
 ) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, PyTree]]]:
   """The mean cross-entropy of a normalised and augmented batch, float32[].
 
-  With float32[B, classes] logits and the collections that modules wrote, which
-  are 'batch_stats' and, where they have them, `collections`.
+  Also returns the float32[B, classes] logits and the collections that modules
+  wrote: 'batch_stats' and those named in `collections`, if they have them.
   """
   logits, updated = experiment.model.apply(
     {"params": params, "batch_stats": batch_stats},
@@ -214,8 +214,8 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
   """One step: normalise, augment, differentiate, update.
 
-  Images are uint8[B, H, W, C], labels int32[B]; `key`, key[], is the same at
-  every step, whose number is folded in here.
+  `images` are uint8[B, H, W, C], `labels` int32[B]. `key`, key[], is the same
+  at every step: the step's number is folded in here.
   """
   return train_step_with_backward(experiment, state, images, labels, key)[:2]
 
@@ -228,11 +228,11 @@ def train_step_with_backward(
   key: jax.Array,
   collections: Sequence[str] = (),
 ) -> tuple[TrainState, StepMetrics, PyTree, Mapping[str, PyTree]]:
-  """`train_step`, the gradient of its loss and the collections it wrote."""
+  """Like `train_step`; also returns the gradient and written collections."""
   keys = step_keys(key, state.step)
   epoch = state.step // experiment.learning_rate.steps_per_epoch
   images = experiment.augment_bytes(keys["augmentation"], images, epoch)
-  # In the recipe's order: the shift fills edges with normalised pixels.
+  # The recipe normalises before it shifts, so edges get normalised pixels.
   images, targets = experiment.augment(
     keys["augmentation"], state.normalization(images), labels
   )
@@ -256,7 +256,7 @@ def train_step_with_backward(
     grads, state.opt_state, state.params, rate
   )
 
-  # Metrics: the first step of an epoch starts the sums anew.
+  # Metrics: the first step of an epoch starts new sums.
   objective = loss + experiment.optimizer.penalty(state.params)
   count = labels.shape[0]
   sums = metric_sums(
@@ -266,9 +266,9 @@ def train_step_with_backward(
     trees = zip(NORMS, (grads, state.params), strict=True)
     sums |= {name: count * grouping.norm(tree) for name, tree in trees}
   error, rules = 1 - sums["accuracy"] / count, experiment.learning_rate.rules
-  starts = state.step % experiment.learning_rate.steps_per_epoch == 0
+  is_first = state.step % experiment.learning_rate.steps_per_epoch == 0
   sums = jax.tree.map(
-    lambda old, new: jnp.where(starts, new, old + new), state.epoch_sums, sums
+    lambda old, new: jnp.where(is_first, new, old + new), state.epoch_sums, sums
   )
   new_state = state.replace(
     step=state.step + 1,
@@ -311,10 +311,10 @@ def eval_step(
 ) -> tuple[MetricSums, jax.Array]:
   """Scores a batch in inference mode.
 
-  Images are uint8[B, H, W, C], or uint8[B, crops, H, W, C], several crops of
-  each, whose probabilities are averaged; labels are int32[B]; the mask,
-  bool[B], is False for padding. Returns `metric_sums` and the float32[B,
-  classes] probabilities.
+  `images` are uint8[B, H, W, C] or, with several crops of each image, uint8[B,
+  crops, H, W, C]; the probabilities are averaged over crops. `labels` are
+  int32[B]. `mask`, bool[B], is False for padding. Returns `metric_sums` and the
+  float32[B, classes] probabilities.
   """
   crops = images.reshape(-1, *images.shape[-3:])
   logits = apply_eval(experiment.model, state, crops)
@@ -322,7 +322,7 @@ def eval_step(
     log_probabilities = jax.nn.log_softmax(
       logits.reshape(*images.shape[:2], logits.shape[-1])
     )
-    # The logarithm of their mean, which is as good as logits.
+    # Logits whose softmax is the mean of the crops' probabilities.
     logits = jax.nn.logsumexp(log_probabilities, axis=1) - math.log(
       images.shape[1]
     )

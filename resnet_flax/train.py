@@ -1,4 +1,4 @@
-"""The loop: everything that reads, writes or waits happens here."""
+"""The training loop: it reads, writes and waits; the steps are pure."""
 
 import logging
 import os
@@ -42,27 +42,27 @@ def train_and_evaluate(
   signals: signals_lib.StopSignals | None = None,
   on_event: Callable[[str], None] = lambda name: None,
 ) -> list[metrics.Record]:
-  """Trains as the configuration says; resumes what the workdir holds.
+  """Trains as the configuration says; resumes the workdir's run.
 
   The workdir gets config.json, environment.json, metrics.jsonl, checkpoints/
   and tensorboard/. If it holds an unfinished run of this configuration, the run
   resumes after the latest step that was saved, bit-identically. On several
   hosts all processes call this; only process 0 reads and writes the workdir.
 
-  `devices` are by default all; `signals` says how signals to stop are met.
-  `on_event`, in which tests end a run, is called with the name of what comes
-  next: 'compile', and those of `session.open_run`.
+  `devices` are all devices by default. `signals` handles Ctrl-C and other
+  signals to stop. `on_event`, a hook for tests, is called with the name of the
+  next event: 'compile', or one that `session.open_run` lists.
 
   Returns the records of all epochs, as in metrics.jsonl.
 
   Raises:
-    ConfigError: a value that cannot be used, also of JAX's settings; before
+    ConfigError: a configuration value or a JAX setting is wrong; raised before
       anything is compiled.
     WorkdirError: the workdir is in use, cannot be read or written, or holds a
-      run on other data.
-    DataError: the data cannot be had.
+      run of another configuration or on other data.
+    DataError: the data is missing, damaged or incomplete.
     NonFiniteError: the loss or the state became infinite or NaN.
-    Interrupted: a signal to stop; the step in progress is finished and saved.
+    Interrupted: a signal stopped the run; a step in progress was saved first.
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
@@ -84,8 +84,8 @@ def train_and_evaluate(
       for batch in run.batches(epoch, program.batches):
         setup.before_step(run.step, state, batch)
         state, step_metrics = program.step(state, batch)
-        run.report(step_metrics, batch.num_steps)  # Reads one step late.
-        if run.should_save():  # By the clock, steps, a signal, the epoch's end.
+        run.report(step_metrics, batch.num_steps)  # Checks the call before.
+        if run.should_save():  # By clock, steps, signal or epoch's end.
           state = run.save(state, setup.before_save)
       scores = evaluate.evaluate_all(
         *(config, epoch, setup.eval_step, state, setup.splits, layout),
@@ -101,16 +101,16 @@ def train_and_evaluate(
 
 
 class _Setup(NamedTuple):
-  """What the loop works with."""
+  """What `_set_up` makes for the loop."""
 
   state: networks.Networks
   layout: networks.Layout
   program: program.Program
   eval_step: evaluate.EvalStep
-  splits: dict[str, data.Split]  # That are scored.
+  splits: dict[str, data.Split]  # The scored ones: 'val', 'test'.
   # Called with the steps done, the state and the batch.
   before_step: Callable[[int, networks.Networks, program.Batch], None]
-  # Called with the steps done and the state; gives the one to be saved.
+  # Called with the steps done and the state; returns the state to save.
   before_save: Callable[[int, networks.Networks], networks.Networks]
 
 
@@ -118,7 +118,7 @@ def _set_up(
   config: ConfigDict, experiment: step_lib.Experiment, run: session.Session
 ) -> _Setup:
   """Loads the data, makes or restores the state, compiles the step."""
-  # What is wrong with the weights is said before the data is prepared.
+  # First, so that an error in the weights does not wait for the data.
   source = None
   if config.init_from and not run.resumes:
     source = hosts.first_only(lambda: load.load_source(config))
@@ -139,20 +139,20 @@ def _set_up(
     )
   layout, steps_per_call = run.choose_layout(dataset)
 
-  # The state.
+  # The restored or initial state.
   if run.resumes:
     state = layout.put(run.restored_states())
   else:
     state = initial_state(config, experiment, dataset.train, layout, source)
-  trained = len(run.records) * steps_per_epoch
-  if run.records and run.step == trained:
-    # An epoch's checkpoint is from before its evaluation.
+  recorded_steps = len(run.records) * steps_per_epoch
+  if run.records and run.step == recorded_steps:
+    # The checkpoint was saved before the epoch was scored.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 
-  # The compiled step, its batches and what comes before each.
+  # The compiled step with its batches, and the hooks before steps and saves.
   key = augmentation_key(layout)
   run.on_event("compile")
-  training = many_steps.create(
+  training_program = many_steps.create(
     *(config, experiment, state, dataset.train, key, layout),
     steps_per_call=steps_per_call,
   )
@@ -167,7 +167,7 @@ def _set_up(
   return _Setup(
     state=state,
     layout=layout,
-    program=training,
+    program=training_program,
     eval_step=evaluate.create_eval_step(experiment, layout),
     splits={name: split for name, split in splits.items() if split is not None},
     before_step=before_step,
@@ -195,7 +195,7 @@ def initial_state(
       state = step_lib.create_train_state(experiment, key, normalization)
       if source:
         variables = load.merged(state.variables, source)
-        # Optimizers may keep the first weights, too.
+        # An optimizer's state may hold the initial weights, too.
         state = step_lib.state_of(experiment, variables, normalization)
       states.append(state)
     return states
@@ -204,7 +204,7 @@ def initial_state(
 
 
 def augmentation_key(layout: networks.Layout) -> networks.Networks:
-  """The key[] of each network, which all of its training steps take."""
+  """The augmentation key[] of each network, the same for all its steps."""
   purpose = randomness.Purpose.AUGMENTATION
   return layout.put([randomness.device_key(s, purpose) for s in layout.seeds])
 
@@ -218,15 +218,15 @@ def _after_epoch(
   experiment: step_lib.Experiment,
   layout: networks.Layout,
 ) -> networks.Networks:
-  """The state with which the epoch after `record`'s begins."""
+  """Gives an epoch's loss to the learning-rate rules; returns the new state."""
   objective = metrics.monitored(record, "objective")
-  if objective not in record:  # Not scored.
+  if objective not in record:  # The epoch was not scored.
     return state
-  before = layout.get(layout.map(lambda one: one.rate_state, state))
+  before = layout.get(layout.map(lambda chunk: chunk.rate_state, state))
   losses = [metrics.comparable(r[objective]) for r in metrics.of_seeds(record)]
   after = [*map(experiment.learning_rate.rules.after_epoch, before, losses)]
   return layout.map(
-    lambda one, rate_state: one.replace(rate_state=rate_state),
+    lambda chunk, rate_state: chunk.replace(rate_state=rate_state),
     state,
     layout.put(after),
   )

@@ -1,9 +1,9 @@
 """Data augmentation on the device: pure functions of (key, images, targets).
 
 Images are float[B, H, W, C], already normalised: the recipe subtracts the mean
-before it shifts, so edges are filled with normalised pixels. What is done to
-bytes is in `augment_bytes.py`. Targets are int32[B] labels or float[B, classes]
-probabilities, which an augmentation that mixes images changes as well.
+before it shifts, so edges are filled with normalised pixels. Targets are
+int32[B] labels or float[B, classes] probabilities; augmentations that mix
+images mix targets, too. `augment_bytes.py` has the augmentations of bytes.
 """
 
 import functools
@@ -25,7 +25,7 @@ _CROP_PADDING = 4
 def translate(images: jax.Array, shifts: jax.Array) -> jax.Array:
   """Moves each image by float[B, 2] pixels down and to the right.
 
-  As `scipy.ndimage.shift(order=1, mode="nearest")` does.
+  Interpolates as `scipy.ndimage.shift(order=1, mode="nearest")` does.
   """
   # A translation is separable: one small matrix for the rows, one for the
   # columns. Matrix products suit every accelerator, gathers do not.
@@ -50,7 +50,7 @@ def _interpolation_matrices(
 def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
   """Pads each image with zeros and cuts a window of the original size.
 
-  Its top left corner is at int32[B, 2] `offsets`, from 0 to 2 * padding.
+  The window's top left corner is at int32[B, 2] `offsets`, 0 to 2 * padding.
   """
   padded = jnp.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
 
@@ -61,7 +61,7 @@ def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
 
 
 def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
-  """Mirrors the images left to right where `mirrored`, bool[B], says so."""
+  """Mirrors the images left to right where `mirrored`, bool[B], is True."""
   return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -69,7 +69,7 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
 
 
 def random_shift(key, images, targets):
-  """The recipe's: a continuous shift by up to 10 % of height and width."""
+  """The recipe's shift: continuous, by up to 10 % of height and width."""
   size = jnp.asarray(images.shape[1:3], jnp.float32)
   shape = images.shape[0], 2
   fractions = jax.random.uniform(key, shape, float, -_SHIFT_RANGE, _SHIFT_RANGE)
@@ -94,11 +94,11 @@ def nothing(key, images, targets):
   return images, targets
 
 
-# For `augment.name`: what is done before the flip.
+# By `augment.name`: the augmentation before the flip.
 MOVES: dict[str, Augment] = {
   "shift_flip": random_shift,
   "crop_flip": random_crop,
-  # These have been cut on the host, as they were decoded.
+  # The host crops these images while it decodes them.
   **dict.fromkeys(crops.RANDOM, nothing),
   "none": nothing,
 }
@@ -107,8 +107,8 @@ MOVES: dict[str, Augment] = {
 def create_augment(config: ConfigDict, num_classes: int) -> Augment:
   """The augmentation that `config.augment` describes, after normalisation."""
   flips = config.flip and config.name != "none" and not config.alternating_flip
-  # In this order, each with a key of its own by its place. More are added at
-  # the end.
+  # An augmentation's place in this list decides its key. Append new ones, so
+  # that the others keep theirs.
   used = [MOVES[config.name], random_flip if flips else nothing]
   if config.cutout:
     used.append(mixing.cutout(config.cutout))
@@ -118,7 +118,7 @@ def create_augment(config: ConfigDict, num_classes: int) -> Augment:
 
 
 def compose(*augmentations: Augment) -> Augment:
-  """One augmentation after the other; each draws from a key of its own."""
+  """Applies augmentations in turn; each draws from a key of its own."""
 
   def augment(key, images, targets):
     keys = jax.random.split(key, len(augmentations))

@@ -1,6 +1,6 @@
 """Augmentation of uint8[B, H, W, C] images on the device, before normalisation.
 
-Pure functions of (key, images, epoch), the last int32[] and 0-based.
+Pure functions of (key, images, epoch); `epoch` is int32[] and 0-based.
 """
 
 import math
@@ -16,10 +16,10 @@ from resnet_flax.data.trivial_augment import trivial_augment
 
 
 def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
-  """Mirrors each image in every other epoch, half of them in even ones.
+  """Mirrors half of the images in even epochs, the other half in odd epochs.
 
-  Jordan 2024 (arXiv:2404.00498). An image is told by its pixels, so that the
-  halves are the same in every run.
+  Jordan 2024 (arXiv:2404.00498). A hash of its pixels decides an image's half,
+  in every run alike. So images that the host crops at random change halves.
   """
   shape = images.shape[1:]
   odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1
@@ -32,7 +32,7 @@ def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
 def create(
   config: ConfigDict,
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-  """What `config.augment` does to bytes."""
+  """The augmentation of bytes that `config.augment` describes."""
   alternates, is_trivial = config.alternating_flip, config.trivial_augment
 
   def augment_bytes(key, images, epoch):

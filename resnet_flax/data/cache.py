@@ -25,8 +25,8 @@ _SUMS = "SHA256SUMS"
 
 def cache_dir(configured: str) -> pathlib.Path:
   """The folder for cached data: the configured one, else the user's own."""
-  own = platformdirs.user_cache_dir("resnet_flax")
-  return errors.resolve(configured or own, "dataset.cache_dir")
+  user_dir = platformdirs.user_cache_dir("resnet_flax")
+  return errors.resolve(configured or user_dir, "dataset.cache_dir")
 
 
 def cached(
@@ -40,19 +40,19 @@ def cached(
     folder.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written must fail before the slow build.
     with files.temporary_folder(folder, f".{key}-", _ABANDONED) as temporary:
-      arrays, made = build(), temporary / "made"
-      made.mkdir(0o700)
+      arrays, new_entry = build(), temporary / "made"
+      new_entry.mkdir(0o700)
       for name, array in arrays.items():
-        np.save(made / f"{name}.npy", array)
-      (made / _SUMS).write_text(_sums(made))
+        np.save(new_entry / f"{name}.npy", array)
+      (new_entry / _SUMS).write_text(_sums(new_entry))
       # Another process may have stored this entry meanwhile and may be reading
       # it, so only a damaged entry is replaced.
       if os.path.lexists(entry) and not _open(entry):
-        with contextlib.suppress(FileNotFoundError):  # It was faster.
+        with contextlib.suppress(FileNotFoundError):  # Another moved it first.
           os.replace(entry, temporary / "damaged")
       if not os.path.lexists(entry):
         try:
-          os.replace(made, entry)
+          os.replace(new_entry, entry)
         except OSError:
           if not _open(entry):  # Else another process was faster.
             raise
@@ -65,7 +65,7 @@ def cached(
 
 
 def _open(entry: pathlib.Path) -> types.Arrays:
-  """An entry's arrays; none if it is missing or a byte has changed."""
+  """An entry's arrays; empty if the entry is missing or damaged."""
   try:
     if files.read_text(entry / _SUMS) != _sums(entry):
       raise ValueError("its SHA-256 has changed")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 through TFDS, as ArrayRecord, without TensorFlow.
+"""CIFAR-10 and CIFAR-100, prepared by TFDS as ArrayRecord without TensorFlow.
 
 An official archive (binary version) is read only if its digest is right.
 Layout: https://www.cs.toronto.edu/~kriz/cifar.html
@@ -21,7 +21,7 @@ from resnet_flax.run import errors, files
 
 _logger = logging.getLogger(__name__)
 
-# Seconds without an answer or without a byte after which a download fails.
+# A download fails after this many seconds without an answer or a byte.
 TIMEOUT = 15.0
 
 
@@ -33,7 +33,7 @@ class Archive:
   num_bytes: int
   sha256: str
   files: dict[str, tuple[str, ...]]  # By split, 'train' and 'test'.
-  # The text file of class names for each label byte of an image, in order.
+  # For each label byte of an image, in order: the text file of class names.
   labels: dict[str, str]
 
 
@@ -67,7 +67,7 @@ ARCHIVES = {
 def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   """Downloads an archive into `folder`, unless a good copy is there.
 
-  If that fails, this raises `DataError` and leaves no file.
+  Raises `DataError` and leaves no file if the download fails.
   """
   import pooch
   import requests
@@ -76,16 +76,16 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   pooch.get_logger().setLevel("ERROR")
 
   def download(url: str, target: str, _: Any) -> None:
-    left = archive.num_bytes
+    num_left = archive.num_bytes
     with (
       requests.get(url, stream=True, timeout=TIMEOUT) as response,
       open(target, "wb") as file,
-      tqdm.tqdm(total=left, unit="B", unit_scale=True, disable=None) as bar,
+      tqdm.tqdm(total=num_left, unit="B", unit_scale=True, disable=None) as bar,
     ):
       response.raise_for_status()
       for block in response.iter_content(1 << 16):
         # A server that never stops sending must not fill the disk.
-        if (left := left - len(block)) < 0:
+        if (num_left := num_left - len(block)) < 0:
           raise ValueError("the server sends more than the official archive")
         file.write(block)
         bar.update(len(block))
@@ -109,7 +109,7 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
   """Raises `DataError` unless a local file is the official archive."""
   try:
     size = path.stat().st_size
-    # A file of another size may take hours to read.
+    # A file of another size is not read, since it may take hours.
     digest = files.digest_of(path) if size == archive.num_bytes else "unknown"
   except OSError as error:
     raise errors.DataError(
@@ -127,7 +127,7 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
 def read_archive(
   archive: Archive, path: pathlib.Path
 ) -> tuple[dict[str, types.Batch], dict[str, list[str]]]:
-  """Reads an archive whose digest is right.
+  """Reads an official archive, whose digest must have been checked.
 
   Returns uint8[N, 32, 32, 3] images and uint8[N, L] labels of each split, and
   the class names of each of the L labels.
@@ -192,8 +192,8 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   _logger.info("preparing %s in %s", name, root)
   splits, class_names = read_archive(archive, path)
   stock: Any = getattr(tfds.image_classification, name.capitalize())
-  # The stock builder reads files through TensorFlow. This one only takes the
-  # examples from elsewhere, so it writes the stock data set.
+  # The stock builder reads files through TensorFlow. This one only takes its
+  # examples from `splits` instead, so it writes the same data set.
   with registered.skip_registration():
 
     class ArchiveBuilder(stock):
@@ -204,7 +204,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
 
       def _examples(self, split):
         for k, (image, labels) in enumerate(zip(*splits[split], strict=True)):
-          # PIL encodes PIL images; TensorFlow would encode arrays.
+          # TFDS encodes PIL images with PIL, but arrays with TensorFlow.
           example = {"id": f"{split}_{k:05d}", "image": Image.fromarray(image)}
           example |= zip(class_names, labels.tolist(), strict=True)
           yield k, example
@@ -219,7 +219,7 @@ def prepare(name: str, root: pathlib.Path, local_archive: str) -> pathlib.Path:
   except Exception as error:
     with contextlib.suppress(errors.DataError):
       if folder := prepared.find(name, root):
-        return folder  # Another process was faster.
+        return folder  # Another process has prepared it meanwhile.
     raise errors.DataError(
       f"{name} cannot be prepared in {root} ({errors.one_line(error)})."
       f" {prepared.SET_DATA_DIR} a directory that can be written."
@@ -234,7 +234,7 @@ _ARRAYS = {
 
 
 def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
-  """Decodes a prepared folder, which must hold what is known of the set."""
+  """Decodes a copy; `DataError` unless its counts and shapes are as `known`."""
   arrays: types.Arrays = {}
   with prepared.reading(folder):
     names = prepared.label_names(folder)
@@ -245,7 +245,7 @@ def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
       _logger.info("decoding %d %s images", count, split)
       images = np.empty((count, *known.image_shape), np.uint8)
       labels = np.empty(count, np.int32)
-      # In parts, since records may be much larger than their file.
+      # 64 records at a time, since they may be much larger than their file.
       parts = np.split(np.arange(count), range(64, count, 64))
       examples = (each for rows in parts for each in source.examples(rows))
       for k, example in enumerate(examples):

@@ -1,4 +1,4 @@
-"""Crop boxes: the part of an image that the network sees, in its own pixels.
+"""Crop boxes: the part of an image that the network sees, in image pixels.
 
 An image is cut and resized in one step, so a box need not lie on whole pixels.
 """
@@ -12,7 +12,7 @@ import numpy as np
 Box = tuple[float, float, float, float]
 
 # He et al. 2015, section 3.4: the shorter side of the image in units of the
-# crop's side, 224. The first is its range in training.
+# crop's side, 224; its range in training, and its value in scoring.
 _SHORTER_SIDES = (256 / 224, 480 / 224)
 _CENTRAL_SIDE = 256 / 224
 NUM_TEN = 10
@@ -21,7 +21,7 @@ NUM_TEN = 10
 def scored(size: tuple[int, int], side: int) -> Box:
   """The box to score: the central square of 224/256 of the shorter side.
 
-  Of an image that has side x side pixels it is the whole.
+  An image of side x side pixels is scored whole.
   """
   whole = size == (side, side)
   return _square(*size, 1 if whole else _CENTRAL_SIDE, 0.5, 0.5)
@@ -61,7 +61,7 @@ def random_resized(rng: np.random.Generator, width: int, height: int) -> Box:
 
 
 def scale(rng: np.random.Generator, width: int, height: int) -> Box:
-  """A square at a random place of the image, which is resized at random."""
+  """A square of random size at a random place, as in He et al. 2015."""
   side = rng.uniform(*_SHORTER_SIDES)
   return _square(width, height, side, rng.uniform(), rng.uniform())
 
@@ -69,7 +69,7 @@ def scale(rng: np.random.Generator, width: int, height: int) -> Box:
 def _square(
   width: int, height: int, shorter: float, across: float, down: float
 ) -> Box:
-  """A square of 1 / `shorter` of the shorter side; 0 is left or top."""
+  """A square of 1 / `shorter` of the shorter side; `across`, `down`: 0 to 1."""
   side = min(width, height) / shorter
   left, upper = across * (width - side), down * (height - side)
   # Rounding must not move the box out of the image.

@@ -24,8 +24,8 @@ def info(
 ) -> types.DatasetInfo:
   """Facts about the set that `config.dataset` names, without opening it.
 
-  `facts`, which a run remembers, override the files of a streamed set. A set
-  that only its files describe raises `DataError` without them.
+  `facts`, which a run stores, take the place of a streamed set's files. Without
+  either, a set that `streaming.KNOWN` does not have raises `DataError`.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]
@@ -39,28 +39,28 @@ def num_train_examples(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> int:
   """The number of training images with this `config.dataset`."""
-  whole = info(config, facts).num_train
-  rest = whole - config.validation_examples
-  if rest <= 0:
+  num_images = info(config, facts).num_train
+  num_left = num_images - config.validation_examples
+  if num_left <= 0:
     raise errors.ConfigError(
       f"dataset.validation_examples={config.validation_examples} leaves no"
-      f" training image: {config.name} has {whole}."
+      f" training image: {config.name} has {num_images}."
     )
-  if config.train_examples > rest:
+  if config.train_examples > num_left:
     raise errors.ConfigError(
       f"dataset.train_examples={config.train_examples} is more than the"
-      f" {rest} training images that {config.name} has"
+      f" {num_left} training images that {config.name} has"
       + (" after validation_examples." if config.validation_examples else ".")
     )
-  return config.train_examples or rest
+  return config.train_examples or num_left
 
 
 def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
-  """Opens the set that `config.dataset` names; prepares a missing copy.
+  """Opens the set that `config.dataset` names; prepares CIFAR if missing.
 
-  `validation_examples` are held out, `train_examples` are kept. Both are drawn
-  by class, except in streamed copies: their labels are unknown before they are
-  read.
+  `augmentation` is `augment.name`. `validation_examples` are held out and
+  `train_examples` are kept; both are drawn by class, but not from TFDS streams,
+  whose labels are unknown before they are read.
 
   Raises:
     ConfigError: an unknown set, too few images, or a missing extra.
@@ -82,11 +82,11 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
     class_names = tuple(map(str, arrays["class_names"]))
     dataset = types.Dataset(whole, None, test, class_names, source)
   train, num_held_out = dataset.train, config.validation_examples
-  kept, held_out = splits.choose(
+  train_positions, held_out = splits.choose(
     len(train), labels, num_train, num_held_out, config.split_seed
   )
   if len(held_out):
     dataset = dataclasses.replace(dataset, validation=train.subset(held_out))
-  if len(kept) < len(train):
-    dataset = dataclasses.replace(dataset, train=train.subset(kept))
+  if len(train_positions) < len(train):
+    dataset = dataclasses.replace(dataset, train=train.subset(train_positions))
   return streaming.settle(dataset)

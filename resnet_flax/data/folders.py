@@ -36,11 +36,11 @@ Parts = dict[str, dict[str, list[str]]]
 
 
 @functools.lru_cache(1 << 14)
-def _scan(folder: str, changed: int) -> tuple[list[str], list[str], int]:
+def _scan(folder: str, mtime_ns: int) -> tuple[list[str], list[str], int]:
   """Names of folders, paths of pictures, and the number of other files.
 
-  For speed only links are looked up on the disk, and a folder is read again
-  only if `changed`, its time of modification, is new.
+  For speed, only links are looked up on the disk, and a folder is read again
+  only if its modification time `mtime_ns` has changed.
   """
   folders, pictures, num_others = [], [], 0
   with os.scandir(folder) as entries:
@@ -58,7 +58,7 @@ def _scan(folder: str, changed: int) -> tuple[list[str], list[str], int]:
 
 
 def _list(root: str) -> tuple[Parts, int]:
-  """The parts, and the number of other files beside their pictures."""
+  """The parts, and how many files in their class folders are not pictures."""
 
   def scan(*names: str) -> tuple[list[str], list[str], int]:
     folder = os.path.join(root, *names)
@@ -66,18 +66,18 @@ def _list(root: str) -> tuple[Parts, int]:
 
   parts: Parts = {}
   num_others = 0
-  names, top = [""], scan()[0]
+  names, top_dirs = [""], scan()[0]
   # A folder train/ that holds only pictures is a class of that name.
-  if "train" in top and scan("train")[0]:
-    names = [n for n in ("train", "val", "validation", "test") if n in top]
+  if "train" in top_dirs and scan("train")[0]:
+    names = [n for n in ("train", "val", "validation", "test") if n in top_dirs]
   for name in names:
-    found = {each: scan(name, each) for each in scan(name)[0]}
-    parts[name] = {each: pictures for each, (_, pictures, _) in found.items()}
-    num_others += sum(others for *_, others in found.values())
+    scans = {each: scan(name, each) for each in scan(name)[0]}
+    parts[name] = {each: pictures for each, (_, pictures, _) in scans.items()}
+    num_others += sum(others for *_, others in scans.values())
   if len(parts) == 1:
-    (whole,) = parts.values()
+    (classes,) = parts.values()
     parts = {"train": {}, "a tenth": {}}
-    for each, pictures in whole.items():
+    for each, pictures in classes.items():
       parts["train"][each] = [p for k, p in enumerate(pictures) if k % 10]
       parts["a tenth"][each] = pictures[::10]
   return parts, num_others
@@ -88,17 +88,17 @@ def _check(parts: Parts) -> None:
   classes = parts["train"].keys()
   if len(classes) < 2:
     raise ValueError(f"it must have two class folders, not {[*classes]}")
-  for part, of_classes in parts.items():
-    for each in sorted(classes ^ of_classes.keys()):
+  for part, by_class in parts.items():
+    for each in sorted(classes ^ by_class.keys()):
       raise ValueError(f"class {each!r} is in only one of train and {part}")
-    for each, pictures in of_classes.items():
+    for each, pictures in by_class.items():
       if not pictures:
         kinds = ", ".join(_EXTENSIONS)
         raise ValueError(f"class {each!r} has no picture ({kinds}) in {part}")
 
 
 def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
-  """The folder that `config.dataset` names, its parts, its number of others."""
+  """The folder that `config` names, its parts, its number of other files."""
   if not config.data_dir:
     raise errors.ConfigError(
       "dataset.data_dir='' must name a folder of pictures for dataset.name="
@@ -116,7 +116,7 @@ def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
 
 
 def facts(config: ConfigDict) -> types.Facts:
-  """Class names, numbers of training and test pictures; raises as `find`."""
+  """Class names and numbers of training and test pictures; raises as `find`."""
   train, *_, scored = find(config)[1].values()
   num_train, num_test = (sum(map(len, p.values())) for p in (train, scored))
   return types.Facts(tuple(train), num_train, num_test)
@@ -124,7 +124,7 @@ def facts(config: ConfigDict) -> types.Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """The pictures of a part; used as `prepared.Records` are."""
+  """The pictures of a part, with the interface of `prepared.Records`."""
 
   folder: pathlib.Path
   name: str
@@ -140,7 +140,7 @@ class Files:
     return files.read_bytes(pathlib.Path(self.paths[row])), self.labels[row]
 
   def place(self, row: int) -> str:
-    """The path of a picture."""
+    """The path of a picture below the folder, for messages."""
     return os.path.relpath(self.paths[row], self.folder)
 
 
@@ -148,26 +148,26 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   """The parts as sources, the class names, and a source name with digest."""
   root, parts, num_others = find(config)
   sources = []
-  for part, pictures in parts.items():
-    numbers = np.arange(len(pictures), dtype=np.int32)
-    labels = np.repeat(numbers, [*map(len, pictures.values())])
-    paths = [path for each in pictures.values() for path in each]
+  for part, by_class in parts.items():
+    classes = np.arange(len(by_class), dtype=np.int32)
+    labels = np.repeat(classes, [*map(len, by_class.values())])
+    paths = [path for each in by_class.values() for path in each]
     sources.append(Files(root, part, paths, labels))
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
-  text = "pictures in %s: %s; %d other files are ignored"
-  _logger.info(text, root, counts, num_others)
+  message = "pictures in %s: %s; %d other files are ignored"
+  _logger.info(message, root, counts, num_others)
   if len(parts) > 3:
     _logger.warning("warning: beside val and test, validation is not used")
   paths = [path for each in sources for path in each.paths]
   sizes = [os.stat(path).st_size for path in paths]
   is_small = sum(sizes) <= files.READ_WHOLE
-  # The digest covers the labels, too: they are folders in the names.
+  # Names contain the class folders, so the digest covers the labels, too.
   digest = hashlib.sha256()
   for path, size in zip(paths, sizes, strict=True):
     name = os.fsencode(os.path.relpath(path, root))
     digest.update(b"%b\0%d\0" % (name, size))
     if is_small:
-      # A picture that cannot be read is a bad one, named when it is decoded.
+      # A picture that cannot be read is reported as bad when it is decoded.
       with contextlib.suppress(OSError):
         digest.update(bytes.fromhex(files.digest_of(pathlib.Path(path))))
   return sources, tuple(parts["train"]), f"folder-{digest.hexdigest()[:16]}"

@@ -14,7 +14,7 @@ Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 def cutout(side: int) -> Augment:
-  """Sets a square of each image to 0, its mean if normalised; see `boxes`."""
+  """Sets a square of each image to 0, the normalised mean; see `boxes`."""
 
   def augment(key, images, targets):
     sides = jnp.full((len(images), 2), side)
@@ -25,10 +25,10 @@ def cutout(side: int) -> Augment:
 
 
 def mix(mixup: float, cutmix: float, num_classes: int) -> Augment:
-  """Mixup and CutMix by their alphas; of both, either for half of the batches.
+  """Mixup or CutMix by their alphas; with both, each batch draws one of them.
 
-  Every image of a batch is mixed with the one before it, which is any other
-  one, since every epoch is shuffled. Targets become probabilities.
+  Each image is mixed with the one before it in the batch: a random image, since
+  every epoch is shuffled. Targets become probabilities.
   """
   kinds = ((mixup_shares, mixup), (cutmix_shares, cutmix))
   used = [kind for kind in kinds if kind[1]]
@@ -46,8 +46,8 @@ def mix(mixup: float, cutmix: float, num_classes: int) -> Augment:
 def mixed(images: Array, targets: Array, shares: Array) -> tuple[Array, Array]:
   """Images and targets, float[B, classes], mixed with the ones before them.
 
-  The shares, float[H, W], are those of an image's own pixels; that of its own
-  target is their mean.
+  `shares`, float[H, W], are the weights of an image's own pixels; their mean is
+  the weight of its own target.
   """
 
   def mix(x, share):
@@ -57,7 +57,7 @@ def mixed(images: Array, targets: Array, shares: Array) -> tuple[Array, Array]:
 
 
 def mixup_shares(key, alpha, size):
-  """float[H, W], all the same, from Beta(alpha, alpha)."""
+  """float[H, W], all equal to one draw from Beta(alpha, alpha)."""
   return jnp.full(size, jax.random.beta(key, alpha, alpha))
 
 
@@ -72,8 +72,8 @@ def cutmix_shares(key, alpha, size):
 def boxes(key: Array, sides: Array, size: tuple[int, ...]) -> Array:
   """bool[B, H, W]: the pixels in a box round a random pixel of each image.
 
-  Its sides, int32[B, 2], begin half of them, rounded down, before that pixel;
-  what would lie beyond the edges is left out.
+  `sides`, int32[B, 2], are heights and widths. A box starts sides // 2 before
+  its pixel; its part beyond the edges is left out.
   """
   starts = jax.random.randint(key, sides.shape, 0, jnp.asarray([size]))
   starts = (starts - sides // 2)[..., None]

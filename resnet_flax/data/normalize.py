@@ -8,13 +8,13 @@ import numpy as np
 from resnet_flax.data import types
 
 # Mean and standard deviation of images / 255 that published weights were
-# trained with. Caffe's images keep their scale: the factor 255 cancels.
+# trained with. A std of 1 / 255 keeps the scale of Caffe's images, 0 to 255.
 _FIXED = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
-# Names that need no data, and all names.
+# Names that need no data, and then all names.
 UNMEASURED = ("none", *_FIXED)
 NAMES = ("pixel_mean", "channel", *UNMEASURED)
 
@@ -22,15 +22,15 @@ NAMES = ("pixel_mean", "channel", *UNMEASURED)
 class Normalization(flax.struct.PyTreeNode):
   """Normalises images: (images / 255 - `mean`) / `std`.
 
-  Part of the train state, so that a checkpoint can score images by itself.
-  Both are float32 and broadcast against [H, W, C].
+  The train state has it, so that a checkpoint can score images by itself.
+  `mean` and `std` are float32 and broadcast against [H, W, C].
   """
 
   mean: jax.Array
   std: jax.Array
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps uint8[B, H, W, C] to float32[B, H, W, C]; else a ValueError."""
+    """Maps uint8[B, H, W, C] to float32; other images raise ValueError."""
     if images.dtype != np.uint8 or images.shape[-1] != self.mean.shape[-1]:
       raise ValueError(
         f"preprocess needs uint8 images of {self.mean.shape[-1]} channels; got"
@@ -82,7 +82,7 @@ def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
 
 
 def placeholder(name: str, image_shape: tuple[int, ...]) -> Normalization:
-  """A normalisation that changes nothing, with the shapes of `measure`."""
+  """Only divides by 255, with the shapes that `measure` gives for `name`."""
   shape = image_shape if name == "pixel_mean" else (1, 1, image_shape[-1])
   std = jnp.ones((1, 1, image_shape[-1]), jnp.float32)
   return Normalization(jnp.zeros(shape, jnp.float32), std)

@@ -16,7 +16,7 @@ _ENCODINGS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # ImageNet's largest picture has 61 million.
 _MOST_PIXELS = 2**26
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PARTS_OF_PICTURES = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
+_PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 
 
 def decode(encoded: bytes) -> Any:
@@ -30,11 +30,11 @@ def decode(encoded: bytes) -> Any:
     image.load()  # Pillow decodes only now.
     if image.mode == "RGB":
       return image
-    if image.mode.startswith("I"):  # Grey, 16 bits: Pillow would clip them.
+    if image.mode.startswith("I"):  # Grey of 16 bits, which Pillow would clip.
       high = np.asarray(image).astype(np.int64) >> 8
       return Image.fromarray(high.astype(np.uint8)).convert("RGB")
     if image.mode == "CMYK":
-      # Pillow inverts every CMYK image, TensorFlow only with Adobe's marker.
+      # Pillow takes all CMYK as inverted, TensorFlow only with Adobe's marker.
       light = np.asarray(image).astype(np.int64)
       if "adobe" in image.info:
         light = 255 - light
@@ -47,14 +47,14 @@ def decode(encoded: bytes) -> Any:
 
 
 def _without_extras(encoded: bytes) -> bytes:
-  """Drops a PNG's profiles, texts and palette's alpha: Pillow rejects some."""
+  """Keeps only the PNG chunks that make pixels: Pillow rejects some others."""
   if not encoded.startswith(_PNG):
     return encoded
-  parts, start = [_PNG], len(_PNG)
+  chunks, start = [_PNG], len(_PNG)
   while start + 8 <= len(encoded):
     length, kind = struct.unpack(">I4s", encoded[start : start + 8])
     end = start + 12 + length
-    if kind in _PARTS_OF_PICTURES:
-      parts.append(encoded[start:end])
+    if kind in _PNG_CHUNKS:
+      chunks.append(encoded[start:end])
     start = end
-  return b"".join(parts)
+  return b"".join(chunks)

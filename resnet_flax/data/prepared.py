@@ -1,4 +1,4 @@
-"""Copies of data sets that TFDS has prepared; anybody may have changed them."""
+"""Reads copies of data sets that TFDS has prepared, and does not trust them."""
 
 import contextlib
 import dataclasses
@@ -18,16 +18,16 @@ from resnet_flax.data import types
 from resnet_flax.run import errors, files
 
 FILE_FORMAT = "array_record"
-# The prefix of sets with the features `image` and `label`, a ClassLabel.
+# Prefix of `dataset.name` for TFDS sets with the features image and label.
 PREFIX = "tfds/"
 SET_DATA_DIR = "Set --config.dataset.data_dir (or TFDS_DATA_DIR) to"
 DELETE = "Delete it to have it prepared again."
 PREPARE_AGAIN = "Prepare it again, or take another copy."
-_SAMPLE = 1 << 14  # Bytes that a fingerprint reads at a place of a large file.
+_SAMPLE = 1 << 14  # Bytes of each sample that a fingerprint reads from a file.
 
 
 def data_dir(configured: str) -> pathlib.Path:
-  """The configured folder or $TFDS_DATA_DIR, which must exist; else TFDS's."""
+  """The `configured` folder or $TFDS_DATA_DIR (must exist), else TFDS's own."""
   name = "dataset.data_dir" if configured else "TFDS_DATA_DIR"
   chosen = configured or os.environ.get(name, "")
   path = errors.resolve(chosen or "~/tensorflow_datasets", name)
@@ -42,18 +42,19 @@ def data_dir(configured: str) -> pathlib.Path:
 def find(
   name: str, root: pathlib.Path, remedy: str = ""
 ) -> pathlib.Path | None:
-  """Returns the newest readable version of a prepared set; None without any.
+  """The folder of the newest readable version of a prepared set, or None.
 
-  Raises `DataError` if all versions are damaged or need TensorFlow. `remedy`
-  tells the user what to do; the default is for copies that this program makes.
+  Raises `DataError` if all versions are damaged or need TensorFlow, or if the
+  folder `root` is inside the set. `remedy` tells the user what to do; the
+  default is for copies that this program makes.
   """
-  found = []
+  copies = []
   for path in root.glob(f"{name}/*/dataset_info.json"):
     version = path.parent.name.split(".")
-    if all(map(str.isdecimal, version)):  # Else the copy is not complete.
+    if all(map(str.isdecimal, version)):  # Unfinished copies have other names.
       problem = _problem(path, remedy)
-      found.append((not problem, [*map(int, version)], path.parent, problem))
-  if not found:
+      copies.append((not problem, [*map(int, version)], path.parent, problem))
+  if not copies:
     for above in root.parents[:3]:
       if root.is_relative_to(above / name.partition("/")[0]) and any(
         above.glob(f"{name}/*/dataset_info.json")
@@ -62,7 +63,7 @@ def find(
           f"{root} is inside a prepared {name}. {SET_DATA_DIR} {above}."
         )
     return None
-  _, _, folder, problem = max(found)
+  _, _, folder, problem = max(copies)  # Readable copies first, then newer ones.
   if problem:
     raise errors.DataError(problem)
   return folder
@@ -73,22 +74,22 @@ def _problem(path: pathlib.Path, remedy: str) -> str:
   try:
     info = files.parse_object(files.read_bytes(path))
   except (OSError, ValueError) as error:
-    what = f"{path.name}: {errors.one_line(error)}"
-    return f"{path.parent} cannot be read ({what}). {remedy or DELETE}"
+    reason = f"{path.name}: {errors.one_line(error)}"
+    return f"{path.parent} cannot be read ({reason}). {remedy or DELETE}"
   # Old versions of TFDS had only one format and did not name it.
   file_format = info.get("fileFormat", "tfrecord")
   if file_format == FILE_FORMAT:
     return ""
-  other = "another directory, which may be empty: a copy is prepared there."
+  other_dir = "another directory, which may be empty: a copy is prepared there."
   return (
     f"{path.parent} is prepared as {file_format!s:.50}, which needs TensorFlow;"
-    f" it must be {FILE_FORMAT}. {remedy or f'{SET_DATA_DIR} {other}'}"
+    f" it must be {FILE_FORMAT}. {remedy or f'{SET_DATA_DIR} {other_dir}'}"
   )
 
 
 @contextlib.contextmanager
 def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
-  """Turns any exception that a copy causes in a library into a `DataError`."""
+  """Turns any exception from reading data in `folder` into a `DataError`."""
   try:
     yield
   except (errors.DataError, MemoryError):
@@ -101,14 +102,13 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
         "a script that decodes images in processes must train inside: if"
         " __name__ == '__main__'. Or set dataset.num_workers=0."
       ) from error
-    # The error may know a better one.
-    remedy = getattr(error, "remedy", remedy)
+    remedy = getattr(error, "remedy", remedy)  # A `BadImage` has its own.
     message = f"{folder} cannot be read ({problem}). {remedy}".rstrip()
     raise errors.DataError(message) from error
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
-  """Returns the class names by label; raises any exception without names."""
+  """The class names in the order of labels; any exception if there are none."""
   path = folder / "label.labels.txt"
   lines = files.read_text(path).split("\n")
   if names := tuple(filter(None, map(str.strip, lines))):
@@ -119,8 +119,8 @@ def label_names(folder: pathlib.Path) -> tuple[str, ...]:
 def fingerprint(folder: pathlib.Path) -> str:
   """A digest of all files' names and contents; may raise any exception.
 
-  For a copy above `files.READ_WHOLE` it covers all names and sizes, the text
-  files, and samples of the beginning, middle and end of the other files.
+  For a copy of more than `files.READ_WHOLE` bytes, it covers all names and
+  sizes, the text files, and samples of the start, middle and end of the others.
   """
   digest = hashlib.sha256()
   paths = sorted(each for each in folder.iterdir() if not each.is_dir())
@@ -135,7 +135,7 @@ def fingerprint(folder: pathlib.Path) -> str:
     if path.suffix in (".json", ".txt"):
       digest.update(files.read_text(path).encode())
       continue
-    # Shards are padded, so shards with different records often equal in size.
+    # Sizes are not enough: padding often gives different shards the same size.
     with files.open_regular(path) as file:
       for start in (0, size // 2, max(size - _SAMPLE, 0)):
         file.seek(start)
@@ -145,7 +145,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 @functools.lru_cache(1 << 14)
 def _num_records(path: pathlib.Path) -> int:
-  """The number of records in a file; counting takes milliseconds."""
+  """The number of records in a file; cached, since it takes milliseconds."""
   from array_record.python import array_record_data_source as array_record
 
   return len(array_record.ArrayRecordDataSource([path]))
@@ -155,9 +155,9 @@ def _num_records(path: pathlib.Path) -> int:
 class Records:
   """The images of an official split, in the files of a prepared copy."""
 
-  folder: pathlib.Path  # For messages.
+  folder: pathlib.Path  # The copy's, for messages.
   name: str  # The split's, for messages.
-  paths: list[pathlib.Path]  # Its files, for messages.
+  paths: list[pathlib.Path]  # The split's files, in the order of its records.
   records: Any  # ArrayRecord's source of the official split.
   num_classes: int  # Labels must be below it.
   remedy = ""  # Another copy has the same bad images.
@@ -180,13 +180,13 @@ class Records:
 
   def place(self, row: int) -> str:
     """Describes where the image of a row is, for messages."""
-    left = row
+    row_in_file = row
     for path in self.paths:
-      if left < (count := _num_records(path)):
+      if row_in_file < (count := _num_records(path)):
         break
-      left -= count
+      row_in_file -= count
     of_split = f"record {row}, from 0, of the split {self.name!r}"
-    return f"{of_split} (record {left} of {path.name})"
+    return f"{of_split} (record {row_in_file} of {path.name})"
 
 
 def open_split(
@@ -194,7 +194,7 @@ def open_split(
 ) -> Records:
   """Opens a split's files; raises any exception if they are damaged.
 
-  Not by TFDS, which would import any code that the copy names.
+  It does not use TFDS, which would import any code that the copy names.
   """
   from array_record.python import array_record_data_source as array_record
 
@@ -210,7 +210,7 @@ def open_split(
 
 
 def folder_of(name: str, configured_dir: str) -> pathlib.Path:
-  """The folder of a prepared copy; a `DataError` if none can be read."""
+  """The folder of a prepared copy; raises `DataError` if none can be read."""
   name, root = name.removeprefix(PREFIX), data_dir(configured_dir)
   command = (
     "Prepare it with TFDS and TensorFlow, on any machine: import"
@@ -227,10 +227,10 @@ def folder_of(name: str, configured_dir: str) -> pathlib.Path:
 
 
 def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
-  """Reads a copy's facts, without its shards, and names the split to score.
+  """Reads a copy's facts without opening its shards; also the split to score.
 
-  This split is 'validation', else 'test', else 'train': then its last tenth is
-  scored, which TFDS has shuffled.
+  This split is 'validation', else 'test', else 'train'. Of 'train', the last
+  tenth is scored and not trained on; TFDS has shuffled the images.
   """
   with reading(folder, PREPARE_AGAIN):
     info = json.loads(files.read_text(folder / "dataset_info.json"))
@@ -238,7 +238,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
       str(split["name"]): sum(map(int, split["shardLengths"]))
       for split in info["splits"]
     }
-    # ImageNet's 'test' has no labels.
+    # 'validation' comes first, since ImageNet's 'test' has no labels.
     test = next((n for n in ("validation", "test") if n in counts), "train")
     num_train, num_test = counts.get("train", 0), counts.get(test, 0)
     if test == "train":
@@ -249,8 +249,8 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
         raise _unfit(folder, f"it has no images in the split {split!r}")
-    whole = json.loads(files.read_text(folder / "features.json"))
-    features = whole["featuresDict"]["features"]
+    stated = json.loads(files.read_text(folder / "features.json"))
+    features = stated["featuresDict"]["features"]
     for name, kind in (("image", "image"), ("label", "classLabel")):
       if kind not in features.get(name, {}):
         raise _unfit(folder, f"its feature {name!r} has no {kind!r}")
@@ -265,7 +265,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
 
 
 def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
-  """The error for a set that is unfit in every copy."""
+  """The error for a set that cannot be trained on, in this or another copy."""
   return errors.DataError(
     f"{folder} cannot be trained on: {what}. It must have the features image"
     " and label (a ClassLabel), and the splits train and validation or test, or"
@@ -276,11 +276,11 @@ def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
 def read(
   config: ConfigDict,
 ) -> tuple[list[Records], list[np.ndarray], tuple[str, ...], str]:
-  """Both splits' sources and rows, class names, and a name with digest."""
+  """The sources and rows of both splits, class names, a name with a digest."""
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
   sizes = {"train": facts.num_train}
-  first_test = sizes.get(test, 0)
+  first_test = sizes.get(test, 0)  # Not 0 if the end of 'train' is scored.
   sizes[test] = first_test + facts.num_test
   with reading(folder, PREPARE_AGAIN):
     source = f"{config.name}-{folder.name}-{fingerprint(folder)[:16]}"
@@ -303,8 +303,8 @@ def _allow_open_files(count: int) -> None:
   infinity = resource.RLIM_INFINITY  # On Linux it is -1.
   soft, hard = (sys.maxsize if n == infinity else n for n in limits)
   needed = count + 256  # Libraries, pipes and checkpoints open files, too.
-  for wanted in (16 * needed, needed):  # Each of several seeds opens its own.
-    if soft < (allowed := min(wanted, hard)):
+  for new_limit in (16 * needed, needed):  # The first suits several seeds.
+    if soft < (allowed := min(new_limit, hard)):
       with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
         soft = allowed

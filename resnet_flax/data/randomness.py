@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Purpose(enum.IntEnum):
-  """What a draw is for. Values are part of every result: never renumber."""
+  """What a draw is for. Every result depends on the values: never renumber."""
 
   INITIALIZATION = 0
   AUGMENTATION = 1
@@ -25,8 +25,8 @@ class Purpose(enum.IntEnum):
 def device_key(seed: int, purpose: Purpose) -> jax.Array:
   """A typed JAX key, shape (), for draws made inside compiled code.
 
-  The caller folds in the step. 0 ≤ seed < 2**32. Always threefry, whatever
-  JAX_DEFAULT_PRNG_IMPL says.
+  The caller folds in the step. 0 ≤ seed < 2**32. The key is threefry,
+  whatever JAX_DEFAULT_PRNG_IMPL says.
   """
   key = jax.random.key(seed, impl="threefry2x32")
   return jax.random.fold_in(key, purpose)
@@ -35,6 +35,6 @@ def device_key(seed: int, purpose: Purpose) -> jax.Array:
 def host_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
   """A NumPy generator for draws made on the host.
 
-  `numbers` are all else that the draw depends on, such as the epoch.
+  `numbers` are the other things that the draw depends on, such as the epoch.
   """
   return np.random.Generator(np.random.PCG64([seed, purpose, *numbers]))

@@ -30,20 +30,20 @@ def choose(
   everything = np.arange(size)
   seed = split_seed, randomness.Purpose.VALIDATION_SPLIT
   held_out = part(everything, num_held_out, proportional_quotas, *seed)
-  kept = np.setdiff1d(everything, held_out)
+  remaining = np.setdiff1d(everything, held_out)
   seed = 0, randomness.Purpose.TRAIN_SUBSET
-  return part(kept, num_train, equal_quotas, *seed), held_out
+  return part(remaining, num_train, equal_quotas, *seed), held_out
 
 
 def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
-  """The same number of images from each class, as far as the classes last.
+  """The same quota for each class, or all images of a smaller class.
 
   `class_sizes` are int[C]. The quotas, int[C], sum to `total`, which must be at
-  most the sum of sizes. They differ by at most one; a small class gives all.
+  most the sum of sizes. Quotas of classes with images left differ by at most 1.
   """
   labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
   turns = np.concatenate([*map(np.arange, class_sizes)])
-  chosen = np.lexsort([labels, turns])[:total]  # By turns, then by labels.
+  chosen = np.lexsort([labels, turns])[:total]  # Turn by turn, one a class.
   return np.bincount(labels[chosen], minlength=len(class_sizes))
 
 

@@ -31,17 +31,17 @@ from resnet_flax.run import environment, errors, signals
 
 _logger = logging.getLogger(__name__)
 
-FOLDER = "folder"  # The name of a folder of pictures: see `folders`.
+FOLDER = "folder"  # `dataset.name` of a folder of pictures: see `folders`.
 _SKIP = "dataset.bad_images=skip leaves out bad images."
 
-# Images per transfer, since each costs milliseconds: 64 of 224x224, or about as
-# many bytes. Each worker or thread decodes one chunk ahead.
+# Each transfer costs milliseconds, so chunks of images are sent: at most 64
+# images and 10 MB, or one image. Each worker or thread decodes one chunk ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# A split up to this size is kept decoded if it is the same in every epoch.
+# A split up to this size is decoded once if it is the same in every epoch.
 _IN_MEMORY_BYTES = 2**30
-# Worker processes take seconds to start. In an epoch of fewer bytes (10,000
-# images of 224x224) they decode no faster than threads.
+# Worker processes take seconds to start. For fewer bytes an epoch than this
+# (10,000 images of 224x224) they are no faster than threads.
 _WORKERS_BYTES = 10_000 * 224 * 224 * 3
 _BAD = -1  # The label of an image that must be skipped.
 
@@ -55,7 +55,7 @@ def is_streamed(name: str) -> bool:
 
 
 def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
-  """Facts about a set; `DataError` if they need its data, which is missing."""
+  """Facts about a set; raises `DataError` if only its missing data has them."""
   try:
     facts = facts or _look(config)
   except errors.DataError:
@@ -92,11 +92,11 @@ def load(
   else:
     sources, rows, class_names, source = prepared.read(config)
     labels = None
-  # Must fail before anything is compiled.
+  # A lack of semaphores must end the run before anything is compiled.
   if config.num_workers:
     workers.check_semaphores()
   crop = augmentation if augmentation in crops.RANDOM else "none"
-  train, *others, test = (
+  train, *validations, test = (
     StreamedSplit(
       indices=indices,
       source=each,
@@ -108,16 +108,16 @@ def load(
     )
     for each, indices in zip(sources, rows, strict=True)
   )
-  validation = others[0] if others else None
+  validation = validations[0] if validations else None
   return types.Dataset(train, validation, test, class_names, source), labels
 
 
 def settle(dataset: types.Dataset) -> types.Dataset:
-  """Keeps splits decoded that never change and fit into memory.
+  """Decodes the splits that never change and fit into memory, and keeps them.
 
-  With `bad_images=skip`, a split that is scored loses its bad images: it is
-  decoded to find them, whatever its size. Otherwise a `DataError` gives the
-  number of bad images in all splits that were decoded.
+  With `bad_images=skip`, scored splits lose their bad images; to find these, a
+  scored split of any size is decoded. Otherwise, bad images in decoded splits
+  raise a `DataError`, which gives their number.
   """
   bad: list[tuple[Any, str]] = []
   splits: dict[str, Any] = {
@@ -137,24 +137,24 @@ def settle(dataset: types.Dataset) -> types.Dataset:
 def _settle(
   split: "StreamedSplit", is_scored: bool, bad: list[tuple[Any, str]]
 ) -> types.Split:
-  if is_scored:  # A part of the training images is cut as they are.
+  if is_scored:  # Held-out training images still have a random crop.
     split = dataclasses.replace(split, crop="none")
   size = len(split) * math.prod(split.image_shape)
   keep = split.crop == "none" and split.num_crops < crops.NUM_TEN
   keep = keep and size <= _IN_MEMORY_BYTES
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
-    # A fault of all images must be reported before anything is compiled.
+    # The first image shows a fault of all before anything is compiled.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
     return split
   positions = np.arange(len(split))
   order = np.split(positions, range(_CHUNK, len(split), _CHUNK))
-  whole = dataclasses.replace(split, skips_bad=True, skipped={}, num_crops=1)
-  batches = [batch for batch in whole.batches(order) if keep]
+  tolerant = dataclasses.replace(split, skips_bad=True, skipped={}, num_crops=1)
+  batches = [batch for batch in tolerant.batches(order) if keep]
   if not split.skips_bad:
-    bad += [(split.source, what) for what in whole.skipped.values()]
+    bad += [(split.source, what) for what in tolerant.skipped.values()]
   if find_bad:
-    positions = positions[~np.isin(split.indices, list(whole.skipped))]
+    positions = positions[~np.isin(split.indices, list(tolerant.skipped))]
   if not keep:
     return split.subset(positions)
   arrays = map(np.concatenate, zip(*batches, strict=True))
@@ -175,7 +175,7 @@ class StreamedSplit(types.Split):
   # `indices` are rows of the source.
   source: prepared.Records | folders.Files
   image_size: int  # Height and width of a crop.
-  crop: str  # In `crops.RANDOM`, used with `draw`; 'none': the central square.
+  crop: str  # A key of `crops.RANDOM`, for `draw`; 'none': the central square.
   # Processes that decode. 0: threads of this process; -1: one per CPU thread if
   # the split is large.
   num_workers: int
@@ -194,10 +194,10 @@ class StreamedSplit(types.Split):
   ) -> Iterator[types.Batch]:
     """See `Split`; workers live until the iterator ends or is closed."""
     grain = workers.import_grain()
-    whole = self if draw is None else self.one_crop()
-    image_bytes = whole.num_crops * math.prod(self.image_shape)
+    split = self if draw is None else self.one_crop()
+    image_bytes = split.num_crops * math.prod(self.image_shape)
     size = min(max(_CHUNK_BYTES // image_bytes, 1), _CHUNK)
-    # An empty batch has one chunk, too, for its shape.
+    # An empty batch has one chunk, too, which gives its arrays their shapes.
     chunks = [
       np.split(positions, range(size, len(positions), size))
       for positions in order
@@ -212,10 +212,10 @@ class StreamedSplit(types.Split):
     threads = 1 if processes else 2
     pipeline = grain.experimental.WithOptionsIterDataset(
       grain.MapDataset.source(items)
-      .map(functools.partial(whole._read, draw))
+      .map(functools.partial(split._read, draw))
       .to_iter_dataset(grain.ReadOptions(threads, threads)),
-      # Through pipes: containers have little shared memory and kill workers
-      # that exceed it. Shared memory also outlives a killed process.
+      # Pipes carry the chunks: containers have little shared memory and kill
+      # workers that exceed it. Shared memory also outlives a killed process.
       grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
     ).mp_prefetch(
       grain.MultiprocessingOptions(processes, per_worker_buffer_size=1),
@@ -223,11 +223,11 @@ class StreamedSplit(types.Split):
     )
     if processes:
       workers.check_semaphores()
-      # Python's helper would warn as it cleans up after an error.
+      # Python's resource tracker would warn as it cleans up after an error.
       os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    alive, iterator = workers.Workers(self.source.folder), iter(pipeline)
+    watcher, iterator = workers.Workers(self.source.folder), iter(pipeline)
     # Only processes can die unnoticed; threads cannot.
-    take = alive.next_of if processes else next
+    take = watcher.next_of if processes else next
     try:
       remedy = self.source.remedy or prepared.PREPARE_AGAIN
       with prepared.reading(self.source.folder, remedy):
@@ -235,18 +235,18 @@ class StreamedSplit(types.Split):
           arrays = [take(iterator) for _ in parts]
           images, labels = map(np.concatenate, zip(*arrays, strict=True))
           for k in np.flatnonzero(labels == _BAD):
-            images[k], labels[k] = whole._next_good(positions[k], draw)
+            images[k], labels[k] = split._next_good(positions[k], draw)
           yield images, labels
     finally:
-      alive.close(iterator)
+      watcher.close(iterator)
 
   def _next_good(self, position: int, draw: types.Draw | None) -> types.Batch:
-    """The first readable image from `position` on; depends on nothing else."""
-    for other in np.roll(np.arange(len(self)), -position):
-      row = self.indices[other]
+    """The first good image from `position` on, so a resume finds it again."""
+    for candidate in np.roll(np.arange(len(self)), -position):
+      row = self.indices[candidate]
       (example,) = self.source.examples(np.array([row]))
       try:
-        return self._decode(draw, other, example)
+        return self._decode(draw, candidate, example)
       except BadImage as error:
         if row not in self.skipped:
           self.skipped[row] = str(error)
@@ -255,7 +255,7 @@ class StreamedSplit(types.Split):
     raise ValueError(f"no image of the split {name!r} can be read")
 
   def _read(self, draw: types.Draw | None, positions) -> types.Batch:
-    """Decodes a chunk; images that are skipped have the label `_BAD`."""
+    """Decodes a chunk; with `skips_bad`, a bad image gets the label `_BAD`."""
     shape = (len(positions), self.num_crops, *self.image_shape)
     images = np.empty(shape, np.uint8)
     labels = np.full(len(positions), _BAD, np.int32)
@@ -271,8 +271,8 @@ class StreamedSplit(types.Split):
   def _decode(self, draw: types.Draw | None, position, example):
     """The image at a position, uint8[S, S, 3] or [crops, S, S, 3], and label.
 
-    The position decides a random crop. Pillow's antialiased bilinear filter
-    resizes it.
+    A random crop depends on `draw` and the position alone. Pillow's antialiased
+    bilinear filter resizes crops.
     """
     from PIL import Image
 

@@ -2,7 +2,7 @@
 
 Mueller and Hutter 2021 (arXiv:2103.10158), the wide set with torchvision's 31
 levels. The operations are Pillow's on bytes, so they come before an image is
-normalised; what moves in from outside is black.
+normalised. Pixels from outside an image are black.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ NUM_LEVELS = 31
 
 
 def trivial_augment(key: Array, images: Array) -> Array:
-  """Maps uint8[B, H, W, C] to the same, C being 1 or 3."""
-  # A key that no other augmentation has: they are split off the step's.
+  """Augments uint8[B, H, W, C] images, where C is 1 or 3."""
+  # `augment.compose` splits `key` into keys 0, 1, ...: none of them is this.
   keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), 3)
   shape = images.shape[:1]
   numbers = jax.random.randint(keys[0], shape, 0, len(OPERATIONS))
   levels = jax.random.randint(keys[1], shape, 0, NUM_LEVELS) / (NUM_LEVELS - 1)
   signs = jax.random.rademacher(keys[2], shape, jnp.float32)
   kinds = list(OPERATIONS.values())
-  # All are computed, which is little beside a network.
+  # Computes all operations for each image: cheap beside a network.
   operate = jax.vmap(lambda k, *operands: jax.lax.switch(k, kinds, *operands))
   images = operate(numbers, images.astype(jnp.int32), levels * signs)
   return images.astype(jnp.uint8)
@@ -32,7 +32,7 @@ def trivial_augment(key: Array, images: Array) -> Array:
 def _move(
   x: Array, matrix: Any = ((1, 0), (0, 1)), shift: Any = 0, origin: Any = 0
 ) -> Array:
-  """Each pixel from the one in which matrix @ (row, column) + shift lies."""
+  """Pixel (row, column) becomes the one at matrix @ (row, column) + shift."""
   height, width, channels = x.shape
   origin = jnp.reshape(jnp.asarray(origin), (-1, 1, 1))
   centers = jnp.mgrid[:height, :width] + 0.5 - origin
@@ -53,13 +53,13 @@ def _rotate(x: Array, level: Array) -> Array:
 
 
 def _blend(x: Array, other: Array | int, level: Array) -> Array:
-  """From `other` through x beyond it, by 1 + 0.99 * level."""
+  """Blends: close to `other` at level -1, x at 0, beyond x at 1."""
   blended = other + (1 + 0.99 * level) * (x - other)
   return jnp.clip(blended, 0, 255).astype(jnp.int32)
 
 
 def _gray(x: Array) -> Array:
-  """int32[H, W, 1] luma, by Pillow's integers."""
+  """int32[H, W, 1] luma, in integers, as Pillow computes it."""
   if x.shape[-1] == 1:
     return x
   weights = jnp.asarray([[[19595, 38470, 7471]]])
@@ -72,12 +72,12 @@ def _contrast(x: Array, level: Array) -> Array:
 
 
 def _sharpness(x: Array, level: Array) -> Array:
-  """Against a smooth image, which keeps the pixels at the edges."""
+  """Blends with a smoothed image, whose border pixels are those of x."""
   height, width, _ = x.shape
   near = [
     x[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
   ]
-  smooth = (2 * (sum(near) + 4 * near[4]) + 13) // 26  # Over 13, rounded.
+  smooth = (2 * (sum(near) + 4 * near[4]) + 13) // 26  # Divides by 13, rounded.
   return _blend(x, x.at[1:-1, 1:-1].set(smooth), level)
 
 
@@ -95,7 +95,7 @@ def _auto_contrast(x: Array, level: Array) -> Array:
 def _equalize(x: Array, level: Array) -> Array:
   def of_channel(values):
     counts = jnp.zeros(256, jnp.int32).at[values].add(1)
-    # All but the pixels of the largest value are spread over 255 steps.
+    # Spreads all pixels but those of the largest value over 255 steps.
     step = (values.size - counts[jnp.max(values)]) // 255
     before = jnp.cumsum(counts) - counts
     table = (before + step // 2) // jnp.maximum(step, 1)
@@ -104,7 +104,7 @@ def _equalize(x: Array, level: Array) -> Array:
   return jax.vmap(of_channel, in_axes=2, out_axes=2)(x)
 
 
-# Of int32[H, W, C] and a level in [-1, 1].
+# Functions of int32[H, W, C] and a level in [-1, 1].
 OPERATIONS = {
   "identity": lambda x, level: x,
   "auto_contrast": _auto_contrast,

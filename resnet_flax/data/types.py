@@ -25,10 +25,10 @@ class Draw(NamedTuple):
 class Split(abc.ABC):
   """Labelled images, in a fixed order."""
 
-  # int64[N], the images of this split, by position in the official split.
+  # int64[N]: the positions of this split's images in the official split.
   indices: np.ndarray
-  # Crops of each image that is scored: 1; 2, an image and its mirror image; or
-  # 10, if images are decoded while training.
+  # Crops of a scored image: 1; 2 (the image and its mirror image); 10 (only if
+  # images are decoded while training).
   num_crops: int = dataclasses.field(default=1, kw_only=True)
 
   def __len__(self) -> int:
@@ -45,21 +45,21 @@ class Split(abc.ABC):
   ) -> Iterator[Batch]:
     """Yields uint8[B, H, W, C] images and int32[B] labels of each batch.
 
-    `order` holds int64[B] positions in this split. With `draw`, which is for
-    training, splits that crop images while decoding crop at random. Without it
-    each image is given once or, if `num_crops` is more than 1, as uint8[B,
-    crops, H, W, C].
+    `order` holds int64[B] positions in this split. Training passes `draw`: then
+    each image has one crop, a random one if the split crops at random. Without
+    `draw`, each image has its `num_crops` crops; if these are more than 1,
+    images are uint8[B, crops, H, W, C].
 
-    An image's pixels depend on its position and `draw` alone, so processes that
-    share a batch may each ask for their own part.
+    An image's pixels depend only on its position and `draw`, so each process
+    may ask for its own part of a batch.
     """
 
   def subset(self, positions: np.ndarray) -> Self:
-    """The split of the images at the given positions of this one."""
+    """The part of this split at the given positions."""
     return dataclasses.replace(self, indices=self.indices[positions])
 
   def one_crop(self) -> Self:
-    """The same images; the central crop of each."""
+    """The same images, with one crop of each."""
     return dataclasses.replace(self, num_crops=1)
 
   def take(self, positions: np.ndarray) -> Batch:
@@ -70,7 +70,7 @@ class Split(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySplit(Split):
-  """Images in memory, or memory-mapped; `images[k]` is that of `indices[k]`."""
+  """Images in memory, or memory-mapped; `images[k]` has index `indices[k]`."""
 
   images: np.ndarray  # uint8[N, H, W, C]
   labels: np.ndarray  # int32[N]
@@ -91,7 +91,7 @@ class ArraySplit(Split):
       yield images, self.labels[positions]
 
   def subset(self, positions: np.ndarray) -> Self:
-    """See `Split`; a copy."""
+    """See `Split`; copies images and labels."""
     images, labels = self.images[positions], self.labels[positions]
     subset = super().subset(positions)
     return dataclasses.replace(subset, images=images, labels=labels)
@@ -106,7 +106,7 @@ def whole_split(
 
 
 class Facts(NamedTuple):
-  """The facts about a streamed set that a run remembers without its data."""
+  """Facts about a streamed set that a run stores for uses without its data."""
 
   class_names: tuple[str, ...]  # One for each class, '' if it is not known.
   num_train: int
@@ -121,7 +121,7 @@ class DatasetInfo:
   image_shape: tuple[int, int, int]  # (H, W, C) of every image.
   num_train: int  # Images of the official training split.
   num_test: int
-  # Maps `config.dataset` and this to a set's `Arrays` and their source.
+  # Maps `config.dataset` and this object to `Arrays` and their source.
   read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
   class_names: tuple[str, ...] = ()  # Only for streamed sets, if known.
 
@@ -131,8 +131,8 @@ class Dataset:
   """A data set ready for training."""
 
   train: Split
-  validation: Split | None  # Held-out part of the training images.
+  validation: Split | None  # Held-out training images, or a folder's val/.
   test: Split
   class_names: tuple[str, ...]
-  # Set, version and digest of the pixels; above 1 GiB, of samples of them.
+  # Name and, where the set has them, version and digest of its files.
   source: str

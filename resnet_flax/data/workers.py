@@ -15,8 +15,8 @@ from resnet_flax.run import errors
 class Workers:
   """Watches the processes that Grain starts for an iterator.
 
-  If one is killed while it sends images, Grain waits forever: this process
-  keeps the sending end of the pipe open, too.
+  Grain waits forever for a worker that is killed while it sends images, since
+  this process, too, keeps the sending end of the pipe open.
   """
 
   def __init__(self, folder: pathlib.Path) -> None:
@@ -36,7 +36,7 @@ class Workers:
     threading.Thread(target=take, name="next images", daemon=True).start()
     while futures.wait([result], 0.2).not_done and not self._died():
       pass
-    # At every item, so that each worker is noted before it ends.
+    # Called at every item, so that each worker is noted before it ends.
     died = self._died()
     error = result.exception() if result.done() else None
     # Grain itself reports some dead workers.
@@ -70,7 +70,7 @@ class Workers:
 
 
 def check_semaphores() -> None:
-  """Checks that semaphores can be made, since worker processes share some."""
+  """Raises `DataError` if semaphores, which workers share, cannot be made."""
   try:
     multiprocessing.Semaphore()
   except OSError as error:
@@ -87,8 +87,8 @@ def import_grain() -> Any:
 
   with errors.extra("streaming", "decoding while training"):
     import grain
-  # Grain reads flags of its own. absl refuses that if no flags were parsed, as
-  # in a notebook; this gives them their defaults.
+  # Grain reads its own absl flags. absl raises an error if none were parsed, as
+  # in a notebook, but lets flags that are `present` have their defaults.
   for name in flags.FLAGS:
     if name.startswith("grain_"):
       flags.FLAGS[name].present = 1

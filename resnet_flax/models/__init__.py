@@ -1,1 +1,1 @@
-"""Networks by name, and what they are made of."""
+"""Networks, their blocks and layers; `registry` has the networks by name."""

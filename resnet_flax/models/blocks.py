@@ -1,7 +1,7 @@
 """The basic residual block, and the base class of all kinds of blocks.
 
-He et al. 2015 (arXiv:1512.03385) is the source. Convolution, normalisation and
-activation are injected. Other kinds are in `other_blocks`.
+Source: He et al. 2015 (arXiv:1512.03385). Convolution, normalisation and
+activation are injected. `other_blocks` has the other kinds.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 ModuleDef = Callable[..., nn.Module]
 Activation = Callable[[jax.Array], jax.Array]
 
-# 'keras', 'A' and 'B' differ where a block changes the shape, and are the
-# identity elsewhere; 'C' projects everywhere (He et al. 2015, section 4.1).
+# 'keras', 'A' and 'B' are the identity in blocks that keep the shape; 'C' is a
+# 1x1 convolution with BN in every block (He et al. 2015, section 4.1).
 SHORTCUTS = ("keras", "A", "B", "C")
 
 
@@ -25,7 +25,7 @@ def subsample_and_pad(
 ) -> jax.Array:
   """The parameter-free shortcut: option A of He et al. 2015, section 3.3.
 
-  New channels are zero, half of them before and half after the old ones.
+  New channels are zero: half come before the old channels, half after them.
 
   Returns:
     float[B, ceil(H / strides), ceil(W / strides), num_filters].
@@ -49,15 +49,15 @@ NO_CONTEXT = Context()
 
 
 class Block(nn.Module):
-  """The settings of a block; subclasses define what it computes.
+  """The base class of blocks; a subclass defines the forward pass.
 
-  A block is called with float[B, H, W, C]. If it draws random numbers, or
-  depends on how deep it lies, it also needs a `Context`. The blocks of a loop
-  (`model.scan`) may differ only in their variables and contexts.
+  A block is called with float[B, H, W, C]. A block that draws random numbers,
+  or depends on its position, also needs a `Context`. The blocks of a loop
+  (`model.scan`) may differ only in their names, variables and contexts.
   """
 
   inner_filters: int  # Channels inside the block.
-  num_filters: int  # Channels that come out.
+  num_filters: int  # Channels of the output.
   strides: int  # Stride of one convolution and of the shortcut.
   first_in_network: bool  # Whether the block follows the stem.
   conv: ModuleDef
@@ -84,7 +84,7 @@ class Block(nn.Module):
     return self.norm(name="shortcut_bn")(x)
 
   def apply_branch(self, y: jax.Array, context: Context) -> jax.Array:
-    """The branch as it is added to the shortcut."""
+    """The branch y, changed by `branch` if the block has one."""
     if self.branch is None:
       return y
     return self.branch(train=self.train, name="branch")(y, context)
@@ -128,5 +128,5 @@ def doubling(inner: int, outer: int) -> Widths:
 
 
 def basic(config: ConfigDict, stem: int) -> Kind:
-  """Basic blocks; both convolutions have `stem` channels, as the stem has."""
+  """Basic blocks; the first stage has as many channels as the stem."""
   return BasicBlock, doubling(stem, stem)

@@ -1,4 +1,4 @@
-"""Changes to a block's branch, before the shortcut is added."""
+"""Changes to a block's branch before it is added to the shortcut."""
 
 import flax.linen as nn
 import jax
@@ -8,18 +8,18 @@ from resnet_flax.models.blocks import Context, ModuleDef
 
 
 class Branch(nn.Module):
-  """Squeeze-and-excitation, then stochastic depth; 0 leaves either out.
+  """Squeeze-and-excitation, then stochastic depth; 0 turns either off.
 
   Squeeze-and-excitation: Hu et al. 2018 (arXiv:1709.01507, section 3); both
-  layers have a bias. Stochastic depth: Huang et al. 2016 (arXiv:1603.09382,
-  section 3), with the linear rule. Training drops the branch of block l of L
-  for a whole batch with probability stochastic_depth * l / L. Inference scales
-  the branch by the probability of staying. A branch's batch norms see every
-  batch.
+  dense layers have a bias. Stochastic depth: Huang et al. 2016
+  (arXiv:1603.09382, section 3), with the linear rule. Training drops the branch
+  of block l of L for a whole batch with probability stochastic_depth * l / L.
+  Inference multiplies the branch by its survival probability. The batch norms
+  of a dropped branch still use the batch.
   """
 
-  squeeze_excitation: int  # Reduction: channels over hidden units.
-  stochastic_depth: float  # The last block's probability.
+  squeeze_excitation: int  # Reduction ratio: channels / hidden units.
+  stochastic_depth: float  # Drop probability of the last block's branch.
   dense: ModuleDef
   train: bool
 

@@ -48,7 +48,7 @@ ALEXNET = (
   *(Conv(384), Conv(256), Conv(256), Pool(3)),
 )
 
-# Networks by `model.name`. AlexNet is older than batch norm.
+# Networks by `model.name`. AlexNet has no batch norm, which is newer.
 NETWORKS: dict[str, dict[str, Any]] = {
   "vgg": {
     "features": VGG19,
@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
   hidden_sizes: Sequence[int]  # Units of the hidden dense layers.
   # Whether dropout applies to the input of each dense layer and of the head.
   dropped: Sequence[bool]
-  dropout: float  # Share of dropped units; needs a `dropout` key.
+  dropout: float  # Share of dropped units; training needs a `dropout` key.
   num_classes: int
   conv: ModuleDef
   norm: ModuleDef
@@ -111,19 +111,19 @@ class FeedForward(nn.Module):
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-  """The means, float[B, size, size, C], over windows that cover the image.
+  """Means over windows that cover the image, float[B, size, size, C].
 
   Window i of a side of length n goes from floor(i * n / size) to
   ceil((i + 1) * n / size), as in PyTorch. A size x size image is unchanged.
   """
   if x.shape[1:3] == (size, size):
     return x
-  weights = []  # Of each pixel in each mean, for rows and for columns.
+  weights = []  # float32[window, pixel], for rows and then for columns.
   for length in x.shape[1:3]:
     i, pixel = np.ogrid[:size, :length]
     start, stop = i * length // size, -(-(i + 1) * length // size)
-    means = ((start <= pixel) & (pixel < stop)) / (stop - start)
-    weights.append(means.astype(np.float32))
+    shares = ((start <= pixel) & (pixel < stop)) / (stop - start)
+    weights.append(shares.astype(np.float32))
   rows, columns = weights
   pooled = jnp.einsum(
     "ph,bhwc,qw->bpqc", rows, x, columns, precision=jax.lax.Precision.HIGHEST

@@ -1,4 +1,4 @@
-"""Normalisation that does not depend on the other images of a batch."""
+"""Group norm and weight standardisation, which use no batch statistics."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,8 @@ _GROUPS, _LEAST_CHANNELS, _EPSILON = 32, 8, 1e-5
 class GroupNorm(nn.Module):
   """Replaces `BatchNorm`. Source: Wu and He 2018 (arXiv:1803.08494).
 
-  There are 32 groups of channels, as in the paper, or fewer if a group would
-  have fewer than 8 channels. Parameters are `scale` and `bias`, float32[C].
+  There are 32 equal groups of channels, as in the paper, or fewer, so that each
+  has 8 channels or more (if C >= 8). Parameters: `scale`, `bias`, float32[C].
   """
 
   use_running_average: bool  # Has no effect.
@@ -27,8 +27,8 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
     """act(residual + group_norm(x)), dtype[..., C], of float[..., C]."""
     channels = x.shape[-1]
-    most = min(_GROUPS, max(channels // _LEAST_CHANNELS, 1))
-    norm = nn.GroupNorm(math.gcd(channels, most), None, _EPSILON, self.dtype)
+    limit = min(_GROUPS, max(channels // _LEAST_CHANNELS, 1))
+    norm = nn.GroupNorm(math.gcd(channels, limit), None, _EPSILON, self.dtype)
     nn.share_scope(self, norm)
     y = norm(x)
     y = y if residual is None else residual + y
@@ -36,10 +36,10 @@ class GroupNorm(nn.Module):
 
 
 def standardize(convolve: Callable[..., Array] | None) -> Callable[..., Array]:
-  """A convolution with kernels of mean 0 and variance 1 per output channel.
+  """`convolve` with kernels of mean 0 and variance 1 per output channel.
 
   This is weight standardisation (Qiao et al. 2019, arXiv:1903.10520, equations
-  5 to 8). `convolve` defaults to `jax.lax.conv_general_dilated`.
+  5 to 8). None stands for `jax.lax.conv_general_dilated`.
   """
 
   def standardized(x, kernel, *args, **kwargs):

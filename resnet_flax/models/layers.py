@@ -1,4 +1,4 @@
-"""Convolution and resizing, with the recipe's defaults."""
+"""Convolutions and their padding, and the resizing of images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from resnet_flax.models import group_norm
 
 he_normal = nn.initializers.he_normal()
 
-# Rows and columns, before and after.
+# The padding (before, after) of the rows, then of the columns.
 Pads = Sequence[tuple[int, int]]
 
 
@@ -43,9 +43,9 @@ def conv(
 ) -> nn.Module:
   """A convolution with he_normal kernels; parameters are float32.
 
-  `pads` replaces `padding`, which `window_pads` explains. The convolution is
-  computed in `dtype` by `conv_general_dilated`, by default that of `lax`.
-  `group_norm.standardize` explains `standardized`.
+  `padding` is a rule of `window_pads`; `pads`, if given, replaces it.
+  `conv_general_dilated`, by default `jax.lax`'s function, computes in `dtype`.
+  `standardized` kernels have mean 0 and variance 1; see `group_norm`.
   """
   if standardized:
     conv_general_dilated = group_norm.standardize(conv_general_dilated)
@@ -65,7 +65,7 @@ def conv(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-  """Resizes float[B, H, W, C] images to size x size, bilinearly; 0: not."""
+  """Bilinearly resizes float[B, H, W, C] to size x size; 0 changes nothing."""
   shape = (images.shape[0], size, size, images.shape[3])
   if not size or images.shape == shape:
     return images

@@ -1,4 +1,4 @@
-"""The other residual blocks; `blocks` has their base class.
+"""All blocks except the basic one; `blocks` has their base class.
 
 Sources: He et al. 2015 (arXiv:1512.03385) for bottlenecks; Xie et al. 2017
 (arXiv:1611.05431) for groups; Srivastava et al. 2015 (arXiv:1505.00387) for
@@ -29,7 +29,7 @@ IMAGENET_SIZES: Mapping[int, tuple[int, ...]] = {
 
 
 class BottleneckBlock(Block):
-  """1x1, 3x3, 1x1, each with BN, add, ReLU (He et al. 2015, figure 5).
+  """1x1-BN-ReLU, 3x3-BN-ReLU, 1x1-BN, add, ReLU (He et al. 2015, figure 5).
 
   With `stride_in_3x3` the 3x3 convolution carries the stride, as in torchvision
   ('ResNet v1.5'); otherwise the first 1x1 does, as in the paper. With several
@@ -57,10 +57,10 @@ class BottleneckBlock(Block):
 class HighwayBlock(Block):
   """(1 - g) * shortcut + g * F, then ReLU, with g = sigmoid(1x1 conv).
 
-  g is the transform gate and 1 - g the carry gate of Srivastava et al. 2015,
-  F the basic block's two convolutions: 'exclusive gating' of He et al. 2016,
-  section 3.1. The gate's bias starts at `gate_bias`. The more negative this is,
-  the closer the block is to its shortcut.
+  g is the transform gate and 1 - g the carry gate of Srivastava et al. 2015. F
+  is the basic block's branch. He et al. 2016, section 3.1, call this 'exclusive
+  gating'. The gate's bias starts at `gate_bias`: the more negative it is, the
+  closer the block is to its shortcut.
   """
 
   gate_bias: float = -2.0
@@ -72,7 +72,7 @@ class HighwayBlock(Block):
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
     y = self.norm(name="bn2")(y)
-    # The bias keeps the gate shut at first, so the gate always has one.
+    # Even without `model.conv_bias`: the bias keeps the gate shut at first.
     gate = self.conv(
       self.num_filters,
       (1, 1),
@@ -92,7 +92,7 @@ class PreActBlock(Block):
   The network's first block does not repeat the stem's BN-ReLU. The shortcut
   takes the block's input unchanged (section 4 and appendix). If a `wide` block
   changes the shape, the shortcut takes the first BN-ReLU's output, as in the
-  code of Zagoruyko and Komodakis 2016 and in that of He et al.
+  code of Zagoruyko and Komodakis 2016 and of He et al. 2016.
   """
 
   wide: bool = False
@@ -109,8 +109,8 @@ class PreActBlock(Block):
     y = self.conv(self.inner_filters, (3, 3), self.strides, name="conv1")(y)
     y = self.norm(act=self.act, name="bn2")(y)
     if self.train and self.dropout:
-      assert context.key is not None  # Training needs it.
-      key = jax.random.fold_in(context.key, 1)  # context.key is the branch's.
+      assert context.key is not None  # Dropout needs it.
+      key = jax.random.fold_in(context.key, 1)  # `branch` uses context.key.
       y = nn.Dropout(self.dropout, deterministic=False)(y, rng=key)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
     return self.apply_shortcut(residual) + self.apply_branch(y, context)
@@ -142,12 +142,12 @@ class PreActBottleneckBlock(Block):
 
 
 def num_groups(config: ConfigDict) -> int:
-  """The groups of a bottleneck's 3x3 convolution; the family has a default."""
+  """The groups of a bottleneck's 3x3 convolution; by default the family's."""
   return config.groups or (8 if config.name == "resnext" else 1)
 
 
 def bottleneck(config: ConfigDict, stem: int) -> Kind:
-  """Widths: He et al. 2015, table 1; with groups, Xie et al. 2017, table 1."""
+  """Bottlenecks, as wide as in He et al. 2015 and Xie et al. 2017, tables 1."""
   groups = num_groups(config)
   block = functools.partial(
     BottleneckBlock, stride_in_3x3=config.stride_in_3x3, groups=groups
@@ -168,7 +168,7 @@ def highway(config: ConfigDict, stem: int) -> Kind:
 
 
 def preact(config: ConfigDict, stem: int, wide: bool = False) -> Kind:
-  """Pre-activation blocks: as wide as basic ones, or `widen_factor` times."""
+  """Pre-activation blocks; `wide`: with `widen_factor` times the channels."""
   dropout = config.block_dropout
   block = functools.partial(PreActBlock, wide=wide, dropout=dropout)
   width = stem * (config.widen_factor if wide else 1)

@@ -26,17 +26,17 @@ from resnet_flax.run import errors
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """Networks that differ in depth."""
+  """A family of networks: its depths, shortcuts, blocks and stem."""
 
   # An integer L: three stages of n blocks make L * n + `besides` weighted
-  # layers. Or, for each depth that a paper lists, the blocks of each stage.
+  # layers. Or the number of blocks in each stage, by a paper's depths.
   depths: int | Mapping[int, tuple[int, ...]]
   shortcuts: tuple[str, ...]  # Values of `model.shortcut`, the default first.
   # Maps the configuration and the stem's channels to the block and its widths.
   # None: the network is in `feedforward.NETWORKS`.
   block: Callable[..., blocks.Kind] | None = None
   num_filters: int = 0  # The usual channels of the stem.
-  large_images: bool = False  # Decides the stem and the sizes of images.
+  large_images: bool = False  # Decides the stem and the allowed image sizes.
   final_norm_act: bool = False
   besides: int = 2
 
@@ -49,7 +49,7 @@ MODELS = {
   "resnet_v2": Family(9, ("keras",), others.keras_bottleneck, 16, **_PREACT),
   "plain": Family(6, ("none",), blocks.basic, 16),
   "preact": Family(6, ("A", "keras"), others.preact, 16, **_PREACT),
-  # Its depth counts convolutions: three shortcuts, too, but not the head.
+  # wide_resnet's depth also counts three shortcuts, but not the head.
   "wide_resnet": Family(6, ("keras",), _WIDE, 16, besides=4, **_PREACT),
   "resnext": Family(9, ("B",), others.bottleneck, 64),
   "highway": Family(6, ("A", "keras", "B"), others.highway, 16),
@@ -68,14 +68,14 @@ MODELS = {
 
 
 def check_depth(name: str, depth: int) -> tuple[int, ...]:
-  """The number of blocks in each stage at a depth.
+  """The number of blocks in each stage of a network of this depth.
 
-  Depth counts weighted layers without shortcuts; of wide_resnet it counts all
+  Depth counts weighted layers except shortcuts. wide_resnet's depth counts all
   convolutions, but not the head.
 
   Raises:
-    ConfigError: no network of the family has this depth. The message names the
-      nearest depths.
+    ConfigError: the name is unknown, or its family has no network of this
+      depth. The message then names the nearest depths.
   """
   if name not in MODELS:
     raise errors.unknown_name("model.name", name, MODELS)
@@ -84,18 +84,18 @@ def check_depth(name: str, depth: int) -> tuple[int, ...]:
     n, rest = divmod(depth - besides, depths)
     if rest == 0 and n >= 1:
       return (n,) * 3
-    around = [depths * max(k, 1) + besides for k in (n, n + 1)]
-    title = f"{depths}n+{besides}"
+    candidates = [depths * max(k, 1) + besides for k in (n, n + 1)]
+    allowed = f"{depths}n+{besides}"
   else:
     if depth in depths:
       return depths[depth]
     below = [d for d in depths if d < depth]
     above = [d for d in depths if d > depth]
-    around = below[-1:] + above[:1]
-    title = ", ".join(map(str, depths))
-  nearest = " and ".join(map(str, sorted(set(around))))
+    candidates = below[-1:] + above[:1]
+    allowed = ", ".join(map(str, depths))
+  nearest = " and ".join(map(str, sorted(set(candidates))))
   raise errors.ConfigError(
-    f"model.depth={depth} is not a depth of {name} ({title}); nearest:"
+    f"model.depth={depth} is not a depth of {name} ({allowed}); nearest:"
     f" {nearest}."
   )
 
@@ -115,9 +115,9 @@ def num_filters(config: ConfigDict) -> int:
 # ---- Construction
 
 
-# For `model.norm`: maps the configuration to a function that makes a layer. The
-# function takes `use_running_average`, `dtype`, `act` and `name`. The layer is
-# called with x, or with x and a residual.
+# The normalisations, by `model.norm`: each maps the configuration to a function
+# of `use_running_average`, `dtype`, `act` and `name` that makes a layer. The
+# layer is called with x, or with x and a residual.
 NORMS: Mapping[str, Callable[[ConfigDict], Callable[..., nn.Module]]] = {
   "batch_norm": lambda config: functools.partial(
     batch_norm.BatchNorm,

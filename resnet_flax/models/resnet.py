@@ -1,7 +1,7 @@
 """Residual networks: one forward pass for every kind of stem and block.
 
-The layout is that of He et al. 2015 (arXiv:1512.03385), sections 3.3 and 4.2,
-and of the Keras CIFAR-10 example. Stem, block, convolution, normalisation and
+The layout follows He et al. 2015 (arXiv:1512.03385), sections 3.3 and 4.2, and
+the Keras CIFAR-10 example. Stem, block, convolution, normalisation and
 activation are injected, so a variant is a different argument and not a
 different forward pass; a block without a shortcut makes it a plain network.
 """
@@ -23,7 +23,7 @@ class ResNet(nn.Module):
   """Stem, stages of residual blocks, average pool, dense head.
 
   `conv`, `norm` and `dense` make layers. `norm` takes `use_running_average` and
-  `act`, too; its layer is called with x, or with x and a residual.
+  `act`; the layer it makes is called with x, or with x and a residual.
   """
 
   stage_sizes: Sequence[int]  # All stages but the first halve the resolution.
@@ -40,8 +40,8 @@ class ResNet(nn.Module):
   input_size: int  # See `layers.resize`.
   act: Activation = nn.relu
   # Keep only each block's input for the backward pass, which computes the block
-  # again. On a CPU this saves memory only in a loop: elsewhere XLA computes the
-  # block again too early.
+  # again. On a CPU this saves memory only with `scan`: outside a loop, XLA
+  # computes the block again too early.
   remat: bool = False
   # Run a stage's blocks as one loop, except the first, which differs. Variables
   # and their names stay the same.
@@ -52,7 +52,7 @@ class ResNet(nn.Module):
     """float32[B, num_classes] logits of normalised float[B, H, W, C] images.
 
     In training batch norms use the batch's statistics and update `batch_stats`;
-    elsewhere they use the running statistics.
+    otherwise they use the running statistics.
     """
     norm = functools.partial(self.norm, use_running_average=not train)
     x = self.stem(
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
     remat = self.remat and not self.is_initializing()
     scan = self.scan and not self.is_initializing()
     contexts = self._contexts(train)
-    first = 0  # The number of the stage's first block among all blocks.
+    first = 0  # The index of the stage's first block among all blocks.
     stages = zip(self.stage_sizes, self.stage_filters, strict=True)
     for stage, (num_blocks, (inner_filters, num_filters)) in enumerate(stages):
       blocks = [

@@ -1,6 +1,6 @@
 """Stems: the layers before the blocks of a residual network.
 
-A stem must be called in a module's `nn.compact` method, which owns its layers.
+Call a stem in a module's `nn.compact` method; this module owns the layers.
 """
 
 import flax.linen as nn
@@ -29,10 +29,10 @@ def large_images(
   conv: ModuleDef,
   norm: ModuleDef,
 ) -> jax.Array:
-  """7x7 convolution and 3x3 max pool at stride 2 (He et al. 2015, table 1).
+  """7x7 convolution, BN, activation, 3x3 max pool (He et al. 2015, table 1).
 
   Maps float[B, H, W, C] to float[B, ceil(H / 4), ceil(W / 4), num_filters].
-  The pool uses `padding`; see `layers.window_pads`.
+  Both strides are 2. `padding` is the pool's; see `layers.window_pads`.
   """
   x = conv(num_filters, (7, 7), 2, name="stem_conv")(x)
   x = norm(name="stem_bn")(x)

@@ -1,4 +1,4 @@
-"""Optax's optimizers by their names, with arguments of their own."""
+"""Optax's optimizers by name, with the arguments that each of them takes."""
 
 import ast
 import functools
@@ -15,26 +15,26 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 PREFIX = "optax/"
-_COEFFICIENTS = np.array((3.4445, -4.775, 2.0315), np.float32)  # Muon's.
-_MASKS = {"mask", "weight_decay_mask"}  # Of an optimizer's own weight decay.
+_MUON_COEFFICIENTS = np.array((3.4445, -4.775, 2.0315), np.float32)
+_MASKS = {"mask", "weight_decay_mask"}  # Arguments that mask weight decay.
 OPTIMIZERS = ("adamw", "lamb", "lion", "muon")  # These need no prefix.
-# They are scored with other weights than they train with, keep random keys or
-# gradients of single images, use the rate for their first step alone, or are no
-# optimizer.
+# Functions to leave out: they score other weights than they train, keep random
+# keys, need gradients of single images, use the rate only for their first step,
+# or are no optimizers.
 _UNFIT = ("schedule_free", "noisy_sgd", "dpsgd", "rprop", "scale_by_", "_")
 
 
 class Rule(NamedTuple):
-  """What makes an update of a gradient."""
+  """An update rule: an optimizer as a function of the learning rate."""
 
-  title: str  # For people.
-  # Optax's optimizer at a learning rate, float32[].
+  title: str  # NAME(VALUES), shown to the user.
+  # Maps a learning rate, float32[], to Optax's optimizer.
   at_rate: Callable[..., optax.GradientTransformation]
-  decays_weights: bool  # Whether it sees to `optimizer.weight_decay` itself.
+  decays_weights: bool  # Whether it applies `optimizer.weight_decay` itself.
 
 
 def rule(name: str, **arguments: Any) -> Rule:
-  """Optax's optimizer of this name with these arguments."""
+  """The rule of Optax's optimizer `name` with these arguments."""
   shown = [f"{k}={v}" for k, v in arguments.items() if not callable(v)]
   at_rate = functools.partial(functions()[name], **arguments)
   decays_weights = not _MASKS.isdisjoint(arguments)
@@ -44,7 +44,7 @@ def rule(name: str, **arguments: Any) -> Rule:
 def follow_rate(
   made: Rule, initial: float
 ) -> optax.GradientTransformationExtraArgs:
-  """The optimizer at the rate that `update` is given, which is logged too."""
+  """The optimizer; its `update` takes the step's rate as `learning_rate=`."""
 
   def update(updates, state, params=None, *, learning_rate, **_):
     return made.at_rate(learning_rate).update(updates, state, params)
@@ -55,17 +55,17 @@ def follow_rate(
 
 @functools.wraps(optax.contrib.muon)
 def _muon(learning_rate, weight_decay, weight_decay_mask, **arguments):
-  """Muon of convolution kernels, as [H * W * inputs, outputs]."""
+  """Muon, which sees a convolution kernel as [H * W * inputs, outputs]."""
   matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
-  # Its Adam, for the other weights, would decay them without a mask.
+  # Muon's Adam trains the other weights; it would decay them without a mask.
   arguments |= {
     "adam_weight_decay": 0.0,
     "muon_weight_dimension_numbers": lambda params: jax.tree.map(
       lambda w: matrix if w.ndim == 4 else None, params
     ),
   }
-  # The state has them, which has one form whatever JAX's default is.
-  arguments.setdefault("ns_coeffs", _COEFFICIENTS)
+  # The state holds the coefficients; JAX's default dtype must not change it.
+  arguments.setdefault("ns_coeffs", _MUON_COEFFICIENTS)
   decay = -learning_rate * weight_decay
   return optax.chain(
     optax.contrib.muon(learning_rate, **arguments),
@@ -75,7 +75,7 @@ def _muon(learning_rate, weight_decay, weight_decay_mask, **arguments):
 
 @functools.cache
 def functions() -> dict[str, Callable[..., optax.GradientTransformation]]:
-  """Optax's optimizers, functions of a learning rate, by their names."""
+  """Optax's optimizers by name, as functions of a learning rate."""
   return {
     name: function
     for name, function in (
@@ -90,42 +90,42 @@ def functions() -> dict[str, Callable[..., optax.GradientTransformation]]:
 def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   """The optimizer that `config.name` and `config.arguments` describe.
 
-  `mask` says of parameters which of them decay. A `ValueError` if the optimizer
-  does not take these arguments, or needs more than gradients and parameters.
+  `mask` tells which parameters decay. Raises `ValueError` if the optimizer does
+  not take these arguments, or needs more than gradients and parameters.
   """
   name = config.name.removeprefix(PREFIX)
   parameters = inspect.signature(functions()[name]).parameters
-  decays = [each for each in parameters if each.endswith("weight_decay")]
-  # The rate and the decay have keys of their own; `_muon` gives dimensions.
-  takes = parameters.keys() - _MASKS - {"learning_rate", "adam_learning_rate"}
-  takes -= {*decays, "muon_weight_dimension_numbers"}
-  masks = parameters.keys() & _MASKS if decays else set()
-  given = dict.fromkeys(decays, 0.0)
-  if masks:
-    given["weight_decay"] = config.weight_decay
+  decay_names = [each for each in parameters if each.endswith("weight_decay")]
+  # Other keys set the rate and the decay; `_muon` sets the dimensions.
+  allowed = parameters.keys() - _MASKS - {"learning_rate", "adam_learning_rate"}
+  allowed -= {*decay_names, "muon_weight_dimension_numbers"}
+  mask_names = parameters.keys() & _MASKS if decay_names else set()
+  decays = dict.fromkeys(decay_names, 0.0)
+  if mask_names:
+    decays["weight_decay"] = config.weight_decay
   try:
     arguments = _parse(config.arguments)
-    if wrong := sorted(arguments.keys() - takes):
-      raise ValueError(f"{wrong[0]} is none of them")
-    made = rule(name, **arguments, **given, **dict.fromkeys(masks, mask))
-    # Traces a step.
+    if unknown := sorted(arguments.keys() - allowed):
+      raise ValueError(f"{unknown[0]} is none of them")
+    made = rule(name, **arguments, **decays, **dict.fromkeys(mask_names, mask))
+    # Some arguments fail only in a step. Tracing one computes nothing.
     params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
     tx = follow_rate(made, 0.1)
     jax.eval_shape(
       lambda w: tx.update(w, tx.init(w), w, learning_rate=0.1), params
     )
-  # Optax raises many kinds, according to what is wrong.
+  # Optax raises many kinds of exceptions.
   except Exception as error:
     raise ValueError(
       f"optimizer.arguments={config.arguments!r:.80} cannot be used:"
       f" {' '.join(str(error).split()):.120}. {name} takes:"
-      f" {', '.join(each for each in parameters if each in takes)}."
+      f" {', '.join(each for each in parameters if each in allowed)}."
     ) from error
   return made
 
 
 def _parse(text: str) -> dict[str, Any]:
-  """The arguments of 'b1=0.9,nesterov=True'."""
+  """Parses arguments such as 'b1=0.9,nesterov=True'."""
   call = ast.parse(f"f({text})", mode="eval").body
   if not isinstance(call, ast.Call) or call.args:
     raise ValueError("it must be like b1=0.9,nesterov=True")

@@ -19,8 +19,8 @@ def drop_epochs(
 ) -> tuple[int, ...]:
   """The 0-based epochs at which the rate drops, in integer arithmetic.
 
-  With `inclusive` at the epoch that a percentage of the run names (He et al.
-  2015: 82 and 123 of 164), else at the first one after it (the Keras example:
+  If `inclusive`, a drop is at a percentage of the run, rounded up (He et al.
+  2015: 82 and 123 of 164), else at the first epoch after it (the Keras example:
   81, 121, 161 and 181 of 200).
   """
   if inclusive:
@@ -31,7 +31,7 @@ def drop_epochs(
 def _drops(
   config: ConfigDict, steps_per_epoch: int, warmup: int
 ) -> schedules.Schedule:
-  del warmup  # It is over before the first drop; `rules` sees to it.
+  del warmup  # `run/rules.py`: it ends before the first drop.
   base, schedule = config.optimizer.learning_rate, config.schedule
   epochs = drop_epochs(
     config.num_epochs, schedule.drop_percents, schedule.drop_inclusive
@@ -58,7 +58,7 @@ SCHEDULES = {"drops": _drops} | schedules.SCHEDULES
 
 @dataclasses.dataclass(frozen=True)
 class LearningRate:
-  """A pure function of the step and of the rules' states, of a train state."""
+  """The learning rate: a pure function of the step and the rules' states."""
 
   schedule: schedules.Schedule
   steps_per_epoch: int

@@ -1,6 +1,6 @@
 """The optimizer: a chain of Optax's transformations, and its L2 term.
 
-Adam and SGD are here; Optax's others come by their names from `any_optax`.
+Adam and SGD are here; `any_optax` has Optax's other optimizers by name.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ def _sgd(config: ConfigDict) -> any_optax.Rule:
 # For `optimizer.name`, whose choices are in run/config.py; others: `any_optax`.
 OPTIMIZERS = {"adam": _adam, "sgd": _sgd}
 
-# Links, by their titles, that look at each array by itself. A chain of these
-# alone is compiled in groups of arrays, which is cheaper; see `grouping`.
+# Names of links that treat each array by itself. A chain without other links is
+# compiled in groups of arrays, which is faster; see `grouping`.
 _ARRAY_BY_ARRAY = {
   *("add_decayed_weights", "adam", "sgd", "adamw", "lamb", "lion"),
   "MultiSteps",
@@ -50,11 +50,11 @@ L2_WEIGHTS: dict[str, Callable[[Any, jax.Array], bool]] = {
 class Optimizer:
   """An Optax chain together with the L2 term that it adds to the gradient."""
 
-  # Takes the gradients of the cross-entropy alone, and `learning_rate=`.
+  # Its `update` takes gradients without the L2 term, and `learning_rate=`.
   tx: optax.GradientTransformationExtraArgs
   l2: float  # The objective's coefficient of sum(w**2).
   l2_weights: str  # A key of `L2_WEIGHTS`.
-  links: tuple[str, ...]  # The chain's links, for people.
+  links: tuple[str, ...]  # Titles of the chain's links: NAME(VALUES).
 
   def update(
     self,
@@ -79,26 +79,26 @@ class Optimizer:
 
   def penalty(self, params: PyTree) -> jax.Array:
     """The L2 term of the objective, float32[]: l2 * sum(w**2)."""
-    is_masked = L2_WEIGHTS[self.l2_weights]
-    masked = [
+    is_decayed = L2_WEIGHTS[self.l2_weights]
+    decayed = [
       weight
       for path, weight in jax.tree_util.tree_leaves_with_path(params)
-      if is_masked(path, weight)
+      if is_decayed(path, weight)
     ]
-    squares = grouping.reduce_each(lambda w: jnp.sum(jnp.square(w)), masked)
+    squares = grouping.reduce_each(lambda w: jnp.sum(jnp.square(w)), decayed)
     return jnp.asarray(self.l2 * jnp.sum(squares), jnp.float32)
 
 
 def create_optimizer(config: ConfigDict) -> Optimizer:
   """Builds the chain that `config.optimizer` describes.
 
-  L2 and the weight decay of adam and sgd enter before the moments (coupled, as
-  Keras's kernel regularizer and Caffe's weight decay do), not as in AdamW.
+  L2 enters before the moments (coupled, as Keras's kernel regularizer), and so
+  does weight decay (as Caffe's) unless the optimizer has its own, as AdamW has.
   """
-  is_masked = L2_WEIGHTS[config.l2_weights]
+  is_decayed = L2_WEIGHTS[config.l2_weights]
 
   def mask(params):
-    return jax.tree_util.tree_map_with_path(is_masked, params)
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
   def decay(factor):
     title = f"add_decayed_weights({factor:g}, mask={config.l2_weights})"

@@ -1,6 +1,6 @@
 """Rules that change the learning rate by how training goes; off by default.
 
-Each has a state, which is part of the train state and of every checkpoint.
+Each rule has a state, which is part of the train state and every checkpoint.
 """
 
 from collections.abc import Callable
@@ -12,24 +12,24 @@ import optax
 from ml_collections import ConfigDict
 
 PyTree = Any
-RateState = dict[str, PyTree]  # Of the rules, by their names.
+RateState = dict[str, PyTree]  # The rules' states, by rule name.
 
 
 class Rule(NamedTuple):
   """A rule, as functions of its state."""
 
-  line: str  # For people.
+  line: str  # Describes the rule to the user.
   init: Callable[[], PyTree]  # The state before the first step.
-  # The rate, float32[], that becomes of a schedule's.
+  # Maps the rate so far, float32[], and the state to the new rate.
   rate: Callable[[jax.Array, PyTree], jax.Array]
-  # The states after a batch and after an epoch; see `Rules`.
+  # Map a state to the next, after a batch and after an epoch; see `Rules`.
   after_step: Callable[[PyTree, jax.Array], PyTree] = lambda state, error: state
   after_epoch: Callable[[PyTree, float], PyTree] = lambda state, loss: state
 
 
 def plateau(config: ConfigDict) -> Rule:
-  """Keras's ReduceLROnPlateau: a factor when the loss with L2 stalls."""
-  # Keras's rule: an absolute improvement counts, a relative one does not.
+  """Keras's ReduceLROnPlateau: lowers the rate when the loss with L2 stalls."""
+  # As in Keras, `min_delta` is absolute, not relative to the best loss.
   reduce = optax.contrib.reduce_on_plateau(
     factor=config.factor,
     patience=config.patience,
@@ -52,8 +52,8 @@ def plateau(config: ConfigDict) -> Rule:
   )
 
 
-# Share of the old estimate kept at each step: the warm-up looks at the training
-# error of about the last 50 batches.
+# Share of the old estimate that a step keeps: 0.98 averages the training error
+# over about the last 50 batches.
 _ERROR_DECAY = 0.98
 
 
@@ -61,7 +61,7 @@ def warmup_by_error(low: float, least_error: float) -> Rule:
   """A low rate until the training error has fallen under a threshold.
 
   He et al. 2015, section 4.2. The state, float32[], is a running estimate of
-  the error; 0 for good once it is low.
+  the error; once this is below `least_error`, the state stays 0.
   """
 
   def after_step(state, error):
@@ -77,29 +77,29 @@ def warmup_by_error(low: float, least_error: float) -> Rule:
 
 
 class Rules(dict[str, Rule]):
-  """The rules of a run by their names, in their order."""
+  """The rules of a run by name, in the order in which they change the rate."""
 
   def init(self) -> RateState:
-    """The states before the first step."""
+    """All rules' states before the first step."""
     return {name: rule.init() for name, rule in self.items()}
 
   def __call__(self, rate: jax.Array, state: RateState) -> jax.Array:
-    """The rate, float32[], that becomes of a schedule's."""
+    """The schedule's rate, float32[], after every rule has changed it."""
     for name, rule in self.items():
       rate = rule.rate(rate, state[name])
     return rate
 
   def after_step(self, state: RateState, error: jax.Array) -> RateState:
-    """Takes in the training error, float32[] in [0, 1], of one batch."""
+    """The states after a batch with this training error, float32[], 0 to 1."""
     return {k: rule.after_step(state[k], error) for k, rule in self.items()}
 
   def after_epoch(self, state: RateState, loss: float) -> RateState:
-    """Takes in the monitored loss, L2 included, at the end of an epoch."""
+    """The states after an epoch with this monitored loss, L2 included."""
     return {k: rule.after_epoch(state[k], loss) for k, rule in self.items()}
 
 
 def create(config: ConfigDict) -> Rules:
-  """The rules of the whole configuration."""
+  """The rules that the whole configuration turns on."""
   rules = Rules()
   schedule = config.schedule
   if config.plateau.enabled:

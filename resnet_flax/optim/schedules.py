@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a function and an entry each."""
+"""Learning-rate schedules: each is a function and an entry of `SCHEDULES`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,16 +10,16 @@ from ml_collections import ConfigDict
 
 
 class Schedule(NamedTuple):
-  """The rate before plateau and warm-up by training error."""
+  """A learning-rate schedule, before any of the `rate_rules`."""
 
-  rate: optax.Schedule  # Of the int32[] step, 0-based.
-  lines: list[str]  # Where it changes, by 0-based epochs, for people.
+  rate: optax.Schedule  # Maps the 0-based step, int32[], to the rate.
+  lines: list[str]  # Tell the user the rate's changes, in 0-based epochs.
 
 
 def _cosine(config: ConfigDict, steps_per_epoch: int, warmup: int) -> Schedule:
   """Half a cosine from the initial rate to 0 (Loshchilov and Hutter 2016)."""
   base, epochs = config.optimizer.learning_rate, config.num_epochs
-  # A warm-up of all but a part of the last step is rounded to all of them.
+  # The warm-up is rounded to whole steps, so it may take all of them.
   cosine = optax.cosine_decay_schedule(
     base, max(epochs * steps_per_epoch - warmup, 1)
   )
@@ -45,12 +45,12 @@ def _onecycle(config: ConfigDict, steps_per_epoch: int, _: int) -> Schedule:
 
 
 def decay_start(num_epochs: int, percent: int) -> int:
-  """The 0-based epoch from which on warmup_stable_decay falls."""
+  """The 0-based epoch in which warmup_stable_decay begins to fall."""
   return num_epochs - max(percent * num_epochs // 100, 1)
 
 
 def _stable_decay(config: ConfigDict, steps_per_epoch: int, _: int) -> Schedule:
-  """Constant, at last linearly to 0; Hu et al. 2024 (MiniCPM) exponentially."""
+  """Constant, then linear to 0; exponential in Hu et al. 2024 (MiniCPM)."""
   base, epochs = config.optimizer.learning_rate, config.num_epochs
   start = decay_start(epochs, config.schedule.decay_percent)
   first, steps = start * steps_per_epoch, (epochs - start) * steps_per_epoch
@@ -63,8 +63,8 @@ def _stable_decay(config: ConfigDict, steps_per_epoch: int, _: int) -> Schedule:
 def warm_up(config: ConfigDict, after: Schedule, steps: int) -> Schedule:
   """A schedule with a linear rise in its first steps.
 
-  From 0, as in Flax's ImageNet example; Goyal et al. 2017, section 2.2, begin
-  at the rate of a small batch.
+  It starts at 0, as in Flax's ImageNet example; Goyal et al. 2017, section 2.2,
+  start at the rate of a small batch.
   """
   linear = optax.linear_schedule(0.0, config.optimizer.learning_rate, steps)
   epochs = config.schedule.linear_warmup_epochs
@@ -76,8 +76,8 @@ def warm_up(config: ConfigDict, after: Schedule, steps: int) -> Schedule:
   )
 
 
-# For `schedule.name`. Each is a function of the whole configuration, of an
-# epoch's steps and of the steps of the linear warm-up, which comes before it.
+# By `schedule.name`: functions of the whole configuration, an epoch's steps and
+# the steps of the linear warm-up, which overrides a schedule's first steps.
 SCHEDULES: dict[str, Callable[[ConfigDict, int, int], Schedule]] = {
   "cosine": _cosine,
   "constant": _constant,
@@ -87,9 +87,9 @@ SCHEDULES: dict[str, Callable[[ConfigDict, int, int], Schedule]] = {
 
 
 def open_epochs(flat_config: Mapping[str, Any]) -> float:
-  """The first epochs whose rates do not depend on num_epochs.
+  """The number of first epochs whose rates do not depend on num_epochs.
 
-  A run that has not begun the next one can be lengthened.
+  A run that has done fewer epochs can be lengthened.
   """
   if flat_config["schedule.name"] == "warmup_stable_decay":
     percent = flat_config["schedule.decay_percent"]

@@ -1,4 +1,4 @@
-"""Batch norm of averaged weights, by what they make of training images."""
+"""Measures batch norm's statistics of averaged weights on training images."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +25,10 @@ def create_hook(
   split: types.Split,
   layout: Layout,
 ) -> Callable[[int, Networks], Networks]:
-  """What the loop calls, with the steps done, before it saves a state.
+  """The loop's hook before a save: (steps done, state) -> state to save.
 
-  At the end of an epoch it gives the average new statistics, where they are
-  asked for. Of `state` only the shapes are used.
+  With average_batch_norm='recompute' it replaces the running statistics of the
+  average at the end of an epoch. Only the shapes of `state` are used.
   """
   average = state.chunks[0].average or {}
   if config.average_batch_norm != "recompute" or not average.get("batch_stats"):
@@ -44,8 +44,8 @@ def create_hook(
   def of_seed(seed: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray]]:
     """The first images of epoch 0, without augmentation."""
     order = program.order(len(split), size, seed, epoch=0)
-    used = [*order[: max(_NUM_IMAGES // size, 1), rows]]
-    for images, _ in split.one_crop().batches(used):
+    positions = [*order[: max(_NUM_IMAGES // size, 1), rows]]
+    for images, _ in split.one_crop().batches(positions):
       yield (images,)
 
   def hook(step: int, state: Networks) -> Networks:
@@ -53,13 +53,13 @@ def create_hook(
     if within or averaging.present(config, epochs) == ("raw",):
       return state
     batches = layout.batches(of_seed, size)
-    found = [
+    of_batches = [
       layout.get(*measure(state, *images, np.int32(number)))
       for number, images in enumerate(batches)
     ]
-    pooled = layout.put([*map(pool, zip(*found, strict=True))])
+    pooled = layout.put([*map(pool, zip(*of_batches, strict=True))])
     return layout.map(
-      lambda one, new: one.replace(average=one.average | {"batch_stats": new}),
+      lambda old, new: old.replace(average=old.average | {"batch_stats": new}),
       *(state, pooled),
     )
 
@@ -72,9 +72,9 @@ def batch_statistics(
   images: jax.Array,
   number: jax.Array,
 ) -> tuple[Any]:
-  """The averaged network's 'batch_stats' of uint8[B, H, W, C] images alone.
+  """The averaged network's 'batch_stats' of one batch, uint8[B, H, W, C].
 
-  `number`, int32[], is the batch's: each drops other branches and units.
+  `number`, int32[], is the batch's: each batch drops other branches and units.
   """
   model: Any = experiment.model
   norm = functools.partial(model.norm, momentum=0.0)
@@ -90,9 +90,9 @@ def batch_statistics(
 
 
 def pool(of_batches: Sequence[Any]) -> Any:
-  """The float32 'mean' and 'var' over the images of several equal batches.
+  """The float32 'mean' and 'var' over several equally large batches of images.
 
-  Of `model.batch_norm_groups` the mean variance is taken, as in training.
+  The variances of `model.batch_norm_groups` are averaged, as in training.
   """
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_batches)
   flat = traverse_util.flatten_dict(stacked)
@@ -100,5 +100,5 @@ def pool(of_batches: Sequence[Any]) -> Any:
   for *module, name in flat:
     if name == "var":
       pooled[*module, name] += np.var(flat[*module, "mean"], 0, np.float64)
-  single = {path: x.astype(np.float32) for path, x in pooled.items()}
-  return traverse_util.unflatten_dict(single)
+  rounded = {path: x.astype(np.float32) for path, x in pooled.items()}
+  return traverse_util.unflatten_dict(rounded)

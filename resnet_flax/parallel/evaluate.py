@@ -1,4 +1,4 @@
-"""Scores a split: every image exactly once, at any batch or device count."""
+"""Scores each image of a split exactly once, at any batch and device count."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ EvalStep = Callable[..., tuple[Networks, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """How networks do on a split."""
+  """The scores of all networks on a split."""
 
-  # Of each the means of `step.metric_sums`: `loss`, `accuracy` (a fraction)...
+  # Each network's means of `metric_sums`: `loss`, `accuracy` (a fraction)...
   networks: list[dict[str, float]]
-  # `loss`, `accuracy`... of their mean probabilities; None for one network.
+  # `loss`, `accuracy`... of the networks' mean probabilities; None for one.
   ensemble: dict[str, float] | None
 
 
 def create_eval_step(
   experiment: step_lib.Experiment, layout: Layout
 ) -> EvalStep:
-  """The jitted function of (state, images, labels, mask) that scores."""
+  """Jits `step.eval_step` for all networks: (state, images, labels, mask)."""
   function = functools.partial(step_lib.eval_step, experiment)
   jitted = jax.jit(layout.of_chunk(function, num_shared=3))
   return layout.in_turn(jitted, num_shared=3)
@@ -39,11 +39,11 @@ def create_eval_step(
 def padded_batches(
   split: types.Split, batch_size: int, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """The split in order, in batches of `batch_size`; of each only some rows.
+  """Batches of a split, in its order; only the given rows of each batch.
 
-  `rows`, int64[R] and ascending, says which. Yields R images, as
-  `Split.batches` does, int32[R] labels and bool[R], which is False for the
-  padding at the end of the last batch.
+  `rows`, int64[R], are ascending positions in a batch of `batch_size`. Yields R
+  images, as `Split.batches` does, int32[R] labels and a mask, bool[R], which is
+  False for the padding at the end of the last batch.
   """
   positions = np.arange(len(split))
   order = [
@@ -59,9 +59,9 @@ def padded_batches(
 
 
 def call_size(split: types.Split, batch_size: int, num_devices: int) -> int:
-  """Images that a call scores: a multiple of the devices that share it.
+  """The number of images that a call scores, a multiple of `num_devices`.
 
-  At most `batch_size`, all crops counted, before it is rounded up.
+  Before rounding up, they have at most `batch_size` crops, or are one image.
   """
   size = min(max(batch_size // split.num_crops, 1), len(split))
   return -(-size // num_devices) * num_devices
@@ -84,19 +84,19 @@ def evaluate(
 
   def add(sums: Networks, probabilities: Networks, labels: Any) -> None:
     of_seeds = layout.get(sums)
-    for total, of_seed in zip(totals, of_seeds, strict=True):
-      _add(total, of_seed)
+    for total, seed_sums in zip(totals, of_seeds, strict=True):
+      _add(total, seed_sums)
     if len(of_seeds) > 1:
       count = int(of_seeds[0]["count"])
       mean = np.asarray(layout.get(probabilities), np.float64).mean(axis=0)
-      true = transfer.get(labels, layout.mesh)
-      _add(ensemble, _ensemble_sums(mean[:count], true[:count]))
+      true_labels = transfer.get(labels, layout.mesh)
+      _add(ensemble, _ensemble_sums(mean[:count], true_labels[:count]))
 
   pending: tuple[Any, ...] | None = None
-  for own in padded_batches(split, size, rows):
-    batch = transfer.put_rows(own, sharding, size)
+  for own_batch in padded_batches(split, size, rows):
+    batch = transfer.put_rows(own_batch, sharding, size)
     scored = eval_step(state, *batch)
-    # Read one call late: the devices have the next one to work on meanwhile.
+    # Reads scores one call late, so that the devices do not wait for the host.
     if pending is not None:
       add(*pending)
     pending = (*scored, batch[1])
@@ -118,7 +118,7 @@ def evaluate_all(
   layout: Layout,
   on_batch: Callable[[], None],
 ) -> dict[str, Scores]:
-  """Scores after a 0-based epoch, if it is scored: of 'test', 'test_ema'..."""
+  """Scores after a 0-based epoch, by 'test', 'test_ema'...; {} if not due."""
   done = epoch + 1
   if done % config.eval_every_epochs and done < config.num_epochs:
     return {}
@@ -134,7 +134,7 @@ def evaluate_all(
 
 
 def _add(total: dict[str, float], sums: dict[str, Any]) -> None:
-  """Adds the sums of a batch to those of a split, in float64."""
+  """Adds a batch's sums to a split's totals, in float64."""
   for name, value in sums.items():
     total[name] = total.get(name, 0.0) + float(value)
 
@@ -149,12 +149,12 @@ def _means(total: dict[str, float], num_images: int) -> dict[str, float]:
 def _ensemble_sums(
   probabilities: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-  """Of the mean probabilities, float64[B, classes], of several networks."""
-  chosen = probabilities[np.arange(len(labels)), labels]
-  # A float32 probability of zero stands for one that is too small for it.
+  """The metrics of the networks' mean probabilities, float64[B, classes]."""
+  of_labels = probabilities[np.arange(len(labels)), labels]
+  # A probability of 0 was too small for float32; its logarithm stays finite.
   least = np.finfo(np.float32).tiny
   sums = {
-    "loss": -np.sum(np.log(np.maximum(chosen, least))),
+    "loss": -np.sum(np.log(np.maximum(of_labels, least))),
     "accuracy": np.sum(np.argmax(probabilities, axis=-1) == labels),
     "count": len(labels),
   }

@@ -5,7 +5,7 @@ distributed runtime. All processes must take part in every computation, so they
 decide together when to save and to stop. Only process 0 reads and writes the
 workdir. It sends its content to the others, which need not see the folder.
 
-With a single process the runtime is not started; the functions act at once.
+With a single process the runtime is not started; no function waits for others.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # Seconds that a failing process waits for the others to fail as well.
 _LEAVE = 15
-# Seconds to wait for process 0, which may download data for all.
+# Seconds to wait for others: process 0 may download data for all.
 _PATIENCE = 24 * 3600
 
 _HOW = (
@@ -47,7 +47,7 @@ _LOST = (
   " ended or cannot be reached; see its own messages. Saved checkpoints are"
   " good: start the same command in all processes again to resume."
 )
-# Errors that begin so are not about other processes.
+# Errors that begin with these are not caused by other processes.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 # Numbers the exchanges: all processes make the same ones in the same order.
@@ -58,7 +58,7 @@ _numbers = itertools.count()
 
 
 class Cluster(NamedTuple):
-  """Arguments of `jax.distributed.initialize`, which detects those of None."""
+  """Arguments of `jax.distributed.initialize`; JAX detects those left None."""
 
   num_processes: int
   process_id: int | None = None  # From 0.
@@ -66,8 +66,8 @@ class Cluster(NamedTuple):
   cluster_detection_method: str | None = None
 
 
-# Launchers that JAX knows, by environment variables: the number of processes,
-# and one that JAX needs. Last is JAX's detection method, if it must be named.
+# Launchers that JAX knows: the environment variable with the number of
+# processes, one that JAX needs, and JAX's detection method if it must be named.
 _LAUNCHERS = (
   ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", None),  # Open MPI 4.
   # A batch script is a single process and lacks the list of nodes.
@@ -86,8 +86,8 @@ def find_cluster(
 
   Missing arguments come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, else from the launcher: TPU pods, Slurm, Open MPI 4 and, with
-  mpi4py, any other MPI. With all three, a process takes the devices of its host
-  or of JAX_LOCAL_DEVICE_IDS.
+  mpi4py, any other MPI. If all three are given, a process takes all devices of
+  its host, or those in JAX_LOCAL_DEVICE_IDS.
   """
   address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
   count = _integer("JAX_NUM_PROCESSES", num_processes)
@@ -96,13 +96,13 @@ def find_cluster(
   if count != 1 and (not address or None in (count, index)):
     size, detection = _launched()
     count = size if count is None else count
-  given = {
+  arguments = {
     "coordinator_address": address or None,
     "num_processes": count,
     "process_id": index,
   }
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == len(given) or (count == 1 and not index):
+  missing = [name for name, value in arguments.items() if value is None]
+  if len(missing) == len(arguments) or (count == 1 and not index):
     return None
   if count is None or (missing and detection == "deactivate"):
     raise errors.ConfigError(f"{' and '.join(missing)} not given: {_HOW}.")
@@ -121,7 +121,7 @@ def find_cluster(
 
 
 def _launched() -> tuple[int | None, str | None]:
-  """The number of processes that were started, JAX's detection method."""
+  """The launcher's number of processes, and JAX's detection method."""
   for size_name, needed, detection in _LAUNCHERS:
     size = _integer(size_name)
     if size and needed in os.environ:
@@ -134,12 +134,12 @@ def _launched() -> tuple[int | None, str | None]:
 
 def _integer(variable: str, given: int | None = None) -> int | None:
   """The given number, else an environment variable's value."""
-  text = os.environ.get(variable)
-  if given is not None or not text:
+  value = os.environ.get(variable)
+  if given is not None or not value:
     return given
-  if not text.isdecimal():
-    raise errors.ConfigError(f"{variable}={text!r} must be an integer.")
-  return int(text)
+  if not value.isdecimal():
+    raise errors.ConfigError(f"{variable}={value!r} must be an integer.")
+  return int(value)
 
 
 def _check_mpi4py(size: int) -> None:
@@ -147,7 +147,7 @@ def _check_mpi4py(size: int) -> None:
     from mpi4py import MPI
 
     found = f"{MPI.COMM_WORLD.Get_size()} processes"
-  # mpi4py loads a library of MPI, which may be missing.
+  # mpi4py loads an MPI library, which may be missing.
   except Exception as error:
     found = errors.one_line(error)
   if found != f"{size} processes":
@@ -166,14 +166,14 @@ def _tpu_hosts() -> int | None:
   slices = get("MEGASCALE_NUM_SLICES")
   if not hosts and get("TPU_SKIP_MDS_QUERY") is None:
     hosts = _tpu_metadata("worker-network-endpoints")
-    named = r"MEGASCALE_NUM_SLICES: *'?(\d+)"
-    if not slices and (found := re.search(named, _tpu_metadata("tpu-env"))):
-      slices = found[1]
+    pattern = r"MEGASCALE_NUM_SLICES: *'?(\d+)"
+    if not slices and (match := re.search(pattern, _tpu_metadata("tpu-env"))):
+      slices = match[1]
   return (hosts.count(",") + 1) * int(slices or 1) if hosts else None
 
 
 def _tpu_metadata(name: str) -> str:
-  """An attribute of this TPU VM from the cloud; '' if it does not answer."""
+  """An attribute of this TPU VM from the cloud; '' if there is no answer."""
   import requests
 
   server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -200,10 +200,10 @@ def connected(
 ) -> Iterator[None]:
   """Connects the processes of a run while entered; they end together.
 
-  Must be entered before JAX is asked for its devices; None does nothing. All
-  processes must connect within `timeout` seconds. If process 0 dies, this one
-  ends at once; if another dies, within `heartbeat_timeout` seconds. Either way
-  it prints one line.
+  Must be entered before JAX is asked for its devices; without a cluster it does
+  nothing. All processes must connect within `timeout` seconds. If process 0
+  dies, this one ends at once; if another dies, within `heartbeat_timeout`
+  seconds. Either way it prints one line.
   """
   if cluster is None:
     yield
@@ -215,7 +215,7 @@ def connected(
   )
   # The service would take SIGTERM from `StopSignals` and ignore Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
-  # Python cannot handle a signal while the runtime waits.
+  # `exits`: Python itself handles no signal while the runtime waits.
   stops = signals_lib.StopSignals(exits=True)
   with _quiet_stderr() as stderr, stops:
 
@@ -224,7 +224,7 @@ def connected(
       return "stopped while the processes of the run were connecting."
 
     stops.say_on_exit(stopped)
-    # The runtime ends the process if the others do not connect.
+    # The runtime aborts this process if the others do not connect.
     _say_on_abort(
       f"not all of num_processes={count} processes connected to"
       f" coordinator_address={address} within {timeout} s"
@@ -257,7 +257,7 @@ def connected(
   except jax.errors.JaxRuntimeError as error:
     if str(error).startswith(_OWN_FAULTS):
       raise
-    # A computation failed because another process, a part of it, has ended.
+    # A computation fails if a process that takes part in it has ended.
     raise errors.UserError(f"{_LOST} ({errors.one_line(error)})") from error
   except (errors.UserError, signals_lib.Stopped):
     # If all stop, process 0 may take long to save. If only this one stops, the
@@ -269,7 +269,7 @@ def connected(
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[int]:
-  """Discards standard error while entered; yields the real one."""
+  """Discards standard error while entered; yields the real descriptor."""
   saved = os.dup(2)
   with open(os.devnull, "wb") as null:
     os.dup2(null.fileno(), 2)
@@ -282,17 +282,17 @@ def _quiet_stderr() -> Iterator[int]:
 _on_abort: Any = None
 
 
-def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
+def _say_on_abort(message: str, stderr: int, exit_code: int) -> None:
   """Sets the message and the exit code for an abort by JAX's runtime."""
   global _on_abort  # C may call it later, so it must not be collected.
-  line = f"error: {text}\n".encode()
+  line = f"error: {message}\n".encode()
 
   def end(number: int) -> NoReturn:
     del number
     os.write(stderr, line)
     os._exit(exit_code)
 
-  # When another process dies, the runtime aborts in a thread of its own. Its
+  # When another process dies, the runtime aborts in one of its threads. Its
   # callback for Python fails in a C++ cast, and a Python signal handler would
   # run too late.
   _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
@@ -301,12 +301,12 @@ def _say_on_abort(text: str, stderr: int, exit_code: int) -> None:
 
 def _leave(seconds: int) -> None:
   """Disconnects together with the others if they end within `seconds`."""
-  # Leaving alone looks like a death: process 0's to the others, and theirs to
-  # process 0 while it saves.
+  # A process that disconnects alone seems dead: process 0 to the others, and
+  # any other to process 0 while it saves.
   try:
     _client().wait_at_barrier("resnet_flax/leave", seconds * 1000)
   except Exception:
-    return  # The others continue: this process ends alone.
+    return  # The others still work: this process ends alone.
   jax.distributed.shutdown()
 
 
@@ -314,7 +314,7 @@ def _leave(seconds: int) -> None:
 
 
 def _client() -> Any:
-  """The runtime's client: waiting for its values and barriers may take long."""
+  """The runtime's client, which can wait long for values and at barriers."""
   # The public functions of `multihost_utils` run computations instead. On CPUs
   # processes connect in the first one, and give up after half a minute.
   return multihost_utils.distributed.global_state.client
@@ -331,7 +331,7 @@ def is_first() -> bool:
 
 
 def first(function: Callable[[], T]) -> T:
-  """Calls a function in process 0 only; all get its JSON or its UserError."""
+  """Calls a function in process 0; all get its JSON result or its UserError."""
   if jax.process_count() == 1:
     return function()
   key = f"resnet_flax/first/{next(_numbers)}"
@@ -340,7 +340,7 @@ def first(function: Callable[[], T]) -> T:
     if "error" not in answer:
       return answer["value"]
     kind = getattr(errors, answer["error"])
-    # Without the constructor, which may take more than the message.
+    # Not by the constructor, which may need more than the message.
     error = kind.__new__(kind, answer["message"])
     vars(error).update(answer["attributes"])
     raise error
@@ -358,7 +358,7 @@ def first(function: Callable[[], T]) -> T:
 
 
 def first_only(function: Callable[[], T]) -> T | None:
-  """Like `first`, but for any result, which the other processes get as None."""
+  """Like `first`, for results that are not JSON; other processes get None."""
   results: list[T] = []
   first(lambda: results.append(function()))
   return results[0] if results else None
@@ -375,15 +375,15 @@ def check_same(name: str, value: Any) -> None:
   if jax.process_count() == 1:
     return
   prefix = f"resnet_flax/same/{next(_numbers)}"
-  own = value if isinstance(value, dict) else {"value": value}
-  text = json.dumps(own, sort_keys=True)
-  _client().key_value_set(f"{prefix}/{jax.process_index()}", text)
+  own_values = value if isinstance(value, dict) else {"value": value}
+  content = json.dumps(own_values, sort_keys=True)
+  _client().key_value_set(f"{prefix}/{jax.process_index()}", content)
 
   def compare() -> None:
     for process in range(1, jax.process_count()):
-      other = _wait_for(f"{prefix}/{process}")
+      other_values = _wait_for(f"{prefix}/{process}")
       text = "{} ({!r} in process 0, {!r} there)"
-      if differing := errors.differences(own, other, text):
+      if differing := errors.differences(own_values, other_values, text):
         raise errors.ConfigError(
           f"{name} of process {process} differs from process 0's:"
           f" {', '.join(differing)}. Start all processes with the same command,"
@@ -397,7 +397,7 @@ def meet() -> None:
   """Waits until all processes have called this function.
 
   On CPUs the first common computation connects the processes; it fails after
-  half a minute. This must be called before it if processes may be late.
+  half a minute. Call this function before it if processes may be late.
   """
   if jax.process_count() > 1:
     key = f"resnet_flax/meet/{next(_numbers)}"
@@ -405,16 +405,16 @@ def meet() -> None:
 
 
 def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
-  """Copies process 0's arrays to all processes, bit-identical."""
+  """Sends process 0's arrays to all, bit-identical; `like` has their shapes."""
   if jax.process_count() == 1:
     return function()
   tree = function() if is_first() else like()
   leaves = jax.tree.leaves(tree)
   sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-  own = [np.asarray(leaf).tobytes() for leaf in leaves] if is_first() else []
+  data = [np.asarray(leaf).tobytes() for leaf in leaves] if is_first() else []
   # One vector, since a program of many arrays compiles slowly. Integers, since
   # a sum of floats loses the sign of a zero.
-  content = b"".join(own).ljust(-(-sum(sizes) // 4) * 4, b"\0")
+  content = b"".join(data).ljust(-(-sum(sizes) // 4) * 4, b"\0")
   words = np.frombuffer(content, np.uint32)
   meet()
   shared = multihost_utils.broadcast_one_to_all(words)
@@ -428,9 +428,9 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
 class Agreement:
   """Decides when to save and to stop, at the same step in all processes.
 
-  Their signals and clocks differ, so they vote. After every step and batch each
-  process says which signal has come and whether a checkpoint is overdue. A vote
-  is a computation over all devices; like metrics, it is read one step late.
+  Their signals and clocks differ, so they vote. After every step and evaluation
+  batch each process says which signal has come and whether a save is overdue. A
+  vote is a computation on all devices; like metrics, it is read one step late.
   """
 
   has_stopped = False  # Whether the processes have agreed to stop.
@@ -449,28 +449,28 @@ class Agreement:
     self._count = jax.jit(lambda votes: votes.max(0), out_shardings=everywhere)
     # Cached, since votes are nearly always the same.
     self._put = functools.cache(
-      lambda *own: jax.make_array_from_callback(
-        (len(devices), 2), divided, lambda _: np.asarray([own], np.int32)
+      lambda *vote: jax.make_array_from_callback(
+        (len(devices), 2), divided, lambda _: np.asarray([vote], np.int32)
       )
     )
 
   def wants_save(self) -> bool:
-    """Whether to save after this step, which all processes ask at each."""
+    """Whether to save after this step; all processes must ask at each step."""
     return any(self._vote())
 
   def check(self, *, at_once: bool = True) -> None:
-    """Raises `Stopped` if any process has a signal, by now or the last vote."""
+    """Raises `Stopped` if any process had a signal, now or at the last vote."""
     signal_number, _ = self._vote(at_once)
     if signal_number:
       Agreement.has_stopped = True
       raise signals_lib.Stopped(signal_number)
 
   def _vote(self, at_once: bool = False) -> Sequence[int]:
-    """The signal, and whether a save is overdue: by the last vote, or now."""
-    own = self._signals.number or 0, int(self._overdue())
+    """The agreed signal and 1 if a save is overdue, now or at the last vote."""
+    vote = self._signals.number or 0, int(self._overdue())
     if jax.process_count() == 1:
-      return own
-    pending, self._pending = self._pending, self._count(self._put(*own))
+      return vote
+    pending, self._pending = self._pending, self._count(self._put(*vote))
     if at_once:
       pending, self._pending = self._pending, None
     return (0, 0) if pending is None else np.asarray(pending).tolist()

@@ -1,7 +1,7 @@
 """Several training steps in one call, on a training split on the devices.
 
-On accelerators a small network's step may be over before the next one is
-dispatched. A program of many steps needs the host only to begin it; it gathers
+On accelerators a small network's step may end before the host has dispatched
+the next one. The host only starts a program of many steps. The program gathers
 its batches from the split, in the order that the host draws for each epoch.
 """
 
@@ -20,31 +20,31 @@ from resnet_flax.parallel import mesh as mesh_lib, program, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
 
-# Chosen for accelerators and images of at most so many pixels a side. Steps of
-# larger ones take long enough, and a signal waits for a call's end.
+# The default on accelerators, for images of at most this many pixels a side.
+# With larger images the host keeps up, and a signal waits for a call's end.
 STEPS_PER_CALL = 32
 _LARGEST_SMALL_IMAGE = 64
 
-# Of a device's memory that the split may take; the rest is the network's.
+# Share of a device's memory that the split may take beside the network.
 _SHARE = 0.25
 
 
 def choose(
   wanted: int, split: types.Split, layout: Layout, image_size: int
 ) -> int:
-  """How many training steps a call does: `wanted`; 0 chooses.
+  """The number of training steps in a call: `wanted`, or a default if it is 0.
 
   `image_size` is the larger side of the images that the networks see. Several
-  steps need a split in memory, and room for it on every device.
+  steps need a split in memory and room for it on every device.
   """
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-  is_slow = on_cpu or image_size > _LARGEST_SMALL_IMAGE
-  if wanted == 1 or (not wanted and is_slow):
+  steps_are_slow = on_cpu or image_size > _LARGEST_SMALL_IMAGE
+  if wanted == 1 or (not wanted and steps_are_slow):
     return 1
   lacking = "a training split in memory, but this one is decoded while training"
   if isinstance(split, types.ArraySplit):
     size = len(split) * math.prod(split.image_shape)
-    # CPUs, which hold the split already, have none.
+    # CPUs, which hold the split in memory already, report no limit.
     limits = [
       (device.memory_stats() or {}).get("bytes_limit", math.inf)
       for device in layout.mesh.local_devices
@@ -72,12 +72,12 @@ def create(
   *,
   steps_per_call: int,
 ) -> program.Program:
-  """The program that takes so many steps in a call; see `program.create`."""
+  """The program with `steps_per_call` steps in a call; see `program.create`."""
   if steps_per_call == 1:
     return program.create(config, experiment, state, split, key, layout)
   size = config.batch_size
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
-  # A copy on each device: no step needs another device's images.
+  # A copy on each device, so that no step waits for another's images.
   everywhere = mesh_lib.sharding(layout.mesh)
   data = transfer.put(split.take(np.arange(len(split))), everywhere)
   compiled = program.compile_function(
@@ -88,7 +88,7 @@ def create(
     (*data, np.int32(0)),
     donate=True,
   )
-  # Calls end where something is done between two steps.
+  # A call ends where the loop saves or measures between two steps.
   multiples = config.checkpoint.every_steps, config.log_layer_norms_every
 
   def batches(epoch: int, first: int) -> Iterator[program.Batch]:
@@ -118,13 +118,13 @@ def train_steps(
   labels: jax.Array,
   num_steps: jax.Array,
 ) -> tuple[step_lib.TrainState, step_lib.StepMetrics]:
-  """Several steps of one epoch, each as `step.train_step` does it.
+  """Several steps of one epoch, each done by `step.train_step`.
 
-  `num_steps`, int32[], is not part of the program, so where calls end changes
-  no bit. `images`, uint8[M, H, W, C], and `labels`, int32[M], are the split;
-  `order`, int32[B, steps per epoch], has the positions of each batch in it.
-  Every step takes the same `key`, key[]. The metrics are those of the last
-  step, or of the first that is not finite.
+  `num_steps`, int32[], is an argument of the program, so that results are
+  bit-identical wherever calls end. `images`, uint8[M, H, W, C], and `labels`,
+  int32[M], are the split; `order`, int32[B, steps per epoch], has the positions
+  of each batch in it. Every step takes the same `key`, key[]. The metrics are
+  those of the last step, or of the first that is not finite.
   """
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 
@@ -139,22 +139,22 @@ def train_steps(
     )
     return state, reported
 
-  nothing = step_lib.StepMetrics(
+  initial = step_lib.StepMetrics(
     step=state.step,
     sums=state.epoch_sums,
     learning_rate=jnp.zeros((), jnp.float32),
     finite=jnp.asarray(True),
   )
-  return jax.lax.fori_loop(0, num_steps, one, (state, nothing))
+  return jax.lax.fori_loop(0, num_steps, one, (state, initial))
 
 
 def _put_order(
   split: types.Split, batch_size: int, epoch: int, layout: Layout
 ) -> Networks:
-  """The order of an epoch, int32[B, steps per epoch] of each network."""
+  """Puts an epoch's order on devices: int32[B, steps per epoch] per network."""
 
   def of_seed(seed: int, rows: np.ndarray) -> list[tuple[np.ndarray]]:
-    # Put on the devices like a batch, whose axis comes first.
+    # Transposed: devices get the order like a batch, whose axis comes first.
     order = program.order(len(split), batch_size, seed, epoch).T[rows]
     return [(np.ascontiguousarray(order, np.int32),)]
 
@@ -167,8 +167,8 @@ def call_ends(
 ) -> Iterator[int]:
   """The number of steps done after each call, from `first` to `last`.
 
-  A call does at most so many `steps`, and ends at every multiple of
-  `multiples`, of which 0 stands for none.
+  A call does at most `steps` steps. It ends at every multiple of each number in
+  `multiples`; 0 has no multiples.
   """
   while first < last:
     ends = [(first // each + 1) * each for each in multiples if each]

@@ -16,9 +16,9 @@ SEED, DATA = "seed", "data"
 
 
 def num_groups(num_devices: int, num_seeds: int) -> int:
-  """The number of equal groups of devices; each group has its own seeds.
+  """The number of equal groups of devices; each trains its own seeds.
 
-  The smallest number that gives each seed a group, else the number of devices.
+  The smallest possible number with a group for each seed, else `num_devices`.
   """
   return next(
     count
@@ -30,7 +30,7 @@ def num_groups(num_devices: int, num_seeds: int) -> int:
 def create_mesh(
   devices: Sequence[jax.Device] | None = None, num_seeds: int = 1
 ) -> Mesh:
-  """A mesh of the given devices, by default of all: seeds x batch."""
+  """A mesh, seeds x batch, of the given devices, by default of all."""
   array = np.asarray(jax.devices() if devices is None else devices)
   groups = num_groups(array.size, num_seeds)
   return Mesh(

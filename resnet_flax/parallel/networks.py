@@ -1,11 +1,11 @@
 """The networks of a run, one for each seed, and where they are trained.
 
-Devices are divided into groups (see `mesh`), each of which trains some of the
-seeds. The networks that one call of a compiled function works on are a chunk:
-one network of each group, or, where seeds that share a group are vectorized,
-all of them. Chunks are worked on in turn. A seed in turn computes what it would
-alone on the devices of its group: bit-identically, but on CPUs with several
-devices in a group (see `kernels/convolution.py`).
+The devices are divided into groups (see `mesh`); each group trains some of the
+seeds. A chunk is the networks that one call of a compiled function works on:
+one network of each group or, if seeds are vectorized, all networks. Chunks run
+one after the other. A seed that is trained in turn is bit-identical to a run of
+its own on the devices of its group, except on CPUs with several devices in a
+group (see `kernels/convolution.py`).
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ PyTree = Any
 class Networks(flax.struct.PyTreeNode):
   """A tree of arrays for each network, on the devices.
 
-  `chunks` has for each chunk the trees of its networks as one tree of arrays
-  [networks, ...]; where chunks have one network, its tree as it is.
+  `chunks` holds one tree for each chunk: its networks' trees, stacked as arrays
+  [networks, ...]. A chunk of one network holds that network's tree as it is.
   """
 
   chunks: tuple[PyTree, ...]
 
   @property
   def step(self) -> int:
-    """The steps that these train states have done, the same in all."""
-    # Of which other processes may have some.
+    """The number of steps done, the same in all of these train states."""
+    # Other processes may hold some of the states.
     return int(np.ravel(self.chunks[0].step.addressable_data(0))[0])
 
 
@@ -47,7 +47,7 @@ class Layout:
 
   seeds: tuple[int, ...]  # One for each network.
   mesh: Mesh
-  # The last chunk may be filled up with copies, whose results are ignored.
+  # Copies of a network, whose results are ignored, may fill the last chunk.
   chunk_size: int
 
   @classmethod
@@ -57,9 +57,9 @@ class Layout:
     devices: Sequence[jax.Device] | None = None,
     execution: str = "in_turn",
   ) -> "Layout":
-    """The layout of `num_seeds` seeds on these devices, by default on all.
+    """The layout of `num_seeds` seeds on `devices`, by default on all.
 
-    Those that share a group are trained 'in_turn' or 'vectorized'.
+    `execution` of the seeds that share a group is 'in_turn' or 'vectorized'.
     """
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     mesh = mesh_lib.create_mesh(devices, len(seeds))
@@ -74,13 +74,13 @@ class Layout:
 
   @property
   def sharding(self) -> NamedSharding:
-    """Of the trees of a chunk."""
+    """The sharding of a chunk's trees."""
     axes = (mesh_lib.SEED,) if self.is_stacked else ()
     return mesh_lib.sharding(self.mesh, *axes)
 
   @property
   def batch_sharding(self) -> NamedSharding:
-    """Of the batches of a chunk: images divided over the devices of a group."""
+    """The sharding of a chunk's batches: a group's devices divide images."""
     return mesh_lib.sharding(self.mesh, *self.sharding.spec, mesh_lib.DATA)
 
   def _chunks(
@@ -94,7 +94,7 @@ class Layout:
   def put(self, trees: Sequence[PyTree]) -> Networks:
     """Puts the tree of each seed on the devices."""
     chunks = tuple(self._chunks(trees, jnp.stack))
-    # A step is given its state's memory, which must not be another's too.
+    # A step donates its state's memory, so no other array may share it.
     return Networks(transfer.put(chunks, self.sharding, may_alias=False))
 
   def get(self, networks: Networks) -> list[PyTree]:
@@ -106,7 +106,7 @@ class Layout:
   def shapes(
     self, tree: PyTree, sharding: NamedSharding | None = None
   ) -> Networks:
-    """`put` of such a tree for each seed, as shapes; needs no devices."""
+    """The shapes of what `put` makes of a tree per seed; needs no devices."""
     leading = (self.chunk_size,) if self.is_stacked else ()
     chunk = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -117,7 +117,7 @@ class Layout:
     return Networks((chunk,) * -(-len(self.seeds) // self.chunk_size))
 
   def batch_shape(self, shape: Sequence[int], dtype: Any) -> Networks:
-    """Batches of each network, (B, ...), as `shapes` gives states."""
+    """The shapes of one batch for each network; `shape` is (B, ...)."""
     return self.shapes(jax.ShapeDtypeStruct(shape, dtype), self.batch_sharding)
 
   def batches(
@@ -125,10 +125,10 @@ class Layout:
     of_seed: Callable[[int, np.ndarray], Iterable[tuple[np.ndarray, ...]]],
     batch_size: int,
   ) -> Iterator[tuple[Networks, ...]]:
-    """The batches of all seeds, tuples of arrays, on the devices.
+    """Puts the batches of all seeds on the devices, as tuples of arrays.
 
-    `of_seed` gives those of a seed, of `batch_size` images over all devices:
-    arrays that have the int64[rows] of each, which this process feeds.
+    `of_seed` takes a seed and rows, int64[R]. It gives the seed's batches of
+    `batch_size` images; of each only the rows for this process's devices.
     """
     sharding = self.batch_sharding
     rows = transfer.own_rows(sharding, batch_size)
@@ -148,7 +148,7 @@ class Layout:
   def of_chunk(
     self, function: Callable[..., PyTree], num_shared: int = 0
   ) -> Callable[..., PyTree]:
-    """A function of one network's trees as one of a chunk's, to be compiled.
+    """Turns a function of one network's trees into one of a chunk's trees.
 
     Its last `num_shared` arguments are the same for all networks.
     """
@@ -161,23 +161,23 @@ class Layout:
       if self.chunk_size > groups:
         axes = (0,) * num_own + (None,) * num_shared
         return jax.vmap(function, in_axes=axes)(*arguments)
-      # As alone.
-      own = jax.tree.map(lambda leaf: leaf[0], arguments[:num_own])
-      result = function(*own, *arguments[num_own:])
+      # A group's only network runs without vmap, as in a run of one seed.
+      unstacked = jax.tree.map(lambda leaf: leaf[0], arguments[:num_own])
+      result = function(*unstacked, *arguments[num_own:])
       return jax.tree.map(lambda leaf: leaf[None], result)
 
     if groups == 1:
       return of_group
 
     def of_chunk(*arguments: PyTree) -> PyTree:
-      own = (PartitionSpec(mesh_lib.SEED),) * (len(arguments) - num_shared)
+      specs = (PartitionSpec(mesh_lib.SEED),) * (len(arguments) - num_shared)
       return jax.shard_map(
         of_group,
         mesh=self.mesh,
-        in_specs=own + (PartitionSpec(),) * num_shared,
+        in_specs=specs + (PartitionSpec(),) * num_shared,
         out_specs=PartitionSpec(mesh_lib.SEED),
         axis_names={mesh_lib.SEED},
-        # The branches for platforms would have to agree on what varies.
+        # With the check, branches for platforms must agree on what varies.
         check_vma=False,
       )(*arguments)
 
@@ -186,7 +186,7 @@ class Layout:
   def in_turn(
     self, compiled: Callable[..., tuple[PyTree, ...]], num_shared: int = 0
   ) -> Callable[..., tuple[Networks, ...]]:
-    """A compiled function of a chunk's trees as one of all networks'."""
+    """Turns a compiled function of a chunk's trees into one of `Networks`."""
 
     def run(*arguments: Any) -> tuple[Networks, ...]:
       num_own = len(arguments) - num_shared
@@ -197,14 +197,14 @@ class Layout:
     return run
 
   def of_seed(self, seed: int) -> str:
-    """' of seed N' for messages; nothing where there is only one."""
+    """' of seed N' for a message; '' if there is only one seed."""
     return f" of seed {seed}" if len(self.seeds) > 1 else ""
 
 
 def stack(
   trees: Sequence[PyTree], join: Callable[..., Any] = np.stack
 ) -> PyTree:
-  """One tree of arrays [seeds, ...]; of a single tree itself."""
+  """Stacks trees into arrays [seeds, ...]; returns a single tree as it is."""
   if len(trees) == 1:
     return trees[0]
   return jax.tree.map(lambda *arrays: join(arrays), *trees)

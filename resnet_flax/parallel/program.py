@@ -1,4 +1,4 @@
-"""What training repeats: the compiled step and the batches of an epoch."""
+"""The compiled training step and the batches that it takes."""
 
 import functools
 import logging
@@ -19,24 +19,24 @@ _logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-  """What one call of the step takes besides the state."""
+  """The arguments of one call of the compiled step, besides the state."""
 
-  num_steps: int  # Training steps of the call.
-  arguments: tuple[Any, ...]  # Of the compiled step, after the state.
-  # Makes those of the call's first step: uint8[B, H, W, C] and int32[B].
+  num_steps: int  # Training steps in this call.
+  arguments: tuple[Any, ...]  # For `Program.compiled`, after the state.
+  # Makes the first step's images, uint8[B, H, W, C], and labels, int32[B].
   images_and_labels: Callable[[], tuple[Networks, ...]]
 
 
 class Program(NamedTuple):
-  """The training of a run on its devices."""
+  """How a run trains: its compiled step and its batches."""
 
-  # The compiled step, of states and a batch's arguments.
+  # The compiled step; takes the states and a batch's arguments.
   compiled: Callable[..., tuple[Networks, ...]]
-  # The batches of a 0-based epoch from one of its 0-based steps on.
+  # Takes an epoch and a step within it, 0-based; yields batches from there on.
   batches: Callable[[int, int], Iterator[Batch]]
 
   def step(self, state: Networks, batch: Batch) -> tuple[Networks, ...]:
-    """The new states and the last step's `StepMetrics`; the old are donated."""
+    """New states and the call's `StepMetrics`; donates the old states."""
     return self.compiled(state, *batch.arguments)
 
 
@@ -48,9 +48,9 @@ def create(
   key: Networks,
   layout: Layout,
 ) -> Program:
-  """The program that takes one step in a call.
+  """The program that does one step per call.
 
-  Of `state` only the shapes are used; `key` is the augmentation key[] of each
+  Only the shapes of `state` are used. `key` is the augmentation key[] of each
   network.
   """
   size = config.batch_size
@@ -72,14 +72,14 @@ def create(
 def order(
   num_examples: int, batch_size: int, seed: int, epoch: int
 ) -> np.ndarray:
-  """Which images each step of an epoch takes: int64[steps, B].
+  """The order of an epoch: positions in the split, int64[steps, B].
 
-  Positions in the split, by (seed, epoch); a last, smaller batch is dropped.
+  A random order for each (seed, epoch). A last, smaller batch is dropped.
   """
   rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
   steps = num_examples // batch_size
-  order = rng.permutation(num_examples)
-  return order[: steps * batch_size].reshape(steps, batch_size)
+  positions = rng.permutation(num_examples)
+  return positions[: steps * batch_size].reshape(steps, batch_size)
 
 
 def epoch_batches(
@@ -89,9 +89,9 @@ def epoch_batches(
   layout: Layout,
   first: int = 0,
 ) -> Iterator[tuple[Networks, ...]]:
-  """The batches of an epoch from step `first` on: images and labels.
+  """The batches of an epoch from step `first` on, on the devices.
 
-  uint8[B, H, W, C] and int32[B] of all networks, on the devices.
+  Each has the images, uint8[B, H, W, C], and labels, int32[B], of all networks.
   """
 
   def of_seed(seed: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -111,16 +111,16 @@ def trace(
 ) -> jax.stages.Traced:
   """Traces a function of one network's trees for a chunk of networks.
 
-  Needs no device: shapes, as of `Layout.shapes`, stand for arrays. Each network
-  has its `own` arguments, then come those that all share; with `donate` the
-  first one's memory is for the result.
+  Needs no device: shapes, as from `Layout.shapes`, can stand for arrays. The
+  function takes arguments that are each network's `own`, then those that all
+  networks share. `donate` gives the first argument's memory to the result.
   """
   jitted = jax.jit(
     layout.of_chunk(function, len(shared)),
     donate_argnums=0 if donate else (),
     out_shardings=layout.sharding,
   )
-  # All chunks are alike.
+  # All chunks have the same shapes.
   return jitted.trace(*(networks.chunks[0] for networks in own), *shared)
 
 
@@ -133,7 +133,7 @@ def compile_function(
   *,
   donate: bool = False,
 ) -> Callable[..., tuple[Networks, ...]]:
-  """Compiles what `trace` traces, as a function of all networks' trees."""
+  """Compiles a function of a network's trees for all networks; see `trace`."""
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
   traced = trace(function, layout, own, shared, donate=donate)
@@ -150,6 +150,6 @@ def step_arguments(
   key: Networks,
   layout: Layout,
 ) -> tuple[Networks, ...]:
-  """The shapes that a function like `step.train_step` takes."""
+  """Arguments like those of `step.train_step`, to compile a function with."""
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   return state, images, layout.batch_shape((batch_size,), np.int32), key

@@ -15,7 +15,7 @@ PyTree = Any
 def put(
   tree: PyTree, sharding: NamedSharding, *, may_alias: bool | None = None
 ) -> PyTree:
-  """Puts arrays, the same in all processes, on devices."""
+  """Puts arrays on devices; all processes must pass the same arrays."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding, may_alias=may_alias)
 
@@ -34,7 +34,7 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   if sharding.is_fully_addressable:
     return np.arange(batch_size)
   axis = sharding.spec.index(mesh_lib.DATA)
-  # The rows do not depend on the number of seeds: here it is the mesh axis.
+  # The rows do not depend on the number of seeds: the mesh's axis is enough.
   shape = (*(sharding.mesh.shape[mesh_lib.SEED],) * axis, batch_size)
   indices = sharding.addressable_devices_indices_map(shape).values()
   rows = [np.arange(batch_size)[index[axis]] for index in indices if index]
@@ -42,7 +42,7 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def put_rows(tree: PyTree, sharding: NamedSharding, batch_size: int) -> PyTree:
-  """Puts the `own_rows` of batches on devices."""
+  """Puts batches on devices; each process passes its `own_rows` of them."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
   rows = own_rows(sharding, batch_size)
@@ -52,8 +52,8 @@ def put_rows(tree: PyTree, sharding: NamedSharding, batch_size: int) -> PyTree:
     def part(index: tuple[slice, ...]) -> np.ndarray:
       start, stop, _ = index[axis].indices(batch_size)
       # A device's rows are contiguous, both in `rows` and in the batch.
-      own = slice(*np.searchsorted(rows, (start, stop)))
-      return array[(*index[:axis], own)]
+      device_rows = slice(*np.searchsorted(rows, (start, stop)))
+      return array[(*index[:axis], device_rows)]
 
     shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
     return _put_parts(sharding, shape, part)
@@ -84,5 +84,5 @@ def get(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _same(tree: PyTree) -> PyTree:
-  """Has a name, since JAX would compile a new lambda at each call."""
+  """Returns its argument. JAX would compile a new lambda at each call."""
   return tree

@@ -19,5 +19,5 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Calls `process.run` for a `main` that parses its whole command line."""
-  # absl requires that its flags are parsed, although it has none.
+  # absl must parse its flags, although the command line has none of them.
   process.run(main, lambda argv: [*flags.FLAGS(argv[:1]), *argv[1:]])

@@ -1,11 +1,11 @@
 """Checkpoints through Orbax: their content, and which of them are kept.
 
-A checkpoint is a train state and `manifest.json`: the forms of all arrays, a
-few numbers of the epoch in progress, and the SHA-256 of every file of the
-state. Orbax restores a flipped bit silently; here files are checked first.
+A checkpoint is a train state and `manifest.json`: each array's dtype and shape,
+numbers of the epoch in progress, and the SHA-256 of each file of the state.
+Orbax would restore flipped bits silently, so the files are checked first.
 
-Orbax gets one vector for each dtype: the arrays end to end, in the manifest's
-order. For every single array TensorStore would need a millisecond and some
+Orbax gets one vector for each dtype: the arrays, joined in the manifest's
+order. TensorStore needs a millisecond for each array that it gets, and some
 memory that it never frees.
 """
 
@@ -30,10 +30,10 @@ from resnet_flax.run import errors, files as files_lib
 
 _logger = logging.getLogger(__name__)
 
-# JSON that is saved with a state.
+# JSON about the epoch in progress, saved with a state.
 Notes = dict[str, Any]
-# Each seed's learning rate at its last step, the epoch's seconds so far, and
-# those in which it waited for data.
+# At the start of an epoch: each seed's learning rate at its last step, the
+# epoch's seconds so far, and the seconds in which it waited for data.
 NEW_EPOCH: Notes = {
   "learning_rate": [],
   "epoch_seconds": 0.0,
@@ -49,8 +49,8 @@ _MANIFEST = "manifest.json"
 _STATE = "state"  # Orbax's folder.
 _MERGED = "manifest.ocdbt"  # Orbax writes this file last and reads it first.
 
-# What the parts of a state belong to; metrics, `epoch_sums`, may differ.
-# Parameters come first: the state of their optimizer differs with them.
+# Names for the parts of a state in errors; metrics, `epoch_sums`, may differ.
+# Parameters come first: where they differ, the optimizer's state does, too.
 _PARTS = {
   "params": "network",
   "batch_stats": "network",
@@ -70,9 +70,9 @@ class _Damaged(errors.WorkdirError):
 class Checkpoints:
   """The checkpoints of one workdir: the latest two and the best epochs'.
 
-  A context manager; leaving it waits for what is still being written.
-  `best_steps` returns the steps of the best epochs so far. `on_event` is called
-  with "manifest" before it is written, in Orbax's thread.
+  A context manager; leaving it waits for the save in progress. `best_steps`
+  returns the steps of the best epochs so far. `on_event` is called in Orbax's
+  thread, with "manifest" before each manifest is written.
   """
 
   def __init__(
@@ -92,9 +92,9 @@ class Checkpoints:
     # in a thread, which would outlive a run that fails at once.
     for unfinished in ocp.utils.tmp_checkpoints(self._folder):
       shutil.rmtree(unfinished.get(), ignore_errors=True)
-    alone = ocp.CompositeOptions(multiprocessing_options=_alone())
+    options = ocp.CompositeOptions(multiprocessing_options=_alone())
     self._saver = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(_STATE, composite_options=alone),
+      ocp.CompositeCheckpointHandler(_STATE, composite_options=options),
       # A checkpoint must have its manifest before it has its final name.
       async_options=ocp.AsyncOptions(
         post_finalization_callback=self._write_manifest
@@ -110,23 +110,23 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: Any, *exception: object) -> None:
-    # Closing raises an error again that is already being reported.
+    # Closing raises again an error that is already being reported.
     already_reported = (OSError,) if kind else ()
     try:
       with contextlib.suppress(*already_reported), only_os_errors():
         self._saver.close()
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
-    with contextlib.suppress(OSError):  # The disk may be gone.
-      # Before the first save it may be unknown which are the best; and where
-      # the best was not saved, those before it must stay.
+    with contextlib.suppress(OSError):  # The disk may be missing.
+      # After an error the best steps may be unknown, or the save of the best
+      # one may have failed: then the older checkpoints stay.
       if not kind or self._manifest.get("step") in steps(self._workdir):
         self._remove_old()
-      # A run that failed before its first checkpoint leaves nothing.
+      # A run that failed before its first checkpoint leaves no folder.
       self._folder.rmdir()
 
   def save(self, state: step_lib.TrainState, notes: Notes) -> None:
-    """Starts to save all seeds' state, which may be donated afterwards.
+    """Starts to save the state of all seeds, which may be donated afterwards.
 
     Raises `WorkdirError` if the disk has no room for it, and `OSError` if this
     checkpoint or the one before it could not be written.
@@ -159,17 +159,17 @@ class Checkpoints:
       self._saver.wait_until_finished()
 
   def _remove_old(self) -> None:
-    """Keeps the latest checkpoint, one to fall back on, and the best."""
-    there = steps(self._workdir)
-    for step in {*there[:-2]} - {*self._best_steps()}:
+    """Removes all but the latest two checkpoints and the best ones."""
+    saved_steps = steps(self._workdir)
+    for step in {*saved_steps[:-2]} - {*self._best_steps()}:
       shutil.rmtree(self._folder / str(step), ignore_errors=True)
 
   def restore_latest(
     self, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Notes]:
-    """Restores the newest good checkpoint; there must be one.
+    """Restores the latest good checkpoint; `WorkdirError` if there is none.
 
-    Damaged newer ones are moved to `workdir`/damaged, with a warning.
+    Damaged later ones are moved to `workdir`/damaged, with a warning.
     """
     damaged: dict[int, _Damaged] = {}
     for step in reversed(steps(self._workdir)):
@@ -201,7 +201,7 @@ class Checkpoints:
     )
 
   def has_fallen_back(self, step: int) -> bool:
-    """Whether a checkpoint of a later step was damaged and set aside."""
+    """Whether a later checkpoint was damaged and moved to damaged/."""
     names = [path.name.partition("-")[0] for path in self._damaged.glob("*")]
     return any(int(name) > step for name in names if name.isdecimal())
 
@@ -214,15 +214,15 @@ class Checkpoints:
     folder = pathlib.Path(unfinished[0].get())
     if not (folder / _STATE / _MERGED).is_file():
       raise FileNotFoundError(f"{folder / _STATE / _MERGED} was not written")
-    there = _state_files(folder)
-    files = {name: files_lib.digest_of(path) for name, path in there.items()}
-    manifest = self._manifest | {"files": files}
+    paths = _state_files(folder)
+    digests = {name: files_lib.digest_of(path) for name, path in paths.items()}
+    manifest = self._manifest | {"files": digests}
     manifest["sha256"] = _seal(manifest)
     files_lib.write_json(folder / _MANIFEST, manifest)
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-  """For a process that has the whole state: Orbax must not wait for others."""
+  """Options for one process with the whole state: Orbax waits for no other."""
   process = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=process, active_processes={process}
@@ -268,15 +268,15 @@ def restore(
   """
   path = workdir.absolute() / "checkpoints" / str(step)
   manifest = _checked_manifest(path)
-  saved, wanted = manifest["arrays"], _forms(like)
-  _check_same_arrays(path, saved, wanted)
+  saved, expected = manifest["arrays"], _forms(like)
+  _check_same_arrays(path, saved, expected)
   try:
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
       vectors = reader.restore(path / _STATE)
     arrays = {}
     for name, form in saved.items():
-      dtype, _, sides = form.partition("[")
-      shape = json.loads(f"[{sides}")
+      dtype, _, dimensions = form.partition("[")
+      shape = json.loads(f"[{dimensions}")
       array, vectors[dtype] = np.split(vectors[dtype], [math.prod(shape)])
       arrays[name] = array.reshape(shape)
   except MemoryError:
@@ -289,9 +289,9 @@ def restore(
     arrays[name]
     if saved.get(name) == form
     else np.full(leaf.shape, np.nan, leaf.dtype)  # A metric that is new.
-    for (name, form), leaf in zip(wanted.items(), leaves, strict=True)
+    for (name, form), leaf in zip(expected.items(), leaves, strict=True)
   ]
-  # Older ones lack what an epoch has waited.
+  # Notes of older checkpoints lack `data_seconds`.
   return jax.tree.unflatten(structure, leaves), NEW_EPOCH | manifest["notes"]
 
 
@@ -309,11 +309,11 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
         f"checkpoint {path} has format {manifest['format']}; this version of"
         f" the program reads format {_FORMAT}. Use the version that saved it."
       )
-    there = _state_files(path)
+    paths = _state_files(path)
     for name, digest in manifest["files"].items():
-      if name not in there:
+      if name not in paths:
         raise _Damaged(path, f"{name} is missing")
-      if files_lib.digest_of(there[name]) != digest:
+      if files_lib.digest_of(paths[name]) != digest:
         raise _Damaged(path, f"{name} is not as it was written")
   except FileNotFoundError as error:
     raise _Damaged(path, f"{_MANIFEST} is missing") from error
@@ -356,14 +356,14 @@ def _forms(state: step_lib.TrainState) -> dict[str, str]:
 
 
 def _check_same_arrays(
-  path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]
+  path: pathlib.Path, saved: dict[str, str], expected: dict[str, str]
 ) -> None:
   for part, what in _PARTS.items():
-    for name in [*wanted, *saved]:
-      there, here = (each.get(name, "missing") for each in (saved, wanted))
-      if name.partition("/")[0] == part and here != there:
+    for name in [*expected, *saved]:
+      old, new = (forms.get(name, "missing") for forms in (saved, expected))
+      if name.partition("/")[0] == part and new != old:
         raise errors.WorkdirError(
-          f"checkpoint {path} holds another {what}: {name} is {there} there,"
-          f" {here} here. Pass the configuration it was trained with, to the"
+          f"checkpoint {path} holds another {what}: {name} is {old} there,"
+          f" {new} here. Pass the configuration it was trained with, to the"
           " version of the program that saved it, or another --workdir."
         )

@@ -12,7 +12,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from resnet_flax.run import config as config_keys, errors, help_text, keys
 
-# The command line with the content of flag files, for ml_collections.
+# Arguments with flag files expanded; ml_collections looks here for overrides.
 _ARGV: list[str] = []
 _SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = config_flags.DEFINE_config_file(
@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; for `app.run(flags_parser=...)`."""
+  """Parses the command line or raises `ConfigError`; for `app.run`."""
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   except (flags.Error, UnicodeError) as error:
@@ -38,7 +38,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   help_text.show_if_asked(argv)
   try:
     rest = flags.FLAGS(argv)
-  # Values are parsed by Python's own parser, which raises many exceptions.
+  # Python's own parser reads values and raises many kinds of exceptions.
   except Exception as error:
     if isinstance(error.__context__, errors.ConfigError):
       raise error.__context__ from None
@@ -47,8 +47,8 @@ def parse_flags(argv: list[str]) -> list[str]:
       hint = ". Put --config=FILE before its overrides."
     elif isinstance(error, flags.UnrecognizedFlagError):
       if (name := error.flagname).startswith("config."):
-        text = f"--{name} needs --config=FILE before it, also with --mode=eval."
-        raise errors.ConfigError(text) from None
+        line = f"--{name} needs --config=FILE before it, also with --mode=eval."
+        raise errors.ConfigError(line) from None
       for key in keys.nearest_keys(error.flagname, config_keys.KEYS)[:1]:
         hint = f". A key is set by --config.{key}=VALUE, after --config."
     raise errors.ConfigError(_last_line(error) + hint) from error
@@ -61,25 +61,25 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 class _ConfigFile(ConfigFileFlagParser):
-  """Executes a config file, once per start, and checks names of overrides."""
+  """Executes the config file once per start; checks the names of overrides."""
 
   def __init__(self, argv: list[str]):
     super().__init__("config")
-    given = itertools.takewhile(lambda argument: argument != "--", argv[1:])
-    found = (re.match(r"--?(?:no)?config\.([^=]*)", each) for each in given)
-    self._overrides = [match[1] for match in found if match]
-    self.before: dict[str, Any] = {}  # Without overrides: {'seed': 0, ...}.
+    options = itertools.takewhile(lambda argument: argument != "--", argv[1:])
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", x) for x in options)
+    self._overrides = [match[1] for match in matches if match]
+    self.before: dict[str, Any] = {}  # Before overrides: {'seed': 0, ...}.
 
   def parse(self, path: str) -> ConfigDict:
     path = str(errors.local_path(path, "--config"))
     file, *argument = path.split(":", 1)
     if not os.path.isfile(file):
-      known = [each.stem for each in _SHIPPED.glob("[!_]*.py")]
-      if file not in known:
-        what = f"there is no file --config={path[:100]}"
-        if (name := pathlib.PurePath(file).stem) in known:
-          raise errors.ConfigError(f"{what}. The program has --config={name}.")
-        raise errors.unknown_name(f"{what}, and the name", name, known)
+      shipped = [each.stem for each in _SHIPPED.glob("[!_]*.py")]
+      if file not in shipped:
+        fault = f"there is no file --config={path[:100]}"
+        if (name := pathlib.PurePath(file).stem) in shipped:
+          raise errors.ConfigError(f"{fault}. The program has --config={name}.")
+        raise errors.unknown_name(f"{fault}, and the name", name, shipped)
       path = ":".join([f"{_SHIPPED / file}.py", *argument])
     try:
       config = super().parse(path)
@@ -87,10 +87,10 @@ class _ConfigFile(ConfigFileFlagParser):
       raise
     # Any exception of a config file, even SystemExit, must end in one line.
     except BaseException as error:
-      text = f"{type(error).__name__}: {_last_line(error)}"
+      reason = f"{type(error).__name__}: {_last_line(error)}"
       if isinstance(error, ModuleNotFoundError):
-        text += ". The program's own configs are in resnet_flax.configs."
-      raise errors.ConfigError(f"--config={path} fails: {text}") from error
+        reason += ". The program's own configs are in resnet_flax.configs."
+      raise errors.ConfigError(f"--config={path} fails: {reason}") from error
     if not isinstance(config, ConfigDict):
       raise errors.ConfigError(
         f"--config={path}: get_config() returns {type(config).__name__}; it"
@@ -104,10 +104,10 @@ class _ConfigFile(ConfigFileFlagParser):
 
 
 def _last_line(error: BaseException) -> str:
-  """The last line of a message; other lines are a library's traceback."""
+  """The last line of an error's message; the others may be a traceback."""
   lines = str(error).strip().splitlines() or [type(error).__name__]
   line = lines[-1].strip()
-  # The reason comes at the end, after a value of any length.
+  # A message may begin with a value of any length; its end has the reason.
   return line if len(line) <= 300 else f"{line[:150]}...{line[-150:]}"
 
 

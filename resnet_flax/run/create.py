@@ -20,7 +20,7 @@ def create_model(
 
   Args:
     name: one of `list_models()`.
-    depth: weighted layers without shortcuts; of wide_resnet all convolutions.
+    depth: weighted layers except shortcuts; for wide_resnet all convolutions.
     num_classes: the size of the head.
     **model_keys: other keys `model.KEY` of docs/configuration.md, for example
       `num_filters=32`; the defaults are the Keras CIFAR-10 recipe's.

@@ -19,13 +19,13 @@ _LIBRARIES = (
   # These decode images and read records.
   *("pillow", "grain", "array-record", "scikit-learn"),
 )
-# Settings of JAX, and variables of its libraries, that change numbers.
+# JAX's settings that change numbers; `_VARIABLES` do so in its libraries.
 _SETTINGS = (
   *("jax_enable_x64", "jax_default_matmul_precision"),
   *("jax_default_prng_impl", "jax_threefry_partitionable"),
   "jax_random_seed_offset",
 )
-# With other values a run is another experiment, or fails.
+# Training needs these: other values change what it computes, or fail.
 _NEEDED = {
   "jax_enable_x64": False,
   "jax_disable_jit": False,
@@ -33,9 +33,9 @@ _NEEDED = {
 }
 _VARIABLES = (
   *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
-  *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # All names that begin so.
+  *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Beginnings of names.
 )
-# Instructions by which libraries choose how they compute.
+# Instructions of a CPU by which libraries choose their kernels.
 _VECTOR = re.compile("avx|amx|fma|f16c|sse4|asimd|sve|bf16|i8mm")
 # The files that a run executes.
 _CODE = (":/resnet_flax", ":/configs", ":/pyproject.toml")
@@ -44,8 +44,8 @@ _CODE = (":/resnet_flax", ":/configs", ":/pyproject.toml")
 def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
   """The environment of a run on these devices, as a JSON object.
 
-  `git_commit` and `git_clean` are None outside a git checkout; versions are
-  None if a library is not installed. Variables are present if they are set.
+  `git_commit` and `git_clean` are None outside a git checkout; a library that
+  is not installed has the version None. Variables that are unset are absent.
   """
   commit, clean = _git_state()
   return {
@@ -90,14 +90,14 @@ def num_cpu_threads() -> int:
 def cpu() -> dict[str, str]:
   """The processor's name, generation and vector instructions.
 
-  Libraries choose their kernels by the last two, and several generations have
-  the same name. They are known on Linux alone.
+  Libraries choose their kernels by the last two, and processors of one name
+  may differ in them. Both are '' where the system is not Linux.
   """
   try:
     text = pathlib.Path("/proc/cpuinfo").read_text()
   except OSError:
     text = ""
-  # All processors of a machine are alike.
+  # The last processor's lines count: all processors of a machine are alike.
   info: dict[str, str] = dict(
     re.findall(r"^(.+?)[ \t]*: *(.*?) *$", text, re.MULTILINE)
   )
@@ -119,7 +119,7 @@ def _git_state() -> tuple[str | None, bool | None]:
     return done.stdout.decode().strip()
 
   try:
-    # An installed package may lie inside some other project's checkout.
+    # This fails where the package is installed in another project's checkout.
     git("ls-files", "--error-unmatch", os.path.basename(__file__))
     changed = git("status", "--porcelain", "--", *_CODE)
     return git("rev-parse", "HEAD"), not changed

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
 # bucket and a backslash for a Windows folder, anywhere in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
-# What `end` does, since it skips what `atexit` knows.
+# Functions that `end` calls, since it skips those that `atexit` knows.
 at_end: list[Callable[[], object]] = []
 LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
@@ -20,14 +20,14 @@ LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 class UserError(Exception):
   """A mistake or a problem that the user can fix.
 
-  Names the key or the path, its value and what would work. The command line
-  prints it without a traceback and ends with `exit_code`.
+  The message names the key or path, its value and what would work. The command
+  line prints it without a traceback and ends with `exit_code`.
   """
 
   exit_code = 1
 
   def __init__(self, message: str):
-    # A path may hold line breaks and a terminal's control characters.
+    # A path may contain line breaks and control characters of a terminal.
     super().__init__(
       "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     )
@@ -65,7 +65,7 @@ class Interrupted(UserError):
 
 @contextlib.contextmanager
 def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
-  """Says which extra to install where an import fails; `what` needs it."""
+  """If an import fails, raises a `ConfigError` with the extra `what` needs."""
   try:
     yield
   except ImportError as error:
@@ -78,8 +78,8 @@ def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-  """Another library's error as part of a line: its type and its message."""
-  # Addresses of objects, which differ between two runs, say nothing.
+  """An error of a library as text without line breaks: its type and message."""
+  # Objects' addresses differ between two runs and do not help the reader.
   text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
   return f"{type(error).__name__}: {text[:300]}"
 
@@ -87,23 +87,23 @@ def one_line(error: BaseException) -> str:
 def quiet(
   hook: Callable[..., Any], is_noise: Callable[[BaseException | None], bool]
 ) -> Callable[..., Any]:
-  """`sys.excepthook` or `sys.unraisablehook` without some exceptions."""
+  """Wraps `sys.excepthook` or `sys.unraisablehook` to skip some exceptions."""
 
-  def report(*what: Any) -> None:
-    error = what[1] if len(what) == 3 else what[0].exc_value
+  def report(*args: Any) -> None:
+    error = args[1] if len(args) == 3 else args[0].exc_value
     if not is_noise(error):
-      hook(*what)
+      hook(*args)
 
   return report
 
 
 def leave(message: str, exit_code: int) -> NoReturn:
-  """Ends the process with a line, without waiting for libraries' threads.
+  """Prints an error and ends the process, without waiting for threads.
 
   XLA's threads crash if they compile while the interpreter ends. Orbax's
   threads wait minutes for a failed save.
   """
-  # The streams of the start: a closed one is None, so print takes the other.
+  # The original streams. A closed one is None; print then uses sys.stdout.
   for stream in (sys.__stderr__, sys.__stdout__):
     with contextlib.suppress(OSError):  # The disk is full.
       print(f"error: {message}", file=stream, flush=True)
@@ -112,19 +112,19 @@ def leave(message: str, exit_code: int) -> NoReturn:
 
 
 def end(exit_code: int) -> NoReturn:
-  """Ends the process without a line; see `leave`."""
-  for each in at_end:
-    each()
+  """Ends the process without a message; see `leave`."""
+  for function in at_end:
+    function()
   os._exit(exit_code)
 
 
 def is_local(path: str) -> bool:
-  """Whether all libraries take a path as local to this machine."""
+  """Whether every library takes the path as local to this machine."""
   return not _NOT_LOCAL.search(path)
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """The local path that the flag or key `name` has, with ~ expanded."""
+  """The path of flag or key `name`, ~ expanded; `ConfigError` if not local."""
   text = os.fspath(path)
   if not is_local(text):
     raise ConfigError(f"{name}={text} must be {LOCAL}.")
@@ -132,7 +132,7 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 
 def resolve(path: str | os.PathLike[str], name: str = "path") -> pathlib.Path:
-  """`local_path`, absolute. A wrong link fails only when it is opened."""
+  """`local_path`, absolute, links resolved; bad links fail only when opened."""
   return pathlib.Path(os.path.realpath(local_path(path, name)))
 
 
@@ -141,7 +141,7 @@ def differences(
   new: Mapping[str, Any],
   text: str = "{} ({!r} there, {!r} here)",
 ) -> list[str]:
-  """For each key whose values differ, a text of key, old and new value."""
+  """One text for each key whose values differ: key, old and new value."""
   return [
     text.format(key, old.get(key), new.get(key))
     for key in sorted(old.keys() | new.keys())

@@ -1,4 +1,4 @@
-"""From a configuration to the fixed parts of an experiment."""
+"""Builds the fixed parts of an experiment from its configuration."""
 
 import functools
 
@@ -23,7 +23,7 @@ def build(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> step_lib.Experiment:
   """Builds model, optimizer, schedule and augmentation; loads no data."""
-  # The last, smaller batch is dropped; every epoch drops other images.
+  # Every epoch drops its last, smaller batch: different images each time.
   num_train = dataset.num_train_examples(config.dataset, facts)
   steps_per_epoch = num_train // config.batch_size
   classes = num_classes(config, facts)
@@ -42,24 +42,24 @@ def build(
 
 
 def num_classes(config: ConfigDict, facts: types.Facts | None = None) -> int:
-  """The size of the network's head."""
-  data = dataset.info(config.dataset, facts)
-  return config.model.num_classes or data.num_classes
+  """The number of outputs of the network's head."""
+  info = dataset.info(config.dataset, facts)
+  return config.model.num_classes or info.num_classes
 
 
 def abstract_state(
   config: ConfigDict, experiment: step_lib.Experiment
 ) -> step_lib.TrainState:
-  """The `jax.ShapeDtypeStruct`s of the train state; computes nothing.
+  """The train state as `jax.ShapeDtypeStruct`s; computes nothing.
 
-  With several seeds as a checkpoint has it, [seeds, ...].
+  With several seeds the shapes are [seeds, ...], as in a checkpoint.
   """
-  one = jax.eval_shape(
+  state = jax.eval_shape(
     functools.partial(step_lib.create_train_state, experiment),
     randomness.device_key(config.seed, randomness.Purpose.INITIALIZATION),
     normalize.placeholder(config.normalization, experiment.image_shape),
   )
-  seeds = (config.num_seeds,) if config.num_seeds > 1 else ()
+  axes = (config.num_seeds,) if config.num_seeds > 1 else ()
   return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((*seeds, *leaf.shape), leaf.dtype), one
+    lambda leaf: jax.ShapeDtypeStruct((*axes, *leaf.shape), leaf.dtype), state
   )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-# Larger sets of images have a digest of samples instead of all bytes.
+# Bytes. The digest of a larger set of images does not cover all of its bytes.
 READ_WHOLE = 2**30
 # The largest file of a run that is read as a whole, in bytes.
 _LARGEST = 1 << 26
@@ -29,7 +29,7 @@ def open_regular(path: pathlib.Path) -> io.BufferedReader:
 
 
 def read_bytes(path: pathlib.Path, limit: int = _LARGEST) -> bytes:
-  """The content of a regular file; `ValueError` if it has more bytes."""
+  """The content of a regular file; `ValueError` above `limit` bytes."""
   with open_regular(path) as file:
     if os.fstat(file.fileno()).st_size > limit:
       raise ValueError(f"it has more than {limit} bytes")
@@ -62,16 +62,16 @@ def parse_object(content: bytes) -> dict[str, Any]:
 def temporary_folder(
   parent: pathlib.Path, prefix: str, seconds: float = 0.0
 ) -> Iterator[pathlib.Path]:
-  """Yields a new folder, after killed processes' folders are removed.
+  """Yields a new folder; first removes those that killed processes have left.
 
-  These have the same prefix and are older than `seconds`. So one process at a
-  time may use a prefix, or each must be faster.
+  Folders of this prefix count as left if they are older than `seconds`. So only
+  one process at a time may use a prefix, or each must finish within `seconds`.
   """
-  # Python adds eight characters; more are another, longer prefix.
-  for left in parent.glob(f"{glob.escape(prefix)}{'?' * 8}"):
+  # Python adds eight characters; a name with more has another, longer prefix.
+  for leftover in parent.glob(f"{glob.escape(prefix)}{'?' * 8}"):
     with contextlib.suppress(OSError):  # Another process removes it, too.
-      if time.time() - left.stat().st_mtime >= seconds:
-        shutil.rmtree(left)
+      if time.time() - leftover.stat().st_mtime >= seconds:
+        shutil.rmtree(leftover)
   with tempfile.TemporaryDirectory(
     prefix=prefix, dir=parent, ignore_cleanup_errors=True
   ) as name:

@@ -33,15 +33,15 @@ from resnet_flax.run import (
 _logger = logging.getLogger(__name__)
 
 _MAX_NAME = 120
-# Keys of stored configurations that are read before `rules.check`; somebody may
-# have edited the file.
+# Keys that are read from config.json before `rules.check` checks them. Somebody
+# may have edited the file.
 _READ_UNCHECKED = (
   *("num_epochs", "num_seeds", "eval_every_epochs"),
   *("checkpoint.monitor", "schedule.decay_percent"),
 )
 # Errors of flock on file systems without locks, such as some network drives.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_PATIENCE = 0.2  # Seconds that an ending holder may take to remove its file.
+_PATIENCE = 0.2  # Seconds that an ending process may take to remove its lock.
 
 
 def default_name(config_path: str, overrides: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def default_name(config_path: str, overrides: dict[str, Any]) -> str:
   readable = re.sub(r"[^\w.,=+-]", "_", name)[:_MAX_NAME]
   if readable == name:
     return name
-  # Characters were lost or the name is too long: a digest tells them apart.
+  # Characters were replaced or cut off: a digest keeps such names different.
   digest = hashlib.sha256(name.encode()).hexdigest()[:8]
   return f"{readable},{digest}"
 
@@ -69,7 +69,7 @@ def default_name(config_path: str, overrides: dict[str, Any]) -> str:
 def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   """Makes the workdir, checks that this run may use it, and locks it.
 
-  A folder that was made here is removed again if it stays empty.
+  A new folder is removed at the end if it is empty.
   """
   check_name(workdir)
   try:
@@ -83,7 +83,7 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
     ) from error
   if (workdir / "config.json").exists():
     check_same(workdir, config)
-  # Not by pathlib, which also finds what a killed mirror left, .mirror-*.
+  # Not pathlib's glob, which also finds the .mirror-* of a killed run.
   elif runs := sorted(glob.glob("*/config.json", root_dir=workdir)):
     raise errors.WorkdirError(
       f"workdir {workdir} is a folder of runs, such as"
@@ -102,8 +102,8 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
 def check_name(workdir: pathlib.Path, flag: str = "--workdir") -> None:
   """Checks that checkpoints in this folder can be read again.
 
-  Orbax takes a '[' for a pattern and would miss files. TensorStore takes 'gs:'
-  for a bucket and a backslash for a folder, and would write elsewhere.
+  Orbax reads a '[' as a pattern and would miss files. TensorStore reads 'gs:'
+  as a bucket and a backslash as a folder, and would write elsewhere.
   """
   path = str(workdir.absolute())
   # Surrogates stand for bytes that are not UTF-8.
@@ -124,29 +124,29 @@ def check_same(
   """Checks that a run's stored configuration equals `config`.
 
   Keys in `free` and keys that do not change the mathematics may differ;
-  `num_epochs` may grow if the rates so far do not depend on it. Of a copy that
-  will be removed, errors name the `mirror` that it comes from.
+  `num_epochs` may grow if the rates so far do not depend on it. If `workdir` is
+  a temporary copy, errors name the `mirror` that it comes from.
   """
   stored = keys.to_flat(load_config(workdir))
   # Through JSON, which turns tuples into lists.
-  given = json.loads(json.dumps(keys.to_flat(config)))
+  current = json.loads(json.dumps(keys.to_flat(config)))
   for key in (*config_lib.MAY_DIFFER, *free):
-    given[key] = stored.get(key)
-  if given["num_epochs"] > stored["num_epochs"]:
-    done = len(metrics.MetricsLog(workdir).read())
-    if done < schedules.open_epochs(stored):
-      given["num_epochs"] = stored["num_epochs"]
-  if differing := errors.differences(stored, given):
-    place, flag, longer = f"workdir {workdir}", "--workdir", ""
+    current[key] = stored.get(key)
+  if current["num_epochs"] > stored["num_epochs"]:
+    epochs_done = len(metrics.MetricsLog(workdir).read())
+    if epochs_done < schedules.open_epochs(stored):
+      current["num_epochs"] = stored["num_epochs"]
+  if differing := errors.differences(stored, current):
+    place, flag, advice = f"workdir {workdir}", "--workdir", ""
     if mirror:
       place, flag = f"checkpoint.mirror={mirror}", "checkpoint.mirror"
     elif not any(
-      glob.glob(left, root_dir=workdir)
-      for left in ("lock", "metrics.jsonl", "checkpoints/*")
+      glob.glob(pattern, root_dir=workdir)
+      for pattern in ("lock", "metrics.jsonl", "checkpoints/*")
     ):
-      longer = " It has no checkpoint: delete it to start anew."
-    elif stored["num_epochs"] != given["num_epochs"]:
-      longer = (
+      advice = " It has no checkpoint: delete it to start anew."
+    elif stored["num_epochs"] != current["num_epochs"]:
+      advice = (
         " Its learning rates depend on num_epochs, so it cannot be lengthened"
         " (a run with schedule.name=constant can, and one with"
         " warmup_stable_decay until its rate falls);"
@@ -155,7 +155,7 @@ def check_same(
     raise errors.WorkdirError(
       f"{place} holds a run of another configuration, which differs in"
       f" {', '.join(differing)}. Pass another {flag}, or the same configuration"
-      f" to resume that run.{longer}"
+      f" to resume that run.{advice}"
     )
 
 
@@ -163,8 +163,8 @@ def check_same(
 def exclusive(workdir: pathlib.Path) -> Iterator[None]:
   """Holds `workdir`/lock, which names its owner, and removes it at the end.
 
-  The operating system frees a lock however its process ends, so a file that is
-  left behind is taken over.
+  The operating system frees a lock however its process ends, so the file that
+  a killed process leaves is taken over.
   """
   path = workdir / "lock"
   # A soft lock would outlive a process that is killed.
@@ -202,23 +202,23 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     try:
       yield
     finally:
-      # Still locked, so that a waiting process notices that the file is gone.
+      # Removed while locked, so that a waiting process notices the removal.
       with contextlib.suppress(OSError):
         if not is_taken(workdir):
           path.unlink()
 
 
-# What this process has written into its locks.
+# The content that this process has written into each of its locks.
 _WRITTEN: dict[pathlib.Path, bytes] = {}
 
 
 def is_taken(workdir: pathlib.Path) -> bool:
-  """Whether a workdir that this process has locked is another one's by now."""
+  """Whether another process now uses a workdir that this one has locked."""
   path = workdir / "lock"
   try:
-    # One that is empty is about to be written.
+    # A new lock is empty until its owner has written into it.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
-  except (OSError, ValueError, KeyError):  # File systems may have no locks.
+  except (OSError, ValueError, KeyError):  # The file system may have no locks.
     return False
 
 
@@ -234,7 +234,7 @@ def _owner(path: pathlib.Path) -> str:
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-  """The configuration stored in a workdir, locked; new keys get defaults."""
+  """A workdir's stored configuration, locked; keys it lacks get defaults."""
   path = workdir / "config.json"
   try:
     stored = files.parse_object(files.read_bytes(path))
@@ -276,29 +276,29 @@ def record_start(
   """Writes config.json and environment.json; warns if the environment changed.
 
   environment.json describes the first start; differences of later starts are
-  added under 'resumed'. `data` is `Dataset.source`. `facts` of the data set are
-  stored for uses without its data; see `read_facts`.
+  added under 'resumed'. `data` is `Dataset.source`. `facts` about the data set
+  are stored for uses of the run without its data; see `read_facts`.
   """
   # Each file by itself: a run may be killed between the two.
   if not (workdir / "config.json").exists():
     files.write_json(workdir / "config.json", config.to_dict())
   elif (first := load_config(workdir)).num_epochs != config.num_epochs:
     # The run is lengthened.
-    longer = first.to_dict() | {"num_epochs": config.num_epochs}
-    files.write_json(workdir / "config.json", longer)
+    lengthened = first.to_dict() | {"num_epochs": config.num_epochs}
+    files.write_json(workdir / "config.json", lengthened)
   path = workdir / "environment.json"
-  now = environment.describe(devices) | {"data": data}
+  current = environment.describe(devices) | {"data": data}
   if not path.exists():
-    files.write_json(path, now | {"dataset": facts})
+    files.write_json(path, current | {"dataset": facts})
     return
   check_data(workdir, data)
   stored = read_environment(workdir)
   if "converted" in stored and stored.get("data") is None:
-    stored["data"] = data  # Converted weights had no data; now the run has.
-  stored.setdefault("dataset", facts)  # Nor facts.
-  added = ("converted", "resumed", "dataset")
-  before = {key: stored[key] for key in stored if key not in added}
-  if changes := errors.differences(before, now, "{}: {} -> {}"):
+    stored["data"] = data  # The weights were converted without data.
+  stored.setdefault("dataset", facts)  # Converted and older runs lack it.
+  added_keys = ("converted", "resumed", "dataset")
+  first_start = {key: stored[key] for key in stored if key not in added_keys}
+  if changes := errors.differences(first_start, current, "{}: {} -> {}"):
     _logger.warning(
       "warning: this run was started in another environment, so its numbers"
       " may differ: %s",
@@ -330,7 +330,7 @@ def read_facts(workdir: pathlib.Path) -> types.Facts | None:
   try:
     counts = int(facts["train"]), int(facts["test"])
     return types.Facts(tuple(map(str, facts["class_names"])), *counts)
-  # Written by an older version, or edited.
+  # An older version wrote the file, or it was edited.
   except (TypeError, ValueError, LookupError):
     return None
 
@@ -338,19 +338,19 @@ def read_facts(workdir: pathlib.Path) -> types.Facts | None:
 def check_data(workdir: pathlib.Path, data: str, known: str = "") -> None:
   """Checks that a run was trained on `data`, a `Dataset.source`.
 
-  `known`, if given, replaces the entry in environment.json. Warns if neither
-  names the run's data.
+  `known`, if given, replaces the entry of environment.json. Warns if the run's
+  data is unknown.
   """
   stored = read_environment(workdir)
-  there = known or stored.get("data")
-  if there is None and "converted" not in stored:
+  trained_on = known or stored.get("data")
+  if trained_on is None and "converted" not in stored:
     _logger.warning(
       "warning: %s does not name the run's training data; here it is %s",
       *(workdir / "environment.json", data),
     )
-  elif there not in (None, data):
+  elif trained_on not in (None, data):
     raise errors.WorkdirError(
-      f"workdir {workdir} holds a run on other data: {there!s:.200} there,"
+      f"workdir {workdir} holds a run on other data: {trained_on!s:.200} there,"
       f" {data} here. Set dataset.data_dir (or TFDS_DATA_DIR) to the data of"
       " that run, or pass another --workdir."
     )
@@ -364,29 +364,29 @@ def explain_write_errors(
   try:
     yield
   except OSError as error:
-    text = " ".join(str(error).split())
-    # TensorStore has words of its own for a full disk.
-    if error.errno == errno.ENOSPC or "RESOURCE_EXHAUSTED" in text:
-      text = "no space left on the disk"
+    reason = " ".join(str(error).split())
+    # TensorStore's error for a full disk has no error number.
+    if error.errno == errno.ENOSPC or "RESOURCE_EXHAUSTED" in reason:
+      reason = "no space left on the disk"
     elif running:
       check_not_removed(workdir)
-    # Not by pathlib, which fails on a disk that is gone.
+    # Not pathlib's glob, which raises an error if the disk is missing.
     if glob.glob("checkpoints/*/manifest.json", root_dir=workdir):
-      left = "The checkpoints that it holds are good; the same command resumes"
-      left += " from them"
+      hint = "The checkpoints that it holds are good; the same command resumes"
+      hint += " from them"
     elif os.path.isdir(workdir):
-      left = "Nothing is saved; the same command starts anew"
+      hint = "Nothing is saved; the same command starts anew"
     else:
-      left = "It cannot be read either; once it can, the same command resumes"
+      hint = "It cannot be read either; once it can, the same command resumes"
     raise errors.WorkdirError(
-      f"workdir {workdir} can no longer be written: {text[:300]}. {left}."
+      f"workdir {workdir} can no longer be written: {reason[:300]}. {hint}."
     ) from error
 
 
 def check_not_removed(workdir: pathlib.Path) -> None:
-  """Checks that a run's folder and its files are still there, and its own.
+  """Checks that the run's folder was not removed, emptied or taken over.
 
-  Orbax would make another folder in its place, without the run's other files.
+  Orbax would make a new folder in its place, without the run's other files.
   """
   if is_taken(workdir):
     raise errors.WorkdirError(
@@ -400,5 +400,5 @@ def check_not_removed(workdir: pathlib.Path) -> None:
       f"workdir {workdir} was removed or emptied while the run trained. The"
       " same command resumes from what is left there, or starts anew."
     ) from None
-  except OSError:  # The disk is gone, which the next write reports.
+  except OSError:  # The disk is missing; the next write reports it.
     pass

@@ -39,7 +39,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 
 def find_cluster(mode: str) -> Any:
-  """`hosts.find_cluster` of the flags; `ConfigError` if not --mode=train."""
+  """`hosts.find_cluster` with the flags; only training may have a cluster."""
   from resnet_flax.parallel import hosts
 
   cluster = hosts.find_cluster(
@@ -55,7 +55,7 @@ def find_cluster(mode: str) -> Any:
 
 
 def connected(cluster: Any) -> contextlib.AbstractContextManager[None]:
-  """`hosts.connected` with the timeouts of the flags."""
+  """`hosts.connected` with the timeouts that the flags set."""
   from resnet_flax.parallel import hosts
 
   return hosts.connected(

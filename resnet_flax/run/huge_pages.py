@@ -10,10 +10,10 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def use() -> None:
-  """Starts this Python process again, with huge pages, if that helps.
+  """Restarts this Python process with huge pages where it must ask for them.
 
-  glibc reads the setting only when a process starts, so this must be called
-  before anything is read or opened. The process keeps its number and arguments.
+  glibc reads the setting only when a program starts. Call this first: what was
+  read or opened is lost. The process keeps its number and its arguments.
 
   On a CPU every training step takes its temporary memory from the system and
   gives it back: 300 MB for ResNet-20 at batch 128, which are 75,000 page faults
@@ -34,8 +34,8 @@ def environment(
 ) -> dict[str, str] | None:
   """A copy of the environment in which glibc asks for huge pages.
 
-  None if glibc is older than 2.35, the system gives huge pages to all programs
-  or to none, or the user has chosen.
+  None without glibc 2.35 or newer, if the system gives huge pages to all
+  programs or to none, or if GLIBC_TUNABLES already has the setting.
   """
   library, version = libc
   numbers = [int(part) for part in version.split(".") if part.isdigit()]

@@ -24,9 +24,9 @@ _LONGEST_PATH = 4096
 class Values:
   """The values that a key can have."""
 
-  text: str  # Continues a sentence that ends in "must be".
-  accept: Callable[[Any], bool]  # Whether a value, of any type, is one of them.
-  choices: tuple[Any, ...] = ()  # All values, if they can be listed.
+  text: str  # Completes the sentence "KEY=VALUE must be ...".
+  accept: Callable[[Any], bool]  # Whether a value of any type is valid.
+  choices: tuple[Any, ...] = ()  # The values that are listed by name.
   pattern: str = ""  # The form of other values, such as 'tfds/NAME'.
 
 
@@ -73,7 +73,7 @@ def choice(*choices: Any, prefix: str = "") -> Values:
 
 
 def tuple_of(each: Values) -> Values:
-  """Tuples, and lists, since JSON turns tuples into lists."""
+  """Tuples of `each`; also lists, since JSON turns tuples into lists."""
   return Values(
     f"a tuple (on the command line 1,2,3) of at most {_LONGEST_TUPLE} values,"
     f" each {each.text}",
@@ -89,9 +89,9 @@ def _is_path(value: Any) -> bool:
   if type(value) is not str or "\0" in value:
     return False
   try:
-    short = len(os.fsencode(value)) <= _LONGEST_PATH
-    return short and errors.is_local(value)
-  except UnicodeError:  # A lone surrogate, half of a character.
+    is_short = len(os.fsencode(value)) <= _LONGEST_PATH
+    return is_short and errors.is_local(value)
+  except UnicodeError:  # A lone surrogate, which has no bytes.
     return False
 
 
@@ -122,15 +122,15 @@ class Key:
   name: str
   default: Any
   values: Values
-  # The names of its part, such as `model.name`, that read it; () for all. The
-  # others must keep the default.
+  # Values of its part's `name` (such as model.name) for which the program reads
+  # the key; () for all. With other names it must keep its default.
   families: tuple[str, ...] = ()
-  # Whether a run can be resumed with another value: it changes no result.
+  # Whether a run can be resumed with another value.
   may_differ: bool = False
   meaning: str = ""
 
   def means(self, meaning: str) -> "Key":
-    """The key with its meaning."""
+    """A copy of this key with this meaning."""
     return dataclasses.replace(self, meaning=meaning)
 
   @property
@@ -139,7 +139,7 @@ class Key:
     return self.name.rpartition(".")[0] or "run"
 
   def check(self, value: Any) -> None:
-    """Raises a `ConfigError` if the key cannot have this value, of any type."""
+    """Raises a `ConfigError` if the key cannot have this value."""
     if self.values.accept(value):
       return
     choices = self.values.choices
@@ -147,12 +147,12 @@ class Key:
       known = [*choices, *filter(None, [self.values.pattern])]
       raise errors.unknown_name(self.name, value, known)
     try:
-      text = repr(value)
-    # An integer of thousands of digits, or a file's own type.
+      shown = repr(value)
+    # An integer of thousands of digits, or a config file's own type.
     except Exception:
-      text = f"({type(value).__name__})"
-    text = text if len(text) <= 100 else f"{text[:100]}..."
-    raise errors.ConfigError(f"{self.name}={text} must be {self.values.text}.")
+      shown = f"({type(value).__name__})"
+    shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+    raise errors.ConfigError(f"{self.name}={shown} must be {self.values.text}.")
 
 
 # ---- Names
@@ -180,7 +180,7 @@ def to_flat(config: ConfigDict) -> dict[str, Any]:
     ) from error
 
 
-# Other programs' names for keys.
+# Names that other programs give to these keys.
 _OTHER_NAMES = {
   "lr": "optimizer.learning_rate",
   "wd": "optimizer.weight_decay",
@@ -193,24 +193,24 @@ _OTHER_NAMES = {
 
 def nearest_keys(name: str, keys: Iterable[str]) -> list[str]:
   """At most three keys that a wrong name may mean, the nearest first."""
-  last = name.lower().rpartition(".")[2]
-  if last in _OTHER_NAMES:
-    return [_OTHER_NAMES[last]]
+  last_part = name.lower().rpartition(".")[2]
+  if last_part in _OTHER_NAMES:
+    return [_OTHER_NAMES[last_part]]
 
   def likeness(key: str) -> float:
-    pairs = [(name, key), (last, key.rpartition(".")[2])]
+    pairs = [(name, key), (last_part, key.rpartition(".")[2])]
     return max(difflib.SequenceMatcher(None, *p).ratio() for p in pairs)
 
-  found = {key: likeness(key) for key in keys}
-  least = max(0.6, max(found.values()) - 0.1)
-  near = [key for key in found if found[key] >= least]
-  return sorted(near, key=lambda key: -found[key])[:3]
+  key_likenesses = {key: likeness(key) for key in keys}
+  least = max(0.6, max(key_likenesses.values()) - 0.1)
+  near = [key for key in key_likenesses if key_likenesses[key] >= least]
+  return sorted(near, key=lambda key: -key_likenesses[key])[:3]
 
 
 def unknown_key(
   name: str, keys: Iterable[str], what: str = "config key"
 ) -> errors.ConfigError:
-  """The error for an unknown key; suggests the nearest."""
+  """The error for an unknown key; suggests the nearest known ones."""
   short = name if len(name) <= 100 else f"{name[:100]}..."
   near = " or ".join(map(repr, nearest_keys(short, keys)))
   hint = f" Did you mean {near}?" if near else ""

@@ -1,7 +1,7 @@
-"""How large signal, gradient and update are in each layer.
+"""Measures the size of activations, gradients and updates in each layer.
 
-A network is too deep to be trained where these vanish or grow without bounds on
-the way through it (Glorot and Bengio 2010, He et al. 2015, section 1).
+If these vanish or explode from layer to layer, a network is too deep to train
+(Glorot and Bengio 2010, He et al. 2015, section 1).
 """
 
 import math
@@ -20,22 +20,22 @@ from resnet_flax.models.kernels import grouping
 from resnet_flax.parallel import networks, program
 from resnet_flax.run import metrics
 
-# Flax's collection for what is measured in the forward pass.
+# The Flax collection for the norms that the forward pass measures.
 _COLLECTION = "layer_norms"
 
 
 class LayerNorms(flax.struct.PyTreeNode):
-  """One number for each of the `layer_names`, float32[L] each."""
+  """The norms of L layers, in the order of `layer_names`: float32[L] each."""
 
   # Frobenius norm of the gradient of the batch's mean cross-entropy, without
-  # the L2 term, in the layer's kernel.
+  # the L2 term, with respect to the layer's kernel.
   gradient: jax.Array
   # Root mean square of the layer's outputs over images, pixels and channels:
   # with its bias, before normalisation, residual sum and activation function,
   # in training mode.
   activation: jax.Array
   # Frobenius norm of the change that the optimizer's step makes to the kernel,
-  # L2 term included, divided by the kernel's norm before.
+  # L2 term included, divided by the kernel's norm before the step.
   update_ratio: jax.Array
 
 
@@ -73,10 +73,10 @@ def create_hook(
   layout: networks.Layout,
   write: Callable[[int, Mapping[str, float]], None],
 ) -> Callable[[int, networks.Networks, program.Batch], None]:
-  """What the loop calls before a step: writes norms, where they are asked for.
+  """The loop's hook before a step; `log_layer_norms_every` says when it writes.
 
-  Of `state` only the shapes are used; `key` is the augmentation key[] of each
-  network; `write` is called with the step and numbers by their tags.
+  Only the shapes of `state` are used. `key` is the augmentation key[] of each
+  network. `write` takes the step and the numbers by their tags.
   """
   if not config.log_layer_norms_every:
     return lambda *_: None
@@ -92,8 +92,8 @@ def create_hook(
     if step % config.log_layer_norms_every:
       return
     (norms,) = measure(state, *batch.images_and_labels(), key)
-    for seed, of_seed in zip(layout.seeds, layout.get(norms), strict=True):
-      values = scalars(names, of_seed)
+    for seed, seed_norms in zip(layout.seeds, layout.get(norms), strict=True):
+      values = scalars(names, seed_norms)
       if len(layout.seeds) > 1:
         values = {metrics.seed_tag(seed, tag): v for tag, v in values.items()}
       write(step, values)
@@ -108,8 +108,8 @@ def measured_step(
   labels: jax.Array,
   key: jax.Array,
 ) -> tuple[step_lib.TrainState, step_lib.StepMetrics, LayerNorms]:
-  """`step.train_step`, and the norms before and of the step."""
-  with nn.intercept_methods(_note_output):
+  """`step.train_step` that also returns the layers' norms in this step."""
+  with nn.intercept_methods(_store_output_rms):
     new_state, step_metrics, grads, collections = (
       step_lib.train_step_with_backward(
         experiment, state, images, labels, key, collections=[_COLLECTION]
@@ -121,25 +121,25 @@ def measured_step(
     flat = traverse_util.flatten_dict(tree, sep="/")
     return [flat[f"{layer}/{name}"] for layer in layers]
 
-  before = of_layers(state.params, "kernel")
-  after = of_layers(new_state.params, "kernel")
-  changes = [new - old for new, old in zip(after, before, strict=True)]
+  kernels = of_layers(state.params, "kernel")
+  new_kernels = of_layers(new_state.params, "kernel")
+  changes = [new - old for new, old in zip(new_kernels, kernels, strict=True)]
   norms = LayerNorms(
     gradient=grouping.reduce_each(grouping.norm_of, of_layers(grads, "kernel")),
     activation=jnp.stack(of_layers(collections[_COLLECTION], "activation")),
     update_ratio=grouping.reduce_each(grouping.norm_of, changes)
-    / grouping.reduce_each(grouping.norm_of, before),
+    / grouping.reduce_each(grouping.norm_of, kernels),
   )
   return new_state, step_metrics, norms
 
 
-def _note_output(next_call, args, kwargs, context):
+def _store_output_rms(next_call, args, kwargs, context):
   outputs = next_call(*args, **kwargs)
   if _has_kernel(context):
-    (size,) = grouping.reduce_each(
+    (norm,) = grouping.reduce_each(
       grouping.norm_of, [jax.lax.stop_gradient(outputs)]
     )
-    rms = size / math.sqrt(outputs.size)
+    rms = norm / math.sqrt(outputs.size)
     context.module.put_variable(_COLLECTION, "activation", rms)
   return outputs
 

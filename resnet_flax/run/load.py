@@ -1,4 +1,4 @@
-"""Trained networks from their workdirs: to use, to score, to start from."""
+"""Loads trained networks from workdirs: to use, to score, to start from."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ CHECKPOINTS = ("best", "latest")
 
 _HEAD = "head"
 
-_TRIES = 5  # To read a run that goes on: it removes old checkpoints.
+_TRIES = 5  # To read a run that still trains and removes old checkpoints.
 
 # Keys of `model` that may differ from the run that weights come from: they do
 # not change what the network computes.
@@ -51,23 +51,23 @@ class LoadedModel:
 
   model: nn.Module  # The Flax module.
   # {'params': ..., 'batch_stats': ...}, float32, for `model.apply(variables,
-  # normalised_images, train=False)`; changing the dict does not change others.
+  # normalised_images, train=False)`; `predict` does not depend on this dict.
   variables: dict[str, Any] = dataclasses.field(repr=False)
   # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
-  # normalises as in training. Can be traced. After os.fork() a RuntimeError:
-  # JAX would hang.
+  # normalises as in training. Can be traced. Raises RuntimeError after
+  # os.fork(), where JAX would hang.
   predict: Callable[[Any], Any]
   # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
   # C]; can be traced.
   preprocess: Callable[[jax.Array], jax.Array]
-  # Of the data set, in the order of the labels; () if they are not known, or if
-  # the head has other classes.
+  # The data set's, in the order of the labels; () if they are not known, or if
+  # the head has another number of classes.
   class_names: tuple[str, ...]
   image_shape: tuple[int, int, int]  # (H, W, C) that `predict` takes.
   # The configuration it was trained with.
   config: ConfigDict = dataclasses.field(repr=False)
-  step: int  # The training step of the checkpoint.
-  seed: int  # Of its training.
+  step: int  # The checkpoint's number of training steps.
+  seed: int  # The network's seed in its run.
   weights: str = "raw"  # One of `averaging.WEIGHTS`.
 
 
@@ -83,13 +83,13 @@ def load_model(
   Args:
     workdir: the run's folder, one that `resnet_flax.convert` made, or an
       address of `checkpoint.mirror`.
-    which: 'best' (the epoch that is best by `checkpoint.monitor`; before the
-      first one, converted weights) or 'latest'.
+    which: 'best' (the best epoch by `checkpoint.monitor`; before one is scored,
+      the checkpoint of step 0, such as converted weights) or 'latest'.
     seed: which network of a run of several seeds; by default the first.
-    weights: 'raw' (of that step), 'ema' or 'swa' (the average beside them).
+    weights: 'raw' (those of that step), 'ema' or 'swa' (their averages).
 
   Raises:
-    ConfigError: `which` is neither, or the run has no such seed.
+    ConfigError: `which` or `weights` is unknown, or the run lacks this seed.
     WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
   local, config, experiment, states = _restore(
@@ -100,10 +100,10 @@ def load_model(
   state = jax.device_put(state, mesh_lib.sharding(mesh))
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
   names = (folder.read_facts(local) or ((),))[0]
-  process = os.getpid()
+  pid = os.getpid()
 
   def predict(images: Any) -> Any:
-    if os.getpid() != process:
+    if os.getpid() != pid:
       raise RuntimeError(
         "predict hangs after os.fork(), as JAX has threads. Call load_model in"
         " the new process, started by spawn or forkserver."
@@ -123,12 +123,12 @@ def load_model(
       np.asarray(jax.nn.softmax(logits_fn(state, images[i : i + size])))
       for i in range(0, len(images), size)
     ]
-    none = np.empty((0, experiment.num_classes), np.float32)
-    return np.concatenate([none, *parts])
+    empty = np.empty((0, experiment.num_classes), np.float32)
+    return np.concatenate([empty, *parts])
 
   return LoadedModel(
     model=experiment.model,
-    # Dictionaries of their own.
+    # Copies of the dictionaries: changing them must not change `predict`.
     variables=jax.tree.map(lambda a: a, state.variables),
     predict=predict,
     preprocess=state.normalization,
@@ -159,11 +159,11 @@ def evaluate_workdir(
   `dataset.test_crops`.
 
   Returns:
-    `loss`, `accuracy`, of ten classes or more `top5`, which are fractions, the
-    `step` of the checkpoint (steps done) and, but for step 0, its 0-based
-    `epoch`, which may not be at its end. Of several seeds their means, with
-    sample standard deviations as NAME_std, `ensemble_loss` and the like, and
-    `seeds`: the above for each `seed` in its own best epoch.
+    `loss`; the fractions `accuracy` and, for ten classes or more, `top5`; the
+    checkpoint's `step` (steps done) and, except for step 0, its 0-based
+    `epoch`, which may be unfinished. For several seeds, the means of the
+    scores, sample standard deviations as NAME_std, `ensemble_loss` and so on,
+    and `seeds`: the above for each `seed`, at its own checkpoint.
   """
   is_stored = config is None
   local, config, experiment, by_seed = _restore(workdir, which, weights, config)
@@ -209,18 +209,18 @@ def evaluate_workdir(
     return of_seeds[0]
   ensemble = {f"ensemble_{key}": v for key, v in scores.ensemble.items()}
   result = metrics.summarize({}, layout.seeds, of_seeds, ensemble)
-  # Each seed has its own.
-  own = ("step", "epoch", "step_std", "epoch_std")
-  return {k: v for k, v in result.items() if k not in own}
+  # Seeds may have checkpoints of different steps: a mean of them says nothing.
+  dropped = ("step", "epoch", "step_std", "epoch_std")
+  return {k: v for k, v in result.items() if k not in dropped}
 
 
 class Predictions(NamedTuple):
-  """Of one checkpoint, for each of N test images."""
+  """What one checkpoint predicts for each of N test images."""
 
   dataset: types.Dataset
   labels: np.ndarray  # int32[N].
   probabilities: np.ndarray  # float32[N, classes].
-  step: int  # The training steps that the checkpoint has.
+  step: int  # The checkpoint's number of training steps.
 
 
 def predict_test(
@@ -231,12 +231,12 @@ def predict_test(
   *,
   opened: dict[str, types.Dataset],
 ) -> Predictions:
-  """What a seed's checkpoint, see `load_model`, makes of the test images.
+  """Predicts the test images with a seed's checkpoint; see `load_model`.
 
-  `opened` has data sets by their configurations and is given this one's, so
-  that those who pass it again open each once.
+  `opened` maps configurations, as JSON, to data sets. This call adds its own,
+  so that calls that share the dict open each data set once.
   """
-  # Before the data, which takes longer.
+  # Before the data, which takes longer to open.
   loaded = load_model(workdir, which, seed=seed, weights=weights)
   rules.check_labels(loaded.config)
   key = loaded.config.dataset.to_json()
@@ -246,22 +246,22 @@ def predict_test(
   dataset = opened[key]
   folder.check_data(workdir, dataset.source)
   size = evaluate.call_size(dataset.test, loaded.config.eval_batch_size, 1)
-  everything = np.arange(len(dataset.test))
-  order = [everything[start : start + size] for start in everything[::size]]
+  positions = np.arange(len(dataset.test))
+  order = [positions[start : start + size] for start in positions[::size]]
   probabilities, labels = [], []
-  for images, of_batch in dataset.test.batches(order):
-    # Means over the crops of an image, where it has several.
-    found = loaded.predict(images.reshape(-1, *images.shape[-3:]))
-    found = found.reshape(len(images), -1, found.shape[-1]).mean(axis=1)
-    probabilities.append(found)
-    labels.append(of_batch)
+  for images, batch_labels in dataset.test.batches(order):
+    # The mean over the crops of each image, of which it may have several.
+    outputs = loaded.predict(images.reshape(-1, *images.shape[-3:]))
+    outputs = outputs.reshape(len(images), -1, outputs.shape[-1]).mean(axis=1)
+    probabilities.append(outputs)
+    labels.append(batch_labels)
   return Predictions(
     dataset, np.concatenate(labels), np.concatenate(probabilities), loaded.step
   )
 
 
 def say_what_is_trusted(config: ConfigDict) -> None:
-  """Says which data a stored configuration leads to: it may be a stranger's."""
+  """Logs the data paths of a stored configuration: it may be a stranger's."""
   for name in ("data_dir", "archive", "cache_dir"):
     if config.dataset[name]:
       _logger.warning(
@@ -271,7 +271,7 @@ def say_what_is_trusted(config: ConfigDict) -> None:
 
 
 def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks what a finished run was on, if that is here: none is downloaded."""
+  """Checks a finished run's data if it is on this machine; downloads none."""
   dataset = config.dataset
   try:
     if dataset.name.startswith("cifar"):
@@ -298,26 +298,26 @@ def _restore(
   workdir: str | os.PathLike[str],
   which: str,
   weights: str,
-  given: ConfigDict | None = None,
+  given_config: ConfigDict | None = None,
   choose: Callable[[Sequence[int]], Sequence[int]] = lambda seeds: seeds,
 ) -> tuple[
   pathlib.Path, ConfigDict, step_lib.Experiment, dict[int, step_lib.TrainState]
 ]:
-  """Folder, configuration and the states of chosen seeds, as NumPy arrays.
+  """Folder, configuration, experiment and states by seed, as NumPy arrays.
 
-  The folder is a mirror's copy: asked again, it might be of a later state.
+  Read on from this folder: another copy of a mirror may be of a later state.
   """
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
   if weights not in averaging.WEIGHTS:
     raise errors.unknown_name("weights", weights, averaging.WEIGHTS)
   workdir = mirror.local(workdir, "workdir")
-  config = given or folder.load_config(workdir)
+  config = given_config or folder.load_config(workdir)
   facts = folder.read_facts(workdir)
-  # The batch size of training does not matter here, nor do its devices.
+  # The training batch size need not suit the devices that are used here.
   rules.check(config, num_devices=1, facts=facts)
-  if given is not None:
-    folder.check_same(workdir, given, free=["dataset.test_crops"])
+  if given_config is not None:
+    folder.check_same(workdir, given_config, free=["dataset.test_crops"])
   experiment = experiment_lib.build(config, facts)
   like = experiment_lib.abstract_state(config, experiment)
   seeds = choose(range(config.seed, config.seed + config.num_seeds))
@@ -331,7 +331,7 @@ def _restore(
       time.sleep(0.1)
   for state in states.values():
     epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
-    if weights not in (there := averaging.present(config, epochs)):
+    if weights not in (available := averaging.present(config, epochs)):
       advice = (
         "A run keeps averages from its start on: --config.ema.decay=0.999, or"
         " --config.swa.start_epoch."
@@ -342,7 +342,7 @@ def _restore(
           advice += " Take the latest checkpoint (--checkpoint=latest)."
       raise errors.WorkdirError(
         f"{workdir} has no weights={weights} at step {state.step}, its {which}"
-        f" checkpoint's; it has {' and '.join(there)}. {advice}"
+        f" checkpoint's; it has {' and '.join(available)}. {advice}"
       )
   selected = {s: averaging.select(states[s], weights) for s in seeds}
   return workdir, config, experiment, selected
@@ -355,52 +355,52 @@ def _read_states(
   like: step_lib.TrainState,
   seeds: Sequence[int],
 ) -> dict[int, step_lib.TrainState]:
-  """The states of these seeds; fails if one is removed meanwhile."""
+  """The states of these seeds; fails if a checkpoint is removed meanwhile."""
   try:
-    there = checkpoint.steps(workdir)
+    saved_steps = checkpoint.steps(workdir)
   except OSError as error:
     raise errors.WorkdirError(
       f"{workdir} cannot be read: {errors.one_line(error)}. Try again."
     ) from error
   if which == "latest":
-    steps = there[-1:] * config.num_seeds
+    steps = saved_steps[-1:] * config.num_seeds
   else:
     records = metrics.MetricsLog(workdir, config).read()
-    # The last record may be there before its checkpoint is.
-    if records and records[-1]["step"] > max(there, default=-1):
+    # The last record may be written before its checkpoint is complete.
+    if records and records[-1]["step"] > max(saved_steps, default=-1):
       records.pop()
     best = metrics.best_records(records, config.checkpoint.monitor)
     steps = [record["step"] for record in best]
-    if not steps and 0 in there:
-      # What a run starts from, as `convert` saves it, is the best so far.
+    if not steps and 0 in saved_steps:
+      # No epoch is scored yet: the best is step 0, as `convert` saves it.
       steps = [0] * config.num_seeds
   if not steps or not (workdir / "checkpoints").is_dir():
     raise errors.WorkdirError(
       f"{workdir} has no {which} checkpoint: the best one is there after the"
       " first scored epoch, the latest one after checkpoint.every_minutes."
     )
-  of_seeds = {seed: steps[seed - config.seed] for seed in seeds}
-  if lost := sorted({*of_seeds.values()} - {*there}):
+  seed_steps = {seed: steps[seed - config.seed] for seed in seeds}
+  if missing := sorted({*seed_steps.values()} - {*saved_steps}):
     raise errors.WorkdirError(
-      f"{workdir} has no checkpoint of step {lost[0]}, its best epoch's;"
-      f" there: {', '.join(map(str, there)) or 'none'}. Copy it there, or"
+      f"{workdir} has no checkpoint of step {missing[0]}, its best epoch's;"
+      f" there: {', '.join(map(str, saved_steps)) or 'none'}. Copy it there, or"
       " take the latest."
     )
   restored = {}
-  for step in {*of_seeds.values()}:
+  for step in {*seed_steps.values()}:
     stacked, _ = checkpoint.restore(workdir, step, like)
     restored[step] = networks.unstack(stacked, config.num_seeds)
-  return {s: restored[step][s - config.seed] for s, step in of_seeds.items()}
+  return {s: restored[step][s - config.seed] for s, step in seed_steps.items()}
 
 
 # ---- Starting from another run's weights
 
 
 def load_source(config: ConfigDict) -> dict[str, Any]:
-  """The variables of the best checkpoint that `config.init_from` names.
+  """The variables of the best checkpoint in `config.init_from`.
 
-  Without the head if it was trained on another data set, whose classes are
-  others.
+  The head is left out if it was trained on another data set, or on classes of
+  other names.
   """
   workdir = errors.local_path(config.init_from, "init_from")
   if not os.path.isdir(workdir):
@@ -411,10 +411,10 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   try:
     source = load_model(workdir)
   except errors.UserError as error:
-    text = f"init_from={workdir} cannot be used: {error}"
-    raise errors.WorkdirError(text) from error
-  there, here = _network(source.config.model), _network(config.model)
-  if differing := errors.differences(there, here):
+    message = f"init_from={workdir} cannot be used: {error}"
+    raise errors.WorkdirError(message) from error
+  source_keys, own_keys = _network(source.config.model), _network(config.model)
+  if differing := errors.differences(source_keys, own_keys):
     raise errors.ConfigError(
       f"init_from={workdir} holds another network, which differs in"
       f" {', '.join(differing)}. Pass its values, or another init_from."
@@ -436,7 +436,7 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
 
 
 def _network(model: ConfigDict) -> dict[str, Any]:
-  """The keys that say which network it is, with its family's choices."""
+  """The keys that define the network, with its family's default values."""
   chosen = model.to_dict() | {
     "shortcut": registry.shortcut(model),
     "num_filters": registry.num_filters(model),
@@ -453,9 +453,9 @@ def _network(model: ConfigDict) -> dict[str, Any]:
 def merged(
   variables: Mapping[str, Any], source: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Another network's parameters and statistics, in place of drawn variables.
+  """The variables of another network, `source`, in place of drawn `variables`.
 
-  The head stays as it was drawn if it has other classes.
+  The drawn head stays if `source` has none, or one of another size.
   """
   params = dict(source["params"])
   drawn, head = variables["params"][_HEAD], params.get(_HEAD)

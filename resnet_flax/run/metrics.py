@@ -20,17 +20,17 @@ from resnet_flax.run import errors, files as files_lib
 Record = dict[str, Any]
 
 _SPEED = ("epoch_seconds", "images_per_second")
-# What is measured of the machine; it differs between bit-identical runs.
+# Measurements of the machine, which differ between bit-identical runs.
 TIMED = (*_SPEED, "data_seconds", "evaluation_seconds")
 
-# Bytes. A thousand seeds write half a megabyte an epoch.
+# Bytes of the largest log to read; a thousand seeds write 0.5 MB an epoch.
 _LARGEST = 1 << 32
 
-# What can choose the best epoch, and whether more of it is better.
+# The metrics that can choose the best epoch, and whether higher is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
-# What training, scoring and reports read of every network, and what of epochs
-# that were scored.
+# The metrics that a record must have of each network, and those that it must
+# also have if its epoch was scored.
 _TRAIN = ("train_loss", "train_accuracy")
 _SCORES = tuple(f"test_{name}" for name in MONITORED)
 
@@ -38,7 +38,7 @@ _SCORES = tuple(f"test_{name}" for name in MONITORED)
 class MetricsLog:
   """The file metrics.jsonl: one JSON object for each finished epoch.
 
-  With the run's `config`, records must have what is read of each seed.
+  With the run's `config`, `read` checks that each seed has its metrics.
   """
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict | None = None):
@@ -51,7 +51,7 @@ class MetricsLog:
   def read(self, steps_per_epoch: int | None = None) -> list[Record]:
     """The records so far, oldest first; a torn last line is left out.
 
-    `steps_per_epoch` is by default as in the first one.
+    `steps_per_epoch` is by default the `step` of the first record.
     """
     try:
       content = files_lib.read_bytes(self._path, _LARGEST)
@@ -69,12 +69,12 @@ class MetricsLog:
         record = files_lib.parse_object(line)
       except ValueError as error:
         if epoch == len(lines) - 1:
-          break  # It was being written by a killed run, or the disk lost it.
+          break  # A killed run was writing it, or the disk lost a part of it.
         fault = f"it is no JSON object ({error})"
       else:
         scores = _SCORES if (epoch + 1) % self._every == 0 else ()
-        own = (*_TRAIN, *scores) if self._seeds else ()
-        fault = _fault(record, epoch, steps_per_epoch, self._seeds, own)
+        names = (*_TRAIN, *scores) if self._seeds else ()
+        fault = _fault(record, epoch, steps_per_epoch, self._seeds, names)
       if fault:
         raise errors.WorkdirError(
           f"{self._path}, line {epoch + 1}: {fault}. Restore it, or use another"
@@ -89,14 +89,14 @@ class MetricsLog:
   ) -> list[Record]:
     """Drops the records of epochs that end after the restored step.
 
-    Returns the others: one less than epochs if the last one was trained but not
-    evaluated yet.
+    Returns the other records. The last epoch that was trained has none if it
+    was not evaluated yet.
     """
     records = self.read(steps_per_epoch)
     epochs, within = divmod(step, steps_per_epoch)
     too_few = len(records) < (epochs if within else epochs - 1)
-    # An epoch's checkpoint may be on its way to the disk when its record is
-    # written, but not that of the epoch before.
+    # A record may reach the disk before the checkpoint of its epoch, but not
+    # before the checkpoint of the previous epoch.
     if too_few or (len(records) > epochs + 1 and not fallen_back):
       raise errors.WorkdirError(
         f"{self._path} has {len(records)} epochs but the latest checkpoint has"
@@ -110,7 +110,7 @@ class MetricsLog:
     return kept
 
   def append(self, record: Record) -> None:
-    """Adds the record of an epoch and sees that it reaches the disk."""
+    """Adds an epoch's record on disk; `ValueError` if a float is not finite."""
     for key, value in record.items():
       if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}")
@@ -126,31 +126,31 @@ def _fault(
   epoch: int,
   steps_per_epoch: int | None,
   seeds: Sequence[int],
-  scores: Sequence[str],
+  names: Sequence[str],
 ) -> str:
   """What is wrong with the record of an epoch; '' if nothing is."""
   of_seeds = record.get("seeds", [])
   if not isinstance(of_seeds, list):
     return "seeds is no list"
-  own = {key: value for key, value in record.items() if key != "seeds"}
-  needed = (*scores, *_SPEED) if seeds else ()
-  parts = [(own, ("epoch", "step", *needed))]
-  parts += [(each, ("seed", *scores) if seeds else ()) for each in of_seeds]
+  top_level = {key: value for key, value in record.items() if key != "seeds"}
+  needed = (*names, *_SPEED) if seeds else ()
+  parts = [(top_level, ("epoch", "step", *needed))]
+  parts += [(each, ("seed", *names) if seeds else ()) for each in of_seeds]
   for part, keys in parts:
     if not isinstance(part, dict):
       return "seeds holds what is no JSON object"
     values: dict[str, Any] = dict.fromkeys(keys)
     for key, value in (values | part).items():
-      # JSON has integers that are no floats, too, and NaN.
+      # JSON may have NaN, and integers that are too large for a float.
       if (
         type(value) not in (int, float)
         or not abs(value) <= sys.float_info.max
         or (value <= 0 and key in ("step", "epoch_seconds"))
       ):
         return f"{key}={value!r:.100} cannot be"
-  found, expected = [each.get("seed") for each in of_seeds], list(seeds)
-  if seeds and found != (expected if expected[1:] else []):
-    return f"it has the seeds {found}, not {expected}"
+  recorded, expected = [each.get("seed") for each in of_seeds], list(seeds)
+  if seeds and recorded != (expected if expected[1:] else []):
+    return f"it has the seeds {recorded}, not {expected}"
   step = (epoch + 1) * (steps_per_epoch or record["step"])
   if (record["epoch"], record["step"]) != (epoch, step):
     return (
@@ -166,11 +166,11 @@ def summarize(
   of_seeds: Sequence[Record],
   ensemble: Record,
 ) -> Record:
-  """The record of an epoch: of one network `first` and its metrics.
+  """The record of an epoch: `first`, followed by the metrics of its networks.
 
-  Of several `first`, the means of their metrics, under NAME_std their sample
-  standard deviations (but of the learning rate), `ensemble`, and under 'seeds'
-  the metrics of each.
+  One network's metrics are taken as they are. Several networks give means,
+  sample standard deviations as NAME_std (except of the learning rate),
+  `ensemble`, and under 'seeds' the metrics of each.
   """
   if len(seeds) == 1:
     return first | of_seeds[0]
@@ -181,12 +181,12 @@ def summarize(
     if name != "learning_rate":
       record[f"{name}_std"] = statistics.stdev(values)
   pairs = zip(seeds, of_seeds, strict=True)
-  each = [{"seed": seed} | values for seed, values in pairs]
-  return record | ensemble | {"seeds": each}
+  by_seed = [{"seed": seed} | values for seed, values in pairs]
+  return record | ensemble | {"seeds": by_seed}
 
 
 def of_seeds(record: Record) -> list[Record]:
-  """The records of an epoch's networks, each as if it were alone."""
+  """A record for each network: its metrics and the numbers that all share."""
   if "seeds" not in record:
     return [record]
   shared = ("epoch", "step", *TIMED)
@@ -195,16 +195,16 @@ def of_seeds(record: Record) -> list[Record]:
 
 
 def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
-  """The record of each network's best epoch; none if none was scored."""
+  """The record of each network's best epoch; [] if no epoch was scored."""
   networks = zip(*map(of_seeds, records), strict=True)
   best = [best_record(list(each), monitor) for each in networks]
   return [each for each in best if monitored(each, monitor) in each]
 
 
 def best_record(records: list[Record], monitor: str) -> Record:
-  """The best of one network's records, by a name of `MONITORED`.
+  """One network's best record by `monitor`, a name of `MONITORED`.
 
-  The first of equal ones, see `comparable`; the last where none was scored.
+  The first of equal ones (see `comparable`); the last if no epoch was scored.
   """
   best = max if MONITORED[monitor] else min
   scored = [each for each in records if monitored(each, monitor) in each]
@@ -215,12 +215,12 @@ def best_record(records: list[Record], monitor: str) -> Record:
 
 
 def comparable(value: float) -> float:
-  """A score, to decide by: to six digits, as eval_batch_size changes others."""
+  """A score in six digits: eval_batch_size may change the digits after them."""
   return float(f"{value:.6g}")
 
 
 def monitored(record: Mapping[str, Any], monitor: str) -> str:
-  """The key that chooses the best epoch: validation's if there is one."""
+  """The key of the score to choose by: validation's if the record has it."""
   validation = f"val_{monitor}"
   return validation if validation in record else f"test_{monitor}"
 
@@ -228,15 +228,15 @@ def monitored(record: Mapping[str, Any], monitor: str) -> str:
 class TensorBoard:
   """TensorBoard event files, written without TensorFlow; a context manager.
 
-  The run resumes after `step` steps; later events are superseded.
+  The run starts after `step` steps: older events from there on are superseded.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):
     events = workdir / "tensorboard" / "events"
     events.parent.mkdir(exist_ok=True)
     # Not SummaryWriter: its thread would die on a full disk, unnoticed, and
-    # later writes would wait for it for ever. The suffix tells apart files of
-    # one second.
+    # later writes would wait for it for ever. The suffix distinguishes files
+    # of the same second.
     suffix = f".{os.getpid()}.{time.monotonic_ns()}"
     self._writer = EventsWriter(str(events), suffix)
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -257,7 +257,7 @@ class TensorBoard:
     self.write_scalars(record["step"], values)
 
   def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes numbers by their tags after so many steps; may raise OSError."""
+    """Writes numbers by their tags, after `step` steps; may raise OSError."""
     scalars = [
       summary_pb2.Summary.Value(tag=tag, simple_value=value)
       for tag, value in values.items()
@@ -269,13 +269,13 @@ class TensorBoard:
     return self
 
   def __exit__(self, kind: Any, *exception: object) -> None:
-    already_reported = (OSError,) if kind else ()  # That the disk is full.
+    already_reported = (OSError,) if kind else ()  # Such as a full disk.
     with contextlib.suppress(*already_reported):
       self._writer.close()
 
 
 def seed_tag(seed: int, tag: str) -> str:
-  """TensorBoard's tag for a number of one of several networks."""
+  """The TensorBoard tag for a number of one seed, in a run of several."""
   return f"seed_{seed}/{tag}"
 
 

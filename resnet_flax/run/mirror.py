@@ -1,8 +1,8 @@
-"""A copy of a run that outlives its machine: in a bucket or on another disk.
+"""A mirror: a copy of a workdir that outlives its machine.
 
-The copy is always a complete state of the workdir. Files are stored under their
-SHA-256 and never changed. A state is a list of files, written after the files.
-The latest two states are kept.
+It is in a bucket or on another disk. Its states are always complete: a file is
+stored under its SHA-256 and never changed, and a state is a list of files that
+is written after them. The latest two states are kept.
 """
 
 import atexit
@@ -33,18 +33,18 @@ from resnet_flax.run import checkpoint, errors, files
 
 _logger = logging.getLogger(__name__)
 
-# Copied besides checkpoints, in this order: a record must have its checkpoint.
+# Copied besides checkpoints, and before them: a record needs its checkpoint.
 _FILES = ("config.json", "environment.json", "metrics.jsonl")
 _KEPT_STATES = 2
 # All in seconds.
-_POLL, _MOST_PATIENCE = 1.0, 60.0  # Between looks, and after failures at most.
-_ANSWER, _TRANSFER = 60.0, 1800.0  # Limits for an answer and for a file.
-_FRESH = 120.0  # An owner that is silent for longer has ended.
-_AT_THE_END, _WHEN_STOPPED = 600.0, 30.0  # Limits for copying the last files.
+_POLL, _MOST_PATIENCE = 1.0, 60.0  # Pauses: the usual, the longest on failure.
+_ANSWER, _TRANSFER = 60.0, 1800.0  # Limits for a request, for a file's copy.
+_FRESH = 120.0  # An owner that is silent for longer counts as ended.
+_AT_THE_END, _WHEN_STOPPED = 600.0, 30.0  # Limits for copying the last state.
 
-_TRIES = 5  # To read a mirror whose run goes on.
-# Errors of reading that are no damage.
-_PASSING = (
+_TRIES = 5  # To read a mirror while its run still writes it.
+# Read errors that do not mean that a file is damaged.
+_TRANSIENT = (
   *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE),
   *(errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
 )
@@ -76,10 +76,10 @@ class _Store:
     # gcsfs also logs tracebacks of errors that it raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     if hasattr(self.system, "auto_mkdir"):
-      self.system.auto_mkdir = True  # On a disk folders must be made.
+      self.system.auto_mkdir = True  # On a disk, files need their folders.
 
   def _call(self, seconds: float, method: str, *arguments: Any) -> Any:
-    """Calls a method of the system in limited time: libraries may hang."""
+    """Calls a method of the file system with a time limit: it may hang."""
     answer: futures.Future[Any] = futures.Future()
 
     def call() -> None:
@@ -125,13 +125,13 @@ class _Store:
 
   def states(self) -> list[_State]:
     """The states whose lists are complete, the latest first."""
-    found = []
+    complete = []
     for name in sorted(self.names("states"), reverse=True):
       content = self.read(f"states/{name}") or b""
       # A half-written list does not match the digest in its name.
       if name[9:] == _state_name(0, content)[9:]:
-        found.append(_State(**json.loads(content)))
-    return found
+        complete.append(_State(**json.loads(content)))
+    return complete
 
 
 def _state_name(number: int, content: bytes) -> str:
@@ -143,13 +143,13 @@ def _digests(states: list[_State]) -> set[str]:
 
 
 class Mirror:
-  """Keeps the copy of a workdir up to date while entered.
+  """Keeps the mirror of a workdir up to date while entered.
 
   Entering refuses an address that another run uses, and fills a workdir that is
-  behind. From then on a thread copies complete files; training waits for it
+  behind its mirror. Then a thread copies complete files; training waits for it
   only at the end. `check` gets a folder with the mirrored configuration, and
-  must refuse another run's. `is_taken` says whether the workdir is another's by
-  now.
+  must raise an error if it is another run's. `is_taken` says whether another
+  run has taken over the workdir.
   """
 
   def __init__(
@@ -166,13 +166,13 @@ class Mirror:
       "host": socket.gethostname(),
       "pid": os.getpid(),
     }
-    # Digests of complete files at the address, and those of its latest state.
+    # SHA-256 of complete files in the mirror; by path, of its latest state.
     self._stored: set[str] = set()
     self._latest: dict[str, str] = {}
-    self._damaged: set[int] = set()  # Steps that were warned of.
-    self._pushed: dict[str, Any] | None = None  # The files of the last copy.
-    self._number = 0
-    self._beaten = 0.0  # The time of the last heartbeat in owner.json.
+    self._damaged: set[int] = set()  # Steps that warnings have named.
+    self._pushed: dict[str, Any] | None = None  # `_look` at the last copy.
+    self._number = 0  # The highest number so far.
+    self._beaten = 0.0  # When owner.json was written, by the monotonic clock.
     self._closing = threading.Event()
     self._abandoned = False
     self._failing = False
@@ -184,7 +184,7 @@ class Mirror:
       try:
         self._fill_or_check()
       except BaseException:
-        # A run that does not start keeps nobody away.
+        # A run that fails to start must not block the address.
         with contextlib.suppress(Exception):
           self._release()
         raise
@@ -206,34 +206,34 @@ class Mirror:
   def _fill_or_check(self) -> None:
     """Fills a workdir that is behind; refuses an address of another run."""
     states, names = self._store.states(), self._store.names("states")
-    # Torn lists count, too: the lowest numbers are removed first.
+    # Torn lists count, too: `_remove_old` removes the lowest numbers first.
     numbers = (int(name[:9]) for name in names if name[:9].isdecimal())
     self._number = max(numbers, default=0)
-    here = progress(self._workdir)
-    # A run that was killed as it wrote its first list leaves a torn one.
+    current = progress(self._workdir)
+    # One torn list is no damage: a run was killed as it wrote its first list.
     is_torn = not states and len(names) > 1
-    is_new = here in ([-1, 0], [0, 0])  # At most what a run starts from.
-    # `fill` gives a workdir its configuration last.
+    is_new = current in ([-1, 0], [0, 0])  # At most a checkpoint of step 0.
+    # `fill` writes config.json last: without it a workdir is incomplete.
     is_filled = (self._workdir / "config.json").exists()
-    there = states[0].progress if states else []
-    is_behind = there > here or (there == here and not is_filled)
-    # Only files of these lists count as complete; others are written again.
+    mirrored = states[0].progress if states else []
+    is_behind = mirrored > current or (mirrored == current and not is_filled)
     if is_behind or (is_torn and is_new):
       states = [fill(self._store, states, self._workdir, self._check)]
       _logger.info("filled %s from %s", self._workdir, self._store.url)
     else:
       self._check_run(states)
-    # What is gone at the address is written again.
+    # All other files are uploaded again: those that no complete state lists may
+    # be torn, and some that are listed may be missing.
     self._stored = _digests(states) & self._store.names("files")
     self._latest = states[0].files if states else {}
 
   def _check_run(self, states: list[_State]) -> None:
-    """Refuses an address whose run is another: copies would replace its own."""
+    """Refuses another run's mirror, whose states would be replaced."""
     for state in states:
-      kept = {k: v for k, v in state.files.items() if k in _FILES}
-      few = dataclasses.replace(state, files=kept)
+      small = {k: v for k, v in state.files.items() if k in _FILES}
+      without_checkpoints = dataclasses.replace(state, files=small)
       with files.temporary_folder(self._workdir, ".mirror-") as folder:
-        if _download(self._store, few, folder):
+        if _download(self._store, without_checkpoints, folder):
           return self._check(folder)
 
   # ---- The owner of the address
@@ -241,7 +241,7 @@ class Mirror:
   def _claim(self) -> None:
     owner = self._read_owner()
     age = time.time() - owner.get("time", 0)
-    # Clocks differ; a time far ahead is of one that was wrong.
+    # Hosts' clocks differ; a time far ahead comes from a wrong clock.
     if abs(age) < _FRESH and not _has_ended(owner):
       raise errors.WorkdirError(
         f"checkpoint.mirror={self._store.url} is in use by process"
@@ -252,7 +252,7 @@ class Mirror:
     self._beat()
 
   def _read_owner(self) -> dict[str, Any]:
-    """owner.json; {} without one, or if its writer was killed."""
+    """The content of owner.json; {} if it is missing or half-written."""
     try:
       return files.parse_object(self._store.read("owner.json") or b"{}")
     except ValueError:
@@ -268,20 +268,20 @@ class Mirror:
     self._store.write("owner.json", json.dumps(owner).encode())
     self._beaten = time.monotonic()
 
-  def _keep(self) -> bool:
-    """Renews ownership now and then; false if another run has taken over."""
+  def _keep_ownership(self) -> bool:
+    """Renews ownership when it is due; False if another run has taken over."""
     if self._is_taken() and not self._abandoned:
       self._abandoned = True
       _logger.warning(
         "warning: another run has begun %s anew; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
-      with contextlib.suppress(Exception):  # It becomes stale in any case.
+      with contextlib.suppress(Exception):  # The claim expires anyway.
         self._release()
     age = time.monotonic() - self._beaten
     if age > _FRESH / 6 and not self._abandoned:
-      own = self._owner["run"]
-      if self._read_owner().get("run", own) != own:
+      own_run = self._owner["run"]
+      if self._read_owner().get("run", own_run) != own_run:
         self._abandoned = True
         _logger.warning(
           "warning: another run has taken over %s; nothing more is copied"
@@ -323,30 +323,30 @@ class Mirror:
   def _push(self) -> bool:
     """Copies the workdir's state if it is new; returns whether it is stored."""
     seen = self._look()
-    if not self._keep():
+    if not self._keep_ownership():
       return False
     # A workdir without its configuration holds nothing yet.
     if seen == self._pushed or "config.json" not in seen:
       return True
     with files.temporary_folder(self._workdir, ".mirror-") as folder:
-      # The run may remove checkpoints while a slow server still copies them.
+      # Links, since the run may remove checkpoints during a slow upload.
       with contextlib.suppress(FileNotFoundError):
         for name in seen:
           _link(self._workdir / name, folder / name)
-      if self._look() != seen or not self._keep():
+      if self._look() != seen or not self._keep_ownership():
         return False
       digests = self._digests_in(folder, seen)
-      # Now: the workdir may be removed while a slow server copies.
+      # Before the upload: if it is slow, the workdir may be removed meanwhile.
       state = _State(self._number + 1, progress(folder), digests)
       if not all(
         (folder / name).exists() for name in digests if name in _FILES
       ):
         return False
       for name, digest in digests.items():
-        if digest not in self._stored and self._keep():
+        if digest not in self._stored and self._keep_ownership():
           self._store.upload(folder / name, f"files/{digest}")
           self._stored.add(digest)
-    if not self._keep():
+    if not self._keep_ownership():
       return False
     content = json.dumps(dataclasses.asdict(state)).encode()
     self._store.write(f"states/{_state_name(state.number, content)}", content)
@@ -356,77 +356,77 @@ class Mirror:
       self._remove_old()
     finally:
       if not self._stored.issuperset(digests.values()):
-        # Something is gone there: it is written again, unless by a new owner.
+        # Files were removed: uploads them again, unless a new owner did it.
         self._pushed, self._beaten = None, -math.inf
     return self._pushed is not None
 
   def _digests_in(
     self, folder: pathlib.Path, seen: dict[str, tuple[int, int]]
   ) -> dict[str, str]:
-    """The SHA-256 of a state's files.
+    """The SHA-256 of a state's files, by path.
 
-    A damaged checkpoint is left out, and is removed from `folder`; but if the
-    latest state has a good copy, that stays.
+    A damaged checkpoint is left out and removed from `folder`, unless the
+    mirror's latest state has a good copy: then the new state lists this copy.
     """
     digests = {n: files.digest_of(folder / n) for n in seen if n in _FILES}
     for step in checkpoint.steps(folder):
-      start = f"checkpoints/{step}/"
-      names = [name for name in seen if name.startswith(start)]
-      there = {k: v for k, v in self._latest.items() if k.startswith(start)}
-      is_there = bool(there) and self._stored.issuperset(there.values())
+      subfolder = f"checkpoints/{step}/"
+      names = [name for name in seen if name.startswith(subfolder)]
+      copy = {k: v for k, v in self._latest.items() if k.startswith(subfolder)}
+      is_copied = bool(copy) and self._stored.issuperset(copy.values())
       before = self._pushed or {}
-      if is_there and all(seen[n] == before.get(n) for n in names):
-        digests |= there
+      if is_copied and all(seen[n] == before.get(n) for n in names):
+        digests |= copy
         continue
       try:
-        good = checkpoint.file_digests(folder, step)
+        checked = checkpoint.file_digests(folder, step)
       except errors.WorkdirError as error:
-        if getattr(error.__cause__, "errno", None) in _PASSING:
+        if getattr(error.__cause__, "errno", None) in _TRANSIENT:
           raise
         if step not in self._damaged:
-          text = str(error).replace(str(folder), str(self._workdir))
-          _logger.warning("warning: it is not copied: %s", text)
+          reason = str(error).replace(str(folder), str(self._workdir))
+          _logger.warning("warning: it is not copied: %s", reason)
           self._damaged.add(step)
-        if is_there:
-          digests |= there
+        if is_copied:
+          digests |= copy
         else:
           shutil.rmtree(folder / "checkpoints" / str(step))
         continue
       for name in names:
-        saved = good.get(name.removeprefix(start))
-        digests[name] = saved or files.digest_of(folder / name)
+        known = checked.get(name.removeprefix(subfolder))
+        digests[name] = known or files.digest_of(folder / name)
     return digests
 
   def _look(self) -> dict[str, tuple[int, int]]:
-    """The complete files of the workdir; time and size tell of changes."""
+    """The workdir's complete files, by path; time and size show changes."""
     paths = [self._workdir / name for name in _FILES]
     for step in checkpoint.steps(self._workdir):
       paths += sorted((self._workdir / "checkpoints" / str(step)).rglob("*"))
     try:
       return {
-        str(path.relative_to(self._workdir)): (now.st_mtime_ns, now.st_size)
+        str(path.relative_to(self._workdir)): (stat.st_mtime_ns, stat.st_size)
         for path in paths
         if path.is_file()
-        for now in [path.stat()]
+        for stat in [path.stat()]
       }
     except FileNotFoundError:  # The run is removing a checkpoint.
       return self._look()
 
   def _remove_old(self) -> None:
     used = _digests(self._store.states()[:_KEPT_STATES])
-    there = self._store.names("files")
-    self._stored &= used & there
+    present = self._store.names("files")
+    self._stored &= used & present
     for name in sorted(self._store.names("states"))[:-_KEPT_STATES]:
       self._store.remove(f"states/{name}")
-    for digest in there - used:
+    for digest in present - used:
       self._store.remove(f"files/{digest}")
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Keeps a file's present content under another path."""
+  """Keeps a file's content under another path: as a hard link or a copy."""
   target.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.suppress(OSError):  # Not all file systems have hard links.
-    if source.name not in _FILES:
+    if source.name not in _FILES:  # The run appends to metrics.jsonl.
       return target.hardlink_to(source)
   shutil.copyfile(source, target)
 
@@ -437,9 +437,9 @@ def _has_ended(owner: dict[str, Any]) -> bool:
     return False
   try:
     os.kill(owner["pid"], 0)
-  except OSError as error:  # It may be another user's.
+  except OSError as error:  # It may be another user's process.
     return isinstance(error, ProcessLookupError)
-  return owner["pid"] == os.getpid()
+  return owner["pid"] == os.getpid()  # This run has claimed nothing yet.
 
 
 @contextlib.contextmanager
@@ -448,7 +448,7 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
     yield
   except errors.UserError:
     raise
-  # Each kind of address raises exceptions of its own.
+  # Each kind of address raises different exceptions.
   except Exception as error:
     raise errors.WorkdirError(
       f"{name}={url} cannot be used: {errors.one_line(error)}. See that it can"
@@ -460,9 +460,9 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
 
 
 def progress(workdir: pathlib.Path) -> list[int]:
-  """A workdir's progress: its latest checkpoint's step, its number of records.
+  """A workdir's progress: [step of the latest checkpoint, number of records].
 
-  They start at -1, for none, and at 0; a later state of a run is greater.
+  The step is -1 without a checkpoint. A later state of a run compares greater.
   """
   log = workdir / "metrics.jsonl"
   records = log.read_bytes().count(b"\n") if log.exists() else 0
@@ -475,10 +475,10 @@ def fill(
   workdir: pathlib.Path,
   check: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> _State:
-  """Fills a workdir with the latest undamaged state.
+  """Fills a workdir with the latest undamaged state, and returns this state.
 
-  Files are replaced one by one; the workdir's own checkpoints are kept. If the
-  download fails, nothing is changed.
+  Files are replaced one by one; checkpoints of the workdir are kept. If the
+  download or `check` fails, nothing is changed.
   """
   with files.temporary_folder(workdir, ".mirror-") as folder:
     for state in states:
@@ -490,17 +490,17 @@ def fill(
         "warning: state %d of %s is damaged", state.number, store.url
       )
     else:
-      anew = ", or delete this one to start anew" * (store.name == _KEY)
+      advice = ", or delete this one to start anew" * (store.name == _KEY)
       raise errors.WorkdirError(
         f"{store.name}={store.url} holds no undamaged state. Pass another"
-        f" address{anew}."
+        f" address{advice}."
       )
     check(folder)
     (workdir / "checkpoints").mkdir(exist_ok=True)
     for step in map(str, checkpoint.steps(folder)):
-      own = workdir / "checkpoints" / step
-      if not own.exists():
-        (folder / "checkpoints" / step).rename(own)
+      target = workdir / "checkpoints" / step
+      if not target.exists():
+        (folder / "checkpoints" / step).rename(target)
     for name in reversed(_FILES):
       if (folder / name).exists():
         (folder / name).replace(workdir / name)
@@ -524,14 +524,14 @@ def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
 
 
 def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """The folder of a run that is only read; a copy if it is a mirror's address.
+  """The folder to read a run from: a copy if `workdir` is a mirror's address.
 
   The copy is of the latest state and lasts as long as this process. `name` is
   the flag or key that gives `workdir`.
   """
-  text = os.fspath(workdir)
-  if re.match(r"(gs|s3)://", text):
-    return _fetched(text, name)
+  address = os.fspath(workdir)
+  if re.match(r"(gs|s3)://", address):
+    return _fetched(address, name)
   path = errors.local_path(workdir, name)
   # Not Path.is_dir, which raises for names that are too long and the like.
   is_mirror = all(os.path.isdir(path / each) for each in ("states", "files"))
@@ -546,7 +546,7 @@ def _fetched(url: str, name: str) -> pathlib.Path:
 
 @functools.cache
 def _copy_of(url: str, name: str, states: frozenset[str]) -> pathlib.Path:
-  del states  # A later state is another copy.
+  del states  # They are part of the cache's key: a later state is copied again.
   folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
   remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
   atexit.register(remove)
@@ -556,7 +556,7 @@ def _copy_of(url: str, name: str, states: frozenset[str]) -> pathlib.Path:
 
 
 def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
-  """Fills an empty folder with the latest state at a flag's or key's `url`."""
+  """Fills an empty folder with the latest state at `url`, given by `name`."""
   store = _Store(url, name)
   with _explain(url, name):
     for tries_left in reversed(range(_TRIES)):
@@ -567,6 +567,6 @@ def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
         fill(store, states, workdir)
         return
       except errors.WorkdirError:
-        # A run that goes on removes what it has replaced.
+        # A run that still trains may have removed the state meanwhile.
         if not tries_left or store.states() == states:
           raise

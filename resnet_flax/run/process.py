@@ -1,4 +1,4 @@
-"""Common to all command lines: their start, their end and --workdir."""
+"""How every command line starts and ends, and the flag --workdir."""
 
 import signal
 import sys
@@ -22,10 +22,10 @@ def run(
   main: Callable[[list[str]], None],
   parse: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
-  """Runs a command line; mistakes and signals to stop end in one line.
+  """Runs a command line; a mistake or a signal ends it with one line.
 
   Signals end it at once, unless `main` enters `signals.StopSignals`. `parse` is
-  by default `command_line.parse_flags`; `main` gets what it returns.
+  by default `command_line.parse_flags`; `main` gets the list that it returns.
   """
   catch_signals()
   surroundings.open_streams()
@@ -36,33 +36,33 @@ def run(
       parse = command_line.parse_flags
     app.run(main, flags_parser=parse)
   except SystemExit:
-    _set_handlers(signal.SIG_IGN)  # All work is done: nothing is left to stop.
+    _set_handlers(signal.SIG_IGN)  # The work is done: nothing is left to stop.
     try:
       sys.stderr.flush()
     except OSError:
-      sys.stderr = None  # A full disk: Python would end with its own exit code.
+      sys.stderr = None  # The disk is full: Python would change the exit code.
     raise
   except errors.UserError as error:
     errors.leave(str(error), error.exit_code)
   except KeyboardInterrupt as error:
     _stop(getattr(error, "number", signal.SIGINT))
   except BrokenPipeError:
-    errors.end(0)  # Whoever reads the output, such as `head`, has seen enough.
+    errors.end(0)  # The reader of the output, such as `head`, closed it.
   except (RuntimeError, AssertionError):
     surroundings.check_platform()
     raise
 
 
 def catch_signals() -> None:
-  """Lets signals end the process in one line, whatever it is doing."""
-  # The handler ends the process: an exception might be caught in a library
-  # that is being imported, and the signal would be lost.
+  """Makes signals end the process with one line, even during an import."""
+  # The handler itself ends the process. If it raised an exception, a library
+  # that is being imported might catch it, and the signal would be lost.
   _set_handlers(_stop)
 
 
 def _set_handlers(handler: Any) -> None:
   for number in signals.SIGNALS:
-    # A shell's background job ignores Ctrl-C.
+    # Ignored signals stay ignored, such as Ctrl-C in a shell's background job.
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, handler)
 

@@ -21,9 +21,9 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-  """Follows the epochs of a run.
+  """Shows the progress of a run.
 
-  A bar on a terminal; elsewhere a line every `log.interval_seconds`.
+  A terminal shows a bar, other outputs a line every `log.interval_seconds`.
   """
 
   def __init__(self, config: ConfigDict, steps_per_epoch: int):
@@ -32,7 +32,7 @@ class Progress:
     self._seconds_per_step = self._evaluation_seconds = 0.0
 
   def start_epoch(self, epoch: int, step: int) -> None:
-    """Begins the training of a 0-based epoch after its first `step` steps."""
+    """Begins a 0-based epoch, of which the first `step` steps are done."""
     self._epoch, self._step, self._first_step = epoch, step, step
     self._title = f"epoch {epoch} of {self._config.num_epochs}"
     self._started = self._last_line = time.perf_counter()
@@ -43,12 +43,12 @@ class Progress:
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
-      # Process 0 speaks for all; None: it shows a bar on a terminal.
+      # Only process 0 shows a bar. None: if standard error is a terminal.
       disable=True if jax.process_index() else None,
     )
 
   def step(self, of_seeds: Sequence[step_lib.StepMetrics]) -> None:
-    """Takes in the metrics of a step of each seed, on the host."""
+    """Shows each seed's metrics of a step, which are on the host."""
     self._step = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
     now = time.perf_counter()
     seconds = now - self._started
@@ -62,7 +62,7 @@ class Progress:
       _logger.info("%s: %s", title, self._text(of_seeds))
 
   def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
-    """Ends an epoch with its record and the seconds its evaluation took."""
+    """Logs an epoch's record; `evaluation` is its evaluation's seconds."""
     if "test_loss" in record:
       self._evaluation_seconds = evaluation
 
@@ -100,15 +100,15 @@ class Progress:
     return f"{mean('loss')}, {mean('accuracy')}, {speed:.0f} images/s{left}"
 
   def _left(self) -> str:
-    """Time left for the whole run, evaluations included."""
+    """Time left for the whole run with its evaluations; '' if none is left."""
     epochs = self._config.num_epochs - self._epoch
     steps = epochs * self._steps_per_epoch - self._step
     seconds = steps * self._seconds_per_step
-    trained = self._step == self._steps_per_epoch
+    is_trained = self._step == self._steps_per_epoch  # The current epoch.
     num_epochs, every = self._config.num_epochs, self._config.eval_every_epochs
-    scored = -(-num_epochs // every) - (self._epoch + trained) // every
-    scored = min(scored, epochs - trained)
-    seconds += scored * self._evaluation_seconds
+    evaluations = -(-num_epochs // every) - (self._epoch + is_trained) // every
+    evaluations = min(evaluations, epochs - is_trained)
+    seconds += evaluations * self._evaluation_seconds
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
 
 
@@ -116,46 +116,46 @@ class Progress:
 
 
 def results(config: ConfigDict, records: Sequence[metrics.Record]) -> str:
-  """What a finished run has reached, with each seed's best epoch."""
+  """The scores of a finished run's last epoch, and each seed's best epoch."""
   lines = [f"Last epoch: {records[-1]['epoch']} (0-based)"]
   lines += _scores(records[-1], prefix="test_")
   monitor = config.checkpoint.monitor
   best_records = metrics.best_records(records, monitor)
   for seed, best in enumerate(best_records, config.seed):
-    by = metrics.monitored(best, monitor)
-    split = "validation" if by.startswith("val_") else "test"
-    chosen = f"by {split} {monitor} {best[by]:.4f}"
+    key = metrics.monitored(best, monitor)
+    split = "validation" if key.startswith("val_") else "test"
+    criterion = f"by {split} {monitor} {best[key]:.4f}"
     text = (
       f"Best epoch: {best['epoch']} (0-based), test accuracy"
       f" {best['test_accuracy']:.4f}, chosen"
-      f" {'on the test split' if by == 'test_accuracy' else chosen}"
+      f" {'on the test split' if key == 'test_accuracy' else criterion}"
     )
     lines.append(f"Seed {seed}: {text}" if config.num_seeds > 1 else text)
   return "\n".join(lines)
 
 
 def next_steps(config: ConfigDict, workdir: str) -> str:
-  """Where a finished run is, and commands for what can be done with it."""
+  """A finished run's workdir, and commands that use its network."""
   folder = shlex.quote(workdir)
-  score = f"python -m resnet_flax.main --mode=eval --workdir={folder}"
+  command = f"python -m resnet_flax.main --mode=eval --workdir={folder}"
   lines = [
     f"Run: {workdir}",
-    f"Score its best epoch: {score}",
+    f"Score its best epoch: {command}",
     f"Report: python -m resnet_flax.report {folder} --out=report",
     f"In Python: resnet_flax.load_model({workdir!r})",
   ]
   if config.ema.decay:
-    lines.insert(2, f"Score its averaged weights: {score} --weights=ema")
+    lines.insert(2, f"Score its averaged weights: {command} --weights=ema")
   if config.swa.start_epoch:
     options = "--weights=swa --checkpoint=latest"
-    lines.insert(2, f"Score its averaged weights: {score} {options}")
+    lines.insert(2, f"Score its averaged weights: {command} {options}")
   return "\n".join(lines)
 
 
 def evaluation(
   checkpoint: str, weights: str, split: str, scores: dict[str, Any]
 ) -> str:
-  """The scores of `load.evaluate_workdir`, with what they are of."""
+  """The scores of `load.evaluate_workdir`, and the checkpoint they are of."""
   checkpoint += f", {weights} weights" if weights != "raw" else ""
   lines = []
   for each in scores.get("seeds", [scores]):
@@ -172,12 +172,12 @@ def evaluation(
 def _scores(
   scores: dict[str, Any], split: str = "test", prefix: str = ""
 ) -> list[str]:
-  """Loss and accuracies; of several seeds also what goes with them."""
+  """Lines of loss and accuracies; of several seeds with std and ensemble."""
   lines = []
   titles = {"loss": "loss", "accuracy": "accuracy", "top5": "top-5 accuracy"}
   for weights, metric in itertools.product(("", "ema_", "swa_"), titles):
     key = f"{prefix}{weights}{metric}"
-    if key not in scores:  # Of few classes, or a record of before.
+    if key not in scores:  # No average, few classes, or an older record.
       continue
     title = f"{weights}{titles[metric]}".replace("_", " ")
     text = f"{split.capitalize()} {title}: {scores[key]:.4f}"

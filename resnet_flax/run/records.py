@@ -1,4 +1,4 @@
-"""What a run writes down of an epoch."""
+"""Makes the record of an epoch, which a run adds to metrics.jsonl."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ def of_epoch(
   scores: Mapping[str, evaluate.Scores],
   layout: networks.Layout,
 ) -> metrics.Record:
-  """The record of an epoch; a loss that is not finite is an error."""
-  epoch_sums = layout.get(layout.map(lambda one: one.epoch_sums, state))
+  """An epoch's record; `NonFiniteError` if a split's loss is not finite."""
+  epoch_sums = layout.get(layout.map(lambda chunk: chunk.epoch_sums, state))
   of_seeds = []
   for k, seed in enumerate(layout.seeds):
     rate = notes["learning_rate"][k]
@@ -24,7 +24,7 @@ def of_epoch(
     values = {"learning_rate": rate} | {
       f"train_{name}": float(total) / count
       for name, total in epoch_sums[k].items()
-      # A metric that a restored checkpoint lacked is NaN for its epoch.
+      # A metric that the restored checkpoint lacked is NaN in this epoch.
       if name != "count" and not math.isnan(total)
     }
     for split, score in scores.items():

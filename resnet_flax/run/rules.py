@@ -21,9 +21,9 @@ from resnet_flax.run import config as config_keys, errors, keys
 def check(
   config: ConfigDict, num_devices: int, facts: types.Facts | None = None
 ) -> None:
-  """Checks a configuration as a whole, before a run on so many devices.
+  """Checks a configuration for `num_devices` devices; see also `check_labels`.
 
-  `facts`, if a run remembers them, go before what its data says.
+  `facts`, which a run remembers, override the files of a streamed data set.
   """
   check_values(config)
   check_model(config.model)
@@ -35,16 +35,16 @@ def check(
   steps = _check_batch_size(config, num_devices, facts)
   _check_optimizer(config.optimizer, steps)
   _check_schedule(config)
-  last = config_keys.LAST_SEED + 1 - config.num_seeds
+  max_seed = config_keys.LAST_SEED + 1 - config.num_seeds
   _require(
-    config.seed <= last,
+    config.seed <= max_seed,
     f"seed={config.seed}, with num_seeds={config.num_seeds}, must be at most"
-    f" {last}.",
+    f" {max_seed}.",
   )
-  most = keys.LARGEST_INTEGER // steps
+  limit = keys.LARGEST_INTEGER // steps  # Steps are counted in int32.
   _require(
-    config.num_epochs <= most,
-    f"num_epochs={config.num_epochs} of {steps} steps must be at most {most}.",
+    config.num_epochs <= limit,
+    f"num_epochs={config.num_epochs} of {steps} steps must be at most {limit}.",
   )
   decay, start = config.ema.decay, config.swa.start_epoch
   _require(
@@ -69,7 +69,7 @@ def check(
 
 
 def check_values(config: ConfigDict) -> None:
-  """Raises a `ConfigError` that says what would work, unless all values do."""
+  """Raises a `ConfigError` for unknown or missing keys and invalid values."""
   flat = keys.to_flat(config)
   for name in sorted(flat.keys() - config_keys.KEYS.keys()):
     raise keys.unknown_key(name, config_keys.KEYS)
@@ -84,7 +84,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 def check_labels(config: ConfigDict) -> None:
-  """Checks that a network to be trained or scored has the data's classes."""
+  """Checks that the head has the data's classes; loading does not need it."""
   name, num_classes = config.dataset.name, config.model.num_classes
   classes = dataset.info(config.dataset).num_classes
   _require(
@@ -102,7 +102,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 def check_model(model: ConfigDict) -> None:
-  """Checks the depth, the shortcut and keys that the family does not read."""
+  """Checks depth and shortcut, and that keys without effect are not set."""
   registry.check_depth(model.name, model.depth)
   shortcuts = registry.MODELS[model.name].shortcuts
   _require(
@@ -110,7 +110,7 @@ def check_model(model: ConfigDict) -> None:
     f"model.shortcut={model.shortcut!r} does not exist for {model.name}; it"
     f" has: {', '.join(shortcuts)}. Pass --config.model.shortcut=default.",
   )
-  _check_read("model", model)
+  _check_unread("model", model)
   _require(
     model.batch_norm_groups == 1 or model.norm == "batch_norm",
     f"model.batch_norm_groups={model.batch_norm_groups} does nothing without"
@@ -126,8 +126,8 @@ def check_model(model: ConfigDict) -> None:
   )
 
 
-def _check_read(part: str, config: ConfigDict) -> None:
-  """Checks that keys that a part's `name` does not read have their defaults."""
+def _check_unread(part: str, config: ConfigDict) -> None:
+  """Checks that keys which `config.name` does not read have their defaults."""
   for key in config_keys.KEYS.values():
     if key.part == part and key.families and config.name not in key.families:
       value = config[key.name.rpartition(".")[2]]
@@ -139,7 +139,7 @@ def _check_read(part: str, config: ConfigDict) -> None:
 
 
 def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
-  _check_read("optimizer", config)
+  _check_unread("optimizer", config)
   _require(
     not config.arguments or config.name not in ("adam", "sgd"),
     f"optimizer.arguments are not for {config.name}, which has keys of its own;"
@@ -162,8 +162,8 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
     f" {steps_per_epoch} steps of an epoch, so that each has an update.",
   )
   name = config.name.removeprefix(any_optax.PREFIX)
-  is_own = config.name in optimizers.OPTIMIZERS
-  if not is_own and name not in any_optax.functions():
+  is_built_in = config.name in optimizers.OPTIMIZERS
+  if not is_built_in and name not in any_optax.functions():
     what = f"optimizer.name={any_optax.PREFIX}NAME, NAME"
     raise errors.unknown_name(what, name, any_optax.functions())
   try:
@@ -173,7 +173,7 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
 
 
 def _check_streaming(config: ConfigDict) -> None:
-  """Checks what depends on whether images are decoded while training."""
+  """Checks keys that only data sets in memory, or only streamed ones, take."""
   name, crop = config.dataset.name, config.augment.name
   is_streamed = streaming.is_streamed(name)
   num_crops = config.dataset.test_crops
@@ -200,7 +200,7 @@ def _check_streaming(config: ConfigDict) -> None:
 def _check_batch_size(
   config: ConfigDict, num_devices: int, facts: types.Facts | None
 ) -> int:
-  """Checks that batches fill an epoch, devices and groups; steps per epoch."""
+  """The steps per epoch; checks that the batch size suits data and devices."""
   size = config.batch_size
   num_train = dataset.num_train_examples(config.dataset, facts)
   _require(
@@ -208,20 +208,20 @@ def _check_batch_size(
     f"batch_size={size} is more than the {num_train} training images; at most"
     f" {num_train} makes an epoch of at least one step.",
   )
-  # Each group of devices trains its own seeds, on batches of its own.
-  devices = num_devices // mesh.num_groups(num_devices, config.num_seeds)
-  groups = config.model.batch_norm_groups
-  parts = math.lcm(devices, groups)
+  # A batch is divided over one group of devices; each group has other seeds.
+  group_size = num_devices // mesh.num_groups(num_devices, config.num_seeds)
+  norm_groups = config.model.batch_norm_groups
+  parts = math.lcm(group_size, norm_groups)
   nearest = max(size // parts, 1) * parts
-  examples = [n for n in (nearest, nearest + parts) if n <= num_train]
-  advice = f"for example {' or '.join(map(str, examples))}"
-  if not examples:
+  valid_sizes = [n for n in (nearest, nearest + parts) if n <= num_train]
+  advice = f"for example {' or '.join(map(str, valid_sizes))}"
+  if not valid_sizes:
     advice = f"use fewer, as there are only {num_train} training images"
-  what = [f"{devices} devices"] * (devices > 1)
-  what += [f"model.batch_norm_groups={groups}"] * (groups > 1)
+  divisors = [f"{group_size} devices"] * (group_size > 1)
+  divisors += [f"model.batch_norm_groups={norm_groups}"] * (norm_groups > 1)
   _require(
     size % parts == 0,
-    f"batch_size={size} must be divisible by {' and by '.join(what)};"
+    f"batch_size={size} must be divisible by {' and by '.join(divisors)};"
     f" {advice}.",
   )
   return num_train // size
@@ -253,7 +253,7 @@ def _check_schedule(config: ConfigDict) -> None:
     f"{key} does nothing for schedule.name=onecycle, which rises by itself"
     " until schedule.peak_percent. Leave it 0.",
   )
-  ends = [config.num_epochs]
+  ends = [config.num_epochs]  # The warm-up must be shorter than each of these.
   if values.name == "drops":
     ends += learning_rates.drop_epochs(ends[0], percents, values.drop_inclusive)
   if values.name == "warmup_stable_decay":
@@ -269,7 +269,7 @@ def _check_schedule(config: ConfigDict) -> None:
 def check_input_size(
   config: ConfigDict, image_shape: tuple[int, ...], is_streamed: bool = False
 ) -> None:
-  """Refuses (H, W, C) images that the network's stem is not made for."""
+  """Raises a `ConfigError` if the stem is not made for (H, W, C) images."""
   height, width = image_shape[:2]
   key = "dataset.image_size" if is_streamed else "model.input_size"
   if config.input_size:

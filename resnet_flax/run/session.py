@@ -1,7 +1,7 @@
 """One start of a run: its folder, checkpoints, logs, signals and hosts.
 
-On several hosts process 0 alone reads and writes the workdir. The session of
-another process has no files: there, the same calls do nothing but agree.
+On several hosts only process 0 reads and writes the workdir. In the other
+processes the same calls touch no files; they only agree with process 0.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ from resnet_flax.run import (
 
 _logger = logging.getLogger(__name__)
 
-# Where data is may differ between hosts; all other keys must be the same.
-_OWN_KEYS = ("dataset.data_dir", "dataset.archive", "dataset.cache_dir")
+# Folders of data may differ between hosts; all other keys must be equal.
+_HOST_KEYS = ("dataset.data_dir", "dataset.archive", "dataset.cache_dir")
 
 
 class Session:
-  """What the loop reads, writes and waits for; from `open_run`.
+  """The files, signals and progress of a run, for the loop; see `open_run`.
 
   `records` are as in metrics.jsonl, `step` counts the steps done, and `notes`
-  are those of the latest checkpoint; see `checkpoint.NEW_EPOCH`.
+  describe the epoch up to its latest save; see `checkpoint.NEW_EPOCH`.
   """
 
   def __init__(
@@ -65,7 +65,7 @@ class Session:
     self._steps_per_epoch = experiment.learning_rate.steps_per_epoch
     self._pending: networks.Networks | None = None
     self._log = metrics.MetricsLog(workdir, config)
-    # Of process 0 alone.
+    # Only process 0 sets these three.
     self._checkpoints: checkpoint.Checkpoints | None = None
     self._board: metrics.TensorBoard | None = None
     self._restored: Any = None
@@ -79,7 +79,7 @@ class Session:
   # ---- Opening
 
   def _open(self) -> tuple[bool, int, checkpoint.Notes, list[metrics.Record]]:
-    """Opens the workdir: whether it resumes, at which step, with what."""
+    """Opens the workdir; returns `resumes`, `step`, `notes` and `records`."""
     with folder.explain_write_errors(self._workdir):
       self._stack.enter_context(folder.use(self._workdir, self._config))
       if address := self._config.checkpoint.mirror:
@@ -92,20 +92,20 @@ class Session:
         )
       self._checkpoints = self._stack.enter_context(
         checkpoint.Checkpoints(
-          self._workdir, best_steps=self._best_steps, on_event=self._saving
+          self._workdir, best_steps=self._best_steps, on_event=self._on_save
         )
       )
       self._saved_step = max(checkpoint.steps(self._workdir), default=0)
       self._stack.enter_context(self._explain_interruption())
-      # Before what is of other numbers of classes and steps is read.
+      # Checked first: the errors below would not say that the data differs.
       if facts := folder.read_facts(self._workdir):
-        known = dataset_lib.info(self._config.dataset)
-        text = "{} classes, {} and {} images".format
-        here = text(known.num_classes, known.num_train, known.num_test)
-        there = text(len(facts[0]), *facts[1:])
-        folder.check_data(self._workdir, here, there)
+        info = dataset_lib.info(self._config.dataset)
+        describe = "{} classes, {} and {} images".format
+        configured = describe(info.num_classes, info.num_train, info.num_test)
+        stored = describe(len(facts[0]), *facts[1:])
+        folder.check_data(self._workdir, configured, stored)
       notes, step = checkpoint.NEW_EPOCH, 0
-      # Tracing a deep network takes long: not for a run that is new.
+      # Not for a new run, since tracing a deep network takes long.
       if checkpoint.steps(self._workdir):
         like = experiment_lib.abstract_state(self._config, self._experiment)
         self._restored, notes = self._checkpoints.restore_latest(like)
@@ -116,8 +116,8 @@ class Session:
       )
     return self._restored is not None, step, notes, records
 
-  def _saving(self, event: str) -> None:
-    """Sees to it that no checkpoint is finished in a folder made anew."""
+  def _on_save(self, event: str) -> None:
+    """Reports an event of a save; fails if the workdir was removed."""
     self.on_event(event)
     folder.check_not_removed(self._workdir)
 
@@ -127,7 +127,7 @@ class Session:
 
   @contextlib.contextmanager
   def _explain_interruption(self) -> Iterator[None]:
-    """A signal to stop ends in a line that says where the run stands."""
+    """Makes a signal to stop end in one line that says what is saved."""
 
     def saved(what: str, step: int) -> str:
       if not step:
@@ -135,8 +135,8 @@ class Session:
       return f"{what} in {self._workdir}. The same command resumes from there."
 
     def on_disk() -> int:
-      """The latest save may not have ended; only process 0 sees the folder."""
-      with contextlib.suppress(OSError):  # The disk may be gone.
+      """The latest complete checkpoint's step: a save in progress is lost."""
+      with contextlib.suppress(OSError):  # The disk may be missing.
         if self._checkpoints is not None:
           return max(checkpoint.steps(self._workdir), default=0)
       return self._saved_step
@@ -156,9 +156,9 @@ class Session:
   def choose_layout(
     self, dataset: types.Dataset
   ) -> tuple[networks.Layout, int]:
-    """Layout and steps of a call.
+    """Chooses the layout of the networks and the training steps of a call.
 
-    Writes configuration, with what was chosen, and environment.
+    Writes these choices into a new config.json, and writes environment.json.
     """
     config, devices = self._config, self._devices
     dtype = jnp.dtype(config.model.dtype)
@@ -167,16 +167,16 @@ class Session:
       _logger.info("note: this CPU has no %s: float32 is faster", dtype)
     execution = config.seed_execution
     if execution == "auto" and config.num_seeds > 1:
-      # As experiments/seeds measured it on CPUs; elsewhere several networks in
-      # one call wait less for the host.
+      # CPUs are faster in turn (experiments/seeds); on accelerators, several
+      # networks in one call wait less for the host.
       on_cpu = devices[0].platform == "cpu"
       execution = "in_turn" if on_cpu else "vectorized"
     layout = networks.Layout.create(config, devices, execution)
-    wanted = config.steps_per_call
-    size = max(config.model.input_size, *self._experiment.image_shape[:2])
-    # By one process for all: their devices' memory may differ.
+    wanted_steps = config.steps_per_call
+    side = max(config.model.input_size, *self._experiment.image_shape[:2])
+    # Process 0 chooses for all: the memory of their devices may differ.
     steps_per_call = hosts.first(
-      lambda: many_steps.choose(wanted, dataset.train, layout, size)
+      lambda: many_steps.choose(wanted_steps, dataset.train, layout, side)
     )
     self._layout, self._split = layout, dataset.train
     chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
@@ -187,8 +187,8 @@ class Session:
     self, dataset: types.Dataset, chosen: dict[str, Any]
   ) -> None:
     config = ConfigDict(self._config.to_dict() | chosen)
-    known = dataset_lib.info(config.dataset)
-    counts = {"train": known.num_train, "test": known.num_test}
+    info = dataset_lib.info(config.dataset)
+    counts = {"train": info.num_train, "test": info.num_test}
     facts = {"class_names": dataset.class_names, **counts}
     with folder.explain_write_errors(self._workdir):
       folder.record_start(
@@ -219,12 +219,12 @@ class Session:
         metrics.TensorBoard(self._workdir, self.step)
       )
       if self.records and self.records[-1]["step"] == self.step:
-        # Superseded, or not written when the run was killed.
+        # The restart supersedes this event, or a killed run did not write it.
         self._board.write(self.records[-1])
     if self._checkpoints is not None:
       self._stack.callback(self._checkpoints.wait)
     if config.init_from and not self.resumes:
-      # So that the run depends no longer on what becomes of its source.
+      # From now on the run does not need the source of its first weights.
       self._save(state)
     if self.step == len(self.records) * self._steps_per_epoch:
       self.notes = checkpoint.NEW_EPOCH
@@ -238,7 +238,7 @@ class Session:
   def batches(
     self, epoch: int, of_epoch: Callable[[int, int], Iterator[program.Batch]]
   ) -> Iterator[program.Batch]:
-    """Begins a 0-based epoch: its batches from where the run stands."""
+    """Begins a 0-based epoch; yields its batches from the next step on."""
     first = self.step - epoch * self._steps_per_epoch
     self._progress.start_epoch(epoch, first)
     self._started, self._waited = time.perf_counter(), 0.0
@@ -252,9 +252,9 @@ class Session:
       yield batch
 
   def report(self, step_metrics: networks.Networks, num_steps: int) -> None:
-    """Takes in `StepMetrics`; checks those of the call before.
+    """Keeps a call's `StepMetrics`; reads and checks those of the last call.
 
-    One call late: the devices have the next one to work on meanwhile.
+    Reading one call late lets the devices work on the next call meanwhile.
     """
     self.on_event("step")
     self._read()
@@ -262,14 +262,14 @@ class Session:
     self.step += num_steps
 
   def _read(self) -> list[step_lib.StepMetrics]:
-    """The pending metrics of each seed, on the host."""
+    """Reads the pending metrics of each seed; fails if one is not finite."""
     if self._pending is None:
       return []
     of_seeds = self._layout.get(self._pending)
     self._pending = None
-    for seed, each in zip(self._layout.seeds, of_seeds, strict=True):
-      if not each.finite:
-        self._fail(int(each.step), seed, float(each.learning_rate))
+    for seed, last in zip(self._layout.seeds, of_seeds, strict=True):
+      if not last.finite:
+        self._fail(int(last.step), seed, float(last.learning_rate))
     self._progress.step(of_seeds)
     return of_seeds
 
@@ -285,10 +285,10 @@ class Session:
     )
 
   def _reproduce(self, step: int, seed: int) -> dict[str, Any]:
-    """What leads to a step of a network, from the checkpoint before it."""
+    """The batch and keys that repeat a seed's step from a checkpoint."""
     assert self._checkpoints is not None
     self._checkpoints.wait()
-    epoch, within = divmod(step, self._steps_per_epoch)
+    epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
     order = program.order(
       len(self._split), self._config.batch_size, seed, epoch
     )
@@ -297,9 +297,9 @@ class Session:
       "seed": seed,
       "step": step,
       "epoch": epoch,
-      "step_in_epoch": within,
-      # Of the official training split, whatever part of it is used.
-      "batch_indexes": self._split.indices[order[within]].tolist(),
+      "step_in_epoch": step_in_epoch,
+      # Positions in the whole official training split.
+      "batch_indexes": self._split.indices[order[step_in_epoch]].tolist(),
       **{
         f"{name}_key": jax.random.key_data(key).tolist()
         for name, key in step_lib.step_keys(key, step).items()
@@ -310,12 +310,12 @@ class Session:
     }
 
   def should_save(self) -> bool:
-    """Whether a checkpoint is due: clock, steps, signal or the epoch's end."""
+    """Whether to save now: by the clock, steps, a signal, the epoch's end."""
     # All processes must vote after every step.
-    wanted = self._agreement.wants_save()
+    wants_save = self._agreement.wants_save()
     every = self._config.checkpoint.every_steps
     is_due = every and self.step % every == 0
-    return bool(wanted or is_due or self._epoch_is_over())
+    return bool(wants_save or is_due or self._epoch_is_over())
 
   def _is_overdue(self) -> bool:
     seconds = 60 * self._config.checkpoint.every_minutes
@@ -329,15 +329,14 @@ class Session:
     state: networks.Networks,
     before: Callable[[int, networks.Networks], networks.Networks],
   ) -> networks.Networks:
-    """Starts to save what `before` makes of the states, and returns it.
+    """Applies `before` to the states, starts to save the result, returns it.
 
-    Then stops if a signal has come.
+    Then raises `Stopped` if a signal has come.
     """
-    last = self._read()
+    of_seeds = self._read()
     now = time.perf_counter()
     self.notes = {
-      # Of each seed.
-      "learning_rate": [float(each.learning_rate) for each in last],
+      "learning_rate": [float(last.learning_rate) for last in of_seeds],
       "epoch_seconds": self.notes["epoch_seconds"] + now - self._started,
       "data_seconds": self.notes["data_seconds"] + self._waited,
     }
@@ -360,19 +359,19 @@ class Session:
     self._saved_step = self.step
 
   def on_evaluation_batch(self) -> None:
-    """Stops if a signal has come; after each batch of an evaluation."""
+    """Called for each batch of an evaluation; stops if a signal has come."""
     self.on_event("evaluate")
     self._agreement.check(at_once=False)
 
   def end_epoch(self, record: metrics.Record) -> None:
-    """Records an epoch whose checkpoint was started.
+    """Records an epoch whose checkpoint is being saved.
 
-    In this order: a record without its checkpoint is cut off, a checkpoint
-    without its record is evaluated again.
+    A killed run may have only one of the two. On resume, a record without its
+    checkpoint is dropped; an epoch without its record is evaluated again.
     """
     self.on_event("record")
-    evaluation = time.perf_counter() - self._started
-    record["evaluation_seconds"] = evaluation
+    evaluation_seconds = time.perf_counter() - self._started
+    record["evaluation_seconds"] = evaluation_seconds
     hosts.first(lambda: folder.check_not_removed(self._workdir))
     if hosts.is_first():
       self._log.append(record)
@@ -380,10 +379,10 @@ class Session:
     self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:
       self._board.write(record)
-    self._progress.end_epoch(record, evaluation)
+    self._progress.end_epoch(record, evaluation_seconds)
 
   def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes numbers by their tags to TensorBoard, if there is one."""
+    """Writes numbers by their tags to TensorBoard, if the run logs to it."""
     if self._board is not None:
       self._board.write_scalars(step, values)
 
@@ -400,14 +399,14 @@ def open_run(
 ) -> Iterator[Session]:
   """Opens a run: locks its workdir and restores its latest checkpoint.
 
-  The workdir is made if it is not there. `signals` says how signals to stop are
-  met; `on_event` is called with 'step', 'save', 'manifest', 'evaluate' and
-  'record' before each of them.
+  A missing workdir is created. `signals` says how signals to stop are handled.
+  `on_event` is called with 'save', 'manifest' and 'record' before each of them,
+  and with 'step' and 'evaluate' after each call of a training or scoring step.
   """
-  # Through JSON, which exchanges it.
+  # Through JSON, as the other processes' values are.
   flat = json.loads(json.dumps(keys.to_flat(config)))
   hosts.check_same(
-    "the configuration", {k: v for k, v in flat.items() if k not in _OWN_KEYS}
+    "the configuration", {k: v for k, v in flat.items() if k not in _HOST_KEYS}
   )
   path = errors.local_path(workdir, "workdir").absolute()
   with contextlib.ExitStack() as stack:

@@ -34,15 +34,15 @@ class StopSignals:
 
   Inside `hold()` the first signal waits for `check`, which the loop calls.
   Otherwise the exception would hit libraries with an event loop, such as Orbax,
-  in the middle of their work. A second signal, 0.05 s later, never waits.
+  in the middle of their work. A second signal, after 0.05 s, never waits.
 
   Does nothing outside the main thread, where Python delivers no signals.
   Ignored signals stay ignored: Ctrl-C in a background job, SIGHUP under nohup.
 
   Args:
-    exits: a second signal ends the process. A first one does, too, if nothing
-      must be saved and the interpreter is busy in compiled code. For command
-      lines; a notebook must survive.
+    exits: a second signal ends the process. A first one does, too, if it need
+      not wait and compiled code keeps the interpreter busy. For command lines;
+      a notebook must survive.
   """
 
   def __init__(self, *, exits: bool = False):
@@ -62,8 +62,8 @@ class StopSignals:
         signal.signal(number, self._note)
     if self._previous:
       self._unraisable = sys.unraisablehook
-      # Python drops what is raised in destructors and in the callbacks of its
-      # garbage collector, XLA's for example. `check` or `_listen` comes later.
+      # Python drops exceptions in destructors and in callbacks of its garbage
+      # collector, such as XLA's. `check` or `_listen` stops the program later.
       sys.unraisablehook = errors.quiet(
         self._unraisable, lambda error: isinstance(error, Stopped)
       )
@@ -87,7 +87,7 @@ class StopSignals:
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
-    """Inside, and after a success, the first signal waits for `check`."""
+    """Makes the first signal wait for `check`, also after leaving normally."""
     self._held = True
     try:
       yield
@@ -115,13 +115,13 @@ class StopSignals:
     raise Stopped(self.number)
 
   def _listen(self, reader: socket.socket) -> None:
-    """Receives signals whatever the main thread does."""
+    """Receives signals even while the main thread cannot handle them."""
     first = b""
     with reader:
       while True:
         try:
           byte = reader.recv(1)
-        except TimeoutError:  # The main thread is stuck.
+        except TimeoutError:  # The main thread has not ended in time.
           errors.leave(self._message(), 128 + first[0])
         if not byte:
           return

@@ -21,24 +21,24 @@ def set_up() -> None:
   # The libraries' own messages are about their internals. Problems that matter
   # to the user come as exceptions.
   absl_logging.set_verbosity(absl_logging.FATAL)
-  # Programs with oneDNN's convolution cannot be kept; see kernels/onednn.py.
+  # Programs with oneDNN's convolution cannot be cached: see kernels/onednn.py.
   warnings.filterwarnings(
     "ignore", "Error writing persistent compilation cache entry.*MemoryError"
   )
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    # Programs depend on the CPU, and home directories are shared.
-    text = str(environment.cpu()).encode()
-    cpu = hashlib.sha256(text).hexdigest()[:8]
-    folder = cache.cache_dir("") / f"compiled-{cpu}"
+    # Programs depend on the CPU, and several machines may share a home.
+    processor = str(environment.cpu()).encode()
+    digest = hashlib.sha256(processor).hexdigest()[:8]
+    folder = cache.cache_dir("") / f"compiled-{digest}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def show(text: str) -> None:
-  """Prints a command's result."""
+  """Prints a command's result; `UserError` if it cannot be written."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
-    raise
+    raise  # `process.run` handles it.
   except OSError as error:
     raise errors.UserError(
       f"standard output cannot be written: {error.strerror}. The work is"
@@ -49,14 +49,14 @@ def show(text: str) -> None:
 def open_streams() -> None:
   """Makes standard output and error take any text, even if they are closed."""
   for name in ("stdout", "stderr"):
-    # If closed, a file opened later would get its number and library messages.
+    # Otherwise a file that is opened later gets stdout's or stderr's messages.
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     getattr(sys, name).reconfigure(errors="replace")
 
 
 def check_platform() -> None:
-  """Ends the process with a message if JAX finds no device of its platforms."""
+  """Ends the process with a message if JAX finds no device of JAX_PLATFORMS."""
   import jax
 
   try:

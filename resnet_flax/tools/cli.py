@@ -7,8 +7,8 @@ import sys
 from resnet_flax.run import errors
 
 _MODES = ("train", "eval", "summary")  # Modes of `resnet_flax.main`.
-_DOORS = ("predict", "convert", "export", "report", "compare")
-COMMANDS = (*_MODES, *_DOORS, "sweep")
+_MODULES = ("predict", "convert", "export", "report", "compare")
+COMMANDS = (*_MODES, *_MODULES, "sweep")
 
 
 def run() -> None:

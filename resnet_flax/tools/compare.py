@@ -4,7 +4,7 @@ from resnet_flax.run import arguments, surroundings
 
 
 def main(argv: list[str]) -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = arguments.Parser(
     "python -m resnet_flax.compare",
     description="Compares experiments A and B over seeds and over test images,"
@@ -18,12 +18,12 @@ def main(argv: list[str]) -> None:
   formats = ["text", "markdown", "csv", "latex"]
   add("--format", default="text", choices=formats)
   add("--no-images", dest="images", action="store_false")
-  given = parser.parse_args(argv[1:])
+  args = parser.parse_args(argv[1:])
   surroundings.set_up()
   from resnet_flax.tools import comparison
 
   tables = comparison.compare(
-    given.a, given.b, given.metric, given.which, images=given.images
+    args.a, args.b, args.metric, args.which, images=args.images
   )
-  texts = [getattr(table, f"to_{given.format}")() for table in tables]
+  texts = [getattr(table, f"to_{args.format}")() for table in tables]
   surroundings.show("\n".join(texts).removesuffix("\n"))

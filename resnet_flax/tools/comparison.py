@@ -92,7 +92,7 @@ def _side(name: str, paths: Paths) -> Group:
 
 def _key(metric: str, sides: Sequence[Group]) -> str:
   """The full key of a metric, which all networks must have recorded."""
-  # Of any epoch: averages start late, and some epochs are not scored.
+  # Any epoch will do: averages start late, and some epochs are not scored.
   recorded = [
     set().union(*run.records[: side.num_epochs])
     for side in sides
@@ -108,11 +108,11 @@ def _key(metric: str, sides: Sequence[Group]) -> str:
 
 def _facts(side: Group) -> dict[str, str]:
   """How a side was trained; semicolons separate the values of several runs."""
-  facts: dict[str, dict[str, None]] = {}  # The values have an order.
+  facts: dict[str, dict[str, None]] = {}  # The inner keys are an ordered set.
   for run in side.counted:
     environment = keys.flatten(folder.read_environment(run.folder))
-    known = environment | {**side.config, "runs": run.folder}
-    for key, value in known.items():
+    run_facts = environment | {**side.config, "runs": run.folder}
+    for key, value in run_facts.items():
       facts.setdefault(key, {})[runs_lib.shown(value)] = None
   return {key: "; ".join(values) for key, values in facts.items()}
 
@@ -128,9 +128,9 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     )
   rows = [_row(f"{title}, all seeds (Welch's t)", a, b, paired=False)]
   a_seeds, b_seeds = ([run.seed for run in side.counted] for side in sides)
-  _, *places = np.intersect1d(a_seeds, b_seeds, return_indices=True)
-  if len(places[0]) > 1:
-    pairs = a[places[0]], b[places[1]]
+  _, *indices = np.intersect1d(a_seeds, b_seeds, return_indices=True)
+  if len(indices[0]) > 1:
+    pairs = a[indices[0]], b[indices[1]]
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
@@ -154,9 +154,9 @@ def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     for side in sides:
       is_right = []
       for run in side.counted:
-        asked = run.folder, run.seed, checkpoint, weights
-        found = load.predict_test(*asked, opened=opened)
-        is_right.append(found.probabilities.argmax(1) == found.labels)
+        network = run.folder, run.seed, checkpoint, weights
+        scored = load.predict_test(*network, opened=opened)
+        is_right.append(scored.probabilities.argmax(1) == scored.labels)
       right.append(np.sum(is_right, axis=0))
   except errors.UserError as error:
     return [_note(what, f"left out: {error}")]
@@ -169,18 +169,18 @@ def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
 
 
 def _row(what: str, a: np.ndarray, b: np.ndarray, *, paired: bool) -> _Row:
-  found = intervals.interval(a, b, paired=paired)
-  note = "cannot tell: a side has one seed, or no spread" if not found else ""
-  # A paired test uses the spread of the differences, not that of a side.
+  t_test = intervals.interval(a, b, paired=paired)
+  note = "cannot tell: a side has one seed, or no spread" if not t_test else ""
+  # A paired test uses the spread of the differences, not of each side.
   means = [
     Statistic(x.mean(), None if paired or len(x) < 2 else x.std(ddof=1), len(x))
     for x in (a, b)
   ]
   n = f"{len(a)}, {len(b)}"
-  return [what, *means, n, a.mean() - b.mean(), *(found or [None] * 3), note]
+  return [what, *means, n, a.mean() - b.mean(), *(t_test or [None] * 3), note]
 
 
 def _note(what: str, note: str, p: float | None = None) -> _Row:
-  """A row without means."""
+  """A row with a note in place of means and an interval."""
   none = Statistic.of([])
   return [what, none, none, None, None, None, None, p, note]

@@ -4,8 +4,8 @@ python -m resnet_flax.convert --source=FILE --config=configs/v1_depth20.py
   [--workdir=DIR] [--config.model.depth=56 ...]
 
 FILE comes from Keras (.keras, .weights.h5, .h5) or PyTorch (.safetensors, .pt,
-.pth, .th, .bin or .ckpt). Every array in it is used exactly once, or nothing is
-written.
+.pth, .th, .bin or .ckpt). Every array of weights in it is used exactly once, or
+nothing is written.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ Path = str | os.PathLike[str]
 class Conversion(NamedTuple):
   """The result of a conversion."""
 
-  title: str  # What the file holds.
-  num_arrays: int  # How many of its arrays were used: all weights.
+  title: str  # The network in the file.
+  num_arrays: int  # The number of the file's arrays of weights: all are used.
   # Names of arrays that are not weights: counters, optimizer states.
   passed_over: tuple[str, ...]
   config: ConfigDict  # The configuration of the workdir.
@@ -73,26 +73,26 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     f" {file.library}",
     " Pass --source=FILE as the library saved it.",
   ):
-    kind = _LIBRARIES[file.library].identify(file)
-  if wrong := mapping.differing(kind, config):
+    network = _LIBRARIES[file.library].identify(file)
+  if wrong := mapping.differing(network, config):
     raise errors.ConfigError(
-      f"{file.path} holds {kind.title}, which the configuration must match:"
+      f"{file.path} holds {network.title}, which the configuration must match:"
       f" pass {', '.join(wrong.values())}."
     )
-  # If the file's head has no classes, the comparison of arrays reports it.
-  if 0 < kind.num_classes != experiment_lib.num_classes(config):
+  # A file without a head has 0 classes here; `mapping.variables` reports it.
+  if 0 < network.num_classes != experiment_lib.num_classes(config):
     if config.model.num_classes:
       raise errors.ConfigError(
         f"model.num_classes={config.model.num_classes} must be 0 or that of"
-        f" {file.path}, which has a head of {kind.num_classes} classes."
+        f" {file.path}, which has a head of {network.num_classes} classes."
       )
-    config.model.num_classes = kind.num_classes
-  # The head's size comes from the file, and has a limit as well.
+    config.model.num_classes = network.num_classes
+  # Checked again, since the number of classes may now come from the file.
   rules.check(config, num_devices=1)
   experiment = experiment_lib.build(config)
   like = experiment_lib.abstract_state(config, experiment)
   variables = mapping.variables(
-    file, kind, {"params": like.params, "batch_stats": like.batch_stats}
+    file, network, {"params": like.params, "batch_stats": like.batch_stats}
   )
   if config.normalization in normalization.UNMEASURED:
     scale = normalization.fixed(config.normalization, experiment.image_shape)
@@ -108,7 +108,7 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     "converted": {
       "source": source.name,
       "sha256": files_lib.digest_of(source),
-      "holds": kind.title,
+      "holds": network.title,
       "passed_over": len(file.passed_over),
     },
   }
@@ -119,7 +119,7 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     files_lib.write_json(folder / "config.json", config.lock().to_dict())
     with checkpoint.Checkpoints(folder) as checkpoints:
       checkpoints.save(state, checkpoint.NEW_EPOCH)
-  return Conversion(kind.title, len(file.arrays), file.passed_over, config)
+  return Conversion(network.title, len(file.arrays), file.passed_over, config)
 
 
 def _run(argv: list[str]) -> None:
@@ -135,17 +135,17 @@ def _run(argv: list[str]) -> None:
   workdir = process.WORKDIR.value or default_workdir
   # A signal first removes half-written files, then ends the process.
   with signals.StopSignals():
-    done = convert(source, config, workdir)
-  others = f"{len(done.passed_over)} skipped that are not weights"
-  surroundings.show(f"Source: {done.title}")
-  surroundings.show(f"Arrays: {done.num_arrays} used, each once; {others}")
+    result = convert(source, config, workdir)
+  skipped = f"{len(result.passed_over)} skipped that are not weights"
+  surroundings.show(f"Source: {result.title}")
+  surroundings.show(f"Arrays: {result.num_arrays} used, each once; {skipped}")
   surroundings.show(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
-    rules.check_labels(done.config)
+    rules.check_labels(result.config)
     return
   surroundings.show(
-    f"The head's {done.config.model.num_classes} classes are not those of"
-    f" {done.config.dataset.name}: the network can be loaded (load_model) and"
+    f"The head's {result.config.model.num_classes} classes are not those of"
+    f" {result.config.dataset.name}: the network can be loaded (load_model) and"
     " trained with a new head (init_from), but it cannot be scored."
   )
 

@@ -10,7 +10,7 @@ from resnet_flax.run import errors, files, folder as workdir_lib, signals
 
 def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
   """The local folder that `flag` names, which must be new or empty."""
-  folder = errors.resolve(path, flag)  # A folder cannot replace a link.
+  folder = errors.resolve(path, flag)  # `os.rename` cannot replace a link.
   workdir_lib.check_name(folder, flag)
   with (
     writing(folder, flag, "Pass another folder."),
@@ -28,8 +28,8 @@ def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
 def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
   """Yields an empty folder, which is renamed to `folder` at the end.
 
-  Signals are held until then. Signals and errors leave no files behind. An
-  `OSError` in the caller's block ends as a `WorkdirError`.
+  Signals wait until then. After a signal or an error, no files are left. An
+  `OSError` in the caller's block becomes a `WorkdirError`.
   """
   prefix = f".unfinished-{folder.name}-"
   with writing(folder, flag, "Nothing was left there. Pass another folder."):
@@ -38,9 +38,9 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
       # Orbax's threads must have ended before the folder is removed.
       signals.StopSignals() as stops,
       stops.hold(),
-      files.temporary_folder(folder.parent, prefix) as beside,
+      files.temporary_folder(folder.parent, prefix) as temporary,
     ):
-      unfinished = beside / "unfinished"
+      unfinished = temporary / "unfinished"
       unfinished.mkdir()
       yield unfinished
       stops.check()

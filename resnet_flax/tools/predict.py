@@ -47,8 +47,8 @@ def predict_files(
 ) -> Iterator[tuple[str, np.ndarray | str]]:
   """Yields each file and its float32[classes] probabilities, in order.
 
-  If a file cannot be decoded, a text says why. `loaded` is a `LoadedModel`. At
-  most `batch_size` files, or its `eval_batch_size` if less, are read at once.
+  For an undecodable file, a text says why. `loaded` is a `LoadedModel`. At most
+  `batch_size` files, or its `eval_batch_size` if less, are read at once.
   """
   from resnet_flax.data import crops, pictures, streaming
   from resnet_flax.run import environment
@@ -58,7 +58,7 @@ def predict_files(
   is_streamed = streaming.is_streamed(config.dataset.name)
 
   def read(path: str) -> Any:
-    """uint8[H, W, 3], cut and resized as the data set; or an error's text."""
+    """uint8[H, W, 3], cut and resized like a test image; or an error's text."""
     try:
       picture = pictures.decode(files_lib.read_bytes(pathlib.Path(path)))
     except Exception as error:
@@ -70,12 +70,12 @@ def predict_files(
   size = min(batch_size, config.eval_batch_size)
   with futures.ThreadPoolExecutor(environment.num_cpu_threads()) as pool:
     while names := list(itertools.islice(files, size)):
-      found = list(pool.map(read, names))
-      images = [each for each in found if isinstance(each, np.ndarray)]
+      decoded = list(pool.map(read, names))
+      images = [each for each in decoded if isinstance(each, np.ndarray)]
       # All batches have one size, so that one program is compiled.
       padding = np.zeros((size - len(images), *shape), np.uint8)
       rows = iter(loaded.predict(np.stack([*images, *padding])))
-      for name, each in zip(names, found, strict=True):
+      for name, each in zip(names, decoded, strict=True):
         yield name, each if isinstance(each, str) else next(rows)
 
 
@@ -94,21 +94,21 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
     writer.writerow(sum(titles, ["path"]))
   files = itertools.chain.from_iterable(map(find, args.paths))
   with tqdm.tqdm(total=total, unit=" files", leave=False, disable=None) as bar:
-    for name, found in predict_files(loaded, files, args.batch_size):
+    for name, result in predict_files(loaded, files, args.batch_size):
       bar.update()
       with bar.external_write_mode():
         # Bytes that are not text are shown as \xff.
         path = os.fsencode(name).decode(errors="backslashreplace")
-        if isinstance(found, str):
-          _logger.warning("%s", runs.shown(f"skipped {path}: {found}"))
+        if isinstance(result, str):
+          _logger.warning("%s", runs.shown(f"skipped {path}: {result}"))
           continue
-        best = np.argsort(-found, kind="stable")[:k]
-        pairs = [(classes[each], float(found[each])) for each in best]
+        best = np.argsort(-result, kind="stable")[:k]
+        pairs = [(classes[each], float(result[each])) for each in best]
         if args.format == "csv":
           writer.writerow(map(tables.no_formula, [path, *sum(pairs, ())]))
         elif args.format == "json":
-          seen = [{"class": label, "probability": p} for label, p in pairs]
-          row = {"path": path, "classes": seen}
+          entries = [{"class": label, "probability": p} for label, p in pairs]
+          row = {"path": path, "classes": entries}
           surroundings.show(f"{',' if num_rows else '['}{json.dumps(row)}")
         else:
           parts = [f"{label:{width}} {p:7.2%}" for label, p in pairs]
@@ -120,7 +120,7 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = arguments.Parser(
     "python -m resnet_flax.predict", description=__doc__
   )
@@ -136,8 +136,8 @@ def main(argv: list[str]) -> None:
   add("--seed", type=int, help="seed of a run of several; default: the first")
   args = parser.parse_intermixed_args(argv[1:])
   if min(args.topk, args.batch_size) < 1:
-    given = f"--topk={args.topk} and --batch_size={args.batch_size}"
-    parser.error(f"{given} must be at least 1")
+    values = f"--topk={args.topk} and --batch_size={args.batch_size}"
+    parser.error(f"{values} must be at least 1")
   total = sum(1 for path in args.paths for _ in find(path))
   surroundings.set_up()
   from resnet_flax.run import load
@@ -149,5 +149,5 @@ def main(argv: list[str]) -> None:
   )
   num_rows = _show(loaded, total, args)
   if not num_rows or (args.strict and num_rows < total):
-    found = f"{num_rows} of {total} files could be predicted"
-    raise errors.DataError(f"{found}. Pass pictures.")
+    outcome = f"{num_rows} of {total} files could be predicted"
+    raise errors.DataError(f"{outcome}. Pass pictures.")

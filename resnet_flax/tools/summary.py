@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 
 def measure_size(model: nn.Module, image_shape: tuple[int, ...]) -> Size:
-  """Counts from traced shapes; nothing is computed."""
+  """The size of a network, counted from traced shapes: nothing is computed."""
   multiply_adds = 0
 
   def count(next_call, args, kwargs, context):

@@ -1,1 +1,1 @@
-"""Fast convolution, normalisation and grouping. You need not read it."""
+"""Fast convolution and normalisation, loops, grouping. You can skip these."""

@@ -1,10 +1,10 @@
 """Batch normalisation, residual sum and activation in the fewest passes.
 
 A convolution's output is too large for the cache, so the time of normalisation
-is the number of passes over memory. The gradient is therefore the closed form
-of Ioffe and Szegedy 2015 (arXiv:1502.03167, section 3), which needs the layer's
-input and two sums over it. The normalised values, the sum with the residual and
-the activation's mask are computed again when needed and never stored.
+depends on the number of passes over memory. The gradient is therefore the
+closed form of Ioffe and Szegedy 2015 (arXiv:1502.03167, section 3), which needs
+the layer's input and two sums over it. The normalised values, the sum with the
+residual and the activation's mask are never stored, but computed again.
 """
 
 import functools
@@ -104,29 +104,27 @@ class BatchNorm(nn.Module):
   Parameters (`scale`, `bias`), statistics (`mean`, `var`, float32 in
   `batch_stats`) and results equal those of `flax.linen.BatchNorm` over the last
   axis. The statistics of a sharded batch are the whole batch's. With several
-  groups each group has statistics of its own ('ghost batch norm', Hoffer et al.
-  2017, arXiv:1705.08741, section 4; there each group updates the running
-  statistics, here their mean does): devices that hold whole groups exchange
-  only the updates of running statistics and parameters.
+  `groups`, each has its own statistics ('ghost batch norm', Hoffer et al. 2017,
+  arXiv:1705.08741, section 4). Their mean updates the running statistics; in
+  the paper each group does. Devices that hold whole groups exchange only the
+  updates of running statistics and parameters.
   """
 
-  use_running_average: bool  # False: use batch statistics and update it.
+  use_running_average: bool  # False: use batch statistics, update the average.
   momentum: float = 0.99  # Share of the old running statistics that is kept.
   epsilon: float = 1e-5  # Added to the variance.
   dtype: Any = jnp.float32  # The result's dtype.
   act: Activation | None = None  # Elementwise, applied last; None for none.
-  # Equal, contiguous parts of a batch with statistics of their own. Their mean
-  # updates the running statistics.
-  groups: int = 1
+  groups: int = 1  # Equal, contiguous parts of the batch.
 
   @nn.compact
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
     """act(residual + batch_norm(x)), dtype[..., C], of float[..., C]."""
-    form = (x.shape[-1],), jnp.float32
-    mean = self.variable("batch_stats", "mean", jnp.zeros, *form)
-    variance = self.variable("batch_stats", "var", jnp.ones, *form)
-    scale = self.param("scale", nn.initializers.ones, *form)
-    bias = self.param("bias", nn.initializers.zeros, *form)
+    shape_dtype = (x.shape[-1],), jnp.float32
+    mean = self.variable("batch_stats", "mean", jnp.zeros, *shape_dtype)
+    variance = self.variable("batch_stats", "var", jnp.ones, *shape_dtype)
+    scale = self.param("scale", nn.initializers.ones, *shape_dtype)
+    bias = self.param("bias", nn.initializers.zeros, *shape_dtype)
     if self.use_running_average:
       y = x - _like(x, mean.value)
       y = _normalize(y, variance.value, scale, bias, self.epsilon)
@@ -143,8 +141,8 @@ class BatchNorm(nn.Module):
         lambda leaf: leaf.reshape(self.groups, -1, *leaf.shape[1:]),
         (x, residual),
       )
-      y, of_groups = jax.vmap(of_group)(*parts)
-      statistics = [jnp.mean(each, axis=0) for each in of_groups]
+      y, group_statistics = jax.vmap(of_group)(*parts)
+      statistics = [jnp.mean(each, axis=0) for each in group_statistics]
       y = y.reshape(x.shape)
     if not self.is_initializing():
       keep = self.momentum

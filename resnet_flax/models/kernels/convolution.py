@@ -6,8 +6,8 @@ If jaxlib has oneDNN, all three operations of a convolution on CPUs are oneDNN's
 forward convolution: in float32, and in bfloat16 if the processor has it. Only
 the weight gradient of a 1x1 kernel is a matrix product. Without oneDNN, the
 weight gradient is a sum of products of matrices that stay in the cache, and XLA
-does the rest. The choice is made when a program is lowered for a platform. In a
-`shard_map` whose batch the partitioner may still divide, XLA does all.
+does the rest. JAX chooses the form when it lowers a program for a platform. In
+a `shard_map` whose batch the partitioner may still divide, XLA computes all.
 """
 
 import functools
@@ -51,7 +51,7 @@ class _Geometry(NamedTuple):
 
 
 # Three bilinear operations, by their results: two of x (input), k (kernel) and
-# g (the output's gradient) give the third. Each is a derivative of the others.
+# g (output or its gradient) give the third. Each is a derivative of the others.
 _OPERANDS = {"g": "xk", "x": "gk", "k": "xg"}
 
 
@@ -60,12 +60,12 @@ def _apply(result: str, geometry: _Geometry, a: Array, b: Array) -> Array:
   cpu = functools.partial(_CPU[result], geometry)
   standard = functools.partial(_STANDARD[result], geometry)
   mesh = jax.sharding.get_abstract_mesh()
-  left = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
+  auto = [n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes]
   if not mesh.manual_axes:
     cpu = _partitioned(result, geometry)
   # A `shard_map` takes no custom partitioning. If the partitioner may still
-  # divide the batch over an axis, it gets the form that it can divide.
-  elif max(left, default=1) > 1:
+  # divide the batch over an axis, XLA's form is used, which it can divide.
+  elif max(auto, default=1) > 1:
     cpu = standard
   return lax.platform_dependent(a, b, cpu=cpu, default=standard)
 
@@ -120,7 +120,7 @@ def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
     for start, size, k, out, stride, (before, _) in zip(
       starts, *sizes, geometry.strides, geometry.pads, strict=True
     ):
-      # The first kernel element of the phase, and the number of its elements.
+      # The phase's `first` kernel element, and the number of its elements.
       shift, first = divmod(start + before, stride)
       taps = -(-(k - first) // stride)
       pad = taps - 1 - shift
@@ -140,8 +140,8 @@ def _cpu_input_gradient(geometry: _Geometry, g: Array, kernel: Array) -> Array:
 
 
 def _cpu_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
-  # XLA does not inline this function, so its operands are in memory. Inlined,
-  # it would compute x again in the order that a copy needs.
+  # XLA does not inline this function, so its operands are in memory. Otherwise
+  # XLA would compute x again, in the order that a copy needs.
   with set_xla_metadata(inlineable="false"):
     return _chunked_weight_gradient(geometry, x, g)
 
@@ -154,10 +154,10 @@ def _chunked_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
     return jnp.zeros(shape, x.dtype)
   if onednn.can_convolve(x.dtype) and geometry.kernel_hw != (1, 1):
     per_image = (x.size + g.size) // images * x.dtype.itemsize
-    form, size = _convolved_contribution, _CONVOLVED_BYTES // per_image
+    function, size = _convolved_contribution, _CONVOLVED_BYTES // per_image
   else:
-    form, size = _product_contribution, _product_chunk_size(geometry, x, g)
-  contribution, size = functools.partial(form, geometry), max(1, size)
+    function, size = _product_contribution, _product_chunk_size(geometry, x, g)
+  contribution, size = functools.partial(function, geometry), max(1, size)
   if size >= images:
     return contribution(x, g).astype(x.dtype)
   chunks = images // size
@@ -175,8 +175,8 @@ def _chunked_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
 def _convolved_contribution(geometry: _Geometry, x: Array, g: Array) -> Array:
   """The weight gradient of some images as one forward convolution."""
   # Images take the place of input channels, which are summed over, and g takes
-  # the place of the kernel. All C channels lie side by side in the width, so a
-  # step of the kernel to the right is a step of C elements:
+  # the place of the kernel. In the width, a pixel's C channels are neighbours,
+  # so a step of the kernel to the right is a step of C elements:
   #   dW[i, j * C + c, d] = sum_npq X[p * SH + i, (q * SW + j) * C + c, n]
   #                                 * G[p, q, n, d]
   (kh, kw), (sh, sw) = geometry.kernel_hw, geometry.strides
@@ -261,14 +261,14 @@ def _partitioned(result: str, geometry: _Geometry):
     spec = arg_shapes[0].sharding.spec
     axis = spec[0] if len(spec) else None
     batch = NamedSharding(mesh, PartitionSpec(axis))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     if not sums_over_images:
-      return mesh, local, batch, (batch, whole)
+      return mesh, local, batch, (batch, replicated)
 
     def total(a, b):
       return lax.psum(local(a, b), axis)
 
-    return mesh, local if axis is None else total, whole, (batch, batch)
+    return mesh, local if axis is None else total, replicated, (batch, batch)
 
   dimensions = {"x": "n h w c", "k": "k l c d", "g": "n p q d"}
   a, b = map(dimensions.get, _OPERANDS[result])
@@ -301,13 +301,13 @@ def conv_general_dilated(
   dimension_numbers: Any = None,
   **options: Any,
 ) -> Array:
-  """`jax.lax.conv_general_dilated` in this module's forms.
+  """`jax.lax.conv_general_dilated`, computed in the platform's form.
 
   Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]; other
-  arguments are JAX's. JAX computes dilated and grouped convolutions, and all
-  that are not two-dimensional NHWC. Reverse-mode derivatives of any order,
-  `vmap` and batches sharded over devices work; in forward mode JAX raises an
-  error. oneDNN always sums in float32.
+  arguments are JAX's. Dilated, grouped and mixed-dtype convolutions, and all
+  that are not two-dimensional NHWC, are left to JAX. Reverse-mode derivatives
+  of any order, `vmap` and sharded batches work; forward mode raises a
+  TypeError. oneDNN always sums in float32.
   """
   is_nhwc = dimension_numbers in (_LAYOUT, _NUMBERS)
   is_plain = all(value in (None, 1, (1, 1)) for value in options.values())

@@ -3,7 +3,7 @@
 A deep network has thousands of arrays. On CPUs, the time of XLA's fusion pass
 grows with about the third power of the reductions in one computation of a
 program, and its memory with the square of the operations. So arrays are divided
-into groups, and each group is a computation of its own.
+into groups, and each group is a separate computation.
 """
 
 import functools
@@ -41,7 +41,7 @@ def reduce_each(
 def norm_of(x: jax.Array) -> jax.Array:
   """The root of the sum of squares, float32[], of an array of any shape.
 
-  The norm neither overflows nor vanishes where the squares would.
+  x is divided by its largest entry, so squares neither overflow nor all vanish.
   """
   x = x.astype(jnp.float32)
   largest = jnp.max(jnp.abs(x))
@@ -64,9 +64,9 @@ def by_modules(
 ) -> tuple[Any, Any]:
   """Updates the parameters of a network, a group of modules at a time.
 
-  Correct only for an update that treats each array by itself. It maps (grads,
-  opt_state, params, *others) to new parameters and the new state. `grads` and
-  `params` are dicts of modules; such dicts may be anywhere in `opt_state`, too.
+  `update` must treat each array separately. It maps (grads, opt_state, params,
+  *others) to new parameters and the new state. `grads` and `params` are dicts
+  with the same modules as keys; `opt_state` may contain more of these dicts.
   """
 
   def is_like_params(node):
@@ -79,23 +79,23 @@ def by_modules(
     return {k: node[k] for k in names} if is_like_params(node) else node
 
   def merge(node, *parts):
-    # Any other leaf is a count, the same in all parts.
+    # Other leaves, for example step counts, are the same in all parts.
     distinct = parts if is_like_params(node) else parts[:1]
     return functools.reduce(operator.or_, distinct)
 
   results = []
   for names in _in_groups(list(params), _MODULES):
-    of_names = functools.partial(select, names)
-    parts = tree_map(of_names, (grads, opt_state, params))
+    select_group = functools.partial(select, names)
+    parts = tree_map(select_group, (grads, opt_state, params))
     results.append(apart(update, *parts, *others))
   return tree_map(merge, (params, opt_state), *results)
 
 
 def apart(function: Callable[..., Any], *operands: Any) -> Any:
-  """Calls a function of arrays; on CPUs as a computation of its own."""
+  """Calls a function of arrays; on CPUs it is a separate computation."""
 
   def call(*operands):
-    # XLA does not inline the function, so it stays a computation of its own.
+    # XLA does not inline the function, so it stays a separate computation.
     with set_xla_metadata(inlineable="false"):
       return jax.jit(function)(*operands)
 

@@ -17,10 +17,10 @@ def run_as_loop(
 ) -> jax.Array:
   """Applies blocks to x, float[B, H, W, C], one after the other, in a loop.
 
-  The bound blocks may differ only in names and variables, and keep the shape
-  and the dtype of x. Each keeps its variables under its own name: they are
-  stacked only for the loop. New values, such as running statistics, are written
-  back to the block. `contexts` are stacked along a leading axis. With `remat`
+  The blocks must be bound, may differ only in names and variables, and must
+  keep the shape and dtype of x. Variables keep their names: they are stacked
+  only for the loop, and new values, for example running statistics, are written
+  back to their block. `contexts` has a leading axis of blocks. With `remat`,
   only each block's input is kept for the backward pass.
   """
   # The loop's body has no parent module.
@@ -42,8 +42,8 @@ def run_as_loop(
   x, updated = lax.scan(body, x, (stacked, contexts))
   for k, block in enumerate(blocks):
     new = jax.tree.map(operator.itemgetter(k), updated)
-    for collection, written in new.items():
-      for layer, values in written.items():
+    for collection, layers in new.items():
+      for layer, values in layers.items():
         block.put_variable(collection, layer, values)
   return x
 

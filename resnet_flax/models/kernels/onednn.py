@@ -27,7 +27,7 @@ from jaxlib import version as jaxlib_version
 enabled = True
 
 HW = tuple[int, ...]  # For rows, then for columns.
-# Zeros before and after, for rows and for columns; may be negative.
+# Numbers of zeros (before, after), for rows, then for columns; may be negative.
 Pads = Sequence[tuple[int, int]]
 
 
@@ -42,19 +42,19 @@ def _has_bfloat16() -> bool:
 
 
 def can_convolve(dtype: Any) -> bool:
-  """Whether `convolve` works on this machine for this dtype."""
-  # Another version may crash if it cannot read the configuration.
+  """Whether `convolve` is enabled and works on this machine for this dtype."""
+  # Another jaxlib may crash if it cannot read the operation's configuration.
   is_known = jaxlib_version.__version__ == "0.10.2"
   system = sys.platform, platform.machine()
-  is_there = is_known and system == ("linux", "x86_64")
-  most = [os.environ.get(f"{n}_MAX_CPU_ISA", "") for n in ("ONEDNN", "DNNL")]
-  # Limited to less than AVX-512, oneDNN has no bfloat16 and ends the process.
-  is_limited = any(re.fullmatch("AVX(2.*)?", each.upper()) for each in most)
+  has_onednn = is_known and system == ("linux", "x86_64")
+  limits = [os.environ.get(f"{n}_MAX_CPU_ISA", "") for n in ("ONEDNN", "DNNL")]
+  # If limited to less than AVX-512, oneDNN ends the process for bfloat16.
+  is_limited = any(re.fullmatch("AVX(2.*)?", limit.upper()) for limit in limits)
   has_bfloat16 = _has_bfloat16() and not is_limited
   is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and has_bfloat16)
   # oneDNN's kernels for processors before AVX deadlock.
-  waits = "SSE41" in "".join(most).upper()
-  return enabled and is_there and is_fast and not waits
+  deadlocks = "SSE41" in "".join(limits).upper()
+  return enabled and has_onednn and is_fast and not deadlocks
 
 
 def pad(x: Array, pads: Pads) -> Array:
@@ -73,8 +73,8 @@ def convolve(
 ) -> Array:
   """The convolution of NHWC images with an HWIO kernel, on a CPU.
 
-  It has no derivative and no partitioning rule. Negative pads cut off. Sums are
-  float32; `dtype` is the result's, by default the images'.
+  It has no derivative and no partitioning rule. Negative pads cut rows and
+  columns off. Sums are float32. The result has `dtype`, by default the images'.
   """
   dtype = dtype or x.dtype
   kernel_hw = kernel.shape[:2]
@@ -89,17 +89,17 @@ def convolve(
   if 0 in (*shape, *x.shape, *kernel.shape):
     return jnp.zeros(shape, dtype)
   if any(min(each) < 0 for each in pads):
-    # Padded in one step: a cut alone may take more than the image has.
+    # Pads and cuts are one step: a cut alone may be larger than the image.
     x, pads = pad(x, pads), ((0, 0), (0, 0))
-  axes = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
-  images = {"dims": 4, "data": axes}
-  axes_of_kernel = {"input_feature_dim": 2, "output_feature_dim": 3}
-  weights = axes_of_kernel | {"spatial_dims": [0, 1], "shape": kernel_hw}
+  image_axes = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
+  image_layout = {"dims": 4, "data": image_axes}
+  kernel_axes = {"input_feature_dim": 2, "output_feature_dim": 3}
+  kernel_layout = kernel_axes | {"spatial_dims": [0, 1], "shape": kernel_hw}
   convolution = {
     "dims": 4,
-    "input": images,
-    "kernel": {"dims": 4, "filter": weights},
-    "output": images,
+    "input": image_layout,
+    "kernel": {"dims": 4, "filter": kernel_layout},
+    "output": image_layout,
     "window": {
       "size": kernel_hw,
       "strides": strides,

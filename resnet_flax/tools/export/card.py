@@ -49,21 +49,21 @@ def write(
 ) -> None:
   """Writes README.md, preprocess.json, labels.txt and check.npz.
 
-  Of a mean image, float32[H, W, C], also mean.npy. `loaded` is the network of
-  the local folder `workdir`. Its arrays have the names of a library, `names`,
-  which calls it `title`.
+  If the mean is an image, float32[H, W, C], mean.npy has it. `loaded` is the
+  network of the local folder `workdir`. Its exported arrays have the names of
+  the library `names`, which calls the network `title`.
   """
-  config, scale = loaded.config, loaded.preprocess
-  assert isinstance(scale, normalize.Normalization)
+  config, normalization = loaded.config, loaded.preprocess
+  assert isinstance(normalization, normalize.Normalization)
   shape = loaded.image_shape
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (_NUM_CHECKED, *shape), np.uint8)
   apply = jax.jit(loaded.model.apply, static_argnames="train")
-  inputs = scale(jax.device_put(images))
+  inputs = normalization(jax.device_put(images))
   logits = apply(loaded.variables, inputs, train=False)
   np.savez(out / "check.npz", images=images, logits=logits)
 
-  mean, side = np.asarray(scale.mean), config.model.input_size
+  mean, side = np.asarray(normalization.mean), config.model.input_size
   is_image = mean.size > shape[-1]
   if is_image:
     np.save(out / "mean.npy", mean)
@@ -72,7 +72,7 @@ def write(
     "image_size": shape[:2],
     "value_range": [0, 1],
     "mean": "mean.npy" if is_image else mean.ravel().tolist(),
-    "std": np.asarray(scale.std).ravel().tolist(),
+    "std": np.asarray(normalization.std).ravel().tolist(),
     "size": [side, side] if side else shape[:2],
     "interpolation": "bilinear",
     "antialias": True,
@@ -89,13 +89,13 @@ def write(
   (out / "labels.txt").write_text("".join(lines), "utf-8", "backslashreplace")
 
   stored = folder.read_environment(workdir)
-  begun = stored.get("converted", {}).get("holds") or config.init_from
+  origin = stored.get("converted", {}).get("holds") or config.init_from
   experiment = experiment_lib.build(config, folder.read_facts(workdir))
   steps = config.num_epochs * experiment.learning_rate.steps_per_epoch
   of_all = f" of {steps:,}" if loaded.step else ""
   used = {k: v for k, v in config.augment.items() if v}
   if "alternating_flip" in used or used["name"] == "none":
-    used.pop("flip", None)  # It does nothing there.
+    used.pop("flip", None)  # It has no effect then.
   augment = ", ".join(f"{key} {value}" for key, value in used.items())
   recipe = (
     f"; {config.num_epochs} epochs of batches of {config.batch_size};"
@@ -111,7 +111,7 @@ def write(
     recipe=recipe if loaded.step else ", not trained on",
     size=sum(leaf.size for leaf in jax.tree.leaves(loaded.variables)),
     data=stored.get("data") or "none",
-    start=runs.shown(begun or "random weights"),
+    start=runs.shown(origin or "random weights"),
     accuracy=_accuracy(workdir, loaded),
     licence=runs.shown(licence or "not stated"),
     checked=_NUM_CHECKED,
@@ -126,16 +126,16 @@ def _accuracy(workdir: pathlib.Path, loaded: LoadedModel) -> str:
   key = f"{averaging.scored_as('test', loaded.weights)}_accuracy"
   seeds = runs.read([workdir])
   run = seeds[loaded.seed - loaded.config.seed]
-  scored = {r["step"]: r[key] for r in run.records if key in r}
-  if loaded.step not in scored:
+  by_step = {r["step"]: r[key] for r in run.records if key in r}
+  if loaded.step not in by_step:
     return "not scored"
   info = dataset_lib.info(loaded.config.dataset, folder.read_facts(workdir))
   (group,) = runs.group(seeds)
-  # An average of weights may start after the best epoch; its value is NaN.
+  # Averaging may start after a seed's best epoch, where its accuracy is NaN.
   values = [value for value in group.at("best", key) if value == value]
   mean, std, n = runs.Statistic.of(values)
   data = loaded.config.dataset
-  text = f"{scored[loaded.step]:.2%} on "
+  text = f"{by_step[loaded.step]:.2%} on "
   text += "up to " * (data.bad_images == "skip")
   text += f"{info.num_test:,} images"
   if data.test_crops > 1:

@@ -8,7 +8,7 @@ from resnet_flax.run import arguments, errors, surroundings
 
 _logger = logging.getLogger(__name__)
 
-# For each format, the names that its arrays can have, the first choice first.
+# The names that the arrays of each format can have, in the order of choice.
 FORMATS = {
   "safetensors": ("torchvision", "cifar", "keras", "flax"),
   "torch": ("torchvision", "cifar"),
@@ -16,7 +16,7 @@ FORMATS = {
   **dict.fromkeys(("orbax", "stablehlo", "onnx"), ("flax",)),
 }
 NAMES = FORMATS["safetensors"]
-# Modules, which are extras.
+# The module that a format needs; the extra of the same name installs it.
 _NEEDED = {"torch": "torch", "keras": "h5py", "onnx": "onnx"}
 
 
@@ -33,8 +33,8 @@ def export(
   """Writes a network and the files that describe it into a new folder.
 
   See `load_model` for `workdir`, `which`, `seed` and `weights`. `form` is a key
-  of `FORMATS`. '' for `names` takes the format's first names for this network.
-  Returns its name in that library, such as "torchvision's ResNet-18".
+  of `FORMATS`; `names=''` takes its first names that fit this network. Returns
+  the network's name in that library, such as "torchvision's ResNet-18".
   """
   from resnet_flax.run import load, mirror
   from resnet_flax.tools import new_folder
@@ -53,8 +53,8 @@ def export(
   else:
     if not reasons:
       known = ", ".join(FORMATS[form])
-      text = f"--format={form} has no --names={names}; it has: {known}."
-      raise errors.ConfigError(text)
+      message = f"--format={form} has no --names={names}; it has: {known}."
+      raise errors.ConfigError(message)
     raise errors.ConfigError(
       f"--format={form} cannot hold this network: {'; '.join(reasons)}. All"
       " networks can be safetensors (with --names=flax), orbax and stablehlo,"
@@ -65,8 +65,8 @@ def export(
     with errors.extra(module, f"--format={form}", advice):
       importlib.import_module(module)
   if reasons and form == "safetensors":
-    text = "note: the names of the arrays are those of %s: %s"
-    _logger.info(text, chosen, "; ".join(reasons))
+    message = "note: the names of the arrays are those of %s: %s"
+    _logger.info(message, chosen, "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
     weights_lib.write(form, network, loaded, folder)
     card.write(folder, loaded, local, chosen, network.title, licence)
@@ -85,10 +85,10 @@ def main(argv: list[str]) -> None:
   add("--weights", choices=("raw", "ema", "swa"), default="raw")
   add("--seed", type=int, help="Seed of a run of several; default: the first.")
   add("--license", default="", help="Licence for the model card.")
-  given = parser.parse_args(argv[1:])
+  args = parser.parse_args(argv[1:])
   surroundings.set_up()
   title = export(
-    *(given.workdir, given.out, given.format, given.names),
-    *(given.checkpoint, given.seed, given.license, given.weights),
+    *(args.workdir, args.out, args.format, args.names),
+    *(args.checkpoint, args.seed, args.license, args.weights),
   )
-  surroundings.show(f"Network: {title}\nFolder: {given.out}")
+  surroundings.show(f"Network: {title}\nFolder: {args.out}")

@@ -1,8 +1,8 @@
 """Writes a network's forward pass as an ONNX graph, operation by operation.
 
-JAX traces the pass for one image. `_operation` makes a node of each operation
-that depends on the image, so blocks need no code of their own. Other operations
-are computed at once. Values of four axes have channels before rows in ONNX.
+JAX traces the pass for one image. `_operation` translates each operation that
+depends on the image, so no block needs export code. All other operations are
+computed here and become constants. NHWC values of JAX are NCHW in ONNX.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ OPSET, IR_VERSION = 17, 8
 class _Value:
   """A value that depends on the image: scale * kernel(x) + shift.
 
-  It is written only when another operation needs it. So scales and shifts of
-  channels, such as a batch norm's, become part of a kernel and its bias.
+  It is written only when another operation needs it. So the scales and shifts
+  of channels, such as a batch norm's, are folded into a kernel and its bias.
   """
 
   x: Any  # Another `_Value`, or a name in the graph.
   operation: str = ""  # 'Conv' or 'Gemm'; without one, kernel(x) is x.
-  kernel: Any = None  # HWIO or IO.
+  kernel: Any = None  # HWIO for 'Conv', IO for 'Gemm'.
   attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
   scale: Any = 1.0
   shift: Any = 0.0
@@ -49,7 +49,7 @@ class _Graph:
     self.scope = ""  # The layer that is being written.
 
   def add(self, operation: str, *inputs: Any, **attributes: Any) -> _Value:
-    """Adds a node of values, names, and constants with their axes in order."""
+    """Adds a node of values, names, and constants in ONNX's order of axes."""
     names = [self._name(each) for each in inputs]
     scope = attributes.pop("scope", self.scope)
     name = f"{scope}/{operation}_{len(self.nodes)}"
@@ -92,26 +92,26 @@ def write(
 ) -> None:
   """Writes a model that maps images to the softmax of their logits.
 
-  `logits` maps uint8[N, *image_shape] to float32[N, classes]. ConfigError:
-  `_operation` lacks an operation of it.
+  `logits` maps uint8[N, *image_shape] to float32[N, classes]. Raises
+  `ConfigError` if `_operation` cannot write one of its operations.
   """
   graph = _Graph()
   image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
   traced = jax.make_jaxpr(logits)(image)
-  first = graph.add("Transpose", "images", perm=_order(4))
-  graph.add("Softmax", *_walk(graph, traced, [first]), axis=1)
+  images = graph.add("Transpose", "images", perm=_order(4))
+  graph.add("Softmax", *_walk(graph, traced, [images]), axis=1)
   graph.nodes[-1].output[0] = "probabilities"
   classes = traced.out_avals[0].shape[1]
-  types, named = onnx.TensorProto, helper.make_tensor_value_info
-  written = helper.make_graph(
+  types, value_info = onnx.TensorProto, helper.make_tensor_value_info
+  graph_proto = helper.make_graph(
     *(graph.nodes, "resnet_flax"),
-    [named("images", types.UINT8, ["batch", *image_shape])],
-    [named("probabilities", types.FLOAT, ["batch", classes])],
+    [value_info("images", types.UINT8, ["batch", *image_shape])],
+    [value_info("probabilities", types.FLOAT, ["batch", classes])],
     graph.constants,
   )
   opset = helper.make_opsetid("", OPSET)
   model = helper.make_model(
-    written, opset_imports=[opset], ir_version=IR_VERSION
+    graph_proto, opset_imports=[opset], ir_version=IR_VERSION
   )
   helper.set_model_props(model, {"class_names": json.dumps(class_names)})
   onnx.save(model, path)
@@ -120,7 +120,7 @@ def write(
 def _walk(
   graph: _Graph, traced: core.ClosedJaxpr, inputs: Sequence[Any]
 ) -> list[Any]:
-  """Adds the nodes of a traced function, and returns its outputs."""
+  """Adds the nodes of a traced function; returns the values of its outputs."""
   values = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
   values |= zip(traced.jaxpr.invars, inputs, strict=True)
 
@@ -154,29 +154,29 @@ def _walk(
 
 
 def _order(rank: int) -> list[int]:
-  """JAX's axes in ONNX's order."""
+  """The numbers of JAX's axes in ONNX's order: NHWC becomes NCHW."""
   return [0, 3, 1, 2] if rank == 4 else list(range(rank))
 
 
 def _in_order(x: Any) -> Any:
-  """A node's operand; a constant is transposed into ONNX's order of axes."""
+  """An operand for a node; transposes a constant into ONNX's order of axes."""
   return x if isinstance(x, _Value) else np.transpose(x, _order(np.ndim(x)))
 
 
 def _by_axis(x: Sequence[Any]) -> np.ndarray:
-  """Puts JAX's entries for the axes into ONNX's order."""
+  """Puts one entry per axis, such as strides, into ONNX's order of axes."""
   return np.array(x)[_order(len(x))]
 
 
 def _operation(
   graph: _Graph, equation: Any, x: Any, y: Any = None
 ) -> _Value | None:
-  """The value of a traced operation; None if it cannot be written."""
+  """The value of a traced operation; None if this function cannot write it."""
   name, params = equation.primitive.name, equation.params
   before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
   order = _order(len(after))
-  gaps = [params.get(f"{what}_dilation", ()) for what in ("lhs", "base")]
-  if {1, *itertools.chain(*gaps), params.get("batch_group_count", 1)} != {1}:
+  dilated = [params.get(f"{what}_dilation", ()) for what in ("lhs", "base")]
+  if {1, *itertools.chain(*dilated), params.get("batch_group_count", 1)} != {1}:
     return None
   match name:
     case "add" | "sub" | "mul" | "div":
@@ -202,7 +202,7 @@ def _operation(
       return graph.add("MaxPool", x, **attributes)
     case "reduce_sum" if params["axes"] == (1, 2):
       mean = graph.add("ReduceMean", x, axes=[2, 3], keepdims=0)
-      # If a division by the count follows, as for means, the two cancel.
+      # In a mean, a division by the count follows and cancels this scale.
       return _Value(mean, scale=math.prod(before[1:3]))
     case "max" if not isinstance(y, _Value) and np.all(y == 0):
       return graph.add("Relu", x)
@@ -221,11 +221,11 @@ def _operation(
       x = graph.add("Reshape", x, [-1, *after[1:]])
       return graph.add("Transpose", x, perm=order)
     case "slice":
-      # The trace has one image; the node must take all.
+      # The traced batch has one image; the node must keep all images.
       stops = [np.iinfo(np.int64).max, *params["limit_indices"][1:]]
       steps = _by_axis(params["strides"] or [1] * len(order))
-      cuts = _by_axis(params["start_indices"]), _by_axis(stops)
-      return graph.add("Slice", x, *cuts, np.arange(len(order)), steps)
+      bounds = _by_axis(params["start_indices"]), _by_axis(stops)
+      return graph.add("Slice", x, *bounds, np.arange(len(order)), steps)
     case "pad":
       first, last, between = _by_axis(params["padding_config"]).T
       if not between.any():
@@ -234,7 +234,7 @@ def _operation(
 
 
 def _arithmetic(graph: _Graph, name: str, a: Any, b: Any) -> _Value | None:
-  """A node for two values; with a constant, only a new scale and shift."""
+  """Adds a node for two values; a constant only changes scale and shift."""
   if isinstance(a, _Value) and isinstance(b, _Value):
     return graph.add(name.capitalize(), a, b)
   is_first = isinstance(a, _Value)
@@ -265,8 +265,8 @@ def _dot(graph: _Graph, equation: Any, a: Any, b: Any) -> _Value | None:
   if batch != ((), ()):
     return None
   left, right = [*"abcd"[: ranks[0]]], [*"efgh"[: ranks[1]]]
-  for here, there in zip(axes, axes_of_b, strict=True):
-    right[there] = left[here]
+  for axis, axis_of_b in zip(axes, axes_of_b, strict=True):
+    right[axis_of_b] = left[axis]
   # A letter in both operands is summed over.
   result = [k for k in left + right if (k in left) != (k in right)]
   terms = ("".join(_by_axis(each)) for each in (left, right, result))

@@ -17,8 +17,8 @@ from resnet_flax.run import load
 def write_stablehlo(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   """Writes `program.stablehlo`, for `jax.export.deserialize`.
 
-  It maps uint8[N, H, W, C] images, N > 0, to float32[N, classes] probabilities,
-  as `loaded.predict` does, on CPUs, CUDA's GPUs and TPUs.
+  Like `loaded.predict`, it maps uint8[N, H, W, C] images to float32[N, classes]
+  probabilities, but only for N > 0. It runs on CPUs, CUDA GPUs and TPUs.
   """
   logits = _logits(loaded)
   batch = export.symbolic_shape("batch")
@@ -32,8 +32,8 @@ def write_stablehlo(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
 def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
   """Writes `model.onnx`, which maps 'images' to 'probabilities'.
 
-  They are uint8[N, H, W, C] and float32[N, classes], as for `loaded.predict`.
-  The network computes in float32, whatever its dtype. The metadata's
+  Images are uint8[N, H, W, C], probabilities float32[N, classes]. The network
+  computes in float32, even if it was trained in bfloat16. The metadata's
   `class_names` is a JSON list in the order of the labels, empty if unknown.
   """
   from resnet_flax.tools.export import onnx_graph
@@ -46,7 +46,7 @@ def write_onnx(loaded: load.LoadedModel, folder: pathlib.Path) -> None:
 def _logits(
   loaded: load.LoadedModel, **changes: str
 ) -> Callable[[jax.Array], jax.Array]:
-  """The function from images to logits."""
+  """The function from images to logits; `changes` override `config.model`."""
   no_loops = {"scan": False, "remat": False}
   config = ConfigDict(loaded.config.model.to_dict() | no_loops | changes)
   model: Any = registry.create_model(config, loaded.model.num_classes)

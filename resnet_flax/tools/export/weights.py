@@ -23,9 +23,9 @@ class Network(NamedTuple):
 
 
 def named(loaded: LoadedModel, names: str) -> Network:
-  """Renames arrays for 'torchvision', 'cifar' or 'keras'; 'flax': ours.
+  """Renames arrays as 'torchvision', 'cifar', 'keras' or 'flax' (ours) does.
 
-  A `WeightsError` if that library's network would not compute what ours does.
+  Raises `WeightsError` if the library has no network that computes the same.
   """
   model = loaded.config.model
   flat = traverse_util.flatten_dict(jax.device_get(loaded.variables))
@@ -38,7 +38,7 @@ def named(loaded: LoadedModel, names: str) -> Network:
     raise errors.WeightsError(f"{names} has no {model.name}")
   origins = [(origin_of(path), array) for path, array in flat.items()]
   arrays = {origin.name: origin.back(array) for origin, array in origins}
-  # Reading the arrays as a file of the library says which network they are.
+  # `identify` finds the network as if the library had written these arrays.
   file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())
   source = library.identify(file)
   wrong = mapping.differing(source, loaded.config)
@@ -52,7 +52,7 @@ def named(loaded: LoadedModel, names: str) -> Network:
 def write(
   form: str, network: Network, loaded: LoadedModel, folder: pathlib.Path
 ) -> None:
-  """Writes the files of a format; an `OSError`, whatever a library raised."""
+  """Writes the files of a format; turns a library's errors into `OSError`."""
   arrays = {k: np.ascontiguousarray(a) for k, a in network.arrays.items()}
   with checkpoint.only_os_errors():
     match form:

@@ -4,7 +4,7 @@ from resnet_flax.run import arguments, errors, surroundings
 
 
 def main(argv: list[str]) -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = arguments.Parser("python -m resnet_flax.report", description=__doc__)
   add = parser.add_argument
   what = "workdir, or folder of workdirs"
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     " accuracy of each class, a confusion matrix and mistakes. best: the best"
     " group of each data set. each: all groups. none: no group",
   )
-  given = parser.parse_intermixed_args(argv[1:])
+  args = parser.parse_intermixed_args(argv[1:])
   surroundings.set_up()
   from resnet_flax.run import signals
 
@@ -26,6 +26,6 @@ def main(argv: list[str]) -> None:
     from resnet_flax.tools.report import report
   # A signal first removes half-written files, then ends the process.
   with signals.StopSignals():
-    done = report.make(given.folders, given.out, given.checkpoints)
-  surroundings.show(f"Runs: {done.num_runs}\nGroups: {done.num_groups}")
-  surroundings.show(f"Page: {done.page}")
+    made = report.make(args.folders, args.out, args.checkpoints)
+  surroundings.show(f"Runs: {made.num_runs}\nGroups: {made.num_groups}")
+  surroundings.show(f"Page: {made.page}")

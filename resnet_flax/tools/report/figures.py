@@ -20,14 +20,14 @@ from matplotlib.ticker import MaxNLocator
 
 from resnet_flax.tools.report import runs as runs_lib, scores as scores_lib
 
-# Their yellow is left out, since it is hard to see on white.
+# Okabe and Ito's yellow is left out, since it is hard to see on white.
 _COLORS = ["#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 _MARKERS = ("o", "s", "^", "X", "D", "v")
 # More curves in one pair of axes could not be told apart.
 _MOST_CURVES = len(_COLORS)
 _MARKERS_OF_A_CURVE = 8
-# The axis ends at this multiple of the worst final value. As in the papers, it
-# cuts the first epochs off, so that the last ones can be compared.
+# The y axis ends at this multiple of the worst final value. This cuts the first
+# epochs off, as in the papers, so that the last ones can be compared.
 _CUT_AT = 3.0
 # Counts in the confusion matrix are legible up to this many classes.
 _MOST_NUMBERED_CLASSES = 20
@@ -69,7 +69,7 @@ _TITLES = {
   "top5": "top-5 error (%)",
   "loss": "cross-entropy (nats)",
 }
-# For each split with values: the epochs, from 1, and float64[n, epochs].
+# Maps each split with values to 1-based epochs and float64[seeds, epochs].
 _Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -83,9 +83,9 @@ def metric_names(groups: Sequence[runs_lib.Group]) -> list[str]:
 def learning_curves(
   groups: Sequence[runs_lib.Group], metric: str, end: str = ""
 ) -> list[Rendered]:
-  """Draws curves over the epochs, with a few groups per figure and equal axes.
+  """Draws a metric over epochs: at most six groups per figure, with equal axes.
 
-  The groups must have the same data set. The file names end with `end`.
+  All groups must have one data set, whose suffix of file names is `end`.
   """
   title = metric.replace("_accuracy", " error (%)")
   title = _TITLES.get(metric, title.replace("_top5", " top-5 error (%)"))
@@ -124,24 +124,24 @@ def learning_curves(
 
 
 def _curves(group: runs_lib.Group, metric: str) -> _Curves:
-  found = {}
+  curves = {}
   for split in _LINES if group.num_epochs else ():
     values = group.curves(f"{split}_{metric}")
-    # Seeds and epochs from before the metric was added have no values.
+    # Older runs lack newer metrics; epochs without scoring lack test metrics.
     values = values[~np.isnan(values).all(axis=1)]
     known = ~np.isnan(values).any(axis=0)
     if (values := values[:, known]).size:
       if runs_lib.is_share(metric):
         values = 100 * (1 - values)
-      found[split] = 1 + np.flatnonzero(known), values
-  return found
+      curves[split] = 1 + np.flatnonzero(known), values
+  return curves
 
 
 def _limits(groups: Sequence[_Curves]) -> tuple[float, float]:
   """The lower and the upper end of the y axis."""
-  every = [values for curves in groups for _, values in curves.values()]
-  lowest = min(float(values.min()) for values in every)
-  highest = max(float(values.max()) for values in every)
+  arrays = [values for curves in groups for _, values in curves.values()]
+  lowest = min(float(values.min()) for values in arrays)
+  highest = max(float(values.max()) for values in arrays)
   if lowest < 0:
     return 1.1 * lowest, max(1.1 * highest, 0.0)
   final = max(float([*each.values()][-1][1][:, -1].max()) for each in groups)
@@ -154,12 +154,12 @@ def _limits(groups: Sequence[_Curves]) -> tuple[float, float]:
 def _draw_curves(
   axes: Any, group: runs_lib.Group, curves: _Curves, position: int
 ) -> None:
-  every = math.ceil(group.num_epochs / _MARKERS_OF_A_CURVE)
+  spacing = math.ceil(group.num_epochs / _MARKERS_OF_A_CURVE)
   for split, (epochs, values) in curves.items():
     mean = values.mean(axis=0)
     look = {"color": _COLORS[position], "marker": _MARKERS[position]}
     # Shifted, so that the markers of similar curves do not hide each other.
-    places = (position * every // _MOST_CURVES, every)
+    places = (position * spacing // _MOST_CURVES, spacing)
     (line,) = axes.plot(epochs, mean, markevery=places, **look, **_LINES[split])
     if len(values) > 1:
       std = values.std(axis=0, ddof=1)
@@ -187,7 +187,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
   with _axes(7.2, 4.4, groups[0].data) as (figure, axes):
     for position, line in enumerate(lines):
       finals = [g.statistic("last", "test_accuracy", 100) for g in line]
-      again, place = divmod(position, _MOST_CURVES)
+      cycle, place = divmod(position, _MOST_CURVES)
       axes.errorbar(
         [group.config["model.depth"] for group in line],
         [100 - final.mean for final in finals],
@@ -198,7 +198,7 @@ def depth(groups: Sequence[runs_lib.Group], end: str = "") -> Rendered | None:
         marker=_MARKERS[place],
         markersize=6,
         # The style tells lines of the same colour apart.
-        linestyle=("-", "--", ":", "-.")[again % 4],
+        linestyle=("-", "--", ":", "-.")[cycle % 4],
         label=_plain(names[position]),
       )
     if depths[-1] > 10 * depths[0]:
@@ -257,7 +257,7 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 
 def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
-  """Draws the most confident mistakes, at least one; see `confusion`."""
+  """Draws `scores.mistakes`, which must not be empty; see `confusion`."""
   rows = math.ceil(len(scores.mistakes) / _MISTAKES_IN_A_ROW)
   with _axes(7.2, 2.05 * rows) as (figure, axes):
     axes.remove()
@@ -282,14 +282,14 @@ def mistakes(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
 
 
 def _short(label: str) -> str:
-  """A class name that fits beside a picture; tables have the whole."""
+  """Shortens a class name to fit beside a picture; tables have it in full."""
   if len(label) > _LONGEST_LABEL:
     label = f"{label[: _LONGEST_LABEL - 1]}…"
   return _plain(label)
 
 
 def _plain(text: str) -> str:
-  """Wraps text to lines that fit; a dollar sign does not begin a formula."""
+  """Wraps text into lines; escapes dollar signs, which would begin formulas."""
   return textwrap.fill(runs_lib.shown(text), _WIDEST).replace("$", r"\$")
 
 

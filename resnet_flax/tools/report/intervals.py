@@ -13,9 +13,9 @@ def interval(
 ) -> tuple[float, float, float] | None:
   """The 95 % t interval of mean(a) - mean(b), of float64[N] and float64[M].
 
-  It is Welch's, unless `paired` says that a[k] belongs to b[k]. Returns its
-  ends and the two-sided p-value of no difference; None if a side has only one
-  value, or if there is no spread.
+  The test is Welch's or, if `paired`, a paired t-test of each a[k] and b[k].
+  Returns the interval's two ends and the two-sided p-value of equal means. None
+  if a side has only one value, or if there is no spread.
   """
   if min(len(a), len(b)) < 2:
     return None
@@ -33,26 +33,26 @@ def interval(
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
   """The two-sided p-value of McNemar's exact test, of bool[N] or int64[N].
 
-  If both sides count the right networks of equally many, this is a sign test:
-  an image counts for the side with more right networks.
+  Integers count the networks that are right about an image, of equally many on
+  both sides. Then this is a sign test: the larger count wins the image.
   """
   more_a, more_b = np.sum(right_a > right_b), np.sum(right_a < right_b)
-  both = int(more_a + more_b)
-  return stats.binomtest(int(more_a), both).pvalue if both else 1.0
+  unequal = int(more_a + more_b)
+  return stats.binomtest(int(more_a), unequal).pvalue if unequal else 1.0
 
 
 def seeds_needed(a: np.ndarray, b: np.ndarray, points: float) -> int | None:
-  """The fewest seeds per side with which a t-test detects a difference.
+  """The fewest seeds per side for a t-test to detect a difference of `points`.
 
   The test is two-sided at 5 % and has 80 % power. It uses the pooled standard
-  deviation of float64[N] and float64[M]; None if that is zero.
+  deviation of float64[N] `a` and float64[M] `b`; None if they have no spread.
   """
   freedom = len(a) + len(b) - 2
   if np.ptp(a) + np.ptp(b) < _ROUNDING:
     return None
   variance = (len(a) * np.var(a) + len(b) * np.var(b)) / freedom
   effect = points / np.sqrt(variance)
-  # A known deviation would need this many seeds, an estimated one no fewer.
+  # A known deviation needs this many seeds; an estimated one needs no fewer.
   n = max(2, int(2 * (stats.norm.ppf([0.975, 0.8]).sum() / effect) ** 2))
 
   def power() -> float:

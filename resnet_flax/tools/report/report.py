@@ -36,7 +36,7 @@ class Section(NamedTuple):
 
   title: str  # The heading.
   notes: Sequence[str] = ()  # Paragraphs of plain text.
-  figures: Sequence[figures_lib.Rendered] = ()  # Shown below them.
+  figures: Sequence[figures_lib.Rendered] = ()  # Shown below the notes.
   tables: Sequence[Table] = ()  # Shown last.
 
 
@@ -44,7 +44,7 @@ class Summary(NamedTuple):
   """What a report was made of."""
 
   num_runs: int  # Workdirs.
-  num_groups: int  # Groups of runs that differ in their seeds alone.
+  num_groups: int  # Experiments; see `runs.Group`.
   page: pathlib.Path  # The file to open.
 
 
@@ -53,19 +53,19 @@ def make(
   out: str | os.PathLike[str],
   scored: str = "best",
 ) -> Summary:
-  """Writes a report of runs into `out`, where other files are kept.
+  """Writes a report of runs into the folder `out`, and keeps its other files.
 
   `paths` are workdirs, or folders that contain workdirs. `scored` says whose
-  best checkpoint is scored: 'best', that of the best group of each data set,
-  'each' group's, or 'none'. If it or the data is missing, the page says why,
-  and a warning is logged.
+  best checkpoint is scored: the 'best' group's of each data set, 'each' group's
+  or 'none'. If a checkpoint or its data is missing, the page says why, and a
+  warning is logged.
   """
   out = errors.local_path(out, "--out")
   workdirs = runs_lib.find([mirror.local(path, "folder") for path in paths])
   groups = runs_lib.group(runs_lib.read(workdirs))
   with new_folder.writing(out, "--out", "Pass another folder."):
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
+    with tempfile.TemporaryFile(dir=out):  # Checks early that it is writable.
       pass
   by_data = runs_lib.by_data(groups)
   curves = [
@@ -103,7 +103,7 @@ def make(
 
 
 def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
-  """One HTML page with everything in it; it needs no script and no file."""
+  """The report as one HTML page, which needs no script and no other file."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("resnet_flax.tools.report", ""),
     # Names of folders and values of configurations may hold any text.
@@ -138,8 +138,8 @@ def _accuracies(groups: Sequence[Group]) -> Section:
   ]
 
   def column(title, which, key, factor=100, digits=2):
-    found = [group.statistic(which, key, factor) for group in groups]
-    return Column(title, found, digits)
+    cells = [group.statistic(which, key, factor) for group in groups]
+    return Column(title, cells, digits)
 
   table = Table(
     "accuracy",
@@ -159,16 +159,16 @@ def _accuracies(groups: Sequence[Group]) -> Section:
 
 
 def _differences(groups: Sequence[Group]) -> list[Table]:
-  """Finished groups minus the first; no table if no seeds differ."""
+  """A table of finished groups minus the first; none if no interval exists."""
   rows = []
   finished = [group for group in groups if group.finished]
   for _, (first, *others) in runs_lib.by_data(finished):
     b = np.array(first.at("last", "test_accuracy", 100))
     for group in others:
       a = np.array(group.at("last", "test_accuracy", 100))
-      if found := intervals.interval(a, b, paired=False):
+      if interval := intervals.interval(a, b, paired=False):
         points = a.mean() - b.mean()
-        rows.append((group.number, first.number, points, *found[:2]))
+        rows.append((group.number, first.number, points, *interval[:2]))
   titles = ("group", "first", "points", "from", "to")
   table = Table(
     "intervals",
@@ -209,8 +209,8 @@ def _configurations(groups: Sequence[Group]) -> Section:
 
 
 def _runs(groups: Sequence[Group]) -> Section:
-  every = [(group, run) for group in groups for run in group.runs]
-  runs = [run for _, run in every]
+  pairs = [(group, run) for group in groups for run in group.runs]
+  runs = [run for _, run in pairs]
 
   def column(title, cell, digits=0):
     """A column whose cells are empty for runs without an epoch."""
@@ -220,11 +220,11 @@ def _runs(groups: Sequence[Group]) -> Section:
     key = "test_accuracy"
     return column(title, lambda r: 100 * r.record(which).get(key, math.nan), 2)
 
-  counted = ["yes" if run in group.counted else "no" for group, run in every]
+  counted = ["yes" if run in group.counted else "no" for group, run in pairs]
   columns = [
-    Column("#", [group.number for group, _ in every]),
+    Column("#", [group.number for group, _ in pairs]),
     Column("run", [run.name for run in runs]),
-    Column("seed", [str(run.seed) for run in runs]),  # No quantity.
+    Column("seed", [str(run.seed) for run in runs]),  # A name, not a number.
     Column("epochs", [_epochs(len(r.records), r.config) for r in runs]),
     Column("counted", counted),
     accuracy("final test accuracy (%)", "last"),
@@ -279,14 +279,14 @@ def _scored(groups: Sequence[Group], scored: str) -> list[Group]:
 
 
 def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
-  # Take the run that is best by `checkpoint.monitor`.
+  # The run that is best by `checkpoint.monitor` stands for the group.
   records = [run.record("best") for run in group.counted]
   best = metrics.best_record(records, group.config["checkpoint.monitor"])
   run = group.counted[records.index(best)]
   title = f"Best checkpoint of group {group.number}: {group.data}, {group.name}"
   try:
-    found = load.predict_test(run.folder, run.seed, opened=opened)
-    scores = scores_lib.summarize(*found)
+    predictions = load.predict_test(run.folder, run.seed, opened=opened)
+    scores = scores_lib.summarize(*predictions)
   except errors.UserError as error:
     lacks = f"the report lacks the checkpoint of group {group.number}"
     _logger.warning("warning: %s: %s", lacks, error)

@@ -1,6 +1,6 @@
-"""Reads runs from workdirs, and groups runs that differ in the seed alone.
+"""Reads runs from workdirs, and groups the runs that repeat one experiment.
 
-It reads only config.json, metrics.jsonl and environment.json.
+Only config.json, metrics.jsonl and environment.json are read.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from resnet_flax.run import config as config_lib, errors, keys, metrics
 from resnet_flax.run.folder import load_config, read_environment
 
-# Runs that differ in these alone are repetitions of one experiment.
+# Runs that differ only in these keys are repetitions of one experiment.
 _REPETITION_KEYS = ("seed", "num_seeds", *config_lib.MAY_DIFFER)
 
 Config = Mapping[str, Any]  # Flat, for example {'model.depth': 20, ...}.
@@ -30,13 +30,13 @@ class Statistic(NamedTuple):
   """A mean over repetitions."""
 
   mean: float  # NaN if there are no values.
-  # The sample standard deviation (ddof = 1); None for one value or a NaN.
+  # Sample standard deviation (ddof = 1); None if n < 2 or if the mean is NaN.
   std: float | None
-  n: int  # How many values.
+  n: int  # The number of values.
 
   @classmethod
   def of(cls, values: Sequence[float]) -> Self:
-    """The statistic of some values, or of none."""
+    """The statistic of any number of values, zero included."""
     mean = statistics.fmean(values) if values else math.nan
     has_std = len(values) > 1 and not math.isnan(mean)
     std = statistics.stdev(values) if has_std else None
@@ -49,13 +49,13 @@ class Run:
 
   seed: int
   folder: pathlib.Path  # The workdir.
-  name: str  # Its path below the folder that all runs share.
+  name: str  # The workdir's path below the folder that holds all workdirs.
   config: Config
   records: list[metrics.Record]  # One for each finished epoch, oldest first.
   device: str  # Its devices, described for people, or 'unknown'.
-  # `Dataset.source` of the pixels it was trained on, or 'unknown'.
-  data: str
-  # Final test accuracy of all seeds of the workdir together; NaN for one seed.
+  data: str  # `Dataset.source` of the training images, or 'unknown'.
+  # Test accuracy of the workdir's ensemble in the last record, a fraction; NaN
+  # if the record has none, as for a single seed.
   ensemble: float
 
   @property
@@ -64,7 +64,7 @@ class Run:
     return len(self.records) >= self.config["num_epochs"]
 
   def record(self, which: str, num_epochs: int | None = None) -> metrics.Record:
-    """The record of the 'best' or the 'last' of the first epochs."""
+    """The 'best' or 'last' of the first `num_epochs` records, or of all."""
     records = self.records[:num_epochs]
     if which == "last":
       return records[-1]
@@ -72,7 +72,7 @@ class Run:
 
   @property
   def chosen_by(self) -> str | None:
-    """The key that chooses the best epoch; None if none was scored yet."""
+    """The key that chooses the best epoch; None if no epoch was scored yet."""
     best = self.record("best")
     key = metrics.monitored(best, self.config["checkpoint.monitor"])
     return key if key in best else None
@@ -85,14 +85,14 @@ class Run:
   def mean(self, key: str, scored: bool = False) -> float:
     """Mean of a key, such as 'data_seconds'; NaN if an epoch lacks it.
 
-    Of all epochs, or of those that were scored.
+    The mean is over all epochs, or only over the `scored` ones.
     """
-    of = [r for r in self.records if "test_loss" in r or not scored]
-    return statistics.fmean([r.get(key, math.nan) for r in of] or [math.nan])
+    used = [r for r in self.records if "test_loss" in r or not scored]
+    return statistics.fmean([r.get(key, math.nan) for r in used] or [math.nan])
 
   @property
   def images_per_second(self) -> float:
-    """Mean over all epochs; the images of all seeds of the workdir count."""
+    """Mean speed over all epochs, counting the images of all the seeds."""
     speeds = [record["images_per_second"] for record in self.records]
     seconds = [record["epoch_seconds"] for record in self.records]
     return statistics.fmean(speeds, seconds)
@@ -100,15 +100,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """The runs of one experiment; they differ only in seeds and free keys."""
+  """The runs of one experiment; they differ only in `_REPETITION_KEYS`."""
 
   number: int  # Counts the groups of a report from 1.
   data: str  # The data set, for example 'cifar10'.
   name: str  # Unique within its data set: 'plain, depth=56'.
   config: Config  # Without the keys in which the runs may differ.
-  runs: Sequence[Run]  # All of them.
-  # One for each seed: finished runs; if no run is finished, those that have an
-  # epoch.
+  runs: Sequence[Run]  # All runs, also those that are not counted.
+  # The longest run of each seed: only finished runs, unless none is finished.
+  # Runs without an epoch are left out.
   counted: Sequence[Run]
   num_epochs: int  # Epochs that all counted runs have; 0 if there are none.
 
@@ -118,9 +118,9 @@ class Group:
     return self.num_epochs >= self.config["num_epochs"]
 
   def curves(self, key: str) -> np.ndarray:
-    """A metric of n seeds, float64[n, num_epochs]; NaN if missing."""
-    every = [run.records[: self.num_epochs] for run in self.counted]
-    return np.array([[r.get(key, math.nan) for r in each] for each in every])
+    """A metric over epochs, float64[seeds, num_epochs]; NaN if missing."""
+    by_run = [run.records[: self.num_epochs] for run in self.counted]
+    return np.array([[r.get(key, math.nan) for r in each] for each in by_run])
 
   def at(self, which: str, key: str, factor: float = 1) -> list[float]:
     """A metric times a factor at each seed's 'best' or 'last' epoch.
@@ -143,7 +143,7 @@ def is_share(key: str) -> bool:
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-  """Finds the workdirs at and anywhere below some folders.
+  """Finds the workdirs at or below `paths`.
 
   Each workdir is listed once, in the order of the arguments, then by name.
   """
@@ -154,36 +154,36 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
       f"{error.filename} cannot be read: {error.strerror}. {advice}"
     ) from error
 
-  found: dict[str, pathlib.Path] = {}
+  workdirs: dict[str, pathlib.Path] = {}  # By their real paths.
   for path in paths:
-    here = []
+    in_path = []
     for folder, below, files in os.walk(path, onerror=fail):
       # A hidden folder is an unfinished workdir; see `new_folder`.
       below[:] = sorted(name for name in below if not name.startswith("."))
       if "config.json" in files:
-        here.append(pathlib.Path(folder))
+        in_path.append(pathlib.Path(folder))
         below.clear()
-    if not here:
+    if not in_path:
       raise errors.WorkdirError(
         f"{path} contains no run: no config.json is in it or below it. {advice}"
       )
-    for each in here:
-      found.setdefault(os.path.realpath(each), each)
-  return list(found.values())
+    for workdir in in_path:
+      workdirs.setdefault(os.path.realpath(workdir), workdir)
+  return list(workdirs.values())
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Run]:
-  """Reads all seeds of workdirs; a `WorkdirError` names a damaged file."""
-  real = [os.path.realpath(each) for each in folders]
-  common = os.path.commonpath([os.path.dirname(path) for path in real])
+  """Reads a run per seed of each workdir; `WorkdirError` if one is damaged."""
+  real_paths = [os.path.realpath(each) for each in folders]
+  common = os.path.commonpath([os.path.dirname(path) for path in real_paths])
   runs = []
-  for folder, path in zip(folders, real, strict=True):
+  for folder, path in zip(folders, real_paths, strict=True):
     stored, environment = load_config(folder), read_environment(folder)
-    # Weights of a file are another start than random ones.
-    begun = environment.get("converted", {})
+    # Runs that start from different weights are different experiments.
+    origin = environment.get("converted", {})
     start = {}
-    if "sha256" in begun:
-      start["converted"] = f"{begun.get('source')} ({begun['sha256'][:8]})"
+    if "sha256" in origin:
+      start["converted"] = f"{origin.get('source')} ({origin['sha256'][:8]})"
     records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,
@@ -194,8 +194,8 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
       "ensemble": [{}, *records][-1].get("test_ensemble_accuracy", math.nan),
     }
     for k in range(stored.num_seeds):
-      own = [metrics.of_seeds(record)[k] for record in records]
-      runs.append(Run(stored.seed + k, records=own, **shared))
+      seed_records = [metrics.of_seeds(record)[k] for record in records]
+      runs.append(Run(stored.seed + k, records=seed_records, **shared))
   return runs
 
 
@@ -213,7 +213,7 @@ def _device(environment: Mapping[str, Any]) -> str:
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
-  """Groups the runs that differ only in seeds and free keys.
+  """Groups the runs that differ only in `_REPETITION_KEYS`.
 
   Runs on different data are in different groups, as if `data` were a key.
   Groups are ordered by the values of the keys in which they differ; those of
@@ -224,7 +224,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
     key = json.dumps(config | {"data": run.data}, sort_keys=True)
     by_config.setdefault(key, []).append(run)
-  members = [(json.loads(key), found) for key, found in by_config.items()]
+  members = [(json.loads(key), same) for key, same in by_config.items()]
   differing = differing_keys([config for config, _ in members])
 
   def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, Any]]:
@@ -252,21 +252,21 @@ def group(runs: Iterable[Run]) -> list[Group]:
 
 
 def by_data(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
-  """For each data set, the ending of its file names and its groups."""
+  """Each data set's suffix of file names ('' if it is alone) and its groups."""
   of_data = itertools.groupby(groups, operator.attrgetter("data"))
-  found = [(re.sub(r"\W", "_", f"_{data}"), [*each]) for data, each in of_data]
-  return found if found[1:] else [("", each) for _, each in found]
+  parts = [(re.sub(r"\W", "_", f"_{data}"), [*each]) for data, each in of_data]
+  return parts if parts[1:] else [("", each) for _, each in parts]
 
 
 def _group(
   number: int, data: str, name: str, config: Config, runs: Sequence[Run]
 ) -> Group:
   by_seed: dict[int, Run] = {}
-  # A seed that occurs twice counts once: in its longest run, or the first.
+  # A repeated seed counts once: in its longest run, the first one of equals.
   for run in sorted(runs, key=lambda run: -len(run.records)):
     by_seed.setdefault(run.seed, run)
-  begun = [run for _, run in sorted(by_seed.items()) if run.records]
-  counted = [run for run in begun if run.finished] or begun
+  started = [run for _, run in sorted(by_seed.items()) if run.records]
+  counted = [run for run in started if run.finished] or started
   num_epochs = min((len(run.records) for run in counted), default=0)
   return Group(number, data, name, config, runs, counted, num_epochs)
 
@@ -283,21 +283,21 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 
 
 def labels(configs: Sequence[Config]) -> list[str]:
-  """Names that tell configurations apart, without keys that do not help."""
+  """Names that tell configurations apart; redundant keys are left out."""
   chosen: list[str] = []
-  apart = 1
+  num_distinct = 1
   for key in differing_keys(configs):
     values = {json.dumps([*map(each.get, [*chosen, key])]) for each in configs}
-    if len(values) > apart:
+    if len(values) > num_distinct:
       chosen.append(key)
-      apart = len(values)
-  usual = ("model.name", "model.depth")
-  chosen = chosen or [key for key in usual if key in configs[0]]
-  # A key is named by its last part, unless another key has the same one.
-  last = [key.removesuffix(".name").rpartition(".")[2] for key in chosen]
+      num_distinct = len(values)
+  default = ("model.name", "model.depth")
+  chosen = chosen or [key for key in default if key in configs[0]]
+  # A key is named by its last part, unless two of the keys share that part.
+  last_parts = [key.removesuffix(".name").rpartition(".")[2] for key in chosen]
   names = [
-    f"{part if last.count(part) == 1 else key}=".removeprefix("model=")
-    for key, part in zip(chosen, last, strict=True)
+    f"{part if last_parts.count(part) == 1 else key}=".removeprefix("model=")
+    for key, part in zip(chosen, last_parts, strict=True)
   ]
   pairs = [*zip(names, chosen, strict=True)]
   return [

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
   step: int  # The checkpoint's training step.
 
   def confused(self, most: int) -> list[tuple[str, str, int]]:
-    """(true class, predicted class, images), the most frequent first."""
+    """The `most` frequent confusions: (true class, predicted class, images)."""
     wrong = self.confusion.copy()
     np.fill_diagonal(wrong, 0)
     # Stable, so that equally frequent pairs keep their order.
@@ -49,7 +49,7 @@ def summarize(
   probabilities: np.ndarray,
   step: int,
 ) -> Scores:
-  """Scores the parts of `load.Predictions`."""
+  """Computes the scores from the fields of `load.Predictions`."""
   names = dataset.class_names
   predicted = np.argmax(probabilities, axis=1)
   confidences = np.max(probabilities, axis=1)

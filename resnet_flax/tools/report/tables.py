@@ -12,7 +12,7 @@ _LATEX = str.maketrans(
   {each: f"\\{each}" for each in "{}$&#%_"}
   | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}"}
   | {"~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
-  # At the start of a row, [ and * would be arguments of the row before.
+  # LaTeX takes [ and * at the start of a row for arguments of the row before.
   | {"|": r"\textbar{}", "[": "{[}", "*": "{*}"}
 )
 
@@ -22,16 +22,16 @@ Cell = str | int | float | runs_lib.Statistic | None
 
 
 class Column(NamedTuple):
-  """One column."""
+  """A column of a table."""
 
   title: str  # Its name with the unit, for example 'error (%)'.
   cells: Sequence[Cell]  # From the first row to the last.
   digits: int = 2  # Decimals shown to people; CSV has ten digits.
-  rounding: float = 1e-9  # Smaller numbers count as zero.
+  rounding: float = 1e-9  # Smaller numbers are shown as zero.
 
   def show(self, cell: Cell) -> str:
     """Formats a cell for people."""
-    if cell is None or cell != cell:  # Not a number.
+    if cell is None or cell != cell:  # NaN.
       return "–"
     if isinstance(cell, runs_lib.Statistic):
       std = "" if cell.std is None else f" ± {self.show(cell.std)}"
@@ -39,7 +39,7 @@ class Column(NamedTuple):
     if isinstance(cell, float):
       cell = cell if abs(cell) >= self.rounding else 0.0
       text = f"{cell:.{self.digits}f}"
-      # A small number is not zero.
+      # A small number must not look like zero.
       return text if float(text) or not cell else f"{cell:.1g}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
@@ -127,7 +127,7 @@ def _printable(cell: Cell) -> Cell:
 
 
 def _for_programs(cell: Cell) -> Cell:
-  if cell != cell:  # Not a number.
+  if cell != cell:  # NaN.
     return None
   # Digits after the tenth are rounding errors.
   return f"{cell:.10g}" if isinstance(cell, float) else no_formula(cell)

@@ -22,10 +22,10 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)*)")
 # Older versions can run code in spite of weights_only (CVE-2025-32434).
 _LEAST_TORCH = (2, 6)
-# Zip archives; before version 1.6, PyTorch wrote pickles without an archive.
+# First bytes of zip archives and of the pickles that PyTorch < 1.6 wrote.
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80")
 
-# Longer than any layer's name. A limit, since names are read whole.
+# Bytes, more than any layer's name has: names are read whole into memory.
 _LONGEST_NAME = 4096
 
 
@@ -42,8 +42,8 @@ class WeightsFile(NamedTuple):
   # False for files of older Keras 3: they only number the layers of each class
   # in the order of `model.layers`.
   has_layer_names: bool = True
-  # The layers of a whole Keras model, in the order of `model.layers`: each with
-  # class_name and config, which has the name. Empty if a file has only weights.
+  # The layers of a whole Keras model, in the order of `model.layers`. Each has
+  # class_name and config (with its name). Empty if a file has only weights.
   layers: Sequence[dict[str, Any]] = ()
 
   @property
@@ -59,10 +59,10 @@ class WeightsFile(NamedTuple):
 def read(path: pathlib.Path) -> WeightsFile:
   """Reads a file of weights; its extension gives its kind.
 
-  Of PyTorch .safetensors, .pt, .pth, .th, .pth.tar, .bin and .ckpt; of Keras
-  .keras, .weights.h5 and .h5. A `WeightsError` if it is damaged, holds code or
-  may claim more than it stores; a `ConfigError` if its library is not
-  installed.
+  PyTorch: .safetensors, .pt, .pth, .th, .pth.tar, .bin, .ckpt. Keras: .keras,
+  .h5, .weights.h5, .hdf5 and our exports in .safetensors. Raises `WeightsError`
+  if the file is damaged, holds code or may claim more than it stores, and
+  `ConfigError` if the library that reads it is not installed.
   """
   name = path.name.lower()
   readers = [read for end, read in _READERS.items() if name.endswith(end)]
@@ -79,7 +79,7 @@ def read(path: pathlib.Path) -> WeightsFile:
       f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
       " --source."
     ) from error
-  # The first bytes show a web page or a pointer of Git LFS in its place.
+  # The first bytes show the user a web page or a Git LFS pointer in its place.
   with explain(
     f"{path} is damaged, or is not what its extension says; it begins with"
     f" {start!r}"
@@ -105,7 +105,7 @@ def explain(fault: str, advice: str = "") -> Iterator[None]:
 def wrong_type(
   path: pathlib.Path, name: str, dtype: Any
 ) -> errors.WeightsError:
-  """The error for an array whose dtype is not that of weights."""
+  """The error for an array whose dtype weights cannot have."""
   return errors.WeightsError(
     f"{path}: {name} is {dtype}; it must be float32, float16, bfloat16 or"
     " float64."
@@ -113,7 +113,7 @@ def wrong_type(
 
 
 def _check_stored(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
-  """Neither library compresses; a compressed file may fill the memory."""
+  """Refuses compressed archives, which may fill the memory when read."""
   if any(member.compress_type for member in archive.infolist()):
     raise errors.WeightsError(
       f"{path} must not be compressed. Save it again with its library, which"
@@ -132,7 +132,7 @@ def _read_safetensors(path: pathlib.Path) -> WeightsFile:
       except AttributeError:  # NumPy lacks the type.
         dtype = file.get_slice(name).get_dtype()
         raise wrong_type(path, name, dtype) from None
-  # `resnet_flax.export` writes Keras's names so; PyTorch's names have dots.
+  # `resnet_flax.export` writes Keras's names with '/'; PyTorch's have dots.
   if all("/" in name for name in arrays):
     return WeightsFile(path, "keras", arrays, ())
   return _pytorch(path, arrays)
@@ -160,7 +160,7 @@ def _read_torch(path: pathlib.Path) -> WeightsFile:
     # `weights_only` refuses anything but tensors and plain containers.
     loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
-    # PyTorch's own text is long and explains how to run the code.
+    # PyTorch's own message is left out: it explains how to run the code.
     raise errors.WeightsError(
       f"{path} is damaged, or holds more than tensors, which could run code"
       f" ({type(error).__name__}). Save only the state dict:"
@@ -199,7 +199,7 @@ def _pytorch(
   counters = [n for n in arrays if n.rpartition(".")[2] in _COUNTERS]
   weights = {n: array for n, array in arrays.items() if n not in counters}
   wrappers = {_WRAPPERS.findall(name)[0] for name in weights}
-  # A prefix of all weights is not part of their names.
+  # A prefix that all weights share is a wrapper's, not part of their names.
   wrapper = wrappers.pop() if len(wrappers) == 1 else ""
   return WeightsFile(
     path,
@@ -216,7 +216,7 @@ def _read_keras(path: pathlib.Path) -> WeightsFile:
     return _read_hdf5(path, weights, archive.read("config.json"))
 
 
-# For each class of layers with weights, its automatic name and the names of its
+# Maps the automatic name of each layer class with weights to the names of its
 # variables, in the order in which Keras 3 numbers them.
 VARIABLES = {
   "conv2d": ("kernel", "bias"),
@@ -240,27 +240,27 @@ def layer_class(name: str) -> str:
 def _read_hdf5(
   path: pathlib.Path, inside: BinaryIO | None = None, model: str | bytes = ""
 ) -> WeightsFile:
-  """Gives the arrays of both of Keras's layouts the same names.
+  """Reads both of Keras's HDF5 layouts, and names their arrays alike.
 
-  `inside` is HDF5 in an archive, `model` the JSON text of a whole model there.
+  From a .keras archive, `inside` is its HDF5 file and `model` its config.json.
   """
   with errors.extra("h5py", str(path)):
     import h5py
 
   members: list[tuple[str, Any]] = []
-  # Not by its path, which HDF5 would lock.
+  # Opened here, since HDF5 would lock a file that it opens by its path.
   with inside or path.open("rb") as file, h5py.File(file, "r") as root:
-    # No link is followed, and each member comes once, after its group.
+    # This follows no link, and visits each member once, after its group.
     root.visititems(lambda *member: members.append(member))
     model = model or root.attrs.get("model_config", "")
     layers = json.loads(model)["config"]["layers"] if model else []
     # Maps a layer's place in a file of Keras 3, such as 'conv2d', to its name.
     names: dict[str, str] = {}
     for start in VARIABLES:
-      kind = start.replace("_", "")  # Conv2D, Dense or BatchNormalization.
-      found = [x["config"] for x in layers if x["class_name"].lower() == kind]
-      of_kind = [settings["name"] for settings in found]
-      names.update(zip(automatic_names(start), of_kind, strict=False))
+      kind = start.replace("_", "")  # The class's name in lower case.
+      configs = [x["config"] for x in layers if x["class_name"].lower() == kind]
+      layer_names = [config["name"] for config in configs]
+      names.update(zip(automatic_names(start), layer_names, strict=False))
     arrays: dict[str, np.ndarray] = {}
     passed_over, places = [], set()
     for key, member in members:

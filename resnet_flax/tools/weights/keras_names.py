@@ -29,12 +29,12 @@ _NORM = {
 }
 # Names of the head; older files have the second one.
 _HEADS = ("predictions", "probs")
-# Parts of our layers' names, and Keras's automatic names of such layers.
+# Maps parts of our layers' names to Keras's automatic names of their classes.
 _KINDS = {"conv": "conv2d", "bn": "batch_normalization", "head": "dense"}
 
-# For each network of the example, the layers that it gains if each stage gains
-# a block.
-_PER_GROUP = {"resnet_v1": 6, "resnet_v2": 9}
+# A network of the example with n blocks in each of three stages has this many
+# layers times n, and a stem and a head.
+_LAYERS_PER_N = {"resnet_v1": 6, "resnet_v2": 9}
 # The layers of a block in the order in which they are created. Only the first
 # block of a stage has those of the shortcut.
 _BLOCKS = {
@@ -71,7 +71,7 @@ def identify(file: files.WeightsFile) -> Source:
     name, depth = _example(file)
     title = f"the Keras example's ResNet-{depth} {name.removeprefix('resnet_')}"
     width, epsilon = 16, 1e-3
-    # The example has a switch for the normalization.
+    # In the example, subtracting the mean image is optional.
     needed = {"normalization": ("pixel_mean", "none"), "padding": "same"}
     needed |= {"shortcut": ("keras", "default")}
   else:
@@ -105,42 +105,42 @@ def identify(file: files.WeightsFile) -> Source:
 
 
 def _numbered(file: files.WeightsFile, kind: str) -> list[str]:
-  """The layers with an automatic name, in the order of their numbers.
+  """The layers of a class that have automatic names, in order of the numbers.
 
   Keras counts over all models of a process, so numbers may start anywhere.
   """
   layers = {name.partition("/")[0] for name in file.arrays}
-  found = [name for name in layers if files.layer_class(name) == kind]
-  return sorted(found, key=lambda name: (len(name), name))
+  matching = [name for name in layers if files.layer_class(name) == kind]
+  return sorted(matching, key=lambda name: (len(name), name))
 
 
 def _example(file: files.WeightsFile) -> tuple[str, int]:
-  """The name and the depth of one of the example's networks."""
+  """The name and the depth of the example's network that a file holds."""
   convs = _numbered(file, "conv2d")
   # A bottleneck begins with a 1x1 convolution.
   is_v2 = file.shape(f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
   version, projections = ("v2", 3) if is_v2 else ("v1", 2)
-  per_group = _PER_GROUP[f"resnet_{version}"]
-  # The stem and the projections do not belong to the groups of layers.
-  blocks, rest = divmod(len(convs) - 1 - projections, per_group)
+  per_n = _LAYERS_PER_N[f"resnet_{version}"]
+  # The stem and the projections are not among these layers.
+  blocks, rest = divmod(len(convs) - 1 - projections, per_n)
   if rest or blocks < 1:
     raise errors.WeightsError(
       f"{file.path} has {len(convs)} convolutions. A ResNet {version} of the"
-      f" Keras example must have {per_group}n+{1 + projections}, for n blocks"
+      f" Keras example must have {per_n}n+{1 + projections}, for n blocks"
       " in each stage."
     )
-  return f"resnet_{version}", per_group * blocks + 2
+  return f"resnet_{version}", per_n * blocks + 2
 
 
 # ---- Our layers and theirs
 
 
 def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
-  """Our layers in the order of creation or of `model.layers`."""
+  """Our layers in the order of their creation or of Keras's `model.layers`."""
   if name == "resnet_imagenet":
     sizes: Sequence[int] = others.IMAGENET_SIZES[depth]
   else:
-    sizes = [(depth - 2) // _PER_GROUP[name]] * 3
+    sizes = [(depth - 2) // _LAYERS_PER_N[name]] * 3
   order = _BLOCKS[name].split()
   if name == "resnet_v2" and not as_created:
     # The shortcut is created last, but precedes conv3 in `model.layers`.
@@ -164,7 +164,7 @@ def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
 def _in_turn(
   ours: Sequence[Path], theirs: Callable[[str], Iterable[str]]
 ) -> dict[Path, str]:
-  """Pairs layers by their order; `theirs` gives the names of a class."""
+  """Pairs our layers with names by order; `theirs` gives a class's names."""
   names: dict[Path, str] = {}
   for part, kind in _KINDS.items():
     paths = [path for path in ours if part in path[-1]]
@@ -189,7 +189,7 @@ def _application_names(ours: Sequence[Path], head: str) -> dict[Path, str]:
 
 def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   *layer, leaf = path[1:]
-  # A layer that their network lacks keeps its name.
+  # A layer that their network lacks keeps our name.
   name = theirs.get(tuple(layer), "/".join(layer))
   name = f"{name}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}"
   if flip_stem and path[1:] == ("stem_conv", "kernel"):
@@ -231,11 +231,11 @@ def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
 
 # ---- What a file says about its layers
 
-# For each class of layers in the networks, values of settings that change the
-# logits without a change of arrays. Versions of Keras lack some settings.
+# For each layer class, allowed values of settings that change the logits but no
+# array. The first one holds where a version of Keras lacks the setting.
 _SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
   "Conv2D": {"activation": ("linear",), "dilation_rate": ([1, 1],)},
-  # A softmax may follow the head: it makes probabilities of the logits.
+  # A softmax after the head only turns the logits into probabilities.
   "Dense": {"activation": ("linear", "softmax")},
   "Activation": {"activation": ("relu",)},
   "ReLU": {
@@ -244,7 +244,7 @@ _SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "threshold": (0.0, None),
   },
 }
-# Classes without such settings.
+# Classes without settings to check, or whose settings depend on the file.
 _PLAIN = (
   *("BatchNormalization", "Add", "Dropout", "Flatten", "InputLayer"),
   *("AveragePooling2D", "GlobalAveragePooling2D", "MaxPooling2D"),
@@ -267,20 +267,20 @@ def _check_layers(
     if kind == "Activation" and layer is file.layers[-1]:
       kind = "Dense"
     allowed = _SETTINGS.get(kind, {})
-    has = {k: usual for k, (usual, *_) in allowed.items()} | layer["config"]
+    config = {k: usual for k, (usual, *_) in allowed.items()} | layer["config"]
     if kind == "BatchNormalization":
       allowed = {"epsilon": (epsilon,)}
     if kind == "Conv2D" and name in paths:
-      # In every family, the first convolution of a stage halves the image.
+      # In every family, stages after the first begin with a stride of 2.
       halving = r"stage[2-4]_block1/(conv1|shortcut_conv)"
       halving += "|stem_conv" * is_imagenet
       strides = 2 if re.fullmatch(halving, "/".join(paths[name])) else 1
       allowed = allowed | {"strides": ([strides, strides],)}
-      if not is_imagenet:  # Which has layers that pad.
+      if not is_imagenet:  # ImageNet networks have layers that pad.
         allowed["padding"] = ("same",)
     for key, values in allowed.items():
-      if has[key] not in values:
+      if config[key] not in values:
         raise errors.WeightsError(
-          f"{what} has the {key} {has[key]}, which must be"
+          f"{what} has the {key} {config[key]}, which must be"
           f" {' or '.join(map(str, values))}."
         )

@@ -23,8 +23,8 @@ class Origin(NamedTuple):
   """Where one of our arrays comes from."""
 
   name: str  # Name of the library's array.
-  layout: Layout = np.asarray  # Puts it into our order of dimensions.
-  back: Layout = np.asarray  # Puts ours into the library's order.
+  layout: Layout = np.asarray  # Puts that array into our order of dimensions.
+  back: Layout = np.asarray  # Puts our array into the library's order.
 
 
 # Maps the path of our array to its origin.
@@ -34,9 +34,9 @@ OriginOf = Callable[[Path], Origin]
 class Source:
   """A library's network, as found in a file, and where our arrays come from.
 
-  `normalization` has the values of this key with which our network computes the
-  same as theirs; the first one is recommended. `model` has those of keys of
-  `config.model`: a value, or a tuple of values.
+  `normalization` lists the values of that key with which our network computes
+  what theirs does; the first is recommended. `model` does so for keys of
+  `config.model`, each with one value or a tuple of values.
   """
 
   def __init__(
@@ -55,7 +55,7 @@ class Source:
 
 
 def width(found: int, usual: int) -> tuple[int, ...]:
-  """Values that `model.num_filters` can have; 0 is the family's usual one."""
+  """Allowed values of a key for a width; 0 stands for the `usual` width."""
   return (0, found) if found == usual else (found,)
 
 
@@ -67,7 +67,7 @@ def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
   )
 
 
-# Values without our own options, which are needed unless a `Source` has others.
+# Values that our own options must have, unless a `Source` needs others.
 _OURS_ALONE: dict[str, tuple[Any, ...]] = {
   "model.squeeze_excitation": (0,),
   "model.stochastic_depth": (0.0,),
@@ -79,7 +79,7 @@ _OURS_ALONE: dict[str, tuple[Any, ...]] = {
 
 
 def differing(source: Source, config: ConfigDict) -> dict[str, str]:
-  """Maps each key whose value `source` cannot have to the flag that it needs.
+  """Maps each key whose value does not fit `source` to the flag that it needs.
 
   Most of these keys change no shape: a wrong epsilon only gives wrong logits.
   """
@@ -100,25 +100,25 @@ def variables(
 ) -> dict[str, Any]:
   """The file's values in the tree of `like`, as float32 arrays.
 
-  `like` is {'params': ..., 'batch_stats': ...} of `jax.ShapeDtypeStruct`s. A
-  `WeightsError` if arrays are left over, are missing, have another shape, or
+  `like` is {'params': ..., 'batch_stats': ...} of `jax.ShapeDtypeStruct`s.
+  Raises `WeightsError` if arrays are left over, missing or of another shape, or
   hold values that no trained network has.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-  # Of each array of the library, by its name and its shape.
-  wanted = {}
+  # Maps the name and shape that the file must have to our path and its layout.
+  needed = {}
   for entries, leaf in leaves:
     path = tuple(entry.key for entry in entries)
     name, layout, back = source.origin(path)
     shape = back(np.broadcast_to(0, leaf.shape)).shape
-    wanted[name, shape] = path, layout
-  assert len(wanted) == len(leaves), "an array would be used twice"
-  there = {(name, array.shape) for name, array in file.arrays.items()}
-  left_over = [f"{n}{[*shape]}" for n, shape in sorted(there - wanted.keys())]
+    needed[name, shape] = path, layout
+  assert len(needed) == len(leaves), "an array would be used twice"
+  stored = {(name, array.shape) for name, array in file.arrays.items()}
+  left_over = [f"{n}{[*shape]}" for n, shape in sorted(stored - needed.keys())]
   missing = [
     f"{name}{[*shape]} for {'/'.join(path)}"
-    for (name, shape), (path, _) in wanted.items()
-    if (name, shape) not in there
+    for (name, shape), (path, _) in needed.items()
+    if (name, shape) not in stored
   ]
   if left_over or missing:
     raise errors.WeightsError(
@@ -127,7 +127,7 @@ def variables(
     )
   values = [
     _checked(file, name, layout(file.arrays[name]), path)
-    for (name, _), (path, layout) in wanted.items()
+    for (name, _), (path, layout) in needed.items()
   ]
   return jax.tree_util.tree_unflatten(structure, values)
 

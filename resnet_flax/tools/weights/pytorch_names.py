@@ -27,7 +27,7 @@ _NORM = {
 # Indexes of the dense layers in torchvision's `classifier`.
 _DENSE = {"vgg": (0, 3, 6), "alexnet": (1, 4, 6)}
 
-# Values that all of PyTorch's ResNets need.
+# Values of `config.model` that all of PyTorch's ResNets need.
 _RESNET = {
   "padding": "symmetric",
   "conv_bias": False,
@@ -76,7 +76,7 @@ def _torchvision_resnet(
   if has_bottlenecks:
     channels, width = file.shape("layer1.0.conv2.weight")[:2]
     groups = channels // max(width, 1)
-    # Wide ResNets are named as torchvision names ResNeXts.
+    # ResNeXts and wide ResNets have these numbers in their titles.
     if (groups, width) != (1, stem):
       title += f" {groups}x{width}d"
     more = {
@@ -144,7 +144,7 @@ def _feedforward(file: files.WeightsFile) -> Source:
 def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
   """For export, maps our arrays to those of 'torchvision' or 'cifar'.
 
-  None if the library has no such network.
+  None if that library has no network like `model`.
   """
   match names, model.name:
     case "torchvision", "resnet_imagenet":
@@ -178,12 +178,12 @@ def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
   modules = {layer: f"classifier.{index}" for layer, index in dense}
   network = feedforward.NETWORKS[name]
   index = number = 0
-  for each in network["features"]:
-    if isinstance(each, feedforward.Conv):
+  for feature in network["features"]:
+    if isinstance(feature, feedforward.Conv):
       number += 1
       modules[f"conv{number}"] = f"features.{index}"
       modules[f"bn{number}"] = f"features.{index + 1}"
-      index += 1 + has_norm  # A ReLU comes after both.
+      index += 1 + has_norm  # A ReLU follows the convolution and its norm.
     index += 1
   layer, leaf = path[1:]
   origin = _leaf(modules[layer], layer, leaf)
@@ -198,10 +198,10 @@ def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
 
 
 def _leaf(module: str, layer: str, leaf: str) -> Origin:
-  """Where the kernel, bias, ... of one of our layers comes from."""
+  """The origin of a leaf, such as the kernel, of one of our layers."""
   if "bn" in layer or leaf == "bias":
     return Origin(f"{module}.{_NORM[leaf]}")
-  # From OIHW to HWIO, and of dense layers from OI to IO; and back.
+  # Turns OIHW into HWIO, and OI of dense layers into IO; and back.
   return Origin(
     f"{module}.weight",
     functools.partial(np.moveaxis, source=(0, 1), destination=(-1, -2)),
