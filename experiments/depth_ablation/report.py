@@ -19,7 +19,7 @@ COMMAND = "python -m experiments.depth_ablation.report"
 NETWORKS = ("plain", "resnet_v1")
 DEPTHS = (20, 56)
 SEEDS = range(5)
-# What README.md decided before the first run, in points of training error.
+# Limits that README.md set before the first run, in points of training error.
 _FLAT_EPOCHS = 8
 _FLAT = 1.0
 _NO_DEGRADATION = 1.0
@@ -33,18 +33,18 @@ Cell = runs_lib.Run
 
 
 def collect(workdir: pathlib.Path) -> list[Cell]:
-  """What is kept of each finished cell.
+  """Scores the final weights of each finished cell and collects its curves.
 
-  `train_error` and `test_error` of the final weights in inference mode, and
-  `train_errors` and `test_errors` of the epochs, in percent. The training
-  errors of epochs are means over a network that changes. Raises `SystemExit` if
-  a run is no cell of degradation.py.
+  `train_error` and `test_error` belong to the final weights in inference mode,
+  `train_errors` and `test_errors` to the epochs; all are in percent. An epoch's
+  training error is a mean over its steps, during which the network changes.
+  Raises `SystemExit` if a run is no cell of degradation.py.
   """
   cells = []
   for run, config, records in runs_lib.finished(workdir):
     flat = keys.to_flat(config)
-    own = {key: flat[key] for key in degradation.OVERRIDES}
-    if differing := errors_lib.differences(own, degradation.OVERRIDES):
+    overrides = {key: flat[key] for key in degradation.OVERRIDES}
+    if differing := errors_lib.differences(overrides, degradation.OVERRIDES):
       raise SystemExit(
         f"error: {run} is no cell of degradation.py: {', '.join(differing)}."
         " Pass the --workdir of that sweep."
@@ -81,41 +81,41 @@ def cells_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
 
 
 def table(cells: list[Cell]) -> str:
-  """Errors by network and depth, differences by depth, and what they show."""
+  """Two Markdown tables: errors, and differences by depth with verdicts."""
   errors, by_depth = [], []
   for network in NETWORKS:
     shallow, deep = (cells_of(cells, network, depth) for depth in DEPTHS)
-    for depth, found in zip(DEPTHS, (shallow, deep), strict=True):
-      shown = [
-        markdown.mean_and_std([cell[key] for cell in found.values()], ".1f")
+    for depth, by_seed in zip(DEPTHS, (shallow, deep), strict=True):
+      means = [
+        markdown.mean_and_std([cell[key] for cell in by_seed.values()], ".1f")
         for key in ("train_error", "test_error")
       ]
-      errors.append([f"`{network}`", depth, *shown, len(found)])
+      errors.append([f"`{network}`", depth, *means, len(by_seed)])
     seeds = sorted(shallow.keys() & deep.keys())
-    ends = [
+    final_errors = [
       np.array([each[seed]["train_error"] for seed in seeds])
       for each in (deep, shallow)
     ]
-    differences = ends[0] - ends[1]
+    differences = final_errors[0] - final_errors[1]
     interval: tuple[float, ...] | None
-    interval = intervals.interval(*ends, paired=True)
-    text = "{:+.1f} to {:+.1f}".format(*interval) if interval else "–"
+    interval = intervals.interval(*final_errors, paired=True)
+    limits = "{:+.1f} to {:+.1f}".format(*interval) if interval else "–"
     if interval is None and len(seeds) > 1:
-      interval, text = (differences[0],) * 2, "none: no spread"
+      interval, limits = (differences[0],) * 2, "none: no spread"
     difference = markdown.mean_and_std(differences.tolist(), ".1f")
     judged = verdict(network, differences, interval, deep)
-    by_depth.append([f"`{network}`", difference, text, len(seeds), judged])
-  of_errors = (
+    by_depth.append([f"`{network}`", difference, limits, len(seeds), judged])
+  error_titles = (
     *("network", "depth", "training error %, final weights", "test error %"),
     "n",
   )
-  of_depths = (
+  depth_titles = (
     *("network", "56 less 20 layers, points of training error"),
     *("95 % interval", "seeds", "shown"),
   )
   return (
-    f"{markdown.table(of_errors, errors)}\n\n"
-    f"{markdown.table(of_depths, by_depth)}"
+    f"{markdown.table(error_titles, errors)}\n\n"
+    f"{markdown.table(depth_titles, by_depth)}"
   )
 
 
@@ -125,7 +125,7 @@ def verdict(
   interval: tuple[float, ...] | None,
   deep: dict[int, Cell],
 ) -> str:
-  """What a network shows by the rules of README.md."""
+  """A network's verdict by the rules of README.md."""
   if len(differences) < len(SEEDS) or interval is None:
     return f"not yet: {len(differences)} of {len(SEEDS)} seeds"
   if network != "plain":
@@ -143,11 +143,11 @@ def draw(cells: list[Cell]) -> Figure:
   figure = Figure(figsize=(7.2, 4.6), layout="constrained")
   axis = figure.subplots()
   for (network, depth), (color, line) in _STYLES.items():
-    found = cells_of(cells, network, depth)
+    by_seed = cells_of(cells, network, depth)
     for split, width, alpha in (("train", 2.2, 1.0), ("test", 0.9, 0.6)):
-      for k, cell in enumerate(found.values()):
+      for k, cell in enumerate(by_seed.values()):
         curve = cell[f"{split}_errors"]
-        label = f"{network}, {depth} layers, n = {len(found)}"
+        label = f"{network}, {depth} layers, n = {len(by_seed)}"
         axis.plot(
           range(1, len(curve) + 1),
           curve,

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
   environments, results = [], []
   for depth in flags.depths:
     for mode in flags.modes:
-      # This process cannot describe the devices: it leaves them to the others.
+      # Only the new process uses the devices, so it describes them, too.
       with futures.ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn")
       ) as pool:
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
       results.append(result)
       print(measurement.row(result), flush=True)
       if flags.out:
-        found = {"environment": environments[0], "results": results}
-        files_lib.write_json(flags.out, found)
+        figures = {"environment": environments[0], "results": results}
+        files_lib.write_json(flags.out, figures)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def measure(
   shape = (batch_size, *experiment.image_shape)
   images = rng.integers(0, 256, shape, np.uint8)
   labels = rng.integers(0, 10, batch_size, np.int32)
-  # Not by `timing`: what it imports would count in `peak_mb`.
+  # `timing` is not used, since its imports would count in `peak_mb`.
   batch = jax.device_put((images, labels))
   step = functools.partial(step_lib.train_step, experiment)
   result: dict[str, Any] = {"name": name, "depth": depth, "mode": mode}

@@ -31,16 +31,16 @@ def measure(
 ) -> list[dict[str, Any]]:
   """Trains the same batches on several devices and on one device.
 
-  For each number of devices, as JSON: `devices`, `batch_size`, images/s of each
-  round on these devices and on one (`alone`), and `loss_differences`: the
-  relative difference of the epoch's mean loss after each of the first steps.
+  Each number of devices has a dict: `devices`, `batch_size`, images/s by round
+  on these devices (`images_per_second`) and on one (`alone`), and the relative
+  `loss_differences` of the epoch's mean loss after each of the first steps.
   """
   windows, losses = {}, {}
   for number in numbers:
-    of_batch = ConfigDict(config)
-    of_batch.batch_size = number * per_device
+    scaled_config = ConfigDict(config)
+    scaled_config.batch_size = number * per_device
     for devices in sorted({1, number}):
-      trainer = timing.prepare(of_batch, devices=jax.devices()[:devices])
+      trainer = timing.prepare(scaled_config, devices=jax.devices()[:devices])
       windows[number, devices] = functools.partial(trainer.train, steps)
       sums = [trainer.train(1)[0] for _ in range(_COMPARED_STEPS)]
       losses[number, devices] = [
@@ -65,7 +65,7 @@ def measure(
 
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
-  """What `measure` gives, as Markdown: medians, and ranges of the ratios."""
+  """Formats what `measure` returns: medians, and ranges of the ratios."""
   rows = [
     (
       each["devices"],

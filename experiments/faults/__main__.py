@@ -39,11 +39,11 @@ _CODES_AT_START = {
 def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
   """Signals runs at random times until `kills` signals have ended a process.
 
-  Half of the times fall before compilation ends, within the reference's time up
-  to there. The other half fall after it, within the reference's remaining time
-  from the moment that the attempt's step is compiled. The job runs in new
-  workdirs until each of them finishes. Gives the attempts and the number of
-  differing bytes of each workdir, as JSON.
+  Half of the times are drawn from the reference's seconds until its step was
+  compiled. The other half are drawn from its remaining seconds and count from
+  the moment at which this attempt's step is compiled. A job is started again
+  until it finishes; then a new workdir follows. Gives the attempts and the
+  number of differing bytes of each workdir, as JSON.
   """
   rng = np.random.default_rng(seed)
   reference = job.reference
@@ -69,8 +69,8 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
       hits += _was_hit(attempts[-1])
     different = None
     if attempts[-1]["exit_code"] == 0:
-      found = harness.results(workdir)
-      different = harness.num_different_bytes(reference.results, found)
+      run_results = harness.results(workdir)
+      different = harness.num_different_bytes(reference.results, run_results)
     workdirs.append({"attempts": attempts, "different_bytes": different})
     print(f"{hits} kills; {different} bytes differ", file=sys.stderr)
   return workdirs
@@ -79,17 +79,17 @@ def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
 def kill_rows(workdirs: list[Any]) -> list[Row]:
   """Makes a row for each phase in which signals ended a process.
 
-  And one for runs that no signal hit if they failed or have other results.
+  Runs that no signal hit get one more row if they failed or differ.
   """
   rows = []
   hits = collections.defaultdict(list)
-  after: dict[str, dict[int, int | None]] = collections.defaultdict(dict)
+  outcomes: dict[str, dict[int, int | None]] = collections.defaultdict(dict)
   for index, workdir in enumerate(workdirs):
     for attempt in filter(_was_hit, workdir["attempts"]):
       hits[attempt["phase"]].append(attempt)
-      after[attempt["phase"]][index] = workdir["different_bytes"]
+      outcomes[attempt["phase"]][index] = workdir["different_bytes"]
   for phase, attempts in sorted(hits.items()):
-    counts = list(after[phase].values())
+    counts = list(outcomes[phase].values())
     problems = [
       f"{attempt['signal']}: code {attempt['exit_code']}"
       for attempt in attempts
@@ -116,8 +116,8 @@ def kill_rows(workdirs: list[Any]) -> list[Row]:
     and not any(map(_was_hit, workdir["attempts"]))
   ]
   if wrong:
-    text = "a run failed or differs"
-    rows.append(Row("Not killed", len(wrong), text, None, "", False))
+    outcome = "a run failed or differs"
+    rows.append(Row("Not killed", len(wrong), outcome, None, "", False))
   return rows
 
 
@@ -214,8 +214,8 @@ def main() -> None:
     }
     print(markdown.table(_COLUMNS, []), flush=True)
     for name in flags.faults:
-      hit = on_cifar10 if name in injections.ON_CIFAR10 else job
-      row, results["faults"][name] = inject(name, hit, flags.seed)
+      target = on_cifar10 if name in injections.ON_CIFAR10 else job
+      row, results["faults"][name] = inject(name, target, flags.seed)
       show([row])
     results["killed"] = kill_at_random(job, flags.kills, flags.seed)
     show(kill_rows(results["killed"]))

@@ -43,11 +43,11 @@ class Job:
     workdir = self.new_workdir()
     process = harness.Process(self.arguments, workdir)
     process.wait_until(process.is_compiled)
-    compiled = process.age
+    compiled_after = process.age
     ended = process.end()
     if ended.code:
       raise RuntimeError("".join(ended.lines))
-    return Reference(compiled, ended.seconds, harness.results(workdir))
+    return Reference(compiled_after, ended.seconds, harness.results(workdir))
 
   @functools.cached_property
   def _template(self) -> tuple[pathlib.Path, int]:
@@ -86,12 +86,12 @@ class Case:
     self.workdir = job.new_workdir()  # It does not exist at first.
     self.extra: list[str] = []  # Arguments of the command, after the job's.
     self.rng = rng  # Draws the random choices of the fault.
-    self.injected = 1  # Number of times.
+    self.injected = 1  # Number of injections.
     self.attempts: list[dict[str, Any]] = []  # All starts, as JSON.
     self.problems: list[str] = []  # Unexpected results, in words.
     self.notes: list[str] = []  # Remarks for the table.
     self.messages: list[str] = []  # Standard error of all starts.
-    # Of all recovered runs; None without one.
+    # The sum over all finished runs; None without one.
     self.different_bytes: int | None = None
     self._done: list[str] = []
 
@@ -170,7 +170,7 @@ class Case:
   ) -> None:
     """Runs the command, which must finish with the reference's results.
 
-    Its messages must contain the words that it `says`.
+    Its messages must contain all of `says`.
     """
     self._done.append("recovers" if identical else "finishes")
     ended = self.end(self.start(**environment))
@@ -189,11 +189,11 @@ class Case:
     if ended.code:
       return
     try:
-      found = harness.results(self.workdir)
+      run_results = harness.results(self.workdir)
     except errors.WorkdirError as error:
       self.problems.append(str(error))
       return
-    count = harness.num_different_bytes(self.job.reference.results, found)
+    count = harness.num_different_bytes(self.job.reference.results, run_results)
     self.different_bytes = (self.different_bytes or 0) + count
     self.expect(not identical or count == 0, "results differ")
 
@@ -211,9 +211,9 @@ class Case:
       self.problems.append(str(error))
       return
     for name, array in arrays.items():
-      numbers = np.issubdtype(array.dtype, np.floating)
-      good = not numbers or bool(np.isfinite(array).all())
-      self.expect(good, f"{name} of the latest checkpoint is not finite")
+      has_floats = np.issubdtype(array.dtype, np.floating)
+      is_good = not has_floats or bool(np.isfinite(array).all())
+      self.expect(is_good, f"{name} of the latest checkpoint is not finite")
 
 
 def _contents(folder: pathlib.Path) -> dict[str, bytes]:

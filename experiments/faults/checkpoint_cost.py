@@ -60,13 +60,13 @@ def _summary(config: ConfigDict, results: dict[str, Any]) -> str:
   step = statistics.median(results["without"]) / results["steps"]
   epoch = step * results["steps_per_epoch"]
   interval = config.checkpoint.every_minutes * 60
-  each_epoch = 1 + (int(epoch / interval) if interval else 0)
+  saves = 1 + (int(epoch / interval) if interval else 0)
   cost = statistics.median(extra)
   return (
     f"a checkpoint costs {cost:.3f} s ({extra[0]:.3f} to {extra[-1]:.3f}); at"
-    f" {each_epoch} in an epoch of {epoch:.0f} s that is"
-    f" {each_epoch * cost / epoch:.2%} ({each_epoch * extra[0] / epoch:.2%} to"
-    f" {each_epoch * extra[-1] / epoch:.2%})"
+    f" {saves} in an epoch of {epoch:.0f} s that is"
+    f" {saves * cost / epoch:.2%} ({saves * extra[0] / epoch:.2%} to"
+    f" {saves * extra[-1] / epoch:.2%})"
   )
 
 

@@ -36,22 +36,22 @@ class Ended:
   """How a process ended."""
 
   code: int  # Negative if a signal killed it.
-  lines: list[str]  # Of its standard error.
+  lines: list[str]  # Its standard error.
   seconds: float  # Since its start, or since the signal if it got one.
   signal: str | None = None  # Its name; None if it got none or ended before.
-  phase: str | None = None  # Of `Process`, in which it got the signal.
+  phase: str | None = None  # `Process.phase` when it got the signal.
   sent_after: float | None = None  # Seconds from the start to the signal.
 
   @property
   def error(self) -> str:
     """The last line, 'error: ...', that says why it stopped.
 
-    It is empty with exit code 0, after a traceback, or if there is none.
+    It is empty after exit code 0, a signal or a traceback, or if it is missing.
     """
     last = self.lines[-1].strip() if self.lines else ""
     traced = any(line.startswith("Traceback") for line in self.lines)
-    wanted = self.code > 0 and last.startswith("error: ") and not traced
-    return last if wanted else ""
+    is_error = self.code > 0 and last.startswith("error: ") and not traced
+    return last if is_error else ""
 
   def as_json(self) -> dict[str, Any]:
     """Everything except its messages, in JSON's types."""
@@ -179,9 +179,9 @@ class Process:
 
 
 def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
-  """The step of a finished run's oldest checkpoint, which can be restored.
+  """A finished run's oldest saved step, and every epoch's monitored metric.
 
-  And the monitored metric of every epoch.
+  The oldest checkpoint is restored, which raises an error if it is damaged.
   """
   monitor = workdir_lib.load_config(workdir).checkpoint.monitor
   records = metrics.MetricsLog(workdir).read()
@@ -194,8 +194,8 @@ def best(workdir: pathlib.Path) -> tuple[int, list[float]]:
 def results(workdir: pathlib.Path) -> dict[str, Any]:
   """A finished run's results, by name.
 
-  `records` without their timing, as JSON, and the arrays of the latest and the
-  best checkpoint, by path.
+  `records` is JSON, without timing. `latest/PATH` and `best/PATH` are arrays of
+  these checkpoints.
   """
   config = workdir_lib.load_config(workdir)
   records = metrics.MetricsLog(workdir).read()

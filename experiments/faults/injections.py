@@ -247,18 +247,18 @@ def another_models_checkpoints(case: Case) -> None:
   case.stop_when(harness.Process.has_saved, signal.SIGKILL)
   case.workdir, case.extra = ours, []
   case.half_done(locked=False)
-  own, theirs = ours / "checkpoints", other / "checkpoints"
-  kept = case.job.new_workdir()
-  own.rename(kept)
-  for unfinished in theirs.glob("*-tmp*"):
+  checkpoints, narrower = ours / "checkpoints", other / "checkpoints"
+  originals = case.job.new_workdir()
+  checkpoints.rename(originals)
+  for unfinished in narrower.glob("*-tmp*"):
     shutil.rmtree(unfinished)
-  shutil.copytree(theirs, own)
+  shutil.copytree(narrower, checkpoints)
   case.refuses_unchanged(
     "holds another network: params/head/kernel is float32[16, 10] there,"
     " float32[32, 10] here"
   )
-  shutil.rmtree(own)
-  kept.rename(own)
+  shutil.rmtree(checkpoints)
+  originals.rename(checkpoints)
   case.recovers()
 
 
@@ -471,10 +471,10 @@ def second_machine(case: Case) -> None:
   first, case.workdir = case.workdir, case.job.new_workdir()
   # The first run must not finish before the second one has begun.
   os.kill(process.pid, signal.SIGSTOP)
-  other = case.end(case.start(PYTHONPATH=str(module)))
+  second = case.end(case.start(PYTHONPATH=str(module)))
   os.kill(process.pid, signal.SIGCONT)
   words = "is in use by", str(process.pid), f"on {socket.gethostname()}"
-  case.refuses(*words, error=other.error)
+  case.refuses(*words, error=second.error)
   case.workdir = first
   case.compare(case.end(process))
   case.notes.append("the first one finishes")

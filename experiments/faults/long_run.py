@@ -41,7 +41,7 @@ _MEMORY_SECONDS = 5.0
 class Twin:
   """One of the two runs, which is started again until it finishes.
 
-  Its workdir and its log in the folder have its name; the core is its own.
+  `folder` holds its workdir and its log under `name`; it runs on one `core`.
   """
 
   def __init__(
@@ -57,7 +57,7 @@ class Twin:
     self._began = time.monotonic()
 
   def run(self, rng: np.random.Generator | None) -> None:
-    """Runs to the end; `rng` draws the signals and their times."""
+    """Runs to the end; `rng` draws signals and times, and None sends none."""
     while True:
       began = time.monotonic()
       wait, number = float("inf"), 0
@@ -65,16 +65,16 @@ class Twin:
         # The run gets time to make progress since the last signal.
         wait = 20 + rng.exponential(max(_MEAN.value * 60 - 20, 1.0))
         number = int(rng.choice([signal.SIGTERM, signal.SIGKILL]))
-      code, stopping = self._run_once(wait, number)
+      code, seconds_to_stop = self._run_once(wait, number)
       self.starts.append(
         {
           "seconds": time.monotonic() - began,
-          "signal": signal.Signals(number).name if stopping else None,
-          "seconds_to_stop": stopping,
+          "signal": signal.Signals(number).name if seconds_to_stop else None,
+          "seconds_to_stop": seconds_to_stop,
           "exit_code": code,
         }
       )
-      if stopping is None:
+      if seconds_to_stop is None:
         if code:
           raise RuntimeError(f"{self.workdir} ended with code {code}")
         return
@@ -99,8 +99,8 @@ class Twin:
         if now - measured >= _MEMORY_SECONDS:
           measured = now
           self._measure(process.pid)
-    stopping = None if sent is None else time.monotonic() - sent
-    return process.returncode, stopping
+    seconds_to_stop = None if sent is None else time.monotonic() - sent
+    return process.returncode, seconds_to_stop
 
   def _measure(self, pid: int) -> None:
     try:
@@ -128,16 +128,16 @@ def main(argv: list[str]) -> None:
   ]
   rngs = [np.random.default_rng(_SEED.value), None]
   with futures.ThreadPoolExecutor() as pool:
-    list(pool.map(Twin.run, twins, rngs))  # Raises what a twin raises.
-  found = [harness.results(twin.workdir) for twin in twins]
-  different = harness.num_different_bytes(*found)
+    list(pool.map(Twin.run, twins, rngs))  # Raises a twin's error.
+  results = [harness.results(twin.workdir) for twin in twins]
+  different = harness.num_different_bytes(*results)
   files_lib.write_json(
     folder / "results.json",
     {
       "environment": environment.describe([]),
       "arguments": arguments,
       "different_bytes": different,
-      "compared_bytes": sum(value.nbytes for value in found[0].values()),
+      "compared_bytes": sum(value.nbytes for value in results[0].values()),
       **{
         twin.workdir.name: {"starts": twin.starts, "memory": twin.memory}
         for twin in twins

@@ -6,8 +6,8 @@
     [--batch_size=32] [--measure_at=0,1,4,16,64,256]
     [--out=experiments/gradient_flow/results.jsonl]
 
-Every network is written as soon as it is measured. The same command
-measures the missing ones; another one with the same --out adds its own.
+Every network's record is written as soon as it is measured. The same command
+measures the missing networks; other flags with the same --out add networks.
 """
 
 import json
@@ -33,7 +33,7 @@ _NORMS = {"true,false": [True, False], "true": [True], "false": [False]}
 
 
 def main(argv: list[str]) -> None:
-  """Measures what is missing."""
+  """Measures the networks that --out lacks."""
   parser = arguments.Parser("python -m experiments.gradient_flow")
   add, integers = parser.add_argument, lists.integers
   families = lists.names(registry.MODELS)
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
   if not flags.measure_at or min(flags.measure_at) < 0:
     parser.error("--measure_at must have at least one number, such as 0")
   surroundings.set_up()
-  wanted = measurement.cells(
+  cells = measurement.cells(
     flags.families,
     flags.depths,
     flags.init_depths,
@@ -66,10 +66,10 @@ def main(argv: list[str]) -> None:
     files_lib.write_json(path, now)
   elif changes := errors.differences(json.loads(path.read_text()), now):
     print(f"warning: other than in {path}: {'; '.join(changes)}", flush=True)
-  for cell in measurement.missing(wanted, records):
+  for cell in measurement.missing(cells, records):
     started = time.perf_counter()
     measured = measurement.measure(cell.config(), cell.measure_at)
-    # The programs of one network are of no use to the next.
+    # The next network cannot use this one's compiled programs.
     jax.clear_caches()
     seconds = round(time.perf_counter() - started, 1)
     records.append({"cell": cell.settings, "seconds": seconds, **measured})

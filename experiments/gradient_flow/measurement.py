@@ -17,26 +17,26 @@ from resnet_flax import data, step as step_lib, train
 from resnet_flax.parallel import networks, program
 from resnet_flax.run import experiment as experiment_lib, layer_norms, rules
 
-# What is kept of `layer_norms.LayerNorms`.
+# The fields of `layer_norms.LayerNorms` that a record has.
 QUANTITIES = ("gradient", "activation")
 
-# From here on, loops compile in less than half the time; see depth_cost.
+# From this depth on, loops more than halve the compile time; see depth_cost.
 _LOOPED_DEPTH = 200
 
-# Of the raw figures, with four significant digits.
+# The raw figures have four significant digits.
 _rounded = functools.partial(records_lib.rounded, digits=4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A network that is measured by itself."""
+  """A kind of network, and the steps at which its seeds are measured."""
 
   family: str  # `model.name`.
   depth: int
   batch_norm: bool  # Whether `model.norm` is batch_norm.
   num_seeds: int
   batch_size: int
-  # Numbers of steps done, ascending; it is trained up to the last.
+  # Steps done before each measurement, ascending; training ends after the last.
   measure_at: tuple[int, ...]
 
   def config(self) -> ConfigDict:
@@ -53,7 +53,7 @@ class Cell:
 
   @property
   def settings(self) -> Record:
-    """What tells it from others, as JSON has it."""
+    """The fields that identify the cell, as JSON."""
     return dataclasses.asdict(self) | {"measure_at": list(self.measure_at)}
 
 
@@ -66,26 +66,26 @@ def cells(
   batch_size: int,
   measure_at: Sequence[int],
 ) -> list[Cell]:
-  """What is to be measured, shallow networks first.
+  """The cells to measure, shallow networks first.
 
-  Those of `init_depths` are measured at initialisation only. Raises
-  `ConfigError` if one cannot be measured.
+  Networks of `init_depths` are measured only at initialisation. Raises
+  `ConfigError` if a cell's configuration is invalid.
   """
   steps = {depth: tuple(sorted(set(measure_at))) for depth in depths}
   steps = dict.fromkeys(init_depths, (0,)) | steps
-  found = [
+  grid = [
     Cell(family, depth, has_norm, num_seeds, batch_size, steps[depth])
     for depth in sorted(steps)
     for has_norm in batch_norm
     for family in families
   ]
-  for cell in found:
+  for cell in grid:
     rules.check(cell.config(), num_devices=jax.device_count())
-  return found
+  return grid
 
 
 def _step(experiment: step_lib.Experiment, state: step_lib.TrainState, *more):
-  """`layer_norms.measured_step`, whose sums are those of this step alone."""
+  """`layer_norms.measured_step`, but its sums count only this step."""
   zeros = jax.tree.map(jnp.zeros_like, state.epoch_sums)
   state = state.replace(epoch_sums=zeros)
   return layer_norms.measured_step(experiment, state, *more)
@@ -96,12 +96,12 @@ def measure(
   measure_at: Sequence[int],
   devices: Sequence[jax.Device] | None = None,
 ) -> Record:
-  """The norms of all layers, each on the batch of the step that follows.
+  """The norms of all layers after `measure_at` steps, on the next step's batch.
 
-  Gives `layers`, their names in the order of the forward pass, and `seeds`: for
-  each its `seed` and under `measured` for each of `measure_at` the `step`, the
-  batch's cross-entropy before it as `loss`, and the `QUANTITIES` as lists, one
-  number for each layer; None stands for what is not finite.
+  `layers` has the layers' names in the order of the forward pass. `seeds` has a
+  dict for each `seed`. Its `measured` has a dict for each of `measure_at`: the
+  `step`, the batch's cross-entropy before it as `loss`, and the `QUANTITIES` as
+  lists of one number a layer, which is None if it is not finite.
   """
   split = data.load(config.dataset).train
   experiment = experiment_lib.build(config)
@@ -124,15 +124,15 @@ def measure(
   ]
   for step, batch in enumerate(itertools.islice(batches, measure_at[-1] + 1)):
     state, step_metrics, norms = measured_step(state, *batch, key)
-    of_seeds = zip(layout.get(step_metrics), layout.get(norms), strict=True)
-    for k, (reported, of_seed) in enumerate(of_seeds):
+    by_seed = zip(layout.get(step_metrics), layout.get(norms), strict=True)
+    for k, (reported, norms_of_seed) in enumerate(by_seed):
       if step in measure_at:
         results[k]["measured"].append(
           {
             "step": step,
             "loss": _rounded(float(reported.sums["loss"]) / config.batch_size),
             **{
-              name: [_rounded(float(x)) for x in getattr(of_seed, name)]
+              name: [_rounded(float(x)) for x in getattr(norms_of_seed, name)]
               for name in QUANTITIES
             },
           }

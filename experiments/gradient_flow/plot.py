@@ -33,22 +33,22 @@ _DATA = "CIFAR-10 (JPEG copy), batches of {batch_size}, {num_seeds} seeds"
 
 
 def norms(record: Record, quantity: str, step: int) -> np.ndarray:
-  """What was measured of a network after `step` steps: float64[seeds, layers].
+  """A quantity of the layers after `step` steps, float64[seeds, layers].
 
-  Without projections and gates; NaN where a number was not finite.
+  Projections and gates are left out. NaN stands for what was not finite.
   """
-  kept = [
+  counted = [
     place
     for place, name in enumerate(record["layers"])
     if name.rpartition("/")[2] not in _BESIDE
   ]
   rows = [
     measured[quantity]
-    for of_seed in record["seeds"]
-    for measured in of_seed["measured"]
+    for seed in record["seeds"]
+    for measured in seed["measured"]
     if measured["step"] == step
   ]
-  return np.asarray(rows, np.float64)[:, kept]
+  return np.asarray(rows, np.float64)[:, counted]
 
 
 def spread(record: Record, step: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def _panels(
     color, marker, line = style
     axis = axes[forms.index(cell["batch_norm"]), depths.index(cell["depth"])]
     x, y = curve(record)
-    # A logarithm has no place for zero.
+    # Zero has no logarithm.
     y = np.ma.masked_invalid(np.where(y > 0, y, np.nan))
     axis.plot(
       x,
@@ -93,7 +93,7 @@ def _panels(
       marker=marker,
       markersize=4,
       markevery=max(len(x) // _MARKERS, 1),
-      # Many layers alternate between two values: let them not fill a panel.
+      # Curves of many layers zigzag, so that thick lines would fill a panel.
       linewidth=1.2 if len(x) < _MANY_LAYERS else 0.5,
       label=cell["family"],
     )
@@ -128,7 +128,7 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
   """Signal and gradient by layer at initialisation; the spread in training.
 
   Lines are geometric means of the seeds; areas reach from the least to the
-  most.
+  greatest.
   """
 
   def by_layer(quantity: str, record: Record):

@@ -4,7 +4,7 @@
     [--extent=0.5] [--examples=1000] [--seed=0] [--out=experiments/loss_surface]
 
 Writes results.jsonl after each row of a grid; the same command again resumes.
-Without a WORKDIR it only draws what is there.
+Without a WORKDIR the command only draws the records of results.jsonl.
 """
 
 import pathlib
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
           " Pass another --out, or the same values"
         )
     surroundings.set_up()
-    # All are opened before the first is evaluated, which takes long.
+    # All workdirs are checked before the first one's long evaluation.
     runs = [surface.open_run(workdir, plane) for workdir in workdirs]
     out.mkdir(parents=True, exist_ok=True)
     for record, score in runs:

@@ -11,27 +11,27 @@ from experiments.loss_surface.surface import axis
 from experiments.tools import markdown
 from experiments.tools.records import Record
 
-# What README.md decided before the first surface.
+# Limits that README.md set before the first surface.
 RISE = 0.5  # Nats above the loss of the trained weights.
-_NEGATIVE = 0.1  # Of the magnitude of the larger eigenvalue.
-_ROUNDING = 1e-4  # Of the loss; what is smaller may be rounding.
+_NEGATIVE = 0.1  # Share of the larger eigenvalue's magnitude.
+_ROUNDING = 1e-4  # Share of the loss; less may be rounding.
 _WIDER = 2.0
 _MORE_CONVEX = 10.0  # Percentage points.
-# Losses above, and those that are not finite, have one colour.
+# Higher losses and losses that are not finite share one colour.
 _HIGHEST = 100.0
 _PER_DECADE = 4
 
 
 class Shape(NamedTuple):
-  """What is measured of a surface."""
+  """The measured shape of a surface."""
 
   low: int  # Points that are at most `RISE` above the centre.
   not_convex: float  # Percent of `inner`.
-  inner: int  # Points inside whose neighbours are all finite.
+  inner: int  # Inner points with finite neighbours only.
 
 
 def losses(record: Record) -> np.ndarray:
-  """float64[alpha, beta]; NaN where the loss was not finite."""
+  """A record's losses, float64[alpha, beta]; NaN where one was not finite."""
   return np.array(record["loss"], np.float64)
 
 
@@ -47,10 +47,10 @@ def measure(loss: np.ndarray) -> Shape:
   mean, radius = (aa + bb) / 2, np.hypot((aa - bb) / 2, ab)
   smaller, larger = mean - radius, mean + radius
   finite = np.isfinite(smaller)
-  least = np.maximum(_NEGATIVE * np.abs(larger), _ROUNDING * inner)
-  number = int(finite.sum())
-  share = np.sum((smaller < -least)[finite]) / max(number, 1)
-  return Shape(int(low), 100 * float(share), number)
+  threshold = np.maximum(_NEGATIVE * np.abs(larger), _ROUNDING * inner)
+  num_inner = int(finite.sum())
+  share = np.sum((smaller < -threshold)[finite]) / max(num_inner, 1)
+  return Shape(int(low), 100 * float(share), num_inner)
 
 
 def _network(record: Record) -> str:
@@ -61,14 +61,14 @@ def _network(record: Record) -> str:
 
 
 def verdict(records: Sequence[Record]) -> str:
-  """What a plain and a residual network show by the rules of README.md."""
+  """Compares a plain with a residual network by the rules of README.md."""
   kinds: dict[bool, list[Record]] = {True: [], False: []}
   for record in records:
     kinds[record["of"]["config"]["model"]["name"] == "plain"].append(record)
-  if [len(found) for found in kinds.values()] != [1, 1]:
+  if [len(group) for group in kinds.values()] != [1, 1]:
     return "The rules are for one plain and one residual network."
-  plain, residual = (measure(losses(found)) for (found,) in kinds.values())
-  # The centre counts: none is zero.
+  plain, residual = (measure(losses(group)) for (group,) in kinds.values())
+  # The centre is a low point, so that neither number is zero.
   ratio = residual.low / plain.low
   points = plain.not_convex - residual.not_convex
   shown = {
@@ -86,7 +86,7 @@ def verdict(records: Sequence[Record]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-  """The README's result, of records that have all rows."""
+  """The README's result section, from records that have all rows."""
   if not records:
     return "None yet: the runs have not ended."
   rows = []
@@ -108,7 +108,7 @@ def table(records: Sequence[Record]) -> str:
     *("network", "loss at the centre", "error there %"),
     *("lowest loss, at (α, β)", "low points", "not convex %", "minutes"),
   )
-  used = {
+  environments = {
     f"{each['cpu_threads']} threads of {each['cpu_model']} at commit"
     f" {str(each['git_commit'])[:7]}"
     for record in records
@@ -118,7 +118,7 @@ def table(records: Sequence[Record]) -> str:
     markdown.table(titles, rows),
     verdict(records),
     "![Both surfaces](surface.png)",
-    f"Evaluated on {'; '.join(sorted(used))}. Raw figures:"
+    f"Evaluated on {'; '.join(sorted(environments))}. Raw figures:"
     " [results.jsonl](results.jsonl).",
   ]
   return "\n\n".join(paragraphs)

@@ -23,7 +23,7 @@ Score = Callable[[float, float], tuple[float, float]]
 def axis(record: Record) -> np.ndarray:
   """The coordinates of a record's points in both directions, float64[points].
 
-  The middle one is zero: the trained weights.
+  The middle coordinate, zero, is at the trained weights.
   """
   plane = record["of"]["plane"]
   half = plane["points"] // 2
@@ -33,10 +33,10 @@ def axis(record: Record) -> np.ndarray:
 def directions(params: PyTree, seed: int) -> tuple[PyTree, PyTree]:
   """Two random directions, normalised by filter (Li et al. 2018, section 4).
 
-  Each filter of a Gaussian direction gets the norm of the network's own. A
-  filter is what makes one channel or one logit: the last axis of a kernel
-  counts them. Biases and parameters of batch norm, which have one axis, stay
-  where they are, as with `ignore=biasbn` in the authors' program.
+  Each filter of a Gaussian direction is scaled to the norm of the network's
+  filter. A filter makes one channel or one logit; a kernel's last axis counts
+  filters. Biases and parameters of batch norm have one axis and do not move, as
+  with `ignore=biasbn` in the authors' program.
   """
   rng = np.random.default_rng(seed)
 
@@ -44,11 +44,11 @@ def directions(params: PyTree, seed: int) -> tuple[PyTree, PyTree]:
     if weights.ndim < 2:
       return np.zeros_like(weights)
     drawn = rng.standard_normal(weights.shape, np.float32)
-    wanted, found = (
+    norms, drawn_norms = (
       np.sqrt(np.sum(x**2, axis=tuple(range(x.ndim - 1)), keepdims=True))
       for x in (weights, drawn)
     )
-    return drawn * (wanted / found)
+    return drawn * (norms / drawn_norms)
 
   return jax.tree.map(draw, params), jax.tree.map(draw, params)
 
@@ -56,16 +56,16 @@ def directions(params: PyTree, seed: int) -> tuple[PyTree, PyTree]:
 def open_run(
   workdir: pathlib.Path, plane: dict[str, Any]
 ) -> tuple[Record, Score]:
-  """An empty record of a run's latest weights, and what fills it.
+  """An empty record of a run's latest weights, and the score that fills it.
 
-  The record has `of`, which tells it from others (the run's `config`, `step`
-  and `data`, and the `plane`), facts, and the rows of its grid so far. A plane
-  has the `points` of each axis, its `extent`, `examples`, which is how many of
-  the first training images are scored, and the `seed` of the directions.
+  `of` identifies the record: the run's `config`, `step` and `data`, and the
+  `plane`. The record also has facts and an empty grid. A plane has the number
+  of `points` of each axis, its `extent`, the number of `examples`, which are
+  the first training images, and the `seed` of the directions.
 
-  The score is in inference mode: batch norm has the trained weights' running
-  statistics at every point. Raises `ConfigError` if the run has too few images
-  or is not float32.
+  The score is in inference mode: at every point, batch norm has the running
+  statistics of the trained weights. Raises `ConfigError` if the run has too few
+  images or is not float32.
   """
   loaded = load.load_model(workdir, "latest")
   config = loaded.config
@@ -85,14 +85,14 @@ def open_run(
   of = {"config": config.to_dict(), "step": loaded.step}
   of |= {"data": dataset.source, "plane": plane}
   record = {
-    "of": json.loads(json.dumps(of)),  # Which makes lists of tuples.
+    "of": json.loads(json.dumps(of)),  # Tuples become lists.
     "epochs": loaded.step / (len(split) // config.batch_size),
     "trained_in": folder.read_environment(workdir),
     "environments": [],
     **{"seconds": 0.0, "loss": [], "error": []},
   }
 
-  # From all devices to one, where each batch is scored.
+  # The weights move from all devices to the one that scores the batches.
   variables = jax.device_get(loaded.variables)
   arrays = variables, *directions(variables["params"], plane["seed"])
   arrays = jax.device_put(arrays, jax.devices()[0])
@@ -115,27 +115,27 @@ def open_run(
 
   def score(alpha: float, beta: float) -> tuple[float, float]:
     point = *arrays, np.float32(alpha), np.float32(beta)
-    found = [
+    batch_sums = [
       sums(*point, images[k : k + size], labels[k : k + size])
       for k in range(0, count, size)
     ]
-    loss, wrong = np.asarray(found, np.float64).sum(axis=0) / count
+    loss, wrong = np.asarray(batch_sums, np.float64).sum(axis=0) / count
     return loss, wrong
 
   return record, score
 
 
 def measure(record: Record, score: Score, path: pathlib.Path) -> None:
-  """Adds the rows of a network that the file lacks, one by one."""
+  """Evaluates the rows that the file lacks, and writes it after each row."""
   records = records_lib.read(path)
-  started = [each for each in records if each["of"] == record["of"]]
-  if started:
-    (record,) = started
+  earlier = [each for each in records if each["of"] == record["of"]]
+  if earlier:
+    (record,) = earlier
   else:
     records.append(record)
-  here = environment.describe(jax.devices()[:1])
-  if here not in record["environments"]:
-    record["environments"].append(here)
+  described = environment.describe(jax.devices()[:1])
+  if described not in record["environments"]:
+    record["environments"].append(described)
   coordinates = axis(record)
   for alpha in coordinates[len(record["loss"]) :]:
     began = time.perf_counter()

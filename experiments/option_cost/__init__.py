@@ -1,1 +1,1 @@
-"""What options cost a training step."""
+"""The cost of options in a training step."""

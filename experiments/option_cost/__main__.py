@@ -1,4 +1,4 @@
-"""Measures what each option costs a training step, in turn with none.
+"""Measures the cost of each option in a training step, in turn with none.
 
   python -m experiments.option_cost --out=results.json [--rounds=7] [--steps=6]
     [--batch_size=128]
@@ -58,13 +58,13 @@ def measure(
     trainer = timing.prepare(config, split, jax.devices()[:1])
     windows[name] = functools.partial(trainer.repeat, steps)
   return {
-    name: [batch_size * steps / seconds for seconds in of_rounds]
-    for name, of_rounds in timing.in_turn(windows, rounds).items()
+    name: [batch_size * steps / seconds for seconds in by_round]
+    for name, by_round in timing.in_turn(windows, rounds).items()
   }
 
 
 def table(results: dict[str, Any]) -> str:
-  """Each option's speed as a share of that without, round by round."""
+  """Each option's speed as a share of the speed without, round by round."""
   speeds = results["images_per_second"]
   rows = []
   for name, values in speeds.items():

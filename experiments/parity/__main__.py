@@ -4,8 +4,8 @@
     --keras_python=PYTHON --workdir=runs/parity [--epochs=20] [--seeds=3]
     [--checks]
 
-The same command again goes on: our runs resume, one of Keras's begins anew.
-With --checks it compares augmentation, order and rates instead, in a minute.
+The same command resumes our runs; an unfinished Keras run starts again. With
+--checks it only compares augmentation, order and rates, which takes a minute.
 """
 
 import argparse
@@ -29,10 +29,10 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 def _run(command: list[object]) -> None:
-  own = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-  own["KERAS_BACKEND"] = "tensorflow"
+  environ = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+  environ["KERAS_BACKEND"] = "tensorflow"
   subprocess.run(
-    [str(part) for part in command], env=os.environ | own, check=True
+    [str(part) for part in command], env=os.environ | environ, check=True
   )
 
 
@@ -48,7 +48,7 @@ def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(arguments: argparse.Namespace, dataset: data.Dataset) -> None:
-  """Trains what is missing, seed by seed; keeps records and environments."""
+  """Trains the missing seeds of both programs; keeps their environments."""
   workdir = arguments.workdir.absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   arrays = workdir / "cifar10.npz"
@@ -86,7 +86,7 @@ def train(arguments: argparse.Namespace, dataset: data.Dataset) -> None:
 
 
 def main() -> None:
-  """Trains, or compares the parts."""
+  """Trains with both programs, or compares parts of the recipe."""
   parser = argparse.ArgumentParser("python -m experiments.parity")
   for name in ("example", "keras_python"):
     parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
@@ -104,7 +104,7 @@ def main() -> None:
   if not arguments.checks:
     train(arguments, dataset)
     return
-  found = {"environment": _environment(arguments)}
+  results = {"environment": _environment(arguments)}
   images = checks.images(dataset)
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
@@ -113,9 +113,9 @@ def main() -> None:
       arguments, f"--data={folder}/images.npz", f"--out={folder}/theirs.npz"
     )
     theirs = np.load(folder / "theirs.npz")
-    found |= checks.compare(config, images, theirs)
-  print(json.dumps(found, indent=2))
-  files_lib.write_json(_FOLDER / "checks.json", found)
+    results |= checks.compare(config, images, theirs)
+  print(json.dumps(results, indent=2))
+  files_lib.write_json(_FOLDER / "checks.json", results)
 
 
 if __name__ == "__main__":

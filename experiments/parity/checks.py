@@ -1,4 +1,4 @@
-"""Single parts of the recipe, held against the example's."""
+"""Compares parts of the recipe with the same parts of the Keras example."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,12 +28,12 @@ def images(dataset: data.Dataset) -> np.ndarray:
 def compare(
   config: ConfigDict, shown: np.ndarray, theirs: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Rates, augmented images and orders of ours, beside `keras_example.checks`.
+  """Compares our learning rates, augmented images and orders with Keras's.
 
-  `shown` is from `images`. Where pixels vary, `largest_z` is the largest
-  difference of the means of draws in standard errors, over all pixels and
-  channels, and `deviations` the least and the largest ratio of deviations,
-  ours over theirs.
+  `shown` comes from `images`, `theirs` from `keras_example.checks`. Over all
+  pixels and channels that vary, `largest_z` is the largest difference of the
+  draws' means in standard errors, and `deviations` has the least and the
+  largest ratio of standard deviations, ours over theirs.
   """
   rates = _rates(config)
   augmentation = augment.create_augment(config.augment, 10)
@@ -50,10 +50,10 @@ def compare(
   ):
     purpose = randomness.Purpose.AUGMENTATION
     ours = np.asarray(drawn(randomness.device_key(k, purpose), image))
-    # In the middle of a plain part nothing varies.
+    # Pixels within a uniform area do not vary.
     varies = variance > 1e-6
-    error = np.sqrt((ours.var(axis=0) + variance) / DRAWS)
-    zs.append(np.abs(ours.mean(axis=0) - mean)[varies] / error[varies])
+    std_error = np.sqrt((ours.var(axis=0) + variance) / DRAWS)
+    zs.append(np.abs(ours.mean(axis=0) - mean)[varies] / std_error[varies])
     ratios.append((ours.std(axis=0) / np.sqrt(variance))[varies])
   orders = {
     "theirs": theirs["orders"],
@@ -77,16 +77,16 @@ def compare(
     "epochs": EPOCHS,
     **{
       f"{side}_every_epoch_is_another_permutation": bool(
-        all(np.array_equal(np.sort(o), np.arange(1000)) for o in found)
-        and len(np.unique(found, axis=0)) == len(found)
+        all(np.array_equal(np.sort(o), np.arange(1000)) for o in epochs)
+        and len(np.unique(epochs, axis=0)) == len(epochs)
       )
-      for side, found in orders.items()
+      for side, epochs in orders.items()
     },
   }
 
 
 def _rates(config: ConfigDict) -> np.ndarray:
-  """The rate of each epoch's first step."""
+  """The learning rate of each epoch's first step."""
   rate = learning_rates.create_learning_rate(config, 10)
   state = rate.rules.init()
   steps = jnp.arange(0, 10 * EPOCHS, 10)

@@ -1,13 +1,13 @@
-"""Keras's side: runs the example's own file in today's Keras.
+"""Runs the Keras example's own file in Keras 3.
 
   python keras_example.py --example=cifar10_resnet.py --data=cifar10.npz
     --out=run.jsonl --epochs=20 --seed=0
   python keras_example.py --example=cifar10_resnet.py --data=cifar10.npz
     --out=checks.npz
 
-Needs Keras with TensorFlow, nothing of this repository. The file is the
-reader's; README.md says which, and what is put in place of what Keras 3 lacks.
-Without --epochs it trains nothing: it writes what `checks.py` compares.
+This needs Keras with TensorFlow, and nothing of this repository. README.md
+names the example and the replacements for features that Keras 3 lacks. Without
+--epochs the program trains nothing and writes the arrays for `checks.py`.
 """
 
 import argparse
@@ -25,11 +25,11 @@ import numpy as np
 from keras.src.legacy.preprocessing import image as legacy
 
 DRAWS = 10_000
-ORDERED = 1_000  # Images whose order is looked at.
+ORDERED = 1_000  # Images whose order is compared.
 
 
 class Record(keras.callbacks.Callback):
-  """Writes a line for each epoch, as metrics.jsonl has them."""
+  """Writes a JSON line for each epoch, as in metrics.jsonl."""
 
   def __init__(self, out):
     super().__init__()
@@ -59,9 +59,9 @@ class Record(keras.callbacks.Callback):
 
 
 def provide(data, out):
-  """Puts in place what the file expects of Keras 2.
+  """Gives Keras the functions of Keras 2 that the file calls.
 
-  `data` is an .npz file with the arrays of `cifar10.load_data`.
+  `data` is an .npz file with the arrays that `cifar10.load_data` returns.
   """
   arrays = np.load(data)
   splits = [
@@ -79,9 +79,9 @@ def provide(data, out):
 
 
 def scaled(source, epochs):
-  """The file's text with other epochs and the schedule scaled to them.
+  """The file's text with `epochs` epochs and the schedule in proportion.
 
-  What chooses its checkpoints has another name in Keras 3.
+  The metric that chooses its checkpoints has another name in Keras 3.
   """
 
   def replace(pattern, new):
@@ -98,9 +98,9 @@ def scaled(source, epochs):
 
 
 def parts(source):
-  """The file's `lr_schedule`, and its `datagen`, which are evaluated alone."""
+  """The file's `lr_schedule` and `datagen`; no other part of it runs."""
   tree = ast.parse(source)
-  wanted: list[Any] = [
+  nodes: list[Any] = [
     node
     for node in ast.walk(tree)
     if ast.unparse(node).startswith(("def lr_schedule(", "datagen = "))
@@ -109,13 +109,13 @@ def parts(source):
     "ImageDataGenerator": legacy.ImageDataGenerator,
     "print": lambda *_: None,
   }
-  code = ast.Module(body=wanted, type_ignores=[])
+  code = ast.Module(body=nodes, type_ignores=[])
   exec(compile(code, "cifar10_resnet.py", "exec"), names)
   return names["lr_schedule"], names["datagen"]
 
 
 def checks(source, data):
-  """Rates of all epochs, moments of augmented images, orders of epochs."""
+  """Learning rates and orders of epochs, and moments of augmented images."""
   schedule, generator = parts(source)
   np.random.seed(0)
   images = np.load(data)["images"]
@@ -139,7 +139,7 @@ def checks(source, data):
 
 
 def main():
-  """Trains, or writes what is compared."""
+  """Trains, or writes the arrays that `checks.py` compares."""
   parser = argparse.ArgumentParser()
   for name in ("example", "data", "out"):
     parser.add_argument(f"--{name}", type=pathlib.Path, required=True)

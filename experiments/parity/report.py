@@ -17,7 +17,7 @@ from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
 COMMAND = "python -m experiments.parity.report"
-# What is kept of a record; both sides have it.
+# The kept keys of a record; both programs write them.
 _KEPT = (
   *("learning_rate", "train_accuracy", "train_objective"),
   *("test_accuracy", "test_objective", "epoch_seconds"),
@@ -26,10 +26,10 @@ _STYLES = {"Keras": ("#d55e00", "--"), "resnet_flax": ("#0072b2", "-")}
 
 
 def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
-  """What is kept of each finished training.
+  """Collects each finished training.
 
-  The `program`, 'Keras' or 'resnet_flax', the `seed`, the `records` of all
-  epochs, and its own `environment`.
+  Each has its `program`, 'Keras' or 'resnet_flax', its `seed`, the `records` of
+  all epochs, and its `environment`.
   """
   trainings = [
     ("resnet_flax", config.seed, records, folder.read_environment(run))
@@ -41,8 +41,8 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
     if not (described := path.with_suffix(".environment.json")).exists():
       text = f"{described} is missing; remove {path} and train that seed again"
       raise SystemExit(f"error: {text}.")
-    where = json.loads(described.read_text())
-    trainings.append(("Keras", seed, records, where))
+    recorded = json.loads(described.read_text())
+    trainings.append(("Keras", seed, records, recorded))
   return [
     {
       "program": program,
@@ -106,15 +106,15 @@ def draw(runs: list[runs_lib.Run]) -> Figure:
   }
   for axis, (title, value) in zip(axes, panels.items(), strict=True):
     for name, (color, line) in _STYLES.items():
-      of_program = _records_of(runs, name)
-      for k, run in enumerate(of_program):
+      trainings = _records_of(runs, name)
+      for k, run in enumerate(trainings):
         axis.plot(
           range(1, len(run) + 1),
           [value(record) for record in run],
           color=color,
           linestyle=line,
           linewidth=1.3,
-          label=None if k else f"{name}, {len(of_program)} seeds",
+          label=None if k else f"{name}, {len(trainings)} seeds",
         )
     axis.set(xlabel="epoch", ylabel=title)
     axis.grid(alpha=0.3)

@@ -1,1 +1,1 @@
-"""What short recipes reach; README.md has the question and the result."""
+"""The accuracy that short recipes reach; README.md has the result."""

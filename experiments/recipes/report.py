@@ -21,11 +21,11 @@ Run = runs_lib.Run
 
 
 def collect(workdir: pathlib.Path) -> list[Run]:
-  """What is kept of each finished run.
+  """Collects the accuracies and times of each finished run.
 
-  The test `accuracies` of its epochs in percent, the `minutes` of training and
-  scoring until then, and the last epoch's accuracy `unflipped`, by images
-  without their mirror images.
+  `accuracies` are the epochs' test accuracies in percent. `minutes` is the time
+  of training and scoring up to the end of each epoch. `unflipped` is the last
+  epoch's test accuracy without mirror images.
   """
   runs = []
   for run, config, records in runs_lib.finished(workdir):
@@ -58,23 +58,23 @@ def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
   groups: dict[tuple[str, int], list[Run]] = {}
   for run in runs:
     groups.setdefault(_key(run)[:2], []).append(run)
-  for (recipe, _), found in groups.items():
-    yield recipe, found
+  for (recipe, _), group in groups.items():
+    yield recipe, group
 
 
 def table(runs: list[Run]) -> str:
-  """Last epoch's accuracies; minutes are those of seed 0."""
+  """A table of the last epoch's accuracies; speed and minutes are seed 0's."""
   rows = []
-  for recipe, found in by_recipe(runs):
-    speed, minutes = found[0]["images_per_second"], found[0]["minutes"][-1]
-    is_timed = found[0]["seed"] == 0
+  for recipe, group in by_recipe(runs):
+    speed, minutes = group[0]["images_per_second"], group[0]["minutes"][-1]
+    is_timed = group[0]["seed"] == 0
     rows.append(
       [
         f"`{recipe}`",
-        len(found[0]["accuracies"]),
-        markdown.mean_and_std([run["accuracies"][-1] for run in found], ".2f"),
-        markdown.mean_and_std([run["unflipped"] for run in found], ".2f"),
-        len(found),
+        len(group[0]["accuracies"]),
+        markdown.mean_and_std([run["accuracies"][-1] for run in group], ".2f"),
+        markdown.mean_and_std([run["unflipped"] for run in group], ".2f"),
+        len(group),
         *([f"{speed:.0f}", f"{minutes:.1f}"] if is_timed else ["–", "–"]),
       ]
     )
@@ -89,11 +89,11 @@ def draw(runs: list[Run]) -> Figure:
   """Test accuracy of every seed against the minutes of seed 0's training."""
   figure = Figure(figsize=(7.2, 4.2), layout="constrained")
   axis = figure.subplots()
-  for k, (recipe, found) in enumerate(by_recipe(runs)):
-    for run in found:
-      label = f"{recipe}, n = {len(found)}" if run is found[0] else None
+  for k, (recipe, group) in enumerate(by_recipe(runs)):
+    for run in group:
+      label = f"{recipe}, n = {len(group)}" if run is group[0] else None
       axis.plot(
-        found[0]["minutes"],  # Others shared the machine.
+        group[0]["minutes"],  # Other seeds shared the machine.
         run["accuracies"],
         color=f"C{k}",
         marker=".",

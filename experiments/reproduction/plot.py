@@ -32,7 +32,7 @@ def within_epochs(name: str) -> list[tuple[float, float, float]]:
       epoch = int(match["epoch"]) - (match["of"] == "/")
       done = epoch + int(match[3]) / int(match[4])
       if points and int(points[-1][0]) < int(done):
-        # The mean starts anew, so no line connects two epochs.
+        # Each epoch has its own mean, so no line connects two epochs.
         points.append((done, math.nan, math.nan))
       points.append((done, float(match[5]), float(match[6])))
   return points

@@ -18,12 +18,12 @@ def measure_steps(
   config: ConfigDict, rounds: int, steps: int
 ) -> dict[str, list[float]]:
   """Images/s of all seeds together, by round, for each kind of execution."""
-  of_each = [
+  seed_configs = [
     ConfigDict(config.to_dict() | {"seed": seed, "num_seeds": 1})
     for seed in range(config.seed, config.seed + config.num_seeds)
   ]
   trainers = {
-    ALONE: [timing.prepare(of_one) for of_one in of_each],
+    ALONE: [timing.prepare(seed_config) for seed_config in seed_configs],
     IN_TURN: [timing.prepare(config, execution="in_turn")],
     VECTORIZED: [timing.prepare(config, execution="vectorized")],
   }
@@ -35,8 +35,8 @@ def measure_steps(
   windows = {name: functools.partial(train, name) for name in trainers}
   images = steps * config.batch_size * config.num_seeds
   return {
-    name: [images / seconds for seconds in of_rounds]
-    for name, of_rounds in timing.in_turn(windows, rounds).items()
+    name: [images / seconds for seconds in by_round]
+    for name, by_round in timing.in_turn(windows, rounds).items()
   }
 
 
@@ -68,9 +68,9 @@ def measure_runs(
 
 
 def table(results: dict[str, Any]) -> str:
-  """Markdown of `steps` from `measure_steps` and `runs` from `measure_runs`.
+  """Formats the results of `measure_steps` and `measure_runs` as Markdown.
 
-  `runs` may be empty.
+  They are `steps` and `runs` of `results`; `runs` may be empty.
   """
 
   def ratios(measured: dict[str, list[float]], one: str, other: str):
@@ -83,7 +83,7 @@ def table(results: dict[str, Any]) -> str:
     for name in (IN_TURN, VECTORIZED)
   ]
   if runs:
-    together, each = runs
+    together, apart = runs
     rows += [(f"{name}, s", runs[name], ".1f") for name in runs]
-    rows += [(f"{each} / {together}", ratios(runs, each, together), ".3f")]
+    rows += [(f"{apart} / {together}", ratios(runs, apart, together), ".3f")]
   return markdown.spread_table(rows)

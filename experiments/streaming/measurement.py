@@ -32,9 +32,9 @@ class Alone:
     context = multiprocessing.get_context("spawn")
     self._processes = []
     for positions in np.array_split(np.arange(len(split)), num_processes):
-      conn, theirs = context.Pipe()
+      conn, worker_conn = context.Pipe()
       process = context.Process(
-        target=_decode, args=(split, positions, theirs), daemon=True
+        target=_decode, args=(split, positions, worker_conn), daemon=True
       )
       process.start()
       self._processes.append((process, conn))
@@ -53,10 +53,10 @@ class Alone:
       "cpu_ms_per_image": 1000 * sum(cpu for _, cpu in times) / images,
     }
 
-  def _decode(self, each: int) -> list[tuple[float, float]]:
-    """Decodes `each` images per process; returns (seconds, CPU seconds)."""
+  def _decode(self, count: int) -> list[tuple[float, float]]:
+    """Decodes `count` images per process; returns (seconds, CPU seconds)."""
     for _, conn in self._processes:
-      conn.send(each)
+      conn.send(count)
     return [conn.recv() for _, conn in self._processes]
 
   def close(self) -> None:
@@ -94,7 +94,7 @@ class Pipeline:
     )
 
   def measure(self, num_images: int) -> dict[str, float]:
-    """Times about `num_images` images, after those decoded ahead."""
+    """Times about `num_images` images, after the images decoded ahead."""
     self._take(_WARM_UP)
     started, cpu = time.perf_counter(), _cpu_seconds()
     images = self._take(num_images)
@@ -156,12 +156,12 @@ def memory_over_epochs(
 
 
 def _order(
-  split: streaming.StreamedSplit, which: Iterable[int]
+  split: streaming.StreamedSplit, epochs: Iterable[int]
 ) -> list[np.ndarray]:
-  """Joins the batches of several epochs."""
+  """The batches of several epochs, one after the other."""
   return [
     positions
-    for epoch in which
+    for epoch in epochs
     for positions in program.order(len(split), _BATCH, 0, epoch)
   ]
 
@@ -171,16 +171,16 @@ def table(
 ) -> str:
   """Formats results as Markdown, with the memory of `memory_over_epochs`.
 
-  A round has for each way the results of `Pipeline.measure` as `pipeline` and
-  those of `Alone.measure` right before it as `alone`.
+  For each of `WAYS`, a round has the result of `Alone.measure` as `alone`, and
+  the result of `Pipeline.measure`, right after it, as `pipeline`.
   """
   rows: list[tuple[str, Sequence[float], str]] = []
   for key, title, form in (
     ("images_per_second", "images/s", ".0f"),
     ("cpu_ms_per_image", "CPU time for an image, ms", ".2f"),
   ):
-    everything = [each[way]["alone"][key] for each in rounds for way in each]
-    rows.append((f"alone, {title}", everything, form))
+    alone = [each[way]["alone"][key] for each in rounds for way in each]
+    rows.append((f"alone, {title}", alone, form))
     for way in WAYS:
       samples = [each[way]["pipeline"][key] for each in rounds]
       rows.append((f"{way}, {title}", samples, form))

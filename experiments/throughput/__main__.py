@@ -6,7 +6,7 @@
 
 For each depth and batch size every program gets a process, in the environment
 of its framework (`python -m experiments.throughput.environments` makes them).
-All build their networks once, one after the other. Then they take turns in
+All programs build once, one after the other. Then they take turns in
 several rounds, in alternating order; the others wait for their input. The
 command writes DIR/results.json after each window and makes the tables and the
 figure at the end. Nothing else should run meanwhile.
@@ -58,35 +58,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def commands(programs: list[str], peers: pathlib.Path) -> dict[str, list[str]]:
   """The command that starts each program's worker.
 
-  Raises `UserError` if the folder of the other frameworks' environments lacks
+  `peers` has the other frameworks' environments. Raises `UserError` if it lacks
   one.
   """
-  started = {}
+  by_program = {}
   for name in programs:
     program = PROGRAMS[name]
     python = sys.executable
     if program.peer:
       python = environments.python(peers, program.peer)
     module = f"experiments.throughput.workers.{program.worker}"
-    started[name] = [python, "-m", module, *program.flags]
-  return started
+    by_program[name] = [python, "-m", module, *program.flags]
+  return by_program
 
 
 def check_clean(root: pathlib.Path, out: pathlib.Path) -> None:
-  """Raises `UserError` unless the commit of `root` is what is measured.
+  """Raises `UserError` unless `root` is a git checkout without changes.
 
-  Only `out`, the folder of the results, may have changed.
+  Only `out`, the folder of the results, may differ from the commit.
   """
   command = ["git", "status", "--porcelain", "--untracked-files=all", "--", "."]
   if out.resolve().is_relative_to(root):
     command.append(f":(exclude){out.resolve().relative_to(root)}")
-  done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-  if done.returncode:
+  status = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  if status.returncode:
     raise errors.UserError(
       f"{root} must be a git checkout, as results name their commit."
     )
-  if done.stdout:
-    first = done.stdout.splitlines()[0].strip()
+  if status.stdout:
+    first = status.stdout.splitlines()[0].strip()
     raise errors.UserError(
       f"{root} differs from its commit ({first}): commit or stash the changes"
       " first, as results name their commit."
@@ -138,18 +138,18 @@ def windows(
 ) -> Iterator[dict[str, Any]]:
   """Lets the workers of one depth and batch size measure in turn.
 
-  Yields answers, with round, program and the processor time that the waiting
-  workers used.
+  Yields each answer with its round, its program and the processor time that the
+  waiting workers used.
   """
   for round_number in range(flags.rounds):
     # The order alternates, so that the machine's drift favours no program.
-    turn = -1 if round_number % 2 else 1
-    order = list(workers)[::turn]
+    direction = -1 if round_number % 2 else 1
+    order = list(workers)[::direction]
     print(f"round {round_number + 1}/{flags.rounds}", file=sys.stderr)
     for program in order:
       worker = workers[program]
       others = [each for each in workers.values() if each is not worker]
-      for kind in worker.facts["kinds"][::turn]:
+      for kind in worker.facts["kinds"][::direction]:
         before = sum(each.cpu_seconds() for each in others)
         answer = worker.ask(f"{kind} {LENGTHS[kind] * flags.seconds}")
         waiting = sum(each.cpu_seconds() for each in others) - before

@@ -2,7 +2,7 @@
 
   python -m experiments.throughput.environments [--peers=.peers]
 
-Each framework has its own, since its requirements may conflict with ours.
+Each framework gets one, since its requirements may conflict with ours.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from resnet_flax.run import errors
 class Worker(contextlib.AbstractContextManager):
   """A program's process, which measures on request.
 
-  It is built when the constructor returns. Raises `UserError` if it fails.
+  The constructor builds the program. A process that ends raises `UserError`.
   """
 
   def __init__(
@@ -79,8 +79,8 @@ def started(
 ) -> Iterator[dict[str, Worker]]:
   """Starts all programs' workers of a depth and batch size, and ends them.
 
-  `found` gets what each worker says of itself. One that cannot be built, as
-  compiled PyTorch without a C++ compiler, is left out.
+  Each worker's facts are added to `found`. A worker that cannot be built is
+  left out, for example compiled PyTorch without a C++ compiler.
   """
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -90,10 +90,10 @@ def started(
       "CUDA_VISIBLE_DEVICES": "",
       "JAX_PLATFORMS": "cpu",
       "KERAS_BACKEND": "tensorflow",
-      # Of JAX, which has no function for it.
+      # This sets the number of JAX's threads; no function of JAX does.
       "NPROC": str(threads),
       "JAX_ENABLE_COMPILATION_CACHE": "false",
-      # No processes that stay.
+      # A larger number starts processes that stay.
       "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     settings = {**setting, "threads": threads}
@@ -103,9 +103,9 @@ def started(
       print(f"{setting}: {program} builds", file=sys.stderr)
       messages = pathlib.Path(folder, f"{program}.txt")
       try:
-        # Builds are measured without what others have compiled.
-        own = {**environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{program}"}
-        worker = Worker([*command, *arguments], own, messages)
+        # No build may reuse code that another program has compiled.
+        env = {**environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{program}"}
+        worker = Worker([*command, *arguments], env, messages)
       except errors.UserError as error:
         print(f"{program} is left out: {error}", file=sys.stderr)
         facts = {"left_out": str(error)}

@@ -8,9 +8,9 @@ class Program(NamedTuple):
 
   title: str
   worker: str  # Its module in `workers`.
-  peer: str | None = None  # The environment that it needs besides ours.
-  dtype: str = "float32"  # Of convolutions; parameters are float32.
-  mode: str = "usual"  # What else differs from the worker's usual program.
+  peer: str | None = None  # Its framework's environment; None is ours.
+  dtype: str = "float32"  # The convolutions' dtype; parameters are float32.
+  mode: str = "usual"  # 'usual', 'compiled' or 'data'; see the worker.
 
   @property
   def flags(self) -> list[str]:
@@ -19,7 +19,7 @@ class Program(NamedTuple):
 
   @property
   def ours(self) -> str:
-    """Key of our program of the same dtype."""
+    """The key of our program with the same dtype."""
     return "ours" if self.dtype == "float32" else "ours_bfloat16"
 
 

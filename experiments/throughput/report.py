@@ -3,7 +3,7 @@
   python -m experiments.throughput.report [--out=DIR]
 
 The command reads DIR/results.json, prints Markdown tables and writes
-DIR/throughput.png. The results may come from an interrupted run. Those of
+DIR/throughput.png. The results may come from an interrupted run. Tables of
 the published folder, the default, also go into README.md and docs/results.md.
 """
 
@@ -42,7 +42,7 @@ def programs(results: Results) -> list[str]:
 def by_round(
   results: Results, setting: Setting, program: str, kind: str
 ) -> dict[int, float]:
-  """Steps per second of each round that measured such a window."""
+  """Steps per second in each round that measured this kind of window."""
   return {
     w["round"]: w["steps"] / w["seconds"]
     for w in results["windows"]
@@ -59,7 +59,7 @@ def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
 def compared(
   results: Results, setting: Setting, program: str, kind: str
 ) -> str:
-  """Formats ours divided by a program of the same dtype, round by round."""
+  """Formats our speed divided by a program's of the same dtype, by round."""
   ours = PROGRAMS[program].ours
   if program == ours:
     return "1"
@@ -121,20 +121,20 @@ def _pipeline(results: Results) -> str:
 
 def _programs(results: Results) -> str:
   rows = []
-  for found in results["programs"]:
-    cells = [found["depth"], found["batch_size"]]
-    cells.append(PROGRAMS[found["program"]].title)
-    if "left_out" in found:
-      # The record has the reason, in many words.
+  for worker in results["programs"]:
+    cells = [worker["depth"], worker["batch_size"]]
+    cells.append(PROGRAMS[worker["program"]].title)
+    if "left_out" in worker:
+      # results.json has the reason, which is long.
       rows.append([*cells, "left out", *[""] * 5])
       continue
     rows.append(
       [
-        *(*cells, f"{found['build_seconds']:.1f}"),
-        f"{found['peak_megabytes']:.0f}",
-        f"{found['huge_page_megabytes'] or 0:.0f}",
-        *(f"{found['parameters']:,}", found["threads"]),
-        ", ".join(" ".join(each) for each in found["libraries"].items()),
+        *(*cells, f"{worker['build_seconds']:.1f}"),
+        f"{worker['peak_megabytes']:.0f}",
+        f"{worker['huge_page_megabytes'] or 0:.0f}",
+        *(f"{worker['parameters']:,}", worker["threads"]),
+        ", ".join(" ".join(each) for each in worker["libraries"].items()),
       ]
     )
   return markdown.table(
@@ -148,8 +148,8 @@ def _programs(results: Results) -> str:
 
 
 def _setting(results: Results) -> str:
-  """Says what was measured where."""
-  where, windows = results["environment"], results["windows"]
+  """Lists when, at which commit and on which machine was measured."""
+  host, windows = results["environment"], results["windows"]
   rounds = len({window["round"] for window in windows})
   trained = [w["seconds"] for w in windows if w["kind"] == "train"]
   waiting = max(
@@ -162,10 +162,10 @@ def _setting(results: Results) -> str:
   ]
   return "\n".join(
     [
-      f"- {results['date']}, commit {where['git_commit'][:7]}, n = {rounds}"
+      f"- {results['date']}, commit {host['git_commit'][:7]}, n = {rounds}"
       f" rounds, training windows of {min(trained):.1f} to"
       f" {max(trained):.1f} s",
-      f"- {where['cpu_model']} ({where['cpu_generation']}),"
+      f"- {host['cpu_model']} ({host['cpu_generation']}),"
       f" {results['settings']['threads']} threads, load average"
       f" {results['load_average'][0]:.1f} before the start",
       "- JAX's product of two 1024x1024 matrices:"
@@ -179,13 +179,13 @@ def _setting(results: Results) -> str:
 def summary(results: Results) -> str:
   """Makes the table in docs/results.md: ours divided by the others."""
   depth = settings(results)[0][0]
-  of_depth = [each for each in settings(results) if each[0] == depth]
+  pairs = [each for each in settings(results) if each[0] == depth]
   return markdown.table(
-    ["program", *(f"batch {batch_size}" for _, batch_size in of_depth)],
+    ["program", *(f"batch {batch_size}" for _, batch_size in pairs)],
     (
       [
         PROGRAMS[program].title,
-        *(compared(results, each, program, "train") for each in of_depth),
+        *(compared(results, each, program, "train") for each in pairs),
       ]
       for program in programs(results)
       if not program.startswith("ours")
@@ -259,13 +259,13 @@ def write(out: pathlib.Path) -> None:
   print("\n\n".join(tables(results).values()))
   draw(results, out / "throughput.png")
   if out.resolve() == PUBLISHED:
-    for page, found in pages(results).items():
-      for name, table in found.items():
+    for page, named_tables in pages(results).items():
+      for name, table in named_tables.items():
         markdown.update(page, name, COMMAND, table)
 
 
 def pages(results: Results) -> dict[pathlib.Path, dict[str, str]]:
-  """Says which tables stand in which page."""
+  """The tables of each page, by the names of their markers."""
   docs = _FOLDER.parents[1] / "docs" / "results.md"
   shown = {"setting": _setting(results), "training": summary(results)}
   return {_FOLDER / "README.md": tables(results), docs: shown}

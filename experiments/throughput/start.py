@@ -35,7 +35,7 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 
 def _start(arguments: list[str], cache: str) -> dict[str, float]:
-  """Seconds up to 'compiling' and up to the 'first_step'."""
+  """Seconds up to the start of 'compiling' and up to the 'first_step'."""
   with tempfile.TemporaryDirectory() as workdir:
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
   surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   data.load(config.dataset)  # Decodes the images, if they are not cached.
-  ours = ("--rounds", "--out")
-  arguments = [each for each in sys.argv[1:] if not each.startswith(ours)]
+  own_flags = ("--rounds", "--out")
+  arguments = [each for each in sys.argv[1:] if not each.startswith(own_flags)]
   with tempfile.TemporaryDirectory() as cache:
     times = [_start(arguments, cache) for _ in range(_ROUNDS.value + 1)]
   results: dict[str, Any] = {

@@ -64,9 +64,9 @@ def main() -> None:
       axis.set_axis_off()
     line[0].text(-6, 16, name, ha="right", va="center", fontsize=9)
   figure.subplots_adjust(0.17, 0.005, 0.995, 0.995, 0.05, 0.05)
-  drawn = io.BytesIO()
-  figure.savefig(drawn, dpi=80)
-  with PIL.Image.open(drawn) as sheet:
+  buffer = io.BytesIO()
+  figure.savefig(buffer, dpi=80)
+  with PIL.Image.open(buffer) as sheet:
     sheet.convert("RGB").quantize(256).save(PAGE, optimize=True)
 
 

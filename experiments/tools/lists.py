@@ -13,11 +13,11 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
   """Makes a type that splits 'a,b' at its commas; '' has no names."""
 
   def parse(text: str) -> list[str]:
-    found = [part for part in text.split(",") if part]
-    if unknown := set(found) - set(known):
+    chosen = [part for part in text.split(",") if part]
+    if unknown := set(chosen) - set(known):
       raise argparse.ArgumentTypeError(
         f"{', '.join(sorted(unknown))} must be any of {', '.join(known)}"
       )
-    return found
+    return chosen
 
   return parse

@@ -12,7 +12,7 @@ def enclosing(name: str, command: str) -> tuple[str, str]:
 
 
 def replace(text: str, name: str, command: str, table: str) -> str:
-  """A file's text with another table between the markers.
+  """The text of a file with `table` between the markers.
 
   Raises `ValueError` if the markers are missing.
   """

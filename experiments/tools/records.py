@@ -14,7 +14,7 @@ Record = dict[str, Any]
 def read(path: pathlib.Path, *keys: str) -> list[Record]:
   """The records of a file; none if it does not exist.
 
-  Raises `DataError` if it is no file of records that have these keys.
+  Raises `DataError` if it cannot be read or a record lacks one of `keys`.
   """
   try:
     lines = files_lib.read_bytes(path).splitlines()
@@ -32,7 +32,7 @@ def read(path: pathlib.Path, *keys: str) -> list[Record]:
 
 
 def rounded(value: float, digits: int) -> float | None:
-  """A number of so many significant digits; None if it is not finite."""
+  """Rounds to `digits` significant digits; None if `value` is not finite."""
   return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""From finished runs to an experiment's raw file, figure and table."""
+"""Makes an experiment's raw file, figure and table from finished runs."""
 
 import argparse
 import json
@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 from experiments.tools import markdown
 from resnet_flax.run import files as files_lib, folder, metrics
 
-Run = dict[str, Any]  # What a raw file keeps of a run.
+Run = dict[str, Any]  # A run in a raw file.
 
 
 def finished(
   workdir: pathlib.Path,
 ) -> Iterator[tuple[pathlib.Path, ConfigDict, list[metrics.Record]]]:
-  """Yields each finished run in a sweep's folder, by its name.
+  """Yields the finished runs in a sweep's folder, sorted by name.
 
-  With its configuration and the records of its epochs.
+  Each has its workdir, its configuration and the records of its epochs.
   """
   for path in sorted(workdir.glob("*/config.json")):
     run = path.parent
@@ -41,25 +41,25 @@ def report(
   draw: Callable[[list[Run]], Figure],
   table: Callable[[list[Run]], str],
 ) -> None:
-  """Adds what `collect` keeps of --workdir's runs to `raw_file`, JSON.
+  """Adds the runs that `collect` finds in --workdir to `raw_file`, JSON.
 
-  A run replaces the one there that has its `key`, by which they are sorted; the
-  others, of earlier workdirs, stay. The figure and the table of all go to the
-  PNG file and to README.md beside it, where markers have the table's name and
-  the command.
+  A run replaces an earlier run with the same `key`; the others stay, and all
+  are sorted by it. The PNG file `figure` and README.md, both beside `raw_file`,
+  get the figure and the table of all runs. Markers in README.md have `name` and
+  `command`.
   """
   parser = argparse.ArgumentParser(command)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   workdir = parser.parse_args().workdir
   if not os.path.isdir(workdir):  # Not Path.is_dir: a name may be too long.
     parser.error(f"--workdir={workdir} must be a folder of runs")
-  found = collect(workdir)
-  if not found:
+  new_runs = collect(workdir)
+  if not new_runs:
     parser.error(f"--workdir={workdir} must hold a finished run")
   earlier = json.loads(raw_file.read_text()) if raw_file.exists() else []
-  kept = {key(run): run for run in [*earlier, *found]}
-  runs = [kept[each] for each in sorted(kept)]
-  # Before anything is written: these may be another experiment's runs.
+  by_key = {key(run): run for run in [*earlier, *new_runs]}
+  runs = [by_key[each] for each in sorted(by_key)]
+  # This comes before writing: the runs may be another experiment's.
   try:
     drawn, rows = draw(runs), table(runs)
   except ValueError as error:

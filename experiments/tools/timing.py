@@ -1,4 +1,4 @@
-"""Prepares training steps and times what takes turns."""
+"""Prepares training steps, and times actions that take turns."""
 
 import dataclasses
 import itertools
@@ -22,16 +22,16 @@ class Trainer:
 
   layout: networks.Layout
   training: program.Program  # Its step donates `state`.
-  state: networks.Networks  # Before the next step.
-  batch: program.Batch  # The first of epoch 0, which stays on the devices.
-  batches: Iterator[program.Batch]  # Of all epochs.
+  state: networks.Networks  # The states before the next step.
+  batch: program.Batch  # Epoch 0's first batch, which stays on the devices.
+  batches: Iterator[program.Batch]  # The batches of all epochs.
 
   def train(self, steps: int) -> list[dict[str, Any]]:
-    """Takes steps on the next batches; the sums are those of `repeat`."""
+    """Takes steps on the next batches; returns sums as `repeat` does."""
     return self._train(itertools.islice(self.batches, steps))
 
   def repeat(self, steps: int) -> list[dict[str, Any]]:
-    """Takes steps on `batch`; each seed's sums of its epoch, on the host."""
+    """Takes steps on `batch`; returns the seeds' epoch sums, on the host."""
     return self._train(itertools.repeat(self.batch, steps))
 
   def _train(self, batches: Iterable[program.Batch]) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ class Trainer:
 
 
 def noise(config: ConfigDict) -> data.Split:
-  """One batch, uint8[B, H, W, C] and int32[B], that is always the same."""
+  """A split of one batch, uint8[B, H, W, C] and int32[B], always the same."""
   rng = np.random.default_rng(0)
   shape = (config.batch_size, *experiment_lib.build(config).image_shape)
   images = rng.integers(0, 256, shape, np.uint8)
@@ -64,7 +64,7 @@ def prepare(
 ) -> Trainer:
   """Initialises and compiles as `train.train_and_evaluate` does.
 
-  By default on the configuration's own training split and on all devices.
+  The defaults are the configuration's training split and all devices.
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))

@@ -75,9 +75,9 @@ def _cifar(depth: int) -> dict[str, Any]:
 
 
 def _application(depth: int) -> dict[str, Any]:
-  own = {"padding": "symmetric", "batch_norm_epsilon": 1.001e-5}
-  own |= {"stride_in_3x3": False, "scan": True}
-  network = _network("resnet_imagenet", depth, **own)
+  keys = {"padding": "symmetric", "batch_norm_epsilon": 1.001e-5}
+  keys |= {"stride_in_3x3": False, "scan": True}
+  network = _network("resnet_imagenet", depth, **keys)
   return network | _LARGE | {"normalization": "caffe"}
 
 
@@ -86,7 +86,7 @@ def _example(name: str, depth: int) -> dict[str, Any]:
   return _network(name, depth, scan=True) | {"normalization": "none"}
 
 
-# By library.
+# The networks of each library, with their overrides of configs/base.py.
 TORCH = {
   **{f"resnet{depth}": _torchvision(depth) for depth in (18, 34, 50, 101, 152)},
   "wide_resnet50_2": _torchvision(50, group_width=128),
@@ -140,12 +140,12 @@ assert not (pathlib.Path(sys.argv[1]) / "ran").exists()
 
 
 def relative_error(ours: Any, theirs: np.ndarray) -> float:
-  """max|a-b| / max|b|."""
+  """max|ours - theirs| / max|theirs|."""
   return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
 def _centred(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """Logits less their mean, which probabilities lack; 0 where not kept."""
+  """Logits less their mean, which probabilities do not tell; 0 if not kept."""
   mean = logits.mean(axis=-1, keepdims=True, where=kept)
   return np.where(kept, logits - mean, 0)
 
@@ -190,7 +190,7 @@ def compare(
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
   started = time.perf_counter()
-  done = convert.convert(source, config, folder / "run")
+  converted = convert.convert(source, config, folder / "run")
   seconds = time.perf_counter() - started
   loaded = resnet_flax.load_model(folder / "run")
   reference = np.load(folder / "reference.npz")
@@ -205,9 +205,9 @@ def compare(
   ours = _centred(np.log(np.maximum(probabilities, SMALLEST)), kept)
   theirs = _centred(reference["image_logits"], kept)
   result = {
-    "holds": done.title,
-    "arrays": done.num_arrays,
-    "passed_over": len(done.passed_over),
+    "holds": converted.title,
+    "arrays": converted.num_arrays,
+    "passed_over": len(converted.passed_over),
     "largest_logit": float(np.abs(reference["logits"]).max()),
     "logits": relative_error(logits, reference["logits"]),
     "predict": relative_error(ours, theirs),
@@ -226,8 +226,8 @@ def measure(
     folder = pathlib.Path(temporary)
     library = "torch" if name in TORCH else "keras"
     worker = _FOLDER / f"{library}_reference.py"
-    theirs = name.removeprefix("older_")
-    output = run(python, worker, f"--name={theirs}", f"--folder={folder}")
+    base_name = name.removeprefix("older_")
+    output = run(python, worker, f"--name={base_name}", f"--folder={folder}")
     versions = json.loads(output.splitlines()[-1])
     result = {"versions": versions | our_versions(), "files": {}}
     sources = sorted(folder.glob("weights.*"))

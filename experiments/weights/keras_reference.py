@@ -111,8 +111,8 @@ def noise(count, side, rng):
 def randomize(model, side, rng):
   """Makes every parameter and statistic matter, and keeps logits near 10.
 
-  The statistics start from those of a batch, so that deep networks neither
-  explode nor die, and are then changed.
+  Running statistics are measured on a batch, so that deep networks neither
+  explode nor die, and are then changed at random.
   """
   norms = [x for x in model.layers if isinstance(x, layers.BatchNormalization)]
   for norm in norms:

@@ -78,8 +78,8 @@ def build(name):
 def randomize(model, side):
   """Makes every parameter and statistic matter, and keeps logits near 10.
 
-  The statistics start from those of a batch, so that deep networks neither
-  explode nor die, and are then changed.
+  Running statistics are measured on a batch, so that deep networks neither
+  explode nor die, and are then changed at random.
   """
   norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
   for norm in norms:

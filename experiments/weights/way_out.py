@@ -77,19 +77,19 @@ def make_config(overrides: dict[str, Any], side: int = SIDE) -> ConfigDict:
 def random_network(config: ConfigDict) -> load.LoadedModel:
   """Makes an untrained network in which every number affects the output.
 
-  The statistics start from those of a batch, so that deep networks neither
-  explode nor die, and are then changed. Branches are small compared with their
-  shortcuts. In networks without shortcuts most values pass the ReLUs. Otherwise
-  rounding errors grow with the depth, in any library.
+  Running statistics are measured on a batch, so that deep networks neither
+  explode nor die, and are then changed at random. Branches are small compared
+  with their shortcuts. In networks without shortcuts most values pass the
+  ReLUs. Otherwise rounding errors grow with the depth, in any library.
   """
   config.model.batch_norm_momentum = 0.0
   experiment = experiment_lib.build(config)
   model, rng = experiment.model, np.random.default_rng(0)
   side = config.model.input_size or 32
   images = rng.normal(0, 1, (64, side, side, 3)).astype(np.float32)
-  first = model.lazy_init(jax.random.key(0), images[:1], train=False)
+  initial = model.lazy_init(jax.random.key(0), images[:1], train=False)
 
-  block = first["params"].get("stage1_block1", {})
+  block = initial["params"].get("stage1_block1", {})
   # The norm before a shortcut's sum: VGG has no sum, v2 has a convolution.
   last_norm = "bn3" if "bn3" in block else "bn2"
   if not block or config.model.name == "resnet_v2":
@@ -106,8 +106,8 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
       low, high = 0.02, 0.06
     return rng.uniform(low, high, leaf.shape).astype(np.float32)
 
-  params = jax.tree_util.tree_map_with_path(drawn, first["params"])
-  variables = {"params": params, "batch_stats": first.get("batch_stats", {})}
+  params = jax.tree_util.tree_map_with_path(drawn, initial["params"])
+  variables = {"params": params, "batch_stats": initial.get("batch_stats", {})}
 
   @jax.jit
   def measured(variables: Any) -> Any:
@@ -141,7 +141,7 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
 def measure(
   name: str, python: pathlib.Path, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-  """Exports a random network and compares its library's logits by file.
+  """Exports a random network and compares its logits with its library's.
 
   Gives the relative error of logits by format, the largest logit, and whether
   `convert` gave back bit-identical arrays.
@@ -185,8 +185,8 @@ def measure(
       worker = _FOLDER / f"{'torch' if is_torch else 'keras'}_reference.py"
       options = [f"--name={name}", f"--folder={folder}"]
       options.append(f"--weights={out / FILES[form]}")
-      said = run(python, worker, *options, keras_backend="jax")
-      result["versions"] = json.loads(said.splitlines()[-1]) | our_versions()
+      output = run(python, worker, *options, keras_backend="jax")
+      result["versions"] = json.loads(output.splitlines()[-1]) | our_versions()
       theirs = np.load(folder / "logits.npy")
       result["errors"][form] = relative_error(ours, theirs)
   return result
@@ -196,12 +196,12 @@ def table(results: dict[str, Any]) -> str:
   """Formats the results as a Markdown table."""
   rows = []
   for result in results.values():
-    found = [result["errors"].get(form) for form in FILES]
+    errors = [result["errors"].get(form) for form in FILES]
     cells = [
       result["holds"],
       result["arrays"],
       f"{result['largest_logit']:.3g}",
-      *("–" if error is None else f"{error:.1e}" for error in found),
+      *("–" if error is None else f"{error:.1e}" for error in errors),
       "every bit" if result["same_bits_after_convert"] else "no",
     ]
     rows.append(cells)
@@ -224,8 +224,8 @@ def main() -> None:
       print(name, results[name], flush=True)
       files_lib.write_json(arguments.out, results)
   print(table({name: results[name] for name in NAMES if name in results}))
-  found = [e for r in results.values() for e in r["errors"].values()]
-  if not all(error <= LIMIT for error in found):
+  errors = [e for r in results.values() for e in r["errors"].values()]
+  if not all(error <= LIMIT for error in errors):
     sys.exit(f"error: a relative error is larger than {LIMIT}")
 
 

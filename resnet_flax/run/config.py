@@ -68,40 +68,40 @@ _KEYS = (
     "Passes over the training split. The schedule scales with them."
   ),
   Key("eval_every_epochs", 1, integer(1)).means(
-    "Epochs from one scoring to the next; the last is scored, too."
+    "Score after every so many epochs, and after the last one."
   ),
   Key("eval_batch_size", 500, integer(1, 2**16), may_differ=True).means(
     "Images per evaluation call. Changes the last digits of losses; the best"
     " epoch and a plateau are decided by six digits."
   ),
   Key("log_layer_norms_every", 0, integer(0), may_differ=True).means(
-    "Write each layer's norms (run/layer_norms.py) to TensorBoard before every"
-    " step that this divides, in about a step's time. 0: never."
+    "Write each layer's norms (run/layer_norms.py) to TensorBoard before each"
+    " step that is a multiple of this; takes about a step's time. 0: never."
   ),
   Key("label_smoothing", 0.0, number(0, 1)).means(
-    "Share of each label that all classes get alike, in training only (Szegedy"
-    " et al. 2015, section 7). Scores use the true labels."
+    "Share of each label that is spread evenly over all classes, in training"
+    " only (Szegedy et al. 2015, section 7). Scores use the true labels."
   ),
   Key("average_batch_norm", "recompute", choice("recompute", "average")).means(
-    "Batch norm of ema and swa. recompute: by up to 5,000 training images, not"
-    " augmented, at an epoch's end. average: averaged as the weights are."
+    "Running statistics of ema and swa. recompute: from up to 5,000 training"
+    " images, not augmented, at an epoch's end. average: like the weights."
   ),
   Key("init_from", "", PATH).means(
     "Workdir whose best checkpoint gives the first weights, with a new head for"
     " another data set or number of classes. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
-    "How images / 255 are normalised. By the training split: pixel_mean (mean"
-    " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's means)."
+    "How images / 255 are normalised. From the training split: pixel_mean (mean"
+    " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
-    "imagenet2012 and tfds/NAME, a set that TFDS has as ArrayRecord with the"
-    " features image and label, and folder, your own pictures in data_dir, are"
-    " decoded while training; others are in memory."
+    "imagenet2012, tfds/NAME (a set that TFDS has as ArrayRecord with the"
+    " features image and label) and folder (your pictures in data_dir) are"
+    " decoded while training; the others are in memory."
   ),
   Key("dataset.data_dir", "", PATH, may_differ=True).means(
     "TFDS data directory. Empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets."
-    " Of name=folder it holds train/CLASS/*, and perhaps val/ and test/, or"
+    " For name=folder it holds train/CLASS/*, and perhaps val/ and test/, or"
     " CLASS/*: see docs/use.md."
   ),
   Key("dataset.archive", "", PATH, may_differ=True).means(
@@ -111,28 +111,28 @@ _KEYS = (
     "Where decoded images are cached. Empty: the user's cache directory."
   ),
   Key("dataset.image_size", 224, integer(1, 2048)).means(
-    "Side of images that are decoded while training. Those that have it are"
-    " taken as they are, others cut to the central 224/256 of the shorter side."
+    "Side in pixels of images that are decoded while training. Images of this"
+    " size are kept, others cut to the central 224/256 of the shorter side."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
     "Processes per seed that decode images while training. 0: two threads. -1:"
     " one per CPU thread, but 0 for less than 10,000 images of 224x224."
   ),
   Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
-    "What images that cannot be decoded do while training. skip: each is listed"
-    " and replaced by the next good one; of val and test they are left out."
+    "What to do with images that cannot be decoded. error: stop. skip: list"
+    " them, train on the next good one instead, do not score them."
   ),
   Key("dataset.test_crops", 1, choice(1, 2, 10)).means(
-    "Score by the mean probabilities of 2: an image and its mirror image; 10:"
-    " ten crops (Krizhevsky et al. 2012, section 4.1), only for images that are"
-    " decoded while training."
+    "Views whose mean probabilities are scored. 2: the image and its mirror"
+    " image. 10: ten crops (Krizhevsky et al. 2012, section 4.1), only for"
+    " images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
-    "Train on a fixed subset of so many, balanced but for TFDS streams. 0: all."
+    "A fixed subset of this size, balanced except in TFDS streams. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
-    "Training images to hold out, stratified but for streamed TFDS sets. 0: the"
-    " best checkpoint is chosen on the test split, as in the recipe."
+    "Training images to hold out, stratified except in streamed TFDS sets. 0:"
+    " the best checkpoint is chosen on the test split, as in the recipe."
   ),
   Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
     "Chooses the held-out images, apart from `seed`."
@@ -148,17 +148,17 @@ _KEYS = (
     "Instead, mirror each image in every other epoch (Jordan 2024)."
   ),
   Key("augment.trivial_augment", False, BOOLEAN).means(
-    "First, on bytes, a random operation for each image (Mueller, Hutter 2021)."
+    "On bytes, one random operation for each image (Mueller, Hutter 2021)."
   ),
   Key("augment.cutout", 0, integer(0, 2048)).means(
     "Side of a square that is set to 0 (DeVries and Taylor 2017: 16). 0: off."
   ),
   Key("augment.mixup", 0.0, number(0, 1e6)).means(
-    "Alpha of mixup, last of all (Zhang et al. 2018: 1 or 0.2). 0: off."
+    "Alpha of mixup, done last (Zhang et al. 2018: 1 or 0.2). 0: off."
   ),
   Key("augment.cutmix", 0.0, number(0, 1e6)).means(
-    "Alpha of CutMix (Yun et al. 2019: 1), in mixup's place; with both, either"
-    " for half of the batches. 0: off."
+    "Alpha of CutMix (Yun et al. 2019: 1). With mixup, each is used for half of"
+    " the batches. 0: off."
   ),
   Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
     "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
@@ -167,25 +167,25 @@ _KEYS = (
     " (19), alexnet (8)."
   ),
   Key("model.depth", 20, integer(1, 2000)).means(
-    "Weighted layers without shortcuts; of wide_resnet all convolutions."
+    "Weighted layers except shortcuts; for wide_resnet all convolutions."
   ),
   Key("model.num_filters", 0, integer(0, 1024), _RESNETS).means(
     "Channels of the stem. 0: 16; 64 for resnext and for large images."
   ),
   Key("model.widen_factor", 10, integer(1, 64), ("wide_resnet",)).means(
-    "Width of the first stage over the stem's: 10 of WRN-28-10."
+    "Channels of the first stage over the stem's: 10 in WRN-28-10."
   ),
   Key("model.groups", 0, integer(0, 1024), _GROUPED).means(
-    "Of a bottleneck's 3x3 convolution. 0: 8 for resnext, else 1."
+    "Groups of a bottleneck's 3x3 convolution. 0: 8 for resnext, else 1."
   ),
   Key("model.group_width", 0, integer(0, 4096), _GROUPED).means(
     "Channels of each group in the first stage. 0: the stem's channels."
   ),
   Key("model.squeeze_excitation", 0, integer(0, 1024), _RESNETS).means(
-    "Reduction in the gates of branches (Hu et al. 2018: 16). 0: no gates."
+    "Reduction of squeeze-and-excitation (Hu et al. 2018: 16). 0: off."
   ),
   Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
-    "Share of batches that lack the last block's branch (Huang et al. 2016)."
+    "Probability of dropping the last block's branch (Huang et al. 2016)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -195,8 +195,8 @@ _KEYS = (
     "Side in pixels to which the device resizes images. 0: it does not."
   ),
   Key("model.dtype", "float32", choice("float32", "bfloat16")).means(
-    "What is computed in. Parameters and statistics stay float32. bfloat16 is"
-    " slow on CPUs without AVX512-BF16 or AMX."
+    "Dtype of the computation. Parameters and statistics stay float32. bfloat16"
+    " is slow on CPUs without AVX512-BF16 or AMX."
   ),
   Key("model.shortcut", "default", _SHORTCUT).means(
     "Where a block changes shape. keras: 1x1 convolution. A: strided identity"
@@ -219,10 +219,10 @@ _KEYS = (
     "Convolve by kernels with mean 0 and variance 1 (Qiao et al. 2019)."
   ),
   Key("model.block_dropout", 0.0, number(0, 1), _DROPPED).means(
-    "Share that is dropped between a block's convolutions."
+    "Share of activations dropped between a block's convolutions."
   ),
   Key("model.dropout", 0.5, number(0, 1), ("vgg", "alexnet")).means(
-    "Share of the units that are dropped before dense layers."
+    "Share of units dropped before dense layers."
   ),
   Key("model.padding", "same", choice("same", "symmetric")).means(
     "At stride 2: same pads (0, 1), symmetric (1, 1) as the paper's code."
@@ -241,48 +241,48 @@ _KEYS = (
     " statistics take their mean. A multiple of the devices saves waiting."
   ),
   Key("model.remat", False, BOOLEAN, _RESNETS, may_differ=True).means(
-    "Compute a block's inside again in the backward pass, not keep it: saves"
-    " memory for about one forward pass. On CPUs only with scan."
+    "Recompute a block's activations in the backward pass: saves memory, costs"
+    " about one forward pass. On CPUs only with scan."
   ),
   Key("model.scan", False, BOOLEAN, _RESNETS, may_differ=True).means(
-    "Run the like blocks of a stage as a loop, so that deep networks compile"
-    " faster. Slow on CPUs without oneDNN. Checkpoints are the same."
+    "Run the identical blocks of a stage as a loop, so that deep networks"
+    " compile faster. Slow on CPUs without oneDNN. Checkpoints are the same."
   ),
   Key("optimizer.name", "adam", choice(*_OPTIMIZERS, prefix="optax/")).means(
     "The update. optax/NAME: any other of Optax's, such as optax/nadam."
   ),
   Key("optimizer.learning_rate", 1e-3, positive()).means("The initial rate."),
-  Key("optimizer.b1", 0.9, number(0, 1), ("adam",)).means("The first decay."),
-  Key("optimizer.b2", 0.999, number(0, 1), ("adam",)).means("The second one."),
+  Key("optimizer.b1", 0.9, number(0, 1), ("adam",)).means("Adam's beta_1."),
+  Key("optimizer.b2", 0.999, number(0, 1), ("adam",)).means("Adam's beta_2."),
   Key("optimizer.epsilon", 1e-7, positive(), ("adam",)).means(
     "Added to the root of the second moment (Keras's value, not Optax's)."
   ),
-  Key("optimizer.momentum", 0.9, number(0, 1), ("sgd",)).means("The momentum."),
+  Key("optimizer.momentum", 0.9, number(0, 1), ("sgd",)).means("SGD momentum."),
   Key("optimizer.nesterov", False, BOOLEAN, ("sgd",)).means("Nesterov's."),
   Key("optimizer.arguments", "", ARGUMENTS).means(
     "Optax's arguments, for all but adam and sgd. muon's are for convolution"
     " kernels, its Adam's for the rest; consistent_rms=0.2 suits Adam's rates."
   ),
   Key("optimizer.clip_norm", 0.0, number(0)).means(
-    "Scales the objective's gradient down to this norm over all arrays, before"
-    " weight decay. 0: off."
+    "Largest norm of the objective's gradient, over all arrays, before weight"
+    " decay. 0: no limit."
   ),
   Key("optimizer.accumulate_steps", 1, integer(1)).means(
-    "Steps whose mean gradient makes an update, at the last one's rate, also"
-    " across epochs. A step is one batch still, for schedules and records, too."
+    "Batches whose mean gradient makes one update, at the last one's rate, also"
+    " across epochs. Schedules and records still count each batch as a step."
   ),
   Key("optimizer.weight_decay", 0.0, number(0)).means(
-    "The gradient gains weight_decay * w; decoupled for adamw, lamb, lion, muon"
-    " and others whose weight_decay Optax masks, but for adadelta, cocob, dog,"
-    " dowg and lars. Not in the objective; needs l2=0."
+    "The gradient gains weight_decay * w. Decoupled for adamw, lamb, lion, muon"
+    " and others whose weight_decay Optax masks (not adadelta, cocob, dog,"
+    " dowg, lars). Not in the objective; needs l2=0."
   ),
   Key("optimizer.l2", 1e-4, number(0)).means(
     "The objective adds l2 * sum(w**2), as in Keras: the gradient gains 2 * l2"
     " * w, as of a weight_decay twice as large."
   ),
   Key("optimizer.l2_weights", "conv_kernels", _L2_WEIGHTS).means(
-    "What l2 and weight_decay are for. conv_kernels: as the Keras example."
-    " kernels: also of dense layers. all: also biases and batch norms."
+    "What l2 and weight_decay act on. conv_kernels: as the Keras example."
+    " kernels: also those of dense layers. all: also biases and batch norms."
   ),
   Key("schedule.name", "drops", choice(*_SCHEDULES)).means(
     "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."
@@ -314,7 +314,7 @@ _KEYS = (
     " et al. 2015, section 4.2). 0: off."
   ),
   Key("schedule.warmup_error", 0.8, positive(1)).means(
-    "The error, a fraction, of about the last 50 batches."
+    "Training error that ends it: a fraction, of about the last 50 batches."
   ),
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."
@@ -324,8 +324,8 @@ _KEYS = (
     " min(decay, (1+n)/(10+n)). Raw weights choose the best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
-    "Also score the mean of the weights at the ends of the epochs from this"
-    " 0-based one on (Izmailov et al. 2018). Best as with ema. 0: off."
+    "Also score the mean of weights at the ends of epochs from this 0-based one"
+    " on (Izmailov et al. 2018). Raw weights choose the best. 0: off."
   ),
   Key("plateau.enabled", False, BOOLEAN).means(
     "Also multiply the rate by plateau.factor when the loss with L2 stalls."
@@ -339,9 +339,9 @@ _KEYS = (
     "Epochs after a reduction that do not count (Keras counts the last one)."
   ),
   Key("plateau.min_delta", 1e-4, positive()).means("The least improvement."),
-  Key("plateau.min_lr", 5e-7, number(0)).means("The least rate it leaves."),
+  Key("plateau.min_lr", 5e-7, number(0)).means("Lowest rate it sets."),
   Key("checkpoint.every_steps", 0, integer(0), may_differ=True).means(
-    "Also save after every step that this divides. 0: do not."
+    "Also save after each step that is a multiple of this. 0: do not."
   ),
   Key("checkpoint.every_minutes", 10.0, number(0), may_differ=True).means(
     "Also save when the last checkpoint is older. 0: do not."
@@ -368,7 +368,7 @@ _KEYS = (
 )
 
 KEYS = {key.name: key for key in _KEYS}
-# Do not change what is computed: a run can be resumed with other values.
+# The keys that may have other values when a run is resumed.
 MAY_DIFFER = tuple(key.name for key in _KEYS if key.may_differ)
 
 

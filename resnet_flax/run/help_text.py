@@ -22,12 +22,12 @@ from the table in [`resnet_flax/run/config.py`](../resnet_flax/run/config.py). A
 config file sets keys; so does the command line, after `--config`:
 `--config.model.depth=56`.
 
-A run must be resumed with the configuration that it was started with. Keys that
-may differ do not change the results. Besides, a larger `num_epochs` makes a run
-[longer](resume.md#make-a-run-longer) where its schedule allows it. The command
-must name the old folder (`--workdir`). A key that only some networks
-(`model.name`) or optimizers (`optimizer.name`) read must keep its default in
-the others.
+A run must be resumed with the configuration that it was started with, except
+for keys that "may differ". A larger `num_epochs` makes a run
+[longer](resume.md#make-a-run-longer) where its schedule allows it; the command
+must then name the old folder (`--workdir`). Some keys are read only by some
+networks (`model.name`) or optimizers (`optimizer.name`); with others they must
+keep their defaults.
 """
 _TABLE = """
 ## {}
@@ -50,12 +50,12 @@ class _Entry(NamedTuple):
 
 
 def show_if_asked(argv: list[str]) -> None:
-  """Prints help and ends the program with code 0, if an argument asks."""
-  asks = re.compile(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?")
+  """Prints help and ends the program with code 0 if an argument asks for it."""
+  help_flag = re.compile(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?")
   for argument in itertools.takewhile(lambda each: each != "--", argv[1:]):
-    if match := asks.fullmatch(argument):
+    if match := help_flag.fullmatch(argument):
       modules = flags.FLAGS.flags_by_module_dict()
-      # A tool is started through a module that defines no flags.
+      # `resnet_flax.convert` defines no flags; its module in `tools` does.
       tools = [name for name in modules if ".tools." in name]
       program = argv[0] if argv[0] in modules else (tools or argv)[0]
       surroundings.show(program_help(match[1] or "", program))
@@ -63,10 +63,10 @@ def show_if_asked(argv: list[str]) -> None:
 
 
 def program_help(wanted: str, program: str) -> str:
-  """A program's flags and, if one of them is --config, keys, in 80 columns.
+  """A program's flags and, if it has --config, all keys, in 80 columns.
 
-  `wanted` is a part, a name, or a word in names or meanings; '' for all.
-  `program` is the module whose key flags are the program's.
+  `wanted` selects a part, a name, or a word in names or meanings; '' for all.
+  `program` names the module whose key flags are the program's.
   """
   entries = _entries(program)
   parts = ", ".join(dict.fromkeys(entry.part for entry in entries))
@@ -81,15 +81,15 @@ def program_help(wanted: str, program: str) -> str:
       f"--help={wanted}: no flag and no key has this word. Parts: {parts}."
     )
   lines = []
-  for part, of_part in itertools.groupby(chosen, lambda entry: entry.part):
-    how = ", set by --config.KEY=VALUE after --config"
-    lines += ["", f"{part}{'' if part == 'flags' else how}:"]
-    lines += map(str, of_part)
+  for part, part_entries in itertools.groupby(chosen, lambda entry: entry.part):
+    how_to_set = ", set by --config.KEY=VALUE after --config"
+    lines += ["", f"{part}{'' if part == 'flags' else how_to_set}:"]
+    lines += map(str, part_entries)
   if not wanted:
     module = sys.modules.get(program) or sys.modules["__main__"]
-    more = f"--help=WORD shows a part ({parts}) or all that has this word."
+    hint = f"--help=WORD shows a part ({parts}) or all that has this word."
     summary = (module.__doc__ or "").strip()
-    lines = [summary, *lines, "", textwrap.fill(more, 80)]
+    lines = [summary, *lines, "", textwrap.fill(hint, 80)]
   return "\n".join(lines).strip()
 
 
@@ -118,7 +118,7 @@ def _typed(value: Any) -> str:
 
 
 def page() -> str:
-  """The page of the documentation, in Markdown."""
+  """The page docs/configuration.md, in Markdown."""
   text = _PAGE
   for part, keys in itertools.groupby(KEYS.values(), lambda key: key.part):
     text += _TABLE.format(part)
