@@ -30,10 +30,10 @@ _CHECKPOINT = flags.DEFINE_enum(
 )
 _WEIGHTS = flags.DEFINE_enum(
   *("weights", "raw", ["raw", "ema", "swa"]),
-  "Whether --mode=eval scores the weights of that step or their average.",
+  "What --mode=eval scores: weights of that step (raw), or their average.",
 )
 _SPLIT = flags.DEFINE_enum(
-  *("split", "test", ["train", "val", "test"], "What --mode=eval scores.")
+  *("split", "test", ["train", "val", "test"], "Images --mode=eval scores.")
 )
 
 
@@ -46,7 +46,7 @@ def _run(argv: list[str]) -> None:
   passed = [f"--{f.name}={f.value}" for f in eval_flags if f.present]
   if passed and _MODE.value != "eval":
     raise errors.ConfigError(
-      f"{' and '.join(passed)} must be with --mode=eval."
+      f"{' and '.join(passed)} must come with --mode=eval."
       + " A run keeps an average of its weights with --config.ema.decay=0.999."
       * _WEIGHTS.present
     )

@@ -129,8 +129,8 @@ def _set_up(
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
   if len(dataset.train) // config.batch_size != steps_per_epoch:
     raise errors.DataError(
-      f"the {len(dataset.train)} training images are more or fewer than as the"
-      " run started. Start it again once the data is complete."
+      f"the data set has {len(dataset.train)} training images now, another"
+      " number than at first. Start the run again once the data is complete."
     )
   if dataset.validation is None:
     _logger.info(

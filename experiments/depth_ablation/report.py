@@ -38,7 +38,7 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
   `train_error` and `test_error` belong to the final weights in inference mode,
   `train_errors` and `test_errors` to the epochs; all are in percent. An epoch's
   training error is a mean over its steps, during which the network changes.
-  Raises `SystemExit` if a run is no cell of degradation.py.
+  Raises `SystemExit` if a run is not a cell of degradation.py.
   """
   cells = []
   for run, config, records in runs_lib.finished(workdir):
@@ -46,7 +46,7 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
     overrides = {key: flat[key] for key in degradation.OVERRIDES}
     if differing := errors_lib.differences(overrides, degradation.OVERRIDES):
       raise SystemExit(
-        f"error: {run} is no cell of degradation.py: {', '.join(differing)}."
+        f"error: {run} is not a cell of degradation.py: {', '.join(differing)}."
         " Pass the --workdir of that sweep."
       )
     scores = load.evaluate_workdir(run, "latest", split="train")

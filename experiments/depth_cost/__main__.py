@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
   add("--depths", type=lists.integers, default="20,56,110")
   add("--modes", type=lists.names(modes), default=",".join(modes))
   add("--batch_size", type=int, default=32)
-  add("--steps", type=int, default=3, help="timed ones")
+  add("--steps", type=int, default=3, help="timed steps")
   add("--out", type=pathlib.Path, help="written after each process")
   flags = parser.parse_args(argv[1:])
   print(markdown.table(measurement.COLUMNS, []), flush=True)

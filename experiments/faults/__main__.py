@@ -172,7 +172,7 @@ def main() -> None:
   """Injects the faults, prints each row, and writes the raw figures."""
   parser = argparse.ArgumentParser("python -m experiments.faults")
   add, known = parser.add_argument, injections.FAULTS
-  add("--kills", type=int, default=50, help="that hit a process")
+  add("--kills", type=int, default=50, help="kills that hit a process")
   add("--seed", type=int, default=0, help="draws times, signals, files, bytes")
   add("--out", type=pathlib.Path, help="written after each fault")
   add("--faults", type=lists.names(known), default=",".join(known))
@@ -221,7 +221,7 @@ def main() -> None:
     show(kill_rows(results["killed"]))
   wrong = [row.fault for row in rows if not row.as_expected]
   if wrong:
-    sys.exit(f"not as expected: {'; '.join(wrong)}")
+    sys.exit(f"error: not as expected: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

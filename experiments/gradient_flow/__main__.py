@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
   add, integers = parser.add_argument, lists.integers
   families = lists.names(registry.MODELS)
   add("--families", type=families, default="plain,highway,resnet_v1")
-  add("--depths", type=integers, default="20,56", help="that are trained")
-  add("--init_depths", type=integers, default="110,326", help="that are not")
+  add("--depths", type=integers, default="20,56", help="trained")
+  add("--init_depths", type=integers, default="110,326", help="untrained")
   add("--batch_norm", choices=_NORMS, default="true,false")
   add("--seeds", type=int, default=5, help="networks of each kind")
   add("--batch_size", type=int, default=32)
@@ -65,7 +65,10 @@ def main(argv: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files_lib.write_json(path, now)
   elif changes := errors.differences(json.loads(path.read_text()), now):
-    print(f"warning: other than in {path}: {'; '.join(changes)}", flush=True)
+    print(
+      f"warning: this environment differs from {path}: {'; '.join(changes)}",
+      flush=True,
+    )
   for cell in measurement.missing(cells, records):
     started = time.perf_counter()
     measured = measurement.measure(cell.config(), cell.measure_at)

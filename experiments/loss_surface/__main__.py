@@ -21,15 +21,15 @@ def main(argv: list[str]) -> None:
   parser = arguments.Parser(COMMAND, description=__doc__.split("\n")[0])
   add = parser.add_argument
   add("workdirs", metavar="WORKDIR", nargs="*", type=pathlib.Path)
-  add("--points", type=int, default=21, help="of each axis, odd")
-  add("--extent", type=float, default=0.5, help="of each axis, to both sides")
+  add("--points", type=int, default=21, help="along each axis, odd")
+  add("--extent", type=float, default=0.5, help="of each axis from 0")
   add("--examples", type=int, default=1000, help="training images")
-  add("--seed", type=int, default=0, help="of the directions")
+  add("--seed", type=int, default=0, help="draws the directions")
   add("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
   plane = vars(parser.parse_args(argv[1:]))
   workdirs, out = plane.pop("workdirs"), plane.pop("out")
   if plane["points"] < 3 or plane["points"] % 2 == 0:
-    parser.error(f"--points={plane['points']} must be 3, 5, 7 or so on")
+    parser.error(f"--points={plane['points']} must be odd and at least 3")
   if plane["extent"] <= 0 or plane["examples"] < 1 or plane["seed"] < 0:
     parser.error("--extent and --examples must be positive, --seed at least 0")
   path = out / "results.jsonl"

@@ -98,7 +98,9 @@ def main() -> None:
   if not arguments.checks and not arguments.workdir:
     parser.error("pass --workdir=DIR, or --checks")
   if not arguments.example.is_file():
-    parser.error(f"--example={arguments.example} is no file; see README.md")
+    parser.error(
+      f"--example={arguments.example} must be the example's file; see README.md"
+    )
   config = v1_depth20.get_config()
   dataset = data.load(config.dataset)
   if not arguments.checks:

@@ -88,7 +88,10 @@ def scaled(source, epochs):
     nonlocal source
     source, count = re.subn(pattern, new, source, flags=re.M)
     if count != 1:
-      raise SystemExit(f"{pattern} is there {count} times: another file")
+      raise SystemExit(
+        f"error: {pattern!r} occurs {count} times, not once: --example must be"
+        " the example of Keras 2.3.1."
+      )
 
   replace(r"^epochs = 200$", f"epochs = {epochs}")
   replace("monitor='val_acc'", "monitor='val_accuracy'")

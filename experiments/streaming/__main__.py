@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
       "images": len(split),
       "workers": flags.workers,
       "rounds": rounds,
-      "memory_mb": memory,
+      "memory_mib": memory,
     }
     files_lib.write_json(flags.out, results)
 

@@ -119,7 +119,7 @@ class Pipeline:
 
 
 def memory() -> float:
-  """MB of this process and its children, with shared pages in proportion."""
+  """MiB of this process and its children, with shared pages in proportion."""
   children = multiprocessing.active_children()
   total = 0
   for pid in ["self", *(child.pid for child in children)]:
@@ -142,7 +142,7 @@ def _cpu_seconds() -> float:
 def memory_over_epochs(
   split: streaming.StreamedSplit, num_epochs: int
 ) -> list[list[float]]:
-  """Reads MB of all processes up to ten times an epoch; workers start once."""
+  """Reads MiB of all processes up to ten times an epoch; workers start once."""
   order = _order(split, range(num_epochs))
   per_epoch = len(order) // num_epochs
   batches = split.batches(order, datasets.Draw(0, 0))
@@ -190,7 +190,7 @@ def table(
       ]
       rows.append((f"{way} / alone, {title}", ratios, ".3f"))
   rows += [
-    (f"memory of all processes in epoch {epoch}, MB", samples, ".0f")
+    (f"memory of all processes in epoch {epoch}, MiB", samples, ".0f")
     for epoch, samples in enumerate(memory)
   ]
   return markdown.spread_table(rows)

@@ -16,7 +16,7 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
     chosen = [part for part in text.split(",") if part]
     if unknown := set(chosen) - set(known):
       raise argparse.ArgumentTypeError(
-        f"{', '.join(sorted(unknown))} must be any of {', '.join(known)}"
+        f"{', '.join(sorted(unknown))} must be among {', '.join(known)}"
       )
     return chosen
 

@@ -59,7 +59,7 @@ def cached(
   except OSError as error:
     raise errors.DataError(
       f"decoded images cannot be cached in {folder}: {error}. Set"
-      " --config.dataset.cache_dir to a directory with space."
+      " --config.dataset.cache_dir to a writable directory with free space."
     ) from error
   return _open(entry) or arrays
 

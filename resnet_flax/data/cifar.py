@@ -167,7 +167,8 @@ def load(
   names = arrays.get("class_names", ())
   if arrays.keys() != _ARRAYS or len(names) != known.num_classes:
     raise errors.DataError(
-      f"{cache_dir / key} lacks arrays of {config.name}. Delete it."
+      f"{cache_dir / key} must have the arrays of {config.name}. Delete"
+      " it: the next start builds it again."
     )
   return arrays, key
 

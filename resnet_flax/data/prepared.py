@@ -175,7 +175,7 @@ class Records:
     labels = feature["label"].int64_list.value
     if len(labels) != 1 or not 0 <= labels[0] < self.num_classes:
       most = self.num_classes - 1
-      raise ValueError(f"its label {labels} must be one from 0 to {most}")
+      raise ValueError(f"its labels {labels} must be one from 0 to {most}")
     return encoded, labels[0]
 
   def place(self, row: int) -> str:
@@ -248,7 +248,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
       num_train -= num_test
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
-        raise _unfit(folder, f"it has no images in the split {split!r}")
+        raise _unfit(folder, f"its split {split!r} has {count} images")
     stated = json.loads(files.read_text(folder / "features.json"))
     features = stated["featuresDict"]["features"]
     for name, kind in (("image", "image"), ("label", "classLabel")):

@@ -46,7 +46,7 @@ class Workers:
       return result.result()
     raise errors.DataError(
       f"a process that decodes images of {self._folder} has ended ({died}). A"
-      " code below 0 means that it was killed, most likely for want of memory:"
+      " code below 0 means that it was killed, most likely as memory ran out:"
       " pass a smaller --config.dataset.num_workers. Otherwise see its message"
       " above; a script must train inside: if __name__ == '__main__'."
     ) from error

@@ -95,7 +95,7 @@ def check_depth(name: str, depth: int) -> tuple[int, ...]:
     allowed = ", ".join(map(str, depths))
   nearest = " and ".join(map(str, sorted(set(candidates))))
   raise errors.ConfigError(
-    f"model.depth={depth} is not a depth of {name} ({allowed}); nearest:"
+    f"model.depth={depth} must be {allowed} for model.name={name}; nearest:"
     f" {nearest}."
   )
 

@@ -106,7 +106,7 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   try:
     arguments = _parse(config.arguments)
     if unknown := sorted(arguments.keys() - allowed):
-      raise ValueError(f"{unknown[0]} is none of them")
+      raise ValueError(f"{unknown[0]} is unknown")
     made = rule(name, **arguments, **decays, **dict.fromkeys(mask_names, mask))
     # Some arguments fail only in a step. Tracing one computes nothing.
     params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
@@ -128,8 +128,8 @@ def _parse(text: str) -> dict[str, Any]:
   """Parses arguments such as 'b1=0.9,nesterov=True'."""
   call = ast.parse(f"f({text})", mode="eval").body
   if not isinstance(call, ast.Call) or call.args:
-    raise ValueError("it must be like b1=0.9,nesterov=True")
+    raise ValueError("it must be a list such as b1=0.9,nesterov=True")
   arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
   if len(arguments) < len(call.keywords):
-    raise ValueError("an argument stands twice")
+    raise ValueError("an argument is given twice")
   return arguments

@@ -44,7 +44,7 @@ _HOW = (
 )
 _LOST = (
   "this process cannot continue: most likely another process of the run has"
-  " ended or cannot be reached; see its own messages. Saved checkpoints are"
+  " ended or cannot be reached; see its messages. Saved checkpoints are"
   " good: start the same command in all processes again to resume."
 )
 # Errors that begin with these are not caused by other processes.
@@ -244,7 +244,7 @@ def connected(
     # JAX, its runtime and cloud libraries raise many kinds of exceptions.
     except Exception as error:
       raise errors.ConfigError(
-        f"coordinator_address={address} cannot be used:"
+        f"connecting to coordinator_address={address} failed:"
         f" {errors.one_line(error)}. Try another --coordinator_address, for"
         f" example another port; or {_HOW}."
       ) from None

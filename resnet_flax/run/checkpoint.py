@@ -364,6 +364,6 @@ def _check_same_arrays(
       if name.partition("/")[0] == part and new != old:
         raise errors.WorkdirError(
           f"checkpoint {path} holds another {what}: {name} is {old} there,"
-          f" {new} here. Pass the configuration it was trained with, to the"
-          " version of the program that saved it, or another --workdir."
+          f" {new} here. Use the configuration and the version of the program"
+          " that saved it, or pass another --workdir."
         )

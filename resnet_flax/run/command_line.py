@@ -76,7 +76,7 @@ class _ConfigFile(ConfigFileFlagParser):
     if not os.path.isfile(file):
       shipped = [each.stem for each in _SHIPPED.glob("[!_]*.py")]
       if file not in shipped:
-        fault = f"there is no file --config={path[:100]}"
+        fault = f"--config={path[:100]}: there is no such file"
         if (name := pathlib.PurePath(file).stem) in shipped:
           raise errors.ConfigError(f"{fault}. The program has --config={name}.")
         raise errors.unknown_name(f"{fault}, and the name", name, shipped)

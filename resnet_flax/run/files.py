@@ -54,7 +54,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
   except RecursionError:
     raise ValueError("it is nested too deeply") from None
   if not isinstance(value, dict):
-    raise ValueError("it holds no JSON object")
+    raise ValueError("it is not a JSON object")
   return value
 
 

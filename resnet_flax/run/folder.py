@@ -86,8 +86,8 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
   # Not pathlib's glob, which also finds the .mirror-* of a killed run.
   elif runs := sorted(glob.glob("*/config.json", root_dir=workdir)):
     raise errors.WorkdirError(
-      f"workdir {workdir} is a folder of runs, such as"
-      f" {os.path.dirname(runs[0])}. Pass a run's own one, such as"
+      f"workdir {workdir} holds other runs' workdirs, such as"
+      f" {os.path.dirname(runs[0])}. Pass a workdir for this run, such as"
       f" --workdir={workdir}/NAME."
     )
   try:
@@ -144,7 +144,7 @@ def check_same(
       glob.glob(pattern, root_dir=workdir)
       for pattern in ("lock", "metrics.jsonl", "checkpoints/*")
     ):
-      advice = " It has no checkpoint: delete it to start anew."
+      advice = " It has no checkpoint: delete it to start again."
     elif stored["num_epochs"] != current["num_epochs"]:
       advice = (
         " Its learning rates depend on num_epochs, so it cannot be lengthened"
@@ -239,9 +239,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   try:
     stored = files.parse_object(files.read_bytes(path))
     if type(stored.get("seed")) is not int:  # Every version has this key.
-      raise ValueError(
-        "seed is missing or no integer: this is not a configuration"
-      )
+      raise ValueError("seed must be an integer, as in every configuration")
     # JSON turns tuples into lists.
     defaults = json.dumps(config_lib.default_config().to_dict())
     config = ConfigDict(json.loads(defaults))
@@ -250,7 +248,8 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     flat = keys.to_flat(config)
     for name in _READ_UNCHECKED:
       if not config_lib.KEYS[name].values.accept(flat.get(name)):
-        raise ValueError(f"{name}={flat.get(name)!r:.100} cannot be")
+        must = config_lib.KEYS[name].values.text
+        raise ValueError(f"{name}={flat.get(name)!r:.100} must be {must}")
     return config.lock()
   except (FileNotFoundError, NotADirectoryError):
     raise errors.WorkdirError(
@@ -375,9 +374,9 @@ def explain_write_errors(
       hint = "The checkpoints that it holds are good; the same command resumes"
       hint += " from them"
     elif os.path.isdir(workdir):
-      hint = "Nothing is saved; the same command starts anew"
+      hint = "Nothing is saved; the same command starts again"
     else:
-      hint = "It cannot be read either; once it can, the same command resumes"
+      hint = "It cannot be read either; once it is back, the command resumes"
     raise errors.WorkdirError(
       f"workdir {workdir} can no longer be written: {reason[:300]}. {hint}."
     ) from error
@@ -398,7 +397,7 @@ def check_not_removed(workdir: pathlib.Path) -> None:
   except (FileNotFoundError, NotADirectoryError):
     raise errors.WorkdirError(
       f"workdir {workdir} was removed or emptied while the run trained. The"
-      " same command resumes from what is left there, or starts anew."
+      " same command resumes from what is left there, or starts again."
     ) from None
   except OSError:  # The disk is missing; the next write reports it.
     pass

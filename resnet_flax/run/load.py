@@ -383,8 +383,8 @@ def _read_states(
   if missing := sorted({*seed_steps.values()} - {*saved_steps}):
     raise errors.WorkdirError(
       f"{workdir} has no checkpoint of step {missing[0]}, its best epoch's;"
-      f" there: {', '.join(map(str, saved_steps)) or 'none'}. Copy it there, or"
-      " take the latest."
+      f" it has {', '.join(map(str, saved_steps)) or 'none'}. Copy the missing"
+      " one there, or take the latest."
     )
   restored = {}
   for step in {*seed_steps.values()}:
@@ -461,5 +461,5 @@ def merged(
   drawn, head = variables["params"][_HEAD], params.get(_HEAD)
   if head is None or head["bias"].shape != drawn["bias"].shape:
     params[_HEAD] = drawn
-    _logger.info("the head of init_from has other classes: it starts anew")
+    _logger.info("init_from's head has other classes: the new head is random")
   return {"params": params, "batch_stats": source["batch_stats"]}

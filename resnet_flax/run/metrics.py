@@ -70,7 +70,7 @@ class MetricsLog:
       except ValueError as error:
         if epoch == len(lines) - 1:
           break  # A killed run was writing it, or the disk lost a part of it.
-        fault = f"it is no JSON object ({error})"
+        fault = f"it is not a JSON object ({error})"
       else:
         scores = _SCORES if (epoch + 1) % self._every == 0 else ()
         names = (*_TRAIN, *scores) if self._seeds else ()
@@ -131,23 +131,25 @@ def _fault(
   """What is wrong with the record of an epoch; '' if nothing is."""
   of_seeds = record.get("seeds", [])
   if not isinstance(of_seeds, list):
-    return "seeds is no list"
+    return "seeds must be a list"
   top_level = {key: value for key, value in record.items() if key != "seeds"}
   needed = (*names, *_SPEED) if seeds else ()
   parts = [(top_level, ("epoch", "step", *needed))]
   parts += [(each, ("seed", *names) if seeds else ()) for each in of_seeds]
   for part, keys in parts:
     if not isinstance(part, dict):
-      return "seeds holds what is no JSON object"
+      return "each of seeds must be a JSON object"
     values: dict[str, Any] = dict.fromkeys(keys)
     for key, value in (values | part).items():
+      is_positive = key in ("step", "epoch_seconds")
       # JSON may have NaN, and integers that are too large for a float.
       if (
         type(value) not in (int, float)
         or not abs(value) <= sys.float_info.max
-        or (value <= 0 and key in ("step", "epoch_seconds"))
+        or (value <= 0 and is_positive)
       ):
-        return f"{key}={value!r:.100} cannot be"
+        above = " above 0" * is_positive
+        return f"{key}={value!r:.100} must be a finite number{above}"
   recorded, expected = [each.get("seed") for each in of_seeds], list(seeds)
   if seeds and recorded != (expected if expected[1:] else []):
     return f"it has the seeds {recorded}, not {expected}"

@@ -246,7 +246,7 @@ class Mirror:
       raise errors.WorkdirError(
         f"checkpoint.mirror={self._store.url} is in use by process"
         f" {owner['pid']} on {owner['host']}, last heard of {max(age, 0):.0f} s"
-        f" ago. Stop it; if it is gone, wait {_FRESH - age:.0f} s, or pass"
+        f" ago. Stop it; if it has ended, wait {_FRESH - age:.0f} s, or pass"
         " another address."
       )
     self._beat()
@@ -273,7 +273,7 @@ class Mirror:
     if self._is_taken() and not self._abandoned:
       self._abandoned = True
       _logger.warning(
-        "warning: another run has begun %s anew; nothing more is copied to %s",
+        "warning: another run has restarted %s; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
       with contextlib.suppress(Exception):  # The claim expires anyway.
@@ -385,7 +385,7 @@ class Mirror:
           raise
         if step not in self._damaged:
           reason = str(error).replace(str(folder), str(self._workdir))
-          _logger.warning("warning: it is not copied: %s", reason)
+          _logger.warning("warning: not copied to the mirror: %s", reason)
           self._damaged.add(step)
         if is_copied:
           digests |= copy
@@ -451,8 +451,8 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
   # Each kind of address raises different exceptions.
   except Exception as error:
     raise errors.WorkdirError(
-      f"{name}={url} cannot be used: {errors.one_line(error)}. See that it can"
-      " be reached and written from here, or pass another address."
+      f"{name}={url} cannot be used: {errors.one_line(error)}. Check that"
+      " this machine can reach it, or pass another address."
     ) from error
 
 

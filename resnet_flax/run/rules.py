@@ -92,7 +92,7 @@ def check_labels(config: ConfigDict) -> None:
     f"model.num_classes={num_classes} but dataset.name={name} has {classes}"
     " classes: the network can be loaded, but neither trained nor scored. For a"
     " new head pass --config.model.num_classes=0 --config.init_from=WORKDIR and"
-    " a --workdir of its own.",
+    " a new --workdir.",
   )
 
 
@@ -114,15 +114,15 @@ def check_model(model: ConfigDict) -> None:
   _require(
     model.batch_norm_groups == 1 or model.norm == "batch_norm",
     f"model.batch_norm_groups={model.batch_norm_groups} does nothing without"
-    " batch norm. Leave it 1.",
+    " batch norm. It must be 1.",
   )
   _require(
     (model.groups <= 1 and not model.group_width)
     or model.name == "resnext"
     or model.depth >= others.FIRST_BOTTLENECK,
-    f"model.groups={model.groups}, model.group_width={model.group_width} are of"
+    f"model.groups={model.groups}, model.group_width={model.group_width} need"
     f" bottlenecks, which {model.name} has from depth {others.FIRST_BOTTLENECK}"
-    f" on; at {model.depth} leave both 0.",
+    f" on; at depth {model.depth} both must be 0.",
   )
 
 
@@ -142,8 +142,9 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
   _check_unread("optimizer", config)
   _require(
     not config.arguments or config.name not in ("adam", "sgd"),
-    f"optimizer.arguments are not for {config.name}, which has keys of its own;"
-    f" optimizer.name=optax/{config.name} takes them.",
+    f"optimizer.arguments={config.arguments} must be empty for {config.name},"
+    " which has keys of its own (--help=optimizer);"
+    f" optimizer.name=optax/{config.name} takes arguments.",
   )
   _require(
     not (config.weight_decay and config.l2),
@@ -260,9 +261,8 @@ def _check_schedule(config: ConfigDict) -> None:
     ends.append(schedules.decay_start(ends[0], values.decay_percent))
   _require(
     not epochs or epochs < min(ends),
-    f"{key} leads up to epoch {epochs:g}, but the rate falls, or the run ends,"
-    f" at epoch {min(ends)}. It must be "
-    + ("less, or num_epochs more." if min(ends) else "0."),
+    f"{key} must end before epoch {min(ends)}, where the rate falls or the run"
+    f" ends: it must be {'less, or num_epochs more' if min(ends) else 0}.",
   )
 
 

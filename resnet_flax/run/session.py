@@ -131,7 +131,7 @@ class Session:
 
     def saved(what: str, step: int) -> str:
       if not step:
-        return f"{self._workdir} has no step yet: the same command starts anew."
+        return f"{self._workdir} has no step: the same command starts again."
       return f"{what} in {self._workdir}. The same command resumes from there."
 
     def on_disk() -> int:
@@ -280,8 +280,8 @@ class Session:
       f"the loss or the state{self._layout.of_seed(seed)} is not finite after"
       f" step {step} (0-based), at learning rate {rate:g}. In another --workdir"
       " lower optimizer.learning_rate, or warm up with"
-      " schedule.linear_warmup_epochs (onecycle: peak_percent). What reproduces"
-      f" the step is in {path}."
+      " schedule.linear_warmup_epochs (onecycle: peak_percent). To reproduce"
+      f" the step, see {path}."
     )
 
   def _reproduce(self, step: int, seed: int) -> dict[str, Any]:

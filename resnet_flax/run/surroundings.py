@@ -64,8 +64,8 @@ def check_platform() -> None:
   except (RuntimeError, AssertionError) as error:
     why = f" ({errors.one_line(error)})" if str(error) else ""
     errors.leave(
-      f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such"
-      f" device{why}. Install its extra,"
+      f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no"
+      f" device of this platform{why}. Install its extra,"
       " 'resnet_flax[cuda]' or 'resnet_flax[tpu]', or set JAX_PLATFORMS=cpu.",
       1,
     )

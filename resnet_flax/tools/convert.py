@@ -62,9 +62,9 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   rules.check(config, num_devices=1)
   if config.num_seeds > 1 or config.init_from:
     raise errors.ConfigError(
-      f"num_seeds={config.num_seeds} must be 1 here and"
-      f" init_from={config.init_from} empty: the weights are those of one"
-      " network, in --source. Other runs can start from the workdir."
+      f"num_seeds={config.num_seeds} must be 1 and init_from={config.init_from}"
+      " must be empty: --source holds the weights of one network. Other runs"
+      " can start from the new workdir, by init_from."
     )
   file = files.read(source)
   # A file's description of its layers may lack any key and hold any type.
@@ -83,8 +83,8 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
   if 0 < network.num_classes != experiment_lib.num_classes(config):
     if config.model.num_classes:
       raise errors.ConfigError(
-        f"model.num_classes={config.model.num_classes} must be 0 or that of"
-        f" {file.path}, which has a head of {network.num_classes} classes."
+        f"model.num_classes={config.model.num_classes} must be 0 or"
+        f" {network.num_classes}, the number of classes of {file.path}'s head."
       )
     config.model.num_classes = network.num_classes
   # Checked again, since the number of classes may now come from the file.

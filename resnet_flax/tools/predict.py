@@ -27,7 +27,7 @@ def find(path: str) -> Iterator[str]:
   """Yields the files of a path or a pattern; `DataError` if none matches."""
 
   def fail(error: OSError) -> NoReturn:
-    raise errors.DataError(f"unreadable folder: {errors.one_line(error)}")
+    raise errors.DataError(f"{path} cannot be read: {errors.one_line(error)}")
 
   if os.path.isdir(path):
     for folder, folders, names in os.walk(path, onerror=fail):
@@ -149,5 +149,6 @@ def main(argv: list[str]) -> None:
   )
   num_rows = _show(loaded, total, args)
   if not num_rows or (args.strict and num_rows < total):
-    outcome = f"{num_rows} of {total} files could be predicted"
-    raise errors.DataError(f"{outcome}. Pass pictures.")
+    outcome = f"only {num_rows} of {total} files are good pictures"
+    hint = "Pass pictures" + ", or leave out --strict" * bool(num_rows)
+    raise errors.DataError(f"{outcome}. {hint}.")

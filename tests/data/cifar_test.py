@@ -345,7 +345,9 @@ def test_a_cache_that_lacks_an_array(copy, tmp_path):
   entry = tmp_path / key
   (entry / "test_images.npy").unlink()
   (entry / "SHA256SUMS").write_text(cache._sums(entry))
-  with pytest.raises(errors.DataError, match=r"lacks arrays .* Delete it"):
+  with pytest.raises(
+    errors.DataError, match=r"must have the arrays .* Delete it"
+  ):
     cifar.load(config, KNOWN)
 
 
@@ -450,8 +452,8 @@ def test_files_of_other_folders_are_not_read(copy, intact_copy, template):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[]", "no JSON object"),
-    ("null", "no JSON object"),
+    ("[]", "not a JSON object"),
+    ("null", "not a JSON object"),
     ("", "JSONDecodeError"),
     ("{", "JSONDecodeError"),
     ("[" * 100_000, "nested too deeply"),

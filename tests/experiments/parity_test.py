@@ -57,7 +57,7 @@ def test_the_schedule_is_scaled_as_ours(keras_example, monkeypatch):
   config = v1_depth20.get_config()
   config.num_epochs = 20
   np.testing.assert_allclose(checks._rates(config), expected, rtol=1e-6)
-  with pytest.raises(SystemExit, match="another file"):
+  with pytest.raises(SystemExit, match="occurs 0 times"):
     keras_example.scaled(EXAMPLE.replace("200", "100"), 20)
 
 
@@ -153,7 +153,7 @@ def test_the_trainings_of_one_side_are_shown(tmp_path):
   ("more", "message"),
   [
     ((), "pass --workdir=DIR, or --checks"),
-    (("--checks",), "--example=missing.py is no file"),
+    (("--checks",), "--example=missing.py must be the example's file"),
   ],
 )
 def test_a_mistake_is_named(more, message):

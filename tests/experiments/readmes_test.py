@@ -81,7 +81,7 @@ def seed_tables():
 
 def stream_tables():
   found = read("streaming/results.json")
-  return streaming.table(found["rounds"], found["memory_mb"]).splitlines()
+  return streaming.table(found["rounds"], found["memory_mib"]).splitlines()
 
 
 def throughput():

@@ -129,7 +129,7 @@ def test_arguments_that_cannot_be_used(arguments, message):
 def test_a_config_file_that_is_meant_is_named(folder, monkeypatch):
   monkeypatch.chdir(folder)
   message = refusal(config="quikstart")
-  assert "there is no file --config=quikstart, and the name=" in message
+  assert "--config=quikstart: there is no such file, and the name=" in message
   assert "Did you mean 'quickstart'? Known: base, cifar100" in message
 
 
@@ -140,7 +140,7 @@ def test_a_configuration_of_the_program_is_named(path, monkeypatch, tmp_path):
   """From a folder that has no such file."""
   monkeypatch.chdir(tmp_path)
   message = refusal(config=path)
-  assert f"there is no file --config={path}." in message
+  assert f"--config={path}: there is no such file." in message
   assert "The program has --config=quickstart." in message
 
 

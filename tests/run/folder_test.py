@@ -216,7 +216,7 @@ def test_another_configuration_is_refused(tmp_path):
     check(tmp_path, other)
   assert "model.depth (20 there, 56 here)" in str(caught.value)
   assert "optimizer.learning_rate (0.001 there, 0.1 here)" in str(caught.value)
-  assert "no checkpoint: delete it to start anew" in str(caught.value)
+  assert "no checkpoint: delete it to start again" in str(caught.value)
   # A run that is in its first epoch has none, either.
   (tmp_path / "lock").touch()
   with pytest.raises(errors.WorkdirError) as caught:
@@ -318,7 +318,7 @@ def test_read_only_workdir(tmp_path):
   ("saved", "message"),
   [
     (True, "that it holds are good; the same command resumes"),
-    (False, "Nothing is saved; the same command starts anew"),
+    (False, "Nothing is saved; the same command starts again"),
   ],
 )
 def test_a_disk_that_is_full_says_what_is_left(tmp_path, saved, message):
@@ -515,5 +515,5 @@ def test_stored_configurations_get_keys_that_came_later(tmp_path):
   rules.check(filled, num_devices=1)
   # What is no configuration does not become the default one.
   path.write_text('{"model": {"depth": 8}}')
-  with pytest.raises(errors.WorkdirError, match="seed is missing"):
+  with pytest.raises(errors.WorkdirError, match="seed must be an integer"):
     workdir_lib.load_config(tmp_path)

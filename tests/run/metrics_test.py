@@ -102,17 +102,17 @@ def test_steps_must_be_those_of_the_run(log):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("[]", "no JSON object"),
-    ("null", "no JSON object"),
-    ("{", "no JSON object"),
+    ("[]", "not a JSON object"),
+    ("null", "not a JSON object"),
+    ("{", "not a JSON object"),
     ("{}", "epoch=None"),
     ('{"epoch": 0, "step": true}', "step=True"),
     ('{"epoch": 0, "step": 0}', "step=0"),
     ('{"epoch": 0, "step": 4, "val_accuracy": "1"}', "val_accuracy='1'"),
     ('{"epoch": 0, "step": 4, "test_loss": NaN}', "test_loss=nan"),
     ('{"epoch": 0, "step": 4, "test_loss": 1%s}' % ("0" * 400), "test_loss=1"),
-    ('{"epoch": 0, "step": 4, "seeds": {}}', "seeds is no list"),
-    ('{"epoch": 0, "step": 4, "seeds": [1]}', "seeds holds what is no"),
+    ('{"epoch": 0, "step": 4, "seeds": {}}', "seeds must be a list"),
+    ('{"epoch": 0, "step": 4, "seeds": [1]}', "each of seeds must be"),
   ],
 )
 def test_a_line_that_is_no_record_is_named(log, tmp_path, line, message):

@@ -258,7 +258,9 @@ def test_a_checkpoint_that_is_damaged_here_stays_good_there(
   for _ in range(3):
     with mirror.Mirror(address, workdir):
       pass
-  assert f"it is not copied: checkpoint {workdir}/checkpoints" in caplog.text
+  assert (
+    f"not copied to the mirror: checkpoint {workdir}/checkpoints" in caplog.text
+  )
   other = tmp_path / "other"
   other.mkdir()
   mirror.fetch(address, other)
@@ -285,7 +287,7 @@ def test_a_workdir_that_was_begun_anew_is_not_copied(workdir, tmp_path, caplog):
     save(workdir, 1, records=0)
   states = mirror._Store(address).states()
   assert [state.progress for state in states] == [[5, 2]]
-  assert f"another run has begun {workdir} anew" in caplog.text
+  assert f"another run has restarted {workdir}" in caplog.text
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])

@@ -42,7 +42,7 @@ def create_model(blocks: int):
     measure.NUM_CLASSES,
     activation="softmax",
     kernel_initializer="he_normal",
-    dtype="float32",  # Of the softmax, also in mixed precision.
+    dtype="float32",  # The softmax stays float32 in mixed precision.
   )(x)
   return keras.Model(inputs, outputs)
 
@@ -55,7 +55,7 @@ class Program:
   def __init__(self, task: measure.Task):
     if keras.backend.backend() != "tensorflow":
       raise RuntimeError("KERAS_BACKEND must be tensorflow")
-    # Before TensorFlow makes its threads.
+    # This must come before TensorFlow makes its threads.
     tf.config.threading.set_intra_op_parallelism_threads(task.threads)
     if task.dtype == "bfloat16":
       keras.config.set_dtype_policy("mixed_bfloat16")
@@ -91,7 +91,7 @@ class Program:
     return {"train": train, "infer": infer}
 
   def facts(self):
-    """Says what TensorFlow has."""
+    """Facts from TensorFlow: parameters, batch, threads, jit_compile."""
     pixels = np.rint(self._images.numpy() * 255)
     return {
       "parameters": sum(

@@ -28,8 +28,8 @@ MATMUL_SIZE = 1024
 _MIN_STEPS = 3
 # Allocators need some time to settle; this also gives a first speed.
 _WARM_UP_SECONDS = 2.0
-# A window is shorter than asked for only if it is so much faster than all
-# before it.
+# Extra steps in a window: it is too short only if its speed exceeds the highest
+# speed so far by this factor.
 _MARGIN = 1.05
 
 
@@ -37,9 +37,9 @@ _MARGIN = 1.05
 class Task:
   """What a worker measures."""
 
-  depth: int = 20  # Of the ResNet v1, 6n+2.
+  depth: int = 20  # 6n+2 layers of ResNet v1.
   batch_size: int = 32
-  threads: int = 1  # That the framework shall use.
+  threads: int = 1  # The framework's threads.
   dtype: str = "float32"  # Or "bfloat16".
   mode: str = "usual"  # A program's `mode`.
 
@@ -74,15 +74,15 @@ class Program(Protocol):
     """The libraries whose versions are recorded."""
 
   def build(self) -> dict[str, Callable[[int], float | None]]:
-    """Builds the network and says what can be measured.
+    """Builds the network; returns a function for each kind of window.
 
-    Functions run a number of steps and return when their results are ready,
-    "train" first. It returns a finite loss, of the last step or a mean, so
-    programs cannot be compared by it.
+    A function runs a number of steps and returns when the results are ready.
+    The first, "train", returns a finite loss, of the last step or a mean, so
+    that programs cannot be compared by it.
     """
 
   def facts(self) -> dict[str, Any]:
-    """Says what the framework has: parameters, batch, threads."""
+    """Facts from the framework: parameters, batch, threads."""
 
 
 def serve(program_cls: Callable[[Task], Program]) -> None:
@@ -93,7 +93,7 @@ def serve(program_cls: Callable[[Task], Program]) -> None:
       f"--{field.name}", type=type(field.default), default=field.default
     )
   task = Task(**vars(parser.parse_args()))
-  # Whatever libraries print is no answer.
+  # Libraries print to stderr, since stdout has only answers.
   output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   for answer in answers(program_cls(task), sys.stdin):
@@ -103,7 +103,7 @@ def serve(program_cls: Callable[[Task], Program]) -> None:
 def answers(
   program: Program, requests: Iterable[str], warm_up: float = _WARM_UP_SECONDS
 ) -> Iterator[dict[str, Any]]:
-  """Yields what is known of a program, then one answer to each request.
+  """Yields the facts about a program, then one answer to each request.
 
   Each kind of window is warmed up for `warm_up` seconds.
   """

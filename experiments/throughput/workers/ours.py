@@ -27,7 +27,7 @@ def build_config(task: measure.Task):
 
 
 def _loss(sums) -> float:
-  """Of the one seed; the sums accumulate over the steps of an epoch."""
+  """The mean loss of the only seed over the epoch's steps so far."""
   return float(sums[0]["loss"]) / int(sums[0]["count"])
 
 
@@ -39,12 +39,12 @@ class Program:
   def __init__(self, task: measure.Task):
     self._config = build_config(task)
     self._with_data = task.mode == "data"
-    # As the others do, before the clock starts.
+    # The other workers, too, make batch and devices before the clock starts.
     self._split = None if self._with_data else timing.noise(self._config)
     jax.devices()
 
   def build(self):
-    """Builds as `train.train_and_evaluate` does."""
+    """Initialises and compiles as `train.train_and_evaluate` does."""
     self._trainer = timing.prepare(self._config, self._split)
 
     def train(steps: int) -> float:
@@ -71,7 +71,7 @@ class Program:
     jax.block_until_ready(result)
 
   def facts(self) -> dict[str, Any]:
-    """Says what JAX has."""
+    """Facts from JAX; see `plain.facts`."""
     (state,) = self._trainer.state.chunks
     return plain.facts(state.params, *map(np.asarray, self._resident()))
 

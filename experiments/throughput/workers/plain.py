@@ -15,7 +15,7 @@ from experiments.throughput.workers import measure
 _THREADS = pathlib.Path("/proc/self/task")
 _he_normal = nn.initializers.he_normal()
 _conv = functools.partial(nn.Conv, kernel_init=_he_normal)
-# Its first argument is whether it takes the running statistics.
+# Its first argument is `use_running_average`.
 _norm = functools.partial(nn.BatchNorm, momentum=0.99, epsilon=1e-3)
 
 
@@ -124,14 +124,14 @@ class Program:
     return {"train": train, "infer": infer}
 
   def facts(self) -> dict[str, Any]:
-    """Says what JAX has."""
+    """Facts from JAX; see the function `facts`."""
     images = np.rint(np.asarray(self._images) * 255)
     return facts(self._state[0], images, np.asarray(self._labels))
 
 
 def facts(params, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-  """Says what JAX has; pixels are from 0 to 255."""
-  # JAX does not tell how many threads it has, but they have names on Linux.
+  """Facts from JAX: parameters, batch, threads. Pixels are from 0 to 255."""
+  # JAX does not report its threads, but on Linux they have names.
   names = [p.read_text() for p in _THREADS.glob("*/comm")]
   return {
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

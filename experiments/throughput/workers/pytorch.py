@@ -84,7 +84,7 @@ class Program:
     parameters = list(self._model.parameters())
     kernels = [p for p in parameters if p.dim() == 4]
     others = [p for p in parameters if p.dim() != 4]
-    # The gradient of 1e-4 times the squared kernels.
+    # 2e-4 times a kernel is the gradient of the L2 term, 1e-4 times its square.
     groups = [{"params": kernels, "weight_decay": 2e-4}, {"params": others}]
     optimizer = torch.optim.Adam(groups, 1e-3, eps=1e-7, fused=True)
     compiled = self._task.mode == "compiled"
@@ -115,7 +115,7 @@ class Program:
     return {"train": train, "infer": infer}
 
   def facts(self):
-    """Says what PyTorch has."""
+    """Facts from PyTorch: parameters, batch, threads."""
     pixels = (self._images.permute(0, 2, 3, 1) * 255).round()
     return {
       "parameters": sum(p.numel() for p in self._model.parameters()),

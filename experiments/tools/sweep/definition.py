@@ -34,12 +34,12 @@ class Cell:
   """One run of a sweep."""
 
   workdir: pathlib.Path  # Its name lists the cell's overrides.
-  arguments: tuple[str, ...]  # Of `resnet_flax.main`, without the workdir.
-  config: ConfigDict  # That these arguments give.
+  arguments: tuple[str, ...]  # For `resnet_flax.main`, without the workdir.
+  config: ConfigDict  # The result of these arguments.
 
   @property
   def name(self) -> str:
-    """The name of its folder."""
+    """The name of its workdir."""
     return self.workdir.name
 
   @property
@@ -62,7 +62,7 @@ class Sweep(NamedTuple):
   """The content of a sweep file."""
 
   cells: tuple[Cell, ...]  # At least one, in the order of the grid.
-  resources: Resources  # Of each cell.
+  resources: Resources  # The resources of each cell.
 
 
 def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:

@@ -35,7 +35,7 @@ def table(
   """Makes a table of the cells with their remaining cost.
 
   A time divides the remaining FLOPs by the median FLOP/s of these cells' epochs
-  and of other runs, whose workdirs are in `measured`. If there are none, the
+  and of other runs, whose workdirs are in `measured`. Without epochs, the
   smallest cell runs a few training steps now, on `gpus` devices. The times
   leave out starting, compiling and preparing data.
 
@@ -110,10 +110,10 @@ def rate_now(cells: Sequence[Cell], gpus: int) -> float:
   config = min(
     (cell.config for cell in cells), key=lambda each: _size(each).multiply_adds
   )
-  prepared = timing.prepare(config, timing.noise(config), jax.devices()[:gpus])
+  trainer = timing.prepare(config, timing.noise(config), jax.devices()[:gpus])
   for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
     started = time.perf_counter()
-    prepared.repeat(steps)
+    trainer.repeat(steps)
     seconds = time.perf_counter() - started
   images = _TIMED_STEPS * config.batch_size * config.num_seeds
   return images / seconds * _TRAINING * 2 * _size(config).multiply_adds
@@ -126,7 +126,7 @@ def _images_of_epoch(config: ConfigDict) -> int:
 
 
 def _flops_of_epoch(config: ConfigDict) -> float:
-  """Counts the FLOPs of training and mean evaluation over all seeds."""
+  """Counts an epoch's FLOPs over all seeds, with its share of evaluation."""
   info = data.info(config.dataset)
   scored = info.num_test + config.dataset.validation_examples
   scored *= config.num_seeds * config.dataset.test_crops

@@ -37,8 +37,8 @@ def take_cores(count: int, folder: pathlib.Path) -> None:
 
   XLA starts a thread for each core that it may use, so two cells at once would
   both use all cores. A locked file in the folder, which all cells of a machine
-  share, reserves a core. It stays open until the program ends. If the machine
-  has no more cores, nothing is done.
+  share, reserves a core. It stays open until the program ends. If this process
+  may use only `count` cores or fewer, nothing is done.
   """
   if sys.platform != "linux":
     return

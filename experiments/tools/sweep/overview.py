@@ -96,15 +96,15 @@ class Observer:
     }
 
   def status(self, cell: Cell, ended: State | None) -> Status:
-    """The progress of a cell, which has `ended`, or else runs or waits."""
-    text = self._log(cell)
-    tries = len(re.findall(f"^{task.STARTED}", text, re.MULTILINE))
+    """The progress of a cell; `ended` is its final state, None without one."""
+    log = self._log(cell)
+    tries = len(re.findall(f"^{task.STARTED}", log, re.MULTILINE))
     records = metrics.MetricsLog(cell.workdir).read()
     monitor = cell.config.checkpoint.monitor
     left = ""
     if ended is None:
-      found = re.findall(r"(\S.*) left$", text, re.MULTILINE)
-      left = re.split("[,;] ", found[-1])[-1] if found else ""
+      times_left = re.findall(r"(\S.*) left$", log, re.MULTILINE)
+      left = re.split("[,;] ", times_left[-1])[-1] if times_left else ""
     return Status(
       state=ended or (State.RUNNING if tries else State.WAITING),
       tries=tries,

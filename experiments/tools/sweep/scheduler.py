@@ -28,7 +28,7 @@ def connect(address: str) -> Iterator[Any]:
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   # By default Ray's workers yield to all other processes; cells must not.
   os.environ.setdefault("RAY_worker_niceness", "0")
-  # Ray will change its default for tasks without GPUs; `task` sets it instead.
+  # `task` hides the GPUs from cells without GPUs; Ray's default will change.
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
   try:
     import ray

@@ -36,10 +36,10 @@ def run(
 ) -> int:
   """Runs the main command for one cell until it ends; gives the exit code.
 
-  The start time and the process's output are added to `log`. Ray has assigned
-  the `gpus`, in the environment. On an interrupt, for example by `ray.cancel`,
-  it asks the process to stop and waits for its end. Raises `Died` if a signal
-  from outside ended the process.
+  The start time and the process's output are added to `log`. Ray has put the
+  assigned GPUs into the environment. On an interrupt, for example by
+  `ray.cancel`, it asks the process to stop and waits for its end. Raises `Died`
+  if a signal from outside ended the process.
   """
   _wait_for_lock(workdir)
   environ = dict(os.environ)

@@ -57,7 +57,7 @@ def roofline(
 ) -> dict[str, Any]:
   """The least time that a device needs for so many operations and bytes.
 
-  `compute_seconds`, `memory_seconds` and the longer of them as `seconds`.
+  Gives `compute_seconds`, `memory_seconds` and the longer time as `seconds`.
   """
   share = cores_of_device / chip.num_cores
   compute = flops / (chip.flops * share)

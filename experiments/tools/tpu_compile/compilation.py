@@ -52,15 +52,15 @@ def trace(
 ) -> dict[str, jax.stages.Traced]:
   """Traces `STEPS` for devices that need not exist.
 
-  With several seeds, for the networks of one call. Raises `ConfigError`, for
-  example if the batch is not divisible by the number of devices.
+  With several seeds, it traces the networks of one call. Raises `ConfigError`,
+  for example if the batch is not divisible by the number of devices.
   """
   rules.check(config, num_devices=len(devices))
   rules.check_labels(config)
   experiment = experiment_lib.build(config)
   layout = _layout(config, devices)
-  one = ConfigDict(config.to_dict() | {"num_seeds": 1})
-  state = layout.shapes(experiment_lib.abstract_state(one, experiment))
+  one_seed = ConfigDict(config.to_dict() | {"num_seeds": 1})
+  state = layout.shapes(experiment_lib.abstract_state(one_seed, experiment))
   key = layout.shapes(
     jax.eval_shape(
       lambda: randomness.device_key(0, randomness.Purpose.AUGMENTATION)
@@ -78,7 +78,7 @@ def trace(
       jax.ShapeDtypeStruct((count, *shape), dtype, sharding=copied)
       for shape, dtype in images_and_labels
     ]
-    traced = program.trace(
+    traced_train = program.trace(
       functools.partial(many_steps.train_steps, experiment),
       layout,
       (state, order, key),
@@ -86,7 +86,7 @@ def trace(
       donate=True,
     )
   else:
-    traced = program.trace(
+    traced_train = program.trace(
       functools.partial(step_lib.train_step, experiment),
       layout,
       program.step_arguments(experiment, state, config.batch_size, key, layout),
@@ -99,8 +99,8 @@ def trace(
   ]
   eval_step = functools.partial(step_lib.eval_step, experiment)
   jitted = jax.jit(layout.of_chunk(eval_step, num_shared=3))
-  scored = jitted.trace(state.chunks[0], *batch)
-  return {"train": traced, "eval": scored}
+  traced_eval = jitted.trace(state.chunks[0], *batch)
+  return {"train": traced_train, "eval": traced_eval}
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _layout(
 def describe(
   config: ConfigDict, topology: str, devices: Sequence[jax.Device], cores: int
 ) -> dict[str, Any]:
-  """Compiles both steps for devices of so many TensorCores; describes them.
+  """Compiles both steps for devices of `cores` TensorCores; describes them.
 
   Gives `topology`, `device_kind`, `num_devices`, `memory_bytes` (HBM of a
   device) and `config` (see `facts`). Each of `STEPS` has the result of
@@ -156,7 +156,7 @@ def describe(
     "config": facts(config),
   }
   for name in STEPS:
-    at_once = layout.chunk_size // layout.mesh.shape[mesh_lib.SEED]
+    num_networks = layout.chunk_size // layout.mesh.shape[mesh_lib.SEED]
     per_device = images[name] // layout.mesh.shape[mesh_lib.DATA]
     started = time.perf_counter()
     compiled = traced[name].lower().compile()
@@ -167,7 +167,7 @@ def describe(
     step |= {
       "compile_seconds": seconds,
       "images_per_device": per_device,
-      "model_flops": 2 * multiply_adds * passes * per_device * at_once,
+      "model_flops": 2 * multiply_adds * passes * per_device * num_networks,
     }
     step["roofline"] = chips.roofline(
       chip,
@@ -187,7 +187,7 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
   `memory` is in bytes: `arguments`, `results`, `aliased` (results that
   overwrite arguments), `temporary`, `program`, and their `total`. `flops` and
-  `bytes_accessed` are those of XLA's cost analysis. The latter counts the bytes
+  `bytes_accessed` come from XLA's cost analysis. The latter counts the bytes
   that each fusion reads and writes, in any memory.
   """
   memory = compiled.memory_analysis()

@@ -29,7 +29,7 @@ _HOST_MEMORY = "S(5)"
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-# Its name, the type of its result, its operation, and the rest.
+# The groups: name, type of the result, operation, and the rest of the line.
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) .*\{$")
 _CALLED = re.compile(
@@ -77,7 +77,7 @@ class Instruction:
   result: tuple[Array, ...]  # Several for a tuple.
   opcode: str  # For example 'all-reduce-start'.
   operands: tuple["Instruction", ...]
-  value: str  # Of a constant.
+  value: str  # A constant's value; '' otherwise.
   attributes: str  # The rest of its line.
 
   @property
@@ -142,9 +142,9 @@ class Module:
     """All communication, grouped by equal `kind`, `arrays` and `bytes`.
 
     `kind` is one of `COLLECTIVES`, `arrays` the number of arrays that it
-    combines, `bytes` those of its operands on one device. A group also has the
-    `count` of its runs in one call, where a start and its wait count once, and
-    the `op_name` of its first, which is its origin in the traced program.
+    combines, and `bytes` their size on one device. A group also has the `count`
+    of its runs in one call, where a start and its wait count once, and the
+    `op_name` of its first instruction: its origin in the traced program.
     """
     groups: dict[tuple[str, int, int], dict[str, Any]] = {}
     for instruction, executions in self.executed():

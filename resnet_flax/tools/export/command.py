@@ -65,7 +65,7 @@ def export(
     with errors.extra(module, f"--format={form}", advice):
       importlib.import_module(module)
   if reasons and form == "safetensors":
-    message = "note: the names of the arrays are those of %s: %s"
+    message = "note: the arrays have the names of %s: %s"
     _logger.info(message, chosen, "; ".join(reasons))
   with new_folder.fill(out, "--out") as folder:
     weights_lib.write(form, network, loaded, folder)

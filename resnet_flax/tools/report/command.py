@@ -9,7 +9,7 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   what = "workdir, or folder of workdirs"
   add("folders", nargs="+", metavar="FOLDER", help=what)
-  add("--out", required=True, help="folder; files of other names are kept")
+  add("--out", required=True, help="new or old folder; its other files stay")
   add(
     "--checkpoints",
     choices=["best", "each", "none"],

@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 _MOST_CONFUSED = 10
 _NO_CURVES = "No run has finished an epoch yet."
-_NO_DEPTHS = "This needs finished groups that differ in model.depth alone."
+_NO_DEPTHS = "This needs finished groups that differ only in model.depth."
 
 
 class Section(NamedTuple):
@@ -237,7 +237,7 @@ def _runs(groups: Sequence[Group]) -> Section:
     column("images/s", lambda r: r.images_per_second),
     column("training time (min)", lambda r: r.seconds / 60, 1),
     column("seconds per epoch", lambda r: r.seconds / len(r.records), 1),
-    column("of them for data", lambda r: r.mean("data_seconds"), 1),
+    column("waiting for data (s)", lambda r: r.mean("data_seconds"), 1),
     column("evaluation (s)", lambda r: r.mean("evaluation_seconds", True), 1),
     Column("trained on", [run.device for run in runs]),
   ]
@@ -250,8 +250,8 @@ def _runs(groups: Sequence[Group]) -> Section:
     " ensemble are those of all. A seed that occurs twice in a group is counted"
     " once, in the run with more epochs. Times are those of training, without"
     " compilation and evaluation; “evaluation (s)” has the compilation of each"
-    " start's first scoring in it; “of them for data” is the time that the loop"
-    " waited for batches."
+    " start's first scoring in it; “waiting for data (s)” is the part of an"
+    " epoch in which the loop waited for batches."
   )
   return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])
 
@@ -290,7 +290,7 @@ def _checkpoint(group: Group, opened: dict[str, types.Dataset]) -> Section:
   except errors.UserError as error:
     lacks = f"the report lacks the checkpoint of group {group.number}"
     _logger.warning("warning: %s: %s", lacks, error)
-    return Section(title, [f"This could not be made: {error}"])
+    return Section(title, [f"This section could not be made: {error}"])
   what = f"the best checkpoint of {run.name}"
   name = f"group{group.number}"
   right, count = np.trace(scores.confusion), scores.confusion.sum()

@@ -143,10 +143,10 @@ def _checked(
     value = np.ascontiguousarray(value, np.float32)
   if not np.isfinite(value).all():
     raise errors.WeightsError(
-      f"{what} holds values that are not finite in float32."
+      f"{what} must hold numbers that are finite in float32."
     )
   if path[0] == "batch_stats" and path[-1] == "var" and (value < 0).any():
-    raise errors.WeightsError(f"{what} holds negative variances.")
+    raise errors.WeightsError(f"{what} must hold variances of at least 0.")
   return value
 
 

@@ -184,7 +184,9 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
 
   monkeypatch.setattr(load, "predict_test", predict_test)
   page = Page(report.make([tmp_path], tmp_path / "out", scored).page)
-  assert page.text.count("This could not be made: none here.") == len(groups)
+  assert page.text.count("This section could not be made: none here.") == len(
+    groups
+  )
   # Of a group the best run.
   best = {1: ("a", 0), 2: ("c", 2), 3: ("d", 0)}
   assert asked == [best[number] for number in groups]
@@ -266,7 +268,7 @@ def test_data_that_cannot_be_had(trained, tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(dataset_lib, "load", load)
   with caplog.at_level(logging.WARNING):
     page = Page(report.make([trained], tmp_path / "out").page)
-  assert "This could not be made: digits is not here." in page.texts
+  assert "This section could not be made: digits is not here." in page.texts
   assert len(page.of("img")) == 4
   (record,) = [r for r in caplog.records if r.name == report.__name__]
   assert "group 1: digits is not here." in record.getMessage()
@@ -343,6 +345,6 @@ def test_times_and_top5_where_runs_have_them(tmp_path):
   assert new["final test top-5 accuracy (%) mean"] == "95"
   assert old["final test top-5 accuracy (%) mean"] == ""
   new, old = rows("runs")
-  assert (new["of them for data"], new["evaluation (s)"]) == ("2", "3")
+  assert (new["waiting for data (s)"], new["evaluation (s)"]) == ("2", "3")
   assert old["evaluation (s)"] == ""
   assert (tmp_path / "out/figures/learning_curves_top5.svg").exists()

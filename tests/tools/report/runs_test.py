@@ -69,12 +69,15 @@ def test_name_that_is_no_text(tmp_path):
   ("text", "message"),
   [
     ("{", "config.json cannot be read"),
-    ("[]", "no JSON object"),
-    ("{}", "seed is missing"),
-    ('{"seed": null}', "seed is missing or no integer"),
-    ('{"seed": 0, "num_seeds": "2"}', "num_seeds='2' cannot be"),
+    ("[]", "a JSON object"),
+    ("{}", "seed must be an integer"),
+    ('{"seed": null}', "seed must be an integer"),
+    ('{"seed": 0, "num_seeds": "2"}', "num_seeds='2' must be an integer"),
     ('{"seed": 0, "eval_every_epochs": null}', "eval_every_epochs=None cannot"),
-    ('{"seed": 0, "checkpoint": {"monitor": "x"}}', "monitor='x' cannot be"),
+    (
+      '{"seed": 0, "checkpoint": {"monitor": "x"}}',
+      "monitor='x' must be accuracy",
+    ),
   ],
 )
 def test_damaged_config(tmp_path, text, message):
@@ -88,8 +91,8 @@ def test_damaged_config(tmp_path, text, message):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{", "no JSON object"),
-    ("[]", "no JSON object"),
+    ("{", "a JSON object"),
+    ("[]", "a JSON object"),
     (json.dumps(workdirs.make_record(2, 0.5)), "epoch=2 and step=300, not 1"),
     (json.dumps(workdirs.make_record(1, float("nan"))), "train_loss=nan"),
     (json.dumps(workdirs.make_record(1, 1.0, epoch_seconds=0)), "seconds=0"),
@@ -111,9 +114,9 @@ def test_damaged_record(tmp_path, line, message):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"seeds": None}, "seeds is no list"),
+    ({"seeds": None}, "seeds must be a list"),
     ({"seeds": []}, r"the seeds \[\], not \[5, 6\]"),
-    ({"seeds": ["a", "b"]}, "no JSON object"),
+    ({"seeds": ["a", "b"]}, "a JSON object"),
     ({"seeds": [{"seed": 5}, {"seed": 6}]}, "train_loss=None"),
   ],
 )
