@@ -19,7 +19,7 @@ def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
   """Mirrors half of the images in even epochs, the other half in odd epochs.
 
   Jordan 2024 (arXiv:2404.00498). A hash of its pixels decides an image's half,
-  in every run alike. So images that the host crops at random change halves.
+  in every run alike. A new random crop of an image falls into either half.
   """
   shape = images.shape[1:]
   odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1

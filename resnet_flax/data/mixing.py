@@ -14,7 +14,7 @@ Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 def cutout(side: int) -> Augment:
-  """Sets a square of each image to 0, the normalised mean; see `boxes`."""
+  """Sets a square of each image to 0, the mean if normalised; see `boxes`."""
 
   def augment(key, images, targets):
     sides = jnp.full((len(images), 2), side)

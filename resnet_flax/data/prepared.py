@@ -248,7 +248,7 @@ def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
       num_train -= num_test
     for split, count in (("train", num_train), (test, num_test)):
       if not 0 < count < 2**31:
-        raise _unfit(folder, f"its split {split!r} has {count} images")
+        raise _unfit(folder, f"its {split!r} must have 1 to {2**31 - 1} images")
     stated = json.loads(files.read_text(folder / "features.json"))
     features = stated["featuresDict"]["features"]
     for name, kind in (("image", "image"), ("label", "classLabel")):

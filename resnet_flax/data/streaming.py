@@ -144,7 +144,7 @@ def _settle(
   keep = keep and size <= _IN_MEMORY_BYTES
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
-    # The first image shows a fault of all before anything is compiled.
+    # Decoding one image reports a fault of all images before any compilation.
     dataclasses.replace(split, num_workers=0).take(np.arange(1))
     return split
   positions = np.arange(len(split))

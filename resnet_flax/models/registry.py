@@ -29,7 +29,7 @@ class Family:
   """A family of networks: its depths, shortcuts, blocks and stem."""
 
   # An integer L: three stages of n blocks make L * n + `besides` weighted
-  # layers. Or the number of blocks in each stage, by a paper's depths.
+  # layers. Or, for each depth that a paper lists, the blocks of each stage.
   depths: int | Mapping[int, tuple[int, ...]]
   shortcuts: tuple[str, ...]  # Values of `model.shortcut`, the default first.
   # Maps the configuration and the stem's channels to the block and its widths.
@@ -85,14 +85,14 @@ def check_depth(name: str, depth: int) -> tuple[int, ...]:
     if rest == 0 and n >= 1:
       return (n,) * 3
     candidates = [depths * max(k, 1) + besides for k in (n, n + 1)]
-    allowed = f"{depths}n+{besides}"
+    allowed = f"{depths}n+{besides} with n > 0"
   else:
     if depth in depths:
       return depths[depth]
     below = [d for d in depths if d < depth]
     above = [d for d in depths if d > depth]
     candidates = below[-1:] + above[:1]
-    allowed = ", ".join(map(str, depths))
+    allowed = " or ".join(map(str, depths))
   nearest = " and ".join(map(str, sorted(set(candidates))))
   raise errors.ConfigError(
     f"model.depth={depth} must be {allowed} for model.name={name}; nearest:"

@@ -105,8 +105,8 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
     decays["weight_decay"] = config.weight_decay
   try:
     arguments = _parse(config.arguments)
-    if unknown := sorted(arguments.keys() - allowed):
-      raise ValueError(f"{unknown[0]} is unknown")
+    if refused := sorted(arguments.keys() - allowed):
+      raise ValueError(f"{refused[0]} cannot be set here")
     made = rule(name, **arguments, **decays, **dict.fromkeys(mask_names, mask))
     # Some arguments fail only in a step. Tracing one computes nothing.
     params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
@@ -128,7 +128,7 @@ def _parse(text: str) -> dict[str, Any]:
   """Parses arguments such as 'b1=0.9,nesterov=True'."""
   call = ast.parse(f"f({text})", mode="eval").body
   if not isinstance(call, ast.Call) or call.args:
-    raise ValueError("it must be a list such as b1=0.9,nesterov=True")
+    raise ValueError("it must be NAME=VALUE,..., as b1=0.9,nesterov=True")
   arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
   if len(arguments) < len(call.keywords):
     raise ValueError("an argument is given twice")

@@ -112,15 +112,15 @@ _KEYS = (
   ),
   Key("dataset.image_size", 224, integer(1, 2048)).means(
     "Side in pixels of images that are decoded while training. Images of this"
-    " size are kept, others cut to the central 224/256 of the shorter side."
+    " size stay whole; others: the central 224/256 of the shorter side."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
     "Processes per seed that decode images while training. 0: two threads. -1:"
     " one per CPU thread, but 0 for less than 10,000 images of 224x224."
   ),
   Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
-    "What to do with images that cannot be decoded. error: stop. skip: list"
-    " them, train on the next good one instead, do not score them."
+    "Bad images, in sets that are decoded while training. error: stop. skip:"
+    " list them, train on the next good one instead, do not score them."
   ),
   Key("dataset.test_crops", 1, choice(1, 2, 10)).means(
     "Views whose mean probabilities are scored. 2: the image and its mirror"
@@ -185,7 +185,7 @@ _KEYS = (
     "Reduction of squeeze-and-excitation (Hu et al. 2018: 16). 0: off."
   ),
   Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
-    "Probability of dropping the last block's branch (Huang et al. 2016)."
+    "Chance that a batch drops the last block's branch (Huang et al. 2016)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -314,7 +314,7 @@ _KEYS = (
     " et al. 2015, section 4.2). 0: off."
   ),
   Key("schedule.warmup_error", 0.8, positive(1)).means(
-    "Training error that ends it: a fraction, of about the last 50 batches."
+    "Training error, of about the last 50 batches, that ends that warm-up."
   ),
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."
@@ -325,7 +325,7 @@ _KEYS = (
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
     "Also score the mean of weights at the ends of epochs from this 0-based one"
-    " on (Izmailov et al. 2018). Raw weights choose the best. 0: off."
+    " on (Izmailov et al. 2018). Raw weights choose the best epoch. 0: off."
   ),
   Key("plateau.enabled", False, BOOLEAN).means(
     "Also multiply the rate by plateau.factor when the loss with L2 stalls."

@@ -225,17 +225,17 @@ def test_restores_what_several_devices_had(tmp_path, state):
     (
       make_state(blocks=3),
       "holds another network: params/block2/kernel is missing there,"
-      " float32[3, 3, 4, 4] here. Pass",
+      " float32[3, 3, 4, 4] here. Use",
     ),
     (
       make_state(width=6),
       "holds another network: params/block0/kernel is float32[3, 3, 4, 4]"
-      " there, float32[3, 3, 6, 6] here. Pass",
+      " there, float32[3, 3, 6, 6] here. Use",
     ),
     (
       make_state().replace(batch_stats={}),
       "holds another network: batch_stats/bn/mean is float32[4] there, missing"
-      " here. Pass",
+      " here. Use",
     ),
     (
       make_state().replace(opt_state=(jnp.zeros(3),)),
@@ -245,7 +245,7 @@ def test_restores_what_several_devices_had(tmp_path, state):
     (
       make_state().replace(rate_state={}),
       "holds another schedule: rate_state/scale is float32[] there, missing"
-      " here. Pass",
+      " here. Use",
     ),
     (
       make_state().replace(

@@ -180,7 +180,7 @@ def test_flags_from_a_file(tmp_path):
     ),
     (
       "--config=configs/v1.py",
-      "no file --config=configs/v1.py, and",
+      "--config=configs/v1.py: there is no such file, and",
     ),
     ("\xff", "--flagfile: 'utf-8' codec can't decode"),
     (None, "No such file or directory"),

@@ -74,7 +74,7 @@ LARGE = {
     ({"model.groups": 8}, "it is for resnext, resnet_imagenet. Leave it 0"),
     (
       LARGE | {"model.groups": 32, "model.group_width": 4},
-      "groups=32, model.group_width=4 are .* from depth 50 on; at 18 leave",
+      "groups=32, model.group_width=4 are .* from depth 50 on; at depth 18",
     ),
     (
       {"model.name": "plain", "model.stochastic_depth": 0.5},
@@ -152,15 +152,15 @@ LARGE = {
         "schedule.name": "warmup_stable_decay",
         "schedule.linear_warmup_epochs": 170,
       },
-      "the rate falls, or the run ends, at epoch 160",
+      "must end before epoch 160, where the rate falls or the run ends",
     ),
     ({"optimizer.l2_weights": "kernel"}, "Did you mean 'kernels'"),
     ({"label_smoothing": 1.0}, "below 1"),
     ({"schedule.name": "cosin"}, "Did you mean 'cosine'"),
-    ({"schedule.linear_warmup_epochs": 81}, "the run ends, at epoch 81"),
+    ({"schedule.linear_warmup_epochs": 81}, "must end before epoch 81"),
     (
       {"schedule.name": "cosine", "schedule.linear_warmup_epochs": 200.0},
-      "up to epoch 200, .* at epoch 200",
+      "=200 must end before epoch 200",
     ),
     (
       {

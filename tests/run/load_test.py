@@ -332,7 +332,7 @@ def test_a_missing_best_checkpoint_is_no_other_one(fallen, gone, there):
   """As where a folder was copied in part."""
   for step in gone:
     shutil.rmtree(fallen / "checkpoints" / str(step))
-  message = f"no checkpoint of step 4, .*; there: {there}. Copy it"
+  message = f"no checkpoint of step 4, .*; it has {there}. Copy the"
   with pytest.raises(errors.WorkdirError, match=message):
     load.load_model(fallen)
 

@@ -67,7 +67,7 @@ def test_good(dtype):
       r"over: their_a\[6\]. Missing: their_a\[3, 2\]",
     ),
     ({"their_a": np.ones((3, 2), np.int32)}, "their_a is int32; it must be"),
-    ({"their_a": np.full((3, 2), np.nan)}, "their_a holds values that are not"),
+    ({"their_a": np.full((3, 2), np.nan)}, "their_a must hold numbers"),
     (
       {"their_a": np.full((3, 2), 1e300)},
       "must hold numbers that are finite in float32",
