@@ -134,12 +134,12 @@ def cross_entropy(
 
 
 def in_top5(scores: Any, labels: Any) -> Any:
-  """Whether labels have one of the 5 highest scores, [B, classes]: bool[B]."""
+  """Whether labels are among the first 5 by scores, [B, classes]: bool[B]."""
   # `true`: the labels' scores. For a sort, devices would gather all scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
   true = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
   after = (scores < true) | ((scores == true) & (classes >= labels))
-  return (~after).sum(axis=-1) < 5  # With NaN, no class is after.
+  return (~after).sum(axis=-1) < 5  # NaN is never after.
 
 
 def metric_sums(

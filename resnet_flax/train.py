@@ -50,8 +50,8 @@ def train_and_evaluate(
   hosts all processes call this; only process 0 reads and writes the workdir.
 
   `devices` are all devices by default. `signals` handles Ctrl-C and other
-  signals to stop. `on_event`, a hook for tests, is called with the name of the
-  next event: 'compile', or one that `session.open_run` lists.
+  signals to stop. `on_event`, a hook for tests, is called with the name of an
+  event: 'compile', or one that `session.open_run` lists.
 
   Returns the records of all epochs, as in metrics.jsonl.
 
@@ -129,8 +129,8 @@ def _set_up(
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
   if len(dataset.train) // config.batch_size != steps_per_epoch:
     raise errors.DataError(
-      f"the data set has {len(dataset.train)} training images now, another"
-      " number than at first. Start the run again once the data is complete."
+      f"{len(dataset.train)} training images are found, another number than as"
+      " this command began. Start the run again once the data is complete."
     )
   if dataset.validation is None:
     _logger.info(

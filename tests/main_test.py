@@ -283,7 +283,7 @@ def test_ctrl_c_before_training(tmp_path, moment):
   process.stderr.close()
   assert process.returncode == 130
   assert lines[-1].startswith("error: stopped ")
-  assert "has no step: the same command starts again." in lines[-1]
+  assert "has no saved step: the command starts again." in lines[-1]
   assert not [line for line in lines if "Traceback" in line]
 
 

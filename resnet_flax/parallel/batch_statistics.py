@@ -28,7 +28,7 @@ def create_hook(
   """The loop's hook before a save: (steps done, state) -> state to save.
 
   With average_batch_norm='recompute' it replaces the running statistics of the
-  average at the end of an epoch. Only the shapes of `state` are used.
+  average at the end of an epoch. Of this function's `state` it uses the shapes.
   """
   average = state.chunks[0].average or {}
   if config.average_batch_norm != "recompute" or not average.get("batch_stats"):

@@ -244,7 +244,7 @@ def connected(
     # JAX, its runtime and cloud libraries raise many kinds of exceptions.
     except Exception as error:
       raise errors.ConfigError(
-        f"connecting to coordinator_address={address} failed:"
+        f"coordinator_address={address} cannot be used:"
         f" {errors.one_line(error)}. Try another --coordinator_address, for"
         f" example another port; or {_HOW}."
       ) from None

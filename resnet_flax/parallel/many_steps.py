@@ -20,8 +20,8 @@ from resnet_flax.parallel import mesh as mesh_lib, program, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
 
-# The default on accelerators, for images of at most this many pixels a side.
-# With larger images the host keeps up, and a signal waits for a call's end.
+# The default on accelerators, and the images' longest side for which it is:
+# with larger ones the host keeps up, and a signal would wait for a long call.
 STEPS_PER_CALL = 32
 _LARGEST_SMALL_IMAGE = 64
 
@@ -77,7 +77,7 @@ def create(
     return program.create(config, experiment, state, split, key, layout)
   size = config.batch_size
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
-  # A copy on each device, so that no step waits for another's images.
+  # A copy on each device, so that no step needs another device's images.
   everywhere = mesh_lib.sharding(layout.mesh)
   data = transfer.put(split.take(np.arange(len(split))), everywhere)
   compiled = program.compile_function(

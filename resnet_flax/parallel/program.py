@@ -74,7 +74,7 @@ def order(
 ) -> np.ndarray:
   """The order of an epoch: positions in the split, int64[steps, B].
 
-  A random order for each (seed, epoch). A last, smaller batch is dropped.
+  Drawn from (seed, epoch) alone. A last, smaller batch is dropped.
   """
   rng = randomness.host_rng(seed, randomness.Purpose.EPOCH_ORDER, epoch)
   steps = num_examples // batch_size

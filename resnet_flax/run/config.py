@@ -91,8 +91,8 @@ _KEYS = (
     " another data set or number of classes. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
-    "How images / 255 are normalised. From the training split: pixel_mean (mean"
-    " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's)."
+    "How images / 255 are normalised. By the training split: pixel_mean (mean"
+    " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's means)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
     "imagenet2012, tfds/NAME (a set that TFDS has as ArrayRecord with the"
@@ -119,8 +119,8 @@ _KEYS = (
     " one per CPU thread, but 0 for less than 10,000 images of 224x224."
   ),
   Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
-    "Bad images, in sets that are decoded while training. error: stop. skip:"
-    " list them, train on the next good one instead, do not score them."
+    "Images that cannot be decoded, in streamed sets. error: stop. skip: list"
+    " them, train on the next good one instead, do not score them."
   ),
   Key("dataset.test_crops", 1, choice(1, 2, 10)).means(
     "Views whose mean probabilities are scored. 2: the image and its mirror"
@@ -128,7 +128,7 @@ _KEYS = (
     " images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
-    "A fixed subset of this size, balanced except in TFDS streams. 0: all."
+    "Train on a fixed subset this large, balanced but for TFDS streams. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
     "Training images to hold out, stratified except in streamed TFDS sets. 0:"
@@ -157,8 +157,8 @@ _KEYS = (
     "Alpha of mixup, done last (Zhang et al. 2018: 1 or 0.2). 0: off."
   ),
   Key("augment.cutmix", 0.0, number(0, 1e6)).means(
-    "Alpha of CutMix (Yun et al. 2019: 1). With mixup, each is used for half of"
-    " the batches. 0: off."
+    "Alpha of CutMix, also done last (Yun et al. 2019: 1). With mixup, each for"
+    " half of the batches. 0: off."
   ),
   Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
     "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
@@ -245,7 +245,7 @@ _KEYS = (
     " about one forward pass. On CPUs only with scan."
   ),
   Key("model.scan", False, BOOLEAN, _RESNETS, may_differ=True).means(
-    "Run the identical blocks of a stage as a loop, so that deep networks"
+    "Run the like-shaped blocks of a stage as a loop, so that deep networks"
     " compile faster. Slow on CPUs without oneDNN. Checkpoints are the same."
   ),
   Key("optimizer.name", "adam", choice(*_OPTIMIZERS, prefix="optax/")).means(
@@ -314,7 +314,7 @@ _KEYS = (
     " et al. 2015, section 4.2). 0: off."
   ),
   Key("schedule.warmup_error", 0.8, positive(1)).means(
-    "Training error, of about the last 50 batches, that ends that warm-up."
+    "Training error, of about 50 batches, that ends warmup_learning_rate."
   ),
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."

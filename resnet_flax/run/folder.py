@@ -239,7 +239,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
   try:
     stored = files.parse_object(files.read_bytes(path))
     if type(stored.get("seed")) is not int:  # Every version has this key.
-      raise ValueError("seed must be an integer, as in every configuration")
+      raise ValueError("it is no configuration: seed must be an integer")
     # JSON turns tuples into lists.
     defaults = json.dumps(config_lib.default_config().to_dict())
     config = ConfigDict(json.loads(defaults))

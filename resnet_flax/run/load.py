@@ -233,7 +233,7 @@ def predict_test(
 ) -> Predictions:
   """Predicts the test images with a seed's checkpoint; see `load_model`.
 
-  `opened` maps configurations, as JSON, to data sets. This call adds its own,
+  `opened` maps `config.dataset`, as JSON, to data sets. This call adds its own,
   so that calls that share the dict open each data set once.
   """
   # Before the data, which takes longer to open.

@@ -141,14 +141,14 @@ def _fault(
       return "each of seeds must be a JSON object"
     values: dict[str, Any] = dict.fromkeys(keys)
     for key, value in (values | part).items():
-      is_positive = key in ("step", "epoch_seconds")
+      must_be_positive = key in ("step", "epoch_seconds")
       # JSON may have NaN, and integers that are too large for a float.
       if (
         type(value) not in (int, float)
         or not abs(value) <= sys.float_info.max
-        or (value <= 0 and is_positive)
+        or (value <= 0 and must_be_positive)
       ):
-        above = " above 0" * is_positive
+        above = " above 0" * must_be_positive
         return f"{key}={value!r:.100} must be a finite number{above}"
   recorded, expected = [each.get("seed") for each in of_seeds], list(seeds)
   if seeds and recorded != (expected if expected[1:] else []):

@@ -33,7 +33,7 @@ from resnet_flax.run import checkpoint, errors, files
 
 _logger = logging.getLogger(__name__)
 
-# Copied besides checkpoints, and before them: a record needs its checkpoint.
+# In this order, before the checkpoints that records need; `fill`: in reverse.
 _FILES = ("config.json", "environment.json", "metrics.jsonl")
 _KEPT_STATES = 2
 # All in seconds.
@@ -273,7 +273,7 @@ class Mirror:
     if self._is_taken() and not self._abandoned:
       self._abandoned = True
       _logger.warning(
-        "warning: another run has restarted %s; nothing more is copied to %s",
+        "warning: another run now uses %s; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
       with contextlib.suppress(Exception):  # The claim expires anyway.
@@ -452,7 +452,7 @@ def _explain(url: str, name: str = _KEY) -> Iterator[None]:
   except Exception as error:
     raise errors.WorkdirError(
       f"{name}={url} cannot be used: {errors.one_line(error)}. Check that"
-      " this machine can reach it, or pass another address."
+      " this machine can reach it and may use it, or pass another address."
     ) from error
 
 

@@ -48,7 +48,7 @@ class Progress:
     )
 
   def step(self, of_seeds: Sequence[step_lib.StepMetrics]) -> None:
-    """Shows each seed's metrics of a step, which are on the host."""
+    """Takes each seed's metrics of a step, on the host; shows their means."""
     self._step = int(of_seeds[0].step) + 1 - self._epoch * self._steps_per_epoch
     now = time.perf_counter()
     seconds = now - self._started

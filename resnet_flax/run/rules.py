@@ -122,7 +122,7 @@ def check_model(model: ConfigDict) -> None:
     or model.depth >= others.FIRST_BOTTLENECK,
     f"model.groups={model.groups}, model.group_width={model.group_width} need"
     f" bottlenecks, which {model.name} has from depth {others.FIRST_BOTTLENECK}"
-    f" on; at depth {model.depth} both must be 0.",
+    f" on; at depth {model.depth} set both to 0.",
   )
 
 
@@ -174,7 +174,7 @@ def _check_optimizer(config: ConfigDict, steps_per_epoch: int) -> None:
 
 
 def _check_streaming(config: ConfigDict) -> None:
-  """Checks keys that only data sets in memory, or only streamed ones, take."""
+  """Checks values that only sets in memory, or only streamed ones, take."""
   name, crop = config.dataset.name, config.augment.name
   is_streamed = streaming.is_streamed(name)
   num_crops = config.dataset.test_crops

@@ -38,7 +38,7 @@ from resnet_flax.run import (
 
 _logger = logging.getLogger(__name__)
 
-# Folders of data may differ between hosts; all other keys must be equal.
+# Paths of data may differ between hosts; all other keys must be equal.
 _HOST_KEYS = ("dataset.data_dir", "dataset.archive", "dataset.cache_dir")
 
 
@@ -131,7 +131,7 @@ class Session:
 
     def saved(what: str, step: int) -> str:
       if not step:
-        return f"{self._workdir} has no step: the same command starts again."
+        return f"{self._workdir} has no saved step: the command starts again."
       return f"{what} in {self._workdir}. The same command resumes from there."
 
     def on_disk() -> int:
@@ -252,7 +252,7 @@ class Session:
       yield batch
 
   def report(self, step_metrics: networks.Networks, num_steps: int) -> None:
-    """Keeps a call's `StepMetrics`; reads and checks those of the last call.
+    """Keeps a call's `StepMetrics`; reads and checks the previous call's.
 
     Reading one call late lets the devices work on the next call meanwhile.
     """

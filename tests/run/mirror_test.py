@@ -287,7 +287,7 @@ def test_a_workdir_that_was_begun_anew_is_not_copied(workdir, tmp_path, caplog):
     save(workdir, 1, records=0)
   states = mirror._Store(address).states()
   assert [state.progress for state in states] == [[5, 2]]
-  assert f"another run has restarted {workdir}" in caplog.text
+  assert f"another run now uses {workdir}" in caplog.text
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
