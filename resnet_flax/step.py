@@ -87,10 +87,10 @@ def create_train_state(
   images = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
   # Draws the parameters without running the network.
   variables = experiment.model.lazy_init(key, images, train=False)
-  return state_of(experiment, variables, normalization)
+  return state_from(experiment, variables, normalization)
 
 
-def state_of(
+def state_from(
   experiment: Experiment,
   variables: Mapping[str, PyTree],
   normalization: normalize.Normalization,

@@ -66,7 +66,7 @@ def train_and_evaluate(
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
-  rules.check_labels(config)
+  rules.check_num_classes(config)
   environment.check_jax()
   experiment = experiment_lib.build(config)
   with session.open_run(
@@ -74,7 +74,7 @@ def train_and_evaluate(
   ) as run:
     if run.is_finished:
       path = errors.local_path(workdir, "workdir")
-      hosts.first(lambda: load.check_data_of(config, path))
+      hosts.on_first(lambda: load.check_local_data(config, path))
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, run)
@@ -121,8 +121,8 @@ def _set_up(
   # First, so that an error in the weights does not wait for the data.
   source = None
   if config.init_from and not run.resumes:
-    source = hosts.first_only(lambda: load.load_source(config))
-  dataset = hosts.first_then_others(
+    source = hosts.on_first_only(lambda: load.load_source(config))
+  dataset = hosts.on_first_then_others(
     lambda: dataset_lib.load(config.dataset, config.augment.name)
   )
   hosts.check_same("the data", dataset.source)
@@ -194,9 +194,9 @@ def initial_state(
       key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
       state = step_lib.create_train_state(experiment, key, normalization)
       if source:
-        variables = load.merged(state.variables, source)
+        variables = load.replace_variables(state.variables, source)
         # An optimizer's state may hold the initial weights, too.
-        state = step_lib.state_of(experiment, variables, normalization)
+        state = step_lib.state_from(experiment, variables, normalization)
       states.append(state)
     return states
 

@@ -35,7 +35,7 @@ def exchange(seconds):
     return value
 
   index = jax.process_index()
-  say(hosts.first(lambda: slow({"a": [1, 2.5, None]})))
+  say(hosts.on_first(lambda: slow({"a": [1, 2.5, None]})))
   tree = {
     "negative zero": np.float32([[-0.0, np.nan], [1e-45, 3]]),
     "scalar": np.int32(7),
@@ -47,7 +47,10 @@ def exchange(seconds):
   )
   say([found[key].shape == tree[key].shape for key in tree])
   say([found[key].tobytes() == tree[key].tobytes() for key in tree])
-  say(hosts.first_then_others(lambda: index), hosts.first_only(lambda: "own"))
+  say(
+    hosts.on_first_then_others(lambda: index),
+    hosts.on_first_only(lambda: "own"),
+  )
   hosts.check_same("it", {"a": 1})
   for name, value in [("the configuration", {"a": index}), ("it", f"{index}")]:
     try:
@@ -60,7 +63,7 @@ def exchange(seconds):
     errors.DataError("missing"),
   ):
     try:
-      hosts.first(functools.partial(fail, error))
+      hosts.on_first(functools.partial(fail, error))
     except errors.UserError as caught:
       say(type(caught).__name__, str(caught), vars(caught), caught.exit_code)
 
@@ -120,4 +123,4 @@ if __name__ == "__main__":
     with hosts.connected(hosts.find_cluster(), heartbeat_timeout=10):
       globals()[scenario](float(sys.argv[1]))
   except errors.UserError as error:
-    errors.leave(str(error), error.exit_code)
+    errors.exit_with(str(error), error.exit_code)

@@ -567,7 +567,7 @@ def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
   empty = tmp_path / "empty"
   empty.mkdir()
   tiny_config.dataset.data_dir = str(empty)
-  load.check_data_of(tiny_config, tmp_path)
+  load.check_local_data(tiny_config, tmp_path)
   assert "not looked at: there is no cifar10 in" in caplog.text
   assert list(tmp_path.rglob("*")) == [empty]
 

@@ -61,7 +61,7 @@ def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
     functools.partial(step_lib.train_step, experiment), layout, own, donate=True
   )
   compiled = traced.lower().compile(mesh.compiler_options(layout.mesh))
-  step = layout.in_turn(compiled)
+  step = layout.for_networks(compiled)
 
   def run(state, steps):
     for _ in range(steps):

@@ -15,7 +15,7 @@ Box = tuple[float, float, float, float]
 # crop's side, 224; its range in training, and its value in scoring.
 _SHORTER_SIDES = (256 / 224, 480 / 224)
 _CENTRAL_SIDE = 256 / 224
-NUM_TEN = 10
+TEN_CROPS = 10
 
 
 def scored(size: tuple[int, int], side: int) -> Box:

@@ -140,7 +140,7 @@ def _settle(
   if is_scored:  # Held-out training images still have a random crop.
     split = dataclasses.replace(split, crop="none")
   size = len(split) * math.prod(split.image_shape)
-  keep = split.crop == "none" and split.num_crops < crops.NUM_TEN
+  keep = split.crop == "none" and split.num_crops < crops.TEN_CROPS
   keep = keep and size <= _IN_MEMORY_BYTES
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
@@ -283,7 +283,7 @@ class StreamedSplit(types.Split):
         purpose = randomness.Purpose.HOST_CROP
         rng = randomness.host_rng(draw.seed, purpose, draw.epoch, int(position))
         boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
-      elif self.num_crops == crops.NUM_TEN:
+      elif self.num_crops == crops.TEN_CROPS:
         boxes = crops.corners_and_centre(*decoded.size)
       else:
         boxes = [crops.scored(decoded.size, self.image_size)]

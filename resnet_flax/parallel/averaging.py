@@ -53,7 +53,7 @@ def create(
   return average
 
 
-def present(config: ConfigDict, num_epochs: int) -> tuple[str, ...]:
+def available(config: ConfigDict, num_epochs: int) -> tuple[str, ...]:
   """The kinds of `WEIGHTS` that a run has after `num_epochs` whole epochs."""
   if config.ema.decay:
     return WEIGHTS[:2]

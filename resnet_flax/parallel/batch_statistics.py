@@ -50,7 +50,7 @@ def create_hook(
 
   def hook(step: int, state: Networks) -> Networks:
     epochs, within = divmod(step, experiment.learning_rate.steps_per_epoch)
-    if within or averaging.present(config, epochs) == ("raw",):
+    if within or averaging.available(config, epochs) == ("raw",):
       return state
     batches = layout.batches(of_seed, size)
     of_batches = [

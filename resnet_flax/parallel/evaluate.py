@@ -32,8 +32,8 @@ def create_eval_step(
 ) -> EvalStep:
   """Jits `step.eval_step` for all networks: (state, images, labels, mask)."""
   function = functools.partial(step_lib.eval_step, experiment)
-  jitted = jax.jit(layout.of_chunk(function, num_shared=3))
-  return layout.in_turn(jitted, num_shared=3)
+  jitted = jax.jit(layout.for_chunk(function, num_shared=3))
+  return layout.for_networks(jitted, num_shared=3)
 
 
 def padded_batches(
@@ -123,7 +123,7 @@ def evaluate_all(
   if done % config.eval_every_epochs and done < config.num_epochs:
     return {}
   scores = {}
-  for weights in averaging.present(config, done):
+  for weights in averaging.available(config, done):
     select = functools.partial(averaging.select, weights=weights)
     chosen = layout.map(select, state)
     for name, split in splits.items():

@@ -330,7 +330,7 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def first(function: Callable[[], T]) -> T:
+def on_first(function: Callable[[], T]) -> T:
   """Calls a function in process 0; all get its JSON result or its UserError."""
   if jax.process_count() == 1:
     return function()
@@ -357,16 +357,16 @@ def first(function: Callable[[], T]) -> T:
   return value
 
 
-def first_only(function: Callable[[], T]) -> T | None:
-  """Like `first`, for results that are not JSON; other processes get None."""
+def on_first_only(function: Callable[[], T]) -> T | None:
+  """As `on_first`, for results that are not JSON; other processes get None."""
   results: list[T] = []
-  first(lambda: results.append(function()))
+  on_first(lambda: results.append(function()))
   return results[0] if results else None
 
 
-def first_then_others(function: Callable[[], T]) -> T:
+def on_first_then_others(function: Callable[[], T]) -> T:
   """Calls a function in process 0, then in the others; all get 0's error."""
-  results = first_only(lambda: [function()])
+  results = on_first_only(lambda: [function()])
   return results[0] if results else function()
 
 
@@ -390,7 +390,7 @@ def check_same(name: str, value: Any) -> None:
           " except for --process_id."
         )
 
-  first(compare)
+  on_first(compare)
 
 
 def meet() -> None:

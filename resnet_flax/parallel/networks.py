@@ -145,7 +145,7 @@ class Layout:
     chunks = zip(*(each.chunks for each in trees), strict=True)
     return Networks(tuple(itertools.starmap(function, chunks)))
 
-  def of_chunk(
+  def for_chunk(
     self, function: Callable[..., PyTree], num_shared: int = 0
   ) -> Callable[..., PyTree]:
     """Turns a function of one network's trees into one of a chunk's trees.
@@ -183,7 +183,7 @@ class Layout:
 
     return of_chunk
 
-  def in_turn(
+  def for_networks(
     self, compiled: Callable[..., tuple[PyTree, ...]], num_shared: int = 0
   ) -> Callable[..., tuple[Networks, ...]]:
     """Turns a compiled function of a chunk's trees into one of `Networks`."""
@@ -196,7 +196,7 @@ class Layout:
 
     return run
 
-  def of_seed(self, seed: int) -> str:
+  def seed_suffix(self, seed: int) -> str:
     """' of seed N' for a message; '' if there is only one seed."""
     return f" of seed {seed}" if len(self.seeds) > 1 else ""
 

@@ -116,7 +116,7 @@ def trace(
   networks share. `donate` gives the first argument's memory to the result.
   """
   jitted = jax.jit(
-    layout.of_chunk(function, len(shared)),
+    layout.for_chunk(function, len(shared)),
     donate_argnums=0 if donate else (),
     out_shardings=layout.sharding,
   )
@@ -140,7 +140,7 @@ def compile_function(
   compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
   hosts.meet()
   _logger.info("compiled in %.1f s", time.perf_counter() - started)
-  return layout.in_turn(compiled, len(shared))
+  return layout.for_networks(compiled, len(shared))
 
 
 def step_arguments(

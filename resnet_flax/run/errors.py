@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
 # bucket and a backslash for a Windows folder, anywhere in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
-# Functions that `end` calls, since it skips those that `atexit` knows.
+# Functions that `exit_now` calls, since it skips those that `atexit` knows.
 at_end: list[Callable[[], object]] = []
 LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
@@ -97,7 +97,7 @@ def quiet(
   return report
 
 
-def leave(message: str, exit_code: int) -> NoReturn:
+def exit_with(message: str, exit_code: int) -> NoReturn:
   """Prints an error and ends the process, without waiting for threads.
 
   XLA's threads crash if they compile while the interpreter ends. Orbax's
@@ -108,11 +108,11 @@ def leave(message: str, exit_code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # The disk is full.
       print(f"error: {message}", file=stream, flush=True)
       break
-  end(exit_code)
+  exit_now(exit_code)
 
 
-def end(exit_code: int) -> NoReturn:
-  """Ends the process without a message; see `leave`."""
+def exit_now(exit_code: int) -> NoReturn:
+  """Ends the process without a message; see `exit_with`."""
   for function in at_end:
     function()
   os._exit(exit_code)

@@ -248,7 +248,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     flat = keys.to_flat(config)
     for name in _READ_UNCHECKED:
       if not config_lib.KEYS[name].values.accept(flat.get(name)):
-        must = config_lib.KEYS[name].values.text
+        must = config_lib.KEYS[name].values.requirement
         raise ValueError(f"{name}={flat.get(name)!r:.100} must be {must}")
     return config.lock()
   except (FileNotFoundError, NotADirectoryError):

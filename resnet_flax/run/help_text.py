@@ -102,9 +102,9 @@ def _entries(program: str) -> list[_Entry]:
   if all(flag.name != "config" for flag in program_flags):
     return entries
   for key in KEYS.values():
-    text = f"{key.meaning} Values: {key.values.text}."
+    text = f"{key.meaning} Values: {key.values.requirement}."
     text += " May differ when a run is resumed." * key.may_differ
-    text += f" Read by {', '.join(key.families)}." * bool(key.families)
+    text += f" Read by {', '.join(key.read_by)}." * bool(key.read_by)
     entries.append(_Entry(key.part, key.name, _typed(key.default), text))
   return entries
 
@@ -125,8 +125,8 @@ def page() -> str:
     for key in keys:
       default = f"`{_typed(key.default)}`" if key.default != "" else ""
       meaning = key.meaning.replace("*", r"\*")
-      cells = [f"`{key.name}`", default, key.values.text, meaning]
-      cells += ["yes" if key.may_differ else "", ", ".join(key.families)]
+      cells = [f"`{key.name}`", default, key.values.requirement, meaning]
+      cells += ["yes" if key.may_differ else "", ", ".join(key.read_by)]
       text += f"| {' | '.join(cells)} |\n"
   return text
 

@@ -24,7 +24,7 @@ _LONGEST_PATH = 4096
 class Values:
   """The values that a key can have."""
 
-  text: str  # Completes the sentence "KEY=VALUE must be ...".
+  requirement: str  # Completes the sentence "KEY=VALUE must be ...".
   accept: Callable[[Any], bool]  # Whether a value of any type is valid.
   choices: tuple[Any, ...] = ()  # The values that are listed by name.
   pattern: str = ""  # The form of other values, such as 'tfds/NAME'.
@@ -76,7 +76,7 @@ def tuple_of(each: Values) -> Values:
   """Tuples of `each`; also lists, since JSON turns tuples into lists."""
   return Values(
     f"a tuple (on the command line 1,2,3) of at most {_LONGEST_TUPLE} values,"
-    f" each {each.text}",
+    f" each {each.requirement}",
     lambda value: (
       isinstance(value, tuple | list)
       and len(value) <= _LONGEST_TUPLE
@@ -124,7 +124,7 @@ class Key:
   values: Values
   # Values of its part's `name` (such as model.name) for which the program reads
   # the key; () for all. With other names it must keep its default.
-  families: tuple[str, ...] = ()
+  read_by: tuple[str, ...] = ()
   # Whether a run can be resumed with another value.
   may_differ: bool = False
   meaning: str = ""
@@ -152,7 +152,9 @@ class Key:
     except Exception:
       shown = f"({type(value).__name__})"
     shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
-    raise errors.ConfigError(f"{self.name}={shown} must be {self.values.text}.")
+    raise errors.ConfigError(
+      f"{self.name}={shown} must be {self.values.requirement}."
+    )
 
 
 # ---- Names

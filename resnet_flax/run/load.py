@@ -169,9 +169,9 @@ def evaluate_workdir(
   local, config, experiment, by_seed = _restore(workdir, which, weights, config)
   states = [*by_seed.values()]
   if is_stored:
-    say_what_is_trusted(config)
+    log_data_paths(config)
   try:
-    rules.check_labels(config)
+    rules.check_num_classes(config)
     dataset = dataset_lib.load(config.dataset)
   except errors.DataError as error:
     if not (is_stored and config.dataset.data_dir):
@@ -238,10 +238,10 @@ def predict_test(
   """
   # Before the data, which takes longer to open.
   loaded = load_model(workdir, which, seed=seed, weights=weights)
-  rules.check_labels(loaded.config)
+  rules.check_num_classes(loaded.config)
   key = loaded.config.dataset.to_json()
   if key not in opened:
-    say_what_is_trusted(loaded.config)
+    log_data_paths(loaded.config)
     opened[key] = dataset_lib.load(loaded.config.dataset)
   dataset = opened[key]
   folder.check_data(workdir, dataset.source)
@@ -260,7 +260,7 @@ def predict_test(
   )
 
 
-def say_what_is_trusted(config: ConfigDict) -> None:
+def log_data_paths(config: ConfigDict) -> None:
   """Logs the data paths of a stored configuration: it may be a stranger's."""
   for name in ("data_dir", "archive", "cache_dir"):
     if config.dataset[name]:
@@ -270,7 +270,7 @@ def say_what_is_trusted(config: ConfigDict) -> None:
       )
 
 
-def check_data_of(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_local_data(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Checks a finished run's data if it is on this machine; downloads none."""
   dataset = config.dataset
   try:
@@ -331,12 +331,12 @@ def _restore(
       time.sleep(0.1)
   for state in states.values():
     epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
-    if weights not in (available := averaging.present(config, epochs)):
+    if weights not in (available := averaging.available(config, epochs)):
       advice = (
         "A run keeps averages from its start on: --config.ema.decay=0.999, or"
         " --config.swa.start_epoch."
       )
-      if weights in averaging.present(config, config.num_epochs):
+      if weights in averaging.available(config, config.num_epochs):
         advice = f"Its average begins after epoch {config.swa.start_epoch}."
         if which != "latest":
           advice += " Take the latest checkpoint (--checkpoint=latest)."
@@ -450,7 +450,7 @@ def _network(model: ConfigDict) -> dict[str, Any]:
   }
 
 
-def merged(
+def replace_variables(
   variables: Mapping[str, Any], source: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The variables of another network, `source`, in place of drawn `variables`.

@@ -84,7 +84,7 @@ class MetricsLog:
       records.append(record)
     return records
 
-  def cut_back(
+  def drop_after(
     self, step: int, steps_per_epoch: int, *, fallen_back: bool
   ) -> list[Record]:
     """Drops the records of epochs that end after the restored step.

@@ -43,11 +43,11 @@ def run(
       sys.stderr = None  # The disk is full: Python would change the exit code.
     raise
   except errors.UserError as error:
-    errors.leave(str(error), error.exit_code)
+    errors.exit_with(str(error), error.exit_code)
   except KeyboardInterrupt as error:
     _stop(getattr(error, "number", signal.SIGINT))
   except BrokenPipeError:
-    errors.end(0)  # The reader of the output, such as `head`, closed it.
+    errors.exit_now(0)  # The reader of the output, such as `head`, closed it.
   except (RuntimeError, AssertionError):
     surroundings.check_platform()
     raise
@@ -70,4 +70,4 @@ def _set_handlers(handler: Any) -> None:
 def _stop(number: int, frame: FrameType | None = None) -> NoReturn:
   del frame
   name = signal.Signals(number).name
-  errors.leave(f"stopped by {name}; nothing new was saved.", 128 + number)
+  errors.exit_with(f"stopped by {name}; nothing new was saved.", 128 + number)

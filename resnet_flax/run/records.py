@@ -31,7 +31,7 @@ def of_epoch(
       means = score.networks[k]
       if not math.isfinite(means["loss"]):
         raise errors.NonFiniteError(
-          f"the {split} loss{layout.of_seed(seed)} is {means['loss']} after"
+          f"the {split} loss{layout.seed_suffix(seed)} is {means['loss']} after"
           f" step {state.step - 1} (0-based), at learning rate {rate:g}. Lower"
           " optimizer.learning_rate or model.batch_norm_momentum."
         )

@@ -21,7 +21,7 @@ from resnet_flax.run import config as config_keys, errors, keys
 def check(
   config: ConfigDict, num_devices: int, facts: types.Facts | None = None
 ) -> None:
-  """Checks a configuration for `num_devices` devices; see also `check_labels`.
+  """Checks a configuration for training on `num_devices` devices.
 
   `facts`, which a run remembers, override the files of a streamed data set.
   """
@@ -83,7 +83,7 @@ def check_values(config: ConfigDict) -> None:
     key.check(flat[name])
 
 
-def check_labels(config: ConfigDict) -> None:
+def check_num_classes(config: ConfigDict) -> None:
   """Checks that the head has the data's classes; loading does not need it."""
   name, num_classes = config.dataset.name, config.model.num_classes
   classes = dataset.info(config.dataset).num_classes
@@ -129,12 +129,12 @@ def check_model(model: ConfigDict) -> None:
 def _check_unread(part: str, config: ConfigDict) -> None:
   """Checks that keys which `config.name` does not read have their defaults."""
   for key in config_keys.KEYS.values():
-    if key.part == part and key.families and config.name not in key.families:
+    if key.part == part and key.read_by and config.name not in key.read_by:
       value = config[key.name.rpartition(".")[2]]
       _require(
         value == key.default,
         f"{key.name}={value} does nothing for {part}.name={config.name}; it is"
-        f" for {', '.join(key.families)}. Leave it {key.default}.",
+        f" for {', '.join(key.read_by)}. Leave it {key.default}.",
       )
 
 
@@ -192,7 +192,7 @@ def _check_streaming(config: ConfigDict) -> None:
     f"{name} has them in memory. It must be one of {', '.join(in_memory)}.",
   )
   _require(
-    is_streamed or num_crops < crops.NUM_TEN,
+    is_streamed or num_crops < crops.TEN_CROPS,
     f"dataset.test_crops={num_crops} cuts images while they are decoded, but"
     f" dataset.name={name} has them in memory. It must be 1 or 2.",
   )

@@ -70,7 +70,9 @@ class Session:
     self._board: metrics.TensorBoard | None = None
     self._restored: Any = None
 
-    self.resumes, self.step, self.notes, self.records = hosts.first(self._open)
+    self.resumes, self.step, self.notes, self.records = hosts.on_first(
+      self._open
+    )
     self._saved_step = self.step
     if self._checkpoints is None:
       stack.enter_context(self._explain_interruption())
@@ -111,7 +113,7 @@ class Session:
         self._restored, notes = self._checkpoints.restore_latest(like)
         step = int(np.ravel(self._restored.step)[0])
       fallen_back = self._checkpoints.has_fallen_back(step)
-      records = self._log.cut_back(
+      records = self._log.drop_after(
         step, self._steps_per_epoch, fallen_back=fallen_back
       )
     return self._restored is not None, step, notes, records
@@ -175,12 +177,12 @@ class Session:
     wanted_steps = config.steps_per_call
     side = max(config.model.input_size, *self._experiment.image_shape[:2])
     # Process 0 chooses for all: the memory of their devices may differ.
-    steps_per_call = hosts.first(
+    steps_per_call = hosts.on_first(
       lambda: many_steps.choose(wanted_steps, dataset.train, layout, side)
     )
     self._layout, self._split = layout, dataset.train
     chosen = {"seed_execution": execution, "steps_per_call": steps_per_call}
-    hosts.first(lambda: self._record_start(dataset, chosen))
+    hosts.on_first(lambda: self._record_start(dataset, chosen))
     return layout, steps_per_call
 
   def _record_start(
@@ -275,11 +277,13 @@ class Session:
 
   def _fail(self, step: int, seed: int, rate: float) -> None:
     path = self._workdir / "nonfinite_step.json"
-    hosts.first(lambda: files_lib.write_json(path, self._reproduce(step, seed)))
+    hosts.on_first(
+      lambda: files_lib.write_json(path, self._reproduce(step, seed))
+    )
     raise errors.NonFiniteError(
-      f"the loss or the state{self._layout.of_seed(seed)} is not finite after"
-      f" step {step} (0-based), at learning rate {rate:g}. In another --workdir"
-      " lower optimizer.learning_rate, or warm up with"
+      f"the loss or the state{self._layout.seed_suffix(seed)} is not finite"
+      f" after step {step} (0-based), at learning rate {rate:g}. In another"
+      " --workdir lower optimizer.learning_rate, or warm up with"
       " schedule.linear_warmup_epochs (onecycle: peak_percent). To reproduce"
       f" the step, see {path}."
     )
@@ -352,7 +356,7 @@ class Session:
 
   def _save(self, state: networks.Networks) -> None:
     self.on_event("save")
-    hosts.first(lambda: folder.check_not_removed(self._workdir))
+    hosts.on_first(lambda: folder.check_not_removed(self._workdir))
     stacked = networks.stack(self._layout.get(state))
     if self._checkpoints is not None:
       self._checkpoints.save(stacked, self.notes)
@@ -372,7 +376,7 @@ class Session:
     self.on_event("record")
     evaluation_seconds = time.perf_counter() - self._started
     record["evaluation_seconds"] = evaluation_seconds
-    hosts.first(lambda: folder.check_not_removed(self._workdir))
+    hosts.on_first(lambda: folder.check_not_removed(self._workdir))
     if hosts.is_first():
       self._log.append(record)
     self.records.append(record)

@@ -122,7 +122,7 @@ class StopSignals:
         try:
           byte = reader.recv(1)
         except TimeoutError:  # The main thread has not ended in time.
-          errors.leave(self._message(), 128 + first[0])
+          errors.exit_with(self._message(), 128 + first[0])
         if not byte:
           return
         if byte[0] not in self._previous:
@@ -131,4 +131,4 @@ class StopSignals:
           first, came = byte, time.monotonic()
           reader.settimeout(None if self._held else _GRACE)
         elif time.monotonic() - came > _ECHO:
-          errors.leave(self._message(), 128 + first[0])
+          errors.exit_with(self._message(), 128 + first[0])

@@ -63,7 +63,7 @@ def check_platform() -> None:
     jax.devices()
   except (RuntimeError, AssertionError) as error:
     why = f" ({errors.one_line(error)})" if str(error) else ""
-    errors.leave(
+    errors.exit_with(
       f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no"
       f" device of this platform{why}. Install its extra,"
       " 'resnet_flax[cuda]' or 'resnet_flax[tpu]', or set JAX_PLATFORMS=cpu.",

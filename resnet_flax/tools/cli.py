@@ -18,11 +18,11 @@ def run() -> None:
     print(f"resnet-flax {'|'.join(COMMANDS)} ... (each has its own --help)")
     return
   if name not in COMMANDS:
-    errors.leave(str(errors.unknown_name("command", name, COMMANDS)), 2)
+    errors.exit_with(str(errors.unknown_name("command", name, COMMANDS)), 2)
   module = f"resnet_flax.{'main' if name in _MODES else name}"
   if name == "sweep":
     if not os.path.exists("experiments/sweep.py"):
-      errors.leave("sweep must be run in the folder of the repository", 2)
+      errors.exit_with("sweep must be run in the folder of the repository", 2)
     module = "experiments.sweep"
     sys.path.insert(0, "")
   sys.argv[1:2] = [f"--mode={name}"] if name in _MODES else []

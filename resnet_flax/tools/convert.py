@@ -101,7 +101,7 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
     dataset = dataset_lib.load(config.dataset)
     scale = normalization.measure(config.normalization, dataset.train)
     data = dataset.source
-  state = step_lib.state_of(experiment, variables, scale)
+  state = step_lib.state_from(experiment, variables, scale)
 
   described = environment.describe(jax.devices()) | {
     "data": data,
@@ -141,7 +141,7 @@ def _run(argv: list[str]) -> None:
   surroundings.show(f"Arrays: {result.num_arrays} used, each once; {skipped}")
   surroundings.show(f"Workdir: {workdir}")
   with contextlib.suppress(errors.ConfigError):
-    rules.check_labels(result.config)
+    rules.check_num_classes(result.config)
     return
   surroundings.show(
     f"The head's {result.config.model.num_classes} classes are not those of"

@@ -407,11 +407,11 @@ def test_images_that_are_none_or_of_another_kind(copy, image, message):
 @pytest.mark.parametrize(
   ("label", "message"),
   [
-    (10, "label [10] must be one from 0 to 9"),
-    (-1, "label [-1]"),
-    (2**32 + 3, "label [4294967299]"),
-    (None, "label []"),
-    ([1, 2], "label [1, 2]"),
+    (10, "labels [10] must be one from 0 to 9"),
+    (-1, "labels [-1]"),
+    (2**32 + 3, "labels [4294967299]"),
+    (None, "labels []"),
+    ([1, 2], "labels [1, 2]"),
   ],
 )
 def test_labels_that_are_none_or_out_of_range(copy, label, message):

@@ -33,7 +33,7 @@ def test_central_crop_is_224_of_256():
 def test_ten_crops_are_of_the_central_square():
   # 256 of the resized image are 375 pixels of this one, 224 are 328.125.
   boxes = crops.corners_and_centre(500, 375)
-  assert len(boxes) == crops.NUM_TEN // 2
+  assert len(boxes) == crops.TEN_CROPS // 2
   size, last = 328.125, 375 - 328.125
   for box, (left, upper) in zip(
     boxes,

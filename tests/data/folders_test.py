@@ -553,7 +553,9 @@ def test_pictures_that_are_added_while_a_run_starts(
     return load_set(*arguments)
 
   monkeypatch.setattr(train.dataset_lib, "load", late)
-  with pytest.raises(errors.DataError, match="the 72 training images are more"):
+  with pytest.raises(
+    errors.DataError, match="72 training images are found, another"
+  ):
     train.train_and_evaluate(
       make_config(root), tmp_path / "run", devices=one_device
     )

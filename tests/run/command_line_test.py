@@ -247,7 +247,7 @@ def test_help_has_every_flag_and_key(capsys):
   words = " ".join(text.split())
   for key in config_keys.KEYS.values():
     assert re.search(rf"^  {re.escape(key.name)}(=|$)", text, re.MULTILINE)
-    assert f"{key.meaning} Values: {key.values.text}." in words
+    assert f"{key.meaning} Values: {key.values.requirement}." in words
   assert "  model.depth=20\n" in text
   assert "  augment.flip=true\n" in text
   assert "  schedule.drop_percents=40,60,80,90\n" in text

@@ -74,7 +74,7 @@ LARGE = {
     ({"model.groups": 8}, "it is for resnext, resnet_imagenet. Leave it 0"),
     (
       LARGE | {"model.groups": 32, "model.group_width": 4},
-      "groups=32, model.group_width=4 are .* from depth 50 on; at depth 18",
+      "groups=32, model.group_width=4 need .* from depth 50 on; at depth 18",
     ),
     (
       {"model.name": "plain", "model.stochastic_depth": 0.5},
@@ -369,7 +369,7 @@ def test_keys_that_are_no_text():
     ("optimizer.l2_weights", optimizers.L2_WEIGHTS),
     ("schedule.name", learning_rates.SCHEDULES),
     ("checkpoint.monitor", metrics.MONITORED),
-    ("dataset.test_crops", {1, 2, crops.NUM_TEN}),
+    ("dataset.test_crops", {1, 2, crops.TEN_CROPS}),
     # Of these no table is built from: the words themselves are in the code.
     ("model.dtype", {"float32", "bfloat16"}),
     ("model.padding", {"same", "symmetric"}),
@@ -424,9 +424,9 @@ def test_other_names_are_of_keys():
 
 def test_families_exist():
   for key in config_keys.KEYS.values():
-    if key.families:
+    if key.read_by:
       known = config_keys.KEYS[f"{key.part}.name"].values.choices
-      assert set(key.families) <= set(known), key.name
+      assert set(key.read_by) <= set(known), key.name
 
 
 def test_defaults_can_be_used():

@@ -484,7 +484,7 @@ def start_from(source, config, **model):
   layout = layout_of(config)
   _, _, state, _ = initial(config, layout)
   (state,) = layout.get(state)
-  variables = load.merged(state.variables, load.load_source(config))
+  variables = load.replace_variables(state.variables, load.load_source(config))
   return state, state.replace(**variables)
 
 

@@ -36,7 +36,7 @@ def test_torn_line_is_left_out(log, tmp_path, torn):
     file.write(torn)
   assert log.read() == [RECORD]
   # The next record does not run into the torn one.
-  log.cut_back(4, 4, fallen_back=False)
+  log.drop_after(4, 4, fallen_back=False)
   log.append(record(1))
   assert len(log.read()) == 2
 
@@ -58,7 +58,7 @@ def test_torn_line_is_left_out(log, tmp_path, torn):
 def test_cut_back(log, epochs, step, kept):
   for epoch in range(epochs):
     log.append(record(epoch))
-  assert len(log.cut_back(step, 4, fallen_back=False)) == kept
+  assert len(log.drop_after(step, 4, fallen_back=False)) == kept
   assert [record["epoch"] for record in log.read()] == list(range(kept))
 
 
@@ -70,7 +70,7 @@ def test_a_whole_last_record_needs_no_line_break(log, tmp_path):
   whole = path.read_bytes()
   path.write_bytes(whole[:-1])
   assert log.read() == [record(0), record(1)]
-  log.cut_back(8, 4, fallen_back=False)
+  log.drop_after(8, 4, fallen_back=False)
   assert path.read_bytes() == whole
 
 
@@ -88,7 +88,7 @@ def test_records_must_follow_one_another(log, epochs, message):
   with pytest.raises(errors.WorkdirError, match=message):
     log.read()
   with pytest.raises(errors.WorkdirError, match=r"line \d: epoch="):
-    log.cut_back(8, 4, fallen_back=False)
+    log.drop_after(8, 4, fallen_back=False)
 
 
 def test_steps_must_be_those_of_the_run(log):
@@ -96,7 +96,7 @@ def test_steps_must_be_those_of_the_run(log):
     log.append(record(epoch, step=5 * (epoch + 1)))
   assert len(log.read()) == 2
   with pytest.raises(errors.WorkdirError, match="step=5, not 0 and 4"):
-    log.cut_back(8, 4, fallen_back=False)
+    log.drop_after(8, 4, fallen_back=False)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
   for epoch in range(epochs):
     log.append(record(epoch))
   with pytest.raises(errors.WorkdirError, match=f"has {epochs} epochs but"):
-    log.cut_back(step, 4, fallen_back=False)
+    log.drop_after(step, 4, fallen_back=False)
   assert len(log.read()) == epochs
 
 
 def test_cut_back_as_far_as_the_checkpoints_went(log):
   for epoch in range(4):
     log.append(record(epoch))
-  assert len(log.cut_back(4, 4, fallen_back=True)) == 1
+  assert len(log.drop_after(4, 4, fallen_back=True)) == 1
 
 
 @pytest.mark.parametrize("kind", damage.KINDS)
@@ -155,7 +155,7 @@ def test_what_is_no_such_file_is_one_line(log, tmp_path, kind):
 
 
 def test_cut_back_makes_no_file(log, tmp_path):
-  assert log.cut_back(0, 4, fallen_back=False) == []
+  assert log.drop_after(0, 4, fallen_back=False) == []
   assert list(tmp_path.iterdir()) == []
 
 

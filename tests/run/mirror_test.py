@@ -368,7 +368,7 @@ def test_a_copy_is_removed_when_a_command_ends_at_once(workdir, tmp_path):
   code = (
     "import sys; from resnet_flax.run import errors, mirror;"
     "print(mirror.local(sys.argv[1], 'workdir'), flush=True);"
-    "errors.leave('no', 3)"
+    "errors.exit_with('no', 3)"
   )
   ended = subprocess.run(
     [sys.executable, "-c", code, str(tmp_path / "disk")],

@@ -255,11 +255,11 @@ def test_bad_files_are_skipped_unless_strict(run, pictures, caplog):
   (record,) = caplog.records
   assert record.message.startswith(r"skipped pictures/a\x1b\nb: Unidentified")
   with pytest.raises(
-    errors.DataError, match="13 of 14 files could be"
+    errors.DataError, match=r"13 of 14 files are good .* leave out --strict"
   ) as error:
     run(*arguments, "--strict")
   assert error.value.exit_code == 1
-  with pytest.raises(errors.DataError, match="0 of 1 files could be"):
+  with pytest.raises(errors.DataError, match=r"0 of 1 .* Pass pictures\.$"):
     run("pictures/a\x1b\nb")
 
 
@@ -273,7 +273,7 @@ def test_a_terminal_has_a_bar(run, pictures, monkeypatch):
 
 
 def test_an_empty_folder(run, tmp_path):
-  with pytest.raises(errors.DataError, match="0 of 0 files could be"):
+  with pytest.raises(errors.DataError, match="only 0 of 0 files are good"):
     run(str(tmp_path))
 
 

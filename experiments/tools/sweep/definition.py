@@ -190,7 +190,7 @@ def _cell(
   try:
     config = _parse(config_path, overrides_given)
     rules.check(config, num_devices)
-    rules.check_labels(config)
+    rules.check_num_classes(config)
   except errors.ConfigError as error:
     raise errors.ConfigError(f"cell {workdir.name}: {error}") from error
   arguments = (f"--config={config_path}", *overrides_given)

@@ -131,7 +131,7 @@ def _flops_of_epoch(config: ConfigDict) -> float:
   scored = info.num_test + config.dataset.validation_examples
   scored *= config.num_seeds * config.dataset.test_crops
   # Averaged weights are scored, too.
-  scored *= len(averaging.present(config, config.num_epochs))
+  scored *= len(averaging.available(config, config.num_epochs))
   passes = _TRAINING * _images_of_epoch(config)
   passes += scored / config.eval_every_epochs
   return 2.0 * _size(config).multiply_adds * passes

@@ -56,7 +56,7 @@ def trace(
   for example if the batch is not divisible by the number of devices.
   """
   rules.check(config, num_devices=len(devices))
-  rules.check_labels(config)
+  rules.check_num_classes(config)
   experiment = experiment_lib.build(config)
   layout = _layout(config, devices)
   one_seed = ConfigDict(config.to_dict() | {"num_seeds": 1})
@@ -98,7 +98,7 @@ def trace(
     for shape, dtype in (*images_and_labels, ((), np.bool_))
   ]
   eval_step = functools.partial(step_lib.eval_step, experiment)
-  jitted = jax.jit(layout.of_chunk(eval_step, num_shared=3))
+  jitted = jax.jit(layout.for_chunk(eval_step, num_shared=3))
   traced_eval = jitted.trace(state.chunks[0], *batch)
   return {"train": traced_train, "eval": traced_eval}
 

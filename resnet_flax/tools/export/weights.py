@@ -37,7 +37,7 @@ def named(loaded: LoadedModel, names: str) -> Network:
   if origin_of is None:
     raise errors.WeightsError(f"{names} has no {model.name}")
   origins = [(origin_of(path), array) for path, array in flat.items()]
-  arrays = {origin.name: origin.back(array) for origin, array in origins}
+  arrays = {origin.name: origin.to_library(array) for origin, array in origins}
   # `identify` finds the network as if the library had written these arrays.
   file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())
   source = library.identify(file)

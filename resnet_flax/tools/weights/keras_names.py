@@ -75,7 +75,7 @@ def identify(file: files.WeightsFile) -> Source:
     needed = {"normalization": ("pixel_mean", "none"), "padding": "same"}
     needed |= {"shortcut": ("keras", "default")}
   else:
-    raise mapping.unknown(
+    raise mapping.unknown_network(
       file,
       "with Keras's names these are the CIFAR-10 example's ResNet v1 and v2"
       " and keras.applications' ResNet50, ResNet101 and ResNet152, with their"
@@ -97,7 +97,7 @@ def identify(file: files.WeightsFile) -> Source:
     functools.partial(_origin, theirs, flip_stem=is_imagenet),
     name=name,
     depth=depth,
-    num_filters=mapping.width(file.shape(f"{stem}/kernel")[-1], width),
+    num_filters=mapping.allowed_widths(file.shape(f"{stem}/kernel")[-1], width),
     conv_bias=True,
     batch_norm_epsilon=epsilon,
     **needed,

@@ -24,7 +24,7 @@ class Origin(NamedTuple):
 
   name: str  # Name of the library's array.
   layout: Layout = np.asarray  # Puts that array into our order of dimensions.
-  back: Layout = np.asarray  # Puts our array into the library's order.
+  to_library: Layout = np.asarray  # Puts our array into the library's order.
 
 
 # Maps the path of our array to its origin.
@@ -54,12 +54,12 @@ class Source:
     } | {"normalization": normalization}
 
 
-def width(found: int, usual: int) -> tuple[int, ...]:
+def allowed_widths(found: int, usual: int) -> tuple[int, ...]:
   """Allowed values of a key for a width; 0 stands for the `usual` width."""
   return (0, found) if found == usual else (found,)
 
 
-def unknown(file: files.WeightsFile, known: str) -> errors.WeightsError:
+def unknown_network(file: files.WeightsFile, known: str) -> errors.WeightsError:
   """The error for a file that holds no known network."""
   some = ", ".join(sorted(file.arrays)[:5]) or "none"
   return errors.WeightsError(

@@ -48,7 +48,7 @@ def identify(file: files.WeightsFile) -> Source:
       return _torchvision_resnet(file, sizes)
     if "linear.weight" in names and len(sizes) <= 3:
       return _cifar_resnet(file, sizes)
-  raise mapping.unknown(
+  raise mapping.unknown_network(
     file,
     "with PyTorch's names these are torchvision's ResNet-18 to 152, wide ones,"
     " ResNeXt, VGG-19 and AlexNet, and CIFAR ResNets with three stages and a"
@@ -82,7 +82,7 @@ def _torchvision_resnet(
     more = {
       "stride_in_3x3": True,
       "groups": (0, 1) if groups == 1 else (groups,),
-      "group_width": mapping.width(width, usual=stem),
+      "group_width": mapping.allowed_widths(width, usual=stem),
     }
   return Source(
     title,
@@ -91,7 +91,7 @@ def _torchvision_resnet(
     normalization=("imagenet",),
     name="resnet_imagenet",
     depth=depths[0],
-    num_filters=mapping.width(stem, usual=64),
+    num_filters=mapping.allowed_widths(stem, usual=64),
     shortcut=("B", "default"),
     **_RESNET,
     **more,
@@ -110,7 +110,7 @@ def _cifar_resnet(file: files.WeightsFile, sizes: tuple[int, ...]) -> Source:
     normalization=("imagenet", "channel", "none"),
     name="resnet_v1",
     depth=depth,
-    num_filters=mapping.width(file.shape("conv1.weight")[0], usual=16),
+    num_filters=mapping.allowed_widths(file.shape("conv1.weight")[0], usual=16),
     shortcut=shortcut,
     **_RESNET,
   )

@@ -73,7 +73,10 @@ def test_name_that_is_no_text(tmp_path):
     ("{}", "seed must be an integer"),
     ('{"seed": null}', "seed must be an integer"),
     ('{"seed": 0, "num_seeds": "2"}', "num_seeds='2' must be an integer"),
-    ('{"seed": 0, "eval_every_epochs": null}', "eval_every_epochs=None cannot"),
+    (
+      '{"seed": 0, "eval_every_epochs": null}',
+      "eval_every_epochs=None must be",
+    ),
     (
       '{"seed": 0, "checkpoint": {"monitor": "x"}}',
       "monitor='x' must be accuracy",
