@@ -33,7 +33,7 @@ _WEIGHTS = flags.DEFINE_enum(
   "What --mode=eval scores: weights of that step (raw), or their average.",
 )
 _SPLIT = flags.DEFINE_enum(
-  *("split", "test", ["train", "val", "test"], "Images --mode=eval scores.")
+  "split", "test", ["train", "val", "test"], "Images --mode=eval scores."
 )
 
 

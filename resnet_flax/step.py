@@ -68,7 +68,7 @@ class Experiment:
   # Maps (key, uint8[B, H, W, C], epoch) to images, before normalisation.
   augment_bytes: Callable[..., jax.Array] = lambda key, images, epoch: images
   log_norms: bool = False  # Whether training also sums `NORMS`.
-  # Computes the new average of a state with the old one: `averaging.create`.
+  # Maps a state to its new average; the first is a copy (`averaging.create`).
   average: Callable[[TrainState], PyTree] = lambda state: None
 
 
@@ -100,7 +100,7 @@ def state_from(
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
   mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
   sums = jax.eval_shape(metric_sums, 0.0, 0.0, logits, label, mask)
-  names = (*sums, *NORMS * experiment.log_norms)
+  names = (*sums, *(NORMS if experiment.log_norms else ()))
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
@@ -217,10 +217,10 @@ def train_step(
   `images` are uint8[B, H, W, C], `labels` int32[B]. `key`, key[], is the same
   at every step: the step's number is folded in here.
   """
-  return train_step_with_backward(experiment, state, images, labels, key)[:2]
+  return train_step_and_gradient(experiment, state, images, labels, key)[:2]
 
 
-def train_step_with_backward(
+def train_step_and_gradient(
   experiment: Experiment,
   state: TrainState,
   images: jax.Array,
@@ -231,13 +231,14 @@ def train_step_with_backward(
   """Like `train_step`; also returns the gradient and written collections."""
   keys = step_keys(key, state.step)
   epoch = state.step // experiment.learning_rate.steps_per_epoch
+  # Both use this key: trivial_augment folds a number in, `augment` splits it.
   images = experiment.augment_bytes(keys["augmentation"], images, epoch)
   # The recipe normalises before it shifts, so edges get normalised pixels.
   images, targets = experiment.augment(
     keys["augmentation"], state.normalization(images), labels
   )
 
-  # Forward and backward.
+  # Forward and backward, without L2: the optimizer's chain adds its gradient.
   grad_fn = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
   (loss, (logits, updated)), grads = grad_fn(
     experiment,
@@ -265,9 +266,9 @@ def train_step_with_backward(
   if experiment.log_norms:
     trees = zip(NORMS, (grads, state.params), strict=True)
     sums |= {name: count * grouping.norm(tree) for name, tree in trees}
-  error, rules = 1 - sums["accuracy"] / count, experiment.learning_rate.rules
+  after_step = experiment.learning_rate.rules.after_step
   is_first = state.step % experiment.learning_rate.steps_per_epoch == 0
-  sums = jax.tree.map(
+  epoch_sums = jax.tree.map(
     lambda old, new: jnp.where(is_first, new, old + new), state.epoch_sums, sums
   )
   new_state = state.replace(
@@ -275,8 +276,8 @@ def train_step_with_backward(
     params=params,
     batch_stats=batch_stats,
     opt_state=opt_state,
-    rate_state=rules.after_step(state.rate_state, error),
-    epoch_sums=sums,
+    rate_state=after_step(state.rate_state, 1 - sums["accuracy"] / count),
+    epoch_sums=epoch_sums,
   )
   new_state = new_state.replace(average=experiment.average(new_state))
   floats = [
@@ -285,7 +286,7 @@ def train_step_with_backward(
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   ]
   finite = grouping.reduce_each(lambda x: jnp.all(jnp.isfinite(x)), floats)
-  metrics = StepMetrics(state.step, sums, rate, jnp.all(finite))
+  metrics = StepMetrics(state.step, epoch_sums, rate, jnp.all(finite))
   return new_state, metrics, grads, updated
 
 

@@ -70,7 +70,7 @@ def train_and_evaluate(
   environment.check_jax()
   experiment = experiment_lib.build(config)
   with session.open_run(
-    *(config, workdir, devices, experiment), signals=signals, on_event=on_event
+    config, workdir, devices, experiment, signals=signals, on_event=on_event
   ) as run:
     if run.is_finished:
       path = errors.local_path(workdir, "workdir")
@@ -78,13 +78,13 @@ def train_and_evaluate(
       _logger.info("%s is finished: %d epochs.", workdir, len(run.records))
       return run.records
     setup = _set_up(config, experiment, run)
-    state, program, layout = setup.state, setup.program, setup.layout
+    state, training, layout = setup.state, setup.training, setup.layout
 
     for epoch in range(len(run.records), config.num_epochs):
-      for batch in run.batches(epoch, program.batches):
+      for batch in run.batches(epoch, training.batches):
         setup.before_step(run.step, state, batch)
-        state, step_metrics = program.step(state, batch)
-        run.report(step_metrics, batch.num_steps)  # Checks the call before.
+        state, step_metrics = training.step(state, batch)
+        run.advance(step_metrics, batch.num_steps)  # Checks the call before.
         if run.should_save():  # By clock, steps, signal or epoch's end.
           state = run.save(state, setup.before_save)
       scores = evaluate.evaluate_all(
@@ -105,7 +105,7 @@ class _Setup(NamedTuple):
 
   state: networks.Networks
   layout: networks.Layout
-  program: program.Program
+  training: program.Program
   eval_step: evaluate.EvalStep
   splits: dict[str, data.Split]  # The scored ones: 'val', 'test'.
   # Called with the steps done, the state and the batch.
@@ -137,7 +137,7 @@ def _set_up(
       "note: the best epoch is chosen on the test split, as in the recipe;"
       " set dataset.validation_examples to hold out a part of training"
     )
-  layout, steps_per_call = run.choose_layout(dataset)
+  layout, steps_per_call = run.choose_and_record(dataset)
 
   # The restored or initial state.
   if run.resumes:
@@ -146,28 +146,28 @@ def _set_up(
     state = initial_state(config, experiment, dataset.train, layout, source)
   recorded_steps = len(run.records) * steps_per_epoch
   if run.records and run.step == recorded_steps:
-    # The checkpoint was saved before the epoch was scored.
+    # What the restored state lacks: its checkpoint came before the scores.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 
-  # The compiled step with its batches, and the hooks before steps and saves.
+  # The step (`program.create`, or several a call: `many_steps`), and the hooks.
   key = augmentation_key(layout)
   run.on_event("compile")
-  training_program = many_steps.create(
+  training = many_steps.create(
     *(config, experiment, state, dataset.train, key, layout),
     steps_per_call=steps_per_call,
   )
   before_step = layer_norms.create_hook(
-    *(config, experiment, state, key, layout), write=run.write_scalars
+    config, experiment, state, key, layout, write=run.write_scalars
   )
   before_save = batch_statistics.create_hook(
-    *(config, experiment, state, dataset.train, layout)
+    config, experiment, state, dataset.train, layout
   )
   splits = {"val": dataset.validation, "test": dataset.test}
   run.start(state)
   return _Setup(
     state=state,
     layout=layout,
-    program=training_program,
+    training=training,
     eval_step=evaluate.create_eval_step(experiment, layout),
     splits={name: split for name, split in splits.items() if split is not None},
     before_step=before_step,
@@ -204,7 +204,7 @@ def initial_state(
 
 
 def augmentation_key(layout: networks.Layout) -> networks.Networks:
-  """The augmentation key[] of each network, the same for all its steps."""
+  """Each network's key[] for augmentation and dropout, alike at all steps."""
   purpose = randomness.Purpose.AUGMENTATION
   return layout.put([randomness.device_key(s, purpose) for s in layout.seeds])
 
@@ -220,7 +220,7 @@ def _after_epoch(
 ) -> networks.Networks:
   """Gives an epoch's loss to the learning-rate rules; returns the new state."""
   objective = metrics.monitored(record, "objective")
-  if objective not in record:  # The epoch was not scored.
+  if objective not in record or not experiment.learning_rate.rules:
     return state
   before = layout.get(layout.map(lambda chunk: chunk.rate_state, state))
   losses = [metrics.comparable(r[objective]) for r in metrics.of_seeds(record)]

@@ -75,7 +75,7 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
     labels = arrays["train_labels"]
     whole, test = (
       types.whole_split(
-        *(arrays[f"{name}_images"], arrays[f"{name}_labels"], config.test_crops)
+        arrays[f"{name}_images"], arrays[f"{name}_labels"], config.test_crops
       )
       for name in ("train", "test")
     )
@@ -89,4 +89,4 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
     dataset = dataclasses.replace(dataset, validation=train.subset(held_out))
   if len(train_positions) < len(train):
     dataset = dataclasses.replace(dataset, train=train.subset(train_positions))
-  return streaming.settle(dataset)
+  return streaming.settle(dataset)  # Decodes streams that fit in memory.

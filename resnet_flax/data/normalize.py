@@ -33,8 +33,8 @@ class Normalization(flax.struct.PyTreeNode):
     """Maps uint8[B, H, W, C] to float32; other images raise ValueError."""
     if images.dtype != np.uint8 or images.shape[-1] != self.mean.shape[-1]:
       raise ValueError(
-        f"preprocess needs uint8 images of {self.mean.shape[-1]} channels; got"
-        f" {images.dtype}{list(images.shape)}."
+        f"normalisation needs uint8 images of {self.mean.shape[-1]} channels;"
+        f" got {images.dtype}{list(images.shape)}."
       )
     images = images.astype(jnp.float32) / 255
     return (images - self.mean[None]) / self.std[None]

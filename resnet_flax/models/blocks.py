@@ -119,7 +119,7 @@ class BasicBlock(Block):
 
 # Maps a stage's number, from 0, to its (inner, outer) channels.
 Widths = Callable[[int], tuple[int, int]]
-Kind = tuple[Callable[..., Block], Widths]
+BlockAndWidths = tuple[Callable[..., Block], Widths]
 
 
 def doubling(inner: int, outer: int) -> Widths:
@@ -127,6 +127,6 @@ def doubling(inner: int, outer: int) -> Widths:
   return lambda stage: (inner * 2**stage, outer * 2**stage)
 
 
-def basic(config: ConfigDict, stem: int) -> Kind:
+def basic(config: ConfigDict, stem: int) -> BlockAndWidths:
   """Basic blocks; the first stage has as many channels as the stem."""
   return BasicBlock, doubling(stem, stem)

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from resnet_flax.models import blocks
-from resnet_flax.models.blocks import NO_CONTEXT, Block, Context, Kind
+from resnet_flax.models.blocks import NO_CONTEXT, Block, BlockAndWidths, Context
 
 # He et al. 2015, table 1: the number of blocks in each stage, by depth. Blocks
 # are bottlenecks from 50 layers on.
@@ -146,7 +146,7 @@ def num_groups(config: ConfigDict) -> int:
   return config.groups or (8 if config.name == "resnext" else 1)
 
 
-def bottleneck(config: ConfigDict, stem: int) -> Kind:
+def bottleneck(config: ConfigDict, stem: int) -> BlockAndWidths:
   """Bottlenecks, as wide as in He et al. 2015 and Xie et al. 2017, tables 1."""
   groups = num_groups(config)
   block = functools.partial(
@@ -155,19 +155,19 @@ def bottleneck(config: ConfigDict, stem: int) -> Kind:
   return block, blocks.doubling(groups * (config.group_width or stem), 4 * stem)
 
 
-def imagenet(config: ConfigDict, stem: int) -> Kind:
+def imagenet(config: ConfigDict, stem: int) -> BlockAndWidths:
   """Basic blocks or bottlenecks, depending on the depth."""
   kind = blocks.basic if config.depth < FIRST_BOTTLENECK else bottleneck
   return kind(config, stem)
 
 
-def highway(config: ConfigDict, stem: int) -> Kind:
+def highway(config: ConfigDict, stem: int) -> BlockAndWidths:
   """Highway blocks, as wide as basic blocks."""
   block = functools.partial(HighwayBlock, gate_bias=config.gate_bias)
   return block, blocks.doubling(stem, stem)
 
 
-def preact(config: ConfigDict, stem: int, wide: bool = False) -> Kind:
+def preact(config: ConfigDict, stem: int, wide: bool = False) -> BlockAndWidths:
   """Pre-activation blocks; `wide`: with `widen_factor` times the channels."""
   dropout = config.block_dropout
   block = functools.partial(PreActBlock, wide=wide, dropout=dropout)
@@ -175,7 +175,7 @@ def preact(config: ConfigDict, stem: int, wide: bool = False) -> Kind:
   return block, blocks.doubling(width, width)
 
 
-def keras_bottleneck(config: ConfigDict, stem: int) -> Kind:
+def keras_bottleneck(config: ConfigDict, stem: int) -> BlockAndWidths:
   """The Keras example's v2: a stage's inner width is the width of its input."""
   outer = [stem, *(4 * stem * 2**k for k in range(3))]
   return PreActBottleneckBlock, lambda stage: (outer[stage], outer[stage + 1])

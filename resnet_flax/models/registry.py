@@ -34,7 +34,7 @@ class Family:
   shortcuts: tuple[str, ...]  # Values of `model.shortcut`, the default first.
   # Maps the configuration and the stem's channels to the block and its widths.
   # None: the network is in `feedforward.NETWORKS`.
-  block: Callable[..., blocks.Kind] | None = None
+  block_and_widths: Callable[..., blocks.BlockAndWidths] | None = None
   num_filters: int = 0  # The usual channels of the stem.
   large_images: bool = False  # Decides the stem and the allowed image sizes.
   final_norm_act: bool = False
@@ -161,13 +161,13 @@ def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
     ),
     "input_size": config.input_size,
   }
-  if family.block is None:
+  if family.block_and_widths is None:
     return feedforward.FeedForward(
       dropout=config.dropout,
       **feedforward.NETWORKS[config.name],
       **shared,
     )
-  block_cls, widths = family.block(config, num_filters(config))
+  block_cls, widths = family.block_and_widths(config, num_filters(config))
   if config.squeeze_excitation or config.stochastic_depth:
     branch = functools.partial(
       branches.Branch,

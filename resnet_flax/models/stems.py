@@ -1,6 +1,6 @@
 """Stems: the layers before the blocks of a residual network.
 
-Call a stem in a module's `nn.compact` method; this module owns the layers.
+Call a stem in a Flax module's `nn.compact` method: that module owns its layers.
 """
 
 import flax.linen as nn

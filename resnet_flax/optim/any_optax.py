@@ -33,10 +33,10 @@ class Rule(NamedTuple):
   decays_weights: bool  # Whether it applies `optimizer.weight_decay` itself.
 
 
-def rule(name: str, **arguments: Any) -> Rule:
-  """The rule of Optax's optimizer `name` with these arguments."""
+def rule(name: str, function: Callable[..., Any], **arguments: Any) -> Rule:
+  """The rule of an optimizer, a function of a rate and these arguments."""
   shown = [f"{k}={v}" for k, v in arguments.items() if not callable(v)]
-  at_rate = functools.partial(functions()[name], **arguments)
+  at_rate = functools.partial(function, **arguments)
   decays_weights = not _MASKS.isdisjoint(arguments)
   return Rule(f"{name}({', '.join(shown)})", at_rate, decays_weights)
 
@@ -94,7 +94,8 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   not take these arguments, or needs more than gradients and parameters.
   """
   name = config.name.removeprefix(PREFIX)
-  parameters = inspect.signature(functions()[name]).parameters
+  function = functions()[name]
+  parameters = inspect.signature(function).parameters
   decay_names = [each for each in parameters if each.endswith("weight_decay")]
   # Other keys set the rate and the decay; `_muon` sets the dimensions.
   allowed = parameters.keys() - _MASKS - {"learning_rate", "adam_learning_rate"}
@@ -107,7 +108,8 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
     arguments = _parse(config.arguments)
     if refused := sorted(arguments.keys() - allowed):
       raise ValueError(f"{refused[0]} cannot be set here")
-    made = rule(name, **arguments, **decays, **dict.fromkeys(mask_names, mask))
+    masks = dict.fromkeys(mask_names, mask)
+    made = rule(name, function, **arguments, **decays, **masks)
     # Some arguments fail only in a step. Tracing one computes nothing.
     params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
     tx = follow_rate(made, 0.1)

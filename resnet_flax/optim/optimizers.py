@@ -20,12 +20,12 @@ PyTree = Any
 
 def _adam(config: ConfigDict) -> any_optax.Rule:
   b1, b2 = config.b1, config.b2
-  return any_optax.rule("adam", b1=b1, b2=b2, eps=config.epsilon)
+  return any_optax.rule("adam", optax.adam, b1=b1, b2=b2, eps=config.epsilon)
 
 
 def _sgd(config: ConfigDict) -> any_optax.Rule:
   momentum, nesterov = config.momentum, config.nesterov
-  return any_optax.rule("sgd", momentum=momentum, nesterov=nesterov)
+  return any_optax.rule("sgd", optax.sgd, momentum=momentum, nesterov=nesterov)
 
 
 # For `optimizer.name`, whose choices are in run/config.py; others: `any_optax`.
@@ -113,7 +113,7 @@ def create_optimizer(config: ConfigDict) -> Optimizer:
   if config.weight_decay and not rule.decays_weights:
     links |= decay(config.weight_decay)
   links[rule.title] = any_optax.follow_rate(rule, config.learning_rate)
-  tx = optax.with_extra_args_support(optax.chain(*links.values()))
+  tx = optax.chain(*links.values())
   titles = tuple(links)
   if (steps := config.accumulate_steps) > 1:
     around = optax.MultiSteps(tx, steps)

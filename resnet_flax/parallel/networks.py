@@ -1,11 +1,12 @@
 """The networks of a run, one for each seed, and where they are trained.
 
 The devices are divided into groups (see `mesh`); each group trains some of the
-seeds. A chunk is the networks that one call of a compiled function works on:
-one network of each group or, if seeds are vectorized, all networks. Chunks run
-one after the other. A seed that is trained in turn is bit-identical to a run of
-its own on the devices of its group, except on CPUs with several devices in a
-group (see `kernels/convolution.py`).
+seeds. A single seed is a chunk: its own tree, and `for_chunk` returns functions
+as they are. Else a chunk is what one call of a compiled function works on: one
+network of each group or, if seeds are vectorized, all. Seeds 0 to 3 on two
+devices, in turn, are the chunks (0, 1) and (2, 3). A seed trained in turn is
+bit-identical to a run of its own on the devices of its group, except on CPUs
+with several devices in a group (see `kernels/convolution.py`).
 """
 
 import dataclasses

@@ -104,7 +104,7 @@ def epoch_batches(
 def trace(
   function: Callable[..., tuple[Any, ...]],
   layout: Layout,
-  own: Sequence[Networks],
+  per_network: Sequence[Networks],
   shared: Sequence[Any] = (),
   *,
   donate: bool = False,
@@ -112,8 +112,8 @@ def trace(
   """Traces a function of one network's trees for a chunk of networks.
 
   Needs no device: shapes, as from `Layout.shapes`, can stand for arrays. The
-  function takes arguments that are each network's `own`, then those that all
-  networks share. `donate` gives the first argument's memory to the result.
+  function takes arguments `per_network`, then those that all networks share.
+  `donate` gives the first argument's memory to the result.
   """
   jitted = jax.jit(
     layout.for_chunk(function, len(shared)),
@@ -121,14 +121,16 @@ def trace(
     out_shardings=layout.sharding,
   )
   # All chunks have the same shapes.
-  return jitted.trace(*(networks.chunks[0] for networks in own), *shared)
+  return jitted.trace(
+    *(networks.chunks[0] for networks in per_network), *shared
+  )
 
 
 def compile_function(
   title: str,
   function: Callable[..., tuple[Any, ...]],
   layout: Layout,
-  own: Sequence[Networks],
+  per_network: Sequence[Networks],
   shared: Sequence[Any] = (),
   *,
   donate: bool = False,
@@ -136,7 +138,7 @@ def compile_function(
   """Compiles a function of a network's trees for all networks; see `trace`."""
   started = time.perf_counter()
   _logger.info("compiling the %s", title)
-  traced = trace(function, layout, own, shared, donate=donate)
+  traced = trace(function, layout, per_network, shared, donate=donate)
   compiled = traced.lower().compile(mesh_lib.compiler_options(layout.mesh))
   hosts.meet()
   _logger.info("compiled in %.1f s", time.perf_counter() - started)

@@ -30,10 +30,10 @@ _RESNETS = (*_RESIDUAL, "plain", "plain_imagenet")
 _NORM = choice("batch_norm", "group_norm", "none")
 _NORMALIZATION = choice("pixel_mean", "channel", "imagenet", "caffe", "none")
 _DATASET = choice(
-  *("cifar10", "cifar100", "digits", "imagenet2012", "folder"), prefix="tfds/"
+  "cifar10", "cifar100", "digits", "imagenet2012", "folder", prefix="tfds/"
 )
 _AUGMENT = choice(
-  *("shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none")
+  "shift_flip", "crop_flip", "scale_crop", "random_resized_crop", "none"
 )
 _BAD_IMAGES = choice("error", "skip")
 _EXECUTION = choice("auto", "in_turn", "vectorized")

@@ -111,7 +111,7 @@ def measured_step(
   """`step.train_step` that also returns the layers' norms in this step."""
   with nn.intercept_methods(_store_output_rms):
     new_state, step_metrics, grads, collections = (
-      step_lib.train_step_with_backward(
+      step_lib.train_step_and_gradient(
         experiment, state, images, labels, key, collections=[_COLLECTION]
       )
     )

@@ -93,7 +93,7 @@ def load_model(
     WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
   local, config, experiment, states = _restore(
-    *(workdir, which, weights), choose=lambda seeds: _one_of(seeds, seed)
+    workdir, which, weights, choose=lambda seeds: _one_of(seeds, seed)
   )
   ((seed, state),) = states.items()
   mesh = mesh_lib.create_mesh(jax.local_devices())

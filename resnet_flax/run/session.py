@@ -155,7 +155,7 @@ class Session:
         stopped.number,
       ) from None
 
-  def choose_layout(
+  def choose_and_record(
     self, dataset: types.Dataset
   ) -> tuple[networks.Layout, int]:
     """Chooses the layout of the networks and the training steps of a call.
@@ -194,7 +194,7 @@ class Session:
     facts = {"class_names": dataset.class_names, **counts}
     with folder.explain_write_errors(self._workdir):
       folder.record_start(
-        *(self._workdir, config, self._devices, dataset.source, facts)
+        self._workdir, config, self._devices, dataset.source, facts
       )
 
   def restored_states(self) -> list[step_lib.TrainState]:
@@ -253,7 +253,7 @@ class Session:
         return
       yield batch
 
-  def report(self, step_metrics: networks.Networks, num_steps: int) -> None:
+  def advance(self, step_metrics: networks.Networks, num_steps: int) -> None:
     """Keeps a call's `StepMetrics`; reads and checks the previous call's.
 
     Reading one call late lets the devices work on the next call meanwhile.

@@ -262,7 +262,7 @@ def test_the_average_in_the_tools(straight, tmp_path):
   report.make([workdir], tmp_path / "report", "none")
   assert (tmp_path / "report/figures/learning_curves_ema_accuracy.png").exists()
   table = comparison.compare(
-    *([workdir], [straight("ema", 8)], "ema_accuracy", "last"), images=True
+    [workdir], [straight("ema", 8)], "ema_accuracy", "last", images=True
   )[0].to_csv()
   accuracy = 100 * record["test_ema_accuracy"]
   assert abs(accuracy - 100 * record["test_accuracy"]) > 0.1

@@ -130,7 +130,7 @@ def programs(config):
     name = layout.mesh, layout.chunk_size, len(state.chunks)
     if name not in compiled:
       compiled[name] = many_steps.create(
-        *(config, experiment, state, split, key, layout), steps_per_call=5
+        config, experiment, state, split, key, layout, steps_per_call=5
       ).compiled
     with pytest.MonkeyPatch.context() as patch:
       # Of one network, whatever its seed, and any number of steps.
@@ -199,7 +199,7 @@ def test_several_seeds(config, programs, num_devices, num_seeds, execution):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(program, "compile_function", lambda *_, **__: None)
       batches = many_steps.create(
-        *(of_seed, experiment, first, split, key, alone), steps_per_call=5
+        of_seed, experiment, first, split, key, alone, steps_per_call=5
       ).batches
     training = program.Program(training.compiled, batches)
     (single,), _ = second_epoch(of_seed, alone, training)

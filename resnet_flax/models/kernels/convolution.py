@@ -46,7 +46,7 @@ class _Geometry(NamedTuple):
 
   def apply(self, x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
-      *(x, kernel, self.strides, self.pads), dimension_numbers=_LAYOUT
+      x, kernel, self.strides, self.pads, dimension_numbers=_LAYOUT
     )
 
 

@@ -195,7 +195,7 @@ def test_whose_checkpoint_is_scored(tmp_path, monkeypatch, scored, groups):
 def test_a_group_without_scores_is_not_the_best(tmp_path, monkeypatch):
   """Its first score is of a later epoch."""
   workdirs.write(
-    *(tmp_path / "a", [0.5]), model__name="plain", eval_every_epochs=2
+    tmp_path / "a", [0.5], model__name="plain", eval_every_epochs=2
   )
   workdirs.write(tmp_path / "b", [0.4], seed=2024)
   path = tmp_path / "a/metrics.jsonl"
