@@ -790,7 +790,7 @@ def test_non_finite_step_is_never_saved_and_can_be_reproduced(
   run = functools.partial(
     train.train_and_evaluate, tiny_config, workdir, devices=one_device
   )
-  message = r"after step \d .* 1e\+30.* is in .*nonfinite_step\.json"
+  message = r"after step \d .* 1e\+30.* see .*nonfinite_step\.json"
   with pytest.raises(errors.NonFiniteError, match=message):
     run()
   failure = json.loads((workdir / "nonfinite_step.json").read_text())

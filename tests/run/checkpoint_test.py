@@ -240,7 +240,7 @@ def test_restores_what_several_devices_had(tmp_path, state):
     (
       make_state().replace(opt_state=(jnp.zeros(3),)),
       "holds another optimizer: opt_state/0 is missing there, float32[3] here."
-      " Pass",
+      " Use",
     ),
     (
       make_state().replace(rate_state={}),
