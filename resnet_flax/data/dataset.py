@@ -89,4 +89,4 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
     dataset = dataclasses.replace(dataset, validation=train.subset(held_out))
   if len(train_positions) < len(train):
     dataset = dataclasses.replace(dataset, train=train.subset(train_positions))
-  return streaming.settle(dataset)  # Decodes streams that fit in memory.
+  return streaming.settle(dataset)  # May decode streams now, into memory.

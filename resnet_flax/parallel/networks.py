@@ -1,12 +1,13 @@
 """The networks of a run, one for each seed, and where they are trained.
 
 The devices are divided into groups (see `mesh`); each group trains some of the
-seeds. A single seed is a chunk: its own tree, and `for_chunk` returns functions
-as they are. Else a chunk is what one call of a compiled function works on: one
-network of each group or, if seeds are vectorized, all. Seeds 0 to 3 on two
-devices, in turn, are the chunks (0, 1) and (2, 3). A seed trained in turn is
-bit-identical to a run of its own on the devices of its group, except on CPUs
-with several devices in a group (see `kernels/convolution.py`).
+seeds. A chunk is what one call of a compiled function works on: one network of
+each group or, if seeds are vectorized, all. A chunk of one network, such as a
+single seed's, is that network's tree, and `for_chunk` returns functions as they
+are. Seeds 0 to 3 on two devices, in turn, are the chunks (0, 1) and (2, 3). A
+seed trained in turn is bit-identical to a run of its own on the devices of its
+group, except on CPUs with several devices in a group (see
+`kernels/convolution.py`).
 """
 
 import dataclasses
@@ -157,7 +158,7 @@ class Layout:
       return function
     groups = self.mesh.shape[mesh_lib.SEED]
 
-    def of_group(*arguments: PyTree) -> PyTree:
+    def for_group(*arguments: PyTree) -> PyTree:
       num_own = len(arguments) - num_shared
       if self.chunk_size > groups:
         axes = (0,) * num_own + (None,) * num_shared
@@ -168,12 +169,12 @@ class Layout:
       return jax.tree.map(lambda leaf: leaf[None], result)
 
     if groups == 1:
-      return of_group
+      return for_group
 
-    def of_chunk(*arguments: PyTree) -> PyTree:
+    def for_groups(*arguments: PyTree) -> PyTree:
       specs = (PartitionSpec(mesh_lib.SEED),) * (len(arguments) - num_shared)
       return jax.shard_map(
-        of_group,
+        for_group,
         mesh=self.mesh,
         in_specs=specs + (PartitionSpec(),) * num_shared,
         out_specs=PartitionSpec(mesh_lib.SEED),
@@ -182,7 +183,7 @@ class Layout:
         check_vma=False,
       )(*arguments)
 
-    return of_chunk
+    return for_groups
 
   def for_networks(
     self, compiled: Callable[..., tuple[PyTree, ...]], num_shared: int = 0

@@ -55,7 +55,7 @@ def test_torn_line_is_left_out(log, tmp_path, torn):
     (1, 8, 1),
   ],
 )
-def test_cut_back(log, epochs, step, kept):
+def test_drop_after(log, epochs, step, kept):
   for epoch in range(epochs):
     log.append(record(epoch))
   assert len(log.drop_after(step, 4, fallen_back=False)) == kept
@@ -133,7 +133,7 @@ def test_a_line_that_is_no_record_is_named(log, tmp_path, line, message):
     (3, 7),
   ],
 )
-def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
+def test_drop_after_refuses_gaps_and_losses(log, epochs, step):
   for epoch in range(epochs):
     log.append(record(epoch))
   with pytest.raises(errors.WorkdirError, match=f"has {epochs} epochs but"):
@@ -141,7 +141,7 @@ def test_cut_back_refuses_gaps_and_losses(log, epochs, step):
   assert len(log.read()) == epochs
 
 
-def test_cut_back_as_far_as_the_checkpoints_went(log):
+def test_drop_after_as_far_as_the_checkpoints_went(log):
   for epoch in range(4):
     log.append(record(epoch))
   assert len(log.drop_after(4, 4, fallen_back=True)) == 1
@@ -154,7 +154,7 @@ def test_what_is_no_such_file_is_one_line(log, tmp_path, kind):
     log.read()
 
 
-def test_cut_back_makes_no_file(log, tmp_path):
+def test_drop_after_makes_no_file(log, tmp_path):
   assert log.drop_after(0, 4, fallen_back=False) == []
   assert list(tmp_path.iterdir()) == []
 

@@ -109,8 +109,8 @@ def variables(
   needed = {}
   for entries, leaf in leaves:
     path = tuple(entry.key for entry in entries)
-    name, layout, back = source.origin(path)
-    shape = back(np.broadcast_to(0, leaf.shape)).shape
+    name, layout, to_library = source.origin(path)
+    shape = to_library(np.broadcast_to(0, leaf.shape)).shape
     needed[name, shape] = path, layout
   assert len(needed) == len(leaves), "an array would be used twice"
   stored = {(name, array.shape) for name, array in file.arrays.items()}
