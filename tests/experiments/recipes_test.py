@@ -4,12 +4,14 @@ import json
 import pathlib
 import statistics
 
+import numpy as np
 import pytest
 
 from experiments.recipes import report
 from experiments.tools import markdown
 from resnet_flax import train
 from resnet_flax.run import folder
+from resnet_flax.tools.report import intervals
 
 WITHOUT = "fast_cifar10,label_smoothing=0.0"
 
@@ -78,6 +80,7 @@ def test_the_page_has_the_numbers_of_the_raw_file():
   fast = [run for run in runs if run["recipe"] == "fast_cifar10"]
   ends = [run["accuracies"][-1] for run in fast]
   reached = markdown.mean_and_std(ends, ".1f")
+  text = " ".join(text.split())
   assert f"reaches {reached} % (mean ± standard deviation, n = 3)" in text
   assert len(fast) == 3
   keras = [run for run in runs if run["recipe"] == "v1_depth20"]
@@ -85,6 +88,17 @@ def test_the_page_has_the_numbers_of_the_raw_file():
     [run["accuracies"][-1] for run in keras], ".1f"
   )
   minutes = f"{keras[0]['minutes'][-1]:.0f} minutes (n = {len(keras)})"
-  assert f"reaches {reached} % in {minutes}" in " ".join(text.split())
+  assert f"reaches {reached} % in {minutes}" in text
+  keras_ends = np.array([run["accuracies"][-1] for run in keras])
+  for accuracies, said in (
+    (np.array(ends), "{:.1f} points (95 % interval {:.1f} to {:.1f})"),
+    (
+      np.array([r["unflipped"] for r in fast]),
+      "{:.1f} points ({:.1f} to {:.1f})",
+    ),
+  ):
+    low, high, _ = intervals.interval(accuracies, keras_ends, paired=False)
+    difference = accuracies.mean() - keras_ends.mean()
+    assert f"difference is {said.format(difference, low, high)}" in text
   gain = statistics.mean(ends) - statistics.mean(r["unflipped"] for r in fast)
   assert f"give {gain:.1f} of these points" in text
