@@ -397,6 +397,7 @@ def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
   mirrored = changed(tiny_config)
   mirrored.checkpoint.mirror = str(tmp_path / "disk")
   monkeypatch.setattr(mirror, "_POLL", 600.0)  # It copies at the end.
+  monkeypatch.setattr(mirror, "_WHEN_STOPPED", 3.0)
   seen = []
 
   def begin_anew():

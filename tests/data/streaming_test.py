@@ -373,8 +373,8 @@ BOMB[16:24] = (9_000).to_bytes(4, "big") * 2
       f"record 39, from 0, of the split 'train' (record 39 of {TRAIN_FILE}):"
       " OSError",
     ),
-    (encode(), 4, "label [4] must be one from 0 to 3"),
-    (encode(), -1, "label [-1]"),
+    (encode(), 4, "labels [4] must be one from 0 to 3"),
+    (encode(), -1, "labels [-1]"),
   ],
 )
 def test_examples_that_are_none(copy, image, label, message):
