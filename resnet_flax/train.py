@@ -220,6 +220,7 @@ def _after_epoch(
 ) -> networks.Networks:
   """Gives an epoch's loss to the learning-rate rules; returns the new state."""
   objective = metrics.monitored(record, "objective")
+  # The epoch was not scored, or no rule follows its loss.
   if objective not in record or not experiment.learning_rate.rules:
     return state
   before = layout.get(layout.map(lambda chunk: chunk.rate_state, state))
