@@ -74,7 +74,7 @@ def test_the_results_in_the_readme_are_those_of_the_raw_files():
   accuracy = f"{markdown.mean_and_std(ends, '.1f')} % test accuracy"
   assert f"| {accuracy} | {len(ends)} seeds |" in text
   kills = json.loads((folder / "faults" / "kills.json").read_text())
-  assert f"{kills['kills']} kills" in text
+  assert f"| {kills['kills']} signals |" in text
 
 
 def test_commands_name_configs_that_exist():
