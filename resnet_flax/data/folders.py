@@ -156,8 +156,13 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
   message = "pictures in %s: %s; %d other files are ignored"
   _logger.info(message, root, counts, num_others)
+  top_dirs = _scan(str(root), os.stat(root).st_mtime_ns)[0]
+  unused = sorted({*top_dirs} - parts.keys() - parts["train"].keys())
   if len(parts) > 3:
-    _logger.warning("warning: beside val and test, validation is not used")
+    unused.append("validation")  # There is val, too.
+  if unused:
+    message = "warning: these folders in %s are not used: %s"
+    _logger.warning(message, root, ", ".join(unused))
   paths = [path for each in sources for path in each.paths]
   sizes = [os.stat(path).st_size for path in paths]
   is_small = sum(sizes) <= files.READ_WHOLE

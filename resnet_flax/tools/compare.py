@@ -12,7 +12,9 @@ def main(argv: list[str]) -> None:
   )
   add = parser.add_argument
   add("a", nargs="+", metavar="A", help="workdir, or folder of workdirs")
-  add("--with", nargs="+", required=True, metavar="B", dest="b")
+  # Given twice, the second adds to the first.
+  b = parser.add_argument("--with", nargs="+", action="extend", required=True)
+  b.dest, b.metavar = "b", "B"
   add("--metric", default="accuracy", help="key, with or without 'test_'")
   add("--which", default="best", choices=["best", "last"], help="epoch")
   formats = ["text", "markdown", "csv", "latex"]

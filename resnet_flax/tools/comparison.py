@@ -39,6 +39,11 @@ def compare(
     cautions.append(f"the data {differ}: A has {data[0]}, B has {data[1]}")
   if epochs[0] != epochs[1] or not all(side.finished for side in sides):
     cautions.append(f"unequal or missing epochs: A {epochs[0]}, B {epochs[1]}")
+  for name, side in zip("AB", sides, strict=True):
+    counted = {run.seed for run in side.counted}
+    if left_out := sorted({run.seed for run in side.runs} - counted):
+      seeds = ", ".join(map(str, left_out))
+      cautions.append(f"unfinished seeds of {name} are left out: {seeds}")
   unscored = [r for s in sides for r in s.counted if r.chosen_by is None]
   if which == "best" and unscored:
     raise errors.ConfigError(

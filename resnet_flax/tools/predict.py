@@ -79,12 +79,18 @@ def predict_files(
         yield name, each if isinstance(each, str) else next(rows)
 
 
+def _to_text(name: str) -> str:
+  r"""A file's or a folder's name; bytes that are not text become \xff."""
+  return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
   """Prints a row per file, warns of skipped files, and counts the rows."""
   from resnet_flax.tools.report import runs, tables
 
   num_classes, num_rows = loaded.model.num_classes, 0
-  classes = loaded.class_names or [*map(str, range(num_classes))]
+  names = loaded.class_names or map(str, range(num_classes))
+  classes = [*map(_to_text, names)]
   width, k = max(map(len, classes)), min(args.topk, num_classes)
   output: Any = types.SimpleNamespace(write=surroundings.show)
   # All texts are quoted, since a name may hold any character.
@@ -97,8 +103,7 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
     for name, result in predict_files(loaded, files, args.batch_size):
       bar.update()
       with bar.external_write_mode():
-        # Bytes that are not text are shown as \xff.
-        path = os.fsencode(name).decode(errors="backslashreplace")
+        path = _to_text(name)
         if isinstance(result, str):
           _logger.warning("%s", runs.shown(f"skipped {path}: {result}"))
           continue

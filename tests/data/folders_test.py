@@ -183,11 +183,17 @@ def test_parts_of_the_training_split_are_balanced(tmp_path):
   assert not set(dataset.train.indices) & set(dataset.validation.indices)
 
 
-def test_a_second_validation_part_is_not_used_without_a_word(tmp_path, caplog):
-  root = make(tmp_path, ("train", "val", "validation", "test"))
-  dataset = load(root)
+def test_no_folder_is_left_out_without_a_word(tmp_path, caplog):
+  parts = ("train", "val", "validation", "test")
+  dataset = load(make(tmp_path / "two", parts))
   assert len(dataset.validation) == len(dataset.test) == 36
-  assert "beside val and test, validation is not used" in caplog.text
+  assert f"in {tmp_path / 'two'} are not used: validation" in caplog.text
+  load(make(tmp_path / "other", ("train", "valid", "Test")))
+  assert f"in {tmp_path / 'other'} are not used: Test, valid" in caplog.text
+  caplog.clear()
+  load(make(tmp_path / "used", ("train", "val", "test")))
+  load(make(tmp_path / "classes", ("",)))
+  assert "not used" not in caplog.text
 
 
 # ---- What is refused

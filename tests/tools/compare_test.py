@@ -12,8 +12,8 @@ from scipy import stats
 
 from resnet_flax import train
 from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import errors, load
-from resnet_flax.tools import comparison
+from resnet_flax.run import errors, load, surroundings
+from resnet_flax.tools import compare as command, comparison
 from resnet_flax.tools.report import intervals
 from tests.helpers import ROOT, run_module
 from tests.tools.report import workdirs
@@ -105,6 +105,21 @@ def test_an_epoch_that_is_not_scored(tmp_path):
     (b / "environment.json").write_text('{"data": "digits"}')
   with pytest.raises(errors.ConfigError, match=r"last epoch .* --which=best"):
     compare(a, b, which="last")
+
+
+def test_seeds_that_have_not_finished_are_named(tmp_path):
+  """A network that diverges never finishes, so the others are a choice."""
+  for seed, accuracies in enumerate(([0.9], [0.8], [0.7, 0.9], [0.6, 0.9])):
+    options = {"num_epochs": 2, "seed": seed}
+    workdirs.write(tmp_path / "a" / str(seed), accuracies, **options)
+  b = workdirs.write(
+    tmp_path / "b", [[0.8, 0.9]] * 2, num_epochs=2, num_seeds=2
+  )
+  tables = compare(tmp_path / "a", b, which="last")
+  assert numbers(tables["comparison"], 0)["n"] == "2, 2"
+  left_out = "unfinished seeds of A are left out: 0, 1"
+  assert left_out in tables["warnings"].to_csv()
+  assert "seeds of B" not in tables["warnings"].to_csv()
 
 
 def test_one_seed_cannot_tell(tmp_path):
@@ -333,6 +348,17 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, code, message):
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: ")
   assert message in line
+
+
+def test_with_may_be_repeated(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(surroundings, "set_up", lambda: None)
+  a = write(tmp_path / "a", A)
+  sides = [
+    ("--with", str(write(tmp_path / str(k), [x], seed=k)))
+    for k, x in enumerate(B)
+  ]
+  command.main(["compare", str(a), *sum(sides, ()), "--no-images"])
+  assert " 4, 4 " in capsys.readouterr().out
 
 
 def test_unfinished_runs(tmp_path):

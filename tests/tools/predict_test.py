@@ -277,20 +277,38 @@ def test_an_empty_folder(run, tmp_path):
     run(str(tmp_path))
 
 
-def test_classes_without_names_have_numbers(run, pictures, monkeypatch):
-  """As a head that `convert` has taken from a file."""
+@pytest.fixture
+def run_with(run, monkeypatch):
+  """As `run`, for a network of ten classes with these names."""
   from resnet_flax.run import load
 
-  nameless = types.SimpleNamespace(
-    config=config_lib.default_config(),
-    class_names=(),
-    image_shape=(32, 32, 3),
-    model=types.SimpleNamespace(num_classes=10),
-    predict=lambda images: np.tile(np.arange(10) / 45, (len(images), 1)),
-  )
-  monkeypatch.setattr(load, "load_model", lambda *_, **__: nameless)
-  for line in run("pictures", "--topk=2").splitlines():
+  def run_with(class_names, *arguments):
+    network = types.SimpleNamespace(
+      config=config_lib.default_config(),
+      class_names=class_names,
+      image_shape=(32, 32, 3),
+      model=types.SimpleNamespace(num_classes=10),
+      predict=lambda images: np.tile(np.arange(10) / 45, (len(images), 1)),
+    )
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: network)
+    return run(*arguments)
+
+  return run_with
+
+
+def test_classes_without_names_have_numbers(run_with, pictures):
+  """As a head that `convert` has taken from a file."""
+  for line in run_with((), "pictures", "--topk=2").splitlines():
     assert line.startswith("9  20.00%  8  17.78%  pictures/")
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_bytes_of_a_class_that_are_not_text(run_with, pictures, form):
+  """Classes may be folders; UTF-8 has no bytes for a surrogate."""
+  names = tuple(os.fsdecode(b"caf\xe9 %d" % k) for k in range(10))
+  out = run_with(names, "pictures", "--topk=1", f"--format={form}")
+  escaped = r"caf\\xe9 9" if form == "json" else r"caf\xe9 9"
+  assert escaped in out.encode().decode()
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,8 @@ def _limits(groups: Sequence[_Curves]) -> tuple[float, float]:
 def _draw_curves(
   axes: Any, group: runs_lib.Group, curves: _Curves, position: int
 ) -> None:
-  spacing = math.ceil(group.num_epochs / _MARKERS_OF_A_CURVE)
   for split, (epochs, values) in curves.items():
+    spacing = math.ceil(len(epochs) / _MARKERS_OF_A_CURVE)
     mean = values.mean(axis=0)
     look = {"color": _COLORS[position], "marker": _MARKERS[position]}
     # Shifted, so that the markers of similar curves do not hide each other.

@@ -146,6 +146,21 @@ def test_a_metric_of_ones_own_is_drawn(tmp_path, drawn):
   assert own.name != errors.name
 
 
+@pytest.mark.parametrize("every", [4, 40])
+def test_few_scores_are_drawn_of_every_group(tmp_path, drawn, every):
+  for depth in (8, 14, 20, 26, 32, 38):
+    options = {"num_epochs": 40, "eval_every_epochs": every}
+    run = tmp_path / str(depth)
+    workdirs.write(run, [0.5] * 40, model__depth=depth, **options)
+  groups = runs.group(runs.read(runs.find([tmp_path])))
+  figures.learning_curves(groups, "accuracy")
+  *lines, _, _ = drawn[0].axes[0].lines
+  assert len(lines) == 2 * 6
+  for line in lines:
+    start, _ = line.get_markevery()
+    assert start < len(line.get_xdata())
+
+
 def test_long_names_have_room(tmp_path, drawn):
   paths = [f"/{'long/' * 60}{k}" for k in range(6)]
   for k, path in enumerate(paths):
