@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 PREFIX = "optax/"
 _MUON_COEFFICIENTS = np.array((3.4445, -4.775, 2.0315), np.float32)
 _MASKS = {"mask", "weight_decay_mask"}  # Arguments that mask weight decay.
+# These divide by the sum of the rates so far: NaN if the first one is 0.
+NO_ZERO_RATE = (f"{PREFIX}dadapt_adamw", f"{PREFIX}prodigy")
 OPTIMIZERS = ("adamw", "lamb", "lion", "muon")  # These need no prefix.
 # Functions to leave out: they score other weights than they train, keep random
 # keys, need gradients of single images, use the rate only for their first step,
@@ -113,9 +115,11 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
     # Some arguments fail only in a step. Tracing one computes nothing.
     params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
     tx = follow_rate(made, 0.1)
-    jax.eval_shape(
-      lambda w: tx.update(w, tx.init(w), w, learning_rate=0.1), params
-    )
+    before = jax.eval_shape(tx.init, params)
+    update = functools.partial(tx.update, learning_rate=0.1)
+    _, after = jax.eval_shape(update, params, before, params)
+    if _dtypes(before) != _dtypes(after):
+      raise ValueError("a step would change the dtypes of the state")
   # Optax raises many kinds of exceptions.
   except Exception as error:
     raise ValueError(
@@ -124,6 +128,10 @@ def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
       f" {', '.join(each for each in parameters if each in allowed)}."
     ) from error
   return made
+
+
+def _dtypes(state: Any) -> list[np.dtype]:
+  return [each.dtype for each in jax.tree.leaves(state)]
 
 
 def _parse(text: str) -> dict[str, Any]:

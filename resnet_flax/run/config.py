@@ -83,8 +83,9 @@ _KEYS = (
     " only (Szegedy et al. 2015, section 7). Scores use the true labels."
   ),
   Key("average_batch_norm", "recompute", choice("recompute", "average")).means(
-    "Running statistics of ema and swa. recompute: from up to 5,000 training"
-    " images, not augmented, at an epoch's end. average: like the weights."
+    "Running statistics of ema and swa. recompute: at an epoch's end, from up"
+    " to 5,000 training images (at least a batch), not augmented. average: like"
+    " the weights."
   ),
   Key("init_from", "", PATH).means(
     "Workdir whose best checkpoint gives the first weights, with a new head for"

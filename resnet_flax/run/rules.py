@@ -254,6 +254,15 @@ def _check_schedule(config: ConfigDict) -> None:
     f"{key} does nothing for schedule.name=onecycle, which rises by itself"
     " until schedule.peak_percent. Leave it 0.",
   )
+  name, arguments = config.optimizer.name, config.optimizer.arguments
+  _require(
+    name not in any_optax.NO_ZERO_RATE
+    or not (epochs or values.name == "onecycle")
+    or "safeguard_warmup=True" in arguments.replace(" ", ""),
+    f"optimizer.name={name} divides by the rates so far, but the first rate of"
+    " onecycle and of schedule.linear_warmup_epochs is 0. Use neither, or for"
+    " prodigy --config.optimizer.arguments=safeguard_warmup=True.",
+  )
   ends = [config.num_epochs]  # The warm-up must be shorter than each of these.
   if values.name == "drops":
     ends += learning_rates.drop_epochs(ends[0], percents, values.drop_inclusive)

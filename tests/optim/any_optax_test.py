@@ -53,6 +53,11 @@ def check(name, arguments="", **values):
     ("optax/rprop", "", "is not known"),
     ("muon", "adam_learning_rate=1.0", "muon takes:"),
     ("nadam", "", "Known: adam, adamw, lamb, lion, muon, optax/NAME, sgd"),
+    (
+      "optax/ademamix",
+      "mu_dtype='bfloat16'",
+      "would change the dtypes of the state. ademamix takes: b1",
+    ),
     ("lion", "x" * 2000, "must be like b1=0.9"),
     ("lion", "b1=\n0.9", "must be like"),
   ],
@@ -78,6 +83,39 @@ def test_an_optimizer_of_ones_own(monkeypatch):
     config_keys.KEYS, key.name, dataclasses.replace(key, values=values)
   )
   assert check("mine").links[-1] == "mine()"
+
+
+@pytest.mark.parametrize("name", any_optax.NO_ZERO_RATE)
+@pytest.mark.parametrize(
+  "schedule", [{"linear_warmup_epochs": 1.0}, {"name": "onecycle"}]
+)
+def test_a_rate_of_zero_is_refused_where_it_gives_nan(name, schedule):
+  config = base.get_config()
+  config.optimizer.name = name
+  rules.check(config, num_devices=1)
+  config.schedule.update(schedule)
+  with pytest.raises(errors.ConfigError, match="the first rate of onecycle"):
+    rules.check(config, num_devices=1)
+  if "prodigy" in name:
+    config.optimizer.arguments = "beta3=0.8, safeguard_warmup = True"
+    rules.check(config, num_devices=1)
+
+
+def test_only_those_give_nan_at_a_rate_of_zero():
+  params = {"kernel": jnp.arange(1.0, 5.0)}
+  not_finite = set()
+  for name in any_optax.functions():
+    try:
+      tx = check(f"optax/{name}").tx
+    except errors.ConfigError:
+      continue
+    state = tx.init(params)
+    for rate in (0.0, 0.1):
+      found = tx.update(params, state, params, learning_rate=jnp.float32(rate))
+      updates, state = found
+    if not np.isfinite(updates["kernel"]).all():
+      not_finite.add(f"optax/{name}")
+  assert not_finite == {*any_optax.NO_ZERO_RATE}
 
 
 def test_arguments_are_optaxs():
