@@ -409,7 +409,7 @@ def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
     (workdir / "lock").write_text(json.dumps(owner))
     seen.append(contents(workdir))
 
-  with pytest.raises(errors.WorkdirError, match="used by process 1 on elsewh"):
+  with pytest.raises(errors.WorkdirError, match="belongs to process 1 on e"):
     run(mirrored, on_event=at_event("step", 6, begin_anew))
   assert "nothing more is copied" in caplog.text
   assert not mirror._Store(str(tmp_path / "disk")).states()

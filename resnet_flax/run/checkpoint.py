@@ -118,9 +118,13 @@ class Checkpoints:
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
     with contextlib.suppress(OSError):  # The disk may be missing.
-      # After an error the best steps may be unknown, or the save of the best
-      # one may have failed: then the older checkpoints stay.
-      if not kind or self._manifest.get("step") in steps(self._workdir):
+      # After an error the best steps may be unknown, the save of the best one
+      # may have failed, or the folder may belong to another run: then the older
+      # checkpoints stay.
+      if not kind or (
+        kind is not errors.WorkdirError
+        and self._manifest.get("step") in steps(self._workdir)
+      ):
         self._remove_old()
       # A run that failed before its first checkpoint leaves no folder.
       self._folder.rmdir()

@@ -92,6 +92,9 @@ def use(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
     )
   try:
     with exclusive(workdir):
+      # Again: the process that held the lock may have begun a run meanwhile.
+      if (workdir / "config.json").exists():
+        check_same(workdir, config)
       yield
   finally:
     if made:
@@ -145,7 +148,7 @@ def check_same(
       for pattern in ("lock", "metrics.jsonl", "checkpoints/*")
     ):
       advice = " It has no checkpoint: delete it to start again."
-    elif stored["num_epochs"] != current["num_epochs"]:
+    elif stored["num_epochs"] < current["num_epochs"]:
       advice = (
         " Its learning rates depend on num_epochs, so it cannot be lengthened"
         " (a run with schedule.name=constant can, and one with"
@@ -218,6 +221,9 @@ def is_taken(workdir: pathlib.Path) -> bool:
   try:
     # A new lock is empty until its owner has written into it.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
+  except FileNotFoundError:
+    # A run that begins anew and ends leaves config.json, but no lock.
+    return path in _WRITTEN and (workdir / "config.json").exists()
   except (OSError, ValueError, KeyError):  # The file system may have no locks.
     return False
 
@@ -314,7 +320,7 @@ def read_environment(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / "environment.json"
   try:
     return files.parse_object(files.read_bytes(path))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return {}
   except (OSError, ValueError) as error:
     raise errors.WorkdirError(
@@ -389,7 +395,7 @@ def check_not_removed(workdir: pathlib.Path) -> None:
   """
   if is_taken(workdir):
     raise errors.WorkdirError(
-      f"workdir {workdir}, or its lock, was removed; it is now used by"
+      f"workdir {workdir}, or its lock, was removed; it now belongs to"
       f" {_owner(workdir / 'lock')}. This run ends and saves nothing more."
     )
   try:

@@ -64,10 +64,13 @@ class _State:
 class _Store:
   def __init__(self, url: str, name: str = _KEY):
     self.url, self.name = url, name
+    options = {"use_listings_cache": False, "skip_instance_cache": True}
     try:
-      self.system, self.root = fsspec.core.url_to_fs(
-        url, use_listings_cache=False, skip_instance_cache=True
-      )
+      if errors.is_local(url):  # A '::' or 'file:' is a part of a name there.
+        self.system = fsspec.filesystem("file", **options)
+        self.root = os.path.abspath(os.path.expanduser(url))
+      else:
+        self.system, self.root = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
       raise errors.ConfigError(
         f"{name}={url} cannot be used: {errors.one_line(error)}."

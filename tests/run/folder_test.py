@@ -250,16 +250,17 @@ def test_an_edited_number_of_epochs_is_another_configuration(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-  ("key", "says"), [("num_epochs", True), ("seed", False)]
+  ("key", "value", "says"),
+  [("num_epochs", 300, True), ("num_epochs", 100, False), ("seed", 300, False)],
 )
 def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
-  tmp_path, key, says
+  tmp_path, key, value, says
 ):
   start(tmp_path, base.get_config())
   (tmp_path / "checkpoints" / "8").mkdir(parents=True)
   (tmp_path / "checkpoints" / "8" / "manifest.json").touch()
   longer = base.get_config()
-  longer[key] = 300
+  longer[key] = value
   with pytest.raises(errors.WorkdirError) as caught:
     check(tmp_path, longer)
   message = (
@@ -382,6 +383,11 @@ def test_a_config_that_is_nested_is_one_line_or_read(tmp_path, depth):
 def test_not_a_workdir(tmp_path):
   with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
     workdir_lib.load_config(tmp_path)
+  file = tmp_path / "file"
+  file.touch()
+  assert workdir_lib.read_environment(file) == {}
+  with pytest.raises(errors.WorkdirError, match="is not the workdir of a run"):
+    workdir_lib.load_config(file)
 
 
 # ---- The lock
@@ -415,6 +421,42 @@ def test_it_is_removed_at_the_end(tmp_path):
   assert list(tmp_path.iterdir()) == []
   with workdir_lib.exclusive(tmp_path):
     pass
+
+
+def test_a_folder_that_another_run_has_used_is_left_to_it(tmp_path):
+  """It began anew there and has ended, so there is no lock."""
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  with workdir_lib.exclusive(workdir):
+    record(workdir, base.get_config())
+    workdir_lib.check_not_removed(workdir)
+    shutil.rmtree(workdir)
+    assert not workdir_lib.is_taken(workdir)
+    workdir.mkdir()
+    record(workdir, base.get_config())
+    with pytest.raises(errors.WorkdirError, match="belongs to another process"):
+      workdir_lib.check_not_removed(workdir)
+
+
+def test_the_configuration_is_checked_when_the_lock_is_held(
+  tmp_path, monkeypatch
+):
+  """Another run may begin and end while this one waits for the lock."""
+  exclusive = workdir_lib.exclusive
+
+  @contextlib.contextmanager
+  def wait(workdir):
+    monkeypatch.setattr(workdir_lib, "exclusive", exclusive)
+    start(workdir, base.get_config())
+    with exclusive(workdir):
+      yield
+
+  monkeypatch.setattr(workdir_lib, "exclusive", wait)
+  other = base.get_config()
+  other.seed = 1
+  with pytest.raises(errors.WorkdirError, match=r"in seed \(0 there, 1 here"):
+    check(tmp_path, other)
+  assert not (tmp_path / "lock").exists()
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, holder):

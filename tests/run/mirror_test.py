@@ -125,6 +125,17 @@ def test_a_new_machine_gets_what_was_saved(address, workdir, tmp_path):
   assert len(store.names("states")) <= 2
 
 
+@pytest.mark.parametrize("name", ["run::1", "zip::z", "file:x", "a b#?"])
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch, workdir, name):
+  """Where fsspec would read a part of it as syntax."""
+  monkeypatch.chdir(tmp_path)
+  save(workdir, 4, 1)
+  with mirror.Mirror(name, workdir):
+    pass
+  assert (tmp_path / name / "states").is_dir()
+  assert contents(mirror.local(name, "WORKDIR")) == contents(workdir)
+
+
 def test_what_a_run_starts_from_is_not_lost(workdir, tmp_path):
   """Converted weights, or those of init_from, whose source may be gone."""
   address = str(tmp_path / "disk")
