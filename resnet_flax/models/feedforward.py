@@ -86,7 +86,10 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """float32[B, num_classes] logits of normalised float[B, H, W, C] images."""
+    """float32[B, num_classes] logits of normalised float[B, H, W, C] images.
+
+    Raises `ValueError` for images of which no pixel is left after the pools.
+    """
     x = layers.resize(images, self.input_size)
     number = 0
     for layer in self.features:
@@ -100,6 +103,8 @@ class FeedForward(nn.Module):
       x = conv(layer.num_filters, window, layer.strides)(x)
       norm = functools.partial(self.norm, act=self.act, name=f"bn{number}")
       x = norm(use_running_average=not train)(x)
+    if 0 in x.shape[1:3]:
+      raise ValueError(f"images of {images.shape[1:3]} pixels are too small")
     x = adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)
     drop = functools.partial(nn.Dropout(self.dropout), deterministic=not train)

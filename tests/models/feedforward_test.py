@@ -11,6 +11,7 @@ import pytest
 from configs import base
 from resnet_flax.models import feedforward, registry
 from resnet_flax.models.feedforward import Conv, Pool
+from resnet_flax.run import create
 
 
 @functools.cache
@@ -166,3 +167,18 @@ def test_pools_take_the_largest():
   np.testing.assert_allclose(
     pooled.reshape(expected.shape), expected, rtol=1e-6
   )
+
+
+@pytest.mark.parametrize(("name", "least"), [("vgg", 32), ("alexnet", 63)])
+def test_images_of_which_nothing_is_left_are_refused(name, least):
+  """Every image would give the same logits."""
+  depth = {"vgg": 19, "alexnet": 8}[name]
+  model = create.create_model(name, depth, 10)
+
+  def trace(side):
+    init = functools.partial(model.init, train=False)
+    jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+
+  trace(least)
+  with pytest.raises(ValueError, match="too small"):
+    trace(least - 1)

@@ -36,8 +36,9 @@ def named(loaded: LoadedModel, names: str) -> Network:
   origin_of = library.origin_of(names, model)
   if origin_of is None:
     raise errors.WeightsError(f"{names} has no {model.name}")
-  origins = [(origin_of(path), array) for path, array in flat.items()]
-  arrays = {origin.name: origin.to_library(array) for origin, array in origins}
+  with files.explain(f"{names} has no such layers as this {model.name}"):
+    origins = [(origin_of(path), array) for path, array in flat.items()]
+    arrays = {origin.name: origin.to_library(x) for origin, x in origins}
   # `identify` finds the network as if the library had written these arrays.
   file = files.WeightsFile(pathlib.Path("the network"), "", arrays, ())
   source = library.identify(file)
@@ -46,6 +47,14 @@ def named(loaded: LoadedModel, names: str) -> Network:
   if wrong:
     flags = ", ".join(wrong.values())
     raise errors.WeightsError(f"{source.title} would need {flags}")
+  side = model.input_size or loaded.image_shape[0]
+  if (
+    names == "keras" and model.name != "resnet_imagenet" and -(-side // 4) != 8
+  ):
+    raise errors.WeightsError(
+      f"{source.title} pools 8x8 pixels, as 32x32 images give; these images are"
+      f" {side}x{side}"
+    )
   return Network(source.title, arrays)
 
 

@@ -1,11 +1,13 @@
 """Every network that other libraries have comes back to the bit."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from experiments.weights import __main__ as way_in, way_out
 from resnet_flax.data import normalize
@@ -153,6 +155,11 @@ def test_orbax_and_flax_names(tmp_path):
       "keras",
       "would need --config.model.batch_norm_epsilon=0.001 .now 1e-05.",
     ),
+    (
+      way_in.KERAS["example_v1_20"] | {"model.input_size": 40},
+      "keras",
+      "pools 8x8 pixels, as 32x32 images give; these images are 64x64",
+    ),
   ],
 )
 def test_networks_that_a_library_lacks(overrides, names, message):
@@ -160,6 +167,23 @@ def test_networks_that_a_library_lacks(overrides, names, message):
   loaded = random_network(overrides)
   with pytest.raises(errors.WeightsError, match=message):
     weights.named(loaded, names)
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    ("stage1_block1", "branch", "scale"),
+    ("stage1_block1", "bn1", "LayerNorm_0", "scale"),
+  ],
+)
+def test_layers_of_ones_own_are_refused(path):
+  names, overrides = KINDS["cifar20"]
+  loaded = random_network(overrides)
+  arrays = traverse_util.flatten_dict(loaded.variables)
+  arrays["params", *path] = np.float32(1)
+  variables = traverse_util.unflatten_dict(arrays)
+  with pytest.raises(errors.WeightsError, match="has no such layers"):
+    weights.named(dataclasses.replace(loaded, variables=variables), names)
 
 
 @pytest.mark.parametrize("normalization", ["channel", "pixel_mean", "none"])
