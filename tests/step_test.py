@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -381,3 +382,87 @@ def test_step_lowers_for_accelerators(name, depth, platform):
   # Forward and weight gradient of each, input gradient of all but the stem.
   convolutions = len(re.findall(r"stablehlo\.convolution", text))
   assert convolutions == 3 * kernels - 1
+
+
+class Linear(nn.Module):
+  """A network that sees the means of the left half, compiled at once."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    return nn.Dense(10, name="head")(images[:, :, :16].mean((1, 2)))
+
+
+def linear(changes, normalization=None):
+  """A jitted step of a linear network, its state, and four images."""
+  config = base.get_config()
+  config.update_from_flattened_dict(
+    {"augment.name": "none", "optimizer.l2_weights": "kernels"} | changes
+  )
+  experiment = dataclasses.replace(experiment_lib.build(config), model=Linear())
+  state = step_lib.create_train_state(
+    experiment,
+    jax.random.key(0),
+    normalization or normalize.placeholder("pixel_mean", (32, 32, 3)),
+  )
+  pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+  step = jax.jit(
+    functools.partial(step_lib.train_step_and_gradient, experiment)
+  )
+  steps = experiment.learning_rate.steps_per_epoch
+  return step, state, (jnp.asarray(pixels), jnp.arange(4)), steps
+
+
+WARM_UP = {
+  "optimizer.name": "sgd",
+  "optimizer.momentum": 0.0,
+  "optimizer.learning_rate": 0.5,
+  "optimizer.l2": 0.0,
+  "schedule.warmup_learning_rate": 0.01,
+  "schedule.warmup_min_depth": 0,
+}
+
+
+def test_a_step_is_as_long_as_the_rate_that_it_reports():
+  step, state, batch, _ = linear(WARM_UP)
+  new, reported, gradient, _ = step(state, *batch, jax.random.key(0))
+  assert reported.learning_rate == pytest.approx(0.01)
+  jax.tree.map(
+    lambda old, g, new: np.testing.assert_allclose(
+      new, old - 0.01 * g, rtol=1e-5, atol=1e-7
+    ),
+    *(state.params, gradient, new.params),
+  )
+
+
+def test_the_warm_up_waits_for_the_error():
+  step, state, batch, _ = linear(WARM_UP)
+  new, reported, *_ = step(state, *batch, jax.random.key(0))
+  error = 1 - float(reported.sums["accuracy"]) / 4
+  assert error > 0.5
+  estimate = float(new.rate_state["warmup_error"])
+  assert estimate == pytest.approx(0.98 + 0.02 * error, rel=1e-6)
+
+
+def test_bytes_change_with_the_epoch():
+  step, state, batch, steps = linear({"augment.alternating_flip": True})
+
+  def loss_at(number):
+    start = state.replace(step=jnp.asarray(number))
+    return float(step(start, *batch, jax.random.key(0))[1].sums["loss"])
+
+  first, *same, mirrored, again = map(
+    loss_at, (0, 1, steps - 1, steps, 2 * steps)
+  )
+  assert same == [first, first]
+  assert mirrored != first == again
+
+
+def test_images_are_normalised_before_they_are_moved():
+  """White ones of a white mean are 0, and so is what is padded."""
+  white = normalize.Normalization(jnp.ones((32, 32, 3)), jnp.ones((1, 1, 3)))
+  step, state, (pixels, labels), _ = linear(
+    {"augment.name": "crop_flip"}, white
+  )
+  pixels = jnp.full_like(pixels, 255)
+  _, reported, *_ = step(state, pixels, labels, jax.random.key(0))
+  assert float(reported.sums["loss"]) == pytest.approx(4 * np.log(10), rel=1e-6)

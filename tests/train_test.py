@@ -703,6 +703,13 @@ def test_a_run_at_a_constant_rate_can_be_lengthened_not_shortened(
     errors.WorkdirError, match=r"num_epochs \(3 there, 2 here"
   ):
     programs.train(tiny_config, tmp_path / "longer", devices=one_device)
+  # A run that scores some epochs keeps the score of its former last one.
+  tiny_config.eval_every_epochs = 3
+  for tiny_config.num_epochs in (1, 3):
+    found = programs.train(tiny_config, tmp_path / "some", devices=one_device)
+  straight = metrics.MetricsLog(tmp_path / "straight").read()
+  scores = [record.get("test_loss") for record in found]
+  assert scores == [straight[0]["test_loss"], None, straight[2]["test_loss"]]
 
 
 @slow
@@ -934,3 +941,28 @@ def test_a_metric_that_a_checkpoint_lacks(
   monkeypatch.undo()
   tiny_config.num_epochs = 2
   assert load.load_model(tmp_path, "latest").step == 8
+
+
+def test_each_seed_has_a_plateau_of_its_own(tiny_config):
+  config = changed(tiny_config, num_seeds=2)
+  config.plateau.enabled = True
+  layout = layout_of(config, num_seeds=2)
+  experiment, _, state, _ = initial(config, layout)
+  record = {"test_objective": 2.0, "epoch": 0, "step": 4}
+  record["seeds"] = [{"test_objective": 1.0}, {"test_objective": 3.0}]
+  after = layout.get(train._after_epoch(state, record, experiment, layout))
+  best = [one.rate_state["plateau"].best_value for one in after]
+  assert best == [1.0, 3.0]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_signal_stops_an_evaluation(tiny_config, tmp_path, one_device):
+  tiny_config.num_epochs = 1
+  terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+  with pytest.raises(errors.Interrupted, match="saved up to step 4 in"):
+    train.train_and_evaluate(
+      *(tiny_config, tmp_path / "run"),
+      devices=one_device,
+      on_event=at_event("evaluate", 1, terminate),
+    )
+  assert saved_steps(tmp_path / "run") == [4]

@@ -142,3 +142,15 @@ def test_the_order_is_move_flip_cutout_mix(changes, steps):
     x, targets = mix(keys[-1], x, targets)
   np.testing.assert_array_equal(found[0], x)
   np.testing.assert_array_equal(found[1], targets)
+
+
+@pytest.mark.parametrize(
+  ("alphas", "draw"),
+  [((0.4, 0.0), mixing.mixup_shares), ((0.0, 0.4), mixing.cutmix_shares)],
+)
+def test_each_alpha_turns_on_its_own(alphas, draw):
+  (images, labels), key = batch(), jax.random.key(0)
+  found = mixing.mix(*alphas, CLASSES)(key, images, labels)
+  shares = draw(jax.random.split(key)[1], 0.4, images.shape[1:3])
+  expected = mixing.mixed(images, jax.nn.one_hot(labels, CLASSES), shares)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)

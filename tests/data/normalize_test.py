@@ -70,3 +70,17 @@ def test_other_images_are_refused(images):
   scale = normalization.fixed("imagenet", (32, 32, 3))
   with pytest.raises(ValueError, match="needs uint8 images of 3 channels; got"):
     scale(images)
+
+
+@pytest.mark.parametrize(
+  ("name", "white"),
+  [
+    ("imagenet", [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]),
+    ("caffe", [255 - 123.68, 255 - 116.779, 255 - 103.939]),
+  ],
+)
+def test_fixed_ones_are_the_published(name, white):
+  """Red, green, blue of a white pixel, as torchvision and Keras make them."""
+  pixel = np.full((1, 1, 1, 3), 255, np.uint8)
+  found = normalization.fixed(name, (1, 1, 3))(pixel)
+  np.testing.assert_allclose(np.ravel(found), white, rtol=1e-5)

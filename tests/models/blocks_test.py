@@ -270,3 +270,28 @@ def test_dropout_within_wide_blocks():
   np.testing.assert_allclose(
     np.mean(means), np.mean(at_inference[0, 2:4, 2:4, 0]), rtol=0.1
   )
+
+
+class Halve(nn.Module):
+  train: bool
+
+  def __call__(self, y, context):
+    return y / 2
+
+
+@pytest.mark.parametrize("shortcut", ["keras", "none"])
+def test_a_branch_is_changed_before_the_sum(shortcut):
+  block = make(
+    functools.partial(blocks.BasicBlock, branch=Halve),
+    **{"shortcut": shortcut, "strides": 2, "filters": 6},
+  )
+  variables, x = randomized(block), images()
+  of = Reference(variables, 2)
+  y = nn.relu(of.bn("bn1", of.conv("conv1", x, 2)))
+  y = of.bn("bn2", of.conv("conv2", y))
+  np.testing.assert_allclose(
+    block.apply(variables, x),
+    nn.relu(of.shortcut(shortcut, x, 6) + y / 2),
+    rtol=1e-4,
+    atol=1e-4,
+  )

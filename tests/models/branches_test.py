@@ -128,3 +128,10 @@ def test_loops_change_nothing(name, changes):
     gradients(scan=True, remat=True),
     (losses, plain),
   )
+
+
+def test_blocks_are_numbered_from_one_over_all_stages():
+  config = base.get_config().model
+  config.update({"depth": 8, "stochastic_depth": 0.5})
+  contexts = registry.create_model(config, 10)._contexts(train=False)
+  np.testing.assert_allclose(contexts.fraction, [1 / 3, 2 / 3, 1])

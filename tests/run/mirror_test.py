@@ -411,6 +411,19 @@ def test_an_owner_that_says_nothing_keeps_nobody_away(
     wait_until(lambda: store.states()[0].progress[0] == 2)
 
 
+@pytest.mark.parametrize(("age", "is_refused"), [(100, True), (140, False)])
+def test_an_owner_counts_for_two_minutes(workdir, tmp_path, age, is_refused):
+  store = mirror._Store(str(tmp_path / "disk"))
+  owner = {"run": "x", "host": "other", "pid": 1, "time": time.time() - age}
+  store.write("owner.json", json.dumps(owner).encode())
+  save(workdir, 1, records=0)
+  try:
+    with mirror.Mirror(str(tmp_path / "disk"), workdir):
+      assert not is_refused
+  except errors.WorkdirError:
+    assert is_refused
+
+
 def test_another_machine_is_refused_while_the_first_is_there(
   address, workdir, tmp_path
 ):
@@ -674,8 +687,9 @@ def test_a_server_that_is_ill_at_the_start_is_an_error(
 def test_the_end_does_not_wait_for_ever(
   server, illness, is_stopped, workdir, tmp_path, caplog, monkeypatch
 ):
-  seconds = "_WHEN_STOPPED" if is_stopped else "_AT_THE_END"
-  monkeypatch.setattr(mirror, seconds, 0.5)
+  limits = "_AT_THE_END", "_WHEN_STOPPED"
+  monkeypatch.setattr(mirror, limits[is_stopped], 0.5)
+  monkeypatch.setattr(mirror, limits[not is_stopped], "not of this end")
   with (
     contextlib.suppress(KeyboardInterrupt),
     mirror.Mirror(str(tmp_path / "disk"), workdir),

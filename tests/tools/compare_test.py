@@ -12,7 +12,7 @@ from scipy import stats
 
 from resnet_flax import train
 from resnet_flax.data import dataset as dataset_lib
-from resnet_flax.run import errors, load, surroundings
+from resnet_flax.run import errors, load, mirror, surroundings
 from resnet_flax.tools import compare as command, comparison
 from resnet_flax.tools.report import intervals
 from tests.helpers import ROOT, run_module
@@ -66,6 +66,14 @@ def test_seeds(tmp_path):
   check(paired, A[1:], B[:3], stats.ttest_rel(A[1:], B[:3]))
   assert re.match(r"\d+ seeds per side", needed["note"])
   assert "warnings" not in tables
+
+
+def test_a_mirror_is_a_side(tmp_path):
+  a, disk = write(tmp_path / "a", A), str(tmp_path / "disk")
+  with mirror.Mirror(disk, a):
+    pass
+  row = numbers(compare(disk, a)["comparison"], 0)
+  assert (row["n"], float(row["A - B"])) == ("4, 4", 0)
 
 
 def test_groups_of_runs_are_their_seeds(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from resnet_flax import train
+from resnet_flax.run import mirror
 
 
 def _train(config, folder):
@@ -16,6 +17,15 @@ def trained(make_tiny_config, tmp_path_factory):
   """The workdir of a run of two epochs on digits."""
   folder = tmp_path_factory.mktemp("trained")
   return _train(make_tiny_config(folder / "cache"), folder)
+
+
+@pytest.fixture(scope="session")
+def mirrored(trained, tmp_path_factory):
+  """The address of a mirror of `trained`, without its TensorBoard files."""
+  address = str(tmp_path_factory.mktemp("mirrored") / "disk")
+  with mirror.Mirror(address, trained):
+    pass
+  return address
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,13 @@ def converted(tiny_config, tmp_path):
   return tmp_path / "run", config
 
 
+def test_a_mirror_goes_out(trained, mirrored, tmp_path):
+  for name, workdir in (("a", trained), ("b", mirrored)):
+    command.export(workdir, tmp_path / name, "safetensors", names="flax")
+  a, b = ((tmp_path / x / "weights.safetensors").read_bytes() for x in "ab")
+  assert a == b
+
+
 def names_in(folder):
   return {path.name for path in folder.iterdir()}
 

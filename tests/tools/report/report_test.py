@@ -63,6 +63,10 @@ def two_runs(tmp_path):
   return tmp_path / "runs"
 
 
+def test_a_mirror_is_a_run(mirrored, tmp_path):
+  assert report.make([mirrored], tmp_path / "out", "none").num_runs == 1
+
+
 def test_everything_is_there(trained, tmp_path):
   done = report.make([trained], tmp_path / "out")
   assert (done.num_runs, done.num_groups) == (1, 1)
