@@ -144,8 +144,7 @@ def _set_up(
     state = layout.put(run.restored_states())
   else:
     state = initial_state(config, experiment, dataset.train, layout, source)
-  recorded_steps = len(run.records) * steps_per_epoch
-  if run.records and run.step == recorded_steps:
+  if run.records and run.step == len(run.records) * steps_per_epoch:
     # What the restored state lacks: its checkpoint came before the scores.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 

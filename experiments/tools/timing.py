@@ -49,10 +49,10 @@ class Trainer:
 def noise(config: ConfigDict) -> data.Split:
   """A split of one batch, uint8[B, H, W, C] and int32[B], always the same."""
   rng = np.random.default_rng(0)
-  shape = (config.batch_size, *experiment_lib.build(config).image_shape)
+  experiment = experiment_lib.build(config)
+  shape = (config.batch_size, *experiment.image_shape)
   images = rng.integers(0, 256, shape, np.uint8)
-  num_classes = experiment_lib.num_classes(config)
-  labels = rng.integers(0, num_classes, config.batch_size, np.int32)
+  labels = rng.integers(0, experiment.num_classes, config.batch_size, np.int32)
   return types.whole_split(images, labels)
 
 

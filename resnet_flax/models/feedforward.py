@@ -53,13 +53,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
   "vgg": {
     "features": VGG19,
     "pooled_size": 7,
-    "hidden_sizes": (4096, 4096),
     "dropped": (False, True, True),
   },
   "alexnet": {
     "features": ALEXNET,
     "pooled_size": 6,
-    "hidden_sizes": (4096, 4096),
     "dropped": (True, True, False),
   },
 }
@@ -73,7 +71,6 @@ class FeedForward(nn.Module):
 
   features: Sequence[Conv | Pool]
   pooled_size: int  # Height and width of the dense layers' input.
-  hidden_sizes: Sequence[int]  # Units of the hidden dense layers.
   # Whether dropout applies to the input of each dense layer and of the head.
   dropped: Sequence[bool]
   dropout: float  # Share of dropped units; training needs a `dropout` key.
@@ -82,6 +79,7 @@ class FeedForward(nn.Module):
   norm: ModuleDef
   dense: ModuleDef
   input_size: int  # See `layers.resize`.
+  hidden_sizes: Sequence[int] = (4096, 4096)  # Units of hidden dense layers.
   act: Activation = nn.relu
 
   @nn.compact

@@ -167,9 +167,9 @@ def highway(config: ConfigDict, stem: int) -> BlockAndWidths:
   return block, blocks.doubling(stem, stem)
 
 
-def preact(config: ConfigDict, stem: int, wide: bool = False) -> BlockAndWidths:
-  """Pre-activation blocks; `wide`: with `widen_factor` times the channels."""
-  dropout = config.block_dropout
+def preact(config: ConfigDict, stem: int) -> BlockAndWidths:
+  """Pre-activation blocks; wide_resnet widens them by `widen_factor`."""
+  wide, dropout = config.name == "wide_resnet", config.block_dropout
   block = functools.partial(PreActBlock, wide=wide, dropout=dropout)
   width = stem * (config.widen_factor if wide else 1)
   return block, blocks.doubling(width, width)

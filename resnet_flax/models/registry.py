@@ -42,7 +42,6 @@ class Family:
 
 
 _PREACT = {"final_norm_act": True}
-_WIDE = functools.partial(others.preact, wide=True)
 
 MODELS = {
   "resnet_v1": Family(6, blocks.SHORTCUTS, blocks.basic, 16),
@@ -50,7 +49,7 @@ MODELS = {
   "plain": Family(6, ("none",), blocks.basic, 16),
   "preact": Family(6, ("A", "keras"), others.preact, 16, **_PREACT),
   # wide_resnet's depth also counts three shortcuts, but not the head.
-  "wide_resnet": Family(6, ("keras",), _WIDE, 16, besides=4, **_PREACT),
+  "wide_resnet": Family(6, ("keras",), others.preact, 16, besides=4, **_PREACT),
   "resnext": Family(9, ("B",), others.bottleneck, 64),
   "highway": Family(6, ("A", "keras", "B"), others.highway, 16),
   "resnet_imagenet": Family(

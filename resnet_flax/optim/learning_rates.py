@@ -28,10 +28,7 @@ def drop_epochs(
   return tuple(percent * num_epochs // 100 + 1 for percent in percents)
 
 
-def _drops(
-  config: ConfigDict, steps_per_epoch: int, warmup: int
-) -> schedules.Schedule:
-  del warmup  # `run/rules.py`: it ends before the first drop.
+def _drops(config: ConfigDict, steps_per_epoch: int) -> schedules.Schedule:
   base, schedule = config.optimizer.learning_rate, config.schedule
   epochs = drop_epochs(
     config.num_epochs, schedule.drop_percents, schedule.drop_inclusive
@@ -77,8 +74,7 @@ def create_learning_rate(
   config: ConfigDict, steps_per_epoch: int
 ) -> LearningRate:
   """The learning rate that the whole configuration describes."""
-  warmup = round(config.schedule.linear_warmup_epochs * steps_per_epoch)
-  schedule = SCHEDULES[config.schedule.name](config, steps_per_epoch, warmup)
-  if warmup:
-    schedule = schedules.warm_up(config, schedule, warmup)
+  schedule = SCHEDULES[config.schedule.name](config, steps_per_epoch)
+  if steps := schedules.warmup_steps(config, steps_per_epoch):
+    schedule = schedules.warm_up(config, schedule, steps)
   return LearningRate(schedule, steps_per_epoch, rate_rules.create(config))

@@ -53,7 +53,7 @@ class Optimizer:
   # Its `update` takes gradients without the L2 term, and `learning_rate=`.
   tx: optax.GradientTransformationExtraArgs
   l2: float  # The objective's coefficient of sum(w**2).
-  l2_weights: str  # A key of `L2_WEIGHTS`.
+  is_decayed: Callable[[Any, jax.Array], bool]  # An entry of `L2_WEIGHTS`.
   links: tuple[str, ...]  # Titles of the chain's links: NAME(VALUES).
 
   def update(
@@ -79,11 +79,10 @@ class Optimizer:
 
   def penalty(self, params: PyTree) -> jax.Array:
     """The L2 term of the objective, float32[]: l2 * sum(w**2)."""
-    is_decayed = L2_WEIGHTS[self.l2_weights]
     decayed = [
       weight
       for path, weight in jax.tree_util.tree_leaves_with_path(params)
-      if is_decayed(path, weight)
+      if self.is_decayed(path, weight)
     ]
     squares = grouping.reduce_each(lambda w: jnp.sum(jnp.square(w)), decayed)
     return jnp.asarray(self.l2 * jnp.sum(squares), jnp.float32)
@@ -119,4 +118,4 @@ def create_optimizer(config: ConfigDict) -> Optimizer:
     around = optax.MultiSteps(tx, steps)
     tx = optax.GradientTransformationExtraArgs(around.init, around.update)
     titles = (f"MultiSteps({steps}), around:", *titles)
-  return Optimizer(tx, config.l2, config.l2_weights, titles)
+  return Optimizer(tx, config.l2, is_decayed, titles)

@@ -16,9 +16,15 @@ class Schedule(NamedTuple):
   lines: list[str]  # Tell the user the rate's changes, in 0-based epochs.
 
 
-def _cosine(config: ConfigDict, steps_per_epoch: int, warmup: int) -> Schedule:
+def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+  """Steps of the linear warm-up, which replaces the first of a schedule."""
+  return round(config.schedule.linear_warmup_epochs * steps_per_epoch)
+
+
+def _cosine(config: ConfigDict, steps_per_epoch: int) -> Schedule:
   """Half a cosine from the initial rate to 0 (Loshchilov and Hutter 2016)."""
   base, epochs = config.optimizer.learning_rate, config.num_epochs
+  warmup = warmup_steps(config, steps_per_epoch)
   # The warm-up is rounded to whole steps, so it may take all of them.
   cosine = optax.cosine_decay_schedule(
     base, max(epochs * steps_per_epoch - warmup, 1)
@@ -27,12 +33,12 @@ def _cosine(config: ConfigDict, steps_per_epoch: int, warmup: int) -> Schedule:
   return Schedule(lambda step: cosine(step - warmup), [line])
 
 
-def _constant(config: ConfigDict, *_: int) -> Schedule:
+def _constant(config: ConfigDict, _: int) -> Schedule:
   base = config.optimizer.learning_rate
   return Schedule(optax.constant_schedule(base), [f"epoch 0: {base:g}"])
 
 
-def _onecycle(config: ConfigDict, steps_per_epoch: int, _: int) -> Schedule:
+def _onecycle(config: ConfigDict, steps_per_epoch: int) -> Schedule:
   """A triangle (Smith and Topin 2017, without momentum and the last phase)."""
   base, epochs = config.optimizer.learning_rate, config.num_epochs
   total = epochs * steps_per_epoch
@@ -49,7 +55,7 @@ def decay_start(num_epochs: int, percent: int) -> int:
   return num_epochs - max(percent * num_epochs // 100, 1)
 
 
-def _stable_decay(config: ConfigDict, steps_per_epoch: int, _: int) -> Schedule:
+def _stable_decay(config: ConfigDict, steps_per_epoch: int) -> Schedule:
   """Constant, then linear to 0; exponential in Hu et al. 2024 (MiniCPM)."""
   base, epochs = config.optimizer.learning_rate, config.num_epochs
   start = decay_start(epochs, config.schedule.decay_percent)
@@ -76,9 +82,8 @@ def warm_up(config: ConfigDict, after: Schedule, steps: int) -> Schedule:
   )
 
 
-# By `schedule.name`: functions of the whole configuration, an epoch's steps and
-# the steps of the linear warm-up, which overrides a schedule's first steps.
-SCHEDULES: dict[str, Callable[[ConfigDict, int, int], Schedule]] = {
+# By `schedule.name`: functions of the whole configuration and an epoch's steps.
+SCHEDULES: dict[str, Callable[[ConfigDict, int], Schedule]] = {
   "cosine": _cosine,
   "constant": _constant,
   "onecycle": _onecycle,

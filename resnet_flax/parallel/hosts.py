@@ -375,11 +375,12 @@ def check_same(name: str, value: Any) -> None:
   if jax.process_count() == 1:
     return
   prefix = f"resnet_flax/same/{next(_numbers)}"
-  own_values = value if isinstance(value, dict) else {"value": value}
-  content = json.dumps(own_values, sort_keys=True)
+  values = value if isinstance(value, dict) else {"value": value}
+  content = json.dumps(values, sort_keys=True)
   _client().key_value_set(f"{prefix}/{jax.process_index()}", content)
 
   def compare() -> None:
+    own_values = json.loads(content)  # Lists for tuples, as the others have.
     for process in range(1, jax.process_count()):
       other_values = _wait_for(f"{prefix}/{process}")
       text = "{} ({!r} in process 0, {!r} there)"

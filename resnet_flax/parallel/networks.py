@@ -61,7 +61,7 @@ class Layout:
   ) -> "Layout":
     """The layout of `num_seeds` seeds on `devices`, by default on all.
 
-    `execution` of the seeds that share a group is 'in_turn' or 'vectorized'.
+    Seeds that share a group take turns, unless `execution` is 'vectorized'.
     """
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     mesh = mesh_lib.create_mesh(devices, len(seeds))

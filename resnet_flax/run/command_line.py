@@ -34,7 +34,7 @@ def parse_flags(argv: list[str]) -> list[str]:
       " on each line."
     ) from error
   _ARGV[:] = argv
-  flags.FLAGS["config"].parser = _ConfigFile(argv)
+  flags.FLAGS["config"].parser = _ConfigFile("config")
   help_text.show_if_asked(argv)
   try:
     rest = flags.FLAGS(argv)
@@ -63,12 +63,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 class _ConfigFile(ConfigFileFlagParser):
   """Executes the config file once per start; checks the names of overrides."""
 
-  def __init__(self, argv: list[str]):
-    super().__init__("config")
-    options = itertools.takewhile(lambda argument: argument != "--", argv[1:])
-    matches = (re.match(r"--?(?:no)?config\.([^=]*)", x) for x in options)
-    self._overrides = [match[1] for match in matches if match]
-    self.before: dict[str, Any] = {}  # Before overrides: {'seed': 0, ...}.
+  before: dict[str, Any]  # The flat config before overrides: {'seed': 0, ...}.
 
   def parse(self, path: str) -> ConfigDict:
     path = str(errors.local_path(path, "--config"))
@@ -97,9 +92,11 @@ class _ConfigFile(ConfigFileFlagParser):
         " must return an ml_collections.ConfigDict."
       )
     self.before = keys.to_flat(config)
-    for name in self._overrides:
-      if name not in self.before:
-        raise keys.unknown_key(name, config_keys.KEYS)
+    options = itertools.takewhile(lambda argument: argument != "--", _ARGV[1:])
+    for option in options:
+      match = re.match(r"--?(?:no)?config\.([^=]*)", option)
+      if match and match[1] not in self.before:
+        raise keys.unknown_key(match[1], config_keys.KEYS)
     return config
 
 

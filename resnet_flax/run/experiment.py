@@ -26,25 +26,20 @@ def build(
   # Every epoch drops its last, smaller batch: different images each time.
   num_train = dataset.num_train_examples(config.dataset, facts)
   steps_per_epoch = num_train // config.batch_size
-  classes = num_classes(config, facts)
+  info = dataset.info(config.dataset, facts)
+  classes = config.model.num_classes or info.num_classes
   return step_lib.Experiment(
     model=registry.create_model(config.model, classes),
     optimizer=optimizers.create_optimizer(config.optimizer),
     learning_rate=learning_rates.create_learning_rate(config, steps_per_epoch),
     augment=augment.create_augment(config.augment, classes),
     augment_bytes=augment_bytes.create(config.augment),
-    image_shape=dataset.info(config.dataset, facts).image_shape,
+    image_shape=info.image_shape,
     num_classes=classes,
     label_smoothing=config.label_smoothing,
     log_norms=config.log.norms,
     average=averaging.create(config, steps_per_epoch),
   )
-
-
-def num_classes(config: ConfigDict, facts: types.Facts | None = None) -> int:
-  """The number of outputs of the network's head."""
-  info = dataset.info(config.dataset, facts)
-  return config.model.num_classes or info.num_classes
 
 
 def abstract_state(

@@ -208,7 +208,7 @@ def evaluate_workdir(
   if scores.ensemble is None:
     return of_seeds[0]
   ensemble = {f"ensemble_{key}": v for key, v in scores.ensemble.items()}
-  result = metrics.summarize({}, layout.seeds, of_seeds, ensemble)
+  result = metrics.summarize(layout.seeds, of_seeds, ensemble)
   # Seeds may have checkpoints of different steps: a mean of them says nothing.
   dropped = ("step", "epoch", "step_std", "epoch_std")
   return {k: v for k, v in result.items() if k not in dropped}
@@ -427,12 +427,11 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
       source.config.normalization,
     )
   _logger.info("starting from step %d of %s", source.step, workdir)
-  params = dict(source.variables["params"])
   names = {source.class_names, dataset_lib.info(config.dataset).class_names}
   is_other_data = source.config.dataset.name != config.dataset.name
   if is_other_data or len(names - {()}) > 1:
-    del params[_HEAD]
-  return source.variables | {"params": params}
+    del source.variables["params"][_HEAD]
+  return source.variables
 
 
 def _network(model: ConfigDict) -> dict[str, Any]:

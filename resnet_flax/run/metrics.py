@@ -163,20 +163,17 @@ def _fault(
 
 
 def summarize(
-  first: Record,
-  seeds: Sequence[int],
-  of_seeds: Sequence[Record],
-  ensemble: Record,
+  seeds: Sequence[int], of_seeds: Sequence[Record], ensemble: Record
 ) -> Record:
-  """The record of an epoch: `first`, followed by the metrics of its networks.
+  """The metrics of an epoch, from the metrics of its networks.
 
   One network's metrics are taken as they are. Several networks give means,
   sample standard deviations as NAME_std (except of the learning rate),
   `ensemble`, and under 'seeds' the metrics of each.
   """
   if len(seeds) == 1:
-    return first | of_seeds[0]
-  record = dict(first)
+    return of_seeds[0]
+  record: Record = {}
   for name in of_seeds[0]:
     values = [values[name] for values in of_seeds]
     record[name] = statistics.fmean(values)

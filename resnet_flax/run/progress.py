@@ -61,10 +61,10 @@ class Progress:
       title = f"{self._title} step {self._step}/{self._steps_per_epoch}"
       _logger.info("%s: %s", title, self._text(of_seeds))
 
-  def end_epoch(self, record: metrics.Record, evaluation: float) -> None:
-    """Logs an epoch's record; `evaluation` is its evaluation's seconds."""
+  def end_epoch(self, record: metrics.Record) -> None:
+    """Logs an epoch's record."""
     if "test_loss" in record:
-      self._evaluation_seconds = evaluation
+      self._evaluation_seconds = record["evaluation_seconds"]
 
     def mean(key: str) -> str:
       std = record.get(f"{key}_std")

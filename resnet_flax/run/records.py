@@ -44,9 +44,13 @@ def of_epoch(
     for split, score in scores.items()
     for name, mean in (score.ensemble or {}).items()
   }
-  first = {"epoch": epoch, "step": state.step}
-  return metrics.summarize(first, layout.seeds, of_seeds, ensembles) | {
-    "epoch_seconds": seconds,
-    "data_seconds": notes["data_seconds"],
-    "images_per_second": num_images / seconds,
-  }
+  summary = metrics.summarize(layout.seeds, of_seeds, ensembles)
+  return (
+    {"epoch": epoch, "step": state.step}
+    | summary
+    | {
+      "epoch_seconds": seconds,
+      "data_seconds": notes["data_seconds"],
+      "images_per_second": num_images / seconds,
+    }
+  )

@@ -6,7 +6,6 @@ processes the same calls touch no files; they only agree with process 0.
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -163,15 +162,14 @@ class Session:
     Writes these choices into a new config.json, and writes environment.json.
     """
     config, devices = self._config, self._devices
+    on_cpu = devices[0].platform == "cpu"
     dtype = jnp.dtype(config.model.dtype)
-    is_slow = dtype != jnp.float32 and not onednn.can_convolve(dtype)
-    if is_slow and devices[0].platform == "cpu":
+    if on_cpu and dtype != jnp.float32 and not onednn.can_convolve(dtype):
       _logger.info("note: this CPU has no %s: float32 is faster", dtype)
     execution = config.seed_execution
     if execution == "auto" and config.num_seeds > 1:
       # CPUs are faster in turn (experiments/seeds); on accelerators, several
       # networks in one call wait less for the host.
-      on_cpu = devices[0].platform == "cpu"
       execution = "in_turn" if on_cpu else "vectorized"
     layout = networks.Layout.create(config, devices, execution)
     wanted_steps = config.steps_per_call
@@ -374,8 +372,7 @@ class Session:
     checkpoint is dropped; an epoch without its record is evaluated again.
     """
     self.on_event("record")
-    evaluation_seconds = time.perf_counter() - self._started
-    record["evaluation_seconds"] = evaluation_seconds
+    record["evaluation_seconds"] = time.perf_counter() - self._started
     hosts.on_first(lambda: folder.check_not_removed(self._workdir))
     if hosts.is_first():
       self._log.append(record)
@@ -383,7 +380,7 @@ class Session:
     self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:
       self._board.write(record)
-    self._progress.end_epoch(record, evaluation_seconds)
+    self._progress.end_epoch(record)
 
   def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Writes numbers by their tags to TensorBoard, if the run logs to it."""
@@ -407,8 +404,7 @@ def open_run(
   `on_event` is called with 'save', 'manifest' and 'record' before each of them,
   and with 'step' and 'evaluate' after each call of a training or scoring step.
   """
-  # Through JSON, as the other processes' values are.
-  flat = json.loads(json.dumps(keys.to_flat(config)))
+  flat = keys.to_flat(config)
   hosts.check_same(
     "the configuration", {k: v for k, v in flat.items() if k not in _HOST_KEYS}
   )

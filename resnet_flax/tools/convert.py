@@ -80,7 +80,7 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
       f" pass {', '.join(wrong.values())}."
     )
   # A file without a head has 0 classes here; `mapping.variables` reports it.
-  if 0 < network.num_classes != experiment_lib.num_classes(config):
+  if 0 < network.num_classes != experiment_lib.build(config).num_classes:
     if config.model.num_classes:
       raise errors.ConfigError(
         f"model.num_classes={config.model.num_classes} must be 0 or"

@@ -72,7 +72,7 @@ TAKERS = {
   "convert to": lambda path: convert.convert("w.pt", base.get_config(), path),
   "report of": lambda path: report.make([path], "out", "none"),
   "report to": lambda path: report.make(["runs"], path, "none"),
-  "config file": lambda path: command_line._ConfigFile([]).parse(path),
+  "config file": lambda path: command_line._ConfigFile("config").parse(path),
 } | {
   key.name: lambda path, name=key.name: rules.check(changed(name, path), 1)
   for key in config_lib.KEYS.values()

@@ -301,8 +301,9 @@ def test_several_seeds_have_means_and_deviations():
     {"learning_rate": 0.25, "train_loss": 1.0, "train_top5": 0.5},
     {"learning_rate": 0.25, "train_loss": 3.0, "train_top5": 0.5},
   ]
-  assert metrics.summarize(first, [3], own[:1], {}) == first | own[0]
-  record = metrics.summarize(first, [3, 4], own, {"test_ensemble_loss": 1.5})
+  assert metrics.summarize([3], own[:1], {}) == own[0]
+  ensemble = {"test_ensemble_loss": 1.5}
+  record = first | metrics.summarize([3, 4], own, ensemble)
   seeds = [{"seed": 3} | own[0], {"seed": 4} | own[1]]
   assert record == {
     **first,

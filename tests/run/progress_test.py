@@ -14,6 +14,7 @@ RECORD = {
   "test_loss": 1.5,
   "test_accuracy": 0.25,
   "images_per_second": 123.4,
+  "evaluation_seconds": 10.0,
 }
 
 
@@ -51,7 +52,7 @@ def test_plain_lines_without_a_terminal(clock, caplog):
   for step in range(4):
     clock.now += 20
     shown.step(step_metrics(step))
-  shown.end_epoch(RECORD, evaluation=10)
+  shown.end_epoch(RECORD)
   lines = [record.message for record in caplog.records]
   # After 40 s, the first time that 30 s have gone by, and after 80 s.
   assert lines[0] == (
@@ -72,7 +73,7 @@ def test_last_line_has_no_time_left(clock, caplog):
   shown.start_epoch(0, 0)
   clock.now += 1
   shown.step(step_metrics(0))
-  shown.end_epoch({**RECORD, "val_loss": 1.0, "val_accuracy": 0.75}, 10)
+  shown.end_epoch({**RECORD, "val_loss": 1.0, "val_accuracy": 0.75})
   assert "left" not in caplog.text
   assert "val loss 1.0000, accuracy 0.7500; test loss" in caplog.text
 
@@ -101,7 +102,7 @@ def test_time_left_has_the_scorings_that_are_left(clock):
     shown.step(step_metrics(epoch))  # Without time.
     unscored = {k: v for k, v in RECORD.items() if k != "test_loss"}
     is_scored = epoch in (1, 3, 5, 6)
-    shown.end_epoch(RECORD if is_scored else unscored, 10.0 * is_scored)
+    shown.end_epoch(RECORD if is_scored else unscored)
     found.append(shown._left())
   seconds = (0, 30, 30, 20, 20, 10, 0)
   assert found == [f"0:00:{s}" if s else "" for s in seconds]
@@ -124,8 +125,9 @@ def test_several_seeds_have_a_mean_and_a_deviation(clock, caplog):
   own = {key: RECORD[key] for key in RECORD if key != "images_per_second"}
   of_seeds = [own, own | {"test_accuracy": 0.75}]
   ensemble = {"test_ensemble_accuracy": 0.875}
-  record = metrics.summarize({}, [0, 1], of_seeds, ensemble)
-  shown.end_epoch(record | {"images_per_second": 123.4}, 10)
+  record = metrics.summarize([0, 1], of_seeds, ensemble)
+  timed = {"images_per_second": 123.4, "evaluation_seconds": 10.0}
+  shown.end_epoch(record | timed)
   assert caplog.messages[-1] == (
     "epoch 0 of 1: loss 1.2500 ± 0.0000, accuracy 0.5000 ± 0.0000; test loss"
     " 1.5000 ± 0.0000, accuracy 0.5000 ± 0.3536, ensemble 0.8750; 123 images/s"

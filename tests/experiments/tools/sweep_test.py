@@ -333,7 +333,7 @@ def test_status_is_read_from_the_files(load, caplog):
     last = record(0, 0.75, train_loss=1.0, train_accuracy=0.5, test_loss=1.0)
     shown.start_epoch(0, 0)
     shown._seconds_per_step = 6.0
-    shown.end_epoch(last, 2.0)
+    shown.end_epoch(last | {"evaluation_seconds": 2.0})
     logger.removeHandler(handler)
   write_run(cell, [last, record(1, 0.7, test_accuracy_std=0.01)])
   status = observer.status(cell, None)
