@@ -228,14 +228,15 @@ def test_full_disk_is_one_line(small_disk, disk):
   assert "Warning" not in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
   ("number", "code"),
   [
     (signal.SIGTERM, 143),
-    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
-    pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    (signal.SIGHUP, 129),
+    (signal.SIGUSR1, 138),
+    (signal.SIGINT, 130),
   ],
 )
 def test_a_signal_says_where_the_run_stands(tmp_path, number, code):

@@ -206,9 +206,8 @@ def test_damaged_checkpoints_are_trained_again_bit_identically(
   assert_same_run(long_config, workdir, straight)
 
 
-@pytest.mark.parametrize(
-  ("first", "then"), [(1, 8), pytest.param(8, 1, marks=slow)]
-)
+@slow
+@pytest.mark.parametrize(("first", "then"), [(1, 8), (8, 1)])
 def test_a_run_resumes_on_other_devices(
   long_config, straight, programs, tmp_path, first, then
 ):
@@ -386,6 +385,7 @@ def test_workdir_is_removed(long_config, straight, run, tmp_path, event, count):
   assert_same_run(long_config, workdir, straight)
 
 
+@slow
 def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
   tiny_config, tmp_path, one_device, caplog, monkeypatch
 ):
@@ -409,7 +409,7 @@ def test_a_workdir_that_was_begun_anew_is_left_to_the_new_run(
     (workdir / "lock").write_text(json.dumps(owner))
     seen.append(contents(workdir))
 
-  with pytest.raises(errors.WorkdirError, match="belongs to process 1 on e"):
+  with pytest.raises(errors.WorkdirError, match="belong to process 1 on e"):
     run(mirrored, on_event=at_event("step", 6, begin_anew))
   assert "nothing more is copied" in caplog.text
   assert not mirror._Store(str(tmp_path / "disk")).states()

@@ -157,12 +157,17 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   message = "pictures in %s: %s; %d other files are ignored"
   _logger.info(message, root, counts, num_others)
   top_dirs = _scan(str(root), os.stat(root).st_mtime_ns)[0]
-  unused = sorted({*top_dirs} - parts.keys() - parts["train"].keys())
+  used = {
+    os.path.relpath(pictures[0], root).partition(os.sep)[0]
+    for by_class in parts.values()
+    for pictures in by_class.values()
+  }
+  unused = sorted({*top_dirs} - used)
   if len(parts) > 3:
     unused.append("validation")  # There is val, too.
   if unused:
     message = "warning: these folders in %s are not used: %s"
-    _logger.warning(message, root, ", ".join(unused))
+    _logger.warning(message, root, f"{', '.join(unused):.500}")
   paths = [path for each in sources for path in each.paths]
   sizes = [os.stat(path).st_size for path in paths]
   is_small = sum(sizes) <= files.READ_WHOLE

@@ -72,7 +72,8 @@ class Checkpoints:
 
   A context manager; leaving it waits for the save in progress. `best_steps`
   returns the steps of the best epochs so far. `on_event` is called in Orbax's
-  thread, with "manifest" before each manifest is written.
+  thread, with "manifest" before each manifest is written. `is_taken` says
+  whether another run has taken over the workdir.
   """
 
   def __init__(
@@ -81,8 +82,10 @@ class Checkpoints:
     *,
     best_steps: Callable[[], Collection[int]] = tuple,
     on_event: Callable[[str], None] = lambda name: None,
+    is_taken: Callable[[], bool] = lambda: False,
   ):
     self._workdir, self._best_steps = workdir, best_steps
+    self._is_taken = is_taken
     self._folder = (workdir / "checkpoints").absolute()
     self._damaged = workdir / "damaged"
     self._on_event = on_event
@@ -118,12 +121,10 @@ class Checkpoints:
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
     with contextlib.suppress(OSError):  # The disk may be missing.
-      # After an error the best steps may be unknown, the save of the best one
-      # may have failed, or the folder may belong to another run: then the older
-      # checkpoints stay.
-      if not kind or (
-        kind is not errors.WorkdirError
-        and self._manifest.get("step") in steps(self._workdir)
+      # After an error the best steps may be unknown, or the save of the best
+      # one may have failed: then the older checkpoints stay.
+      if not self._is_taken() and (
+        not kind or self._manifest.get("step") in steps(self._workdir)
       ):
         self._remove_old()
       # A run that failed before its first checkpoint leaves no folder.

@@ -216,14 +216,15 @@ _WRITTEN: dict[pathlib.Path, bytes] = {}
 
 
 def is_taken(workdir: pathlib.Path) -> bool:
-  """Whether another process now uses a workdir that this one has locked."""
+  """Whether another process uses, or may have used, a locked workdir."""
   path = workdir / "lock"
   try:
     # A new lock is empty until its owner has written into it.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
   except FileNotFoundError:
-    # A run that begins anew and ends leaves config.json, but no lock.
-    return path in _WRITTEN and (workdir / "config.json").exists()
+    # A run that begins anew and ends leaves config.json, but no lock. Nor does
+    # somebody who deletes the lock: the two look alike.
+    return path in _WRITTEN and os.path.exists(workdir / "config.json")
   except (OSError, ValueError, KeyError):  # The file system may have no locks.
     return False
 
@@ -395,7 +396,7 @@ def check_not_removed(workdir: pathlib.Path) -> None:
   """
   if is_taken(workdir):
     raise errors.WorkdirError(
-      f"workdir {workdir}, or its lock, was removed; it now belongs to"
+      f"workdir {workdir}, or its lock, was removed; it may now belong to"
       f" {_owner(workdir / 'lock')}. This run ends and saves nothing more."
     )
   try:

@@ -276,7 +276,7 @@ class Mirror:
     if self._is_taken() and not self._abandoned:
       self._abandoned = True
       _logger.warning(
-        "warning: another run now uses %s; nothing more is copied to %s",
+        "warning: another run may now use %s; nothing more is copied to %s",
         *(self._workdir, self._store.url),
       )
       with contextlib.suppress(Exception):  # The claim expires anyway.

@@ -229,7 +229,7 @@ def _check_batch_size(
 
 
 def _check_schedule(config: ConfigDict) -> None:
-  """Checks the drops, and that a linear warm-up ends before the rate falls."""
+  """Checks the drops, a first rate of 0, and the end of a linear warm-up."""
   values = config.schedule
   percents, factors = tuple(values.drop_percents), tuple(values.drop_factors)
   _require(

@@ -83,17 +83,20 @@ class Session:
     """Opens the workdir; returns `resumes`, `step`, `notes` and `records`."""
     with folder.explain_write_errors(self._workdir):
       self._stack.enter_context(folder.use(self._workdir, self._config))
+      is_taken = functools.partial(folder.is_taken, self._workdir)
       if address := self._config.checkpoint.mirror:
         check = functools.partial(
           folder.check_same, config=self._config, mirror=address
         )
-        is_taken = functools.partial(folder.is_taken, self._workdir)
         self._stack.enter_context(
           mirror.Mirror(address, self._workdir, check, is_taken)
         )
       self._checkpoints = self._stack.enter_context(
         checkpoint.Checkpoints(
-          self._workdir, best_steps=self._best_steps, on_event=self._on_save
+          self._workdir,
+          best_steps=self._best_steps,
+          on_event=self._on_save,
+          is_taken=is_taken,
         )
       )
       self._saved_step = max(checkpoint.steps(self._workdir), default=0)
@@ -275,9 +278,12 @@ class Session:
 
   def _fail(self, step: int, seed: int, rate: float) -> None:
     path = self._workdir / "nonfinite_step.json"
-    hosts.on_first(
-      lambda: files_lib.write_json(path, self._reproduce(step, seed))
-    )
+
+    def write() -> None:
+      folder.check_not_removed(self._workdir)
+      files_lib.write_json(path, self._reproduce(step, seed))
+
+    hosts.on_first(write)
     raise errors.NonFiniteError(
       f"the loss or the state{self._layout.seed_suffix(seed)} is not finite"
       f" after step {step} (0-based), at learning rate {rate:g}. In another"

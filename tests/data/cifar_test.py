@@ -569,6 +569,7 @@ def test_any_damage_is_one_line_or_harmless(intact_copy, data, edits, cut):
       assert len(arrays["train_labels"]) == KNOWN.num_train
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported(tmp_path):
   """From the archive to a trained network, though one is installed."""
   program = """

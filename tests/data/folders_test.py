@@ -188,8 +188,11 @@ def test_no_folder_is_left_out_without_a_word(tmp_path, caplog):
   dataset = load(make(tmp_path / "two", parts))
   assert len(dataset.validation) == len(dataset.test) == 36
   assert f"in {tmp_path / 'two'} are not used: validation" in caplog.text
-  load(make(tmp_path / "other", ("train", "valid", "Test")))
-  assert f"in {tmp_path / 'other'} are not used: Test, valid" in caplog.text
+  other = make(tmp_path / "other", ("train", "valid", "Test"))
+  (other / CLASSES[0]).mkdir()  # The name of a class.
+  load(other)
+  unused = f"Test, {CLASSES[0]}, valid"
+  assert f"in {other} are not used: {unused}" in caplog.text
   caplog.clear()
   load(make(tmp_path / "used", ("train", "val", "test")))
   load(make(tmp_path / "classes", ("",)))
@@ -322,6 +325,7 @@ def test_a_streamed_bad_picture_is_named_when_it_is_met(damaged):
     split.take(np.array([7, 8]))
 
 
+@pytest.mark.slow
 def test_a_run_that_a_bad_picture_ended_resumes_without_it(
   damaged, tmp_path, one_device, programs
 ):

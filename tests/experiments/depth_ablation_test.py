@@ -93,6 +93,7 @@ def test_figure_has_two_curves_of_each_seed():
   assert len(axis.get_legend().get_texts()) == 4
 
 
+@pytest.mark.slow
 def test_finished_runs_are_scored_in_inference_mode(
   tiny_config, tmp_path, one_device, monkeypatch
 ):

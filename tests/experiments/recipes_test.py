@@ -49,6 +49,7 @@ def test_figure_has_a_curve_of_each_seed():
   assert len(axis.get_legend().get_texts()) == 2
 
 
+@pytest.mark.slow
 def test_finished_runs_are_collected(tiny_config, tmp_path, one_device):
   tiny_config.dataset.test_crops = 2
   point = {"num_epochs": 2, "label_smoothing": 0.0, "seed": 0}

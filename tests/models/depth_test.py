@@ -249,6 +249,7 @@ def take_step(images, labels, **switches):
   return computed, compiled.as_text()
 
 
+@pytest.mark.slow
 def test_step_on_a_batch_sharded_over_devices():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (16, 32, 32, 3), np.uint8)

@@ -269,7 +269,8 @@ def test_not_all_that_fails_is_another_processs_fault(scenario, text):
   assert text in texts[0].splitlines()[-1]
 
 
-@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
 def test_others_that_do_not_come_end_in_one_line(index, tmp_path):
   """Also where process 0 does not answer."""
   address = free_address()

@@ -61,6 +61,20 @@ def folders(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+def diverge(checkpoints):
+  checkpoints._manifest = {"step": 30}
+  raise errors.NonFiniteError("it diverged")
+
+
+def test_another_runs_checkpoints_are_kept(tmp_path, state):
+  """It began anew in the folder and has done the same steps."""
+  save(tmp_path, state, 10, 20, 30, best=(10,))
+  taken = checkpoint.Checkpoints(tmp_path, is_taken=lambda: True)
+  with pytest.raises(errors.NonFiniteError), taken:
+    diverge(taken)
+  assert folders(tmp_path) == [10, 20, 30]
+
+
 def restore_latest(workdir, like):
   with checkpoint.Checkpoints(workdir) as checkpoints:
     return checkpoints.restore_latest(jax.eval_shape(lambda: like))

@@ -434,7 +434,7 @@ def test_a_folder_that_another_run_has_used_is_left_to_it(tmp_path):
     assert not workdir_lib.is_taken(workdir)
     workdir.mkdir()
     record(workdir, base.get_config())
-    with pytest.raises(errors.WorkdirError, match="belongs to another process"):
+    with pytest.raises(errors.WorkdirError, match="belong to another process"):
       workdir_lib.check_not_removed(workdir)
 
 

@@ -376,6 +376,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_command_line(source, tmp_path):
   workdir = f"--workdir={tmp_path}/run"
   result = run(f"--source={source}", *FLAGS, workdir)

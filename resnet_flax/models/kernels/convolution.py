@@ -1,7 +1,6 @@
 """Convolution in a fast form for each platform.
 
-XLA's convolution is good on TPUs and GPUs. On CPUs it is half as fast as
-oneDNN's, and its weight gradient runs at a tenth of a matrix product's speed.
+XLA's convolution is good on TPUs and GPUs. On CPUs it is slower than oneDNN's.
 If jaxlib has oneDNN, all three operations of a convolution on CPUs are oneDNN's
 forward convolution: in float32, and in bfloat16 if the processor has it. Only
 the weight gradient of a 1x1 kernel is a matrix product. Without oneDNN, the

@@ -156,7 +156,7 @@ def test_orbax_and_flax_names(tmp_path):
       "would need --config.model.batch_norm_epsilon=0.001 .now 1e-05.",
     ),
     (
-      way_in.KERAS["example_v1_20"] | {"model.input_size": 40},
+      way_in.KERAS["example_v1_20"] | {"model.input_size": 64},
       "keras",
       "pools 8x8 pixels, as 32x32 images give; these images are 64x64",
     ),
