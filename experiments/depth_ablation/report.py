@@ -9,9 +9,10 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from configs import v1_depth20
 from experiments.depth_ablation import degradation
 from experiments.tools import markdown, runs as runs_lib
-from resnet_flax.run import errors as errors_lib, folder, keys, load
+from resnet_flax.run import folder, load
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -38,17 +39,15 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
   `train_error` and `test_error` belong to the final weights in inference mode,
   `train_errors` and `test_errors` to the epochs; all are in percent. An epoch's
   training error is a mean over its steps, during which the network changes.
-  Raises `SystemExit` if a run is not a cell of degradation.py.
+  Raises `WorkdirError` if a run is not a cell of degradation.py.
   """
   cells = []
   for run, config, records in runs_lib.finished(workdir):
-    flat = keys.to_flat(config)
-    overrides = {key: flat[key] for key in degradation.OVERRIDES}
-    if differing := errors_lib.differences(overrides, degradation.OVERRIDES):
-      raise SystemExit(
-        f"error: {run} is not a cell of degradation.py: {', '.join(differing)}."
-        " Pass the --workdir of that sweep."
-      )
+    cell = v1_depth20.get_config()
+    cell.update_from_flattened_dict(degradation.OVERRIDES)
+    cell.model.update({"name": config.model.name, "depth": config.model.depth})
+    cell.seed = config.seed
+    folder.check_same(run, cell)
     scores = load.evaluate_workdir(run, "latest", split="train")
     curves = {
       f"{split}_errors": [

@@ -28,6 +28,10 @@ def main(argv: list[str]) -> None:
   add("--steps", type=int, default=3, help="timed steps")
   add("--out", type=pathlib.Path, help="written after each process")
   flags = parser.parse_args(argv[1:])
+  if flags.out and flags.out.exists():
+    parser.error(
+      f"--out={flags.out} exists already: remove it, or pass another"
+    )
   print(markdown.table(measurement.COLUMNS, []), flush=True)
   environments, results = [], []
   for depth in flags.depths:

@@ -177,6 +177,10 @@ def main() -> None:
   add("--out", type=pathlib.Path, help="written after each fault")
   add("--faults", type=lists.names(known), default=",".join(known))
   flags = parser.parse_args()
+  if flags.out and flags.out.exists():
+    parser.error(
+      f"--out={flags.out} exists already: remove it, or pass another"
+    )
   surroundings.set_up()
   # A background job ignores SIGINT, and its runs would inherit that.
   signal.signal(signal.SIGINT, signal.default_int_handler)

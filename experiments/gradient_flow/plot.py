@@ -124,6 +124,16 @@ def _panels(
   return figure
 
 
+def check(records: Sequence[Record]) -> None:
+  """Raises `SystemExit` unless all networks have as many seeds and images."""
+  kinds = {(r["cell"]["num_seeds"], r["cell"]["batch_size"]) for r in records}
+  if len(kinds) > 1:
+    raise SystemExit(
+      "error: results.jsonl must have one number of seeds and one batch size,"
+      f" not {len(kinds)} pairs. Measure other networks with another --out."
+    )
+
+
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
   """Signal and gradient by layer at initialisation; the spread in training.
 
@@ -215,6 +225,7 @@ def _summary(values: np.ndarray, *, geometric: bool) -> str:
 def main() -> None:
   """Writes the figures and the table beside the raw figures."""
   records = measurement.read(_FOLDER / "results.jsonl")
+  check(records)
   for name, figure in figures(records).items():
     figure.savefig(_FOLDER / f"{name}.png", dpi=110)
   markdown.update(_FOLDER / "README.md", "spread", COMMAND, table(records))

@@ -11,6 +11,7 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
+from configs import v1_depth20
 from experiments.tools import markdown, runs as runs_lib
 from resnet_flax.run import folder
 from resnet_flax.tools.report import intervals
@@ -29,12 +30,16 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
   """Collects each finished training.
 
   Each has its `program`, 'Keras' or 'resnet_flax', its `seed`, the `records` of
-  all epochs, and its `environment`.
+  all epochs, and its `environment`. Raises `WorkdirError` if one of ours has
+  another configuration than v1_depth20.
   """
-  trainings = [
-    ("resnet_flax", config.seed, records, folder.read_environment(run))
-    for run, config, records in runs_lib.finished(workdir)
-  ]
+  trainings = []
+  for run, config, records in runs_lib.finished(workdir):
+    usual = v1_depth20.get_config()
+    usual.update({"seed": config.seed, "num_epochs": config.num_epochs})
+    folder.check_same(run, usual)
+    environment = folder.read_environment(run)
+    trainings.append(("resnet_flax", config.seed, records, environment))
   for path in workdir.glob("keras-seed*.jsonl"):  # Unfinished ones are .part.
     records = [json.loads(line) for line in path.read_text().splitlines()]
     seed = int(path.stem.removeprefix("keras-seed"))

@@ -3,8 +3,9 @@
 python -m experiments.recipes.report --workdir=runs/recipes
 """
 
+import importlib
+import json
 import pathlib
-import re
 import statistics
 from collections.abc import Iterator
 
@@ -13,11 +14,13 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.tools import markdown, runs as runs_lib
-from resnet_flax.run import folder, load
+from resnet_flax.run import config as config_lib, folder, keys, load
 
 _FOLDER = pathlib.Path(__file__).parent
 COMMAND = "python -m experiments.recipes.report"
 Run = runs_lib.Run
+# Runs of one recipe may differ in these keys.
+_SHARED = ("seed", "num_epochs", *config_lib.MAY_DIFFER)
 
 
 def collect(workdir: pathlib.Path) -> list[Run]:
@@ -25,17 +28,27 @@ def collect(workdir: pathlib.Path) -> list[Run]:
 
   `accuracies` are the epochs' test accuracies in percent. `minutes` is the time
   of training and scoring up to the end of each epoch. `unflipped` is the last
-  epoch's test accuracy without mirror images.
+  epoch's test accuracy without mirror images. A recipe has the name of its
+  configuration, which begins the folder's name, and its keys' other values.
   """
   runs = []
   for run, config, records in runs_lib.finished(workdir):
+    name = run.name.partition(",")[0]
+    usual = importlib.import_module(f"configs.{name}").get_config()
+    # Through JSON, which turns tuples into lists.
+    usual = json.loads(json.dumps(keys.to_flat(usual)))
+    own = {
+      key: value
+      for key, value in keys.to_flat(config).items()
+      if value != usual[key] and key not in _SHARED
+    }
     seconds = [r["epoch_seconds"] + r["evaluation_seconds"] for r in records]
     one_view = ConfigDict(config.to_dict())
     one_view.dataset.test_crops = 1
     unflipped = load.evaluate_workdir(run, "latest", config=one_view)
     runs.append(
       {
-        "recipe": re.sub(r",?(seed|num_epochs)=\d+", "", run.name),
+        "recipe": folder.default_name(name, own),
         "seed": config.seed,
         "accuracies": [round(100 * r["test_accuracy"], 2) for r in records],
         "minutes": np.round(np.cumsum(seconds) / 60, 2).tolist(),

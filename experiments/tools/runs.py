@@ -11,7 +11,13 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.tools import markdown
-from resnet_flax.run import files as files_lib, folder, metrics
+from resnet_flax.run import (
+  checkpoint,
+  errors,
+  files as files_lib,
+  folder,
+  metrics,
+)
 
 Run = dict[str, Any]  # A run in a raw file.
 
@@ -27,7 +33,9 @@ def finished(
     run = path.parent
     config = folder.load_config(run)
     records = metrics.MetricsLog(run, config).read()
-    if len(records) >= config.num_epochs:
+    if len(records) >= config.num_epochs and (
+      records[-1]["step"] in checkpoint.steps(run)
+    ):
       yield run, config, records
 
 
@@ -53,7 +61,10 @@ def report(
   workdir = parser.parse_args().workdir
   if not os.path.isdir(workdir):  # Not Path.is_dir: a name may be too long.
     parser.error(f"--workdir={workdir} must be a folder of runs")
-  new_runs = collect(workdir)
+  try:
+    new_runs = collect(workdir)
+  except errors.UserError as error:
+    parser.error(str(error))
   if not new_runs:
     parser.error(f"--workdir={workdir} must hold a finished run")
   earlier = json.loads(raw_file.read_text()) if raw_file.exists() else []

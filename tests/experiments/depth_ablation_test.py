@@ -6,7 +6,8 @@ import scipy.stats
 
 from experiments.depth_ablation import report
 from resnet_flax import train
-from resnet_flax.run import load
+from resnet_flax.run import errors, load
+from tests.helpers import changed
 
 # Of five seeds, in percent.
 NOISE = (0.0, 0.3, -0.2, 0.1, -0.1)
@@ -97,6 +98,9 @@ def test_figure_has_two_curves_of_each_seed():
 def test_finished_runs_are_scored_in_inference_mode(
   tiny_config, tmp_path, one_device, monkeypatch
 ):
+  monkeypatch.setattr(
+    report.v1_depth20, "get_config", lambda: changed(tiny_config)
+  )
   monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 2})
   train.train_and_evaluate(tiny_config, tmp_path / "a", devices=one_device)
   (cell,) = report.collect(tmp_path)
@@ -106,5 +110,5 @@ def test_finished_runs_are_scored_in_inference_mode(
   scores = load.evaluate_workdir(tmp_path / "a", "latest", split="train")
   assert cell["train_error"] == pytest.approx(100 * (1 - scores["accuracy"]))
   monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 32})
-  with pytest.raises(SystemExit, match=r"num_epochs \(2 there, 32 here\)"):
+  with pytest.raises(errors.WorkdirError, match=r"num_epochs \(2 there, 32 h"):
     report.collect(tmp_path)

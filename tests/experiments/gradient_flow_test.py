@@ -92,6 +92,13 @@ def test_interrupted_measurement_goes_on(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
 
 
+def test_networks_of_other_batches_are_not_shown_together():
+  found = [fake(cell) for cell in make_cells()]
+  plot.check(found)
+  with pytest.raises(SystemExit, match="one batch size, not 2 pairs"):
+    plot.check([*found, fake(make_cells(batch_size=16)[0])])
+
+
 @pytest.mark.parametrize("text", ["{", "3\n", '{"cell": 1}\n'])
 def test_other_files_are_refused(tmp_path, text):
   path = tmp_path / "results.jsonl"

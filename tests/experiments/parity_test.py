@@ -11,6 +11,7 @@ import scipy.stats
 from configs import v1_depth20
 from experiments.parity import checks, report
 from resnet_flax.data import types
+from resnet_flax.run import errors
 from tests.helpers import run_module
 from tests.tools.report import workdirs
 
@@ -108,6 +109,14 @@ def record(accuracy):
   return values | {"test_accuracy": accuracy, "epoch": 0}
 
 
+def finish(folder, accuracies, **overrides):
+  """A run with the checkpoint of its last epoch."""
+  workdirs.write(folder, accuracies, **overrides)
+  last = folder / "checkpoints" / str(100 * len(accuracies))
+  last.mkdir(parents=True)
+  (last / "manifest.json").touch()
+
+
 def test_finished_seeds_are_compared(tmp_path):
   sides = [0.5, 0.52, 0.51], [0.52, 0.53, 0.57]
   for seed, (theirs, ours) in enumerate(zip(*sides, strict=True)):
@@ -115,7 +124,7 @@ def test_finished_seeds_are_compared(tmp_path):
     (tmp_path / f"keras-seed{seed}.jsonl").write_text("".join(lines))
     (tmp_path / f"keras-seed{seed}.environment.json").write_text("{}")
     folder = tmp_path / f"ours-seed{seed}"
-    workdirs.write(folder, [0.6, ours], seed=seed, num_epochs=2)
+    finish(folder, [0.6, ours], seed=seed, num_epochs=2)
   # These are not finished.
   (tmp_path / "keras-seed3.part").write_text(json.dumps(record(0.1)) + "\n")
   workdirs.write(tmp_path / "ours-seed3", [0.1], seed=3, num_epochs=2)
@@ -136,16 +145,19 @@ def test_finished_seeds_are_compared(tmp_path):
 
 def test_the_trainings_of_one_side_are_shown(tmp_path):
   """Those of the other may come from another day's --workdir."""
-  workdirs.write(tmp_path / "ours-seed0", [0.6, 0.7], num_epochs=2)
+  finish(tmp_path / "ours-seed0", [0.6, 0.7], num_epochs=2)
   results = report.collect(tmp_path)
   row = report.table(results).splitlines()[2]
   assert "accuracy, % | – (n = 0) | 70.00 (n = 1) | – |" in row
   assert len(report.draw(results).axes[0].get_lines()) == 1
-  workdirs.write(tmp_path / "ours-seed1", [0.6], seed=1, num_epochs=1)
+  finish(tmp_path / "ours-seed1", [0.6], seed=1, num_epochs=1)
   with pytest.raises(ValueError, match="unequal length"):
     report.table(report.collect(tmp_path))
   (tmp_path / "keras-seed2.jsonl").write_text(json.dumps(record(0.1)) + "\n")
   with pytest.raises(SystemExit, match=r"seed2\.environment\.json is missi"):
+    report.collect(tmp_path)
+  finish(tmp_path / "other", [0.6], num_epochs=1, model__depth=32)
+  with pytest.raises(errors.WorkdirError, match=r"model\.depth"):
     report.collect(tmp_path)
 
 

@@ -2,16 +2,19 @@
 
 import json
 import pathlib
+import shutil
 import statistics
 
 import numpy as np
 import pytest
 
+from configs import fast_cifar10
 from experiments.recipes import report
 from experiments.tools import markdown
 from resnet_flax import train
 from resnet_flax.run import folder
 from resnet_flax.tools.report import intervals
+from tests.helpers import changed
 
 WITHOUT = "fast_cifar10,label_smoothing=0.0"
 
@@ -50,8 +53,12 @@ def test_figure_has_a_curve_of_each_seed():
 
 
 @pytest.mark.slow
-def test_finished_runs_are_collected(tiny_config, tmp_path, one_device):
+def test_finished_runs_are_collected(
+  tiny_config, tmp_path, one_device, monkeypatch
+):
   tiny_config.dataset.test_crops = 2
+  usual = changed(tiny_config, label_smoothing=0.1, num_epochs=10)
+  monkeypatch.setattr(fast_cifar10, "get_config", lambda: usual)
   point = {"num_epochs": 2, "label_smoothing": 0.0, "seed": 0}
   name = folder.default_name("configs/fast_cifar10.py", point)
   records = train.train_and_evaluate(
@@ -66,7 +73,9 @@ def test_finished_runs_are_collected(tiny_config, tmp_path, one_device):
   expected = [seconds[0] / 60, sum(seconds) / 60]
   assert run["minutes"] == pytest.approx(expected, abs=0.006)
   assert 0 <= run["unflipped"] <= 100
-  # A run that has not ended is left out.
+  # A run that has not ended, or lost its last checkpoint, is left out.
+  shutil.rmtree(tmp_path / name / "checkpoints" / "8")
+  assert report.collect(tmp_path) == []
   log = tmp_path / name / "metrics.jsonl"
   log.write_text(log.read_text().splitlines()[0] + "\n")
   assert report.collect(tmp_path) == []

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from experiments.tools.sweep import task
 from experiments.tools.sweep.definition import Cell
-from resnet_flax.run import errors, folder as workdir_lib, metrics
+from resnet_flax.run import checkpoint, errors, folder as workdir_lib, metrics
 
 _COLUMNS = (
   *("state", "tries", "epochs", "test accuracy", "best", "images/s", "left"),
@@ -82,7 +82,10 @@ def is_finished(cell: Cell) -> bool:
   except errors.WorkdirError as error:
     raise errors.WorkdirError(f"cell {cell.name}: {error}") from error
   records = metrics.MetricsLog(cell.workdir).read()
-  return len(records) == cell.config.num_epochs
+  # A killed run may have a record without its epoch's checkpoint.
+  return len(records) == cell.config.num_epochs and (
+    records[-1]["step"] in checkpoint.steps(cell.workdir)
+  )
 
 
 class Observer:

@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from resnet_flax.run import errors, folder
+from resnet_flax.run import errors, folder, signals
 
 STARTED = "sweep: started on "
 # A cell whose worker died takes a step and a save before it ends.
 _WAIT_SECONDS = 120.0
 # Seconds until the worker notices an interrupt.
 _INTERVAL = 0.5
-_STOP_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOP_CODES = tuple(128 + number for number in signals.SIGNALS)
 
 
 class Died(Exception):

@@ -57,7 +57,8 @@ def steps_table(results: Sequence[Record]) -> str:
     memory, roofline = step["memory"], step["roofline"]
     memory_bound = roofline["memory_seconds"] > roofline["compute_seconds"]
     # XLA's cost analysis counts the body of a loop over blocks once.
-    at_least = "≥ " if "--config.model.scan=true" in record["arguments"] else ""
+    arguments = [each.lower() for each in record["arguments"]]
+    at_least = "≥ " if "--config.model.scan=true" in arguments else ""
     rows.append(
       [
         *title,
@@ -70,7 +71,8 @@ def steps_table(results: Sequence[Record]) -> str:
         f"{step['model_flops'] / 1e9:.2f}",
         f"{at_least}{step['bytes_accessed'] / 1e9:.3f}",
         f"{at_least}{roofline['seconds'] * 1e3:.3f}",
-        "memory" if memory_bound else "arithmetic",
+        # A lower bound of the traffic cannot show that arithmetic is longer.
+        "memory" if memory_bound else "unknown" if at_least else "arithmetic",
       ]
     )
   return markdown.table(header, rows)

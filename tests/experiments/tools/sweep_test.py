@@ -25,7 +25,7 @@ from experiments.tools.sweep import (
   task,
 )
 from experiments.tools.sweep.overview import State
-from resnet_flax.run import errors, folder, metrics, progress
+from resnet_flax.run import errors, folder, metrics, progress, signals
 
 # How ml_collections loads config files.
 pytestmark = pytest.mark.filterwarnings(
@@ -308,7 +308,13 @@ def test_finished_is_every_epoch_of_the_same_run(load):
   assert not overview.is_finished(cell)
   write_run(cell, [record(0, 0.5)])
   assert not overview.is_finished(cell)
-  metrics.MetricsLog(cell.workdir).append(record(1, 0.6))
+  last = record(1, 0.6)
+  metrics.MetricsLog(cell.workdir).append(last)
+  # A killed run may lack the checkpoint of its last record.
+  assert not overview.is_finished(cell)
+  folder = cell.workdir / "checkpoints" / str(last["step"])
+  folder.mkdir(parents=True)
+  (folder / "manifest.json").touch()
   assert overview.is_finished(cell)
   (other,) = load(OVERRIDES={"num_epochs": 2, "batch_size": 8}).cells
   with pytest.raises(errors.WorkdirError, match=r"seed=0: .* batch_size"):
@@ -498,9 +504,11 @@ def test_a_killed_cell_has_died(tmp_path, fake_python, number):
     run_task(tmp_path / "cell")
 
 
-def test_a_cell_that_stopped_by_itself_has_died(tmp_path, fake_python):
-  fake_python("exit 143")
-  with pytest.raises(task.Died, match="killed by SIGTERM"):
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_cell_that_stopped_by_itself_has_died(tmp_path, fake_python, number):
+  fake_python(f"exit {128 + number}")
+  name = signal.Signals(number).name
+  with pytest.raises(task.Died, match=f"killed by {name}"):
     run_task(tmp_path / "cell")
 
 
