@@ -63,6 +63,22 @@ def test_the_degradation_is_that_of_the_runs(name):
   assert f"(n = {len(ends[0])})" in text
 
 
+@pytest.mark.parametrize(
+  "page", ["README.md", "docs/results.md", "experiments/README.md"]
+)
+def test_the_interval_of_the_degradation_is_that_of_the_runs(page):
+  folder = ROOT / "experiments" / "depth_ablation"
+  table = report.table(json.loads((folder / "degradation.json").read_text()))
+  plain = re.search(
+    r"`plain` \| ([\d.]+) ± .* \| \+([\d.]+) to \+([\d.]+) \| 5 \| degradation",
+    table,
+  )
+  text = " ".join((ROOT / page).read_text().split())
+  difference, low, high = plain.groups()
+  assert f"(95 % interval {low} to {high})" in text
+  assert re.search(rf"\b{difference} (± \S+ )?points", text)
+
+
 def test_the_results_in_the_readme_are_those_of_the_raw_files():
   text = (ROOT / "README.md").read_text()
   folder = ROOT / "experiments"
