@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments.depth_ablation import report
 from experiments.tools import markdown
+from resnet_flax.tools.report import intervals
 
 ROOT = pathlib.Path(__file__).parent.parent
 READMES = sorted(
@@ -40,6 +42,13 @@ def test_anchors_are_headings(path):
       assert anchor in [each.replace(" ", "-") for each in words], target
 
 
+def test_the_map_has_every_entry():
+  text = (ROOT / "README.md").read_text().partition("```\nresnet_flax/\n")[2]
+  shown = re.findall(r"[\w.]+", text.partition("```")[0])
+  entries = {path.name for path in (ROOT / "resnet_flax").iterdir()}
+  assert entries - {"__pycache__"} <= {*shown}
+
+
 def last_record(path):
   return json.loads(path.read_text().splitlines()[-1])
 
@@ -58,8 +67,6 @@ def test_the_degradation_is_that_of_the_runs(name):
   ]
   shallow, deep = (markdown.mean_and_std(each, ".1f") for each in ends)
   assert f"{shallow} % with 20 layers and {deep} % with 56" in text
-  n = f"{len(ends[0])} seed{'s' * (len(ends[0]) > 1)}"
-  assert f"20 layers: {shallow} %; 56 layers: {deep} % | {n} |" in text
   assert f"(n = {len(ends[0])})" in text
 
 
@@ -76,6 +83,8 @@ def test_the_interval_of_the_degradation_is_that_of_the_runs(page):
   text = " ".join((ROOT / page).read_text().split())
   difference, low, high = plain.groups()
   assert f"(95 % interval {low} to {high})" in text
+  if page == "README.md":
+    assert f"| {difference} points more (95 % interval {low} to" in text
   assert re.search(rf"\b{difference} (± \S+ )?points", text)
 
 
@@ -87,8 +96,16 @@ def test_the_results_in_the_readme_are_those_of_the_raw_files():
   assert f"{record['epoch'] + 1} epochs" in text
   runs = json.loads((folder / "recipes" / "results.json").read_text())
   ends = [run["accuracies"][-1] for run in runs if "fast" in run["recipe"]]
-  accuracy = f"{markdown.mean_and_std(ends, '.1f')} % test accuracy"
-  assert f"| {accuracy} | {len(ends)} seeds |" in text
+  keras = [r["accuracies"][-1] for r in runs if r["recipe"] == "v1_depth20"]
+  low, high, _ = intervals.interval(
+    np.array(ends), np.array(keras), paired=False
+  )
+  difference = np.mean(ends) - np.mean(keras)
+  assert (
+    f"| {markdown.mean_and_std(ends, '.1f')} % test accuracy (mean ± standard"
+    f" deviation), {difference:.1f} points above the Keras recipe (95 %"
+    f" interval {low:.1f} to {high:.1f}) | {len(ends)} seeds |"
+  ) in text
   kills = json.loads((folder / "faults" / "kills.json").read_text())
   assert f"| {kills['kills']} signals |" in text
 

@@ -26,7 +26,10 @@ def decode(encoded: bytes) -> Any:
   file = io.BytesIO(_without_extras(encoded))
   with Image.open(file, formats=_ENCODINGS) as image:
     if image.width * image.height > _MOST_PIXELS:
-      raise ValueError(f"it has {image.width} x {image.height} pixels")
+      raise ValueError(
+        f"it has {image.width} x {image.height} pixels; a picture must have at"
+        f" most {_MOST_PIXELS:,}"
+      )
     image.load()  # Pillow decodes only now.
     if image.mode == "RGB":
       return image

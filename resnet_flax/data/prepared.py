@@ -155,8 +155,8 @@ def _num_records(path: pathlib.Path) -> int:
 class Records:
   """The images of an official split, in the files of a prepared copy."""
 
-  folder: pathlib.Path  # The copy's, for messages.
-  name: str  # The split's, for messages.
+  folder: pathlib.Path  # The folder of the copy; messages name it.
+  name: str  # The name of the split; messages name it.
   paths: list[pathlib.Path]  # The split's files, in the order of its records.
   records: Any  # ArrayRecord's source of the official split.
   num_classes: int  # Labels must be below it.

@@ -102,7 +102,11 @@ class FeedForward(nn.Module):
       norm = functools.partial(self.norm, act=self.act, name=f"bn{number}")
       x = norm(use_running_average=not train)(x)
     if 0 in x.shape[1:3]:
-      raise ValueError(f"images of {images.shape[1:3]} pixels are too small")
+      height, width = images.shape[1:3]
+      raise ValueError(
+        f"{height}x{width} images are too small: the pools leave no pixel. Pass"
+        " larger images, or input_size=224."
+      )
     x = adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)
     drop = functools.partial(nn.Dropout(self.dropout), deterministic=not train)

@@ -259,7 +259,9 @@ _KEYS = (
     "Added to the root of the second moment (Keras's value, not Optax's)."
   ),
   Key("optimizer.momentum", 0.9, number(0, 1), ("sgd",)).means("SGD momentum."),
-  Key("optimizer.nesterov", False, BOOLEAN, ("sgd",)).means("Nesterov's."),
+  Key("optimizer.nesterov", False, BOOLEAN, ("sgd",)).means(
+    "Use Nesterov's form of momentum."
+  ),
   Key("optimizer.arguments", "", ARGUMENTS).means(
     "Optax's arguments, for all but adam and sgd. muon's are for convolution"
     " kernels, its Adam's for the rest; consistent_rms=0.2 suits Adam's rates."
@@ -321,8 +323,9 @@ _KEYS = (
     "Shallower networks do not use warmup_learning_rate."
   ),
   Key("ema.decay", 0.0, number(0, 1)).means(
-    "Also score a moving average of weights, of which step n, from 0, keeps"
-    " min(decay, (1+n)/(10+n)). Raw weights choose the best epoch. 0: off."
+    "Also score a moving average of the weights. Step n (0-based) keeps the"
+    " share min(decay, (1+n)/(10+n)) of the old average. Raw weights choose the"
+    " best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
     "Also score the mean of weights at the ends of epochs from this 0-based one"

@@ -250,7 +250,7 @@ def predict_test(
   order = [positions[start : start + size] for start in positions[::size]]
   probabilities, labels = [], []
   for images, batch_labels in dataset.test.batches(order):
-    # The mean over the crops of each image, of which it may have several.
+    # An image may have several crops; average their probabilities.
     outputs = loaded.predict(images.reshape(-1, *images.shape[-3:]))
     outputs = outputs.reshape(len(images), -1, outputs.shape[-1]).mean(axis=1)
     probabilities.append(outputs)

@@ -565,7 +565,9 @@ def fetch(url: str, workdir: pathlib.Path, name: str = _KEY) -> None:
     for tries_left in reversed(range(_TRIES)):
       states = store.states()
       if not states and not store.names("states"):
-        raise errors.WorkdirError(f"{name}={url} holds no mirrored run.")
+        raise errors.WorkdirError(
+          f"{name}={url} holds no run: it must be a checkpoint.mirror."
+        )
       try:
         fill(store, states, workdir)
         return

@@ -17,19 +17,19 @@ from resnet_flax.data import pictures
 PAGE = """\
 # Pictures
 
-What [`pictures.py`](../resnet_flax/data/pictures.py) decodes, and its largest
-difference, of 255, from TensorFlow 2.21's
-`tf.io.decode_image(data, channels=3, expand_animations=False)`. A word there is
-what TensorFlow gives instead. A picture of 35 x 21 noisy pixels stands for each
-kind; JPEGs that say nothing of it have quality 95.
+The table shows what [`pictures.py`](../resnet_flax/data/pictures.py) decodes,
+and the largest difference, of 255, from TensorFlow 2.21's
+`tf.io.decode_image(data, channels=3, expand_animations=False)`. A word in place
+of a number says what TensorFlow gives instead. One picture of 35 x 21 noisy
+pixels stands for each kind. JPEGs have quality 95 unless a row says otherwise.
 
-- All pixels have red, green and blue, of 8 bits. Of 16 bits the high ones are
-  taken. Grey is all three.
-- Alpha is dropped, and the colours under it are kept. A GIF has none under it:
-  there it is black.
-- EXIF's orientation, gamma and colour profiles are not applied, nor are they by
+- The decoder returns red, green and blue of 8 bits each. It keeps the high byte
+  of 16-bit values. It copies a grey value to all three channels.
+- It drops alpha and keeps the colours under it. A GIF has no colours there, and
+  becomes black.
+- It does not apply EXIF's orientation, gamma and colour profiles. Neither do
   TensorFlow and TFDS.
-- Of an animation the first frame is decoded.
+- It decodes the first frame of an animation.
 - JPEGs differ because TensorFlow's default is a faster and coarser DCT. With
   `tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")` the
   difference is 0 for all of them.

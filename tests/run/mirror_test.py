@@ -109,7 +109,7 @@ def test_a_new_machine_gets_what_was_saved(address, workdir, tmp_path):
   other.mkdir()
   with mirror.Mirror(address, other):
     assert contents(other) == contents(workdir)
-  with pytest.raises(errors.WorkdirError, match="holds no mirrored run"):
+  with pytest.raises(errors.WorkdirError, match="holds no run"):
     mirror.fetch(f"{address}x", other)
   assert not os.path.exists(f"{address}x")
   fetched = tmp_path / "fetched"

@@ -1,5 +1,6 @@
 """Pictures of all kinds are predicted rightly, or named and skipped."""
 
+import ast
 import csv
 import io
 import itertools
@@ -336,6 +337,18 @@ def start(arguments, cwd):
     text=True,
     timeout=120,
   )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
+def test_the_python_of_the_pages(trained, tmp_path, monkeypatch, capsys, page):
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "quickstart").symlink_to(trained)
+  monkeypatch.chdir(tmp_path)
+  first, *_ = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S
+  )
+  exec(first, {})
+  assert len(ast.literal_eval(capsys.readouterr().out)) == 3
 
 
 @pytest.mark.slow

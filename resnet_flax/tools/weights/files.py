@@ -268,7 +268,10 @@ def _read_hdf5(
       if not isinstance(member, h5py.Dataset):
         if re.fullmatch("layers/[^/]*/vars", key) and "name" in member.attrs:
           if member.attrs.get_id("name").get_storage_size() > _LONGEST_NAME:
-            raise errors.WeightsError(f"{path}: {key[:200]} has a long name.")
+            raise errors.WeightsError(
+              f"{path}: the layer name at {key[:200]} must have at most"
+              f" {_LONGEST_NAME} bytes. Rename the layer and save again."
+            )
           names[parts[1]] = str(member.attrs["name"])
         continue
       if key.startswith("optimizer") or "seed_generator" in key:

@@ -262,7 +262,8 @@ def _check_layers(
     what = f"{file.path}: the layer {name}"
     if kind not in (*_SETTINGS, *_PLAIN):
       raise errors.WeightsError(
-        f"{what} is a {kind}, which our networks do not have."
+        f"{what} is a {kind}, which our networks do not have. Pass the network"
+        " without added layers."
       )
     if kind == "Activation" and layer is file.layers[-1]:
       kind = "Dense"

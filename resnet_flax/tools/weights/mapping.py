@@ -143,7 +143,8 @@ def _checked(
     value = np.ascontiguousarray(value, np.float32)
   if not np.isfinite(value).all():
     raise errors.WeightsError(
-      f"{what} must hold numbers that are finite in float32."
+      f"{what} must hold numbers that are finite in float32. The file is"
+      " damaged, or its training diverged: pass another."
     )
   if path[0] == "batch_stats" and path[-1] == "var" and (value < 0).any():
     raise errors.WeightsError(f"{what} must hold variances of at least 0.")
