@@ -8,6 +8,8 @@ drops come at the same fractions of the training. README.md defines degradation.
     --workdir=runs/degradation
 """
 
+from typing import Any
+
 CONFIG = "configs/v1_depth20.py"
 OVERRIDES = {
   "num_epochs": 32,
@@ -15,7 +17,7 @@ OVERRIDES = {
   "augment.name": "none",
 }
 # The seed varies slowest, so that an unfinished sweep has whole pairs.
-GRID = {
+GRID: dict[str, list[Any]] = {
   "seed": [0, 1, 2, 3, 4],
   "model.depth": [56, 20],
   "model.name": ["plain", "resnet_v1"],

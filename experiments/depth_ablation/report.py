@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from configs import v1_depth20
 from experiments.depth_ablation import degradation
 from experiments.tools import markdown, runs as runs_lib
-from resnet_flax.run import folder, load
+from resnet_flax.run import folder, keys, load
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -45,8 +45,13 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
   for run, config, records in runs_lib.finished(workdir):
     cell = v1_depth20.get_config()
     cell.update_from_flattened_dict(degradation.OVERRIDES)
-    cell.model.update({"name": config.model.name, "depth": config.model.depth})
-    cell.seed = config.seed
+    flat = keys.to_flat(config)
+    cell.update_from_flattened_dict(
+      {
+        key: flat[key] if flat[key] in values else values[0]
+        for key, values in degradation.GRID.items()
+      }
+    )
     folder.check_same(run, cell)
     scores = load.evaluate_workdir(run, "latest", split="train")
     curves = {

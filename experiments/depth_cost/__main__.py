@@ -9,7 +9,6 @@ without a compilation cache. Nothing else should run meanwhile.
 """
 
 import multiprocessing
-import pathlib
 from concurrent import futures
 
 from experiments.depth_cost import measurement
@@ -26,12 +25,8 @@ def main(argv: list[str]) -> None:
   add("--modes", type=lists.names(modes), default=",".join(modes))
   add("--batch_size", type=int, default=32)
   add("--steps", type=int, default=3, help="timed steps")
-  add("--out", type=pathlib.Path, help="written after each process")
+  add("--out", type=lists.new_file, help="written after each process")
   flags = parser.parse_args(argv[1:])
-  if flags.out and flags.out.exists():
-    parser.error(
-      f"--out={flags.out} exists already: remove it, or pass another"
-    )
   print(markdown.table(measurement.COLUMNS, []), flush=True)
   environments, results = [], []
   for depth in flags.depths:

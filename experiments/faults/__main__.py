@@ -174,13 +174,9 @@ def main() -> None:
   add, known = parser.add_argument, injections.FAULTS
   add("--kills", type=int, default=50, help="kills that hit a process")
   add("--seed", type=int, default=0, help="draws times, signals, files, bytes")
-  add("--out", type=pathlib.Path, help="written after each fault")
+  add("--out", type=lists.new_file, help="written after each fault")
   add("--faults", type=lists.names(known), default=",".join(known))
   flags = parser.parse_args()
-  if flags.out and flags.out.exists():
-    parser.error(
-      f"--out={flags.out} exists already: remove it, or pass another"
-    )
   surroundings.set_up()
   # A background job ignores SIGINT, and its runs would inherit that.
   signal.signal(signal.SIGINT, signal.default_int_handler)

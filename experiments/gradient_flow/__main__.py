@@ -7,7 +7,8 @@
     [--out=experiments/gradient_flow/results.jsonl]
 
 Every network's record is written as soon as it is measured. The same command
-measures the missing networks; other flags with the same --out add networks.
+measures the missing networks; other networks with the same --out are added.
+`plot` takes only one number of seeds and one batch size.
 """
 
 import json

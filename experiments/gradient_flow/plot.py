@@ -125,12 +125,12 @@ def _panels(
 
 
 def check(records: Sequence[Record]) -> None:
-  """Raises `SystemExit` unless all networks have as many seeds and images."""
+  """Raises `SystemExit` unless all records share seeds and batch size."""
   kinds = {(r["cell"]["num_seeds"], r["cell"]["batch_size"]) for r in records}
   if len(kinds) > 1:
     raise SystemExit(
       "error: results.jsonl must have one number of seeds and one batch size,"
-      f" not {len(kinds)} pairs. Measure other networks with another --out."
+      f" not {len(kinds)} pairs. Remove the records of the others."
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from configs import v1_depth20
 from experiments.tools import markdown, runs as runs_lib
-from resnet_flax.run import folder
+from resnet_flax.run import errors, folder
 from resnet_flax.tools.report import intervals
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -45,7 +45,7 @@ def collect(workdir: pathlib.Path) -> list[runs_lib.Run]:
     seed = int(path.stem.removeprefix("keras-seed"))
     if not (described := path.with_suffix(".environment.json")).exists():
       text = f"{described} is missing; remove {path} and train that seed again"
-      raise SystemExit(f"error: {text}.")
+      raise errors.DataError(f"{text}.")
     recorded = json.loads(described.read_text())
     trainings.append(("Keras", seed, records, recorded))
   return [

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.tools import markdown, runs as runs_lib
-from resnet_flax.run import config as config_lib, folder, keys, load
+from resnet_flax.run import config as config_lib, errors, folder, keys, load
 
 _FOLDER = pathlib.Path(__file__).parent
 COMMAND = "python -m experiments.recipes.report"
@@ -34,13 +34,18 @@ def collect(workdir: pathlib.Path) -> list[Run]:
   runs = []
   for run, config, records in runs_lib.finished(workdir):
     name = run.name.partition(",")[0]
-    usual = importlib.import_module(f"configs.{name}").get_config()
+    try:
+      usual = importlib.import_module(f"configs.{name}").get_config()
+    except ModuleNotFoundError:
+      raise errors.WorkdirError(
+        f"{run} is not named after a file of configs/."
+      ) from None
     # Through JSON, which turns tuples into lists.
     usual = json.loads(json.dumps(keys.to_flat(usual)))
     own = {
       key: value
       for key, value in keys.to_flat(config).items()
-      if value != usual[key] and key not in _SHARED
+      if value != usual.get(key) and key not in _SHARED
     }
     seconds = [r["epoch_seconds"] + r["evaluation_seconds"] for r in records]
     one_view = ConfigDict(config.to_dict())

@@ -1,6 +1,8 @@
-"""Flags that are lists, as types of `argparse`."""
+"""Types of flags, for `argparse`."""
 
 import argparse
+import os
+import pathlib
 from collections.abc import Callable, Collection
 
 
@@ -21,3 +23,12 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
     return chosen
 
   return parse
+
+
+def new_file(text: str) -> pathlib.Path:
+  """A file that does not exist yet."""
+  if os.path.exists(text):
+    raise argparse.ArgumentTypeError(
+      f"{text} exists already: remove it, or pass another"
+    )
+  return pathlib.Path(text)

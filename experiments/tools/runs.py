@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,16 +28,20 @@ def finished(
 ) -> Iterator[tuple[pathlib.Path, ConfigDict, list[metrics.Record]]]:
   """Yields the finished runs in a sweep's folder, sorted by name.
 
-  Each has its workdir, its configuration and the records of its epochs.
+  Each has its workdir, its configuration and the records of its epochs. A line
+  names a run that is left out, since it lacks its last checkpoint.
   """
   for path in sorted(workdir.glob("*/config.json")):
     run = path.parent
     config = folder.load_config(run)
     records = metrics.MetricsLog(run, config).read()
-    if len(records) >= config.num_epochs and (
-      records[-1]["step"] in checkpoint.steps(run)
-    ):
+    if len(records) < config.num_epochs:
+      continue
+    # A killed run may have a record without its epoch's checkpoint.
+    if records[-1]["step"] in checkpoint.steps(run):
       yield run, config, records
+    else:
+      print(f"left out: {run} has no last checkpoint", file=sys.stderr)
 
 
 def report(
@@ -64,7 +69,9 @@ def report(
   try:
     new_runs = collect(workdir)
   except errors.UserError as error:
-    parser.error(str(error))
+    # The rest of the advice is for those who train.
+    reason = str(error).partition(" Pass another --workdir,")[0]
+    parser.error(f"--workdir={workdir} cannot be used: {reason}")
   if not new_runs:
     parser.error(f"--workdir={workdir} must hold a finished run")
   earlier = json.loads(raw_file.read_text()) if raw_file.exists() else []

@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
 
     Raises `ValueError` for images of which no pixel is left after the pools.
     """
-    x = layers.resize(images, self.input_size)
+    x = images = layers.resize(images, self.input_size)
     number = 0
     for layer in self.features:
       window = layer.size, layer.size
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
       height, width = images.shape[1:3]
       raise ValueError(
         f"{height}x{width} images are too small: the pools leave no pixel. Pass"
-        " larger images, or input_size=224."
+        " input_size=224, or larger images without input_size."
       )
     x = adaptive_average_pool(x, self.pooled_size)
     x = x.reshape(x.shape[0], -1)

@@ -102,6 +102,7 @@ def test_finished_runs_are_scored_in_inference_mode(
     report.v1_depth20, "get_config", lambda: changed(tiny_config)
   )
   monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 2})
+  monkeypatch.setattr(report.degradation, "GRID", {"seed": [0, 1]})
   train.train_and_evaluate(tiny_config, tmp_path / "a", devices=one_device)
   (cell,) = report.collect(tmp_path)
   assert (cell["network"], cell["depth"], cell["seed"]) == ("resnet_v1", 8, 0)

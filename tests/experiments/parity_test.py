@@ -112,9 +112,7 @@ def record(accuracy):
 def finish(folder, accuracies, **overrides):
   """A run with the checkpoint of its last epoch."""
   workdirs.write(folder, accuracies, **overrides)
-  last = folder / "checkpoints" / str(100 * len(accuracies))
-  last.mkdir(parents=True)
-  (last / "manifest.json").touch()
+  (folder / "checkpoints" / str(100 * len(accuracies))).mkdir(parents=True)
 
 
 def test_finished_seeds_are_compared(tmp_path):
@@ -154,7 +152,9 @@ def test_the_trainings_of_one_side_are_shown(tmp_path):
   with pytest.raises(ValueError, match="unequal length"):
     report.table(report.collect(tmp_path))
   (tmp_path / "keras-seed2.jsonl").write_text(json.dumps(record(0.1)) + "\n")
-  with pytest.raises(SystemExit, match=r"seed2\.environment\.json is missi"):
+  with pytest.raises(
+    errors.DataError, match=r"seed2\.environment\.json is missi"
+  ):
     report.collect(tmp_path)
   finish(tmp_path / "other", [0.6], num_epochs=1, model__depth=32)
   with pytest.raises(errors.WorkdirError, match=r"model\.depth"):

@@ -82,10 +82,13 @@ def is_finished(cell: Cell) -> bool:
   except errors.WorkdirError as error:
     raise errors.WorkdirError(f"cell {cell.name}: {error}") from error
   records = metrics.MetricsLog(cell.workdir).read()
-  # A killed run may have a record without its epoch's checkpoint.
-  return len(records) == cell.config.num_epochs and (
-    records[-1]["step"] in checkpoint.steps(cell.workdir)
-  )
+  if len(records) != cell.config.num_epochs:
+    return False
+  # A killed run may have its last record without the checkpoint. A run whose
+  # checkpoints were removed cannot resume, and is finished.
+  before, last = [0, *(record["step"] for record in records)][-2:]
+  latest = max(checkpoint.steps(cell.workdir), default=-1)
+  return not before <= latest < last
 
 
 class Observer:

@@ -8,6 +8,7 @@ from experiments.depth_ablation import report as depth_ablation
 from experiments.parity import report as parity
 from experiments.recipes import report as recipes
 from experiments.tools import runs
+from tests.helpers import run_module
 from tests.tools.report import workdirs
 
 
@@ -32,6 +33,31 @@ def test_a_folder_without_a_finished_run_changes_nothing(
   what = "a folder of runs" if kind == "missing" else "a finished run"
   assert f"--workdir={folder} must " in (said := capsys.readouterr().err)
   assert what in said
+
+
+@pytest.mark.parametrize("report", [depth_ablation, parity, recipes])
+def test_a_run_of_other_settings_is_refused(
+  report, tmp_path, monkeypatch, capsys
+):
+  workdirs.write(tmp_path / "a", [0.5], num_epochs=1, batch_size=8)
+  (tmp_path / "a" / "checkpoints" / "100").mkdir(parents=True)
+  monkeypatch.setattr(runs.files_lib, "write_json", None)
+  monkeypatch.setattr(sys, "argv", ["report", f"--workdir={tmp_path}"])
+  with pytest.raises(SystemExit) as caught:
+    report.main()
+  assert caught.value.code == 2
+  *_, last = capsys.readouterr().err.splitlines()
+  assert f"--workdir={tmp_path} cannot be used: " in last
+
+
+@pytest.mark.parametrize("module", ["depth_cost", "faults"])
+def test_no_result_is_overwritten(module, tmp_path):
+  out = tmp_path / "results.json"
+  out.write_text("kept")
+  done = run_module(f"experiments.{module}", f"--out={out}")
+  assert done.returncode == 2
+  assert "exists already" in done.stderr.splitlines()[-1]
+  assert out.read_text() == "kept"
 
 
 def test_runs_of_earlier_workdirs_stay(tmp_path, monkeypatch, capsys):
