@@ -339,16 +339,18 @@ def start(arguments, cwd):
   )
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
-def test_the_python_of_the_pages(trained, tmp_path, monkeypatch, capsys, page):
+def test_the_python_of_the_pages(trained, tmp_path, monkeypatch, capsys):
+  """The README's, then what use.md adds to it."""
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / "quickstart").symlink_to(trained)
   monkeypatch.chdir(tmp_path)
-  first, *_ = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S
-  )
-  exec(first, {})
+  names = {}
+  for page in ("README.md", "docs/use.md"):
+    text = (ROOT / page).read_text()
+    first, *_ = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(first, names)
   assert len(ast.literal_eval(capsys.readouterr().out)) == 3
+  assert names["logits"].shape == (3, 10)
 
 
 @pytest.mark.slow
