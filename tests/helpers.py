@@ -169,9 +169,8 @@ class Programs:
   def train(self, config, workdir, **arguments):
     """As `train.train_and_evaluate`."""
     settings = config.to_dict()
-    for name in (
-      *("num_epochs", "init_from", "checkpoint", "log", "eval_every_epochs"),
-    ):
+    about_runs = "num_epochs", "init_from", "checkpoint", "log"
+    for name in (*about_runs, "eval_every_epochs"):
       del settings[name]
     del settings["log_layer_norms_every"], settings["dataset"]["cache_dir"]
     computed = json.dumps(settings, sort_keys=True)

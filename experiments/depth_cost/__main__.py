@@ -12,7 +12,7 @@ import multiprocessing
 from concurrent import futures
 
 from experiments.depth_cost import measurement
-from experiments.tools import lists, markdown
+from experiments.tools import flag_types, markdown
 from resnet_flax.run import arguments, files as files_lib, huge_pages
 
 
@@ -21,11 +21,11 @@ def main(argv: list[str]) -> None:
   parser = arguments.Parser("python -m experiments.depth_cost")
   add, modes = parser.add_argument, measurement.MODES
   add("--name", default="resnet_v1", help="the network's `model.name`")
-  add("--depths", type=lists.integers, default="20,56,110")
-  add("--modes", type=lists.names(modes), default=",".join(modes))
+  add("--depths", type=flag_types.integers, default="20,56,110")
+  add("--modes", type=flag_types.names(modes), default=",".join(modes))
   add("--batch_size", type=int, default=32)
   add("--steps", type=int, default=3, help="timed steps")
-  add("--out", type=lists.new_file, help="written after each process")
+  add("--out", type=flag_types.new_file, help="written after each process")
   flags = parser.parse_args(argv[1:])
   print(markdown.table(measurement.COLUMNS, []), flush=True)
   environments, results = [], []

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.faults import harness, injections
 from experiments.faults.case import Case, Job, Row
-from experiments.tools import lists, markdown
+from experiments.tools import flag_types, markdown
 from resnet_flax.run import environment, files as files_lib, surroundings
 
 _SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
@@ -174,8 +174,8 @@ def main() -> None:
   add, known = parser.add_argument, injections.FAULTS
   add("--kills", type=int, default=50, help="kills that hit a process")
   add("--seed", type=int, default=0, help="draws times, signals, files, bytes")
-  add("--out", type=lists.new_file, help="written after each fault")
-  add("--faults", type=lists.names(known), default=",".join(known))
+  add("--out", type=flag_types.new_file, help="written after each fault")
+  add("--faults", type=flag_types.names(known), default=",".join(known))
   flags = parser.parse_args()
   surroundings.set_up()
   # A background job ignores SIGINT, and its runs would inherit that.

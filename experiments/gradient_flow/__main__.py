@@ -18,7 +18,7 @@ import time
 import jax
 
 from experiments.gradient_flow import measurement
-from experiments.tools import lists, records as records_lib
+from experiments.tools import flag_types, records as records_lib
 from resnet_flax.models import registry
 from resnet_flax.run import (
   arguments,
@@ -36,8 +36,8 @@ _NORMS = {"true,false": [True, False], "true": [True], "false": [False]}
 def main(argv: list[str]) -> None:
   """Measures the networks that --out lacks."""
   parser = arguments.Parser("python -m experiments.gradient_flow")
-  add, integers = parser.add_argument, lists.integers
-  families = lists.names(registry.MODELS)
+  add, integers = parser.add_argument, flag_types.integers
+  families = flag_types.names(registry.MODELS)
   add("--families", type=families, default="plain,highway,resnet_v1")
   add("--depths", type=integers, default="20,56", help="trained")
   add("--init_depths", type=integers, default="110,326", help="untrained")

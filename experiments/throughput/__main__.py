@@ -26,7 +26,7 @@ import jax
 
 from experiments.throughput import environments, processes, report
 from experiments.throughput.programs import PROGRAMS
-from experiments.tools import lists
+from experiments.tools import flag_types
 from resnet_flax.run import environment, errors, files as files_lib, huge_pages
 
 # The length of each kind of window, as a share of --seconds.
@@ -34,7 +34,7 @@ LENGTHS = {"train": 1.0, "resident": 1.0, "infer": 0.5, "matmul": 0.125}
 
 
 def _depths(text: str) -> list[int]:
-  depths = lists.integers(text)
+  depths = flag_types.integers(text)
   if any(depth < 8 or (depth - 2) % 6 for depth in depths):
     raise argparse.ArgumentTypeError(f"{text} must be 6n+2, for example 20,56")
   return depths
@@ -48,8 +48,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   add("--rounds", type=int, default=7)
   add("--seconds", type=float, default=8.0)
   add("--depths", type=_depths, default="20")
-  add("--batch_sizes", type=lists.integers, default="32,128")
-  add("--programs", type=lists.names(PROGRAMS), default=",".join(PROGRAMS))
+  add("--batch_sizes", type=flag_types.integers, default="32,128")
+  add("--programs", type=flag_types.names(PROGRAMS), default=",".join(PROGRAMS))
   add("--threads", type=int, default=environment.num_cpu_threads())
   add("--peers", type=pathlib.Path, default=environments.DEFAULT)
   return parser.parse_args(arguments)

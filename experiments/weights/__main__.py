@@ -28,7 +28,7 @@ import numpy as np
 
 import resnet_flax
 from configs import base
-from experiments.tools import lists, markdown
+from experiments.tools import flag_types, markdown
 from resnet_flax.run import environment, errors, files as files_lib
 from resnet_flax.tools import convert
 
@@ -279,7 +279,7 @@ def parse(
   parser = argparse.ArgumentParser(f"python -m {program}")
   for library in libraries:
     parser.add_argument(f"--{library}_python", type=pathlib.Path)
-  known = lists.names(names)
+  known = flag_types.names(names)
   parser.add_argument("--names", type=known, default=",".join(names))
   parser.add_argument("--out", type=pathlib.Path, required=True)
   arguments = parser.parse_args()

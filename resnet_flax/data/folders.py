@@ -57,8 +57,8 @@ def _scan(folder: str, mtime_ns: int) -> tuple[list[str], list[str], int]:
   return sorted(folders), sorted(pictures), num_others
 
 
-def _list(root: str) -> tuple[Parts, int]:
-  """The parts, and how many files in their class folders are not pictures."""
+def _list(root: str) -> tuple[Parts, int, list[str]]:
+  """The parts, the number of other files in classes, and folders not used."""
 
   def scan(*names: str) -> tuple[list[str], list[str], int]:
     folder = os.path.join(root, *names)
@@ -66,10 +66,13 @@ def _list(root: str) -> tuple[Parts, int]:
 
   parts: Parts = {}
   num_others = 0
-  names, top_dirs = [""], scan()[0]
+  names, top_dirs, unused = [""], scan()[0], list[str]()
   # A folder train/ that holds only pictures is a class of that name.
   if "train" in top_dirs and scan("train")[0]:
     names = [n for n in ("train", "val", "validation", "test") if n in top_dirs]
+    unused = [name for name in top_dirs if name not in names]
+    if len(names) > 3:
+      unused.append("validation")  # There is val, too.
   for name in names:
     scans = {each: scan(name, each) for each in scan(name)[0]}
     parts[name] = {each: pictures for each, (_, pictures, _) in scans.items()}
@@ -80,7 +83,7 @@ def _list(root: str) -> tuple[Parts, int]:
     for each, pictures in classes.items():
       parts["train"][each] = [p for k, p in enumerate(pictures) if k % 10]
       parts["a tenth"][each] = pictures[::10]
-  return parts, num_others
+  return parts, num_others, unused
 
 
 def _check(parts: Parts) -> None:
@@ -97,8 +100,8 @@ def _check(parts: Parts) -> None:
         raise ValueError(f"class {each!r} has no picture ({kinds}) in {part}")
 
 
-def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
-  """The folder that `config` names, its parts, its number of other files."""
+def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int, list[str]]:
+  """The folder that `config` names, and what `_list` finds there."""
   if not config.data_dir:
     raise errors.ConfigError(
       "dataset.data_dir='' must name a folder of pictures for dataset.name="
@@ -106,13 +109,13 @@ def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int]:
     )
   root = errors.resolve(config.data_dir, "dataset.data_dir")
   try:
-    parts, num_others = _list(str(root))
+    parts, num_others, unused = _list(str(root))
     _check(parts)
   except (OSError, ValueError) as error:
     raise errors.DataError(
       f"dataset.data_dir={root} cannot be used: {error}. {_FORM}"
     ) from error
-  return root, parts, num_others
+  return root, parts, num_others, unused
 
 
 def facts(config: ConfigDict) -> types.Facts:
@@ -146,7 +149,7 @@ class Files:
 
 def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   """The parts as sources, the class names, and a source name with digest."""
-  root, parts, num_others = find(config)
+  root, parts, num_others, unused = find(config)
   sources = []
   for part, by_class in parts.items():
     classes = np.arange(len(by_class), dtype=np.int32)
@@ -156,15 +159,6 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
   message = "pictures in %s: %s; %d other files are ignored"
   _logger.info(message, root, counts, num_others)
-  top_dirs = _scan(str(root), os.stat(root).st_mtime_ns)[0]
-  used = {
-    os.path.relpath(pictures[0], root).partition(os.sep)[0]
-    for by_class in parts.values()
-    for pictures in by_class.values()
-  }
-  unused = sorted({*top_dirs} - used)
-  if len(parts) > 3:
-    unused.append("validation")  # There is val, too.
   if unused:
     message = "warning: these folders in %s are not used: %s"
     _logger.warning(message, root, f"{', '.join(unused):.500}")

@@ -45,12 +45,11 @@ def of_epoch(
     for name, mean in (score.ensemble or {}).items()
   }
   summary = metrics.summarize(layout.seeds, of_seeds, ensembles)
-  return (
-    {"epoch": epoch, "step": state.step}
-    | summary
-    | {
-      "epoch_seconds": seconds,
-      "data_seconds": notes["data_seconds"],
-      "images_per_second": num_images / seconds,
-    }
-  )
+  return {
+    "epoch": epoch,
+    "step": state.step,
+    **summary,
+    "epoch_seconds": seconds,
+    "data_seconds": notes["data_seconds"],
+    "images_per_second": num_images / seconds,
+  }

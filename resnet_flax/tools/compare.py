@@ -13,8 +13,7 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("a", nargs="+", metavar="A", help="workdir, or folder of workdirs")
   # Given twice, the second adds to the first.
-  b = parser.add_argument("--with", nargs="+", action="extend", required=True)
-  b.dest, b.metavar = "b", "B"
+  add("--with", nargs="+", action="extend", required=True, dest="b")
   add("--metric", default="accuracy", help="key, with or without 'test_'")
   add("--which", default="best", choices=["best", "last"], help="epoch")
   formats = ["text", "markdown", "csv", "latex"]

@@ -79,17 +79,17 @@ def convert(source: Path, config: ConfigDict, workdir: Path) -> Conversion:
       f"{file.path} holds {network.title}, which the configuration must match:"
       f" pass {', '.join(wrong.values())}."
     )
+  experiment = experiment_lib.build(config)
   # A file without a head has 0 classes here; `mapping.variables` reports it.
-  if 0 < network.num_classes != experiment_lib.build(config).num_classes:
+  if 0 < network.num_classes != experiment.num_classes:
     if config.model.num_classes:
       raise errors.ConfigError(
         f"model.num_classes={config.model.num_classes} must be 0 or"
         f" {network.num_classes}, the number of classes of {file.path}'s head."
       )
     config.model.num_classes = network.num_classes
-  # Checked again, since the number of classes may now come from the file.
-  rules.check(config, num_devices=1)
-  experiment = experiment_lib.build(config)
+    rules.check(config, num_devices=1)
+    experiment = experiment_lib.build(config)
   like = experiment_lib.abstract_state(config, experiment)
   variables = mapping.variables(
     file, network, {"params": like.params, "batch_stats": like.batch_stats}

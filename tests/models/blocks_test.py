@@ -281,10 +281,8 @@ class Halve(nn.Module):
 
 @pytest.mark.parametrize("shortcut", ["keras", "none"])
 def test_a_branch_is_changed_before_the_sum(shortcut):
-  block = make(
-    functools.partial(blocks.BasicBlock, branch=Halve),
-    **{"shortcut": shortcut, "strides": 2, "filters": 6},
-  )
+  block_cls = functools.partial(blocks.BasicBlock, branch=Halve)
+  block = make(block_cls, shortcut=shortcut, strides=2, filters=6)
   variables, x = randomized(block), images()
   of = Reference(variables, 2)
   y = nn.relu(of.bn("bn1", of.conv("conv1", x, 2)))

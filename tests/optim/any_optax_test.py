@@ -110,9 +110,8 @@ def test_only_those_give_nan_at_a_rate_of_zero():
     except errors.ConfigError:
       continue
     state = tx.init(params)
-    for rate in (0.0, 0.1):
-      found = tx.update(params, state, params, learning_rate=jnp.float32(rate))
-      updates, state = found
+    for rate in (jnp.float32(0.0), jnp.float32(0.1)):
+      updates, state = tx.update(params, state, params, learning_rate=rate)
     if not np.isfinite(updates["kernel"]).all():
       not_finite.add(f"optax/{name}")
   assert not_finite == {*any_optax.NO_ZERO_RATE}
