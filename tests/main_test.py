@@ -53,6 +53,11 @@ def test_train_again_and_eval(tmp_path):
     "Checkpoint: latest, step 2, epoch 0 (0-based)",
     *lines[1:4],
   ]
+  views = run(
+    *(*QUICK, "--config.dataset.test_crops=2", "--mode=eval"),
+    *("--split=train", f"--workdir={tmp_path}/run"),
+  )
+  assert views.stdout.splitlines()[1].startswith("Train loss: "), views.stderr
 
 
 @pytest.mark.slow

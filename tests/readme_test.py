@@ -139,6 +139,9 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     text=True,
   )
   assert built.returncode == 0, built.stderr
+  front = (tmp_path / "site" / "index.html").read_text()
+  assert "Install and first run" in front
+  assert 'href="CONTRIBUTING/"' in front
   text = (tmp_path / "site" / "results" / "index.html").read_text()
   pictures = re.findall(r'<img [^>]*src="([^"]+)"', text)
   assert pictures

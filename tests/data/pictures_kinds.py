@@ -39,7 +39,8 @@ pixels stands for each kind. JPEGs have quality 95 unless a row says otherwise.
   end in an error, and so do picture files of more than 64 MiB.
 
 This page is made by `pip install tensorflow-cpu` and
-`python -m tests.data.pictures_kinds > docs/pictures.md`.
+`python -m tests.data.pictures_kinds > docs/pictures.md` (not run by CI, which
+checks the table without TensorFlow).
 
 | kind | what is decoded | largest difference |
 | --- | --- | --- |
