@@ -109,13 +109,13 @@ def draw(runs: list[Run]) -> Figure:
   axis = figure.subplots()
   for k, (recipe, group) in enumerate(by_recipe(runs)):
     for run in group:
-      label = f"{recipe}, n = {len(group)}" if run is group[0] else None
+      label = f"{recipe}, {len(run['accuracies'])} epochs, n = {len(group)}"
       axis.plot(
         group[0]["minutes"],  # Other seeds shared the machine.
         run["accuracies"],
         color=f"C{k}",
         marker=".",
-        label=label,
+        label=label if run is group[0] else None,
       )
   axis.set(
     xlabel="minutes of seed 0's training and scoring",

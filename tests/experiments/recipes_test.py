@@ -87,13 +87,16 @@ def test_the_page_has_the_numbers_of_the_raw_file():
   text = (folder / "README.md").read_text()
   table = report.table(runs)
   assert markdown.replace(text, "recipes", report.COMMAND, table) == text
-  fast = [run for run in runs if run["recipe"] == "fast_cifar10"]
+  groups = {
+    (name, len(group[0]["accuracies"])): group
+    for name, group in report.by_recipe(runs)
+  }
+  fast, keras = groups["fast_cifar10", 10], groups["v1_depth20", 8]
   ends = [run["accuracies"][-1] for run in fast]
   reached = markdown.mean_and_std(ends, ".1f")
   text = " ".join(text.split())
   assert f"reaches {reached} % (mean ± standard deviation, n = 3)" in text
   assert len(fast) == 3
-  keras = [run for run in runs if run["recipe"] == "v1_depth20"]
   reached = markdown.mean_and_std(
     [run["accuracies"][-1] for run in keras], ".1f"
   )
