@@ -217,6 +217,19 @@ def test_depth_ablations_can_be_used(tmp_path, name, networks):
   assert networks < {(model.name, model.depth) for model in models}
 
 
+SWEEPS = [
+  path
+  for path in (ROOT / "experiments").glob("*/*.py")
+  if "\nGRID = " in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", SWEEPS)
+def test_every_sweep_of_the_experiments_can_be_used(path, tmp_path):
+  assert len(SWEEPS) > 5
+  assert definition.load(str(path), tmp_path, ANY).cells
+
+
 # What it will cost.
 
 
