@@ -54,7 +54,8 @@ _KEYS = (
   ),
   Key("seed_execution", "auto", _EXECUTION, may_differ=True).means(
     "How networks on one device are trained. in_turn: each bit-identical to its"
-    " run alone. vectorized: in one call. auto: the faster; on CPUs in_turn."
+    " run alone. vectorized: in one call, which may change the last bits. auto:"
+    " the faster; on CPUs in_turn."
   ),
   Key("batch_size", 32, integer(1)).means(
     "Images per step, over all devices. A last, smaller batch is dropped."
