@@ -89,7 +89,7 @@ BUILT = re.compile(r"\bonly\sbuilds\b")
 def commands():
   """Each command, of a block or inside a sentence or a table, and its section.
 
-  What stands at the head of a page is said of all its sections.
+  Text at the head of a page applies to all its sections.
   """
   for page in PAGES:
     text = page.read_text()

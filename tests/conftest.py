@@ -63,7 +63,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def resident_bytes():
-  """The memory of this process; where it is not known, as if it were much."""
+  """The memory of this process; a large number where it is not known."""
   try:
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
   except OSError:
@@ -157,14 +157,14 @@ class SmallDisk:
     self.folder = folder
 
   def fill(self):
-    """Leaves no byte."""
+    """Fills the disk to the last byte."""
     file = (self.folder / "filler").open("wb", buffering=0)
     with file, contextlib.suppress(OSError):
       while True:
         file.write(bytes(4096))
 
   def free(self):
-    """Takes it back."""
+    """Makes room again."""
     (self.folder / "filler").unlink()
 
 

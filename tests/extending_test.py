@@ -104,7 +104,7 @@ def saved(workdir):
   ("title", "diff"), [(t, d) for t, d, _ in EDITS], ids=[t for t, *_ in EDITS]
 )
 def test_the_diff_applies(checkout, title, diff):
-  """To the code as it stands, so that the page cannot rot."""
+  """It applies to the current code, so that the page stays correct."""
   apply(checkout, diff)
   # A hunk may apply in a wrong place.
   assert compileall.compile_dir(checkout / "resnet_flax", quiet=1)
@@ -163,7 +163,7 @@ def test_the_edits_of_blocks_train(checkout):
 
 @pytest.mark.slow
 def test_frozen_blocks_keep_weights_and_statistics(checkout):
-  """Those of a run without the edit, also where blocks are in loops."""
+  """They equal the values of a run without the edit, also in loops."""
   train(checkout, "--config.model.depth=20", num_epochs=1)
   (checkout / "run").rename(checkout / "before")
   options = apply_all(checkout, FREEZING)

@@ -1,4 +1,4 @@
-"""What several test files do: layouts, states, steps, kills."""
+"""Helpers of several test files: layouts, states, steps, kills."""
 
 import functools
 import itertools
@@ -152,7 +152,7 @@ def at_event(name, count, action):
 
 
 def die():
-  """As a kill would: an exception that nobody expects."""
+  """Ends the run as a kill does: by an exception that nothing expects."""
   raise SystemExit
 
 
@@ -160,7 +160,7 @@ class Programs:
   """Trains configurations often; what they share is made once.
 
   Each program is compiled once a layout, and a seed's first state is drawn
-  once. Whatever `num_epochs` is, learning rates are those of the first run.
+  once. Whatever `num_epochs` is, all runs use the first run's learning rates.
   """
 
   def __init__(self):

@@ -125,7 +125,7 @@ def relative_error(ours, theirs):
 
 
 def feeds_batch_norm(name, path):
-  """Whether a parameter is a convolution's bias that a BN takes out again.
+  """Whether a parameter is a convolution's bias that a BN cancels.
 
   In v2 that is every one: whatever reads the residual stream is normalised,
   or a 1x1 convolution into the next stream. In v1 the projections' biases

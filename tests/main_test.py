@@ -62,7 +62,7 @@ def test_train_again_and_eval(tmp_path):
 
 @pytest.mark.slow
 def test_default_workdir_and_another_configuration_in_it(tmp_path):
-  """Run in a copy of the configs, since it writes to runs/ of the folder."""
+  """The command runs in a copy of configs, since it writes to runs/ there."""
   (tmp_path / "configs").symlink_to(ROOT / "configs")
   assert run(*QUICK, cwd=tmp_path).returncode == 0
   (workdir,) = (tmp_path / "runs").iterdir()
@@ -294,7 +294,7 @@ def test_ctrl_c_before_training(tmp_path, moment):
 
 
 def test_an_error_does_not_wait_for_threads_of_libraries():
-  """As of Orbax, when a workdir has become read-only."""
+  """Orbax, for example, has threads when a workdir becomes read-only."""
   code = """
 import threading
 from absl import app

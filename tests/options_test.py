@@ -1,4 +1,4 @@
-"""What is off by default, all at once: the promises of a run hold for it."""
+"""With all optional features on at once, a run keeps its promises."""
 
 import jax
 import pytest

@@ -90,7 +90,7 @@ def test_the_state_has_the_same_form_with_x64(optimizer, normalization):
   "name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)]
 )
 def test_accumulated_steps_are_a_larger_batch(name):
-  """8 of 16 images are one of 128, where there is no batch norm."""
+  """Without batch norm, 8 batches of 16 images equal one of 128."""
   config = base.get_config()
   config.model.update({"depth": 8, "num_filters": 4, "norm": "none"})
   config.optimizer.update({"name": name, "clip_norm": 0.1})
@@ -286,7 +286,7 @@ def test_smoothed_labels_are_those_of_szegedy_et_al(experiment, state):
 
 
 def test_targets_may_be_probabilities(experiment, state, step):
-  """As labels that are mixed are: one-hot ones count as labels do."""
+  """Mixed labels are probabilities; one-hot targets count as labels do."""
   images, labels = batch()
 
   def sums(step):
@@ -458,7 +458,7 @@ def test_bytes_change_with_the_epoch():
 
 
 def test_images_are_normalised_before_they_are_moved():
-  """White ones of a white mean are 0, and so is what is padded."""
+  """White images with a white mean become 0, and so does the padding."""
   white = normalize.Normalization(jnp.ones((32, 32, 3)), jnp.ones((1, 1, 3)))
   step, state, (pixels, labels), _ = linear(
     {"augment.name": "crop_flip"}, white

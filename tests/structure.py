@@ -67,7 +67,7 @@ def modules() -> dict[str, pathlib.Path]:
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-  """For each module those of the package that it imports at module level."""
+  """For each module the package's modules that it imports at module level."""
   known = modules()
   graph = {}
   for name, path in known.items():
@@ -95,7 +95,7 @@ def longest_chain() -> list[str]:
 
 
 def layer_of(name: str) -> int:
-  """The number of a module's layer, the top one 0; that of `BASE` is last."""
+  """The number of a module's layer: the top layer is 0, `BASE` is last."""
   if name in BASE or name.startswith("models.kernels"):
     return len(LAYERS)
   top = name.partition(".")[0]
@@ -108,7 +108,7 @@ def num_lines(path: pathlib.Path) -> int:
 
 
 def entries() -> list[str]:
-  """What stands at the top of the package, doors to commands apart."""
+  """The entries at the top of the package, without the command modules."""
   return [
     path.name
     for path in sorted(PACKAGE.iterdir())

@@ -173,7 +173,7 @@ def test_a_run_that_died_resumes_bit_identically(
 def test_record_without_its_checkpoint_is_cut_off(
   long_config, straight, run, tmp_path
 ):
-  """As after a kill while the checkpoint was on its way to the disk."""
+  """A kill before the checkpoint is on disk leaves such a record."""
   with pytest.raises(SystemExit):
     run(tmp_path, on_event=at_event("step", 7, die))
   log = metrics.MetricsLog(tmp_path)
@@ -358,7 +358,7 @@ def test_workdir_becomes_read_only(
 
 
 def remove(folder):
-  """Also while somebody writes there."""
+  """Removes a folder, also while somebody writes there."""
   while folder.exists():
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -451,7 +451,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(
 def test_what_runs_before_a_save_is_no_training_time(
   tiny_config, tmp_path, one_device, programs, monkeypatch
 ):
-  """By a clock that runs only in questions and in the hook."""
+  """The clock moves only when it is read and in the hook."""
   now = [0.0]
 
   def clock():
@@ -609,7 +609,7 @@ def test_only_scored_epochs_are_scored_and_can_be_the_best(
   workdir = tmp_path / "run"
 
   def scripted(eval_step, state, *arguments, **keywords):
-    """The accuracy is the less the longer one trains."""
+    """The accuracy falls during training."""
     return one_score(loss=1.0, accuracy=1 / state.step)
 
   def trained(on_event=lambda name: None):
@@ -655,7 +655,7 @@ def test_the_monitored_metric_chooses_the_best_epoch(
 
 
 def test_a_save_in_progress_does_not_make_a_removed_workdir_anew(run, tmp_path):
-  """Else the run could not start anew: it would lack the records."""
+  """Otherwise the run could not start anew, since it would lack the records."""
   workdir = tmp_path / "run"
   # In Orbax's thread, before the checkpoint has its name.
   on_event = at_event("manifest", 2, lambda: (workdir / "config.json").unlink())
@@ -666,7 +666,7 @@ def test_a_save_in_progress_does_not_make_a_removed_workdir_anew(run, tmp_path):
 
 @slow
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch, one_device):
-  """Over three seeds: within what seeds differ by."""
+  """Over three seeds, the difference is within their spread."""
   monkeypatch.setattr(onednn, "enabled", True)
   if not onednn.can_convolve(jnp.bfloat16):
     pytest.skip("this processor has no bfloat16")
@@ -749,7 +749,7 @@ def test_a_run_can_be_lengthened_until_its_rate_falls(
 def test_a_run_resumes_between_accumulated_steps(
   tiny_config, tmp_path, programs, name, changes, devices
 ):
-  """Three of them, across the ends of epochs of four."""
+  """It accumulates three steps, across the ends of epochs of four."""
   tiny_config.update_from_flattened_dict(changes)
   if "model.scan" in changes:
     tiny_config.model.depth = 14  # Two like blocks in a stage.
@@ -889,7 +889,7 @@ def test_donated_state_does_not_reach_a_checkpoint(tiny_config, tmp_path):
 def test_metrics_are_read_one_step_late(
   tiny_config, tmp_path, one_device, programs
 ):
-  """The devices have the next step to work on meanwhile."""
+  """Meanwhile the devices work on the next step."""
   events = []
 
   def on_event(name):

@@ -115,7 +115,7 @@ def test_same_key_same_images_other_key_others(name):
 
 
 def test_augmentations_compose_in_order_and_may_change_targets():
-  """Each draws from a key of its own by its place."""
+  """Each augmentation draws from its own key, which its place decides."""
   keys = []
 
   def halve(key, images, targets):

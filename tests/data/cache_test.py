@@ -88,7 +88,7 @@ def test_the_sums_are_those_of_sha256sum(tmp_path, arrays):
 
 
 class Trap:
-  """Unpickling it would be seen."""
+  """An object whose unpickling would be noticed."""
 
   def __reduce__(self):
     return os.mkdir, ("unpickled",)
@@ -109,7 +109,7 @@ def save_npz(path):
 
 @pytest.mark.parametrize("save", [save_objects, save_pickle, save_npz])
 def test_nothing_is_unpickled(tmp_path, arrays, save, monkeypatch):
-  """Not even with the digest that SHA256SUMS has."""
+  """Not even if the digest equals the one in SHA256SUMS."""
   monkeypatch.chdir(tmp_path)
   build = Builder(arrays)
   cache.cached(tmp_path / "c", "key", build)
@@ -194,7 +194,7 @@ def test_failed_build_leaves_nothing(tmp_path, arrays, monkeypatch):
 
 
 def test_unwritable_folder(tmp_path, arrays):
-  """It is said before images are decoded for a minute."""
+  """The error comes before images are decoded for a minute."""
   blocked, build = tmp_path / "file", Builder(arrays)
   blocked.write_text("")
   for folder in (blocked, blocked / "cache", pathlib.Path("/proc")):
@@ -204,7 +204,7 @@ def test_unwritable_folder(tmp_path, arrays):
 
 
 def test_what_killed_writers_left_is_removed(tmp_path, arrays):
-  """But not what others write at the time, nor what is somebody else's."""
+  """But no file that others write meanwhile, and no file of other people."""
   (tmp_path / ".key-abcdefg1" / "made").mkdir(parents=True)
   os.utime(tmp_path / ".key-abcdefg1", (0, 0))
   (tmp_path / ".keys").mkdir()
@@ -229,7 +229,7 @@ def test_cache_dir(tmp_path):
 def test_another_process_that_stores_the_entry_first(
   tmp_path, arrays, monkeypatch, is_faster
 ):
-  """Between the look and the renaming."""
+  """It stores the entry between our look and our renaming."""
   folder, build = tmp_path / "c", Builder(arrays)
   replace = os.replace
 

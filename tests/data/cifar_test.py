@@ -80,7 +80,7 @@ def test_folders_of_any_name(config, monkeypatch, tmp_path, name):
 def test_another_process_that_prepares_the_same_is_faster(
   config, monkeypatch, tmp_path
 ):
-  """Both have found no copy and begun."""
+  """Both processes have found no copy and begun."""
   archives.install(monkeypatch, "cifar10", tmp_path / "archive.tar.gz")
   config.archive = str(tmp_path / "archive.tar.gz")
   read = cifar.read_archive
@@ -126,7 +126,7 @@ def test_from_download_to_arrays(name, config, monkeypatch, server):
 
 
 def test_prepared_copy_is_plain_tfds(config, monkeypatch, tmp_path):
-  """What is written is the stock data set: TFDS itself opens it by name."""
+  """The written copy is the stock data set: TFDS itself opens it by name."""
   import tensorflow_datasets as tfds
 
   path = tmp_path / "archive.tar.gz"
@@ -289,14 +289,14 @@ def intact_copy(tmp_path_factory):
 
 @pytest.fixture
 def copy(intact_copy, tmp_path):
-  """One that may be changed."""
+  """A copy that may be changed."""
   folder = tmp_path / "data é\n" / "cifar10" / intact_copy.name
   shutil.copytree(intact_copy, folder)
   return folder
 
 
 def read_copy(folder):
-  """All that is done with a copy, and nothing of a cache."""
+  """Opens and reads a copy, without a cache."""
   config = base.get_config().dataset
   config.data_dir = str(folder.parent.parent)
   with tempfile.TemporaryDirectory() as config.cache_dir:
@@ -338,7 +338,7 @@ def test_a_copy_with_another_number_of_classes(copy, tmp_path):
 
 
 def test_a_cache_that_lacks_an_array(copy, tmp_path):
-  """Its digests fit; somebody has made it."""
+  """Its digests fit, since somebody has forged it."""
   config = base.get_config().dataset
   config.data_dir, config.cache_dir = str(copy.parent.parent), str(tmp_path)
   _, key = cifar.load(config, KNOWN)

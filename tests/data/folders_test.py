@@ -22,7 +22,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def draw(path, label, rng, size=(40, 30)):
-  """A picture of mostly one colour; its format is that of its name."""
+  """A picture of mostly one colour, in the format that its name states."""
   pixels = rng.integers(0, 120, (*size[::-1], 3), np.uint8)
   pixels[..., 2 - label] += 100
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def test_normalization_must_be_fixed(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-  """Three of its pictures cannot be decoded."""
+  """A folder of which three pictures cannot be decoded."""
   root = make(tmp_path, count=4)
   for name in ("train/green/2.png", "train/red/0.png", "test/red/1.png"):
     (root / name).write_bytes(b"no picture")
@@ -554,7 +554,7 @@ def test_other_classes_of_another_folder_get_a_new_head(
 def test_pictures_that_are_added_while_a_run_starts(
   tmp_path, monkeypatch, one_device
 ):
-  """Its epochs would have other steps than its records say."""
+  """The run's epochs would have other steps than its records say."""
   root = make(tmp_path / "pictures")
   load_set = dataset_lib.load
 

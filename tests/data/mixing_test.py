@@ -88,7 +88,7 @@ def test_shares_of_mixup_are_of_the_beta_distribution(alpha):
 
 
 def test_boxes_of_cutmix_have_the_share_that_was_drawn():
-  """1 - share of the area, but for what lies beyond the edges."""
+  """1 - share of the area, less the part beyond the edges."""
   size = (40, 30)
   for k in range(20):
     key = jax.random.key(k)

@@ -313,7 +313,7 @@ def refusal(copy, remedy="Prepare it|bad_images=skip|must have the features"):
 
 
 def read_all(copy):
-  """All that is done with a copy."""
+  """Opens and reads a copy."""
   dataset = load(copy.parent.parent)
   return [
     split.take(np.arange(len(split))) for split in (dataset.train, dataset.test)
@@ -600,7 +600,7 @@ def test_records_in_another_order_are_another_set(copy):
 
 
 def test_one_label_that_changed_makes_another_set(copy, monkeypatch):
-  """In the middle of a file that is not compressed, and nothing besides."""
+  """The only change is in the middle of an uncompressed file."""
   path = copy / TRAIN_FILE
   options = "group_size:1,uncompressed"
   path.unlink()
@@ -650,7 +650,7 @@ def test_a_set_without_classes_or_images(copy, name, feature, message):
 
 @pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(root, tmp_path):
-  """Its data is good and its memory large enough."""
+  """The error must not blame the data or the memory, which are good."""
   script = tmp_path / "script.py"
   script.write_text(
     "import numpy as np\n"
@@ -787,7 +787,7 @@ def test_workers_make_the_same_batches(root, start):
 
 
 def test_without_shared_memory_the_copy_is_not_at_fault(root, monkeypatch):
-  """Before anything is compiled, and when it has become full meanwhile."""
+  """Refused before compilation, and when shared memory fails only later."""
   split, order = load(root, num_workers=1).train, [np.arange(2)]
 
   def fail(*_):

@@ -96,7 +96,7 @@ def test_images_of_one_channel():
 
 
 def test_every_image_gets_an_operation_and_a_level_of_its_own(monkeypatch):
-  """All alike often, both signs, 31 levels."""
+  """All operations are equally frequent, with both signs and 31 levels."""
   shown = {
     name: lambda x, level, k=k: (
       jnp.zeros_like(x)

@@ -8,7 +8,7 @@ from experiments.tools import timing
 
 @pytest.fixture
 def prepared(monkeypatch):
-  """What was prepared; a step takes a second, and another on every device."""
+  """The prepared calls; a step takes a second, and one more for each device."""
   now = [0.0]
   prepared = []
 

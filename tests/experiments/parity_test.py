@@ -142,7 +142,7 @@ def test_finished_seeds_are_compared(tmp_path):
 
 
 def test_the_trainings_of_one_side_are_shown(tmp_path):
-  """Those of the other may come from another day's --workdir."""
+  """The other side's trainings may come from another day's --workdir."""
   finish(tmp_path / "ours-seed0", [0.6, 0.7], num_epochs=2)
   results = report.collect(tmp_path)
   row = report.table(results).splitlines()[2]

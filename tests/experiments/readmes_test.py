@@ -1,4 +1,4 @@
-"""Every table of an experiment's README is that of its raw files."""
+"""Every table of an experiment's README equals its raw files."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The tables of converted and exported weights are those of their raw files."""
+"""The tables of converted and exported weights equal their raw files."""
 
 import json
 import pathlib

@@ -170,7 +170,7 @@ def test_basic_where_the_shape_changes(shortcut):
   [("keras", "A"), ("A", "A"), ("B", "A"), ("C", "C"), ("none", "none")],
 )
 def test_basic_where_it_does_not(shortcut, then):
-  """There option A is the identity, and only C projects."""
+  """Where the shape stays, option A is the identity, and only C projects."""
   assert_same(make(blocks.BasicBlock, shortcut=shortcut), "basic", then)
 
 
@@ -248,7 +248,7 @@ def test_wide(first, filters):
 
 
 def test_dropout_within_wide_blocks():
-  """What is kept of the second convolution's input grows by 1 / (1 - rate)."""
+  """Kept inputs of the second convolution are scaled by 1 / (1 - rate)."""
   block = make(
     functools.partial(other_blocks.PreActBlock, wide=True, dropout=0.25),
     shortcut="keras",

@@ -106,7 +106,7 @@ def plain_outcome(name):
 
 
 def assert_close(a, b, tolerance=1e-5):
-  """To a share of the largest value of each array."""
+  """Arrays agree up to a fraction of their largest value."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(
     jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True
@@ -212,7 +212,7 @@ def test_remat_keeps_less(scan):
 
 
 def test_loop_with_remat_needs_less_memory():
-  """As XLA counts it."""
+  """By the memory that XLA plans."""
 
   def temporary_bytes(remat):
     model = shorten(make(remat=remat, scan=True)).clone(stage_sizes=(1, 6))
@@ -286,7 +286,7 @@ def reductions_in_main(depth):
 
 
 def test_deeper_loops_have_no_more_reductions_in_one_computation():
-  """XLA takes the cube of their number to compile a step on a CPU."""
+  """On a CPU, XLA's compile time grows as the cube of their number."""
   assert reductions_in_main(32) == reductions_in_main(20)
 
 

@@ -1,4 +1,4 @@
-"""What our batch norm is compared with, out of Flax's own parts."""
+"""The reference for our batch norm, made of Flax's own parts."""
 
 from collections.abc import Callable
 

@@ -133,7 +133,7 @@ def test_arguments_are_optaxs():
 
 
 def test_most_of_optax_can_be_used():
-  """Those that cannot need the loss, or are deprecated."""
+  """The refused optimizers need the loss, or are deprecated."""
   refused = set()
   for name in any_optax.functions():
     try:

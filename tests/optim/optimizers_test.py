@@ -183,7 +183,7 @@ def test_nesterov(params):
   ],
 )
 def test_weight_decay_is_the_literatures(params, name, l2_weights):
-  """Two steps by hand; muon's of the arrays that it leaves to Adam."""
+  """Two steps by hand; for muon, only arrays that it leaves to Adam."""
   decay, rates = 0.3, (0.1, 0.05)
   ours = make(name=name, weight_decay=decay, l2_weights=l2_weights)
   assert ours.penalty(params) == 0

@@ -123,7 +123,7 @@ def test_the_average_is_that_of_a_loop_in_numpy(
 @slow
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_several_steps_in_one_call(config_of, kind):
-  """Wherever calls end, to the bit."""
+  """The result is bit-identical, wherever calls end."""
   config = config_of(kind)
   config.checkpoint.every_steps = 0
   layout = layout_of(config)
@@ -143,7 +143,7 @@ def test_several_steps_in_one_call(config_of, kind):
 def test_training_is_the_same_with_and_without(
   config_of, straight, kind, num_devices
 ):
-  """The raw weights, and what is recorded of them, to the bit."""
+  """The raw weights and their records are bit-identical."""
   workdir, without = straight(kind, num_devices), straight("", num_devices)
   records = metrics.MetricsLog(workdir).read()
   raw = [{k: v for k, v in r.items() if f"_{kind}_" not in k} for r in records]

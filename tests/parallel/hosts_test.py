@@ -240,7 +240,7 @@ def test_what_processes_tell_one_another(launcher):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_process_0_has_saved():
-  """Also where that takes longer than a process waits that fails alone."""
+  """Also if the save takes longer than a failing process waits for others."""
   codes, said, texts = run("stop", explicit(2), seconds=20)
   assert codes == [143, 143], texts
   # Read one step late.
@@ -397,7 +397,7 @@ def test_tpu_workers_are_found(environment, slices, count):
 def test_tpu_vms_ask_the_cloud(
   environment, monkeypatch, caplog, attributes, cluster
 ):
-  """A VM's metadata, from a server on this machine; None: none answers."""
+  """A server on this machine gives a VM's metadata; with None none answers."""
   environment(TPU_ML_PLATFORM="JAX", GCE_METADATA_IP=free_address())
   monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
   if attributes is None:

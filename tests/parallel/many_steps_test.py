@@ -170,7 +170,7 @@ def assert_close(one, other):
 
 
 def test_calls_compute_what_single_steps_do(config, programs, one_by_one):
-  """Wherever calls end, to the bit; single steps may round otherwise."""
+  """Calls of any length are bit-identical; single steps may round otherwise."""
   layout = layout_of(config)
   (at_once,), [(last,)] = second_epoch(config, layout, programs(layout, 5))
   (cut,), found = second_epoch(config, layout, programs(layout, 2))
@@ -240,7 +240,7 @@ def test_no_device_needs_anothers_images(config, programs):
 def test_a_run_resumes_with_calls_of_another_length(
   config, tmp_path, one_device
 ):
-  """And ends them where it saves; every step is in the records once."""
+  """Calls end where the run saves; every step is in the records once."""
   config = changed(config, steps_per_call=3, num_epochs=2)
   config.checkpoint.every_steps = 4
   straight, workdir = tmp_path / "straight", tmp_path / "run"
@@ -273,7 +273,7 @@ def test_a_signal_saves_where_a_call_ends(config, tmp_path, one_device):
 
 
 def test_the_step_that_is_not_finite_is_named(config, programs):
-  """Not the last one of its call."""
+  """The error names this step, not the last step of its call."""
   layout = layout_of(config)
   _, _, state, _ = initial(config, layout)
   broken = layout.map(

@@ -61,7 +61,7 @@ def test_what_is_put_is_got(
 
 
 def test_networks_share_no_memory(tiny_config):
-  """A step that takes one's state away leaves the others'."""
+  """A step that donates one network's state leaves the other states."""
   layout = layout_of(tiny_config, 1, 2)
   same = jnp.arange(5.0)
   first, second = layout.put([same, same]).chunks
@@ -259,7 +259,7 @@ def test_a_seed_that_was_not_trained_is_named(finished):
 def test_resumes_bit_identically(
   finished, two_seeds, run, tmp_path, num_devices
 ):
-  """Also on two devices, one for each seed; on four for each it rounds."""
+  """Also on two devices, one for each seed; on four for each, sums differ."""
   workdir, records = finished
   config = ConfigDict(two_seeds.to_dict())
   config.checkpoint.every_steps = 3

@@ -6,7 +6,7 @@ from resnet_flax.parallel import mesh as mesh_lib, transfer
 
 
 class OfAnotherHost:
-  """A sharding of whose devices this process has only some."""
+  """A sharding with devices that belong to another process."""
 
   is_fully_addressable = False
 

@@ -67,7 +67,7 @@ def diverge(checkpoints):
 
 
 def test_another_runs_checkpoints_are_kept(tmp_path, state):
-  """It began anew in the folder and has done the same steps."""
+  """The other run began anew in the folder and did the same steps."""
   save(tmp_path, state, 10, 20, 30, best=(10,))
   taken = checkpoint.Checkpoints(tmp_path, is_taken=lambda: True)
   with pytest.raises(errors.NonFiniteError), taken:
@@ -141,7 +141,7 @@ def test_the_best_outlives_a_restart(tmp_path, state):
 
 
 def test_a_run_that_cannot_be_opened_keeps_the_best(tmp_path, state):
-  """Its records, which say which that is, may be what cannot be read."""
+  """The records name the best, and may be the files that cannot be read."""
   save(tmp_path, state, 10, 20, 30, best=(10,))
   with (
     pytest.raises(errors.WorkdirError),
@@ -317,7 +317,7 @@ def damage_each_file(workdir, folder):
 
 
 def test_damage_is_never_restored(two_checkpoints, state, tmp_path):
-  """Whatever happens to one file: the same state, or the one before it."""
+  """If one file is damaged, the same state or the earlier one is restored."""
   like = jax.eval_shape(lambda: state)
   outcomes = []
   for index, how in damage_each_file(two_checkpoints, "checkpoints/2"):
@@ -362,7 +362,7 @@ def test_damage_is_never_restored(two_checkpoints, state, tmp_path):
 def test_a_manifest_that_no_run_writes_is_damage(
   two_checkpoints, state, tmp_path, change, message, caplog
 ):
-  """Nothing is waited for, and the checkpoint before it is good."""
+  """The program does not hang, and uses the checkpoint before it."""
   workdir = tmp_path / "run"
   shutil.copytree(two_checkpoints, workdir)
   os.mkfifo(workdir / "pipe")

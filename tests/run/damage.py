@@ -6,7 +6,7 @@ KINDS = ("pipe", "device", "folder", "deep", "long", "bytes")
 
 
 def replace(path, kind):
-  """Puts there what would be waited for, has no end, or is no JSON object."""
+  """Puts a file there that blocks, has no end, or is no JSON object."""
   path.unlink(missing_ok=True)
   if kind == "pipe":
     os.mkfifo(path)

@@ -226,7 +226,7 @@ def test_another_configuration_is_refused(tmp_path):
 
 
 def test_another_configuration_at_a_mirror_names_the_mirror(tmp_path):
-  """The folder is a copy of it that is removed at once."""
+  """The folder is a copy of the mirror that is removed at once."""
   start(tmp_path, base.get_config())
   other = base.get_config()
   other.num_epochs = 300
@@ -272,7 +272,7 @@ def test_a_run_that_is_to_be_lengthened_is_answered_with_init_from(
 
 
 def test_a_resumed_run_leaves_its_configuration_as_it_is(tmp_path):
-  """Of a longer run the epochs alone are new, also without newer keys."""
+  """In a longer run only the epochs change, also without newer keys."""
   config = base.get_config()
   config.schedule.name = "constant"
   start(tmp_path, config)
@@ -373,7 +373,7 @@ def test_what_is_no_such_file_is_one_line(tmp_path, name, kind):
 
 @pytest.mark.parametrize("depth", [986, 987, 988, 989, 3000])
 def test_a_config_that_is_nested_is_one_line_or_read(tmp_path, depth):
-  """Only some depths are parsed and yet too much for what follows."""
+  """Some depths can be parsed, but are too deep for the later code."""
   nested = '{"a": ' * depth + "1" + "}" * depth
   (tmp_path / "config.json").write_text(f'{{"seed": 0, "x": {nested}}}')
   with contextlib.suppress(errors.WorkdirError):

@@ -97,7 +97,7 @@ def leaf(tree, name):
 
 @functools.cache
 def by_hand(name, norm):
-  """Gradient, outputs and new parameters, without what is tested."""
+  """Gradient, outputs and new parameters, without the tested code."""
   experiment = make_experiment(name, norm=norm)
   state, images, labels, key = arguments(experiment)
 
@@ -211,7 +211,7 @@ def test_needs_tensorboard(tiny_config):
 def test_training_is_the_same_with_and_without(
   tiny_config, tmp_path, one_device
 ):
-  """To the bit, also where a run that logs is killed and goes on."""
+  """Bit-identical, also if a run that logs is killed and resumes."""
   tiny_config.log.tensorboard = True
   tiny_config.checkpoint.every_steps = 3
   straight, logging = tmp_path / "straight", tmp_path / "logging"

@@ -69,7 +69,7 @@ def test_evaluation_on_the_images_of_training(run):
 
 
 def test_a_run_is_scored_by_mirror_images_too(run):
-  """Whatever it was scored by while training."""
+  """Also if it was scored otherwise while training."""
   config, workdir, _ = run
   flipped = ConfigDict(config.to_dict())
   flipped.dataset.test_crops = 2
@@ -138,7 +138,7 @@ def test_a_seed_does_not_need_the_checkpoints_of_others(
 
 
 def test_evaluation_leaves_the_workdir_alone(run):
-  """It may be of a run that is going on."""
+  """The workdir may belong to a run that goes on."""
   _, workdir, _ = run
   unfinished = workdir / "checkpoints" / "99.orbax-checkpoint-tmp"
   unfinished.mkdir()
@@ -251,7 +251,7 @@ def test_predict_wants_uint8_images(run, images):
 
 
 def test_data_that_a_workdir_leads_to_is_named(run, tmp_path, caplog):
-  """Somebody else's may hold labels that make its score perfect."""
+  """Another person's data may hold labels that make its score perfect."""
   _, workdir, _ = run
   load.evaluate_workdir(workdir)
   assert "scored on the data in" not in caplog.text
@@ -329,7 +329,7 @@ def fallen(falling, tmp_path):
   [([4], "12, 16"), ([4, 12], "16"), ([4, 12, 16], "none")],
 )
 def test_a_missing_best_checkpoint_is_no_other_one(fallen, gone, there):
-  """As where a folder was copied in part."""
+  """A folder that was copied in part, for example, lacks it."""
   for step in gone:
     shutil.rmtree(fallen / "checkpoints" / str(step))
   message = f"no checkpoint of step 4, .*; it has {there}. Copy the"
@@ -577,7 +577,7 @@ def test_what_does_not_change_the_function_may_differ(source, tiny_config):
 def test_run_does_not_depend_on_what_becomes_of_its_source(
   source, tiny_config, tmp_path, one_device, programs
 ):
-  """It starts with a checkpoint, from which an interrupted one goes on."""
+  """It starts with a checkpoint, from which it resumes if interrupted."""
   copy, workdir = tmp_path / "source", tmp_path / "run"
   shutil.copytree(source, copy)
   tiny_config.init_from = str(copy)

@@ -13,7 +13,7 @@ RECORD = {"epoch": 0, "step": 4, "train_loss": 1.5, "test_accuracy": 0.5}
 
 
 def record(epoch, **more):
-  """That of an epoch of 4 steps."""
+  """The record of an epoch of 4 steps."""
   return RECORD | {"epoch": epoch, "step": 4 * (epoch + 1)} | more
 
 
@@ -205,7 +205,7 @@ def test_records_that_must_have_scores(tmp_path):
 
 @pytest.mark.parametrize("monitor", ["loss", "objective"])
 def test_the_best_epoch_is_that_of_any_eval_batch_size(monitor):
-  """A loss as it is in calls of 500, 360 and 7 images."""
+  """A loss as calls of 500, 360 and 7 images compute it."""
   for loss in (1.9940672790, 1.9940672424, 1.9940672477):
     records = [{"step": 1, f"test_{monitor}": 1.9940672450}]
     records += [{"step": 2, f"test_{monitor}": loss}]

@@ -1,4 +1,4 @@
-"""A run that outlives its machine; servers of clouds are emulated here."""
+"""A run that outlives its machine; cloud servers are emulated."""
 
 import contextlib
 import errno
@@ -150,7 +150,7 @@ def test_what_a_run_starts_from_is_not_lost(workdir, tmp_path):
 
 
 def test_a_fill_that_was_killed_is_done_again(workdir, tmp_path):
-  """Its configuration comes last."""
+  """The configuration is copied last, so its absence shows the kill."""
   address = str(tmp_path / "disk")
   save(workdir, 0, records=0)
   (workdir / "environment.json").write_text("{}")
@@ -167,7 +167,7 @@ def test_a_fill_that_was_killed_is_done_again(workdir, tmp_path):
 def test_what_is_ahead_is_left_alone_without_its_configuration(
   workdir, tmp_path
 ):
-  """Somebody has removed it; the records must not become older."""
+  """Somebody removed the configuration; newer records must stay."""
   address = str(tmp_path / "disk")
   save(workdir, 3, records=1)
   with mirror.Mirror(address, workdir):
@@ -226,7 +226,7 @@ def test_what_is_damaged_is_not_taken(
 
 @pytest.mark.parametrize("is_listed", [True, False])
 def test_half_a_file_is_written_again(workdir, tmp_path, is_listed):
-  """Of a damaged state, which is trained again, or of a run that was killed."""
+  """A damaged state, which is trained again, or a kill leaves half a file."""
   address = str(tmp_path / "disk")
   save(workdir, 1, records=0)
   with mirror.Mirror(address, workdir):
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_is_damaged_here_stays_good_there(
 
 
 def test_a_workdir_that_was_begun_anew_is_not_copied(workdir, tmp_path, caplog):
-  """By a run that does not use this mirror."""
+  """Another run, which does not use this mirror, began it anew."""
   address = str(tmp_path / "disk")
   taken = []
   save(workdir, 5, records=2)
@@ -336,7 +336,7 @@ def test_a_file_that_is_gone_there_is_written_again(
 def test_a_workdir_that_is_removed_during_a_copy_has_its_progress(
   server, workdir, tmp_path
 ):
-  """Else a new machine would take the state for one of nothing."""
+  """Otherwise a new machine would take the state as one without progress."""
   address = str(tmp_path / "disk")
   store = mirror._Store(address)
   with mirror.Mirror(address, workdir):
@@ -351,7 +351,7 @@ def test_a_workdir_that_is_removed_during_a_copy_has_its_progress(
 
 
 def test_a_mirror_is_read_while_its_run_goes_on(workdir, tmp_path, monkeypatch):
-  """Which removes the files of the states that it has replaced."""
+  """The run removes the files of the states that it has replaced."""
   address = str(tmp_path / "disk")
   save(workdir, 1, records=0)
   with mirror.Mirror(address, workdir):
@@ -495,7 +495,7 @@ def test_another_run_is_refused_before_anything_is_changed(
 
 @pytest.mark.parametrize("num_torn", [1, 2])
 def test_torn_lists_are_no_empty_mirror(workdir, tmp_path, num_torn):
-  """One alone is what a run leaves that was killed as it wrote its first."""
+  """A run that is killed while it writes its first list leaves one torn."""
   address = str(tmp_path / "disk")
   with mirror.Mirror(address, workdir):
     save(workdir, 1, records=0)
@@ -573,7 +573,7 @@ ILLNESSES = {
 
 @pytest.fixture
 def server(monkeypatch):
-  """A folder's; `asked` has all that was asked, `ill` is called before it."""
+  """Serves a folder; `asked` lists requests, `ill` is called before each."""
   server = types.SimpleNamespace(ill=lambda: None, asked=[])
   server.recovered = threading.Event()
 
@@ -748,7 +748,7 @@ def test_training_goes_on_while_a_server_hangs(
 
 
 def test_it_is_heard_of_while_it_copies(server, workdir, tmp_path, monkeypatch):
-  """Large files of slow servers take longer than an owner is believed."""
+  """Large files on slow servers take longer than an owner's claim lasts."""
   monkeypatch.setattr(mirror, "_FRESH", 0.0)
   save(workdir, 1, records=0)
   with mirror.Mirror(str(tmp_path / "disk"), workdir):
@@ -784,7 +784,7 @@ def test_a_run_that_is_taken_over_copies_nothing_more(
 def test_what_the_libraries_make_of_a_servers_errors(
   kind, code, workdir, monkeypatch, caplog
 ):
-  """One line, whatever a library has to say besides."""
+  """The error is one line, whatever else the library says."""
   pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[kind])
 
   class Refuse(http.server.BaseHTTPRequestHandler):
@@ -839,7 +839,7 @@ def test_names_in_a_list_lead_nowhere_else(workdir, tmp_path):
 
 @pytest.mark.slow
 def test_killed_with_its_disk_at_any_moment(address, tmp_path):
-  """The same command on a new machine ends in the bits of its twin."""
+  """The same command on a new machine ends bit-identical to its twin."""
   workdir = tmp_path / "run"
   # Everybody has folders; who has the servers has time.
   kills, epochs = (20, 120) if "://" in address else (2, 40)

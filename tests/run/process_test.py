@@ -119,7 +119,7 @@ def run(code, number):
   ],
 )
 def test_a_signal_ends_in_one_line(program, printed, number):
-  """Also while a library is imported that catches whatever is raised."""
+  """Also during the import of a library that catches every exception."""
   ended = run(program, number)
   assert ended.returncode == 128 + number
   line = f"error: stopped by {number.name}; nothing new was saved.\n"

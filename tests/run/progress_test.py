@@ -19,7 +19,7 @@ RECORD = {
 
 
 def step_metrics(step, images=8):
-  """Of the 0-based step of a run; each had so many images."""
+  """Metrics of a run's 0-based step; each step had so many images."""
   count = (step + 1) * images
   sums = {"loss": 2.0 * count, "accuracy": count / 4, "count": count}
   return [types.SimpleNamespace(step=step, sums=sums)]

@@ -97,7 +97,7 @@ def test_epochs(tmp_path):
 
 
 def test_an_epoch_that_is_not_scored(tmp_path):
-  """The last one of A, which was stopped before its next score."""
+  """The last epoch of A, which was stopped before its next score."""
   options = {"num_epochs": 4, "eval_every_epochs": 2}
   a = workdirs.write(tmp_path / "a", [0.5, 0.7, 0.6], **options)
   b = workdirs.write(tmp_path / "b", [0.5, 0.4, 0.4, 0.4], **options)
@@ -116,7 +116,7 @@ def test_an_epoch_that_is_not_scored(tmp_path):
 
 
 def test_seeds_that_have_not_finished_are_named(tmp_path):
-  """A network that diverges never finishes, so the others are a choice."""
+  """A network that diverges never finishes, so the rest is a biased choice."""
   for seed, accuracies in enumerate(([0.9], [0.8], [0.7, 0.9], [0.6, 0.9])):
     options = {"num_epochs": 2, "seed": seed}
     workdirs.write(tmp_path / "a" / str(seed), accuracies, **options)
@@ -370,7 +370,7 @@ def test_with_may_be_repeated(tmp_path, monkeypatch, capsys):
 
 
 def test_unfinished_runs(tmp_path):
-  """Their checkpoints may be of other epochs than the numbers are."""
+  """Their checkpoints and their numbers may be of different epochs."""
   a = workdirs.write(tmp_path / "a", [0.5, 0.6], num_epochs=3)
   b = workdirs.write(tmp_path / "b", [0.5, 0.6, 0.7], num_epochs=3)
   for folder in (a, b):

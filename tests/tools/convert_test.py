@@ -70,7 +70,7 @@ def test_workdir_holds_what_a_run_has(source, config, tmp_path):
 
 
 def test_scored_and_trained_on(source, config, tmp_path, one_device):
-  """As a run that has not begun."""
+  """A converted workdir acts as a run that has not begun."""
   workdir = tmp_path / "run"
   convert.convert(source, config, workdir)
   scores = inference.evaluate_workdir(workdir, devices=one_device)
@@ -253,7 +253,7 @@ def test_null_is_no_stride(config, tmp_path):
 def test_configurations_of_another_function(
   source, config, tmp_path, key, value, needed
 ):
-  """Shapes do not show most of it."""
+  """Shapes do not show most of these differences."""
   overrides = {key: value}
   if value == "plain":
     overrides["model.shortcut"] = "none"

@@ -298,7 +298,7 @@ def run_with(run, monkeypatch):
 
 
 def test_classes_without_names_have_numbers(run_with, pictures):
-  """As a head that `convert` has taken from a file."""
+  """A head that `convert` took from a file, for example, has no names."""
   for line in run_with((), "pictures", "--topk=2").splitlines():
     assert line.startswith("9  20.00%  8  17.78%  pictures/")
 

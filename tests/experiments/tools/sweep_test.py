@@ -725,7 +725,7 @@ def cluster_address(marked, monkeypatch):
 @needs_ray
 @needs_linux
 def test_a_node_that_dies(load, tmp_path, start, cluster_address):
-  """What ran there goes on elsewhere, from its checkpoint; no other stops."""
+  """Its cells resume on another node from their checkpoints; no other stops."""
   cell, other = load(
     OVERRIDES={**QUICK, "num_epochs": 3},
     GRID={"seed": [0, 1]},

@@ -42,7 +42,7 @@ def he_normal(shape, dtype=np.float32):
 
 
 def derivatives(conv, x, kernel, strides, padding):
-  """The output and both gradients of a smooth function of it."""
+  """The output, and both gradients of a smooth function of the output."""
 
   def loss(x, kernel):
     y = conv(x, kernel, strides, padding)
@@ -195,7 +195,7 @@ def test_kernels_that_wait_for_ever_are_not_used(name, monkeypatch):
   [("avx", False), ("AVX2", False), ("AVX2_VNNI_2", False), ("", True)],
 )
 def test_a_limit_that_takes_bfloat16_away(limit, expected, monkeypatch):
-  """oneDNN would end the process."""
+  """Otherwise oneDNN would end the process."""
   monkeypatch.setattr(onednn, "_has_bfloat16", lambda: True)
   monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
   is_there = onednn.can_convolve(jnp.float32)
@@ -203,7 +203,7 @@ def test_a_limit_that_takes_bfloat16_away(limit, expected, monkeypatch):
 
 
 def test_bfloat16_is_float32_rounded():
-  """Sums are float32: what is rounded are operands and results."""
+  """Sums are float32; only operands and results are rounded."""
   if not onednn.can_convolve(jnp.bfloat16):
     pytest.skip("this processor has no bfloat16")
   # More images than one chunk of the weight gradient, whose sum is float32 too.

@@ -49,7 +49,7 @@ def test_same_on_several_devices():
 
 
 def test_groups_are_computations_of_their_own():
-  """What keeps XLA's fusion pass from taking the cube of their number."""
+  """Otherwise XLA's fusion pass takes time as the cube of their number."""
   program = jax.jit(
     # What makes the arrays would otherwise be fused with what reduces them.
     lambda xs: leaves.reduce_each(jnp.sum, [jnp.sin(x) for x in xs])

@@ -1,4 +1,4 @@
-"""From a workdir to a folder for others, whole or not at all."""
+"""An export folder is complete or absent."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""Networks of every family, and how far programs of them are from them.
+"""Networks of every family, and the errors of their programs.
 
 `python -m tests.tools.export.networks` prints the table in docs/use.md.
 """

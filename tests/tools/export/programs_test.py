@@ -111,7 +111,7 @@ def test_a_mean_image_and_any_batch(tmp_path, onnx):
 
 
 def test_neutral_parameters(tmp_path, onnx):
-  """Of a new network: nothing is divided by its zeros."""
+  """A new network has them: nothing is divided by its zeros."""
   from resnet_flax.tools.export import onnx_graph
 
   def logits(images):

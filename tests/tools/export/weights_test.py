@@ -1,4 +1,4 @@
-"""Every network that other libraries have comes back to the bit."""
+"""Networks that other libraries have come back bit-identical."""
 
 import dataclasses
 import functools

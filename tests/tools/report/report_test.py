@@ -331,7 +331,7 @@ def test_full_disk_leaves_whole_files(two_runs, tmp_path, monkeypatch):
 
 
 def test_times_and_top5_where_runs_have_them(tmp_path):
-  """Runs from before they were recorded have none."""
+  """Older runs did not record them."""
   more = {"test_top5": 0.95, "data_seconds": 2.0, "evaluation_seconds": 3.0}
   for name, added in (("new", more), ("old", {})):
     config = workdirs.make_config(model__depth=20 if added else 32)

@@ -239,7 +239,7 @@ def test_key_that_older_workdirs_lack(tmp_path):
 
 
 def test_names_tell_all_groups_apart(tmp_path):
-  """Those that differ in the fourth key as well, with no key in vain."""
+  """Also groups that differ in a fourth key; no name has a needless key."""
   values = itertools.product(
     ["plain", "resnet_v1"], [20, 56], [64, 128], [0.0, 0.5]
   )

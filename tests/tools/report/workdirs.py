@@ -21,7 +21,7 @@ def make_config(**overrides):
 
 
 def make_record(epoch, accuracy, **more):
-  """A record of an epoch; `accuracy` is that of the test split."""
+  """A record of an epoch; `accuracy` is the test split's."""
   return {
     "epoch": epoch,
     "step": 100 * (epoch + 1),

@@ -134,7 +134,7 @@ def layer_of(kind, name, settings):
 
 
 def identify(layers, arrays=None, has_layer_names=True):
-  """What a file with these layers and kernels is of."""
+  """The network of a file with these layers and kernels."""
   return keras_names.identify(
     files.WeightsFile(
       pathlib.Path("a.keras"),

@@ -47,7 +47,7 @@ def save(state, path):
 
 
 def for_cifar(config):
-  """Makes a tiny configuration that of `cifar_state_dict`."""
+  """Makes a tiny configuration fit `cifar_state_dict`."""
   config.model.update(
     {
       "depth": 8,
