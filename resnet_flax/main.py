@@ -26,14 +26,14 @@ _MODE = flags.DEFINE_enum(
   " needs no --config. summary: print the network, optimizer and schedule.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  "checkpoint", "best", ["best", "latest"], "Which one --mode=eval scores."
+  "checkpoint", "best", ["best", "latest"], "Checkpoint for --mode=eval."
 )
 _WEIGHTS = flags.DEFINE_enum(
   *("weights", "raw", ["raw", "ema", "swa"]),
-  "What --mode=eval scores: weights of that step (raw), or their average.",
+  "Weights for --mode=eval: the step's own (raw), or their average.",
 )
 _SPLIT = flags.DEFINE_enum(
-  "split", "test", ["train", "val", "test"], "Images --mode=eval scores."
+  "split", "test", ["train", "val", "test"], "Images for --mode=eval."
 )
 
 

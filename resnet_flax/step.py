@@ -134,12 +134,12 @@ def cross_entropy(
 
 
 def in_top5(scores: Any, labels: Any) -> Any:
-  """Whether labels are among the first 5 by scores, [B, classes]: bool[B]."""
-  # `true`: the labels' scores. For a sort, devices would gather all scores.
+  """Whether each label has one of the 5 best scores, [B, classes]: bool[B]."""
+  # For a sort, devices would gather all scores. `true`: the labels' scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
   true = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
   after = (scores < true) | ((scores == true) & (classes >= labels))
-  return (~after).sum(axis=-1) < 5  # NaN is never after.
+  return (~after).sum(axis=-1) < 5  # NaN counts as before.
 
 
 def metric_sums(
@@ -172,7 +172,7 @@ def metric_sums(
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
   """The key[] for 'augmentation' and for 'dropout' at a 0-based step."""
-  # No step has this number, so dropout has keys of its own.
+  # No step has this number, so no dropout key is an augmentation key.
   dropout_key = jax.random.fold_in(key, 2**32 - 1)
   return {
     "augmentation": jax.random.fold_in(key, step),
@@ -192,7 +192,7 @@ def loss_fn(
   """The mean cross-entropy of a normalised and augmented batch, float32[].
 
   Also returns the float32[B, classes] logits and the collections that modules
-  wrote: 'batch_stats' and those named in `collections`, if they have them.
+  wrote: 'batch_stats' and the names in `collections`, if modules have them.
   """
   logits, updated = experiment.model.apply(
     {"params": params, "batch_stats": batch_stats},

@@ -62,7 +62,7 @@ def train_and_evaluate(
       run of another configuration or on other data.
     DataError: the data is missing, damaged or incomplete.
     NonFiniteError: the loss or the state became infinite or NaN.
-    Interrupted: a signal stopped the run; a step in progress was saved first.
+    Interrupted: a signal stopped the run; steps in progress were saved first.
   """
   devices = list(devices or jax.devices())
   rules.check(config, num_devices=len(devices))
@@ -84,7 +84,7 @@ def train_and_evaluate(
       for batch in run.batches(epoch, training.batches):
         setup.before_step(run.step, state, batch)
         state, step_metrics = training.step(state, batch)
-        run.advance(step_metrics, batch.num_steps)  # Checks the call before.
+        run.advance(step_metrics, batch.num_steps)  # Checks the previous call.
         if run.should_save():  # By clock, steps, signal or epoch's end.
           state = run.save(state, setup.before_save)
       scores = evaluate.evaluate_all(
@@ -129,7 +129,7 @@ def _set_up(
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
   if len(dataset.train) // config.batch_size != steps_per_epoch:
     raise errors.DataError(
-      f"{len(dataset.train)} training images are found, another number than as"
+      f"{len(dataset.train)} training images are found, not as many as when"
       " this command began. Start the run again once the data is complete."
     )
   if dataset.validation is None:
@@ -145,7 +145,7 @@ def _set_up(
   else:
     state = initial_state(config, experiment, dataset.train, layout, source)
   if run.records and run.step == len(run.records) * steps_per_epoch:
-    # What the restored state lacks: its checkpoint came before the scores.
+    # The checkpoint was saved before its epoch was scored, so it lacks this.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 
   # The step (`program.create`, or several a call: `many_steps`), and the hooks.
@@ -203,7 +203,7 @@ def initial_state(
 
 
 def augmentation_key(layout: networks.Layout) -> networks.Networks:
-  """Each network's key[] for augmentation and dropout, alike at all steps."""
+  """Each network's key[] for augmentation and dropout, one for all steps."""
   purpose = randomness.Purpose.AUGMENTATION
   return layout.put([randomness.device_key(s, purpose) for s in layout.seeds])
 

@@ -558,7 +558,7 @@ def test_a_finished_run_is_refused_on_other_data_and_prints_without_any(
   caplog.set_level("INFO")
   monkeypatch.setattr(data.dataset, "load", gone)
   assert run() == records
-  assert "data was not looked at: no copy" in caplog.text
+  assert "data was not checked: no copy" in caplog.text
 
 
 def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
@@ -569,7 +569,7 @@ def test_a_finished_run_downloads_nothing(tiny_config, tmp_path, caplog):
   empty.mkdir()
   tiny_config.dataset.data_dir = str(empty)
   load.check_local_data(tiny_config, tmp_path)
-  assert "not looked at: there is no cifar10 in" in caplog.text
+  assert "not checked: there is no cifar10 in" in caplog.text
   assert list(tmp_path.rglob("*")) == [empty]
 
 

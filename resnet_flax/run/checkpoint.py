@@ -32,8 +32,8 @@ _logger = logging.getLogger(__name__)
 
 # JSON about the epoch in progress, saved with a state.
 Notes = dict[str, Any]
-# At the start of an epoch: each seed's learning rate at its last step, the
-# epoch's seconds so far, and the seconds in which it waited for data.
+# At the start of an epoch: each seed's learning rate at the last step, the
+# epoch's seconds so far, and the seconds that training waited for data.
 NEW_EPOCH: Notes = {
   "learning_rate": [],
   "epoch_seconds": 0.0,
@@ -121,8 +121,8 @@ class Checkpoints:
     finally:
       sys.unraisablehook, sys.excepthook = self._hooks
     with contextlib.suppress(OSError):  # The disk may be missing.
-      # After an error the best steps may be unknown, or the save of the best
-      # one may have failed: then the older checkpoints stay.
+      # After an error the best steps may be unknown, or the best step's save
+      # may have failed: then the older checkpoints stay.
       if not self._is_taken() and (
         not kind or self._manifest.get("step") in steps(self._workdir)
       ):
@@ -174,7 +174,7 @@ class Checkpoints:
   ) -> tuple[step_lib.TrainState, Notes]:
     """Restores the latest good checkpoint; `WorkdirError` if there is none.
 
-    Damaged later ones are moved to `workdir`/damaged, with a warning.
+    Later checkpoints, all damaged, move to `workdir`/damaged, with a warning.
     """
     damaged: dict[int, _Damaged] = {}
     for step in reversed(steps(self._workdir)):

@@ -69,7 +69,7 @@ _KEYS = (
     "Passes over the training split. The schedule scales with them."
   ),
   Key("eval_every_epochs", 1, integer(1)).means(
-    "Score after every so many epochs, and after the last one."
+    "Epochs from one scoring to the next. The last epoch is always scored."
   ),
   Key("eval_batch_size", 500, integer(1, 2**16), may_differ=True).means(
     "Images per evaluation call. Changes the last digits of losses; the best"
@@ -90,10 +90,10 @@ _KEYS = (
   ),
   Key("init_from", "", PATH).means(
     "Workdir whose best checkpoint gives the first weights, with a new head for"
-    " another data set or number of classes. Empty: random weights."
+    " another data set or other classes. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
-    "How images / 255 are normalised. By the training split: pixel_mean (mean"
+    "How images / 255 are normalised. From the training split: pixel_mean (mean"
     " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's means)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
@@ -130,14 +130,14 @@ _KEYS = (
     " images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
-    "Train on a fixed subset this large, balanced but for TFDS streams. 0: all."
+    "Size of a fixed training subset, balanced except in TFDS streams. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
     "Training images to hold out, stratified except in streamed TFDS sets. 0:"
     " the best checkpoint is chosen on the test split, as in the recipe."
   ),
   Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
-    "Chooses the held-out images, apart from `seed`."
+    "Chooses the held-out images, independently of `seed`."
   ),
   Key("augment.name", "shift_flip", _AUGMENT).means(
     "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
@@ -147,7 +147,7 @@ _KEYS = (
   ),
   Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
   Key("augment.alternating_flip", False, BOOLEAN).means(
-    "Instead, mirror each image in every other epoch (Jordan 2024)."
+    "Instead of flip: mirror each image in every other epoch (Jordan 2024)."
   ),
   Key("augment.trivial_augment", False, BOOLEAN).means(
     "On bytes, one random operation for each image (Mueller, Hutter 2021)."
@@ -159,8 +159,8 @@ _KEYS = (
     "Alpha of mixup, done last (Zhang et al. 2018: 1 or 0.2). 0: off."
   ),
   Key("augment.cutmix", 0.0, number(0, 1e6)).means(
-    "Alpha of CutMix, also done last (Yun et al. 2019: 1). With mixup, each for"
-    " half of the batches. 0: off."
+    "Alpha of CutMix, also done last (Yun et al. 2019: 1). With mixup, each"
+    " batch draws one of the two. 0: off."
   ),
   Key("model.name", "resnet_v1", choice(*_RESNETS, "vgg", "alexnet")).means(
     "For small images: resnet_v1, plain, preact and highway (depth 6n+2),"
@@ -215,7 +215,7 @@ _KEYS = (
     " with 0 to -5 and trains with -6."
   ),
   Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
-    "The layers' normalisation; group_norm is that of Wu and He 2018."
+    "The layers' normalisation; group_norm as in Wu and He 2018."
   ),
   Key("model.weight_standardization", False, BOOLEAN).means(
     "Convolve by kernels with mean 0 and variance 1 (Qiao et al. 2019)."
@@ -282,14 +282,14 @@ _KEYS = (
   ),
   Key("optimizer.l2", 1e-4, number(0)).means(
     "The objective adds l2 * sum(w**2), as in Keras: the gradient gains 2 * l2"
-    " * w, as of a weight_decay twice as large."
+    " * w, as from a weight_decay of 2 * l2."
   ),
   Key("optimizer.l2_weights", "conv_kernels", _L2_WEIGHTS).means(
     "What l2 and weight_decay act on. conv_kernels: as the Keras example."
-    " kernels: also those of dense layers. all: also biases and batch norms."
+    " kernels: also dense layers' kernels. all: also biases and batch norms."
   ),
   Key("schedule.name", "drops", choice(*_SCHEDULES)).means(
-    "drops: by the drop_ keys. cosine: half of one, from learning_rate to 0."
+    "drops: by the drop_ keys. cosine: half a wave, from learning_rate to 0."
     " constant: learning_rate; a run can be lengthened. onecycle: linearly from"
     " 0 to learning_rate and back. warmup_stable_decay: learning_rate, at last"
     " linearly to 0; a run can be lengthened until then."
@@ -329,27 +329,27 @@ _KEYS = (
     " best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
-    "Also score the mean of weights at the ends of epochs from this 0-based one"
-    " on (Izmailov et al. 2018). Raw weights choose the best epoch. 0: off."
+    "From this 0-based epoch on, also score the mean of the weights at epochs'"
+    " ends (Izmailov et al. 2018). Raw weights choose the best epoch. 0: off."
   ),
   Key("plateau.enabled", False, BOOLEAN).means(
     "Also multiply the rate by plateau.factor when the loss with L2 stalls."
-    " Off: in the Keras example the schedule undoes it at the next epoch."
+    " Off by default: the Keras example's schedule undoes it an epoch later."
   ),
   Key("plateau.factor", 0.31622776601683794, positive(1)).means(
-    "What the rate is multiplied by, by default the root of 0.1."
+    "The rate is multiplied by this, by default the root of 0.1."
   ),
   Key("plateau.patience", 5, integer(1)).means("Epochs without improvement."),
   Key("plateau.cooldown", 0, integer(0)).means(
     "Epochs after a reduction that do not count (Keras counts the last one)."
   ),
   Key("plateau.min_delta", 1e-4, positive()).means("The least improvement."),
-  Key("plateau.min_lr", 5e-7, number(0)).means("Lowest rate it sets."),
+  Key("plateau.min_lr", 5e-7, number(0)).means("The lowest reduced rate."),
   Key("checkpoint.every_steps", 0, integer(0), may_differ=True).means(
     "Also save after each step that is a multiple of this. 0: do not."
   ),
   Key("checkpoint.every_minutes", 10.0, number(0), may_differ=True).means(
-    "Also save when the last checkpoint is older. 0: do not."
+    "Also save when the last checkpoint is older than this. 0: do not."
   ),
   Key("checkpoint.mirror", "", ADDRESS, may_differ=True).means(
     "Where a copy of the workdir is kept that outlives this machine: gs:// or"

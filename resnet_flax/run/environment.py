@@ -19,7 +19,7 @@ _LIBRARIES = (
   # These decode images and read records.
   *("pillow", "grain", "array-record", "scikit-learn"),
 )
-# JAX's settings that change numbers; `_VARIABLES` do so in its libraries.
+# JAX's settings that change numbers. `_VARIABLES` set its libraries.
 _SETTINGS = (
   *("jax_enable_x64", "jax_default_matmul_precision"),
   *("jax_default_prng_impl", "jax_threefry_partitionable"),
@@ -35,7 +35,7 @@ _VARIABLES = (
   *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"),
   *("OMP_NUM_THREADS", "ONEDNN_", "DNNL_"),  # Beginnings of names.
 )
-# Instructions of a CPU by which libraries choose their kernels.
+# A CPU's instructions: libraries choose their kernels by these.
 _VECTOR = re.compile("avx|amx|fma|f16c|sse4|asimd|sve|bf16|i8mm")
 # The files that a run executes.
 _CODE = (":/resnet_flax", ":/configs", ":/pyproject.toml")

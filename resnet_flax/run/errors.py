@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # pathlib would turn a URL into a local folder. TensorStore takes 'gs:' for a
 # bucket and a backslash for a Windows folder, anywhere in a path.
 _NOT_LOCAL = re.compile(r"^[\w+.-]+:/|gs:(/|$)|\\")
-# Functions that `exit_now` calls, since it skips those that `atexit` knows.
+# Functions that `exit_now` calls, since it skips `atexit`'s functions.
 at_end: list[Callable[[], object]] = []
 LOCAL = "a local path: no URL (checkpoint.mirror is for buckets), no backslash"
 
@@ -65,7 +65,7 @@ class Interrupted(UserError):
 
 @contextlib.contextmanager
 def extra(name: str, what: str, advice: str = "") -> Iterator[None]:
-  """If an import fails, raises a `ConfigError` with the extra `what` needs."""
+  """Turns a failed import into a `ConfigError`: `what` needs extra `name`."""
   try:
     yield
   except ImportError as error:

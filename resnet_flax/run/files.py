@@ -62,7 +62,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
 def temporary_folder(
   parent: pathlib.Path, prefix: str, seconds: float = 0.0
 ) -> Iterator[pathlib.Path]:
-  """Yields a new folder; first removes those that killed processes have left.
+  """Yields a new folder; first removes folders that killed processes left.
 
   Folders of this prefix count as left if they are older than `seconds`. So only
   one process at a time may use a prefix, or each must finish within `seconds`.

@@ -33,8 +33,7 @@ from resnet_flax.run import (
 _logger = logging.getLogger(__name__)
 
 _MAX_NAME = 120
-# Keys that are read from config.json before `rules.check` checks them. Somebody
-# may have edited the file.
+# Keys of config.json, perhaps edited, that are read before `rules.check`.
 _READ_UNCHECKED = (
   *("num_epochs", "num_seeds", "eval_every_epochs"),
   *("checkpoint.monitor", "schedule.decay_percent"),
@@ -126,9 +125,9 @@ def check_same(
 ) -> None:
   """Checks that a run's stored configuration equals `config`.
 
-  Keys in `free` and keys that do not change the mathematics may differ;
-  `num_epochs` may grow if the rates so far do not depend on it. If `workdir` is
-  a temporary copy, errors name the `mirror` that it comes from.
+  Keys in `free` and in `config.MAY_DIFFER` may differ. `num_epochs` may grow if
+  the rates so far do not depend on it. If `workdir` is a temporary copy, errors
+  name the `mirror` that it comes from.
   """
   stored = keys.to_flat(load_config(workdir))
   # Through JSON, which turns tuples into lists.
@@ -222,8 +221,8 @@ def is_taken(workdir: pathlib.Path) -> bool:
     # A new lock is empty until its owner has written into it.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
   except FileNotFoundError:
-    # A run that begins anew and ends leaves config.json, but no lock. Nor does
-    # somebody who deletes the lock: the two look alike.
+    # Another run that has ended leaves config.json, but no lock. Somebody who
+    # deletes the lock leaves the same.
     return path in _WRITTEN and os.path.exists(workdir / "config.json")
   except (OSError, ValueError, KeyError):  # The file system may have no locks.
     return False

@@ -50,7 +50,7 @@ class _Entry(NamedTuple):
 
 
 def show_if_asked(argv: list[str]) -> None:
-  """Prints help and ends the program with code 0 if an argument asks for it."""
+  """If an argument asks for help, prints it and exits with code 0."""
   help_flag = re.compile(r"--?(?:h|\?|help(?:short|full)?)(?:=(.*))?")
   for argument in itertools.takewhile(lambda each: each != "--", argv[1:]):
     if match := help_flag.fullmatch(argument):
@@ -87,7 +87,7 @@ def program_help(wanted: str, program: str) -> str:
     lines += map(str, part_entries)
   if not wanted:
     module = sys.modules.get(program) or sys.modules["__main__"]
-    hint = f"--help=WORD shows a part ({parts}) or all that has this word."
+    hint = f"--help=WORD shows a part ({parts}) or entries with this word."
     summary = (module.__doc__ or "").strip()
     lines = [summary, *lines, "", textwrap.fill(hint, 80)]
   return "\n".join(lines).strip()

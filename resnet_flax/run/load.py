@@ -60,7 +60,7 @@ class LoadedModel:
   # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
   # C]; can be traced.
   preprocess: Callable[[jax.Array], jax.Array]
-  # The data set's, in the order of the labels; () if they are not known, or if
+  # The data set's names, in the order of the labels; () if they are unknown, or
   # the head has another number of classes.
   class_names: tuple[str, ...]
   image_shape: tuple[int, int, int]  # (H, W, C) that `predict` takes.
@@ -86,7 +86,7 @@ def load_model(
     which: 'best' (the best epoch by `checkpoint.monitor`; before one is scored,
       the checkpoint of step 0, such as converted weights) or 'latest'.
     seed: which network of a run of several seeds; by default the first.
-    weights: 'raw' (those of that step), 'ema' or 'swa' (their averages).
+    weights: 'raw' (the step's own), 'ema' or 'swa' (averages up to it).
 
   Raises:
     ConfigError: `which` or `weights` is unknown, or the run lacks this seed.
@@ -105,8 +105,8 @@ def load_model(
   def predict(images: Any) -> Any:
     if os.getpid() != pid:
       raise RuntimeError(
-        "predict hangs after os.fork(), as JAX has threads. Call load_model in"
-        " the new process, started by spawn or forkserver."
+        "predict would hang after os.fork(), as JAX has threads. Start the"
+        " process by spawn or forkserver, and call load_model there."
       )
     is_traced = isinstance(images, jax.core.Tracer)
     images = images if is_traced else np.asarray(images)
@@ -154,9 +154,9 @@ def evaluate_workdir(
 
   See `load_model` for `workdir`, `which` and `weights`. `split` is 'train' (the
   images that the run trained on, not augmented), 'val' (those that it held out)
-  or 'test'. `config` replaces the stored configuration; only keys that do not
-  change the mathematics may differ, for example where the data is, and
-  `dataset.test_crops`.
+  or 'test'. `config` replaces the stored configuration. It may differ in
+  `dataset.test_crops` and in the keys of `run.config.MAY_DIFFER`, for example
+  in where the data is.
 
   Returns:
     `loss`; the fractions `accuracy` and, for ten classes or more, `top5`; the
@@ -280,7 +280,7 @@ def check_local_data(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise errors.DataError(f"there is no {dataset.name} in {root}")
     source = dataset_lib.load(dataset).source
   except errors.UserError as error:
-    _logger.info("note: the run's data was not looked at: %s", error)
+    _logger.info("note: the run's data was not checked: %s", error)
   else:
     folder.check_data(workdir, source)
 
@@ -305,7 +305,7 @@ def _restore(
 ]:
   """Folder, configuration, experiment and states by seed, as NumPy arrays.
 
-  Read on from this folder: another copy of a mirror may be of a later state.
+  Read the run's files from this folder: a mirror may hold a later state.
   """
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
@@ -376,8 +376,8 @@ def _read_states(
       steps = [0] * config.num_seeds
   if not steps or not (workdir / "checkpoints").is_dir():
     raise errors.WorkdirError(
-      f"{workdir} has no {which} checkpoint: the best one is there after the"
-      " first scored epoch, the latest one after checkpoint.every_minutes."
+      f"{workdir} has no {which} checkpoint: the latest one is there after the"
+      " first save, the best one after the first scored epoch."
     )
   seed_steps = {seed: steps[seed - config.seed] for seed in seeds}
   if missing := sorted({*seed_steps.values()} - {*saved_steps}):
@@ -406,7 +406,7 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   if not os.path.isdir(workdir):
     raise errors.WorkdirError(
       f"init_from={workdir} is not a folder. Pass a run's workdir;"
-      " resnet_flax.convert makes one of a file of weights."
+      " resnet_flax.convert makes one from a file of weights."
     )
   try:
     source = load_model(workdir)

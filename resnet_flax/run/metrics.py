@@ -29,8 +29,8 @@ _LARGEST = 1 << 32
 # The metrics that can choose the best epoch, and whether higher is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
-# The metrics that a record must have of each network, and those that it must
-# also have if its epoch was scored.
+# A record must have `_TRAIN` of each network and, if its epoch was scored,
+# also `_SCORES`.
 _TRAIN = ("train_loss", "train_accuracy")
 _SCORES = tuple(f"test_{name}" for name in MONITORED)
 
@@ -89,8 +89,8 @@ class MetricsLog:
   ) -> list[Record]:
     """Drops the records of epochs that end after the restored step.
 
-    Returns the other records. The last epoch that was trained has none if it
-    was not evaluated yet.
+    Returns the other records. The last trained epoch has no record if it was
+    not evaluated yet.
     """
     records = self.read(steps_per_epoch)
     epochs, within = divmod(step, steps_per_epoch)
@@ -203,7 +203,7 @@ def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
 def best_record(records: list[Record], monitor: str) -> Record:
   """One network's best record by `monitor`, a name of `MONITORED`.
 
-  The first of equal ones (see `comparable`); the last if no epoch was scored.
+  Of equal records (see `comparable`) the first; if none was scored, the last.
   """
   best = max if MONITORED[monitor] else min
   scored = [each for each in records if monitored(each, monitor) in each]

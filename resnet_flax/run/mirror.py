@@ -33,7 +33,7 @@ from resnet_flax.run import checkpoint, errors, files
 
 _logger = logging.getLogger(__name__)
 
-# In this order, before the checkpoints that records need; `fill`: in reverse.
+# Copied first and in this order: records need checkpoints. `fill`: in reverse.
 _FILES = ("config.json", "environment.json", "metrics.jsonl")
 _KEPT_STATES = 2
 # All in seconds.
@@ -169,9 +169,8 @@ class Mirror:
       "host": socket.gethostname(),
       "pid": os.getpid(),
     }
-    # SHA-256 of complete files in the mirror; by path, of its latest state.
-    self._stored: set[str] = set()
-    self._latest: dict[str, str] = {}
+    self._stored: set[str] = set()  # SHA-256 of the mirror's complete files.
+    self._latest: dict[str, str] = {}  # SHA-256 by path, of its latest state.
     self._damaged: set[int] = set()  # Steps that warnings have named.
     self._pushed: dict[str, Any] | None = None  # `_look` at the last copy.
     self._number = 0  # The highest number so far.
@@ -225,8 +224,8 @@ class Mirror:
       _logger.info("filled %s from %s", self._workdir, self._store.url)
     else:
       self._check_run(states)
-    # All other files are uploaded again: those that no complete state lists may
-    # be torn, and some that are listed may be missing.
+    # All other files are uploaded again: a file that no complete state lists
+    # may be torn, and a listed file may be missing.
     self._stored = _digests(states) & self._store.names("files")
     self._latest = states[0].files if states else {}
 
@@ -549,7 +548,7 @@ def _fetched(url: str, name: str) -> pathlib.Path:
 
 @functools.cache
 def _copy_of(url: str, name: str, states: frozenset[str]) -> pathlib.Path:
-  del states  # They are part of the cache's key: a later state is copied again.
+  del states  # In the cache's key, so that a later state is copied again.
   folder = pathlib.Path(tempfile.mkdtemp(prefix="resnet_flax-"))
   remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
   atexit.register(remove)

@@ -43,7 +43,7 @@ class Progress:
       bar_format="{desc} {percentage:3.0f}%|{bar:20}|{postfix}",
       dynamic_ncols=True,
       leave=False,
-      # Only process 0 shows a bar. None: if standard error is a terminal.
+      # Only process 0 shows a bar. None: no bar without a terminal.
       disable=True if jax.process_index() else None,
     )
 
@@ -155,7 +155,7 @@ def next_steps(config: ConfigDict, workdir: str) -> str:
 def evaluation(
   checkpoint: str, weights: str, split: str, scores: dict[str, Any]
 ) -> str:
-  """The scores of `load.evaluate_workdir`, and the checkpoint they are of."""
+  """The scores of `load.evaluate_workdir`, after the checkpoint's step."""
   checkpoint += f", {weights} weights" if weights != "raw" else ""
   lines = []
   for each in scores.get("seeds", [scores]):
@@ -172,7 +172,7 @@ def evaluation(
 def _scores(
   scores: dict[str, Any], split: str = "test", prefix: str = ""
 ) -> list[str]:
-  """Lines of loss and accuracies; of several seeds with std and ensemble."""
+  """Lines of loss and accuracies; several seeds also have std and ensemble."""
   lines = []
   titles = {"loss": "loss", "accuracy": "accuracy", "top5": "top-5 accuracy"}
   for weights, metric in itertools.product(("", "ema_", "swa_"), titles):

@@ -32,8 +32,9 @@ def of_epoch(
       if not math.isfinite(means["loss"]):
         raise errors.NonFiniteError(
           f"the {split} loss{layout.seed_suffix(seed)} is {means['loss']} after"
-          f" step {state.step - 1} (0-based), at learning rate {rate:g}. Lower"
-          " optimizer.learning_rate or model.batch_norm_momentum."
+          f" step {state.step - 1} (0-based), at learning rate {rate:g}. In"
+          " another --workdir lower optimizer.learning_rate or"
+          " model.batch_norm_momentum."
         )
       values |= {f"{split}_{name}": mean for name, mean in means.items()}
     of_seeds.append(values)

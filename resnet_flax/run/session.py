@@ -162,7 +162,7 @@ class Session:
   ) -> tuple[networks.Layout, int]:
     """Chooses the layout of the networks and the training steps of a call.
 
-    Writes these choices into a new config.json, and writes environment.json.
+    Writes environment.json and, for a new run, config.json with these choices.
     """
     config, devices = self._config, self._devices
     on_cpu = devices[0].platform == "cpu"
@@ -211,7 +211,7 @@ class Session:
   # ---- Training
 
   def start(self, state: networks.Networks) -> None:
-    """Begins training: a signal now waits for the end of a step."""
+    """Begins training: from now on a signal waits for the call in progress."""
     config = self._config
     self._stack.enter_context(self._signals.hold())
     self._stack.enter_context(
@@ -319,7 +319,7 @@ class Session:
 
   def should_save(self) -> bool:
     """Whether to save now: by the clock, steps, a signal, the epoch's end."""
-    # All processes must vote after every step.
+    # All processes must vote after every call.
     wants_save = self._agreement.wants_save()
     every = self._config.checkpoint.every_steps
     is_due = every and self.step % every == 0

@@ -16,8 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Seconds in which a second signal does not count: GNU's timeout sends one to a
 # process and then to its group, systemd sends SIGTERM and then SIGHUP.
 _ECHO = 0.05
-# Seconds that the interpreter may take to notice a signal by itself. It cannot
-# while XLA compiles.
+# Seconds that the interpreter may take to notice a signal by itself. It notices
+# none while XLA compiles.
 _GRACE = 3.0
 
 
@@ -32,9 +32,9 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
   """While entered, `SIGNALS` raise `Stopped`, or wait for `check`.
 
-  Inside `hold()` the first signal waits for `check`, which the loop calls.
-  Otherwise the exception would hit libraries with an event loop, such as Orbax,
-  in the middle of their work. A second signal, after 0.05 s, never waits.
+  An exception must not hit libraries with an event loop, such as Orbax, in the
+  middle of their work. So inside `hold()` the first signal waits for `check`,
+  which the loop calls. A second signal, after 0.05 s, never waits.
 
   Does nothing outside the main thread, where Python delivers no signals.
   Ignored signals stay ignored: Ctrl-C in a background job, SIGHUP under nohup.

@@ -49,7 +49,7 @@ def show(text: str) -> None:
 def open_streams() -> None:
   """Makes standard output and error take any text, even if they are closed."""
   for name in ("stdout", "stderr"):
-    # Otherwise a file opened later gets its number and libraries' messages.
+    # Otherwise a file opened later would get libraries' messages.
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     getattr(sys, name).reconfigure(errors="replace")
