@@ -1,7 +1,7 @@
 """ResNet-50 on ImageNet by the paper's own recipe.
 
 Source: He et al. 2015, "Deep Residual Learning for Image Recognition",
-  section 3.4: SGD with momentum 0.9, batch 256, rate 0.1 divided by 10, decay
+  section 3.4: SGD with momentum 0.9, batch 256, rate 0.1 dropped by 10, decay
   of 1e-4 * w on all weights, shorter side 256 to 480, random crop of 224, flip.
 Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   reimplementations, not when the error stops falling. Images are normalised by
@@ -9,7 +9,7 @@ Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   augmentation (Krizhevsky et al. 2012) is missing. Batch norm takes the
   statistics of 256 images, not of 32 on each of eight GPUs
   (--config.model.batch_norm_groups=8). Scores use moving averages; the authors
-  averaged after training. The stem's max pool pads on both sides, as in
+  took averages after training. The stem's max pool pads on both sides, as in
   torchvision, not only at the end, as in Caffe. Scores use one central crop;
   the paper's tables 2 and 3 use ten: --config.dataset.test_crops=10
 Expected: 24.7 % top-1 error with one crop (the authors' repository), 22.85 %

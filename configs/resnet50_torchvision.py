@@ -1,4 +1,4 @@
-"""ResNet-50 as torchvision builds it, for its weights and fine-tuning them.
+"""ResNet-50 as torchvision builds it, to load and fine-tune its weights.
 
 Source: He et al. 2015, table 1, with the stride in the 3x3 convolutions.
   Padding, epsilon and normalisation match torchvision's resnet50. CIFAR-10

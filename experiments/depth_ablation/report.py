@@ -36,8 +36,8 @@ Cell = runs_lib.Run
 def collect(workdir: pathlib.Path) -> list[Cell]:
   """Scores the final weights of each finished cell and collects its curves.
 
-  `train_error` and `test_error` belong to the final weights in inference mode,
-  `train_errors` and `test_errors` to the epochs; all are in percent. An epoch's
+  `train_error` and `test_error` are of the final weights in inference mode,
+  `train_errors` and `test_errors` of the epochs; all are in percent. An epoch's
   training error is a mean over its steps, during which the network changes.
   Raises `WorkdirError` if a run is not a cell of degradation.py.
   """

@@ -1,6 +1,6 @@
 """Measures the cost of depth, plain, rematerialised and looped.
 
-  python -m experiments.depth_cost --out=FILE.json [--name=resnet_v1]
+  python -m experiments.depth_cost [--out=FILE.json] [--name=resnet_v1]
     [--depths=20,56,110] [--modes=plain,remat,scan,scan+remat]
     [--batch_size=32] [--steps=3]
 

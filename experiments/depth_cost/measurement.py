@@ -41,8 +41,8 @@ def measure(
   trace, with shapes only), `initialize_seconds` (the real state),
   `lower_seconds`, `compile_seconds`, `compile_cpu_seconds` (of all threads),
   `temporary_mb` (XLA's plan), `peak_mb` (the process's resident memory),
-  `step_seconds` (one per step), `losses` (the epoch's mean after each step and
-  the warm-up step), `changed` (the share of kernels that changed).
+  `step_seconds` (one per step), `losses` (the mean so far, after the warm-up
+  step and each step), `changed` (the share of kernels that changed).
 
   Raises `FloatingPointError` if a step's results are not finite.
   """

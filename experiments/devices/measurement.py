@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from experiments.tools import markdown, timing
 
-# Only the losses of the first steps are compared: Adam amplifies rounding
-# errors in later ones.
+# Only the losses of the first steps are compared: later, Adam amplifies the
+# rounding errors.
 _COMPARED_STEPS = 4
 
 _COLUMNS = (

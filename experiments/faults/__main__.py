@@ -5,7 +5,7 @@
 
 The command prints a Markdown table and exits with 1 if a result is unexpected.
 Some faults need root and the right to mount, or a prepared CIFAR-10 under
-TFDS_DATA_DIR. Without it, the table lists them as skipped.
+TFDS_DATA_DIR. The table lists a fault as skipped if its needs are not met.
 """
 
 import argparse
@@ -39,11 +39,11 @@ _CODES_AT_START = {
 def kill_at_random(job: Job, kills: int, seed: int) -> list[Any]:
   """Signals runs at random times until `kills` signals have ended a process.
 
-  Half of the times are drawn from the reference's seconds until its step was
-  compiled. The other half are drawn from its remaining seconds and count from
-  the moment at which this attempt's step is compiled. A job is started again
-  until it finishes; then a new workdir follows. Gives the attempts and the
-  number of differing bytes of each workdir, as JSON.
+  Half of the times are drawn from the reference's seconds before its step was
+  compiled. The other half are drawn from the reference's seconds after that,
+  and count from the compilation of this attempt's step. A job is started again
+  until it finishes; then a new workdir follows. Gives every workdir's attempts
+  and number of differing bytes, as JSON.
   """
   rng = np.random.default_rng(seed)
   reference = job.reference

@@ -198,7 +198,7 @@ class Case:
     self.expect(not identical or count == 0, "results differ")
 
   def keeps(self, what: str, holds: bool) -> None:
-    """Records that something was kept, or the problem that it was not."""
+    """Records that the run keeps `what`; a problem unless it `holds`."""
     self._done.append(f"keeps {what}")
     self.expect(holds, f"does not keep {what}")
 

@@ -1,10 +1,10 @@
-"""Measures the cost of a checkpoint, and its share of an epoch by default.
+"""Measures the cost of a checkpoint, and the share of an epoch for saving.
 
   python -m experiments.faults.checkpoint_cost --config=configs/v1_depth20.py
     [--rounds=10] [--steps=40] [--out=FILE.json]
 
 Two measurements on the real data take turns: steps without a checkpoint, and
-steps that start to save one, until it is on disk. Nothing else should run.
+steps during a save, until the checkpoint is on disk. Nothing else should run.
 """
 
 import pathlib

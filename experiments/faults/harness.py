@@ -38,7 +38,7 @@ class Ended:
   code: int  # Negative if a signal killed it.
   lines: list[str]  # Its standard error.
   seconds: float  # Since its start, or since the signal if it got one.
-  signal: str | None = None  # Its name; None if it got none or ended before.
+  signal: str | None = None  # Its name; None if it got none in time.
   phase: str | None = None  # `Process.phase` when it got the signal.
   sent_after: float | None = None  # Seconds from the start to the signal.
 
@@ -46,7 +46,7 @@ class Ended:
   def error(self) -> str:
     """The last line, 'error: ...', that says why it stopped.
 
-    It is empty after exit code 0, a signal or a traceback, or if it is missing.
+    It is empty if there is none: after exit code 0, a kill or a traceback.
     """
     last = self.lines[-1].strip() if self.lines else ""
     traced = any(line.startswith("Traceback") for line in self.lines)

@@ -146,7 +146,7 @@ def read_only_workdir(case: Case) -> None:
     _run("mount", "--bind", str(case.workdir), str(case.workdir))
     try:
       while not os.statvfs(case.workdir).f_flag & os.ST_RDONLY:
-        # This fails while the run has a file open through the new mount.
+        # The remount fails while the run has a file open through the mount.
         _run("mount", "-o", "remount,bind,ro", str(case.workdir), check=False)
       ended = case.end(process)
     finally:

@@ -62,7 +62,7 @@ class Twin:
       began = time.monotonic()
       wait, number = float("inf"), 0
       if rng is not None and began - self._began < _MINUTES.value * 60:
-        # The run gets time to make progress since the last signal.
+        # A run needs time to make progress after the last signal.
         wait = 20 + rng.exponential(max(_MEAN.value * 60 - 20, 1.0))
         number = int(rng.choice([signal.SIGTERM, signal.SIGKILL]))
       code, seconds_to_stop = self._run_once(wait, number)

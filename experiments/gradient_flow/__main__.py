@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
   add("--out", type=pathlib.Path, default=_OUT)
   flags = parser.parse_args(argv[1:])
   if not flags.measure_at or min(flags.measure_at) < 0:
-    parser.error("--measure_at must have at least one number, such as 0")
+    parser.error("--measure_at must have numbers of at least 0, such as 0,1")
   surroundings.set_up()
   cells = measurement.cells(
     flags.families,

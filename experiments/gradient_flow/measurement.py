@@ -101,7 +101,7 @@ def measure(
   `layers` has the layers' names in the order of the forward pass. `seeds` has a
   dict for each `seed`. Its `measured` has a dict for each of `measure_at`: the
   `step`, the batch's cross-entropy before it as `loss`, and the `QUANTITIES` as
-  lists of one number a layer, which is None if it is not finite.
+  lists of one number a layer, None where it is not finite.
   """
   split = data.load(config.dataset).train
   experiment = experiment_lib.build(config)

@@ -35,7 +35,7 @@ _DATA = "CIFAR-10 (JPEG copy), batches of {batch_size}, {num_seeds} seeds"
 def norms(record: Record, quantity: str, step: int) -> np.ndarray:
   """A quantity of the layers after `step` steps, float64[seeds, layers].
 
-  Projections and gates are left out. NaN stands for what was not finite.
+  Projections and gates are left out. A norm that was not finite is NaN.
   """
   counted = [
     place
@@ -130,15 +130,14 @@ def check(records: Sequence[Record]) -> None:
   if len(kinds) > 1:
     raise SystemExit(
       "error: results.jsonl must have one number of seeds and one batch size,"
-      f" not {len(kinds)} pairs. Remove the records of the others."
+      f" not {len(kinds)} pairs. Remove the other pairs' records."
     )
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
   """Signal and gradient by layer at initialisation; the spread in training.
 
-  Lines are geometric means of the seeds; areas reach from the least to the
-  greatest.
+  Lines are geometric means over the seeds; areas are the seeds' ranges.
   """
 
   def by_layer(quantity: str, record: Record):

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("workdirs", metavar="WORKDIR", nargs="*", type=pathlib.Path)
   add("--points", type=int, default=21, help="along each axis, odd")
-  add("--extent", type=float, default=0.5, help="of each axis from 0")
+  add("--extent", type=float, default=0.5, help="length of an axis from 0")
   add("--examples", type=int, default=1000, help="training images")
   add("--seed", type=int, default=0, help="draws the directions")
   add("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)

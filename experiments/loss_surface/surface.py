@@ -59,9 +59,9 @@ def open_run(
   """An empty record of a run's latest weights, and the score that fills it.
 
   `of` identifies the record: the run's `config`, `step` and `data`, and the
-  `plane`. The record also has facts and an empty grid. A plane has the number
-  of `points` of each axis, its `extent`, the number of `examples`, which are
-  the first training images, and the `seed` of the directions.
+  `plane`. The record also has facts and an empty grid. A plane has `points`
+  (the number on an axis), `extent` (of an axis from 0), `examples` (the first
+  training images that count) and `seed` (of the directions).
 
   The score is in inference mode: at every point, batch norm has the running
   statistics of the trained weights. Raises `ConfigError` if the run has too few

@@ -1,4 +1,4 @@
-"""Measures the cost of each option in a training step, in turn with none.
+"""Measures each option's cost in a training step, in turn with no option.
 
   python -m experiments.option_cost --out=results.json [--rounds=7] [--steps=6]
     [--batch_size=128]
@@ -64,7 +64,7 @@ def measure(
 
 
 def table(results: dict[str, Any]) -> str:
-  """Each option's speed as a share of the speed without, round by round."""
+  """Each option's speed divided by the speed without options, by round."""
   speeds = results["images_per_second"]
   rows = []
   for name, values in speeds.items():

@@ -5,7 +5,7 @@
     [--checks]
 
 The same command resumes our runs; an unfinished Keras run starts again. With
---checks it only compares augmentation, order and rates, which takes a minute.
+--checks the command trains nothing: it compares augmentation, order and rates.
 """
 
 import argparse

@@ -30,9 +30,9 @@ def compare(
 ) -> dict[str, Any]:
   """Compares our learning rates, augmented images and orders with Keras's.
 
-  `shown` comes from `images`, `theirs` from `keras_example.checks`. Over all
-  pixels and channels that vary, `largest_z` is the largest difference of the
-  draws' means in standard errors, and `deviations` has the least and the
+  `shown` comes from `images`, `theirs` from `keras_example.checks`. Only
+  pixels and channels that vary count: `largest_z` is the largest difference of
+  the draws' means, in standard errors, and `deviations` has the least and the
   largest ratio of standard deviations, ours over theirs.
   """
   rates = _rates(config)

@@ -28,8 +28,8 @@ def collect(workdir: pathlib.Path) -> list[Run]:
 
   `accuracies` are the epochs' test accuracies in percent. `minutes` is the time
   of training and scoring up to the end of each epoch. `unflipped` is the last
-  epoch's test accuracy without mirror images. A recipe has the name of its
-  configuration, which begins the folder's name, and its keys' other values.
+  epoch's test accuracy without mirror images. `recipe` names the configuration,
+  from the start of the folder's name, and the keys that the run changes.
   """
   runs = []
   for run, config, records in runs_lib.finished(workdir):

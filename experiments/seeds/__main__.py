@@ -4,10 +4,10 @@
     --config.model.depth=8 --config.num_seeds=3 [--rounds=5] [--steps=60]
     [--runs=3 --config.num_epochs=1] [--out=results.json]
 
-One run measures all settings in turn, for several rounds. First it times
-training steps of all seeds one after another, in turn and vectorized. With
---runs it then times the whole command, once with all seeds and once for each
-seed. Nothing else should run meanwhile.
+All settings take turns, for several rounds. First come training steps of all
+seeds, executed one after another, in turn and vectorized. With --runs, whole
+commands follow: one command with all seeds, and one command per seed. Nothing
+else should run meanwhile.
 """
 
 import pathlib

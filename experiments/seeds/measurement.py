@@ -43,7 +43,7 @@ def measure_steps(
 def measure_runs(
   arguments: list[str], config: ConfigDict, rounds: int
 ) -> dict[str, list[float]]:
-  """Seconds of one command for all seeds, and of a command for each seed.
+  """Seconds of one command for all seeds, and of one command per seed.
 
   `arguments` are --config and its overrides, which give `config`.
   """

@@ -13,7 +13,7 @@ from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.run import arguments, environment, files as files_lib
 
-# So many images take two or three seconds.
+# This many images take two or three seconds.
 _IMAGES_TIMED = 1536
 
 

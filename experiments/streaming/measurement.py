@@ -94,7 +94,7 @@ class Pipeline:
     )
 
   def measure(self, num_images: int) -> dict[str, float]:
-    """Times about `num_images` images, after the images decoded ahead."""
+    """Times about `num_images` images, after using up images decoded ahead."""
     self._take(_WARM_UP)
     started, cpu = time.perf_counter(), _cpu_seconds()
     images = self._take(num_images)
@@ -148,7 +148,7 @@ def memory_over_epochs(
   batches = split.batches(order, datasets.Draw(0, 0))
   samples: list[list[float]] = [[] for _ in range(num_epochs)]
   for step, _ in enumerate(batches):
-    # The first and the last reading leave out the workers' start and end.
+    # From 20 steps an epoch on, no reading meets the workers' start or end.
     within = step % per_epoch
     if within % -(-per_epoch // 10) == per_epoch // 20:
       samples[step // per_epoch].append(memory())

@@ -7,7 +7,7 @@
 For each depth and batch size every program gets a process, in the environment
 of its framework (`python -m experiments.throughput.environments` makes them).
 All programs build once, one after the other. Then they take turns in
-several rounds, in alternating order; the others wait for their input. The
+several rounds, in alternating order; waiting programs block on input. The
 command writes DIR/results.json after each window and makes the tables and the
 figure at the end. Nothing else should run meanwhile.
 """

@@ -2,7 +2,7 @@
 
   python -m experiments.throughput.environments [--peers=.peers]
 
-Each framework gets one, since its requirements may conflict with ours.
+A framework's requirements may conflict with ours, so each has an environment.
 """
 
 import argparse

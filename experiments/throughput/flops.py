@@ -1,8 +1,8 @@
 """Counts the arithmetic of the recipe's ResNet v1 on one image.
 
 Each multiply-add of the convolutions and the dense layer counts as two
-operations, products with padding included. The count leaves out batch norm,
-ReLU and the optimizer, as is customary: they take time, but few operations.
+operations; products with padding count, too. Batch norm, ReLU and the optimizer
+do not count, as is customary: they take time, but few operations.
 """
 
 import functools

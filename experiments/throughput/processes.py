@@ -17,7 +17,7 @@ from resnet_flax.run import errors
 class Worker(contextlib.AbstractContextManager):
   """A program's process, which measures on request.
 
-  The constructor builds the program. A process that ends raises `UserError`.
+  The constructor builds the program. An ended process raises `UserError`.
   """
 
   def __init__(
@@ -77,7 +77,7 @@ def started(
   threads: int,
   found: list[dict[str, Any]],
 ) -> Iterator[dict[str, Worker]]:
-  """Starts all programs' workers of a depth and batch size, and ends them.
+  """Starts every program's worker for a depth and batch size, and ends them.
 
   Each worker's facts are added to `found`. A worker that cannot be built is
   left out, for example compiled PyTorch without a C++ compiler.

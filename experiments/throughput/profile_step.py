@@ -19,8 +19,8 @@ from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh, program
 from resnet_flax.run import experiment as experiment_lib, huge_pages
 
-# The purpose of an XLA program's operation, by the first pattern that matches
-# its name, shape and path; see `_describe`.
+# Patterns of an operation's name, shape and path (see `_describe`), and the
+# operation's purpose. The first pattern that matches decides.
 _KINDS = (
   (r"onednn.* f32\[1,\d+,\d+,\d+\]", "convolution: weight gradient"),
   (r"onednn.*transpose\(", "convolution: input gradient"),
@@ -46,9 +46,9 @@ def _describe(name: str, definitions: dict[str, str]) -> str:
 def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
   """Profiles the main command's training step on one resident batch.
 
-  Gives the milliseconds of a profiled step, after as many warm-up steps, and of
-  each kind of operation, summed over threads. A convolution counts the time of
-  the thread that starts it.
+  As many warm-up steps come first. Gives the milliseconds of a profiled step,
+  and of every kind of operation, summed over threads. A convolution counts only
+  on the thread that starts it.
   """
   config = v1_depth20.get_config()
   config.batch_size = batch_size

@@ -148,7 +148,7 @@ def _programs(results: Results) -> str:
 
 
 def _setting(results: Results) -> str:
-  """Lists when, at which commit and on which machine was measured."""
+  """Lists the date, commit, machine and load of the measurements."""
   host, windows = results["environment"], results["windows"]
   rounds = len({window["round"] for window in windows})
   trained = [w["seconds"] for w in windows if w["kind"] == "train"]
@@ -210,7 +210,7 @@ def start_table(start: dict[str, Any]) -> str:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-  """Draws medians as bars, and the least and the most as lines."""
+  """Draws medians as bars, and ranges from least to most as lines."""
   # Imported here, since measurements and tables do not need it.
   from matplotlib.figure import Figure
 

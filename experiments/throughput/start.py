@@ -30,7 +30,7 @@ from resnet_flax.run import (
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Starts with a filled cache.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs with a filled cache.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
 
 

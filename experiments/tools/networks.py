@@ -54,7 +54,7 @@ def _series(
   source: str = "",
   **overrides: Any,
 ) -> list[Network]:
-  """Networks of the depths in `published`, which may map to their numbers."""
+  """Networks of the depths in `published`, which may map to published sizes."""
   if not isinstance(published, Mapping):
     published = dict.fromkeys(published, "")
   items = tuple(overrides.items())

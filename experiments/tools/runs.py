@@ -28,8 +28,8 @@ def finished(
 ) -> Iterator[tuple[pathlib.Path, ConfigDict, list[metrics.Record]]]:
   """Yields the finished runs in a sweep's folder, sorted by name.
 
-  Each has its workdir, its configuration and the records of its epochs. A line
-  names a run that is left out, since it lacks its last checkpoint.
+  A run has its workdir, its configuration and the records of its epochs. A run
+  without its last checkpoint is left out, and a line on stderr names it.
   """
   for path in sorted(workdir.glob("*/config.json")):
     run = path.parent
@@ -56,8 +56,8 @@ def report(
 ) -> None:
   """Adds the runs that `collect` finds in --workdir to `raw_file`, JSON.
 
-  A run replaces an earlier run with the same `key`; the others stay, and all
-  are sorted by it. The PNG file `figure` and README.md, both beside `raw_file`,
+  A run replaces an earlier run with the same `key`; other runs stay, and `key`
+  sorts all runs. The PNG file `figure` and README.md, both beside `raw_file`,
   get the figure and the table of all runs. Markers in README.md have `name` and
   `command`.
   """
@@ -69,7 +69,7 @@ def report(
   try:
     new_runs = collect(workdir)
   except errors.UserError as error:
-    # The rest of the advice is for those who train.
+    # The rest of the advice is for someone who trains.
     reason = str(error).partition(" Pass another --workdir,")[0]
     parser.error(f"--workdir={workdir} cannot be used: {reason}")
   if not new_runs:

@@ -18,7 +18,7 @@ from resnet_flax.run import experiment as experiment_lib, rules
 
 @dataclasses.dataclass
 class Trainer:
-  """Our training step, compiled as by the main command, and its state."""
+  """Our training step, as the main command compiles it, and its state."""
 
   layout: networks.Layout
   training: program.Program  # Its step donates `state`.

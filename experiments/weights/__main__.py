@@ -109,8 +109,8 @@ OLDER_KERAS = {
   for name in ("application_50", "example_v1_20", "example_v2_20")
 }
 
-# PyTorch's environment compares its own files with the safetensors file, which
-# is converted here.
+# PyTorch's environment runs this: the other files must hold the arrays of the
+# safetensors file, the only file that is converted here.
 _SAME_ARRAYS = """
 import pathlib, sys
 import numpy as np
@@ -145,7 +145,7 @@ def relative_error(ours: Any, theirs: np.ndarray) -> float:
 
 
 def _centred(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """Logits less their mean, which probabilities do not tell; 0 if not kept."""
+  """Logits less their mean, which probabilities lack; 0 where not `kept`."""
   mean = logits.mean(axis=-1, keepdims=True, where=kept)
   return np.where(kept, logits - mean, 0)
 
@@ -198,8 +198,8 @@ def compare(
     lambda variables, x: loaded.model.apply(variables, x, train=False)
   )
   logits = apply(loaded.variables, reference["inputs"])
-  # Logarithms are compared, since probabilities near 1 would hide errors of the
-  # others. Float32 loses the digits of the smallest probabilities.
+  # Logarithms are compared, since a probability near 1 would hide errors of the
+  # small ones. Float32 loses the digits of the smallest probabilities.
   probabilities = loaded.predict(reference["images"])
   kept = probabilities > SMALLEST
   ours = _centred(np.log(np.maximum(probabilities, SMALLEST)), kept)

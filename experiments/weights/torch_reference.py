@@ -108,7 +108,7 @@ def save(model, name, folder):
   state = model.state_dict()
   safetensors.torch.save_file(state, str(folder / "weights.safetensors"))
   if name.startswith("cifar"):
-    # This is the form of a training script's checkpoint with DataParallel.
+    # Training scripts with DataParallel save checkpoints in this form.
     wrapped = {f"module.{key}": value for key, value in state.items()}
     torch.save(
       {"state_dict": wrapped, "best_prec1": 91.25}, folder / "weights.th"

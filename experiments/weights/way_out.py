@@ -78,9 +78,9 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
   """Makes an untrained network in which every number affects the output.
 
   Running statistics are measured on a batch, so that deep networks neither
-  explode nor die, and are then changed at random. Branches are small compared
-  with their shortcuts. In networks without shortcuts most values pass the
-  ReLUs. Otherwise rounding errors grow with the depth, in any library.
+  explode nor die, and are then changed at random. So that rounding errors do
+  not grow with the depth, branches are small compared with their shortcuts, and
+  most values pass the ReLUs of networks without shortcuts.
   """
   config.model.batch_norm_momentum = 0.0
   experiment = experiment_lib.build(config)
@@ -141,7 +141,7 @@ def random_network(config: ConfigDict) -> load.LoadedModel:
 def measure(
   name: str, python: pathlib.Path, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-  """Exports a random network and compares its logits with its library's.
+  """Exports a random network and compares our logits with the library's.
 
   Gives the relative error of logits by format, the largest logit, and whether
   `convert` gave back bit-identical arrays.

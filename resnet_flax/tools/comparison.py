@@ -25,8 +25,8 @@ def compare(
 
   `a` and `b` are workdirs of one experiment's seeds, or folders that contain
   them. `metric` is a key of metrics.jsonl; its 'test_' may be left out. `which`
-  is the 'best' or the 'last' epoch of each seed. `images` says whether
-  checkpoints are scored on the test images.
+  is the 'best' or the 'last' epoch of each seed. `images=True`
+  also scores checkpoints on the test images.
   """
   sides = _side("A", a), _side("B", b)
   key = _key(metric, sides)
@@ -97,7 +97,7 @@ def _side(name: str, paths: Paths) -> Group:
 
 def _key(metric: str, sides: Sequence[Group]) -> str:
   """The full key of a metric, which all networks must have recorded."""
-  # Any epoch will do: averages start late, and some epochs are not scored.
+  # One epoch with a key is enough: averages start late, scoring skips epochs.
   recorded = [
     set().union(*run.records[: side.num_epochs])
     for side in sides
@@ -139,8 +139,8 @@ def _over_seeds(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
     rows.append(_row(f"{title}, same seeds (paired t)", *pairs, paired=True))
   if factor == 100:
     count = intervals.seeds_needed(a, b, 0.2)
-    note = f"{count} seeds per side give 80 % power at the 5 % level, if the"
-    note += " spread is what these seeds show"
+    note = f"{count} seeds per side give 80 % power at the 5 % level, if"
+    note += " these seeds show the true spread"
     no_spread = "cannot tell: neither side has a spread"
     rows.append(_note("seeds for 0.2 points", note if count else no_spread))
   return rows
@@ -176,7 +176,7 @@ def _over_images(sides: Sequence[Group], key: str, which: str) -> list[_Row]:
 def _row(what: str, a: np.ndarray, b: np.ndarray, *, paired: bool) -> _Row:
   t_test = intervals.interval(a, b, paired=paired)
   note = "cannot tell: a side has one seed, or no spread" if not t_test else ""
-  # A paired test uses the spread of the differences, not of each side.
+  # A paired test uses the spread of the differences, not the sides' spreads.
   means = [
     Statistic(x.mean(), None if paired or len(x) < 2 else x.std(ddof=1), len(x))
     for x in (a, b)

@@ -144,9 +144,9 @@ def _run(argv: list[str]) -> None:
     rules.check_num_classes(result.config)
     return
   surroundings.show(
-    f"The head's {result.config.model.num_classes} classes are not those of"
-    f" {result.config.dataset.name}: the network can be loaded (load_model) and"
-    " trained with a new head (init_from), but it cannot be scored."
+    f"The head's {result.config.model.num_classes} classes are not the classes"
+    f" of {result.config.dataset.name}: the network can be loaded (load_model)"
+    " and trained with a new head (init_from), but it cannot be scored."
   )
 
 

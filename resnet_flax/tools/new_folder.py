@@ -28,14 +28,14 @@ def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
 def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
   """Yields an empty folder, which is renamed to `folder` at the end.
 
-  Signals wait until then. After a signal or an error, no files are left. An
-  `OSError` in the caller's block becomes a `WorkdirError`.
+  A signal is held until the block ends. After a signal or an error, no files
+  are left. An `OSError` in the caller's block becomes a `WorkdirError`.
   """
   prefix = f".unfinished-{folder.name}-"
   with writing(folder, flag, "Nothing was left there. Pass another folder."):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
-      # Orbax's threads must have ended before the folder is removed.
+      # A signal waits, since Orbax's threads must end before the removal.
       signals.StopSignals() as stops,
       stops.hold(),
       files.temporary_folder(folder.parent, prefix) as temporary,
@@ -44,7 +44,7 @@ def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
       unfinished.mkdir()
       yield unfinished
       stops.check()
-      # This replaces an empty folder, but not one that was filled meanwhile.
+      # The rename replaces an empty folder; it fails if files came meanwhile.
       os.rename(unfinished, folder)
 
 

@@ -17,9 +17,8 @@ class Size(NamedTuple):
 
   total: int  # Parameters and running statistics together, as Keras counts.
   trainable: int  # Parameters alone.
-  # For one image: output positions times kernel size of each convolution and
-  # dense layer, with padding. Papers call this count FLOPs. Normalisation,
-  # activations, additions and pooling are not counted.
+  # For one image. Only convolutions and dense layers count: each one's output
+  # positions times its kernel size, padding included. Papers call this FLOPs.
   multiply_adds: int
 
 

@@ -28,8 +28,8 @@ MATMUL_SIZE = 1024
 _MIN_STEPS = 3
 # Allocators need some time to settle; this also gives a first speed.
 _WARM_UP_SECONDS = 2.0
-# Extra steps in a window: it is too short only if its speed exceeds the highest
-# speed so far by this factor.
+# A window has this many times the steps of the highest speed so far; it is too
+# short only if its own speed is higher still.
 _MARGIN = 1.05
 
 
@@ -77,8 +77,8 @@ class Program(Protocol):
     """Builds the network; returns a function for each kind of window.
 
     A function runs a number of steps and returns when the results are ready.
-    The first, "train", returns a finite loss, of the last step or a mean, so
-    that programs cannot be compared by it.
+    The first, "train", returns a finite loss. It may be the last step's loss or
+    a mean, so it cannot compare programs.
     """
 
   def facts(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def answers(
 
   def window(kind: str, seconds: float) -> dict[str, Any]:
     run = functions[kind]
-    # The processor's caches hold another program's data.
+    # These steps refill the processor's caches after another program's turn.
     run(_MIN_STEPS)
     # The number of steps is fixed beforehand. Waiting for each step's result to
     # read the clock would slow down programs that work ahead.

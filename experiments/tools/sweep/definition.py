@@ -51,9 +51,8 @@ class Cell:
 class Resources(NamedTuple):
   """The resources of a cell; as many cells run at once as have resources."""
 
-  # Number of cores. On Linux the process is restricted to this number. None
-  # means a GPU's share of a machine's cores if it has GPUs, else all cores: one
-  # cell at a time is fastest.
+  # Cores; Linux restricts the process to them. None means a GPU's share of the
+  # cores if a machine has GPUs, else all cores: one cell at a time is fastest.
   cpus: int | None = None
   gpus: int | None = None  # None means one if a machine has GPUs.
 

@@ -34,15 +34,15 @@ def table(
 ) -> str:
   """Makes a table of the cells with their remaining cost.
 
-  A time divides the remaining FLOPs by the median FLOP/s of these cells' epochs
-  and of other runs, whose workdirs are in `measured`. Without epochs, the
-  smallest cell runs a few training steps now, on `gpus` devices. The times
-  leave out starting, compiling and preparing data.
+  A time divides the remaining FLOPs by a speed: the median FLOP/s of the cells
+  that have an epoch and of the runs whose workdirs are in `measured`. Without
+  any, the smallest cell runs a few training steps now, on `gpus` devices. The
+  times leave out starting, compiling and preparing data.
 
-  Each cell has its finished epochs, trainable parameters, FLOPs of one image's
-  forward pass and training images of all epochs. For the remaining epochs it
-  has 10^12 FLOPs (training and evaluation) and the estimated time. The sums
-  come last. Raises `WorkdirError` if a workdir holds another run.
+  A row has a cell's finished epochs, trainable parameters, forward FLOPs of an
+  image and training images of all epochs; for the remaining epochs, TFLOP
+  (training and evaluation) and the estimated time. The sums come
+  last. Raises `WorkdirError` if a workdir holds another run.
   """
   rates = _rates(cells, measured)
   rate = statistics.median(rates) if rates else rate_now(cells, gpus)

@@ -36,9 +36,9 @@ def take_cores(count: int, folder: pathlib.Path) -> None:
   """Restricts this process to `count` cores that no other cell uses.
 
   XLA starts a thread for each core that it may use, so two cells at once would
-  both use all cores. A locked file in the folder, which all cells of a machine
-  share, reserves a core. It stays open until the program ends. If this process
-  may use only `count` cores or fewer, nothing is done.
+  both use all cores. All cells of a machine share `folder`. A locked file in it
+  reserves a core, and stays open until the program ends. Nothing is done if
+  this process may use only `count` cores or fewer.
   """
   if sys.platform != "linux":
     return

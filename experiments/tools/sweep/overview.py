@@ -40,7 +40,7 @@ class Status:
   num_epochs: int  # Of the whole run.
   records: Sequence[metrics.Record]  # Of the finished epochs.
   best: metrics.Record | None
-  left: str  # The remaining time in its program's log; '' if that has none.
+  left: str  # The remaining time that its log states; '' if there is none.
 
   def row(self, name: str) -> tuple[str, ...]:
     """Makes its row of the table."""
@@ -102,7 +102,7 @@ class Observer:
     }
 
   def status(self, cell: Cell, ended: State | None) -> Status:
-    """The progress of a cell; `ended` is its final state, None without one."""
+    """A cell's progress; `ended` is its final state, None before its end."""
     log = self._log(cell)
     tries = len(re.findall(f"^{task.STARTED}", log, re.MULTILINE))
     records = metrics.MetricsLog(cell.workdir).read()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from resnet_flax.run import errors, folder, signals
 
 STARTED = "sweep: started on "
-# A cell whose worker died takes a step and a save before it ends.
+# A cell whose worker died finishes its step and saves before it ends.
 _WAIT_SECONDS = 120.0
 # Seconds until the worker notices an interrupt.
 _INTERVAL = 0.5

@@ -118,7 +118,7 @@ def eval_batch_size(config: ConfigDict, layout: networks.Layout) -> int:
 def _layout(
   config: ConfigDict, devices: Sequence[jax.Device]
 ) -> networks.Layout:
-  # Without devices, the faster kind of execution cannot be measured.
+  # Without devices, no measurement can tell which execution is faster.
   automatic = config.seed_execution == "auto"
   execution = "in_turn" if automatic else config.seed_execution
   return networks.Layout.create(config, devices, execution)
@@ -183,7 +183,7 @@ def describe(
 
 
 def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
-  """Describes a compiled program on each device; for most see `hlo.Module`.
+  """Describes a compiled program per device; `hlo.Module` explains most values.
 
   `memory` is in bytes: `arguments`, `results`, `aliased` (results that
   overwrite arguments), `temporary`, `program`, and their `total`. `flops` and
@@ -225,9 +225,8 @@ def describe_step(compiled: jax.stages.Compiled) -> dict[str, Any]:
 def lower(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   """Lowers both steps for as many GPUs as there are devices, of any kind.
 
-  Each of `STEPS` has its `convolutions`, `dots` (products of
-  matrices) and `loops`, each counted once per occurrence, and `custom_calls` by
-  target, which are code outside StableHLO.
+  Each of `STEPS` has `convolutions`, `dots` (products of matrices), `loops` and
+  `custom_calls` by target (code outside StableHLO), counted by occurrence.
   """
   result = {}
   for name, traced in trace(config, devices).items():

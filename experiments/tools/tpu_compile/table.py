@@ -71,7 +71,7 @@ def steps_table(results: Sequence[Record]) -> str:
         f"{step['model_flops'] / 1e9:.2f}",
         f"{at_least}{step['bytes_accessed'] / 1e9:.3f}",
         f"{at_least}{roofline['seconds'] * 1e3:.3f}",
-        # A lower bound of the traffic cannot show that arithmetic is longer.
+        # A lower bound of the traffic cannot show that arithmetic takes longer.
         "memory" if memory_bound else "unknown" if at_least else "arithmetic",
       ]
     )

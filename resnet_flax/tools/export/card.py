@@ -30,7 +30,7 @@ The arrays have the names and layouts of {title};
 resnet_flax's docs/use.md says how to load them.
 
 `preprocess.json` says how to turn uint8[N, H, W, 3] RGB images of `image_size`
-into the network's input: divide by 255, subtract `mean` (a text names a file),
+into the network's input: divide by 255, subtract `mean` (if a text, its file),
 divide by `std`, resize to `size` (antialiased where it shrinks), then order
 `channels` and axes (`layout`). StableHLO and ONNX do all of this themselves,
 and give probabilities instead of logits. Line k of `labels.txt`, counted from
@@ -49,7 +49,7 @@ def write(
 ) -> None:
   """Writes README.md, preprocess.json, labels.txt and check.npz.
 
-  If the mean is an image, float32[H, W, C], mean.npy has it. `loaded` is the
+  If the mean is an image, mean.npy holds it, float32[H, W, C]. `loaded` is the
   network of the local folder `workdir`. Its exported arrays have the names of
   the library `names`, which calls the network `title`.
   """

@@ -33,7 +33,7 @@ def export(
   """Writes a network and the files that describe it into a new folder.
 
   See `load_model` for `workdir`, `which`, `seed` and `weights`. `form` is a key
-  of `FORMATS`; `names=''` takes its first names that fit this network. Returns
+  of `FORMATS`; `names=''` takes the first of its names that fit. Returns
   the network's name in that library, such as "torchvision's ResNet-18".
   """
   from resnet_flax.run import load, mirror
@@ -56,9 +56,9 @@ def export(
       message = f"--format={form} has no --names={names}; it has: {known}."
       raise errors.ConfigError(message)
     raise errors.ConfigError(
-      f"--format={form} cannot hold this network: {'; '.join(reasons)}. All"
-      " networks can be safetensors (with --names=flax), orbax and stablehlo,"
-      " and those without group norm onnx."
+      f"--format={form} cannot hold this network: {'; '.join(reasons)}. Pass"
+      " --format=safetensors (with --names=flax), orbax or stablehlo for any"
+      " network, or --format=onnx for any network without group norm."
     )
   if module := _NEEDED.get(form):
     advice = " Or pass --format=safetensors."

@@ -49,7 +49,7 @@ class _Graph:
     self.scope = ""  # The layer that is being written.
 
   def add(self, operation: str, *inputs: Any, **attributes: Any) -> _Value:
-    """Adds a node of values, names, and constants in ONNX's order of axes."""
+    """Adds a node of values, names or constants with axes in ONNX's order."""
     names = [self._name(each) for each in inputs]
     scope = attributes.pop("scope", self.scope)
     name = f"{scope}/{operation}_{len(self.nodes)}"
@@ -144,7 +144,7 @@ def _walk(
     if None in results:
       raise errors.ConfigError(
         f"{graph.scope} computes {name} in a form that cannot be written as"
-        " ONNX. --format=stablehlo can hold all networks."
+        " ONNX. Pass --format=stablehlo, which holds every network."
       )
     values |= zip(equation.outvars, results, strict=True)
   return read(traced.jaxpr.outvars)

@@ -36,7 +36,7 @@ def named(loaded: LoadedModel, names: str) -> Network:
   origin_of = library.origin_of(names, model)
   if origin_of is None:
     raise errors.WeightsError(f"{names} has no {model.name}")
-  with files.explain(f"{names} has no such layers as this {model.name}"):
+  with files.explain(f"{names} lacks layers of this {model.name}"):
     origins = [(origin_of(path), array) for path, array in flat.items()]
     arrays = {origin.name: origin.to_library(x) for origin, x in origins}
   # `identify` finds the network as if the library had written these arrays.

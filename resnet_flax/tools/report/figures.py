@@ -1,7 +1,7 @@
 """Figures that stay readable in print, in grey and for colour-blind readers.
 
-The colours are those of Okabe and Ito (2008). Markers or line styles tell the
-same things apart as colours do. The same input gives the same bytes.
+The colours are Okabe and Ito's (2008). Markers or line styles repeat every
+difference in colour. The same input gives bit-identical files.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def learning_curves(
 ) -> list[Rendered]:
   """Draws a metric over epochs: at most six groups per figure, with equal axes.
 
-  All groups must have one data set, whose suffix of file names is `end`.
+  All groups must have one data set, whose file name suffix is `end`.
   """
   title = metric.replace("_accuracy", " error (%)")
   title = _TITLES.get(metric, title.replace("_top5", " top-5 error (%)"))
@@ -248,8 +248,8 @@ def confusion(scores: scores_lib.Scores, name: str, what: str) -> Rendered:
     return _render(
       figure,
       name,
-      text=f"Confusion matrix of {what}. The tables below hold the accuracy of"
-      " each class and what is confused most often.",
+      text=f"Confusion matrix of {what}. The tables below hold the accuracies"
+      " of the classes and the most frequent confusions.",
       caption="Rows are true classes, columns predicted ones; "
       + ("numbers are test images; " if numbered else "")
       + "the shade is the share of the true class.",

@@ -33,8 +33,8 @@ def interval(
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
   """The two-sided p-value of McNemar's exact test, of bool[N] or int64[N].
 
-  Integers count the networks that are right about an image, of equally many on
-  both sides. Then this is a sign test: the larger count wins the image.
+  An integer counts the networks that are right about an image; both sides must
+  have equally many networks. Then this is a sign test: the larger count wins.
   """
   more_a, more_b = np.sum(right_a > right_b), np.sum(right_a < right_b)
   unequal = int(more_a + more_b)
@@ -52,7 +52,7 @@ def seeds_needed(a: np.ndarray, b: np.ndarray, points: float) -> int | None:
     return None
   variance = (len(a) * np.var(a) + len(b) * np.var(b)) / freedom
   effect = points / np.sqrt(variance)
-  # A known deviation needs this many seeds; an estimated one needs no fewer.
+  # A known deviation needs n seeds, an estimated deviation at least as many.
   n = max(2, int(2 * (stats.norm.ppf([0.975, 0.8]).sum() / effect) ** 2))
 
   def power() -> float:

@@ -55,10 +55,10 @@ def make(
 ) -> Summary:
   """Writes a report of runs into the folder `out`, and keeps its other files.
 
-  `paths` are workdirs, or folders that contain workdirs. `scored` says whose
-  best checkpoint is scored: the 'best' group's of each data set, 'each' group's
-  or 'none'. If a checkpoint or its data is missing, the page says why, and a
-  warning is logged.
+  `paths` are workdirs, or folders that contain workdirs. `scored` names the
+  groups whose best checkpoint is scored: the 'best' one of every data set,
+  'each' or 'none'. If a checkpoint or its data is missing, the page says why,
+  and a warning is logged.
   """
   out = errors.local_path(out, "--out")
   workdirs = runs_lib.find([mirror.local(path, "folder") for path in paths])
@@ -124,14 +124,13 @@ def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
 
 def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
-    "Accuracies and errors are those of the test split; “best” is the epoch"
-    " that checkpoint.monitor chooses. Where there is no validation split, it"
-    " is chosen on the test split (“Runs” says by what): then the best accuracy"
-    " is optimistic, the final one is not. ± is the sample standard deviation"
-    " over n seeds. All are of the raw weights; the learning curves have those"
-    " of ema and swa, too. An unfinished group has the values of the last epoch"
-    " that all its seeds have; unfinished runs of a finished group are not"
-    " counted.",
+    "Accuracies and errors are on the test split. checkpoint.monitor chooses"
+    " the “best” epoch. Without a validation split, the test split decides"
+    " (“Runs” names the key): then the best accuracy is optimistic, the final"
+    " accuracy is not. ± is the sample standard deviation over n seeds. All"
+    " values are of the raw weights; the learning curves also show ema and swa."
+    " An unfinished group has the values of the last epoch that all its seeds"
+    " have; a finished group does not count its unfinished runs.",
     "A name has only the keys that tell the groups of a data set apart;"
     " “Configurations” lists all keys that differ. Other comparisons: python -m"
     " resnet_flax.compare A --with B.",
@@ -172,9 +171,9 @@ def _differences(groups: Sequence[Group]) -> list[Table]:
   titles = ("group", "first", "points", "from", "to")
   table = Table(
     "intervals",
-    "Final test accuracy of finished groups minus that of the first one on the"
-    " same data, in points, with 95 % intervals over seeds (Welch's t, each by"
-    " itself).",
+    "Final test accuracy of finished groups minus the first group's on the same"
+    " data, in points, with 95 % intervals over seeds (Welch's t, not corrected"
+    " for several comparisons).",
     *map(Column, titles, zip(*rows, strict=True)),
   )
   return [table] if rows else []
@@ -201,8 +200,8 @@ def _configurations(groups: Sequence[Group]) -> Section:
     ),
   )
   note = (
-    "Runs of a group have the same data (the copy that was trained on). Their"
-    " seeds, and keys that do not change what is computed, may differ."
+    "Runs of a group were trained on the same copy of the data. Their seeds may"
+    " differ, and keys that do not change the computation."
   )
   tables = [differences, same] if differing else [same]
   return Section("Configurations", [note], tables=tables)
@@ -246,11 +245,11 @@ def _runs(groups: Sequence[Group]) -> Section:
     title = "ensemble's final test accuracy (%)"
     columns.append(Column(title, ensembles))
   note = (
-    "A run of several seeds has a row for each; its times, its images/s and its"
-    " ensemble are those of all. A seed that occurs twice in a group is counted"
-    " once, in the run with more epochs. Times are those of training, without"
-    " compilation and evaluation; “evaluation (s)” has the compilation of each"
-    " start's first scoring in it; “waiting for data (s)” is the part of an"
+    "A run of several seeds has one row per seed; times, images/s and ensemble"
+    " are of all its seeds together. A seed that occurs twice in a group counts"
+    " once, in the run with more epochs. Times are of training, without"
+    " compilation and evaluation. “evaluation (s)” includes the compilation at"
+    " the first scoring after a start. “waiting for data (s)” is the part of an"
     " epoch in which the loop waited for batches."
   )
   return Section("Runs", [note], tables=[Table("runs", "Each run.", *columns)])

@@ -216,8 +216,8 @@ def group(runs: Iterable[Run]) -> list[Group]:
   """Groups the runs that differ only in `_REPETITION_KEYS`.
 
   Runs on different data are in different groups, as if `data` were a key.
-  Groups are ordered by the values of the keys in which they differ; those of
-  the same data set follow each other.
+  Groups are ordered by the values of the keys in which they differ; groups of
+  one data set follow each other.
   """
   by_config: dict[str, list[Run]] = {}
   for run in runs:
@@ -252,7 +252,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
 
 
 def by_data(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
-  """Each data set's suffix of file names ('' if it is alone) and its groups."""
+  """Each data set's file name suffix ('' if it is alone) and its groups."""
   of_data = itertools.groupby(groups, operator.attrgetter("data"))
   parts = [(re.sub(r"\W", "_", f"_{data}"), [*each]) for data, each in of_data]
   return parts if parts[1:] else [("", each) for _, each in parts]

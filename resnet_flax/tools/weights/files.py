@@ -25,7 +25,7 @@ _LEAST_TORCH = (2, 6)
 # First bytes of zip archives and of the pickles that PyTorch < 1.6 wrote.
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80")
 
-# Bytes, more than any layer's name has: names are read whole into memory.
+# In bytes. Names are read whole into memory; no real name is as long.
 _LONGEST_NAME = 4096
 
 
@@ -61,8 +61,8 @@ def read(path: pathlib.Path) -> WeightsFile:
 
   PyTorch: .safetensors, .pt, .pth, .th, .pth.tar, .bin, .ckpt. Keras: .keras,
   .h5, .weights.h5, .hdf5 and our exports in .safetensors. Raises `WeightsError`
-  if the file is damaged, holds code or may claim more than it stores, and
-  `ConfigError` if the library that reads it is not installed.
+  if the file is damaged, compressed, holds code or claims more than it stores,
+  and `ConfigError` if the library that reads it is not installed.
   """
   name = path.name.lower()
   readers = [read for end, read in _READERS.items() if name.endswith(end)]
@@ -79,7 +79,7 @@ def read(path: pathlib.Path) -> WeightsFile:
       f"{path} cannot be read: {error.strerror}. Pass the file of weights with"
       " --source."
     ) from error
-  # The first bytes show the user a web page or a Git LFS pointer in its place.
+  # The first bytes reveal a web page or a Git LFS pointer in the file's place.
   with explain(
     f"{path} is damaged, or is not what its extension says; it begins with"
     f" {start!r}"

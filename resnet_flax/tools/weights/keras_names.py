@@ -1,7 +1,7 @@
 """Keras's names: the CIFAR-10 example's networks and `keras.applications`.
 
 Sources: the layers of the Keras example (ResNet v1 and v2 for CIFAR-10), which
-have automatic names, and those of `keras.applications`' ResNet50, 101 and 152.
+have automatic names, and `keras.applications`' ResNet50, ResNet101, ResNet152.
 """
 
 import functools
@@ -32,11 +32,11 @@ _HEADS = ("predictions", "probs")
 # Maps parts of our layers' names to Keras's automatic names of their classes.
 _KINDS = {"conv": "conv2d", "bn": "batch_normalization", "head": "dense"}
 
-# A network of the example with n blocks in each of three stages has this many
-# layers times n, and a stem and a head.
+# The example's network with n blocks per stage has n times this many layers,
+# plus a stem and a head.
 _LAYERS_PER_N = {"resnet_v1": 6, "resnet_v2": 9}
 # The layers of a block in the order in which they are created. Only the first
-# block of a stage has those of the shortcut.
+# block of a stage has shortcut layers.
 _BLOCKS = {
   "resnet_v1": "conv1 bn1 conv2 bn2 shortcut_conv",
   "resnet_v2": "bn1 conv1 bn2 conv2 bn3 conv3 shortcut_conv",
@@ -60,8 +60,8 @@ def identify(file: files.WeightsFile) -> Source:
       )
     if "post_bn/gamma" in file.arrays:
       raise errors.WeightsError(
-        f"{file.path} is a ResNet V2 of keras.applications, which does not fit"
-        " any network here. Its ResNet50, ResNet101 and ResNet152 do."
+        f"{file.path} is a ResNet V2 of keras.applications, which fits no"
+        " network here. Pass keras.applications' ResNet50, ResNet101 or 152."
       )
     title, width, epsilon = f"keras.applications' ResNet{depth}", 64, 1.001e-5
     needed: dict[str, Any] = {"normalization": ("caffe",)}
@@ -105,7 +105,7 @@ def identify(file: files.WeightsFile) -> Source:
 
 
 def _numbered(file: files.WeightsFile, kind: str) -> list[str]:
-  """The layers of a class that have automatic names, in order of the numbers.
+  """A class's layers with automatic names, in the order of their numbers.
 
   Keras counts over all models of a process, so numbers may start anywhere.
   """
@@ -231,8 +231,8 @@ def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
 
 # ---- What a file says about its layers
 
-# For each layer class, allowed values of settings that change the logits but no
-# array. The first one holds where a version of Keras lacks the setting.
+# By layer class: allowed values of settings that change logits but no array.
+# The first value stands in where a version of Keras lacks the setting.
 _SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
   "Conv2D": {"activation": ("linear",), "dilation_rate": ([1, 1],)},
   # A softmax after the head only turns the logits into probabilities.

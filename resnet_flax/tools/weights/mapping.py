@@ -34,9 +34,9 @@ OriginOf = Callable[[Path], Origin]
 class Source:
   """A library's network, as found in a file, and where our arrays come from.
 
-  `normalization` lists the values of that key with which our network computes
-  what theirs does; the first is recommended. `model` does so for keys of
-  `config.model`, each with one value or a tuple of values.
+  Our network computes the same as theirs with any of the `normalization`s; the
+  first is recommended. `model` has the values that keys of `config.model` must
+  have: a key has one value or a tuple of allowed values.
   """
 
   def __init__(
@@ -79,7 +79,7 @@ _OURS_ALONE: dict[str, tuple[Any, ...]] = {
 
 
 def differing(source: Source, config: ConfigDict) -> dict[str, str]:
-  """Maps each key whose value does not fit `source` to the flag that it needs.
+  """Maps each key whose value does not fit `source` to the flag to pass.
 
   Most of these keys change no shape: a wrong epsilon only gives wrong logits.
   """

@@ -1,7 +1,7 @@
 """PyTorch's names: torchvision's networks and the CIFAR ResNets.
 
 Sources: the state dicts of torchvision's resnet.py, vgg.py and alexnet.py, and
-of the widely used ResNets for CIFAR-10 in PyTorch. These name their blocks as
+of the widely used CIFAR-10 ResNets in PyTorch. The CIFAR ResNets name blocks as
 torchvision does, and call their head `linear`.
 """
 
@@ -142,7 +142,7 @@ def _feedforward(file: files.WeightsFile) -> Source:
 
 
 def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
-  """For export, maps our arrays to those of 'torchvision' or 'cifar'.
+  """For export, maps our arrays to arrays of 'torchvision' or 'cifar'.
 
   None if that library has no network like `model`.
   """

@@ -187,8 +187,8 @@ def test_what_there_is_instead(converted, tmp_path):
   assert message == (
     "--format=keras cannot hold this network: the network has 7 convolutions."
     " A ResNet v1 of the Keras example must have 6n+3, for n blocks in each"
-    " stage. All networks can be safetensors (with --names=flax), orbax and"
-    " stablehlo, and those without group norm onnx."
+    " stage. Pass --format=safetensors (with --names=flax), orbax or stablehlo"
+    " for any network, or --format=onnx for any network without group norm."
   )
   message = refused(
     errors.ConfigError, converted, tmp_path, "orbax", "torchvision"

@@ -182,7 +182,7 @@ def test_layers_of_ones_own_are_refused(path):
   arrays = traverse_util.flatten_dict(loaded.variables)
   arrays["params", *path] = np.float32(1)
   variables = traverse_util.unflatten_dict(arrays)
-  with pytest.raises(errors.WeightsError, match="has no such layers"):
+  with pytest.raises(errors.WeightsError, match="lacks layers of"):
     weights.named(dataclasses.replace(loaded, variables=variables), names)
 
 

@@ -303,7 +303,7 @@ def test_application_of_another_depth():
 def test_application_v2_with_its_names():
   arrays = application_arrays(SIZES[50])
   arrays["post_bn/gamma"] = np.zeros(1)
-  with pytest.raises(errors.WeightsError, match=r"ResNet V2 .* does not fit"):
+  with pytest.raises(errors.WeightsError, match=r"ResNet V2 .* fits no"):
     identify([], arrays)
 
 
