@@ -1,7 +1,7 @@
 """ResNet-50 on ImageNet by the paper's own recipe.
 
 Source: He et al. 2015, "Deep Residual Learning for Image Recognition",
-  section 3.4: SGD with momentum 0.9, batch 256, rate 0.1 dropped by 10, decay
+  section 3.4: SGD with momentum 0.9, batch 256, rate 0.1 divided by 10, decay
   of 1e-4 * w on all weights, shorter side 256 to 480, random crop of 224, flip.
 Differences: the rate drops after 30 and 60 of 90 epochs, as in the usual
   reimplementations, not when the error stops falling. Images are normalised by
