@@ -41,7 +41,7 @@ class Context(NamedTuple):
 
   # key[] for random draws in training; None elsewhere.
   key: jax.Array | None = None
-  # float32[] in (0, 1]: the block's number, from 1, over the number of blocks.
+  # float32[] in (0, 1]: l / L for block l of L, counted from 1.
   fraction: jax.Array | None = None
 
 

@@ -15,7 +15,7 @@ class Branch(nn.Module):
   (arXiv:1603.09382, section 3), with the linear rule. Training drops the branch
   of block l of L for a whole batch with probability stochastic_depth * l / L.
   Inference multiplies the branch by its survival probability. The batch norms
-  of a dropped branch still use the batch.
+  of a dropped branch still update their running statistics.
   """
 
   squeeze_excitation: int  # Reduction ratio: channels / hidden units.

@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """float32[B, num_classes] logits of normalised float[B, H, W, C] images.
 
-    Raises `ValueError` for images of which no pixel is left after the pools.
+    Raises `ValueError` if the images are too small: the pools leave no pixel.
     """
     x = images = layers.resize(images, self.input_size)
     number = 0

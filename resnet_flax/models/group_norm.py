@@ -25,7 +25,7 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
-    """act(residual + group_norm(x)), dtype[..., C], of float[..., C]."""
+    """Maps float[..., C] to act(residual + group_norm(x)), in `dtype`."""
     channels = x.shape[-1]
     limit = min(_GROUPS, max(channels // _LEAST_CHANNELS, 1))
     norm = nn.GroupNorm(math.gcd(channels, limit), None, _EPSILON, self.dtype)
@@ -36,10 +36,10 @@ class GroupNorm(nn.Module):
 
 
 def standardize(convolve: Callable[..., Array] | None) -> Callable[..., Array]:
-  """`convolve` with kernels of mean 0 and variance 1 per output channel.
+  """Wraps `convolve`: kernels get mean 0 and variance 1 per output channel.
 
-  This is weight standardisation (Qiao et al. 2019, arXiv:1903.10520, equations
-  5 to 8). None stands for `jax.lax.conv_general_dilated`.
+  Weight standardisation (Qiao et al. 2019, arXiv:1903.10520, equations 5 to 8).
+  None stands for `jax.lax.conv_general_dilated`.
   """
 
   def standardized(x, kernel, *args, **kwargs):

@@ -72,7 +72,7 @@ class HighwayBlock(Block):
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
     y = self.norm(name="bn2")(y)
-    # Even without `model.conv_bias`: the bias keeps the gate shut at first.
+    # `model.conv_bias` does not turn this bias off: it shuts the gate at first.
     gate = self.conv(
       self.num_filters,
       (1, 1),
@@ -142,7 +142,7 @@ class PreActBottleneckBlock(Block):
 
 
 def num_groups(config: ConfigDict) -> int:
-  """The groups of a bottleneck's 3x3 convolution; by default the family's."""
+  """The number of groups of a bottleneck's 3x3 convolution."""
   return config.groups or (8 if config.name == "resnext" else 1)
 
 

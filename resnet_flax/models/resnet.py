@@ -2,8 +2,8 @@
 
 The layout follows He et al. 2015 (arXiv:1512.03385), sections 3.3 and 4.2, and
 the Keras CIFAR-10 example. Stem, block, convolution, normalisation and
-activation are injected, so a variant is a different argument and not a
-different forward pass; a block without a shortcut makes it a plain network.
+activation are injected: a variant changes arguments and not the forward pass.
+Blocks without a shortcut make a plain network.
 """
 
 import functools
@@ -26,7 +26,7 @@ class ResNet(nn.Module):
   `act`; the layer it makes is called with x, or with x and a residual.
   """
 
-  stage_sizes: Sequence[int]  # All stages but the first halve the resolution.
+  stage_sizes: Sequence[int]  # Blocks per stage; later stages halve H and W.
   stage_filters: Sequence[tuple[int, int]]  # (inner, outer) of each stage.
   stem: Callable[..., jax.Array]  # See `stems`.
   stem_filters: int
@@ -51,8 +51,8 @@ class ResNet(nn.Module):
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """float32[B, num_classes] logits of normalised float[B, H, W, C] images.
 
-    In training batch norms use the batch's statistics and update `batch_stats`;
-    otherwise they use the running statistics.
+    In training, batch norms use the batch's statistics and update the running
+    statistics in `batch_stats`; otherwise they use the running statistics.
     """
     norm = functools.partial(self.norm, use_running_average=not train)
     x = self.stem(

@@ -22,7 +22,7 @@ NO_ZERO_RATE = (f"{PREFIX}dadapt_adamw", f"{PREFIX}prodigy")
 OPTIMIZERS = ("adamw", "lamb", "lion", "muon")  # These need no prefix.
 # Functions to leave out: they score other weights than they train, keep random
 # keys, need gradients of single images, use the rate only for their first step,
-# or are no optimizers.
+# or are not optimizers.
 _UNFIT = ("schedule_free", "noisy_sgd", "dpsgd", "rprop", "scale_by_", "_")
 
 
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 
 
 def rule(name: str, function: Callable[..., Any], **arguments: Any) -> Rule:
-  """The rule of an optimizer, a function of a rate and these arguments."""
+  """The rule of the optimizer `function(learning_rate, **arguments)`."""
   shown = [f"{k}={v}" for k, v in arguments.items() if not callable(v)]
   at_rate = functools.partial(function, **arguments)
   decays_weights = not _MASKS.isdisjoint(arguments)
@@ -92,8 +92,8 @@ def functions() -> dict[str, Callable[..., optax.GradientTransformation]]:
 def create(config: ConfigDict, mask: Callable[[Any], Any]) -> Rule:
   """The optimizer that `config.name` and `config.arguments` describe.
 
-  `mask` tells which parameters decay. Raises `ValueError` if the optimizer does
-  not take these arguments, or needs more than gradients and parameters.
+  `mask` tells which parameters decay. Raises `ValueError` if the optimizer
+  refuses the arguments, or needs more than gradients and parameters.
   """
   name = config.name.removeprefix(PREFIX)
   function = functions()[name]

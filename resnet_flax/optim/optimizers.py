@@ -31,7 +31,7 @@ def _sgd(config: ConfigDict) -> any_optax.Rule:
 # For `optimizer.name`, whose choices are in run/config.py; others: `any_optax`.
 OPTIMIZERS = {"adam": _adam, "sgd": _sgd}
 
-# Names of links that treat each array by itself. A chain without other links is
+# Names of links that treat each array by itself. A chain of only these links is
 # compiled in groups of arrays, which is faster; see `grouping`.
 _ARRAY_BY_ARRAY = {
   *("add_decayed_weights", "adam", "sgd", "adamw", "lamb", "lion"),
@@ -91,8 +91,9 @@ class Optimizer:
 def create_optimizer(config: ConfigDict) -> Optimizer:
   """Builds the chain that `config.optimizer` describes.
 
-  L2 enters before the moments (coupled, as Keras's kernel regularizer), and so
-  does weight decay (as Caffe's) unless the optimizer has its own, as AdamW has.
+  The L2 term enters before the moments, as in Keras. So does weight decay, as
+  in Caffe, unless the optimizer has its own, as AdamW has. Raises `ValueError`
+  if an optimizer of Optax refuses `config.arguments`.
   """
   is_decayed = L2_WEIGHTS[config.l2_weights]
 

@@ -17,7 +17,7 @@ class Schedule(NamedTuple):
 
 
 def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-  """Steps of the linear warm-up, which replaces the first of a schedule."""
+  """Steps of the linear warm-up; they replace the schedule's first steps."""
   return round(config.schedule.linear_warmup_epochs * steps_per_epoch)
 
 
@@ -92,9 +92,9 @@ SCHEDULES: dict[str, Callable[[ConfigDict, int], Schedule]] = {
 
 
 def open_epochs(flat_config: Mapping[str, Any]) -> float:
-  """The number of first epochs whose rates do not depend on num_epochs.
+  """The number of initial epochs whose rates do not depend on num_epochs.
 
-  A run that has done fewer epochs can be lengthened.
+  A run that has finished fewer epochs can be lengthened.
   """
   if flat_config["schedule.name"] == "warmup_stable_decay":
     percent = flat_config["schedule.decay_percent"]

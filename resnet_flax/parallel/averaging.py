@@ -27,7 +27,7 @@ def create(
   decay, start = config.ema.decay, config.swa.start_epoch
 
   def share(step: jax.Array) -> jax.Array:
-    """The variables' weight in the average after `step` steps, float32[]."""
+    """The new variables' share of the average after `step` steps, float32[]."""
     if decay:
       # With n = step - 1, the average keeps min(decay, (1 + n) / (10 + n)).
       return 1 - jnp.minimum(jnp.float32(decay), step / (step + 9))

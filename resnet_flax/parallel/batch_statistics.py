@@ -28,7 +28,7 @@ def create_hook(
   """The loop's hook before a save: (steps done, state) -> state to save.
 
   With average_batch_norm='recompute' it replaces the running statistics of the
-  average at the end of an epoch. Of this function's `state` it uses the shapes.
+  average at the end of an epoch. `create_hook` uses only the shapes of `state`.
   """
   average = state.chunks[0].average or {}
   if config.average_batch_norm != "recompute" or not average.get("batch_stats"):
@@ -74,7 +74,7 @@ def batch_statistics(
 ) -> tuple[Any]:
   """The averaged network's 'batch_stats' of one batch, uint8[B, H, W, C].
 
-  `number`, int32[], is the batch's: each batch drops other branches and units.
+  `number`, int32[], counts the batches: each drops other branches and units.
   """
   model: Any = experiment.model
   norm = functools.partial(model.norm, momentum=0.0)

@@ -1,4 +1,4 @@
-"""Scores each image of a split exactly once, at any batch and device count."""
+"""Scores each image of a split exactly once, for any batch size and devices."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ class Scores:
 
   # Each network's means of `metric_sums`: `loss`, `accuracy` (a fraction)...
   networks: list[dict[str, float]]
-  # `loss`, `accuracy`... of the networks' mean probabilities; None for one.
+  # The scores of the networks' mean probabilities; None for a single network.
   ensemble: dict[str, float] | None
 
 
@@ -61,7 +61,7 @@ def padded_batches(
 def call_size(split: types.Split, batch_size: int, num_devices: int) -> int:
   """The number of images that a call scores, a multiple of `num_devices`.
 
-  Before rounding up, they have at most `batch_size` crops, or are one image.
+  Before rounding up, a call has at most `batch_size` crops, or a single image.
   """
   size = min(max(batch_size // split.num_crops, 1), len(split))
   return -(-size // num_devices) * num_devices
@@ -75,7 +75,7 @@ def evaluate(
   layout: Layout,
   on_batch: Callable[[], None] = lambda: None,
 ) -> Scores:
-  """Scores all networks on a split."""
+  """Scores all networks on a split; calls `on_batch` after each batch."""
   size = call_size(split, batch_size, layout.mesh.shape[mesh_lib.DATA])
   sharding = mesh_lib.sharding(layout.mesh, mesh_lib.DATA)
   rows = transfer.own_rows(sharding, size)

@@ -3,7 +3,7 @@
 The same program runs in every process, each with some of the devices, on JAX's
 distributed runtime. All processes must take part in every computation, so they
 decide together when to save and to stop. Only process 0 reads and writes the
-workdir. It sends its content to the others, which need not see the folder.
+workdir. It sends the content to the others, which need no access to the folder.
 
 With a single process the runtime is not started; no function waits for others.
 """
@@ -138,7 +138,7 @@ def _integer(variable: str, given: int | None = None) -> int | None:
   if given is not None or not value:
     return given
   if not value.isdecimal():
-    raise errors.ConfigError(f"{variable}={value!r} must be an integer.")
+    raise errors.ConfigError(f"{variable}={value!r} must be an integer >= 0.")
   return int(value)
 
 
@@ -203,7 +203,8 @@ def connected(
   Must be entered before JAX is asked for its devices; without a cluster it does
   nothing. All processes must connect within `timeout` seconds. If process 0
   dies, this one ends at once; if another dies, within `heartbeat_timeout`
-  seconds. Either way it prints one line.
+  seconds. Either way it prints one line. Raises `ConfigError` if JAX refuses to
+  connect, and `UserError` if a computation fails for lack of a process.
   """
   if cluster is None:
     yield
@@ -365,13 +366,13 @@ def on_first_only(function: Callable[[], T]) -> T | None:
 
 
 def on_first_then_others(function: Callable[[], T]) -> T:
-  """Calls a function in process 0, then in the others; all get 0's error."""
+  """Calls a function in process 0, then in the others; all raise 0's error."""
   results = on_first_only(lambda: [function()])
   return results[0] if results else function()
 
 
 def check_same(name: str, value: Any) -> None:
-  """Checks that all processes have the same value, which is JSON."""
+  """Raises a `ConfigError` in all processes if their JSON values differ."""
   if jax.process_count() == 1:
     return
   prefix = f"resnet_flax/same/{next(_numbers)}"
@@ -406,7 +407,7 @@ def meet() -> None:
 
 
 def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
-  """Sends process 0's arrays to all, bit-identical; `like` has their shapes."""
+  """Sends process 0's arrays to all, bit-identical; `like()` has the shapes."""
   if jax.process_count() == 1:
     return function()
   tree = function() if is_first() else like()
@@ -429,9 +430,9 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
 class Agreement:
   """Decides when to save and to stop, at the same step in all processes.
 
-  Their signals and clocks differ, so they vote. After every step and evaluation
-  batch each process says which signal has come and whether a save is overdue. A
-  vote is a computation on all devices; like metrics, it is read one step late.
+  Signals and clocks differ between processes, so these vote. After every call
+  of the step or of evaluation, each says which signal has come and whether a
+  save is overdue. A vote is a computation on all devices, read one vote late.
   """
 
   has_stopped = False  # Whether the processes have agreed to stop.
@@ -456,18 +457,18 @@ class Agreement:
     )
 
   def wants_save(self) -> bool:
-    """Whether to save after this step; all processes must ask at each step."""
+    """Whether to save after this call; all processes must ask at each call."""
     return any(self._vote())
 
   def check(self, *, at_once: bool = True) -> None:
-    """Raises `Stopped` if any process had a signal, now or at the last vote."""
+    """Raises `Stopped` at a process's signal; a vote late if not `at_once`."""
     signal_number, _ = self._vote(at_once)
     if signal_number:
       Agreement.has_stopped = True
       raise signals_lib.Stopped(signal_number)
 
   def _vote(self, at_once: bool = False) -> Sequence[int]:
-    """The agreed signal and 1 if a save is overdue, now or at the last vote."""
+    """The agreed signal, and 1 for a save; a vote late if not `at_once`."""
     vote = self._signals.number or 0, int(self._overdue())
     if jax.process_count() == 1:
       return vote

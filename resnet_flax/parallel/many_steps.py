@@ -1,8 +1,8 @@
 """Several training steps in one call, on a training split on the devices.
 
 On accelerators a small network's step may end before the host has dispatched
-the next one. The host only starts a program of many steps. The program gathers
-its batches from the split, in the order that the host draws for each epoch.
+the next one. So each call does many steps. It gathers their batches from the
+split, in the order that the host draws for each epoch.
 """
 
 import functools
@@ -20,8 +20,8 @@ from resnet_flax.parallel import mesh as mesh_lib, program, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
 
-# The default on accelerators, and the images' longest side for which it is:
-# with larger ones the host keeps up, and a signal would wait for a long call.
+# The default on accelerators, for images whose longer side is at most this.
+# With larger images the host keeps up, and a signal would wait for a long call.
 STEPS_PER_CALL = 32
 _LARGEST_SMALL_IMAGE = 64
 
@@ -34,8 +34,8 @@ def choose(
 ) -> int:
   """The number of training steps in a call: `wanted`, or a default if it is 0.
 
-  `image_size` is the larger side of the images that the networks see. Several
-  steps need a split in memory and room for it on every device.
+  `image_size` is the larger side of the images that the networks see. Raises
+  `ConfigError` if several are wanted, but the split is streamed or too large.
   """
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
   steps_are_slow = on_cpu or image_size > _LARGEST_SMALL_IMAGE
@@ -123,8 +123,8 @@ def train_steps(
   `num_steps`, int32[], is an argument of the program, so that results are
   bit-identical wherever calls end. `images`, uint8[M, H, W, C], and `labels`,
   int32[M], are the split; `order`, int32[B, steps per epoch], has the positions
-  of each batch in it. Every step takes the same `key`, key[]. The metrics are
-  those of the last step, or of the first that is not finite.
+  of each batch in it. Every step takes the same `key`, key[]. Returns the last
+  step's metrics, or the first ones that are not finite.
   """
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 

@@ -3,8 +3,8 @@
 The devices are divided into groups (see `mesh`); each group trains some of the
 seeds. A chunk is what one call of a compiled function works on: one network of
 each group or, if seeds are vectorized, all. A chunk of one network, such as a
-single seed's, is that network's tree, and `for_chunk` returns functions as they
-are. Seeds 0 to 3 on two devices, in turn, are the chunks (0, 1) and (2, 3). A
+single seed's, has no leading axis, and `for_chunk` returns its function as it
+is. Seeds 0 to 3 on two devices, in turn, are the chunks (0, 1) and (2, 3). A
 seed trained in turn is bit-identical to a run of its own on the devices of its
 group, except on CPUs with several devices in a group (see
 `kernels/convolution.py`).
@@ -49,7 +49,7 @@ class Layout:
 
   seeds: tuple[int, ...]  # One for each network.
   mesh: Mesh
-  # Copies of a network, whose results are ignored, may fill the last chunk.
+  # Networks per chunk. Copies of the last one, which are ignored, fill it up.
   chunk_size: int
 
   @classmethod
@@ -108,7 +108,7 @@ class Layout:
   def shapes(
     self, tree: PyTree, sharding: NamedSharding | None = None
   ) -> Networks:
-    """The shapes of what `put` makes of a tree per seed; needs no devices."""
+    """The shapes that `put` gives if every seed has a tree like this one."""
     leading = (self.chunk_size,) if self.is_stacked else ()
     chunk = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -129,8 +129,8 @@ class Layout:
   ) -> Iterator[tuple[Networks, ...]]:
     """Puts the batches of all seeds on the devices, as tuples of arrays.
 
-    `of_seed` takes a seed and rows, int64[R]. It gives the seed's batches of
-    `batch_size` images; of each only the rows for this process's devices.
+    `of_seed(seed, rows)` gives the seed's batches of `batch_size` images, cut
+    to the `rows`, int64[R], for this process's devices.
     """
     sharding = self.batch_sharding
     rows = transfer.own_rows(sharding, batch_size)

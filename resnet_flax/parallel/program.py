@@ -112,7 +112,7 @@ def trace(
   """Traces a function of one network's trees for a chunk of networks.
 
   Needs no device: shapes, as from `Layout.shapes`, can stand for arrays. The
-  function takes arguments `per_network`, then those that all networks share.
+  function takes the arguments `per_network`, then the `shared` arguments.
   `donate` gives the first argument's memory to the result.
   """
   jitted = jax.jit(
@@ -152,6 +152,6 @@ def step_arguments(
   key: Networks,
   layout: Layout,
 ) -> tuple[Networks, ...]:
-  """Arguments like those of `step.train_step`, to compile a function with."""
+  """Arguments with `step.train_step`'s shapes, for `compile_function`."""
   images = layout.batch_shape((batch_size, *experiment.image_shape), np.uint8)
   return state, images, layout.batch_shape((batch_size,), np.int32), key

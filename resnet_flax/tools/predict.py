@@ -48,7 +48,7 @@ def predict_files(
   """Yields each file and its float32[classes] probabilities, in order.
 
   For an undecodable file, a text says why. `loaded` is a `LoadedModel`. At most
-  `batch_size` files, or its `eval_batch_size` if less, are read at once.
+  `batch_size` files, or the run's `eval_batch_size` if less, are read at once.
   """
   from resnet_flax.data import crops, pictures, streaming
   from resnet_flax.run import environment
@@ -154,6 +154,6 @@ def main(argv: list[str]) -> None:
   )
   num_rows = _show(loaded, total, args)
   if not num_rows or (args.strict and num_rows < total):
-    outcome = f"only {num_rows} of {total} files are good pictures"
+    outcome = f"only {num_rows} of {total} files can be decoded"
     hint = "Pass pictures" + ", or leave out --strict" * bool(num_rows)
     raise errors.DataError(f"{outcome}. {hint}.")

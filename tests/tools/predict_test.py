@@ -385,7 +385,7 @@ def test_skipped_files_are_one_line_each_and_no_bar(trained, tmp_path):
   assert done.stderr.splitlines() == [
     lines[0],
     done.stderr.splitlines()[1],  # It has an address.
-    "error: only 1 of 3 files are good pictures. Pass pictures, or leave out"
+    "error: only 1 of 3 files can be decoded. Pass pictures, or leave out"
     " --strict.",
   ]
   done = start([*command[:2], "nowhere", str(tmp_path / "none")], tmp_path)

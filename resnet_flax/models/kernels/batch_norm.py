@@ -94,7 +94,7 @@ class NoNorm(nn.Module):
   act: Activation | None = None  # Elementwise, applied last; None for none.
 
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
-    """act(residual + x), dtype[..., C], of float[..., C]."""
+    """Maps float[..., C] to act(residual + x), in `dtype`."""
     return _finish(x, residual, self.act, self.dtype)
 
 
@@ -102,12 +102,12 @@ class BatchNorm(nn.Module):
   """`flax.linen.BatchNorm`, then a residual sum and an activation.
 
   Parameters (`scale`, `bias`), statistics (`mean`, `var`, float32 in
-  `batch_stats`) and results equal those of `flax.linen.BatchNorm` over the last
-  axis. The statistics of a sharded batch are the whole batch's. With several
-  `groups`, each has its own statistics ('ghost batch norm', Hoffer et al. 2017,
-  arXiv:1705.08741, section 4). Their mean updates the running statistics; in
-  the paper each group does. Devices that hold whole groups exchange only the
-  updates of running statistics and parameters.
+  `batch_stats`) and results are as in `flax.linen.BatchNorm` over the last
+  axis. A sharded batch is normalised as a whole. With several `groups`, each
+  has its own statistics ('ghost batch norm', Hoffer et al. 2017,
+  arXiv:1705.08741, section 4). The mean over groups updates the running
+  statistics; in the paper each group does. Devices that hold whole groups
+  exchange only the updates of running statistics and parameters.
   """
 
   use_running_average: bool  # False: use batch statistics, update the average.
@@ -119,7 +119,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, residual: Array | None = None) -> Array:
-    """act(residual + batch_norm(x)), dtype[..., C], of float[..., C]."""
+    """Maps float[..., C] to act(residual + batch_norm(x)), in `dtype`."""
     shape_dtype = (x.shape[-1],), jnp.float32
     mean = self.variable("batch_stats", "mean", jnp.zeros, *shape_dtype)
     variance = self.variable("batch_stats", "var", jnp.ones, *shape_dtype)

@@ -1,12 +1,12 @@
 """Convolution in a fast form for each platform.
 
-XLA's convolution is good on TPUs and GPUs. On CPUs it is slower than oneDNN's.
-If jaxlib has oneDNN, all three operations of a convolution on CPUs are oneDNN's
-forward convolution: in float32, and in bfloat16 if the processor has it. Only
-the weight gradient of a 1x1 kernel is a matrix product. Without oneDNN, the
-weight gradient is a sum of products of matrices that stay in the cache, and XLA
-does the rest. JAX chooses the form when it lowers a program for a platform. In
-a `shard_map` whose batch the partitioner may still divide, XLA computes all.
+XLA's convolution is fast on TPUs and GPUs, but on CPUs oneDNN's is faster. If
+jaxlib has oneDNN, its forward convolution computes the output, input gradient
+and weight gradient on CPUs: in float32, and in bfloat16 if the processor has
+it. Only the weight gradient of a 1x1 kernel is a matrix product. Without
+oneDNN, the weight gradient is a sum of products of matrices that stay in the
+cache, and XLA does the rest. JAX chooses the form when it lowers a program for
+a platform. In a `shard_map` whose batch XLA may still divide, XLA does it all.
 """
 
 import functools
@@ -303,10 +303,10 @@ def conv_general_dilated(
   """`jax.lax.conv_general_dilated`, computed in the platform's form.
 
   Maps float[N, H, W, C] and float[KH, KW, C, D] to float[N, H', W', D]; other
-  arguments are JAX's. Dilated, grouped and mixed-dtype convolutions, and all
-  that are not two-dimensional NHWC, are left to JAX. Reverse-mode derivatives
-  of any order, `vmap` and sharded batches work; forward mode raises a
-  TypeError. oneDNN always sums in float32.
+  arguments are JAX's. JAX computes convolutions that are not two-dimensional
+  NHWC, mix dtypes or set an option, such as a dilation, groups or a precision.
+  Reverse-mode derivatives of any order, `vmap` and sharded batches work;
+  forward mode raises a TypeError. oneDNN always sums in float32.
   """
   is_nhwc = dimension_numbers in (_LAYOUT, _NUMBERS)
   is_plain = all(value in (None, 1, (1, 1)) for value in options.values())

@@ -1,9 +1,9 @@
 """Functions of all arrays of a tree that compile fast for deep networks.
 
 A deep network has thousands of arrays. On CPUs, the time of XLA's fusion pass
-grows with about the third power of the reductions in one computation of a
-program, and its memory with the square of the operations. So arrays are divided
-into groups, and each group is a separate computation.
+grows with about the third power of the number of reductions in one computation
+of a program, and its memory with the square of the number of operations. So
+arrays are divided into groups, and each group is a separate computation.
 """
 
 import functools
@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-# Arrays in a group. Much larger groups compile more slowly, smaller groups need
-# more calls. An ordinary network needs one group.
+# Arrays in a group. Larger groups compile more slowly; smaller ones add calls.
 _GROUP_SIZE = 64
 _MODULES = 16  # Modules in a group of `by_modules`.
 
@@ -39,7 +38,7 @@ def reduce_each(
 
 
 def norm_of(x: jax.Array) -> jax.Array:
-  """The root of the sum of squares, float32[], of an array of any shape.
+  """The Euclidean norm, float32[], of an array of any shape.
 
   x is divided by its largest entry, so squares neither overflow nor all vanish.
   """
