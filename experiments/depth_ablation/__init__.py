@@ -1,1 +1,1 @@
-"""Tests whether shortcuts help a deep network more than a shallow one."""
+"""Tests whether depth raises training error with and without shortcuts."""

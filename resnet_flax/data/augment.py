@@ -40,7 +40,7 @@ def translate(images: jax.Array, shifts: jax.Array) -> jax.Array:
 def _interpolation_matrices(
   shifts: jax.Array, size: int, dtype: jnp.dtype
 ) -> jax.Array:
-  """float[B, size, size]: row i holds the weights of the sources of pixel i."""
+  """float[B, size, size]: row i holds the sources' weights in pixel i."""
   positions = jnp.arange(size, dtype=jnp.float32)
   sources = jnp.clip(positions[None, :] - shifts[:, None], 0, size - 1)
   distances = jnp.abs(sources[:, :, None] - positions[None, None, :])

@@ -32,7 +32,7 @@ def cache_dir(configured: str) -> pathlib.Path:
 def cached(
   folder: pathlib.Path, key: str, build: Callable[[], types.Arrays]
 ) -> types.Arrays:
-  """The arrays of entry `key`, memory-mapped; builds a missing entry."""
+  """Entry `key`'s arrays, memory-mapped; builds a missing or damaged entry."""
   entry = folder / key
   if arrays := _open(entry):
     return arrays

@@ -109,7 +109,7 @@ def verify(archive: Archive, path: pathlib.Path) -> None:
   """Raises `DataError` unless a local file is the official archive."""
   try:
     size = path.stat().st_size
-    # A file of another size is not read, since it may take hours.
+    # Reading may take hours, so a file of another size is not read.
     digest = files.digest_of(path) if size == archive.num_bytes else "unknown"
   except OSError as error:
     raise errors.DataError(
@@ -235,7 +235,7 @@ _ARRAYS = {
 
 
 def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
-  """Decodes a copy; `DataError` unless its counts and shapes are as `known`."""
+  """Decodes a copy; `DataError` if its counts or shapes differ from `known`."""
   arrays: types.Arrays = {}
   with prepared.reading(folder):
     names = prepared.label_names(folder)
@@ -246,7 +246,7 @@ def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
       _logger.info("decoding %d %s images", count, split)
       images = np.empty((count, *known.image_shape), np.uint8)
       labels = np.empty(count, np.int32)
-      # 64 records at a time, since they may be much larger than their file.
+      # Records may be much larger than their file: 64 are read at a time.
       parts = np.split(np.arange(count), range(64, count, 64))
       examples = (each for rows in parts for each in source.examples(rows))
       for k, example in enumerate(examples):

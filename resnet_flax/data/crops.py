@@ -11,8 +11,8 @@ import numpy as np
 # (left, upper, right, lower).
 Box = tuple[float, float, float, float]
 
-# He et al. 2015, section 3.4: the shorter side of the image in units of the
-# crop's side, 224; its range in training, and its value in scoring.
+# He et al. 2015, section 3.4: the image's shorter side / the crop's side (224).
+# Training draws it from a range; scoring uses one value.
 _SHORTER_SIDES = (256 / 224, 480 / 224)
 _CENTRAL_SIDE = 256 / 224
 TEN_CROPS = 10

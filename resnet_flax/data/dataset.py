@@ -1,4 +1,4 @@
-"""Data sets by name: the facts about each, and one `load` for all."""
+"""Data sets by name: facts about every set, and one `load` for all sets."""
 
 import dataclasses
 
@@ -24,8 +24,8 @@ def info(
 ) -> types.DatasetInfo:
   """Facts about the set that `config.dataset` names, without opening it.
 
-  `facts`, which a run stores, take the place of a streamed set's files. Without
-  either, a set that `streaming.KNOWN` does not have raises `DataError`.
+  `facts`, which a run stores, replace a streamed set's files. A streamed set
+  with neither raises `DataError`, unless `streaming.KNOWN` has its facts.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]

@@ -1,8 +1,8 @@
 """Folders of pictures: train/CLASS/*, perhaps with val/ and test/, or CLASS/*.
 
-The test split is test/, else val/ (or validation/), else every tenth picture of
-each class by name, which is then not trained on. A val/ beside test/ is the
-validation split.
+The test split is test/, else validation/, else val/, else every tenth picture
+of a class by name, which is then not trained on. The validation split is val/,
+else validation/, unless that is the test split.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ Parts = dict[str, dict[str, list[str]]]
 
 @functools.lru_cache(1 << 14)
 def _scan(folder: str, mtime_ns: int) -> tuple[list[str], list[str], int]:
-  """Names of folders, paths of pictures, and the number of other files.
+  """Names of folders, paths of pictures, and the number of other entries.
 
-  For speed, only links are looked up on the disk, and a folder is read again
-  only if its modification time `mtime_ns` has changed.
+  For speed, only links are looked up on the disk. A folder is read again only
+  if its modification time `mtime_ns` has changed.
   """
   folders, pictures, num_others = [], [], 0
   with os.scandir(folder) as entries:
@@ -58,7 +58,7 @@ def _scan(folder: str, mtime_ns: int) -> tuple[list[str], list[str], int]:
 
 
 def _list(root: str) -> tuple[Parts, int, list[str]]:
-  """The parts, the number of other files in classes, and folders not used."""
+  """The parts, the number of other entries in classes, and unused folders."""
 
   def scan(*names: str) -> tuple[list[str], list[str], int]:
     folder = os.path.join(root, *names)
@@ -70,9 +70,9 @@ def _list(root: str) -> tuple[Parts, int, list[str]]:
   # A folder train/ that holds only pictures is a class of that name.
   if "train" in top_dirs and scan("train")[0]:
     names = [n for n in ("train", "val", "validation", "test") if n in top_dirs]
-    unused = [name for name in top_dirs if name not in names]
     if len(names) > 3:
-      unused.append("validation")  # There is val, too.
+      names.remove("validation")  # There is val, too.
+    unused = [name for name in top_dirs if name not in names]
   for name in names:
     scans = {each: scan(name, each) for each in scan(name)[0]}
     parts[name] = {each: pictures for each, (_, pictures, _) in scans.items()}
@@ -119,7 +119,7 @@ def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int, list[str]]:
 
 
 def facts(config: ConfigDict) -> types.Facts:
-  """Class names and numbers of training and test pictures; raises as `find`."""
+  """Class names, numbers of training and test pictures; `find`'s errors."""
   train, *_, scored = find(config)[1].values()
   num_train, num_test = (sum(map(len, p.values())) for p in (train, scored))
   return types.Facts(tuple(train), num_train, num_test)
@@ -148,7 +148,7 @@ class Files:
 
 
 def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
-  """The parts as sources, the class names, and a source name with digest."""
+  """The parts as sources, the class names, and the set's name with a digest."""
   root, parts, num_others, unused = find(config)
   sources = []
   for part, by_class in parts.items():

@@ -14,7 +14,7 @@ Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 def cutout(side: int) -> Augment:
-  """Sets a square of each image to 0, the mean if normalised; see `boxes`."""
+  """Sets a square of each image to 0, the normalised mean; see `boxes`."""
 
   def augment(key, images, targets):
     sides = jnp.full((len(images), 2), side)
@@ -27,8 +27,8 @@ def cutout(side: int) -> Augment:
 def mix(mixup: float, cutmix: float, num_classes: int) -> Augment:
   """Mixup or CutMix by their alphas; with both, each batch draws one of them.
 
-  Each image is mixed with the one before it in the batch: a random image, since
-  every epoch is shuffled. Targets become probabilities.
+  Each image is mixed with the previous image of the batch. This is a random
+  image, since every epoch is shuffled. Targets become probabilities.
   """
   kinds = ((mixup_shares, mixup), (cutmix_shares, cutmix))
   used = [kind for kind in kinds if kind[1]]
@@ -44,7 +44,7 @@ def mix(mixup: float, cutmix: float, num_classes: int) -> Augment:
 
 
 def mixed(images: Array, targets: Array, shares: Array) -> tuple[Array, Array]:
-  """Images and targets, float[B, classes], mixed with the ones before them.
+  """Images and targets, float[B, classes], each mixed with the previous one.
 
   `shares`, float[H, W], are the weights of an image's own pixels; their mean is
   the weight of its own target.
@@ -70,7 +70,7 @@ def cutmix_shares(key, alpha, size):
 
 
 def boxes(key: Array, sides: Array, size: tuple[int, ...]) -> Array:
-  """bool[B, H, W]: the pixels in a box round a random pixel of each image.
+  """bool[B, H, W]: the pixels in a box around a random pixel of each image.
 
   `sides`, int32[B, 2], are heights and widths. A box starts sides // 2 before
   its pixel; its part beyond the edges is left out.

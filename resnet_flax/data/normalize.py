@@ -7,14 +7,14 @@ import numpy as np
 
 from resnet_flax.data import types
 
-# Mean and standard deviation of images / 255 that published weights were
-# trained with. A std of 1 / 255 keeps the scale of Caffe's images, 0 to 255.
+# Published weights were trained with these means and standard deviations of
+# images / 255. A std of 1 / 255 keeps the scale of Caffe's images, 0 to 255.
 _FIXED = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
-# Names that need no data, and then all names.
+# `UNMEASURED` names need no data; `NAMES` are all names.
 UNMEASURED = ("none", *_FIXED)
 NAMES = ("pixel_mean", "channel", *UNMEASURED)
 
@@ -40,7 +40,7 @@ class Normalization(flax.struct.PyTreeNode):
     return (images - self.mean[None]) / self.std[None]
 
 
-# Keeps a constant channel from dividing by zero.
+# A channel of one constant value must not divide by 0.
 _MIN_STD = 1e-6
 
 

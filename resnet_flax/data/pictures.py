@@ -13,14 +13,14 @@ import numpy as np
 
 # Pillow knows many more formats, and some of them start other programs.
 _ENCODINGS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# ImageNet's largest picture has 61 million.
+# ImageNet's largest picture has 61 million pixels.
 _MOST_PIXELS = 2**26
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 
 
 def decode(encoded: bytes) -> Any:
-  """Returns a Pillow image of mode RGB; bad bytes raise any exception."""
+  """Returns a Pillow image of mode RGB; bad bytes may raise any exception."""
   from PIL import Image
 
   file = io.BytesIO(_without_extras(encoded))

@@ -108,7 +108,7 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
-  """The class names in the order of labels; any exception if there are none."""
+  """The class names in the order of labels; raises any exception if none."""
   path = folder / "label.labels.txt"
   lines = files.read_text(path).split("\n")
   if names := tuple(filter(None, map(str.strip, lines))):
@@ -227,10 +227,10 @@ def folder_of(name: str, configured_dir: str) -> pathlib.Path:
 
 
 def read_facts(folder: pathlib.Path) -> tuple[types.Facts, str]:
-  """Reads a copy's facts without opening its shards; also the split to score.
+  """A copy's facts, read without opening shards, and the split to score.
 
-  This split is 'validation', else 'test', else 'train'. Of 'train', the last
-  tenth is scored and not trained on; TFDS has shuffled the images.
+  This split is 'validation', else 'test', else 'train'. The last tenth of
+  'train' is then scored, not trained on; TFDS has shuffled the images.
   """
   with reading(folder, PREPARE_AGAIN):
     info = json.loads(files.read_text(folder / "dataset_info.json"))
@@ -269,14 +269,14 @@ def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
   return errors.DataError(
     f"{folder} cannot be trained on: {what}. It must have the features image"
     " and label (a ClassLabel), and the splits train and validation or test, or"
-    " train alone."
+    " train alone, shuffled by TFDS."
   )
 
 
 def read(
   config: ConfigDict,
 ) -> tuple[list[Records], list[np.ndarray], tuple[str, ...], str]:
-  """The sources and rows of both splits, class names, a name with a digest."""
+  """Both splits' sources and rows, class names, set name with a digest."""
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
   sizes = {"train": facts.num_train}

@@ -1,7 +1,7 @@
 """Random draws as functions of (seed, purpose, step or epoch).
 
-Nothing random is carried from one step to the next, so a resumed run needs
-only the step to draw what the uninterrupted run would have drawn.
+No random state is carried from one step to the next. So a resumed run needs
+only the step to draw the same numbers as an uninterrupted run.
 """
 
 import enum
@@ -35,6 +35,6 @@ def device_key(seed: int, purpose: Purpose) -> jax.Array:
 def host_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
   """A NumPy generator for draws made on the host.
 
-  `numbers` are the other things that the draw depends on, such as the epoch.
+  The draw also depends on `numbers`, such as the epoch.
   """
   return np.random.Generator(np.random.PCG64([seed, purpose, *numbers]))

@@ -15,7 +15,7 @@ def choose(
   """Returns the training and the held-out positions, int64 and ascending.
 
   With int32[size] labels, the held-out part is stratified and the training part
-  class-balanced. Without labels, both are drawn uniformly from all images.
+  class-balanced. Without labels, both parts are drawn without regard to class.
   """
 
   def part(positions, total, quotas_of, *seed):
@@ -61,8 +61,8 @@ def draw(
 ) -> np.ndarray:
   """Draws positions of `quotas[c]` images of every class c, ascending.
 
-  `labels` are int[N], `quotas` int[C]. With the same generator state a smaller
-  quota draws a subset of what a larger one draws.
+  `labels` are int[N], `quotas` int[C]. With the same generator state, a smaller
+  quota draws a subset of a larger quota's positions.
   """
   chosen = [
     rng.permutation(np.flatnonzero(labels == label))[:quota]

@@ -1,8 +1,8 @@
 """Data sets that may be larger than memory, decoded while training.
 
 Encoded images come from `prepared` (TFDS sets) or from `folders`. Grain runs
-the processes in `workers`, but does not choose the order of images: so a run
-can resume at any step.
+the processes in `workers`. It does not choose the order of images, so a run can
+resume at any step.
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ _logger = logging.getLogger(__name__)
 FOLDER = "folder"  # `dataset.name` of a folder of pictures: see `folders`.
 _SKIP = "dataset.bad_images=skip leaves out bad images."
 
-# Each transfer costs milliseconds, so chunks of images are sent: at most 64
+# A transfer costs milliseconds, so images are sent in chunks of at most 64
 # images and 10 MB, or one image. Each worker or thread decodes one chunk ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# A split up to this size is decoded once if it is the same in every epoch.
+# A split up to this size is decoded once if its crops never change.
 _IN_MEMORY_BYTES = 2**30
-# Worker processes take seconds to start. For fewer bytes an epoch than this
-# (10,000 images of 224x224) they are no faster than threads.
+# Worker processes take seconds to start. If an epoch has fewer bytes than this
+# (10,000 images of 224x224), they are no faster than threads.
 _WORKERS_BYTES = 10_000 * 224 * 224 * 3
 _BAD = -1  # The label of an image that must be skipped.
 
-# Facts of sets whose networks can be shown and loaded without the data.
+# Facts of sets: with these, networks can be shown and loaded without the data.
 KNOWN = {"imagenet2012": types.Facts(("",) * 1000, 1_281_167, 50_000)}
 
 
@@ -55,7 +55,7 @@ def is_streamed(name: str) -> bool:
 
 
 def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
-  """Facts about a set; raises `DataError` if only its missing data has them."""
+  """Facts about a set; raises `DataError` if they need data that is missing."""
   try:
     facts = facts or _look(config)
   except errors.DataError:
@@ -115,9 +115,9 @@ def load(
 def settle(dataset: types.Dataset) -> types.Dataset:
   """Decodes the splits that never change and fit into memory, and keeps them.
 
-  With `bad_images=skip`, scored splits lose their bad images; to find these, a
-  scored split of any size is decoded. Otherwise, bad images in decoded splits
-  raise a `DataError`, which gives their number.
+  With `bad_images=skip`, scored splits lose their bad images; to find the bad
+  images, a scored split of any size is decoded. Otherwise, bad images in
+  decoded splits raise a `DataError` with their number.
   """
   bad: list[tuple[Any, str]] = []
   splits: dict[str, Any] = {

@@ -16,14 +16,14 @@ NUM_LEVELS = 31
 
 def trivial_augment(key: Array, images: Array) -> Array:
   """Augments uint8[B, H, W, C] images, where C is 1 or 3."""
-  # `augment.compose` splits `key` into keys 0, 1, ...: none of them is this.
+  # `augment.compose` splits the same key into keys 0, 1, ...; this one differs.
   keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), 3)
   shape = images.shape[:1]
   numbers = jax.random.randint(keys[0], shape, 0, len(OPERATIONS))
   levels = jax.random.randint(keys[1], shape, 0, NUM_LEVELS) / (NUM_LEVELS - 1)
   signs = jax.random.rademacher(keys[2], shape, jnp.float32)
   kinds = list(OPERATIONS.values())
-  # Computes all operations for each image: cheap beside a network.
+  # `vmap` computes all operations for each image: cheap beside a network.
   operate = jax.vmap(lambda k, *operands: jax.lax.switch(k, kinds, *operands))
   images = operate(numbers, images.astype(jnp.int32), levels * signs)
   return images.astype(jnp.uint8)
@@ -32,7 +32,7 @@ def trivial_augment(key: Array, images: Array) -> Array:
 def _move(
   x: Array, matrix: Any = ((1, 0), (0, 1)), shift: Any = 0, origin: Any = 0
 ) -> Array:
-  """Pixel (row, column) becomes the one at matrix @ (row, column) + shift."""
+  """Pixel p = (row, column) gets the value of pixel matrix @ p + shift."""
   height, width, channels = x.shape
   origin = jnp.reshape(jnp.asarray(origin), (-1, 1, 1))
   centers = jnp.mgrid[:height, :width] + 0.5 - origin
@@ -53,7 +53,7 @@ def _rotate(x: Array, level: Array) -> Array:
 
 
 def _blend(x: Array, other: Array | int, level: Array) -> Array:
-  """Blends: close to `other` at level -1, x at 0, beyond x at 1."""
+  """Blends: level -1 gives nearly `other`, 0 gives x, 1 goes beyond x."""
   blended = other + (1 + 0.99 * level) * (x - other)
   return jnp.clip(blended, 0, 255).astype(jnp.int32)
 

@@ -46,8 +46,8 @@ class Split(abc.ABC):
     """Yields uint8[B, H, W, C] images and int32[B] labels of each batch.
 
     `order` holds int64[B] positions in this split. Training passes `draw`: then
-    each image has one crop, a random one if the split crops at random. Without
-    `draw`, each image has its `num_crops` crops; if these are more than 1,
+    each image has one crop, a random crop if the split crops at random. Without
+    `draw`, each image has `num_crops` crops. If `num_crops` is more than 1,
     images are uint8[B, crops, H, W, C].
 
     An image's pixels depend only on its position and `draw`, so each process
@@ -106,7 +106,7 @@ def whole_split(
 
 
 class Facts(NamedTuple):
-  """Facts about a streamed set that a run stores for uses without its data."""
+  """Facts about a streamed set; a run stores them for use without the data."""
 
   class_names: tuple[str, ...]  # One for each class, '' if it is not known.
   num_train: int

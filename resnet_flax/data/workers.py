@@ -36,7 +36,7 @@ class Workers:
     threading.Thread(target=take, name="next images", daemon=True).start()
     while futures.wait([result], 0.2).not_done and not self._died():
       pass
-    # Called at every item, so that each worker is noted before it ends.
+    # `_died` notes new workers: it must run at every item, before they end.
     died = self._died()
     error = result.exception() if result.done() else None
     # Grain itself reports some dead workers.
@@ -87,8 +87,8 @@ def import_grain() -> Any:
 
   with errors.extra("streaming", "decoding while training"):
     import grain
-  # Grain reads its own absl flags. absl raises an error if none were parsed, as
-  # in a notebook, but lets flags that are `present` have their defaults.
+  # Grain reads its own absl flags. If no flags were parsed, as in a notebook,
+  # absl raises an error, except for flags that are `present`.
   for name in flags.FLAGS:
     if name.startswith("grain_"):
       flags.FLAGS[name].present = 1

@@ -188,6 +188,9 @@ def test_no_folder_is_left_out_without_a_word(tmp_path, caplog):
   dataset = load(make(tmp_path / "two", parts))
   assert len(dataset.validation) == len(dataset.test) == 36
   assert f"in {tmp_path / 'two'} are not used: validation" in caplog.text
+  # Its content is not looked at.
+  (tmp_path / "two" / "validation" / "a new class").mkdir()
+  assert load(tmp_path / "two").source == dataset.source
   other = make(tmp_path / "other", ("train", "valid", "Test"))
   (other / CLASSES[0]).mkdir()  # The name of a class.
   load(other)
