@@ -30,7 +30,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 )
 _WEIGHTS = flags.DEFINE_enum(
   *("weights", "raw", ["raw", "ema", "swa"]),
-  "Weights for --mode=eval: the step's own (raw), or their average.",
+  "Weights for --mode=eval: the checkpoint's own (raw), or an average of them.",
 )
 _SPLIT = flags.DEFINE_enum(
   "split", "test", ["train", "val", "test"], "Images for --mode=eval."

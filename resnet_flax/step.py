@@ -135,7 +135,7 @@ def cross_entropy(
 
 def in_top5(scores: Any, labels: Any) -> Any:
   """Whether each label has one of the 5 best scores, [B, classes]: bool[B]."""
-  # For a sort, devices would gather all scores. `true`: the labels' scores.
+  # `true`: the labels' scores. A sort would make devices gather all scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
   true = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)
   after = (scores < true) | ((scores == true) & (classes >= labels))

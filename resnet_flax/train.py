@@ -129,8 +129,8 @@ def _set_up(
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
   if len(dataset.train) // config.batch_size != steps_per_epoch:
     raise errors.DataError(
-      f"{len(dataset.train)} training images are found, not as many as when"
-      " this command began. Start the run again once the data is complete."
+      f"{len(dataset.train)} training images are found; the number has changed"
+      " since the command began. Start the run again once the data is complete."
     )
   if dataset.validation is None:
     _logger.info(
@@ -145,7 +145,7 @@ def _set_up(
   else:
     state = initial_state(config, experiment, dataset.train, layout, source)
   if run.records and run.step == len(run.records) * steps_per_epoch:
-    # The checkpoint was saved before its epoch was scored, so it lacks this.
+    # The checkpoint was saved before the rate rules saw this epoch's loss.
     state = _after_epoch(state, run.records[-1], experiment, layout)
 
   # The step (`program.create`, or several a call: `many_steps`), and the hooks.
@@ -203,7 +203,7 @@ def initial_state(
 
 
 def augmentation_key(layout: networks.Layout) -> networks.Networks:
-  """Each network's key[] for augmentation and dropout, one for all steps."""
+  """Each network's key[] for augmentation and dropout, equal at all steps."""
   purpose = randomness.Purpose.AUGMENTATION
   return layout.put([randomness.device_key(s, purpose) for s in layout.seeds])
 

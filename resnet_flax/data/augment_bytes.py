@@ -18,8 +18,8 @@ from resnet_flax.data.trivial_augment import trivial_augment
 def alternating_flip(images: jax.Array, epoch: jax.Array) -> jax.Array:
   """Mirrors half of the images in even epochs, the other half in odd epochs.
 
-  Jordan 2024 (arXiv:2404.00498). A hash of its pixels puts an image into the
-  same half in every run. A new random crop of an image falls into either half.
+  Jordan 2024 (arXiv:2404.00498). A hash of an image's pixels decides its half,
+  so it is the same in every run, but a new random crop may change it.
   """
   shape = images.shape[1:]
   odd = 2 * np.arange(math.prod(shape), dtype=np.uint32) + 1

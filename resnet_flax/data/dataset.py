@@ -38,7 +38,7 @@ def info(
 def num_train_examples(
   config: ConfigDict, facts: types.Facts | None = None
 ) -> int:
-  """The number of training images with this `config.dataset`."""
+  """The number of images to train on; `ConfigError` if there are too few."""
   num_images = info(config, facts).num_train
   num_left = num_images - config.validation_examples
   if num_left <= 0:

@@ -101,7 +101,7 @@ def _check(parts: Parts) -> None:
 
 
 def find(config: ConfigDict) -> tuple[pathlib.Path, Parts, int, list[str]]:
-  """The folder that `config` names, and what `_list` finds there."""
+  """`config.data_dir` and its `_list`; raises `ConfigError` or `DataError`."""
   if not config.data_dir:
     raise errors.ConfigError(
       "dataset.data_dir='' must name a folder of pictures for dataset.name="

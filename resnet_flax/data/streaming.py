@@ -55,7 +55,7 @@ def is_streamed(name: str) -> bool:
 
 
 def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
-  """Facts about a set; raises `DataError` if they need data that is missing."""
+  """Facts about a set; `DataError` if they need data that is missing or bad."""
   try:
     facts = facts or _look(config)
   except errors.DataError:

@@ -268,8 +268,8 @@ def restore(
 ) -> tuple[step_lib.TrainState, Notes]:
   """Checks a checkpoint; returns its state, as NumPy arrays, and its notes.
 
-  `like` is the tree of shapes and dtypes. Metrics in `epoch_sums` that the
-  checkpoint lacks are NaN.
+  `like` has the shapes and dtypes. Metrics in `epoch_sums` that the checkpoint
+  lacks are NaN. `WorkdirError` if it is damaged or its other arrays differ.
   """
   path = workdir.absolute() / "checkpoints" / str(step)
   manifest = _checked_manifest(path)
@@ -305,7 +305,7 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
   try:
     manifest = files_lib.parse_object(files_lib.read_bytes(path / _MANIFEST))
     if manifest.pop("sha256") != _seal(manifest):
-      raise _Damaged(path, f"{_MANIFEST} is not as it was written")
+      raise _Damaged(path, f"{_MANIFEST} has changed since it was written")
     # Older manifests do not name the step.
     if str(manifest.get("step", path.name)) != path.name:
       raise _Damaged(path, f"its step is {manifest['step']}; rename it back")
@@ -319,7 +319,7 @@ def _checked_manifest(path: pathlib.Path) -> dict[str, Any]:
       if name not in paths:
         raise _Damaged(path, f"{name} is missing")
       if files_lib.digest_of(paths[name]) != digest:
-        raise _Damaged(path, f"{name} is not as it was written")
+        raise _Damaged(path, f"{name} has changed since it was written")
   except FileNotFoundError as error:
     raise _Damaged(path, f"{_MANIFEST} is missing") from error
   except (OSError, ValueError, KeyError) as error:

@@ -18,8 +18,8 @@ _SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file, such as configs/v1_depth20.py, or the name of a built-in"
-  " config. Must come before overrides such as --config.model.depth=56.",
+  "Config file, such as configs/v1_depth20.py, or a built-in config, such as"
+  " v1_depth20. Must come before overrides such as --config.model.depth=56.",
   sys_argv=_ARGV,
 )
 

@@ -46,24 +46,24 @@ _SHORTCUT = choice("default", "keras", "A", "B", "C", "none")
 
 _KEYS = (
   Key("seed", 0, integer(0, LAST_SEED)).means(
-    "Seeds the initial weights, the order of images and augmentation."
+    "Seed of the initial weights, the order of images, augmentation, dropout."
   ),
   Key("num_seeds", 1, integer(1, 1000)).means(
     "Networks trained in one program, with the seeds seed, seed + 1, ... They"
     " share the devices; each takes batch_size images per step."
   ),
   Key("seed_execution", "auto", _EXECUTION, may_differ=True).means(
-    "How networks on one device are trained. in_turn: each bit-identical to its"
-    " run alone. vectorized: in one call, which may change the last bits. auto:"
-    " the faster; on CPUs in_turn."
+    "How networks share a device. in_turn: each bit-identical to its run alone."
+    " vectorized: all in one call, which may change the last bits. auto:"
+    " in_turn on CPUs, else vectorized."
   ),
   Key("batch_size", 32, integer(1)).means(
     "Images per step, over all devices. A last, smaller batch is dropped."
   ),
   Key("steps_per_call", 0, integer(0), may_differ=True).means(
-    "Training steps in one call. Several need the training split on the devices"
-    " and delay signals and timed saves to a call's end. 0: 1 on CPUs and for"
-    " images of over 64 pixels a side, else 32 if the split fits."
+    "Training steps per call. Several need the training split on every device;"
+    " signals and timed saves then wait for a call's end. 0: 32, but 1 on CPUs,"
+    " for images of over 64 pixels a side, and if the split does not fit."
   ),
   Key("num_epochs", 200, integer(1)).means(
     "Passes over the training split. The schedule scales with them."
@@ -72,8 +72,8 @@ _KEYS = (
     "Epochs from one scoring to the next. The last epoch is always scored."
   ),
   Key("eval_batch_size", 500, integer(1, 2**16), may_differ=True).means(
-    "Images per evaluation call. Changes the last digits of losses; the best"
-    " epoch and a plateau are decided by six digits."
+    "Images per evaluation call. This may change the last digits of a loss, so"
+    " six digits decide the best epoch and a plateau."
   ),
   Key("log_layer_norms_every", 0, integer(0), may_differ=True).means(
     "Write each layer's norms (run/layer_norms.py) to TensorBoard before each"
@@ -89,12 +89,12 @@ _KEYS = (
     " the weights."
   ),
   Key("init_from", "", PATH).means(
-    "Workdir whose best checkpoint gives the first weights, with a new head for"
-    " another data set or other classes. Empty: random weights."
+    "Workdir whose best checkpoint gives the initial weights, but with a random"
+    " head if the data set or number of classes differs. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
-    "How images / 255 are normalised. From the training split: pixel_mean (mean"
-    " image), channel. Fixed: imagenet (torchvision's), caffe (VGG's means)."
+    "How images / 255 are normalised. Measured on training images: pixel_mean"
+    " (mean image), channel. Fixed: imagenet (torchvision), caffe (VGG means)."
   ),
   Key("dataset.name", "cifar10", _DATASET).means(
     "imagenet2012, tfds/NAME (a set that TFDS has as ArrayRecord with the"
@@ -107,50 +107,50 @@ _KEYS = (
     " CLASS/*: see docs/use.md."
   ),
   Key("dataset.archive", "", PATH, may_differ=True).means(
-    "Official archive, to be used instead of a download."
+    "Local copy of CIFAR's official archive, used instead of a download."
   ),
   Key("dataset.cache_dir", "", PATH, may_differ=True).means(
     "Where decoded images are cached. Empty: the user's cache directory."
   ),
   Key("dataset.image_size", 224, integer(1, 2048)).means(
-    "Side in pixels of images that are decoded while training. Images of this"
-    " size stay whole; others: the central 224/256 of the shorter side."
+    "Side in pixels of images decoded while training. Without random crops they"
+    " are cut to the central 224/256 of the shorter side, unless of this size."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
     "Processes per seed that decode images while training. 0: two threads. -1:"
-    " one per CPU thread, but 0 for less than 10,000 images of 224x224."
+    " one per CPU thread, but 0 for fewer than 10,000 images of 224x224."
   ),
   Key("dataset.bad_images", "error", _BAD_IMAGES, may_differ=True).means(
-    "Images that cannot be decoded, in streamed sets. error: stop. skip: list"
-    " them, train on the next good one instead, do not score them."
+    "What to do with an image that cannot be decoded, in streamed sets. error:"
+    " stop. skip: log it, train on the next good one instead, do not score it."
   ),
   Key("dataset.test_crops", 1, choice(1, 2, 10)).means(
-    "Views whose mean probabilities are scored. 2: the image and its mirror"
-    " image. 10: ten crops (Krizhevsky et al. 2012, section 4.1), only for"
-    " images that are decoded while training."
+    "Views per image; their mean probabilities are scored. 2: the image and its"
+    " mirror image. 10: ten crops (Krizhevsky et al. 2012, section 4.1), only"
+    " for images that are decoded while training."
   ),
   Key("dataset.train_examples", 0, integer(0)).means(
     "Size of a fixed training subset, balanced except in TFDS streams. 0: all."
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
     "Training images to hold out, stratified except in streamed TFDS sets. 0:"
-    " the best checkpoint is chosen on the test split, as in the recipe."
+    " the best epoch is chosen on a folder's val/, else on the test split."
   ),
   Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
-    "Chooses the held-out images, independently of `seed`."
+    "Seed of the choice of held-out images, independent of `seed`."
   ),
   Key("augment.name", "shift_flip", _AUGMENT).means(
     "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
-    " none: neither, nor augment.flip. Only for images decoded while training:"
+    " none: no shift, crop or flip. Only for images decoded while training:"
     " scale_crop (He et al. 2015: shorter side 256 to 480 for crops of 224),"
     " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
   ),
   Key("augment.flip", True, BOOLEAN).means("Mirror images at random."),
   Key("augment.alternating_flip", False, BOOLEAN).means(
-    "Instead of flip: mirror each image in every other epoch (Jordan 2024)."
+    "Instead of at random, mirror an image every other epoch (Jordan 2024)."
   ),
   Key("augment.trivial_augment", False, BOOLEAN).means(
-    "On bytes, one random operation for each image (Mueller, Hutter 2021)."
+    "One random operation on each image's bytes (Mueller and Hutter 2021)."
   ),
   Key("augment.cutout", 0, integer(0, 2048)).means(
     "Side of a square that is set to 0 (DeVries and Taylor 2017: 16). 0: off."
@@ -175,7 +175,7 @@ _KEYS = (
     "Channels of the stem. 0: 16; 64 for resnext and for large images."
   ),
   Key("model.widen_factor", 10, integer(1, 64), ("wide_resnet",)).means(
-    "Channels of the first stage over the stem's: 10 in WRN-28-10."
+    "Ratio of the first stage's channels to the stem's: 10 in WRN-28-10."
   ),
   Key("model.groups", 0, integer(0, 1024), _GROUPED).means(
     "Groups of a bottleneck's 3x3 convolution. 0: 8 for resnext, else 1."
@@ -184,10 +184,10 @@ _KEYS = (
     "Channels of each group in the first stage. 0: the stem's channels."
   ),
   Key("model.squeeze_excitation", 0, integer(0, 1024), _RESNETS).means(
-    "Reduction of squeeze-and-excitation (Hu et al. 2018: 16). 0: off."
+    "Reduction ratio of squeeze-and-excitation (Hu et al. 2018: 16). 0: off."
   ),
   Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
-    "Chance that a batch drops the last block's branch (Huang et al. 2016)."
+    "Drop probability of the last block, linear in depth (Huang et al. 2016)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -201,8 +201,8 @@ _KEYS = (
     " is slow on CPUs without AVX512-BF16 or AMX."
   ),
   Key("model.shortcut", "default", _SHORTCUT).means(
-    "Where a block changes shape. keras: 1x1 convolution. A: strided identity"
-    " and zero channels. B: 1x1 convolution with batch norm. C: B in every"
+    "Shortcut where a block changes shape. keras: 1x1 convolution. A: strided"
+    " identity, zero channels. B: 1x1 convolution, batch norm. C: B in every"
     " block. default: keras (resnet_v1, resnet_v2, wide_resnet), A (preact,"
     " highway), B (resnext, resnet_imagenet)."
   ),
@@ -215,10 +215,10 @@ _KEYS = (
     " with 0 to -5 and trains with -6."
   ),
   Key("model.norm", "batch_norm", _NORM, (*_RESNETS, "vgg")).means(
-    "The layers' normalisation; group_norm as in Wu and He 2018."
+    "Normalisation layers; group_norm: Wu and He 2018."
   ),
   Key("model.weight_standardization", False, BOOLEAN).means(
-    "Convolve by kernels with mean 0 and variance 1 (Qiao et al. 2019)."
+    "Standardise convolution kernels: mean 0, variance 1 (Qiao et al. 2019)."
   ),
   Key("model.block_dropout", 0.0, number(0, 1), _DROPPED).means(
     "Share of activations dropped between a block's convolutions."
@@ -240,20 +240,20 @@ _KEYS = (
   ),
   Key("model.batch_norm_groups", 1, integer(1), (*_RESNETS, "vgg")).means(
     "Parts of a batch that have their own statistics, as with pmap; running"
-    " statistics take their mean. A multiple of the devices saves waiting."
+    " statistics take their mean. Multiples of the devices save communication."
   ),
   Key("model.remat", False, BOOLEAN, _RESNETS, may_differ=True).means(
     "Recompute a block's activations in the backward pass: saves memory, costs"
-    " about one forward pass. On CPUs only with scan."
+    " about one forward pass. On CPUs it saves memory only with scan."
   ),
   Key("model.scan", False, BOOLEAN, _RESNETS, may_differ=True).means(
-    "Run the like-shaped blocks of a stage as a loop, so that deep networks"
+    "Run the identical blocks of a stage as a loop, so that deep networks"
     " compile faster. Slow on CPUs without oneDNN. Checkpoints are the same."
   ),
   Key("optimizer.name", "adam", choice(*_OPTIMIZERS, prefix="optax/")).means(
-    "The update. optax/NAME: any other of Optax's, such as optax/nadam."
+    "optax/NAME: any other optimizer of Optax, such as optax/nadam."
   ),
-  Key("optimizer.learning_rate", 1e-3, positive()).means("The initial rate."),
+  Key("optimizer.learning_rate", 1e-3, positive()).means("The base rate."),
   Key("optimizer.b1", 0.9, number(0, 1), ("adam",)).means("Adam's beta_1."),
   Key("optimizer.b2", 0.999, number(0, 1), ("adam",)).means("Adam's beta_2."),
   Key("optimizer.epsilon", 1e-7, positive(), ("adam",)).means(
@@ -264,35 +264,35 @@ _KEYS = (
     "Use Nesterov's form of momentum."
   ),
   Key("optimizer.arguments", "", ARGUMENTS).means(
-    "Optax's arguments, for all but adam and sgd. muon's are for convolution"
-    " kernels, its Adam's for the rest; consistent_rms=0.2 suits Adam's rates."
+    "Optax's arguments, for all but adam and sgd. In muon, Adam (adam_b1, ...)"
+    " trains all but convolution kernels; consistent_rms=0.2 fits Adam's rates."
   ),
   Key("optimizer.clip_norm", 0.0, number(0)).means(
-    "Largest norm of the objective's gradient, over all arrays, before weight"
-    " decay. 0: no limit."
+    "Clip the objective's gradient to this global norm, before weight decay is"
+    " added. 0: off."
   ),
   Key("optimizer.accumulate_steps", 1, integer(1)).means(
-    "Batches whose mean gradient makes one update, at the last one's rate, also"
-    " across epochs. Schedules and records still count each batch as a step."
+    "Batches per update, also across epochs: their mean gradient at the last"
+    " batch's rate. Schedules and records still count each batch as a step."
   ),
   Key("optimizer.weight_decay", 0.0, number(0)).means(
-    "The gradient gains weight_decay * w. Decoupled for adamw, lamb, lion, muon"
-    " and others whose weight_decay Optax masks (not adadelta, cocob, dog,"
+    "Adds weight_decay * w to the gradient. Decoupled for adamw, lamb, lion,"
+    " muon and others whose weight_decay Optax masks (not adadelta, cocob, dog,"
     " dowg, lars). Not in the objective; needs l2=0."
   ),
   Key("optimizer.l2", 1e-4, number(0)).means(
-    "The objective adds l2 * sum(w**2), as in Keras: the gradient gains 2 * l2"
-    " * w, as from a weight_decay of 2 * l2."
+    "Adds l2 * sum(w**2) to the objective, as in Keras. Its gradient is"
+    " 2 * l2 * w, as with a coupled weight_decay twice as large."
   ),
   Key("optimizer.l2_weights", "conv_kernels", _L2_WEIGHTS).means(
-    "What l2 and weight_decay act on. conv_kernels: as the Keras example."
-    " kernels: also dense layers' kernels. all: also biases and batch norms."
+    "What l2 and weight_decay act on. conv_kernels: as in the Keras example."
+    " kernels: also those of dense layers. all: also biases and batch norms."
   ),
   Key("schedule.name", "drops", choice(*_SCHEDULES)).means(
-    "drops: by the drop_ keys. cosine: half a wave, from learning_rate to 0."
+    "drops: by the drop_ keys. cosine: half a cosine from learning_rate to 0."
     " constant: learning_rate; a run can be lengthened. onecycle: linearly from"
-    " 0 to learning_rate and back. warmup_stable_decay: learning_rate, at last"
-    " linearly to 0; a run can be lengthened until then."
+    " 0 to learning_rate and back. warmup_stable_decay: learning_rate, then a"
+    " linear fall to 0; a run can be lengthened until the fall."
   ),
   Key("schedule.peak_percent", 30, integer(1, 99)).means(
     "The share of the steps in which onecycle rises."
@@ -301,7 +301,7 @@ _KEYS = (
     "The share of the epochs in which warmup_stable_decay falls."
   ),
   Key("schedule.linear_warmup_epochs", 0.0, number(0)).means(
-    "Epochs in which the rate rises from 0 in equal steps."
+    "Epochs of a linear warm-up from 0 to learning_rate. 0: off."
   ),
   Key("schedule.drop_percents", (40, 60, 80, 90), _PERCENTS).means(
     "Drop k comes at the first 0-based epoch after drop_percents[k] % of"
@@ -318,7 +318,7 @@ _KEYS = (
     " et al. 2015, section 4.2). 0: off."
   ),
   Key("schedule.warmup_error", 0.8, positive(1)).means(
-    "Training error, of about 50 batches, that ends warmup_learning_rate."
+    "Training error, mean of about 50 batches, that ends warmup_learning_rate."
   ),
   Key("schedule.warmup_min_depth", 110, integer(0)).means(
     "Shallower networks do not use warmup_learning_rate."
@@ -329,22 +329,22 @@ _KEYS = (
     " best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
-    "From this 0-based epoch on, also score the mean of the weights at epochs'"
-    " ends (Izmailov et al. 2018). Raw weights choose the best epoch. 0: off."
+    "Also score the mean of the weights after each epoch from this 0-based one"
+    " on (Izmailov et al. 2018). Raw weights choose the best epoch. 0: off."
   ),
   Key("plateau.enabled", False, BOOLEAN).means(
     "Also multiply the rate by plateau.factor when the loss with L2 stalls."
     " Off by default: the Keras example's schedule undoes it an epoch later."
   ),
   Key("plateau.factor", 0.31622776601683794, positive(1)).means(
-    "The rate is multiplied by this, by default the root of 0.1."
+    "Factor on the rate. The default is the square root of 0.1."
   ),
   Key("plateau.patience", 5, integer(1)).means("Epochs without improvement."),
   Key("plateau.cooldown", 0, integer(0)).means(
-    "Epochs after a reduction that do not count (Keras counts the last one)."
+    "Epochs after a reduction that patience ignores (Keras counts the last)."
   ),
   Key("plateau.min_delta", 1e-4, positive()).means("The least improvement."),
-  Key("plateau.min_lr", 5e-7, number(0)).means("The lowest reduced rate."),
+  Key("plateau.min_lr", 5e-7, number(0)).means("Lowest rate a plateau sets."),
   Key("checkpoint.every_steps", 0, integer(0), may_differ=True).means(
     "Also save after each step that is a multiple of this. 0: do not."
   ),
@@ -352,9 +352,9 @@ _KEYS = (
     "Also save when the last checkpoint is older than this. 0: do not."
   ),
   Key("checkpoint.mirror", "", ADDRESS, may_differ=True).means(
-    "Where a copy of the workdir is kept that outlives this machine: gs:// or"
-    " s3://BUCKET/FOLDER, or a folder of another disk. A workdir that is"
-    " missing or behind is filled from there. Empty: nowhere."
+    "Address of a copy of the workdir that outlives this machine: gs:// or"
+    " s3://BUCKET/FOLDER, or a folder on another disk. The copy fills a workdir"
+    " that is missing or behind. Empty: no copy."
   ),
   Key("checkpoint.monitor", "accuracy", _MONITOR).means(
     "Chooses the best epoch, on the validation split if there is one, else on"
@@ -365,7 +365,7 @@ _KEYS = (
   ),
   Key("log.norms", False, BOOLEAN, may_differ=True).means(
     "Record train_gradient_norm (of the cross-entropy) and train_weight_norm,"
-    " over all arrays, means of an epoch."
+    " over all arrays, averaged over an epoch."
   ),
   Key("log.interval_seconds", 30.0, number(0), may_differ=True).means(
     "Without a terminal: seconds between lines of progress within an epoch."

@@ -48,7 +48,7 @@ class WeightsError(UserError):
 
 
 class WorkdirError(UserError):
-  """A workdir that cannot be written or belongs to another experiment."""
+  """A workdir that cannot be read or written, is in use or is another run's."""
 
 
 class NonFiniteError(UserError, ArithmeticError):

@@ -188,7 +188,7 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
         " that can be written; or pass another --workdir."
       ) from error
     _logger.warning(
-      "warning: %s cannot be locked (%s): see that no other process uses it",
+      "warning: %s cannot be locked (%s): make sure that no other run uses it",
       path,
       error.strerror,
     )
@@ -221,8 +221,7 @@ def is_taken(workdir: pathlib.Path) -> bool:
     # A new lock is empty until its owner has written into it.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
   except FileNotFoundError:
-    # Another run that has ended leaves config.json, but no lock. Somebody who
-    # deletes the lock leaves the same.
+    # Either another run has taken over and ended, or the lock was deleted.
     return path in _WRITTEN and os.path.exists(workdir / "config.json")
   except (OSError, ValueError, KeyError):  # The file system may have no locks.
     return False
@@ -365,7 +364,7 @@ def check_data(workdir: pathlib.Path, data: str, known: str = "") -> None:
 def explain_write_errors(
   workdir: pathlib.Path, *, running: bool = False
 ) -> Iterator[None]:
-  """Reports a full disk, or a workdir lost while `running`, in one line."""
+  """Turns OSError into `WorkdirError`; while `running`, checks for removal."""
   try:
     yield
   except OSError as error:

@@ -98,7 +98,7 @@ def _is_path(value: Any) -> bool:
 BOOLEAN = Values("true or false", lambda value: type(value) is bool)
 PATH = Values(errors.LOCAL, _is_path)
 ARGUMENTS = Values(
-  "like b1=0.9,nesterov=True, as Python writes it",
+  "NAME=VALUE,... in Python's syntax, such as b1=0.9,nesterov=True",
   lambda value: (
     type(value) is str and len(value) <= 1000 and value.isprintable()
   ),

@@ -54,8 +54,8 @@ class LoadedModel:
   # normalised_images, train=False)`; `predict` does not depend on this dict.
   variables: dict[str, Any] = dataclasses.field(repr=False)
   # Maps uint8[N, H, W, C] images to float32[N, classes] probabilities;
-  # normalises as in training. Can be traced. Raises RuntimeError after
-  # os.fork(), where JAX would hang.
+  # normalises as in training. Can be traced. Raises ValueError for other
+  # images, and RuntimeError after os.fork(), where JAX would hang.
   predict: Callable[[Any], Any]
   # Maps uint8[N, H, W, C] images to what `model.apply` takes, float32[N, H, W,
   # C]; can be traced.
@@ -156,7 +156,7 @@ def evaluate_workdir(
   images that the run trained on, not augmented), 'val' (those that it held out)
   or 'test'. `config` replaces the stored configuration. It may differ in
   `dataset.test_crops` and in the keys of `run.config.MAY_DIFFER`, for example
-  in where the data is.
+  in where the data is. Raises as `load_model`, and `DataError`.
 
   Returns:
     `loss`; the fractions `accuracy` and, for ten classes or more, `top5`; the
@@ -265,7 +265,7 @@ def log_data_paths(config: ConfigDict) -> None:
   for name in ("data_dir", "archive", "cache_dir"):
     if config.dataset[name]:
       _logger.warning(
-        "note: scored on the data in dataset.%s=%s, as config.json has it",
+        "note: scored on the data in dataset.%s=%s, as config.json says",
         *(name, config.dataset[name]),
       )
 
@@ -305,7 +305,7 @@ def _restore(
 ]:
   """Folder, configuration, experiment and states by seed, as NumPy arrays.
 
-  Read the run's files from this folder: a mirror may hold a later state.
+  Read other files from this folder, too: a new copy may hold a later state.
   """
   if which not in CHECKPOINTS:
     raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
@@ -376,8 +376,8 @@ def _read_states(
       steps = [0] * config.num_seeds
   if not steps or not (workdir / "checkpoints").is_dir():
     raise errors.WorkdirError(
-      f"{workdir} has no {which} checkpoint: the latest one is there after the"
-      " first save, the best one after the first scored epoch."
+      f"{workdir} has no {which} checkpoint: a run has a best one after its"
+      " first scored epoch, a latest one from its first save on."
     )
   seed_steps = {seed: steps[seed - config.seed] for seed in seeds}
   if missing := sorted({*seed_steps.values()} - {*saved_steps}):

@@ -29,8 +29,8 @@ _LARGEST = 1 << 32
 # The metrics that can choose the best epoch, and whether higher is better.
 MONITORED = {"accuracy": True, "loss": False, "objective": False}
 
-# A record must have `_TRAIN` of each network and, if its epoch was scored,
-# also `_SCORES`.
+# The metrics that a record must have for each network, and those that it must
+# have, too, if its epoch was scored.
 _TRAIN = ("train_loss", "train_accuracy")
 _SCORES = tuple(f"test_{name}" for name in MONITORED)
 
@@ -89,8 +89,8 @@ class MetricsLog:
   ) -> list[Record]:
     """Drops the records of epochs that end after the restored step.
 
-    Returns the other records. The last trained epoch has no record if it was
-    not evaluated yet.
+    Returns the others; an epoch that was trained but not evaluated has none.
+    If a run has `fallen_back` to an earlier checkpoint, many may be dropped.
     """
     records = self.read(steps_per_epoch)
     epochs, within = divmod(step, steps_per_epoch)
@@ -203,7 +203,7 @@ def best_records(records: Sequence[Record], monitor: str) -> list[Record]:
 def best_record(records: list[Record], monitor: str) -> Record:
   """One network's best record by `monitor`, a name of `MONITORED`.
 
-  Of equal records (see `comparable`) the first; if none was scored, the last.
+  Of equal records the first (see `comparable`); the last if none is scored.
   """
   best = max if MONITORED[monitor] else min
   scored = [each for each in records if monitored(each, monitor) in each]

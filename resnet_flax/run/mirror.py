@@ -1,8 +1,8 @@
 """A mirror: a copy of a workdir that outlives its machine.
 
 It is in a bucket or on another disk. Its states are always complete: a file is
-stored under its SHA-256 and never changed, and a state is a list of files that
-is written after them. The latest two states are kept.
+stored under its SHA-256 and never changed, and a state is a list of files,
+written after the files. The latest two states are kept.
 """
 
 import atexit
@@ -33,7 +33,8 @@ from resnet_flax.run import checkpoint, errors, files
 
 _logger = logging.getLogger(__name__)
 
-# Copied first and in this order: records need checkpoints. `fill`: in reverse.
+# Copied in this order and before the checkpoints, which the records need;
+# `fill` writes in the reverse order.
 _FILES = ("config.json", "environment.json", "metrics.jsonl")
 _KEPT_STATES = 2
 # All in seconds.
@@ -116,7 +117,6 @@ class _Store:
     self._call(_ANSWER, "pipe_file", f"{self.root}/{name}", content)
 
   def remove(self, name: str) -> None:
-    """Removes a file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
       self._call(_ANSWER, "rm_file", f"{self.root}/{name}")
 
@@ -169,8 +169,9 @@ class Mirror:
       "host": socket.gethostname(),
       "pid": os.getpid(),
     }
-    self._stored: set[str] = set()  # SHA-256 of the mirror's complete files.
-    self._latest: dict[str, str] = {}  # SHA-256 by path, of its latest state.
+    # Digests of the mirror's complete files; of its latest state's, by path.
+    self._stored: set[str] = set()
+    self._latest: dict[str, str] = {}
     self._damaged: set[int] = set()  # Steps that warnings have named.
     self._pushed: dict[str, Any] | None = None  # `_look` at the last copy.
     self._number = 0  # The highest number so far.

@@ -155,7 +155,7 @@ def next_steps(config: ConfigDict, workdir: str) -> str:
 def evaluation(
   checkpoint: str, weights: str, split: str, scores: dict[str, Any]
 ) -> str:
-  """The scores of `load.evaluate_workdir`, after the checkpoint's step."""
+  """A checkpoint and its scores, from `load.evaluate_workdir`, as text."""
   checkpoint += f", {weights} weights" if weights != "raw" else ""
   lines = []
   for each in scores.get("seeds", [scores]):

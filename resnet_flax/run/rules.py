@@ -23,7 +23,8 @@ def check(
 ) -> None:
   """Checks a configuration for training on `num_devices` devices.
 
-  `facts`, which a run remembers, override the files of a streamed data set.
+  `facts`, which a run stores, replace the files of a streamed data set. Raises
+  `ConfigError`, or `DataError` if the facts about the data are missing.
   """
   check_values(config)
   check_model(config.model)
@@ -63,8 +64,8 @@ def check(
   )
   _require(
     config.log.tensorboard or not config.log_layer_norms_every,
-    f"log_layer_norms_every={config.log_layer_norms_every} writes to"
-    " TensorBoard, but log.tensorboard=False. Set both, or neither.",
+    f"log_layer_norms_every={config.log_layer_norms_every} must be 0 if"
+    " log.tensorboard=False, since it writes to TensorBoard.",
   )
 
 
@@ -206,8 +207,8 @@ def _check_batch_size(
   num_train = dataset.num_train_examples(config.dataset, facts)
   _require(
     size <= num_train,
-    f"batch_size={size} is more than the {num_train} training images; at most"
-    f" {num_train} makes an epoch of at least one step.",
+    f"batch_size={size} must be at most {num_train}, the number of training"
+    " images, so that an epoch has a step.",
   )
   # A batch is divided over one group of devices; each group has other seeds.
   group_size = num_devices // mesh.num_groups(num_devices, config.num_seeds)
@@ -259,7 +260,7 @@ def _check_schedule(config: ConfigDict) -> None:
     name not in any_optax.NO_ZERO_RATE
     or not (epochs or values.name == "onecycle")
     or "safeguard_warmup=True" in arguments.replace(" ", ""),
-    f"optimizer.name={name} divides by the rates so far, but the first rate of"
+    f"optimizer.name={name} divides by the sum of rates, but the first rate of"
     " onecycle and of schedule.linear_warmup_epochs is 0. Use neither, or for"
     " prodigy --config.optimizer.arguments=safeguard_warmup=True.",
   )

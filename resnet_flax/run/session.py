@@ -160,7 +160,7 @@ class Session:
   def choose_and_record(
     self, dataset: types.Dataset
   ) -> tuple[networks.Layout, int]:
-    """Chooses the layout of the networks and the training steps of a call.
+    """Chooses the layout of the networks and the training steps per call.
 
     Writes environment.json and, for a new run, config.json with these choices.
     """
@@ -168,7 +168,7 @@ class Session:
     on_cpu = devices[0].platform == "cpu"
     dtype = jnp.dtype(config.model.dtype)
     if on_cpu and dtype != jnp.float32 and not onednn.can_convolve(dtype):
-      _logger.info("note: this CPU has no %s: float32 is faster", dtype)
+      _logger.info("note: %s is slow on this CPU; float32 is faster", dtype)
     execution = config.seed_execution
     if execution == "auto" and config.num_seeds > 1:
       # CPUs are faster in turn (experiments/seeds); on accelerators, several
@@ -286,8 +286,8 @@ class Session:
     hosts.on_first(write)
     raise errors.NonFiniteError(
       f"the loss or the state{self._layout.seed_suffix(seed)} is not finite"
-      f" after step {step} (0-based), at learning rate {rate:g}. In another"
-      " --workdir lower optimizer.learning_rate, or warm up with"
+      f" after step {step} (0-based), at learning rate {rate:g}. Start again"
+      " in another --workdir with a lower optimizer.learning_rate or a longer"
       " schedule.linear_warmup_epochs (onecycle: peak_percent). To reproduce"
       f" the step, see {path}."
     )
@@ -339,7 +339,7 @@ class Session:
   ) -> networks.Networks:
     """Applies `before` to the states, starts to save the result, returns it.
 
-    Then raises `Stopped` if a signal has come.
+    Raises `Stopped` instead, once the save has started, if a signal has come.
     """
     of_seeds = self._read()
     now = time.perf_counter()

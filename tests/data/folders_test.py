@@ -567,7 +567,7 @@ def test_pictures_that_are_added_while_a_run_starts(
 
   monkeypatch.setattr(train.dataset_lib, "load", late)
   with pytest.raises(
-    errors.DataError, match="72 training images are found, not as"
+    errors.DataError, match="72 training images are found; the number"
   ):
     train.train_and_evaluate(
       make_config(root), tmp_path / "run", devices=one_device

@@ -42,7 +42,7 @@ LARGE = {
     ({"num_epochs": 1.5}, "num_epochs=1.5"),
     ({"batch_size": True}, "batch_size=True"),
     ({"batch_size": 0}, "batch_size=0"),
-    ({"batch_size": 50_001}, "more than the 50000 training images"),
+    ({"batch_size": 50_001}, "must be at most 50000, the number of training"),
     ({"seed": -1}, "seed=-1 must be an integer from 0 to 4294967295"),
     ({"seed": 2**32}, "seed=4294967296"),
     ({"model.depth": 21}, "nearest: 20 and 26"),
@@ -61,7 +61,7 @@ LARGE = {
       {"seed": 2**32 - 1, "num_seeds": 2},
       "seed=4294967295, .* at most 4294967294",
     ),
-    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "Set both, or"),
+    ({"log_layer_norms_every": 1, "log.tensorboard": False}, "must be 0 if"),
     ({"dataset.name": "tfds/"}, "is not known"),
     # No file name has 300 bytes.
     ({"dataset.name": "tfds/" + "\u65e5" * 100}, "is not known"),
