@@ -1,16 +1,16 @@
-"""Scores the finished cells of degradation.py; draws and judges them.
+"""Scores the cells of degradation.py and longer.py; draws and judges them.
 
 python -m experiments.depth_ablation.report --workdir=runs/degradation
 """
 
-import operator
 import pathlib
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from configs import v1_depth20
-from experiments.depth_ablation import degradation
+from experiments.depth_ablation import degradation, longer
 from experiments.tools import markdown, runs as runs_lib
 from resnet_flax.run import folder, keys, load
 from resnet_flax.tools.report import intervals
@@ -39,17 +39,19 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
   `train_error` and `test_error` are of the final weights in inference mode,
   `train_errors` and `test_errors` of the epochs; all are in percent. An epoch's
   training error is a mean over its steps, during which the network changes.
-  Raises `WorkdirError` if a run is not a cell of degradation.py.
+  Raises `WorkdirError` if a run is not a cell of degradation.py or longer.py.
   """
   cells = []
   for run, config, records in runs_lib.finished(workdir):
     cell = v1_depth20.get_config()
-    cell.update_from_flattened_dict(degradation.OVERRIDES)
+    epochs = longer.OVERRIDES["num_epochs"]
+    sweep = longer if config.num_epochs == epochs else degradation
+    cell.update_from_flattened_dict(sweep.OVERRIDES)
     flat = keys.to_flat(config)
     cell.update_from_flattened_dict(
       {
         key: flat[key] if flat[key] in values else values[0]
-        for key, values in degradation.GRID.items()
+        for key, values in sweep.GRID.items()
       }
     )
     folder.check_same(run, cell)
@@ -76,16 +78,22 @@ def collect(workdir: pathlib.Path) -> list[Cell]:
 
 
 def cells_of(cells: list[Cell], network: str, depth: int) -> dict[int, Cell]:
-  """The cells of a network and a depth by their seeds."""
+  """The cells of degradation.py of a network and a depth, by their seeds."""
   return {
     cell["seed"]: cell
     for cell in cells
     if (cell["network"], cell["depth"]) == (network, depth)
+    and not is_longer(cell)
   }
 
 
+def is_longer(cell: Cell) -> bool:
+  """Whether a cell is from longer.py."""
+  return len(cell["train_errors"]) == longer.OVERRIDES["num_epochs"]
+
+
 def table(cells: list[Cell]) -> str:
-  """Two Markdown tables: errors, and differences by depth with verdicts."""
+  """Markdown: errors, differences by depth with verdicts, the longer runs."""
   errors, by_depth = [], []
   for network in NETWORKS:
     shallow, deep = (cells_of(cells, network, depth) for depth in DEPTHS)
@@ -117,10 +125,27 @@ def table(cells: list[Cell]) -> str:
     *("network", "56 less 20 layers, points of training error"),
     *("95 % interval", "seeds", "shown"),
   )
-  return (
-    f"{markdown.table(error_titles, errors)}\n\n"
-    f"{markdown.table(depth_titles, by_depth)}"
-  )
+  tables = [
+    markdown.table(error_titles, errors),
+    markdown.table(depth_titles, by_depth),
+  ]
+  shallow_errors = [
+    cell["train_error"] for cell in cells_of(cells, "plain", 20).values()
+  ]
+  of_longer = [
+    [
+      *("`plain`", cell["depth"], len(cell["train_errors"]), cell["seed"]),
+      *(f"{cell[key]:.1f}" for key in ("train_error", "test_error")),
+      "degradation remains"
+      if cell["train_error"] > max(shallow_errors)
+      else "degradation does not remain",
+    ]
+    for cell in filter(is_longer, cells)
+  ]
+  if of_longer:
+    longer_titles = ("network", "depth", "epochs", "seed", *error_titles[2:4])
+    tables.append(markdown.table((*longer_titles, "shown"), of_longer))
+  return "\n\n".join(tables)
 
 
 def verdict(
@@ -161,7 +186,7 @@ def draw(cells: list[Cell]) -> Figure:
           alpha=alpha,
           label=label if split == "train" and not k else None,
         )
-  num_epochs = max(len(cell["train_errors"]) for cell in cells)
+  num_epochs = degradation.OVERRIDES["num_epochs"]
   axis.set(xlabel="epochs of training", ylabel="error (%)", ylim=(0, None))
   axis.grid(alpha=0.3)
   axis.legend()
@@ -173,11 +198,16 @@ def draw(cells: list[Cell]) -> Figure:
   return figure
 
 
+def _key(cell: Cell) -> tuple[Any, ...]:
+  network = cell["network"], cell["depth"]
+  return *network, len(cell["train_errors"]), cell["seed"]
+
+
 def main() -> None:
   """Adds to degradation.json; makes degradation.png and the README's table."""
   runs_lib.report(
     *(COMMAND, "degradation", _FOLDER / "degradation.json", "degradation.png"),
-    *(collect, operator.itemgetter("network", "depth", "seed"), draw, table),
+    *(collect, _key, draw, table),
   )
 
 

@@ -88,6 +88,29 @@ def test_intervals_are_paired_by_seed():
   assert f"| `plain` | {mean:.1f} ± " in row
 
 
+@pytest.mark.parametrize(
+  ("error", "expected"),
+  [
+    (9.9, "does not remain"),
+    (10.05, "does not remain"),  # Seed 1 of plain-20 has 10.1.
+    (10.3, "remains"),
+  ],
+)
+def test_longer_run_is_held_against_every_shallow_network(error, expected):
+  cells = make_cells(**CLEAR)
+  before = report.table(cells)
+  curve = [error] * report.longer.OVERRIDES["num_epochs"]
+  cell = {"network": "plain", "depth": 56, "seed": 0, "train_error": error}
+  cell |= {"test_error": 30, "train_errors": curve, "test_errors": curve}
+  table = report.table([*cells, cell])
+  assert table.startswith(before)
+  row = table.splitlines()[-1]
+  assert row == (
+    f"| `plain` | 56 | 96 | 0 | {error:.1f} | 30.0 | degradation {expected} |"
+  )
+  assert len(report.draw([*cells, cell]).axes[0].get_lines()) == 2 * 4 * 5
+
+
 def test_figure_has_two_curves_of_each_seed():
   (axis,) = report.draw(make_cells(**CLEAR)).axes
   assert len(axis.get_lines()) == 2 * 4 * 5
@@ -112,4 +135,9 @@ def test_finished_runs_are_scored_in_inference_mode(
   assert cell["train_error"] == pytest.approx(100 * (1 - scores["accuracy"]))
   monkeypatch.setattr(report.degradation, "OVERRIDES", {"num_epochs": 32})
   with pytest.raises(errors.WorkdirError, match=r"num_epochs \(2 there, 32 h"):
+    report.collect(tmp_path)
+  # As a run of longer.py.
+  monkeypatch.setattr(report.longer, "OVERRIDES", {"num_epochs": 2})
+  monkeypatch.setattr(report.longer, "GRID", {"seed": [1, 2]})
+  with pytest.raises(errors.WorkdirError, match=r"seed \(0 there, 1 here"):
     report.collect(tmp_path)
