@@ -58,8 +58,8 @@ def check(name, arguments="", **values):
       "mu_dtype='bfloat16'",
       "would change the dtypes of the state. ademamix takes: b1",
     ),
-    ("lion", "x" * 2000, "must be like b1=0.9"),
-    ("lion", "b1=\n0.9", "must be like"),
+    ("lion", "x" * 2000, "syntax, such as b1=0.9"),
+    ("lion", "b1=\n0.9", "syntax, such as"),
   ],
 )
 def test_what_cannot_be_ends_in_a_line_that_says_what_can(

@@ -256,7 +256,8 @@ def test_bad_files_are_skipped_unless_strict(run, pictures, caplog):
   (record,) = caplog.records
   assert record.message.startswith(r"skipped pictures/a\x1b\nb: Unidentified")
   with pytest.raises(
-    errors.DataError, match=r"13 of 14 files are good .* leave out --strict"
+    errors.DataError,
+    match=r"13 of 14 files can be decoded.* leave out --strict",
   ) as error:
     run(*arguments, "--strict")
   assert error.value.exit_code == 1
@@ -274,7 +275,9 @@ def test_a_terminal_has_a_bar(run, pictures, monkeypatch):
 
 
 def test_an_empty_folder(run, tmp_path):
-  with pytest.raises(errors.DataError, match="only 0 of 0 files are good"):
+  with pytest.raises(
+    errors.DataError, match="only 0 of 0 files can be decoded"
+  ):
     run(str(tmp_path))
 
 
