@@ -53,11 +53,6 @@ def test_train_again_and_eval(tmp_path):
     "Checkpoint: latest, step 2, epoch 0 (0-based)",
     *lines[1:4],
   ]
-  views = run(
-    *(*QUICK, "--config.dataset.test_crops=2", "--mode=eval"),
-    *("--split=train", f"--workdir={tmp_path}/run"),
-  )
-  assert views.stdout.splitlines()[1].startswith("Train loss: "), views.stderr
 
 
 @pytest.mark.slow
@@ -72,6 +67,9 @@ def test_default_workdir_and_another_configuration_in_it(tmp_path):
   # What training derives, scoring finds.
   scored = run("--mode=eval", *QUICK, cwd=tmp_path)
   assert scored.stdout.startswith("Checkpoint: best, ")
+  crops = ("--config.dataset.test_crops=2", f"--workdir={workdir}")
+  views = run("--mode=eval", "--split=train", *QUICK, *crops)
+  assert views.stdout.splitlines()[1].startswith("Train loss: "), views.stderr
   other = run(*QUICK, "--config.seed=3", f"--workdir={workdir}")
   assert other.returncode == 1
   assert "seed (0 there, 3 here)" in other.stderr

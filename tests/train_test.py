@@ -124,7 +124,7 @@ def straight(long_config, tmp_path_factory, programs):
     pytest.param(signal.SIGTERM, 143, 1, marks=slow),
     pytest.param(signal.SIGTERM, 143, 2, marks=slow),
     # At the end of an epoch, and where a checkpoint is due anyway.
-    (signal.SIGTERM, 143, 4),
+    pytest.param(signal.SIGTERM, 143, 4, marks=slow),
     pytest.param(signal.SIGTERM, 143, 6, marks=slow),
     pytest.param(signal.SIGTERM, 143, 12, marks=slow),
   ],
@@ -690,6 +690,7 @@ def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch, one_device):
   assert (np.abs(difference) < 3 * 0.8 * spread + 0.02 * mean).all()
 
 
+@slow
 def test_a_run_at_a_constant_rate_can_be_lengthened_not_shortened(
   tiny_config, tmp_path, one_device, programs
 ):

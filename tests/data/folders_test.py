@@ -518,7 +518,12 @@ def change_a_picture(root):
 
 
 @pytest.mark.parametrize(
-  "change", [add_a_picture, add_a_class, change_a_picture]
+  "change",
+  [
+    pytest.param(add_a_picture, marks=pytest.mark.slow),
+    pytest.param(add_a_class, marks=pytest.mark.slow),
+    change_a_picture,
+  ],
 )
 def test_a_folder_that_was_changed_is_other_data(
   tmp_path, one_device, change, programs

@@ -35,6 +35,7 @@ def converted(tiny_config, tmp_path):
   return tmp_path / "run", config
 
 
+@pytest.mark.slow
 def test_a_mirror_goes_out(trained, mirrored, tmp_path):
   for name, workdir in (("a", trained), ("b", mirrored)):
     command.export(workdir, tmp_path / name, "safetensors", names="flax")
