@@ -40,8 +40,11 @@ def run_module(module, *arguments, cwd=ROOT):
   )
 
 
-def parse_command_line(*argv):
-  """Checked configuration and workdir of a command; leaves no flags behind."""
+def parse_command_line(*argv, then=lambda: None):
+  """Checked configuration and workdir of a command; leaves no flags behind.
+
+  `then` is called while the flags are parsed.
+  """
   from resnet_flax import main  # noqa: F401, for its flags.
 
   known = set(flags.FLAGS)
@@ -52,6 +55,7 @@ def parse_command_line(*argv):
       command_line.parse_flags(list(argv))
       parsed, workdir = command_line.config_and_workdir()
       rules.check(parsed, num_devices=1)
+      then()
       return parsed, workdir
     finally:
       flags.FLAGS.unparse_flags()

@@ -9,27 +9,32 @@ number of devices and how much sharding costs. They cannot show its gain.
 Nothing else should run meanwhile.
 """
 
-import pathlib
 import sys
 
 import jax
 from absl import flags
 
 from experiments.devices import measurement
+from experiments.tools import raw_file
 from resnet_flax.run import (
   command_line,
   environment,
-  files as files_lib,
   huge_pages,
   process,
   surroundings,
 )
 
 _DEVICES = flags.DEFINE_list("devices", "1,2,4,8", "Device counts to measure.")
-_PER_DEVICE = flags.DEFINE_integer("per_device", 32, "Images for each device.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Measurements of each setting.")
-_STEPS = flags.DEFINE_integer("steps", 8, "Training steps per round.")
-_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+_PER_DEVICE = flags.DEFINE_integer(
+  "per_device", 32, "Images for each device.", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 5, "Measurements of each setting.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+  "steps", 8, "Training steps per round.", lower_bound=1
+)
+flags.adopt_module_key_flags(raw_file)
 flags.register_validator(
   "devices",
   lambda numbers: numbers and all(n.isdecimal() and int(n) for n in numbers),
@@ -50,13 +55,13 @@ def main(argv: list[str]) -> None:
     config, numbers, _PER_DEVICE.value, _ROUNDS.value, _STEPS.value
   )
   print(measurement.table(measured))
-  if _OUT.value:
-    results = {
+  raw_file.write(
+    {
       "arguments": [a for a in sys.argv[1:] if not a.startswith("--out")],
       "environment": environment.describe(jax.devices()),
       "measured": measured,
     }
-    files_lib.write_json(pathlib.Path(_OUT.value), results)
+  )
 
 
 if __name__ == "__main__":

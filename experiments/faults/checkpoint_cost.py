@@ -16,21 +16,24 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.tools import timing
+from experiments.tools import raw_file, timing
 from resnet_flax.run import (
   checkpoint,
   command_line,
   environment,
   experiment as experiment_lib,
-  files as files_lib,
   huge_pages,
   process,
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds, after a warm-up round.")
-_STEPS = flags.DEFINE_integer("steps", 40, "Training steps per measurement.")
-_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 10, "Rounds, after a warm-up round.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+  "steps", 40, "Training steps per measurement.", lower_bound=1
+)
+flags.adopt_module_key_flags(raw_file)
 
 
 def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
@@ -80,8 +83,7 @@ def main(argv: list[str]) -> None:
     **measure(config, _ROUNDS.value, _STEPS.value),
   }
   print(_summary(config, results))
-  if _OUT.value:
-    files_lib.write_json(pathlib.Path(_OUT.value), results)
+  raw_file.write(results)
 
 
 if __name__ == "__main__":

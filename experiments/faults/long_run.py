@@ -13,7 +13,6 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 from concurrent import futures
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from experiments.faults import harness
+from experiments.tools import config_arguments
 from resnet_flax.run import (
   environment,
   files as files_lib,
@@ -118,9 +118,7 @@ def main(argv: list[str]) -> None:
   surroundings.set_up()
   folder = pathlib.Path(_FOLDER.value)
   folder.mkdir(parents=True)
-  arguments = [
-    argument for argument in sys.argv[1:] if argument.startswith("--config")
-  ]
+  arguments = config_arguments.config_arguments()
   cores = sorted(os.sched_getaffinity(0))[:2]
   twins = [
     Twin(name, folder, core, arguments)

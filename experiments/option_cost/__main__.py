@@ -9,13 +9,12 @@ else should run meanwhile.
 
 import argparse
 import functools
-import pathlib
 import statistics
 from typing import Any
 
 import jax
 
-from experiments.tools import markdown, timing
+from experiments.tools import flag_types, markdown, timing
 from resnet_flax.configs import v1_depth20
 from resnet_flax.run import environment, files, huge_pages, surroundings
 
@@ -79,10 +78,12 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
   """Measures, prints a table and writes the raw figures."""
   parser = argparse.ArgumentParser("python -m experiments.option_cost")
-  parser.add_argument("--batch_size", type=int, default=128)
-  parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--steps", type=int, default=6, help="of a window")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--batch_size", type=flag_types.count, default=128)
+  parser.add_argument("--rounds", type=flag_types.count, default=7)
+  parser.add_argument(
+    "--steps", type=flag_types.count, default=6, help="of a window"
+  )
+  parser.add_argument("--out", type=flag_types.output, required=True)
   arguments = parser.parse_args()
   surroundings.set_up()
   sizes = arguments.batch_size, arguments.rounds, arguments.steps

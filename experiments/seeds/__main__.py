@@ -10,28 +10,29 @@ commands follow: one command with all seeds, and one command per seed. Nothing
 else should run meanwhile.
 """
 
-import pathlib
-import sys
-
 import jax
 from absl import flags
 
 from experiments.seeds import measurement
+from experiments.tools import config_arguments, raw_file
 from resnet_flax.run import (
   command_line,
   environment,
   errors,
-  files as files_lib,
   huge_pages,
   process,
   rules,
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of training steps.")
-_STEPS = flags.DEFINE_integer("steps", 60, "Training steps per round.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 5, "Rounds of training steps.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+  "steps", 60, "Training steps per round.", lower_bound=1
+)
 _RUNS = flags.DEFINE_integer("runs", 0, "Rounds of the whole command.")
-_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+flags.adopt_module_key_flags(raw_file)
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
   rules.check(config, num_devices=jax.device_count())
   if config.num_seeds < 2:
     raise errors.ConfigError("num_seeds=1 must be at least 2, for example 3.")
-  arguments = [each for each in sys.argv[1:] if each.startswith("--config")]
+  arguments = config_arguments.config_arguments()
   results = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),
@@ -52,8 +53,7 @@ def main(argv: list[str]) -> None:
   if _RUNS.value:
     results["runs"] = measurement.measure_runs(arguments, config, _RUNS.value)
   print(measurement.table(results))
-  if _OUT.value:
-    files_lib.write_json(pathlib.Path(_OUT.value), results)
+  raw_file.write(results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pathlib
 
 from configs import imagenet_resnet50
 from experiments.streaming import generated, measurement
+from experiments.tools import flag_types
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
 from resnet_flax.run import arguments, environment, files as files_lib
@@ -23,15 +24,15 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("--folder", type=pathlib.Path, required=True, help="of the images")
   add("--images", type=int, default=2000)
-  add("--workers", type=int, default=2, help="processes that decode")
-  add("--rounds", type=int, default=10)
-  add("--memory_epochs", type=int, default=3)
-  add("--out", type=pathlib.Path)
+  add(
+    "--workers", type=flag_types.count, default=2, help="processes that decode"
+  )
+  add("--rounds", type=flag_types.count, default=10)
+  add("--memory_epochs", type=flag_types.count, default=3)
+  add("--out", type=flag_types.output)
   flags = parser.parse_args(argv[1:])
-  least = {"images": 256, "workers": 1, "rounds": 1, "memory_epochs": 1}
-  for name, number in least.items():
-    if getattr(flags, name) < number:
-      parser.error(f"--{name} must be at least {number}")
+  if flags.images < 256:
+    parser.error("--images must be at least 256")
   if not flags.folder.exists():
     generated.prepare(flags.folder, {"train": flags.images, "validation": 50})
   config = imagenet_resnet50.get_config()

@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   """Parses the command line."""
   parser = argparse.ArgumentParser("python -m experiments.throughput")
   add = parser.add_argument
-  add("--out", type=pathlib.Path, default=report.PUBLISHED)
+  add("--out", type=flag_types.output, default=report.PUBLISHED)
   add("--rounds", type=int, default=7)
   add("--seconds", type=float, default=8.0)
   add("--depths", type=_depths, default="20")

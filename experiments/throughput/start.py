@@ -9,7 +9,6 @@ Nothing else should run meanwhile.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -20,18 +19,20 @@ import jax
 from absl import flags
 
 from experiments.throughput import report
+from experiments.tools import config_arguments, raw_file
 from resnet_flax import data
 from resnet_flax.run import (
   command_line,
   environment,
-  files as files_lib,
   huge_pages,
   process,
   surroundings,
 )
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs with a filled cache.")
-_OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 5, "Runs with a filled cache.", lower_bound=1
+)
+flags.adopt_module_key_flags(raw_file)
 
 
 def _start(arguments: list[str], cache: str) -> dict[str, float]:
@@ -71,8 +72,7 @@ def main(argv: list[str]) -> None:
   surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   data.load(config.dataset)  # Decodes the images, if they are not cached.
-  own_flags = ("--rounds", "--out")
-  arguments = [each for each in sys.argv[1:] if not each.startswith(own_flags)]
+  arguments = config_arguments.config_arguments()
   with tempfile.TemporaryDirectory() as cache:
     times = [_start(arguments, cache) for _ in range(_ROUNDS.value + 1)]
   results: dict[str, Any] = {
@@ -81,8 +81,7 @@ def main(argv: list[str]) -> None:
     "start": {"cold": times[:1], "warm": times[1:]},
   }
   print(report.start_table(results["start"]))
-  if _OUT.value:
-    files_lib.write_json(pathlib.Path(_OUT.value), results)
+  raw_file.write(results)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,13 @@ def integers(text: str) -> list[int]:
   return [int(part) for part in text.split(",") if part]
 
 
+def count(text: str) -> int:
+  """An integer of at least 1."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text} must be an integer from 1")
+  return int(text)
+
+
 def names(known: Collection[str]) -> Callable[[str], list[str]]:
   """Makes a type that splits 'a,b' at its commas; '' has no names."""
 
@@ -25,10 +32,19 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
   return parse
 
 
+def output(text: str) -> pathlib.Path:
+  """A file that can be written, so that no figures are lost at the end."""
+  if not os.access(os.path.dirname(text) or ".", os.W_OK):
+    raise argparse.ArgumentTypeError(
+      f"{text} must be in a folder that exists and can be written"
+    )
+  return pathlib.Path(text)
+
+
 def new_file(text: str) -> pathlib.Path:
-  """A file that does not exist yet."""
+  """An `output` that does not exist yet."""
   if os.path.exists(text):
     raise argparse.ArgumentTypeError(
       f"{text} exists already: remove it, or pass another"
     )
-  return pathlib.Path(text)
+  return output(text)

@@ -281,7 +281,7 @@ def parse(
     parser.add_argument(f"--{library}_python", type=pathlib.Path)
   known = flag_types.names(names)
   parser.add_argument("--names", type=known, default=",".join(names))
-  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=flag_types.output, required=True)
   arguments = parser.parse_args()
   out = arguments.out
   return arguments, json.loads(out.read_text()) if out.exists() else {}
