@@ -25,7 +25,8 @@ def info(
   """Facts about the set that `config.dataset` names, without opening it.
 
   `facts`, which a run stores, replace a streamed set's files. A streamed set
-  with neither raises `DataError`, unless `streaming.KNOWN` has its facts.
+  with neither raises `DataError`, unless `streaming.KNOWN` has its facts; a
+  folder without `data_dir` raises `ConfigError`.
   """
   if config.name in DATASETS:
     return DATASETS[config.name]

@@ -157,7 +157,7 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
     paths = [path for each in by_class.values() for path in each]
     sources.append(Files(root, part, paths, labels))
   counts = ", ".join(f"{each.name} {len(each.paths)}" for each in sources)
-  message = "pictures in %s: %s; %d other files are ignored"
+  message = "pictures in %s: %s; %d other entries are ignored"
   _logger.info(message, root, counts, num_others)
   if unused:
     message = "warning: these folders in %s are not used: %s"

@@ -14,7 +14,10 @@ Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 def cutout(side: int) -> Augment:
-  """Sets a square of each image to 0, the normalised mean; see `boxes`."""
+  """Sets a square of each image to 0: the mean that normalisation subtracts.
+
+  With normalization=none, the square is black. See `boxes`.
+  """
 
   def augment(key, images, targets):
     sides = jnp.full((len(images), 2), side)

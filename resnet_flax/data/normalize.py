@@ -71,8 +71,9 @@ def measure(name: str, train: types.Split) -> Normalization:
 def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
   """A normalisation that does not depend on the data: one of `UNMEASURED`.
 
-  'none' divides by 255. 'imagenet' is torchvision's. 'caffe', of VGG and Keras,
-  subtracts each channel's mean from images in [0, 255] and does not divide.
+  'none' divides by 255. 'imagenet' is torchvision's. 'caffe', of VGG and
+  keras.applications, subtracts each channel's mean from images in [0, 255] and
+  does not divide.
   """
   if name == "none":
     return placeholder(name, image_shape)

@@ -108,7 +108,7 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:
-  """The class names in the order of labels; raises any exception if none."""
+  """The class names in the order of labels; may raise any exception."""
   path = folder / "label.labels.txt"
   lines = files.read_text(path).split("\n")
   if names := tuple(filter(None, map(str.strip, lines))):

@@ -38,7 +38,7 @@ _SKIP = "dataset.bad_images=skip leaves out bad images."
 # images and 10 MB, or one image. Each worker or thread decodes one chunk ahead.
 _CHUNK = 64
 _CHUNK_BYTES = 10_000_000
-# A split up to this size is decoded once if its crops never change.
+# A split up to this size is decoded once, unless it has random or ten crops.
 _IN_MEMORY_BYTES = 2**30
 # Worker processes take seconds to start. If an epoch has fewer bytes than this
 # (10,000 images of 224x224), they are no faster than threads.
@@ -113,9 +113,10 @@ def load(
 
 
 def settle(dataset: types.Dataset) -> types.Dataset:
-  """Decodes the splits that never change and fit into memory, and keeps them.
+  """Decodes the splits that fit into memory, and keeps them.
 
-  With `bad_images=skip`, scored splits lose their bad images; to find the bad
+  Splits with random or ten crops are decoded while they are used. With
+  `bad_images=skip`, scored splits lose their bad images; to find the bad
   images, a scored split of any size is decoded. Otherwise, bad images in
   decoded splits raise a `DataError` with their number.
   """

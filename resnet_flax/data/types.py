@@ -47,8 +47,8 @@ class Split(abc.ABC):
 
     `order` holds int64[B] positions in this split. Training passes `draw`: then
     each image has one crop, a random crop if the split crops at random. Without
-    `draw`, each image has `num_crops` crops. If `num_crops` is more than 1,
-    images are uint8[B, crops, H, W, C].
+    `draw`, each image has `num_crops` crops; more than 1 make the images
+    uint8[B, crops, H, W, C].
 
     An image's pixels depend only on its position and `draw`, so each process
     may ask for its own part of a batch.

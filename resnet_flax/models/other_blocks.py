@@ -72,7 +72,8 @@ class HighwayBlock(Block):
     y = self.norm(act=self.act, name="bn1")(y)
     y = self.conv(self.num_filters, (3, 3), 1, name="conv2")(y)
     y = self.norm(name="bn2")(y)
-    # `model.conv_bias` does not turn this bias off: it shuts the gate at first.
+    # This bias does not depend on `model.conv_bias`. Below 0, it keeps the gate
+    # nearly shut at first.
     gate = self.conv(
       self.num_filters,
       (1, 1),
@@ -142,7 +143,7 @@ class PreActBottleneckBlock(Block):
 
 
 def num_groups(config: ConfigDict) -> int:
-  """The number of groups of a bottleneck's 3x3 convolution."""
+  """The groups of a bottleneck's 3x3 convolution; 0 means the family's."""
   return config.groups or (8 if config.name == "resnext" else 1)
 
 

@@ -8,13 +8,16 @@ def main(argv: list[str]) -> None:
   parser = arguments.Parser(
     "python -m resnet_flax.compare",
     description="Compares experiments A and B over seeds and over test images,"
-    " with 95 % intervals, and lists all other differences.",
+    " with 95 % intervals, and lists how their configurations and environments"
+    " differ.",
   )
   add = parser.add_argument
   add("a", nargs="+", metavar="A", help="workdir, or folder of workdirs")
   # A second --with adds to the first.
   add("--with", nargs="+", action="extend", required=True, dest="b")
-  add("--metric", default="accuracy", help="metric, with or without 'test_'")
+  add(
+    "--metric", default="accuracy", help="key of metrics.jsonl without 'test_'"
+  )
   add("--which", default="best", choices=["best", "last"], help="epoch")
   formats = ["text", "markdown", "csv", "latex"]
   add("--format", default="text", choices=formats)

@@ -28,8 +28,8 @@ def resolve(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
 def fill(folder: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
   """Yields an empty folder, which is renamed to `folder` at the end.
 
-  A signal is held until the block ends. After a signal or an error, no files
-  are left. An `OSError` in the caller's block becomes a `WorkdirError`.
+  The first signal waits until the block ends. After a signal or an error, no
+  files are left. An `OSError` in the caller's block becomes a `WorkdirError`.
   """
   prefix = f".unfinished-{folder.name}-"
   with writing(folder, flag, "Nothing was left there. Pass another folder."):

@@ -148,7 +148,7 @@ def test_every_extension_in_any_case_and_nothing_else(tmp_path, caplog):
   dataset = load(tmp_path)
   assert len(dataset.train) + len(dataset.test) == 6 + len(names)
   (line,) = caplog.messages
-  assert line.endswith("train 8, a tenth 3; 3 other files are ignored")
+  assert line.endswith("train 8, a tenth 3; 3 other entries are ignored")
 
 
 def test_links_are_followed_and_circles_end(tmp_path):

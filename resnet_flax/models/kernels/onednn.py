@@ -52,7 +52,7 @@ def can_convolve(dtype: Any) -> bool:
   is_limited = any(re.fullmatch("AVX(2.*)?", limit.upper()) for limit in limits)
   has_bfloat16 = _has_bfloat16() and not is_limited
   is_fast = dtype == jnp.float32 or (dtype == jnp.bfloat16 and has_bfloat16)
-  # If limited to SSE4.1, oneDNN's kernels deadlock.
+  # oneDNN's kernels for processors without AVX deadlock.
   deadlocks = "SSE41" in "".join(limits).upper()
   return enabled and has_onednn and is_fast and not deadlocks
 

@@ -30,12 +30,13 @@ The arrays have the names and layouts of {title};
 resnet_flax's docs/use.md says how to load them.
 
 `preprocess.json` says how to turn uint8[N, H, W, 3] RGB images of `image_size`
-into the network's input: divide by 255, subtract `mean` (if a text, its file),
-divide by `std`, resize to `size` (antialiased where it shrinks), then order
-`channels` and axes (`layout`). StableHLO and ONNX do all of this themselves,
-and give probabilities instead of logits. Line k of `labels.txt`, counted from
-0, names class k. `check.npz` has {checked} `images` of noise and their
-`logits`, computed in {config.model.dtype}, to check the loaded network.
+into the network's input: divide by 255, subtract `mean` (a text names the file
+that holds it), divide by `std`, resize to `size` (antialiased where it
+shrinks), then order `channels` and axes (`layout`). StableHLO and ONNX do all
+of this themselves, and give probabilities instead of logits. Line k of
+`labels.txt`, counted from 0, names class k. `check.npz` has {checked} `images`
+of noise and their `logits`, computed in {config.model.dtype}, to check the
+loaded network.
 """
 
 

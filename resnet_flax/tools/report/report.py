@@ -124,13 +124,13 @@ def _page(num_runs: int, num_groups: int, sections: Sequence[Section]) -> str:
 
 def _accuracies(groups: Sequence[Group]) -> Section:
   notes = [
-    "Accuracies and errors are on the test split. checkpoint.monitor chooses"
-    " the “best” epoch. Without a validation split, the test split decides"
-    " (“Runs” names the key): then the best accuracy is optimistic, the final"
-    " accuracy is not. ± is the sample standard deviation over n seeds. All"
-    " values are of the raw weights; the learning curves also show ema and swa."
-    " An unfinished group has the values of the last epoch that all its seeds"
-    " have; a finished group does not count its unfinished runs.",
+    "Accuracies are on the test split, unless a title says train. The key"
+    " checkpoint.monitor chooses the “best” epoch. Without a validation split,"
+    " the test split decides (“Runs” names the key): then the best accuracy is"
+    " optimistic, the final accuracy is not. ± is the sample standard deviation"
+    " over n seeds. All values are of the raw weights; the learning curves also"
+    " show ema and swa. An unfinished group has the values of the last epoch that"
+    " all its seeds have; a finished group does not count its unfinished runs.",
     "A name has only the keys that tell the groups of a data set apart;"
     " “Configurations” lists all keys that differ. Other comparisons: python -m"
     " resnet_flax.compare A --with B.",
@@ -158,7 +158,7 @@ def _accuracies(groups: Sequence[Group]) -> Section:
 
 
 def _differences(groups: Sequence[Group]) -> list[Table]:
-  """A table of finished groups minus the first; none if no interval exists."""
+  """Finished groups minus the first of them; no table if no interval exists."""
   rows = []
   finished = [group for group in groups if group.finished]
   for _, (first, *others) in runs_lib.by_data(finished):
@@ -171,9 +171,9 @@ def _differences(groups: Sequence[Group]) -> list[Table]:
   titles = ("group", "first", "points", "from", "to")
   table = Table(
     "intervals",
-    "Final test accuracy of finished groups minus the first group's on the same"
-    " data, in points, with 95 % intervals over seeds (Welch's t, not corrected"
-    " for several comparisons).",
+    "Final test accuracy of finished groups minus that of the first finished"
+    " group on the same data, in points, with 95 % intervals over seeds"
+    " (Welch's t, not corrected for several comparisons).",
     *map(Column, titles, zip(*rows, strict=True)),
   )
   return [table] if rows else []

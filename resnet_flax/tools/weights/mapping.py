@@ -34,9 +34,9 @@ OriginOf = Callable[[Path], Origin]
 class Source:
   """A library's network, as found in a file, and where our arrays come from.
 
-  Our network computes the same as theirs with any of the `normalization`s; the
-  first is recommended. `model` has the values that keys of `config.model` must
-  have: a key has one value or a tuple of allowed values.
+  Their network was trained with one of the `normalization`s, most likely the
+  first, and needs this one here. `model` has the values that keys of
+  `config.model` must have: a key has one value or a tuple of allowed values.
   """
 
   def __init__(
