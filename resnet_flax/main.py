@@ -30,7 +30,8 @@ _CHECKPOINT = flags.DEFINE_enum(
 )
 _WEIGHTS = flags.DEFINE_enum(
   *("weights", "raw", ["raw", "ema", "swa"]),
-  "Weights for --mode=eval: the checkpoint's own (raw), or an average of them.",
+  "Weights for --mode=eval. raw: of the checkpoint's step. ema, swa: averages"
+  " over the training so far.",
 )
 _SPLIT = flags.DEFINE_enum(
   "split", "test", ["train", "val", "test"], "Images for --mode=eval."

@@ -134,7 +134,10 @@ def cross_entropy(
 
 
 def in_top5(scores: Any, labels: Any) -> Any:
-  """Whether each label has one of the 5 best scores, [B, classes]: bool[B]."""
+  """Whether each label is among the first 5 by scores, [B, classes]: bool[B].
+
+  Of equal scores, the lower class comes first.
+  """
   # `true`: the labels' scores. A sort would make devices gather all scores.
   classes, labels = np.arange(scores.shape[-1])[None], labels[:, None]
   true = scores.max(-1, where=classes == labels, initial=-np.inf, keepdims=True)

@@ -148,7 +148,7 @@ def memory_over_epochs(
   batches = split.batches(order, datasets.Draw(0, 0))
   samples: list[list[float]] = [[] for _ in range(num_epochs)]
   for step, _ in enumerate(batches):
-    # From 20 steps an epoch on, no reading meets the workers' start or end.
+    # From 20 steps an epoch on, no reading is at an epoch's first step.
     within = step % per_epoch
     if within % -(-per_epoch // 10) == per_epoch // 20:
       samples[step // per_epoch].append(memory())

@@ -93,7 +93,8 @@ def create_optimizer(config: ConfigDict) -> Optimizer:
 
   The L2 term enters before the moments, as in Keras. So does weight decay, as
   in Caffe, unless the optimizer has its own, as AdamW has. Raises `ValueError`
-  if an optimizer of Optax refuses `config.arguments`.
+  if an optimizer of Optax refuses `config.arguments`, or needs more than
+  gradients and parameters.
   """
   is_decayed = L2_WEIGHTS[config.l2_weights]
 

@@ -23,7 +23,8 @@ class Scores:
 
   # Each network's means of `metric_sums`: `loss`, `accuracy` (a fraction)...
   networks: list[dict[str, float]]
-  # The scores of the networks' mean probabilities; None for a single network.
+  # Of the networks' mean probabilities, without `objective`; None for a single
+  # network.
   ensemble: dict[str, float] | None
 
 

@@ -366,7 +366,10 @@ def on_first_only(function: Callable[[], T]) -> T | None:
 
 
 def on_first_then_others(function: Callable[[], T]) -> T:
-  """Calls a function in process 0, then in the others; all raise 0's error."""
+  """Calls a function in process 0, then in the others.
+
+  If it raises a `UserError` in process 0, all processes raise this error.
+  """
   results = on_first_only(lambda: [function()])
   return results[0] if results else function()
 
@@ -430,9 +433,10 @@ def from_first(function: Callable[[], T], like: Callable[[], PyTree]) -> T:
 class Agreement:
   """Decides when to save and to stop, at the same step in all processes.
 
-  Signals and clocks differ between processes, so these vote. After every call
-  of the step or of evaluation, each says which signal has come and whether a
-  save is overdue. A vote is a computation on all devices, read one vote late.
+  Signals and clocks differ between processes, so the processes vote. After
+  every call of the step or of evaluation, each says which signal has come and
+  whether a save is overdue. A vote is a computation on all devices. It is read
+  one vote later, unless `check` must know at once.
   """
 
   has_stopped = False  # Whether the processes have agreed to stop.
@@ -461,7 +465,10 @@ class Agreement:
     return any(self._vote())
 
   def check(self, *, at_once: bool = True) -> None:
-    """Raises `Stopped` at a process's signal; a vote late if not `at_once`."""
+    """Raises `Stopped` if any process has had a signal.
+
+    Several processes raise it one vote late if not `at_once`.
+    """
     signal_number, _ = self._vote(at_once)
     if signal_number:
       Agreement.has_stopped = True

@@ -20,9 +20,10 @@ from resnet_flax.parallel import mesh as mesh_lib, program, transfer
 from resnet_flax.parallel.networks import Layout, Networks
 from resnet_flax.run import errors
 
-# The default on accelerators, for images whose longer side is at most this.
-# With larger images the host keeps up, and a signal would wait for a long call.
+# The default on accelerators.
 STEPS_PER_CALL = 32
+# Pixels of the longer side up to which this default holds. With larger images
+# the host keeps up, and a signal would wait for a long call.
 _LARGEST_SMALL_IMAGE = 64
 
 # Share of a device's memory that the split may take beside the network.
@@ -123,8 +124,8 @@ def train_steps(
   `num_steps`, int32[], is an argument of the program, so that results are
   bit-identical wherever calls end. `images`, uint8[M, H, W, C], and `labels`,
   int32[M], are the split; `order`, int32[B, steps per epoch], has the positions
-  of each batch in it. Every step takes the same `key`, key[]. Returns the last
-  step's metrics, or the first ones that are not finite.
+  of each batch in it. Every step takes the same `key`, key[]. Returns the new
+  state, and the metrics of the last step or of the first that is not finite.
   """
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
 

@@ -49,7 +49,8 @@ class Layout:
 
   seeds: tuple[int, ...]  # One for each network.
   mesh: Mesh
-  # Networks per chunk. Copies of the last one, which are ignored, fill it up.
+  # Networks per chunk. Copies of the last network, whose results are ignored,
+  # fill the last chunk.
   chunk_size: int
 
   @classmethod

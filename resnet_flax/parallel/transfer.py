@@ -73,7 +73,7 @@ def _put_parts(
 
 
 def get(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Copies arrays to NumPy; all processes must call it together."""
+  """Arrays as NumPy arrays; all processes must call this together."""
   if mesh.is_multi_process and not all(
     leaf.is_fully_addressable or leaf.is_fully_replicated
     for leaf in jax.tree.leaves(tree)

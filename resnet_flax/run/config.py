@@ -54,8 +54,8 @@ _KEYS = (
   ),
   Key("seed_execution", "auto", _EXECUTION, may_differ=True).means(
     "How networks share a device. in_turn: each bit-identical to its run alone."
-    " vectorized: all in one call, which may change the last bits. auto:"
-    " in_turn on CPUs, else vectorized."
+    " vectorized: all in one call, which rounds differently. auto: in_turn on"
+    " CPUs, else vectorized."
   ),
   Key("batch_size", 32, integer(1)).means(
     "Images per step, over all devices. A last, smaller batch is dropped."
@@ -63,7 +63,8 @@ _KEYS = (
   Key("steps_per_call", 0, integer(0), may_differ=True).means(
     "Training steps per call. Several need the training split on every device;"
     " signals and timed saves then wait for a call's end. 0: 32, but 1 on CPUs,"
-    " for images of over 64 pixels a side, and if the split does not fit."
+    " for images of over 64 pixels a side, and if the split is streamed or too"
+    " large for a device."
   ),
   Key("num_epochs", 200, integer(1)).means(
     "Passes over the training split. The schedule scales with them."
@@ -90,7 +91,7 @@ _KEYS = (
   ),
   Key("init_from", "", PATH).means(
     "Workdir whose best checkpoint gives the initial weights, but with a random"
-    " head if the data set or number of classes differs. Empty: random weights."
+    " head if dataset.name or the classes differ. Empty: random weights."
   ),
   Key("normalization", "pixel_mean", _NORMALIZATION).means(
     "How images / 255 are normalised. Measured on training images: pixel_mean"
@@ -114,7 +115,8 @@ _KEYS = (
   ),
   Key("dataset.image_size", 224, integer(1, 2048)).means(
     "Side in pixels of images decoded while training. Without random crops they"
-    " are cut to the central 224/256 of the shorter side, unless of this size."
+    " are cut to the central 224/256 of the shorter side, unless of this size"
+    " or by dataset.test_crops=10."
   ),
   Key("dataset.num_workers", -1, integer(-1, 256), may_differ=True).means(
     "Processes per seed that decode images while training. 0: two threads. -1:"
@@ -134,14 +136,14 @@ _KEYS = (
   ),
   Key("dataset.validation_examples", 0, integer(0)).means(
     "Training images to hold out, stratified except in streamed TFDS sets. 0:"
-    " the best epoch is chosen on a folder's val/, else on the test split."
+    " the best epoch is chosen on a folder's val/ or validation/, else on test."
   ),
   Key("dataset.split_seed", 0, integer(0, LAST_SEED)).means(
     "Seed of the choice of held-out images, independent of `seed`."
   ),
   Key("augment.name", "shift_flip", _AUGMENT).means(
     "shift_flip: continuous shift by up to 10 %. crop_flip: pad 4, random crop."
-    " none: no shift, crop or flip. Only for images decoded while training:"
+    " none: neither, nor augment.flip. Only for images decoded while training:"
     " scale_crop (He et al. 2015: shorter side 256 to 480 for crops of 224),"
     " random_resized_crop (8 to 100 % of the area, sides 3:4 to 4:3)."
   ),
@@ -187,7 +189,8 @@ _KEYS = (
     "Reduction ratio of squeeze-and-excitation (Hu et al. 2018: 16). 0: off."
   ),
   Key("model.stochastic_depth", 0.0, number(0, 1), _RESIDUAL).means(
-    "Drop probability of the last block, linear in depth (Huang et al. 2016)."
+    "Chance that a batch skips the last block's branch. Block l of L has l / L"
+    " of this chance (Huang et al. 2016)."
   ),
   Key("model.num_classes", 0, integer(0, 10**6)).means(
     "Size of the head. 0: the data set's classes; with another size a network"
@@ -247,11 +250,12 @@ _KEYS = (
     " about one forward pass. On CPUs it saves memory only with scan."
   ),
   Key("model.scan", False, BOOLEAN, _RESNETS, may_differ=True).means(
-    "Run the identical blocks of a stage as a loop, so that deep networks"
+    "Run the blocks of one shape in a stage as a loop, so that deep networks"
     " compile faster. Slow on CPUs without oneDNN. Checkpoints are the same."
   ),
   Key("optimizer.name", "adam", choice(*_OPTIMIZERS, prefix="optax/")).means(
-    "optax/NAME: any other optimizer of Optax, such as optax/nadam."
+    "optax/NAME: an optimizer of Optax that needs no more than gradients and"
+    " weights, such as optax/nadam."
   ),
   Key("optimizer.learning_rate", 1e-3, positive()).means("The base rate."),
   Key("optimizer.b1", 0.9, number(0, 1), ("adam",)).means("Adam's beta_1."),
@@ -329,12 +333,13 @@ _KEYS = (
     " best epoch. 0: off."
   ),
   Key("swa.start_epoch", 0, integer(0)).means(
-    "Also score the mean of the weights after each epoch from this 0-based one"
-    " on (Izmailov et al. 2018). Raw weights choose the best epoch. 0: off."
+    "Also score the mean of the weights that epochs end with, from this 0-based"
+    " epoch on (Izmailov et al. 2018). Raw weights choose the best one. 0: off."
   ),
   Key("plateau.enabled", False, BOOLEAN).means(
     "Also multiply the rate by plateau.factor when the loss with L2 stalls."
-    " Off by default: the Keras example's schedule undoes it an epoch later."
+    " Off by default: in the Keras example, the schedule undoes it before the"
+    " next epoch."
   ),
   Key("plateau.factor", 0.31622776601683794, positive(1)).means(
     "Factor on the rate. The default is the square root of 0.1."

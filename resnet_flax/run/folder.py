@@ -125,9 +125,9 @@ def check_same(
 ) -> None:
   """Checks that a run's stored configuration equals `config`.
 
-  Keys in `free` and in `config.MAY_DIFFER` may differ. `num_epochs` may grow if
-  the rates so far do not depend on it. If `workdir` is a temporary copy, errors
-  name the `mirror` that it comes from.
+  Keys in `free` and in `run.config.MAY_DIFFER` may differ. `num_epochs` may
+  grow if the rates so far do not depend on it. If `workdir` is a temporary
+  copy, errors name the `mirror` that it comes from.
   """
   stored = keys.to_flat(load_config(workdir))
   # Through JSON, which turns tuples into lists.
@@ -221,7 +221,8 @@ def is_taken(workdir: pathlib.Path) -> bool:
     # A new lock is empty until its owner has written into it.
     return files.read_bytes(path) not in (_WRITTEN[path], b"")
   except FileNotFoundError:
-    # Either another run has taken over and ended, or the lock was deleted.
+    # Another run has taken over and ended, or the lock was deleted: these look
+    # alike. In a workdir that was removed, there is no config.json.
     return path in _WRITTEN and os.path.exists(workdir / "config.json")
   except (OSError, ValueError, KeyError):  # The file system may have no locks.
     return False

@@ -377,7 +377,8 @@ def _read_states(
   if not steps or not (workdir / "checkpoints").is_dir():
     raise errors.WorkdirError(
       f"{workdir} has no {which} checkpoint: a run has a best one after its"
-      " first scored epoch, a latest one from its first save on."
+      " first scored epoch, a latest one after checkpoint.every_minutes or an"
+      " epoch. Wait for it, or pass another workdir."
     )
   seed_steps = {seed: steps[seed - config.seed] for seed in seeds}
   if missing := sorted({*seed_steps.values()} - {*saved_steps}):

@@ -24,7 +24,7 @@ def check(
   """Checks a configuration for training on `num_devices` devices.
 
   `facts`, which a run stores, replace the files of a streamed data set. Raises
-  `ConfigError`, or `DataError` if the facts about the data are missing.
+  `ConfigError`, or `DataError` if the set has neither facts nor files.
   """
   check_values(config)
   check_model(config.model)
@@ -64,8 +64,9 @@ def check(
   )
   _require(
     config.log.tensorboard or not config.log_layer_norms_every,
-    f"log_layer_norms_every={config.log_layer_norms_every} must be 0 if"
-    " log.tensorboard=False, since it writes to TensorBoard.",
+    f"log_layer_norms_every={config.log_layer_norms_every} writes to"
+    " TensorBoard: it must be 0 if log.tensorboard=False. Or pass"
+    " --config.log.tensorboard=True.",
   )
 
 
@@ -260,9 +261,10 @@ def _check_schedule(config: ConfigDict) -> None:
     name not in any_optax.NO_ZERO_RATE
     or not (epochs or values.name == "onecycle")
     or "safeguard_warmup=True" in arguments.replace(" ", ""),
-    f"optimizer.name={name} divides by the sum of rates, but the first rate of"
-    " onecycle and of schedule.linear_warmup_epochs is 0. Use neither, or for"
-    " prodigy --config.optimizer.arguments=safeguard_warmup=True.",
+    f"optimizer.name={name} divides by the sum of the rates so far, but the"
+    " first rate of onecycle and of schedule.linear_warmup_epochs is 0. Use"
+    " neither, or for prodigy"
+    " --config.optimizer.arguments=safeguard_warmup=True.",
   )
   ends = [config.num_epochs]  # The warm-up must be shorter than each of these.
   if values.name == "drops":

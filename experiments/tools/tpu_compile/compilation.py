@@ -118,9 +118,9 @@ def eval_batch_size(config: ConfigDict, layout: networks.Layout) -> int:
 def _layout(
   config: ConfigDict, devices: Sequence[jax.Device]
 ) -> networks.Layout:
-  # Without devices, no measurement can tell which execution is faster.
   automatic = config.seed_execution == "auto"
-  execution = "in_turn" if automatic else config.seed_execution
+  # As in a run on TPUs.
+  execution = "vectorized" if automatic else config.seed_execution
   return networks.Layout.create(config, devices, execution)
 
 

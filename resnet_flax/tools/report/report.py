@@ -129,8 +129,9 @@ def _accuracies(groups: Sequence[Group]) -> Section:
     " the test split decides (“Runs” names the key): then the best accuracy is"
     " optimistic, the final accuracy is not. ± is the sample standard deviation"
     " over n seeds. All values are of the raw weights; the learning curves also"
-    " show ema and swa. An unfinished group has the values of the last epoch that"
-    " all its seeds have; a finished group does not count its unfinished runs.",
+    " show ema and swa. An unfinished group has the values of the last epoch"
+    " that all its seeds have; a finished group does not count its unfinished"
+    " runs.",
     "A name has only the keys that tell the groups of a data set apart;"
     " “Configurations” lists all keys that differ. Other comparisons: python -m"
     " resnet_flax.compare A --with B.",
