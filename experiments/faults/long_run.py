@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from experiments.faults import harness
-from experiments.tools import config_arguments
+from experiments.tools.config_arguments import config_arguments
 from resnet_flax.run import (
   environment,
   files as files_lib,
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
   surroundings.set_up()
   folder = pathlib.Path(_FOLDER.value)
   folder.mkdir(parents=True)
-  arguments = config_arguments.config_arguments()
+  arguments = config_arguments()
   cores = sorted(os.sched_getaffinity(0))[:2]
   twins = [
     Twin(name, folder, core, arguments)

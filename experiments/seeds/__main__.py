@@ -14,7 +14,8 @@ import jax
 from absl import flags
 
 from experiments.seeds import measurement
-from experiments.tools import config_arguments, raw_file
+from experiments.tools import raw_file
+from experiments.tools.config_arguments import config_arguments
 from resnet_flax.run import (
   command_line,
   environment,
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
   rules.check(config, num_devices=jax.device_count())
   if config.num_seeds < 2:
     raise errors.ConfigError("num_seeds=1 must be at least 2, for example 3.")
-  arguments = config_arguments.config_arguments()
+  arguments = config_arguments()
   results = {
     "arguments": arguments,
     "environment": environment.describe(jax.devices()),

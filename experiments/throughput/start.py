@@ -19,7 +19,8 @@ import jax
 from absl import flags
 
 from experiments.throughput import report
-from experiments.tools import config_arguments, raw_file
+from experiments.tools import raw_file
+from experiments.tools.config_arguments import config_arguments
 from resnet_flax import data
 from resnet_flax.run import (
   command_line,
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
   surroundings.set_up()
   config, _ = command_line.config_and_workdir()
   data.load(config.dataset)  # Decodes the images, if they are not cached.
-  arguments = config_arguments.config_arguments()
+  arguments = config_arguments()
   with tempfile.TemporaryDirectory() as cache:
     times = [_start(arguments, cache) for _ in range(_ROUNDS.value + 1)]
   results: dict[str, Any] = {

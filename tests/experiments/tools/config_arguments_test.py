@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.tools import config_arguments
+from experiments.tools.config_arguments import config_arguments
 from tests.helpers import parse_command_line
 
 # Of ml_collections, as it loads a config file.
@@ -17,7 +17,7 @@ def test_every_form_of_an_argument_is_passed_on(tmp_path):
     *("main", "--config", "configs/v1_depth20.py", f"--flagfile={file}"),
     *("--config.model.depth", "8", "--config.model.scan", "--workdir=x"),
     *("--noconfig.augment.flip", "--config.schedule.drop_percents=(1,2,3,4)"),
-    then=lambda: found.extend(config_arguments.config_arguments()),
+    then=lambda: found.extend(config_arguments()),
   )
   assert found == [
     "--config=configs/v1_depth20.py",
