@@ -23,11 +23,9 @@ config file sets keys; so does the command line, after `--config`:
 `--config.model.depth=56`.
 
 A run must be resumed with the configuration that it was started with, except
-for keys that "may differ". A larger `num_epochs` makes a run
-[longer](resume.md#make-a-run-longer) where its schedule allows it; the command
-must then name the old folder (`--workdir`). Some keys are read only by some
-networks (`model.name`) or optimizers (`optimizer.name`); with others they must
-keep their defaults.
+for keys that "may differ" and for a [longer run](resume.md#make-a-run-longer).
+Some keys are read only by some networks (`model.name`) or optimizers
+(`optimizer.name`); with others they must keep their defaults.
 """
 _TABLE = """
 ## {}
