@@ -194,8 +194,9 @@ def loss_fn(
 ) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, PyTree]]]:
   """The mean cross-entropy of a normalised and augmented batch, float32[].
 
-  Also returns the float32[B, classes] logits and the collections that modules
-  wrote: 'batch_stats' and the names in `collections`, if modules have them.
+  `train_loss` records it; evaluation uses `cross_entropy` alone. Also returns
+  the float32[B, classes] logits and the collections that modules wrote:
+  'batch_stats' and the names in `collections`, if modules have them.
   """
   logits, updated = experiment.model.apply(
     {"params": params, "batch_stats": batch_stats},
@@ -234,7 +235,7 @@ def train_step_and_gradient(
   """Like `train_step`; also returns the gradient and written collections."""
   keys = step_keys(key, state.step)
   epoch = state.step // experiment.learning_rate.steps_per_epoch
-  # Both use this key: trivial_augment folds a number in, `augment` splits it.
+  # Both use this key: `augment_bytes` folds numbers in, `augment` splits it.
   images = experiment.augment_bytes(keys["augmentation"], images, epoch)
   # The recipe normalises before it shifts, so edges get normalised pixels.
   images, targets = experiment.augment(

@@ -38,6 +38,10 @@ def create(
   def augment_bytes(key, images, epoch):
     if alternates:
       images = alternating_flip(images, epoch)
-    return trivial_augment(key, images) if is_trivial else images
+    if is_trivial:
+      # `augment.compose` makes keys 0, 1, ... of the same key. Here keys count
+      # down: append a new augmentation below, with 2**32 - 2.
+      images = trivial_augment(jax.random.fold_in(key, 2**32 - 1), images)
+    return images
 
   return augment_bytes

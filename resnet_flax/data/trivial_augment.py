@@ -16,8 +16,7 @@ NUM_LEVELS = 31
 
 def trivial_augment(key: Array, images: Array) -> Array:
   """Augments uint8[B, H, W, C] images, where C is 1 or 3."""
-  # `augment.compose` splits the same key into keys 0, 1, ...; this one differs.
-  keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), 3)
+  keys = jax.random.split(key, 3)
   shape = images.shape[:1]
   numbers = jax.random.randint(keys[0], shape, 0, len(OPERATIONS))
   levels = jax.random.randint(keys[1], shape, 0, NUM_LEVELS) / (NUM_LEVELS - 1)

@@ -121,7 +121,8 @@ class DatasetInfo:
   image_shape: tuple[int, int, int]  # (H, W, C) of every image.
   num_train: int  # Images of the official training split.
   num_test: int
-  # Maps `config.dataset` and this object to `Arrays` and their source.
+  # Maps `config.dataset` and this object to `Arrays` and their source: a name
+  # with a digest of the files, by which a resumed run detects other data.
   read: Callable[[ConfigDict, Any], Any] = lambda config, known: None
   class_names: tuple[str, ...] = ()  # Only for streamed sets, if known.
 

@@ -41,3 +41,22 @@ def test_images_are_mirrored_in_every_other_epoch():
   ramps = np.broadcast_to(np.arange(8.0)[:, None], (64, 8, 8, 1))
   ramped, _ = moves(jax.random.key(0), jnp.asarray(ramps), LABELS)
   assert np.all(np.diff(ramped, axis=2) >= 0)
+
+
+def test_no_key_is_used_for_bytes_and_for_normalised_images(monkeypatch):
+  config = base.get_config().augment
+  config.trivial_augment = True
+  keys = []
+  monkeypatch.setattr(
+    augment_bytes, "trivial_augment", lambda key, images: keys.append(key)
+  )
+
+  def note(key, *operands):
+    keys.append(key)
+    return operands
+
+  key = jax.random.key(0)
+  augment_bytes.create(config)(key, None, 0)
+  augment.compose(*[note] * 9)(key, None, None)
+  data = {tuple(jax.random.key_data(each).tolist()) for each in keys}
+  assert len(data) == len(keys) == 10

@@ -126,7 +126,7 @@ def test_a_batch_is_its_images_one_by_one():
   key = jax.random.key(2)
   found = jax.jit(trivial_augment.trivial_augment)(key, images)
   assert found.dtype == jnp.uint8
-  keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), 3)
+  keys = jax.random.split(key, 3)
   numbers = jax.random.randint(keys[0], (32,), 0, 14)
   levels = jax.random.randint(keys[1], (32,), 0, 31) / 30
   levels *= jax.random.rademacher(keys[2], (32,), jnp.float32)
