@@ -94,7 +94,8 @@ SCHEDULES: dict[str, Callable[[ConfigDict, int], Schedule]] = {
 def open_epochs(flat_config: Mapping[str, Any]) -> float:
   """The number of initial epochs whose rates do not depend on num_epochs.
 
-  A run that has finished fewer epochs can be lengthened.
+  A run that has finished fewer epochs can be lengthened. If anything else of a
+  step depends on num_epochs, the answer must be 0.
   """
   if flat_config["schedule.name"] == "warmup_stable_decay":
     percent = flat_config["schedule.decay_percent"]

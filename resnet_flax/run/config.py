@@ -41,6 +41,7 @@ _OPTIMIZERS = "adam", "sgd", "adamw", "lamb", "lion", "muon"
 _SCHEDULES = "drops", "cosine", "constant", "onecycle", "warmup_stable_decay"
 _L2_WEIGHTS = choice("conv_kernels", "kernels", "all")
 _MONITOR = choice("accuracy", "loss", "objective")
+_STABLE_DECAY = ("warmup_stable_decay",)
 _PERCENTS, _FACTORS = tuple_of(integer(1, 100)), tuple_of(positive())
 _SHORTCUT = choice("default", "keras", "A", "B", "C", "none")
 
@@ -298,10 +299,10 @@ _KEYS = (
     " 0 to learning_rate and back. warmup_stable_decay: learning_rate, then a"
     " linear fall to 0; a run can be lengthened until the fall."
   ),
-  Key("schedule.peak_percent", 30, integer(1, 99)).means(
+  Key("schedule.peak_percent", 30, integer(1, 99), ("onecycle",)).means(
     "The share of the steps in which onecycle rises."
   ),
-  Key("schedule.decay_percent", 20, integer(1, 100)).means(
+  Key("schedule.decay_percent", 20, integer(1, 100), _STABLE_DECAY).means(
     "The share of the epochs in which warmup_stable_decay falls."
   ),
   Key("schedule.linear_warmup_epochs", 0.0, number(0)).means(

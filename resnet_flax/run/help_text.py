@@ -24,8 +24,9 @@ config file sets keys; so does the command line, after `--config`:
 
 A run must be resumed with the configuration that it was started with, except
 for keys that "may differ" and for a [longer run](resume.md#make-a-run-longer).
-Some keys are read only by some networks (`model.name`) or optimizers
-(`optimizer.name`); with others they must keep their defaults.
+Some keys are read only by some networks (`model.name`), optimizers
+(`optimizer.name`) or schedules (`schedule.name`); with others they must keep
+their defaults.
 """
 _TABLE = """
 ## {}

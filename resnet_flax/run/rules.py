@@ -233,6 +233,7 @@ def _check_batch_size(
 def _check_schedule(config: ConfigDict) -> None:
   """Checks the drops, a first rate of 0, and the end of a linear warm-up."""
   values = config.schedule
+  _check_unread("schedule", values)
   percents, factors = tuple(values.drop_percents), tuple(values.drop_factors)
   _require(
     len(percents) == len(factors) and percents == tuple(sorted(percents)),

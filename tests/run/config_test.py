@@ -66,6 +66,10 @@ LARGE = {
     # No file name has 300 bytes.
     ({"dataset.name": "tfds/" + "\u65e5" * 100}, "is not known"),
     ({"model.gate_bias": -3.0}, "=resnet_v1; it is for highway. Leave it -2.0"),
+    (
+      {"schedule.peak_percent": 40},
+      "does nothing for schedule.name=drops; it is for onecycle. Leave it 30",
+    ),
     ({"model.dropout": 0.0}, "does nothing .* it is for vgg, alexnet"),
     (
       LARGE | {"model.name": "alexnet", "model.depth": 8, "model.norm": "none"},

@@ -87,8 +87,11 @@ def learning_curves(
 
   All groups must have one data set, whose file name suffix is `end`.
   """
-  title = metric.replace("_accuracy", " error (%)")
-  title = _TITLES.get(metric, title.replace("_top5", " top-5 error (%)"))
+  title = metric
+  for name in ("accuracy", "top5"):
+    if metric.endswith(f"_{name}"):
+      title = f"{metric.removesuffix(f'_{name}')} {_TITLES[name]}"
+  title = _TITLES.get(metric, title)
   # Accuracies are drawn as errors.
   file = {"accuracy": "error", "error": "error_"}.get(metric, metric)
   drawn = [(group, c) for group in groups if (c := _curves(group, metric))]

@@ -68,6 +68,31 @@ def scored():
   return summarize([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]], [0, 1, 0])
 
 
+@pytest.mark.parametrize(
+  ("metric", "title"),
+  [
+    ("ema_accuracy", "ema error (%)"),
+    ("ema_top5", "ema top-5 error (%)"),
+    ("ema_accuracy_of_0", "ema_accuracy_of_0"),  # It is not drawn as an error.
+  ],
+)
+def test_only_what_is_drawn_as_an_error_is_called_one(
+  tmp_path, drawn, metric, title
+):
+  workdirs.write(tmp_path / "a", [0.4, 0.5])
+  path = tmp_path / "a" / "metrics.jsonl"
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  for record in lines:
+    record[f"test_{metric}"] = 0.25
+  path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+  groups = runs.group(runs.read([tmp_path / "a"]))
+  figures.learning_curves(groups, metric)
+  (figure,) = drawn
+  assert figure.axes[0].get_ylabel() == title
+  value = 75 if "(%)" in title else 0.25
+  assert figure.axes[0].lines[0].get_ydata()[0] == value
+
+
 def test_learning_curves(groups, drawn):
   (rendered,) = figures.learning_curves(groups, "accuracy")
   (figure,) = drawn
