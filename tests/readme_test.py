@@ -78,6 +78,23 @@ def test_the_degradation_is_that_of_the_runs(name):
 @pytest.mark.parametrize(
   "page", ["README.md", "docs/results.md", "experiments/README.md"]
 )
+def test_the_longer_run_is_that_of_the_raw_file(page):
+  path = ROOT / "experiments" / "depth_ablation" / "degradation.json"
+  (cell,) = filter(report.is_longer, json.loads(path.read_text()))
+  text = " ".join((ROOT / page).read_text().split())
+  assert f"still has {cell['train_error']:.1f} %" in text
+  own = " ".join(path.with_name("README.md").read_text().split())
+  before = next(
+    each["train_error"]
+    for each in json.loads(path.read_text())
+    if each["depth"] == 56 and each["network"] == "plain"
+  )
+  assert f"error of {cell['train_error']:.1f} %, against {before:.1f} %" in own
+
+
+@pytest.mark.parametrize(
+  "page", ["README.md", "docs/results.md", "experiments/README.md"]
+)
 def test_the_interval_of_the_degradation_is_that_of_the_runs(page):
   folder = ROOT / "experiments" / "depth_ablation"
   table = report.table(json.loads((folder / "degradation.json").read_text()))
