@@ -32,12 +32,21 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
   return parse
 
 
+CAN_BE_WRITTEN = "must be in a folder that exists and can be written"
+
+
+def can_be_written(path: str) -> bool:
+  """Whether a file's folder exists and can be written.
+
+  Commands check this first: a long measurement's figures must not be lost.
+  """
+  return os.access(os.path.dirname(path) or ".", os.W_OK)
+
+
 def output(text: str) -> pathlib.Path:
-  """A file that can be written, so that no figures are lost at the end."""
-  if not os.access(os.path.dirname(text) or ".", os.W_OK):
-    raise argparse.ArgumentTypeError(
-      f"{text} must be in a folder that exists and can be written"
-    )
+  """A file that can be written."""
+  if not can_be_written(text):
+    raise argparse.ArgumentTypeError(f"{text} {CAN_BE_WRITTEN}")
   return pathlib.Path(text)
 
 

@@ -1,19 +1,18 @@
 """The flag --out, for commands whose flags are absl's."""
 
-import os
 import pathlib
 from typing import Any
 
 from absl import flags
 
+from experiments.tools import flag_types
 from resnet_flax.run import files
 
 _OUT = flags.DEFINE_string("out", "", "JSON file for the raw figures.")
-# Checked first: the figures of a long measurement must not be lost.
 flags.register_validator(
   "out",
-  lambda path: not path or os.access(os.path.dirname(path) or ".", os.W_OK),
-  "must be in a folder that exists and can be written.",
+  lambda path: not path or flag_types.can_be_written(path),
+  f"{flag_types.CAN_BE_WRITTEN}.",
 )
 
 

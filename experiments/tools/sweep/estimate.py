@@ -41,8 +41,8 @@ def table(
 
   A row has a cell's finished epochs, trainable parameters, forward FLOPs of an
   image and training images of all epochs; for the remaining epochs, TFLOP
-  (training and evaluation) and the estimated time. The sums come
-  last. Raises `WorkdirError` if a workdir holds another run.
+  (training and evaluation) and the estimated time. The sums come last. Raises
+  `WorkdirError` if a workdir holds another run.
   """
   rates = _rates(cells, measured)
   rate = statistics.median(rates) if rates else rate_now(cells, gpus)

@@ -87,11 +87,10 @@ def learning_curves(
 
   All groups must have one data set, whose file name suffix is `end`.
   """
-  title = metric
-  for name in ("accuracy", "top5"):
-    if metric.endswith(f"_{name}"):
-      title = f"{metric.removesuffix(f'_{name}')} {_TITLES[name]}"
-  title = _TITLES.get(metric, title)
+  stem, _, last = metric.rpartition("_")
+  title = _TITLES.get(metric, metric)
+  if stem and last in ("accuracy", "top5"):
+    title = f"{stem} {_TITLES[last]}"
   # Accuracies are drawn as errors.
   file = {"accuracy": "error", "error": "error_"}.get(metric, metric)
   drawn = [(group, c) for group in groups if (c := _curves(group, metric))]
