@@ -450,7 +450,7 @@ def test_the_commands_of_the_page_train(tmp_path, command):
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  assert "train 15, a tenth 3; 0 other files" in done.stderr
+  assert "train 15, a tenth 3; 0 other entries are ignored" in done.stderr
 
 
 def test_the_page_has_commands():
