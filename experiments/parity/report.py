@@ -119,7 +119,7 @@ def draw(runs: list[runs_lib.Run]) -> Figure:
           color=color,
           linestyle=line,
           linewidth=1.3,
-          label=None if k else f"{name}, {len(trainings)} seeds",
+          label=None if k else f"{name}, n = {len(trainings)}",
         )
     axis.set(xlabel="epoch", ylabel=title)
     axis.grid(alpha=0.3)
