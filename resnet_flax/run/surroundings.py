@@ -25,6 +25,8 @@ def set_up() -> None:
   warnings.filterwarnings(
     "ignore", "Error writing persistent compilation cache entry.*MemoryError"
   )
+  # Small programs, too: the first weights are drawn by dozens of them.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     # Programs depend on the CPU, and several machines may share a home.
     processor = str(environment.cpu()).encode()
