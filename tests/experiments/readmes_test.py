@@ -85,8 +85,9 @@ def stream_tables():
 
 
 def throughput():
-  start = report.start_table(read("throughput/start.json")["start"])
-  yield from start.splitlines()
+  for name in ("start", "start_depth56"):
+    start = report.start_table(read(f"throughput/{name}.json")["start"])
+    yield from start.splitlines()
   compared = report.tables(read("throughput/comparison/results.json"))
   for table in compared.values():
     yield from table.splitlines()
