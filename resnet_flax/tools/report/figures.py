@@ -85,7 +85,7 @@ def learning_curves(
 ) -> list[Rendered]:
   """Draws a metric over epochs: at most six groups per figure, with equal axes.
 
-  All groups must have one data set, whose file name suffix is `end`.
+  All groups must have one data set, whose suffix in file names is `end`.
   """
   stem, _, last = metric.rpartition("_")
   title = _TITLES.get(metric, metric)
@@ -115,7 +115,7 @@ def learning_curves(
       rendered.append(
         _render(
           figure,
-          re.sub(r"\W", "_", f"learning_curves_{file}{end}{number}"),
+          f"learning_curves_{file}{end}{number}",
           text=f"{title} over the epochs on {groups[0].data}, for {names}.",
           caption="Curves are means over the seeds; ± one standard deviation is"
           " shaded. Training values are means over an epoch, while the network"
@@ -318,4 +318,5 @@ def _render(figure: Figure, name: str, *, text: str, caption: str) -> Rendered:
   figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
   undated = {"Date": None, "Creator": None}
   figure.savefig(svg, format="svg", dpi=150, metadata=undated)
+  name = re.sub(r"\W", "_", name)  # A metric or a data set may have a slash.
   return Rendered(name, text, caption, png.getvalue(), svg.getvalue())

@@ -4,13 +4,13 @@ Only config.json, metrics.jsonl and environment.json are read.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import operator
 import os
 import pathlib
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -50,13 +50,10 @@ class Run:
   seed: int
   folder: pathlib.Path  # The workdir.
   name: str  # The workdir's path below the folder that holds all workdirs.
-  config: Config
+  config: Config  # Its 'data' is `Dataset.source`, or 'unknown'.
   records: list[metrics.Record]  # One for each finished epoch, oldest first.
   device: str  # Its devices, described for people, or 'unknown'.
-  data: str  # `Dataset.source` of the training images, or 'unknown'.
-  # Test accuracy of the workdir's ensemble in the last record, a fraction; NaN
-  # if the record has none, as for a single seed.
-  ensemble: float
+  ensemble: float  # Last test accuracy of the workdir's ensemble, or NaN.
 
   @property
   def finished(self) -> bool:
@@ -83,10 +80,7 @@ class Run:
     return math.fsum(record["epoch_seconds"] for record in self.records)
 
   def mean(self, key: str, scored: bool = False) -> float:
-    """Mean of a key, such as 'data_seconds'; NaN if an epoch lacks it.
-
-    The mean is over all epochs, or only over the `scored` ones.
-    """
+    """Mean of a key over all or the `scored` epochs; NaN if one lacks it."""
     used = [r for r in self.records if "test_loss" in r or not scored]
     return statistics.fmean([r.get(key, math.nan) for r in used] or [math.nan])
 
@@ -107,10 +101,21 @@ class Group:
   name: str  # Unique within its data set: 'plain, depth=56'.
   config: Config  # Without the keys in which the runs may differ.
   runs: Sequence[Run]  # All runs, also those that are not counted.
-  # The longest run of each seed: only finished runs, unless none is finished.
-  # Runs without an epoch are left out.
-  counted: Sequence[Run]
-  num_epochs: int  # Epochs that all counted runs have; 0 if there are none.
+
+  @functools.cached_property
+  def counted(self) -> list[Run]:
+    """Each seed's longest run: only finished ones, or begun ones if none is."""
+    by_seed: dict[int, Run] = {}
+    # The first one of equally long runs.
+    for run in sorted(self.runs, key=lambda run: -len(run.records)):
+      by_seed.setdefault(run.seed, run)
+    begun = [run for _, run in sorted(by_seed.items()) if run.records]
+    return [run for run in begun if run.finished] or begun
+
+  @functools.cached_property
+  def num_epochs(self) -> int:
+    """Epochs that all counted runs have; 0 if there are none."""
+    return min((len(run.records) for run in self.counted), default=0)
 
   @property
   def finished(self) -> bool:
@@ -123,10 +128,7 @@ class Group:
     return np.array([[r.get(key, math.nan) for r in each] for each in by_run])
 
   def at(self, which: str, key: str, factor: float = 1) -> list[float]:
-    """A metric times a factor at each seed's 'best' or 'last' epoch.
-
-    NaN if a record lacks the metric; records of older runs lack new metrics.
-    """
+    """A metric times a factor at each seed's 'best' or 'last' epoch, or NaN."""
     return [
       factor * run.record(which, self.num_epochs).get(key, math.nan)
       for run in self.counted
@@ -143,10 +145,7 @@ def is_share(key: str) -> bool:
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-  """Finds the workdirs at or below `paths`.
-
-  Each workdir is listed once, in the order of the arguments, then by name.
-  """
+  """Each workdir at or below `paths` once, by order of paths, then by name."""
   advice = "Pass workdirs, or a folder that contains some, such as runs."
 
   def fail(error: OSError) -> None:
@@ -179,18 +178,18 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   runs = []
   for folder, path in zip(folders, real_paths, strict=True):
     stored, environment = load_config(folder), read_environment(folder)
-    # Runs that start from different weights are different experiments.
+    # Runs of other data or other first weights are different experiments.
+    config = keys.flatten(stored.to_dict())
+    config["data"] = environment.get("data") or "unknown"
     origin = environment.get("converted", {})
-    start = {}
     if "sha256" in origin:
-      start["converted"] = f"{origin.get('source')} ({origin['sha256'][:8]})"
+      config["converted"] = f"{origin.get('source')} ({origin['sha256'][:8]})"
     records = metrics.MetricsLog(folder, stored).read()
     shared = {
       "folder": folder,
       "name": shown(os.path.relpath(path, common)),
-      "config": keys.flatten(stored.to_dict()) | start,
+      "config": config,
       "device": _device(environment),
-      "data": environment.get("data") or "unknown",
       "ensemble": [{}, *records][-1].get("test_ensemble_accuracy", math.nan),
     }
     for k in range(stored.num_seeds):
@@ -215,24 +214,21 @@ def _device(environment: Mapping[str, Any]) -> str:
 def group(runs: Iterable[Run]) -> list[Group]:
   """Groups the runs that differ only in `_REPETITION_KEYS`.
 
-  Runs on different data are in different groups, as if `data` were a key.
   Groups are ordered by the values of the keys in which they differ; groups of
   one data set follow each other.
   """
   by_config: dict[str, list[Run]] = {}
   for run in runs:
     config = {k: v for k, v in run.config.items() if k not in _REPETITION_KEYS}
-    key = json.dumps(config | {"data": run.data}, sort_keys=True)
-    by_config.setdefault(key, []).append(run)
+    by_config.setdefault(json.dumps(config, sort_keys=True), []).append(run)
   members = [(json.loads(key), same) for key, same in by_config.items()]
   differing = differing_keys([config for config, _ in members])
 
   def order(member: tuple[Config, list[Run]]) -> list[tuple[bool, Any]]:
-    values = map(member[0].get, differing)
     # Numbers are ordered by size and come first; the rest is ordered as text.
     return [
       (False, value) if isinstance(value, int | float) else (True, str(value))
-      for value in values
+      for value in map(member[0].get, differing)
     ]
 
   members.sort(key=order)
@@ -247,28 +243,15 @@ def group(runs: Iterable[Run]) -> list[Group]:
   for data, of_data in itertools.groupby(members, data_set):
     configs, runs_of = zip(*of_data, strict=True)
     for each in zip(labels(configs), configs, runs_of, strict=True):
-      groups.append(_group(len(groups) + 1, data, *each))
+      groups.append(Group(len(groups) + 1, data, *each))
   return groups
 
 
 def by_data(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
-  """Each data set's file name suffix ('' if it is alone) and its groups."""
+  """Each data set's suffix of names ('' if it is alone) and its groups."""
   of_data = itertools.groupby(groups, operator.attrgetter("data"))
-  parts = [(re.sub(r"\W", "_", f"_{data}"), [*each]) for data, each in of_data]
+  parts = [(f"_{data}", [*each]) for data, each in of_data]
   return parts if parts[1:] else [("", each) for _, each in parts]
-
-
-def _group(
-  number: int, data: str, name: str, config: Config, runs: Sequence[Run]
-) -> Group:
-  by_seed: dict[int, Run] = {}
-  # A repeated seed counts once: in its longest run, the first one of equals.
-  for run in sorted(runs, key=lambda run: -len(run.records)):
-    by_seed.setdefault(run.seed, run)
-  started = [run for _, run in sorted(by_seed.items()) if run.records]
-  counted = [run for run in started if run.finished] or started
-  num_epochs = min((len(run.records) for run in counted), default=0)
-  return Group(number, data, name, config, runs, counted, num_epochs)
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:
