@@ -65,8 +65,7 @@ def make(
   groups = runs_lib.group(runs_lib.read(workdirs))
   with new_folder.writing(out, "--out", "Pass another folder."):
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):  # Checks early that it is writable.
-      pass
+    tempfile.TemporaryFile(dir=out).close()  # Checks early that it is writable.
   by_data = runs_lib.by_data(groups)
   curves = [
     figure
