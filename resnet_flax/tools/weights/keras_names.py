@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax.models import other_blocks as others
+from resnet_flax.models import other_blocks as others, registry
 from resnet_flax.run import errors
 from resnet_flax.tools.weights import files, mapping
 from resnet_flax.tools.weights.mapping import Origin, OriginOf, Path, Source
@@ -32,9 +32,6 @@ _HEADS = ("predictions", "probs")
 # Maps parts of our layers' names to Keras's automatic names of their classes.
 _KINDS = {"conv": "conv2d", "bn": "batch_normalization", "head": "dense"}
 
-# The example's network with n blocks per stage has n times this many layers,
-# plus a stem and a head.
-_LAYERS_PER_N = {"resnet_v1": 6, "resnet_v2": 9}
 # The layers of a block in the order in which they are created. Only the first
 # block of a stage has shortcut layers.
 _BLOCKS = {
@@ -119,8 +116,7 @@ def _example(file: files.WeightsFile) -> tuple[str, int]:
   convs = _numbered(file, "conv2d")
   # A bottleneck begins with a 1x1 convolution.
   is_v2 = file.shape(f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
-  version, projections = ("v2", 3) if is_v2 else ("v1", 2)
-  per_n = _LAYERS_PER_N[f"resnet_{version}"]
+  version, per_n, projections = ("v2", 9, 3) if is_v2 else ("v1", 6, 2)
   # The stem and the projections are not among these layers.
   blocks, rest = divmod(len(convs) - 1 - projections, per_n)
   if rest or blocks < 1:
@@ -137,15 +133,12 @@ def _example(file: files.WeightsFile) -> tuple[str, int]:
 
 def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
   """Our layers in the order of their creation or of Keras's `model.layers`."""
-  if name == "resnet_imagenet":
-    sizes: Sequence[int] = others.IMAGENET_SIZES[depth]
-  else:
-    sizes = [(depth - 2) // _LAYERS_PER_N[name]] * 3
   order = _BLOCKS[name].split()
   if name == "resnet_v2" and not as_created:
     # The shortcut is created last, but precedes conv3 in `model.layers`.
     order[-2:] = ["shortcut_conv", "conv3"]
   paths: list[Path] = [("stem_conv",), ("stem_bn",)]
+  sizes = registry.check_depth(name, depth)
   for stage, blocks in enumerate(sizes, start=1):
     for block in range(1, blocks + 1):
       paths += [
