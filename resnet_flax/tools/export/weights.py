@@ -75,9 +75,13 @@ def write(
       case "keras":
         import h5py
 
-        layers = keras_names.layers_of(loaded.config.model)
+        model = loaded.config.model
+        places = keras_names.automatic_names(
+          model.name, model.depth, as_created=False
+        )
         with h5py.File(folder / "model.weights.h5", "w") as file:
-          for name, place in layers.values():
+          for path, name in keras_names.names_of(model).items():
+            place = places[path]
             group = file.create_group(f"layers/{place}/vars")
             group.attrs["name"] = name
             variables = files.VARIABLES[files.layer_class(place)]

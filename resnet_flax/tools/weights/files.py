@@ -1,13 +1,13 @@
 """Reads files of weights as flat dictionaries; never runs code in a file."""
 
+import collections
 import contextlib
 import io
-import itertools
 import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -216,8 +216,8 @@ def _read_keras(path: pathlib.Path) -> WeightsFile:
     return _read_hdf5(path, weights, archive.read("config.json"))
 
 
-# Maps the automatic name of each layer class with weights to the names of its
-# variables, in the order in which Keras 3 numbers them.
+# Maps each layer class with weights to the names of its variables, in the order
+# in which Keras 3 numbers them.
 VARIABLES = {
   "conv2d": ("kernel", "bias"),
   "dense": ("kernel", "bias"),
@@ -225,11 +225,12 @@ VARIABLES = {
 }
 
 
-def automatic_names(start: str) -> Iterator[str]:
-  """Yields 'conv2d', 'conv2d_1', ...: the names of a class's layers in turn."""
-  yield start
-  for number in itertools.count(1):
-    yield f"{start}_{number}"
+def automatic_names(classes: Iterable[str]) -> Iterator[str]:
+  """Yields 'conv2d', 'conv2d_1', 'dense', ... for layers of these classes."""
+  counts = collections.Counter[str]()
+  for name in classes:
+    yield f"{name}_{counts[name]}" if counts[name] else name
+    counts[name] += 1
 
 
 def layer_class(name: str) -> str:
@@ -254,13 +255,14 @@ def _read_hdf5(
     root.visititems(lambda *member: members.append(member))
     model = model or root.attrs.get("model_config", "")
     layers = json.loads(model)["config"]["layers"] if model else []
+    # 'BatchNormalization' becomes 'batch_normalization'.
+    classes = [
+      re.sub("([a-z])([A-Z])", r"\1_\2", layer["class_name"]).lower()
+      for layer in layers
+    ]
+    layer_names = [layer["config"]["name"] for layer in layers]
     # Maps a layer's place in a file of Keras 3, such as 'conv2d', to its name.
-    names: dict[str, str] = {}
-    for start in VARIABLES:
-      kind = start.replace("_", "")  # The class's name in lower case.
-      configs = [x["config"] for x in layers if x["class_name"].lower() == kind]
-      layer_names = [config["name"] for config in configs]
-      names.update(zip(automatic_names(start), layer_names, strict=False))
+    names = dict(zip(automatic_names(classes), layer_names, strict=True))
     arrays: dict[str, np.ndarray] = {}
     passed_over, places = [], set()
     for key, member in members:

@@ -6,7 +6,7 @@ have automatic names, and `keras.applications`' ResNet50, ResNet101, ResNet152.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,8 @@ _NORM = {
   "mean": "moving_mean",
   "var": "moving_variance",
 }
-# Names of the head; older files have the second one.
-_HEADS = ("predictions", "probs")
-# Maps parts of our layers' names to Keras's automatic names of their classes.
-_KINDS = {"conv": "conv2d", "bn": "batch_normalization", "head": "dense"}
+# Maps our layers' names, less prefix and number, to Keras's classes.
+_CLASSES = {"conv": "conv2d", "bn": "batch_normalization", "head": "dense"}
 
 # The layers of a block in the order in which they are created. Only the first
 # block of a stage has shortcut layers.
@@ -45,6 +43,7 @@ _BLOCKS = {
 
 def identify(file: files.WeightsFile) -> Source:
   """Finds the network of a file with Keras's names."""
+  numbered = _numbered(file)
   kernels = [v for k, v in file.arrays.items() if k.endswith("/kernel")]
   is_imagenet = any(array.shape[:2] == (7, 7) for array in kernels)
   if is_imagenet:
@@ -64,8 +63,8 @@ def identify(file: files.WeightsFile) -> Source:
     needed: dict[str, Any] = {"normalization": ("caffe",)}
     needed |= {"shortcut": ("B", "default")}
     needed |= {"padding": "symmetric", "stride_in_3x3": False}
-  elif _numbered(file, "conv2d") and len(_numbered(file, "dense")) == 1:
-    name, depth = _example(file)
+  elif {"conv2d", "dense"} <= numbered.keys() and "dense_1" not in numbered:
+    name, depth = _example(file, numbered)
     title = f"the Keras example's ResNet-{depth} {name.removeprefix('resnet_')}"
     width, epsilon = 16, 1e-3
     # In the example, subtracting the mean image is optional.
@@ -78,11 +77,13 @@ def identify(file: files.WeightsFile) -> Source:
       " and keras.applications' ResNet50, ResNet101 and ResNet152, with their"
       " heads",
     )
-  ours = _ours(name, depth, file.has_layer_names)
-  theirs = _in_turn(ours, functools.partial(_numbered, file))
   if is_imagenet and file.has_layer_names:
-    head = next((h for h in _HEADS if f"{h}/bias" in file.arrays), _HEADS[0])
-    theirs = _application_names(ours, head)
+    # Older files call the head 'probs'.
+    head = "probs" if "probs/bias" in file.arrays else "predictions"
+    theirs = _application_names(depth, head)
+  else:
+    places = automatic_names(name, depth, file.has_layer_names)
+    theirs = {k: numbered[v] for k, v in places.items() if v in numbered}
   for layer in file.layers:
     if layer["class_name"] == "BatchNormalization":
       epsilon = float(layer["config"]["epsilon"])
@@ -101,28 +102,30 @@ def identify(file: files.WeightsFile) -> Source:
   )
 
 
-def _numbered(file: files.WeightsFile, kind: str) -> list[str]:
-  """A class's layers with automatic names, in the order of their numbers.
+def _numbered(file: files.WeightsFile) -> dict[str, str]:
+  """Maps 'conv2d', 'conv2d_1', ... to the file's layers in their order.
 
   Keras counts over all models of a process, so numbers may start anywhere.
   """
   layers = {name.partition("/")[0] for name in file.arrays}
-  matching = [name for name in layers if files.layer_class(name) == kind]
-  return sorted(matching, key=lambda name: (len(name), name))
+  in_turn = sorted(layers, key=lambda name: (len(name), name))
+  automatic = files.automatic_names(map(files.layer_class, in_turn))
+  return dict(zip(automatic, in_turn, strict=True))
 
 
-def _example(file: files.WeightsFile) -> tuple[str, int]:
+def _example(
+  file: files.WeightsFile, numbered: Mapping[str, str]
+) -> tuple[str, int]:
   """The name and the depth of the example's network that a file holds."""
-  convs = _numbered(file, "conv2d")
   # A bottleneck begins with a 1x1 convolution.
-  is_v2 = file.shape(f"{convs[:2][-1]}/kernel")[:2] == (1, 1)
+  is_v2 = file.shape(f"{numbered.get('conv2d_1')}/kernel")[:2] == (1, 1)
   version, per_n, projections = ("v2", 9, 3) if is_v2 else ("v1", 6, 2)
   # The stem and the projections are not among these layers.
-  blocks, rest = divmod(len(convs) - 1 - projections, per_n)
+  blocks, rest = divmod(file.num_convs - 1 - projections, per_n)
   if rest or blocks < 1:
     raise errors.WeightsError(
-      f"{file.path} has {len(convs)} convolutions. A ResNet {version} of the"
-      f" Keras example must have {per_n}n+{1 + projections}, for n blocks"
+      f"{file.path} has {file.num_convs} convolutions. A ResNet {version} of"
+      f" the Keras example must have {per_n}n+{1 + projections}, for n blocks"
       " in each stage."
     )
   return f"resnet_{version}", per_n * blocks + 2
@@ -131,8 +134,14 @@ def _example(file: files.WeightsFile) -> tuple[str, int]:
 # ---- Our layers and theirs
 
 
-def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
-  """Our layers in the order of their creation or of Keras's `model.layers`."""
+def automatic_names(
+  name: str, depth: int, as_created: bool = True
+) -> dict[Path, str]:
+  """Maps the layers of our network to names such as 'conv2d_3'.
+
+  Keras numbers a class's layers as they are created, and, for their places in a
+  file, in the order of `model.layers`.
+  """
   order = _BLOCKS[name].split()
   if name == "resnet_v2" and not as_created:
     # The shortcut is created last, but precedes conv3 in `model.layers`.
@@ -151,24 +160,17 @@ def _ours(name: str, depth: int, as_created: bool = True) -> list[Path]:
   elif name == "resnet_v2":
     paths.remove(("stage1_block1", "bn1"))
     paths.append(("final_bn",))
-  return [*paths, ("head",)]
+  paths.append(("head",))
+  classes = [_CLASSES[re.sub(".*_|[0-9]", "", path[-1])] for path in paths]
+  return dict(zip(paths, files.automatic_names(classes), strict=True))
 
 
-def _in_turn(
-  ours: Sequence[Path], theirs: Callable[[str], Iterable[str]]
+def _application_names(
+  depth: int, head: str = "predictions"
 ) -> dict[Path, str]:
-  """Pairs our layers with names by order; `theirs` gives a class's names."""
-  names: dict[Path, str] = {}
-  for part, kind in _KINDS.items():
-    paths = [path for path in ours if part in path[-1]]
-    names.update(zip(paths, theirs(kind), strict=False))
-  return names
-
-
-def _application_names(ours: Sequence[Path], head: str) -> dict[Path, str]:
   """Names such as 'conv2_block1_0_conv' for stage1_block1's shortcut_conv."""
   names: dict[Path, str] = {}
-  for path in ours:
+  for path in automatic_names("resnet_imagenet", depth):
     *block, layer = path
     kind = "conv" if "conv" in layer else "bn"
     prefix = "conv1"
@@ -197,29 +199,19 @@ def _flip_channels(kernel: np.ndarray) -> np.ndarray:
 # ---- Export
 
 
-def layers_of(model: ConfigDict) -> dict[Path, tuple[str, str]]:
-  """Maps our layers of `config.model` to names and places in Keras's files.
-
-  A place is for example 'conv2d_3', numbered in the order of `model.layers`.
-  """
-  created, in_model = (
-    _ours(model.name, model.depth, as_created) for as_created in (True, False)
-  )
-  places = _in_turn(in_model, files.automatic_names)
+def names_of(model: ConfigDict) -> dict[Path, str]:
+  """Maps our layers of `config.model` to the names that Keras gives them."""
   if model.name == "resnet_imagenet":
-    names = _application_names(created, _HEADS[0])
-  else:
-    names = _in_turn(created, files.automatic_names)
-  return {path: (name, places[path]) for path, name in names.items()}
+    return _application_names(model.depth)
+  return automatic_names(model.name, model.depth)
 
 
 def origin_of(names: str, model: ConfigDict) -> OriginOf | None:
   """See `pytorch_names.origin_of`; `names` is 'keras'."""
   if names != "keras" or model.name not in _BLOCKS:
     return None
-  theirs = {path: name for path, (name, _) in layers_of(model).items()}
   flips = model.name == "resnet_imagenet"
-  return functools.partial(_origin, theirs, flip_stem=flips)
+  return functools.partial(_origin, names_of(model), flip_stem=flips)
 
 
 # ---- What a file says about its layers
