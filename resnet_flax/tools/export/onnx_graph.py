@@ -49,7 +49,7 @@ class _Graph:
     self.scope = ""  # The layer that is being written.
 
   def add(self, operation: str, *inputs: Any, **attributes: Any) -> _Value:
-    """Adds a node of values, names or constants with axes in ONNX's order."""
+    """Adds a node of values, names or constants with axes in JAX's order."""
     names = [self._name(each) for each in inputs]
     scope = attributes.pop("scope", self.scope)
     name = f"{scope}/{operation}_{len(self.nodes)}"
@@ -64,7 +64,8 @@ class _Graph:
       operand.name = operand.name or self._write(operand)
       return operand.name
     name = f"constant_{len(self.constants)}"
-    array = np.array(operand, order="C")
+    array = np.asarray(operand)
+    array = np.array(array.transpose(_order(array.ndim)), order="C")
     self.constants.append(numpy_helper.from_array(array, name))
     return name
 
@@ -74,13 +75,12 @@ class _Graph:
       kernel = np.asarray(value.kernel) * scale
       bias = np.broadcast_to(shift.ravel(), kernel.shape[-1:])
       if value.operation == "Conv":
-        kernel = kernel.transpose(3, 2, 0, 1)
-      x = self.add(value.operation, x, kernel, bias, **value.attributes)
-      return x.name
+        kernel = kernel.transpose(3, 0, 1, 2)  # OHWI, which becomes OIHW.
+      return self.add(value.operation, x, kernel, bias, **value.attributes).name
     if np.any(scale != 1):
-      x = self.add("Mul", x, _in_order(scale))
+      x = self.add("Mul", x, scale)
     if np.any(shift != 0):
-      x = self.add("Add", x, _in_order(shift))
+      x = self.add("Add", x, shift)
     return self._name(x)
 
 
@@ -156,11 +156,6 @@ def _walk(
 def _order(rank: int) -> list[int]:
   """The numbers of JAX's axes in ONNX's order: NHWC becomes NCHW."""
   return [0, 3, 1, 2] if rank == 4 else list(range(rank))
-
-
-def _in_order(x: Any) -> Any:
-  """An operand for a node; transposes a constant into ONNX's order of axes."""
-  return x if isinstance(x, _Value) else np.transpose(x, _order(np.ndim(x)))
 
 
 def _by_axis(x: Sequence[Any]) -> np.ndarray:
@@ -271,4 +266,4 @@ def _dot(graph: _Graph, equation: Any, a: Any, b: Any) -> _Value | None:
   result = [k for k in left + right if (k in left) != (k in right)]
   terms = ("".join(_by_axis(each)) for each in (left, right, result))
   formula = "{},{}->{}".format(*terms)
-  return graph.add("Einsum", _in_order(a), _in_order(b), equation=formula)
+  return graph.add("Einsum", a, b, equation=formula)
