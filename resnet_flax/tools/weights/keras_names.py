@@ -188,7 +188,7 @@ def _origin(theirs: Names, path: Path, flip_stem: bool = False) -> Origin:
   name = theirs.get(tuple(layer), "/".join(layer))
   name = f"{name}/{_NORM[leaf] if 'bn' in layer[-1] else leaf}"
   if flip_stem and path[1:] == ("stem_conv", "kernel"):
-    return Origin(name, _flip_channels, _flip_channels)
+    return Origin(name, _flip_channels)
   return Origin(name)
 
 

@@ -13,18 +13,24 @@ from resnet_flax.tools.weights import files
 
 # Path of our array: ('params', 'stage1_block1', 'conv1', 'kernel').
 Path = tuple[str, ...]
-Layout = Callable[[np.ndarray], np.ndarray]
 
 # The most names of one kind, left over or missing, that an error lists.
 _MOST_LISTED = 30
 
 
 class Origin(NamedTuple):
-  """Where one of our arrays comes from."""
+  """The library's array that holds one of ours."""
 
-  name: str  # Name of the library's array.
-  layout: Layout = np.asarray  # Puts that array into our order of dimensions.
-  to_library: Layout = np.asarray  # Puts our array into the library's order.
+  name: str
+  # A view of our array with its axes in the library's order. The library's
+  # values fill our array through this view.
+  view: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+  def to_library(self, ours: np.ndarray) -> np.ndarray:
+    """Our array in the library's layout."""
+    view = self.view(ours)
+    # A dense kernel has two axes, even if it sees all pixels of each channel.
+    return view.reshape(len(view), -1) if ours.ndim == 2 else view
 
 
 # Maps the path of our array to its origin.
@@ -104,14 +110,15 @@ def variables(
   Raises `WeightsError` if arrays are left over, missing or of another shape, or
   hold values that no trained network has.
   """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-  # Maps the name and shape that the file must have to our path and its layout.
+  values = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), like)
+  leaves = jax.tree.leaves_with_path(values)
+  # Maps the name and shape that the file must have to our path and a view.
   needed = {}
-  for entries, leaf in leaves:
+  for entries, value in leaves:
     path = tuple(entry.key for entry in entries)
-    name, layout, to_library = source.origin(path)
-    shape = to_library(np.broadcast_to(0, leaf.shape)).shape
-    needed[name, shape] = path, layout
+    origin = source.origin(path)
+    shape = origin.to_library(np.broadcast_to(0, value.shape)).shape
+    needed[origin.name, shape] = path, origin.view(value)
   assert len(needed) == len(leaves), "an array would be used twice"
   stored = {(name, array.shape) for name, array in file.arrays.items()}
   left_over = [f"{n}{[*shape]}" for n, shape in sorted(stored - needed.keys())]
@@ -125,22 +132,18 @@ def variables(
       f"{file.path} ({source.title}) and the network must have the same"
       f" arrays. Left over: {_listed(left_over)}. Missing: {_listed(missing)}."
     )
-  values = [
-    _checked(file, name, layout(file.arrays[name]), path)
-    for (name, _), (path, layout) in needed.items()
-  ]
-  return jax.tree_util.tree_unflatten(structure, values)
+  for (name, _), (path, view) in needed.items():
+    view[...] = _checked(file, name, path).reshape(view.shape)
+  return values
 
 
-def _checked(
-  file: files.WeightsFile, name: str, value: np.ndarray, path: Path
-) -> np.ndarray:
-  what = f"{file.path}: {name}"
+def _checked(file: files.WeightsFile, name: str, path: Path) -> np.ndarray:
+  what, value = f"{file.path}: {name}", file.arrays[name]
   if value.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
     raise files.wrong_type(file.path, name, value.dtype)
   # A float64 too large for float32 becomes infinite; the next check finds it.
   with np.errstate(over="ignore"):
-    value = np.ascontiguousarray(value, np.float32)
+    value = np.asarray(value, np.float32)
   if not np.isfinite(value).all():
     raise errors.WeightsError(
       f"{what} must hold numbers that are finite in float32. The file is"

@@ -186,36 +186,19 @@ def _feedforward_origin(name: str, has_norm: bool, path: Path) -> Origin:
       index += 1 + has_norm  # A ReLU follows the convolution and its norm.
     index += 1
   layer, leaf = path[1:]
-  origin = _leaf(modules[layer], layer, leaf)
-  if (layer, leaf) != ("dense1", "kernel"):
-    return origin
-  area = network["pooled_size"] ** 2
-  return Origin(
-    origin.name,
-    functools.partial(_flattened, area),
-    functools.partial(_unflattened, area),
-  )
+  side = network["pooled_size"] if layer == "dense1" else 0
+  return _leaf(modules[layer], layer, leaf, side)
 
 
-def _leaf(module: str, layer: str, leaf: str) -> Origin:
+def _leaf(module: str, layer: str, leaf: str, side: int = 0) -> Origin:
   """The origin of a leaf, such as the kernel, of one of our layers."""
   if "bn" in layer or leaf == "bias":
     return Origin(f"{module}.{_NORM[leaf]}")
-  # Turns OIHW into HWIO, and OI of dense layers into IO; and back.
-  return Origin(
-    f"{module}.weight",
-    functools.partial(np.moveaxis, source=(0, 1), destination=(-1, -2)),
-    functools.partial(np.moveaxis, source=(-1, -2), destination=(0, 1)),
-  )
+  return Origin(f"{module}.weight", functools.partial(_view, side))
 
 
-def _flattened(area: int, array: np.ndarray) -> np.ndarray:
-  """Turns [out, C*H*W] into [H*W*C, out], for a dense layer after a flatten."""
-  units = len(array)
-  return array.reshape(units, -1, area).T.reshape(-1, units)
-
-
-def _unflattened(area: int, array: np.ndarray) -> np.ndarray:
-  """Undoes `_flattened`."""
-  units = array.shape[1]
-  return array.reshape(area, -1, units).T.reshape(units, -1)
+def _view(side: int, kernel: np.ndarray) -> np.ndarray:
+  """Views HWIO as OIHW, and IO of dense layers as OI."""
+  if side:  # The dense layer follows a flatten of side x side pixels.
+    kernel = kernel.reshape(side, side, -1, kernel.shape[-1])
+  return np.moveaxis(kernel, (-1, -2), (0, 1))

@@ -284,9 +284,9 @@ def test_applications(head):
   origins = [source.origin(path) for path in paths]
   assert sorted(origin.name for origin in origins) == sorted(arrays)
   # Their network sees blue first.
-  layout = source.origin(("params", "stem_conv", "kernel")).layout
+  view = source.origin(("params", "stem_conv", "kernel")).view
   kernel = np.arange(6).reshape(1, 1, 3, 2)
-  np.testing.assert_array_equal(layout(kernel)[0, 0], kernel[0, 0, ::-1])
+  np.testing.assert_array_equal(view(kernel)[0, 0], kernel[0, 0, ::-1])
 
 
 @pytest.mark.parametrize("depth", [101, 152])

@@ -16,8 +16,8 @@ LIKE = {
 
 
 def origin(path):
-  layouts = (np.transpose, np.transpose) if path[-1] == "a" else ()
-  return mapping.Origin(f"their_{path[-1]}", *layouts)
+  view = np.transpose if path[-1] == "a" else np.asarray
+  return mapping.Origin(f"their_{path[-1]}", view)
 
 
 SOURCE = mapping.Source("a network", 0, origin, ())
