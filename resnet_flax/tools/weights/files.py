@@ -241,10 +241,7 @@ def layer_class(name: str) -> str:
 def _read_hdf5(
   path: pathlib.Path, inside: BinaryIO | None = None, model: str | bytes = ""
 ) -> WeightsFile:
-  """Reads both of Keras's HDF5 layouts, and names their arrays alike.
-
-  From a .keras archive, `inside` is its HDF5 file and `model` its config.json.
-  """
+  """Reads Keras's two HDF5 layouts; `model` is a .keras file's config.json."""
   with errors.extra("h5py", str(path)):
     import h5py
 
