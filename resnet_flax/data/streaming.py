@@ -5,11 +5,11 @@ the processes in `workers`. It does not choose the order of images, so a run can
 resume at any step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -222,24 +222,20 @@ class StreamedSplit(types.Split):
       grain.MultiprocessingOptions(processes, per_worker_buffer_size=1),
       worker_init_fn=functools.partial(workers.start, signals.SIGNALS),
     )
-    if processes:
-      workers.check_semaphores()
-      # Python's resource tracker would warn as it cleans up after an error.
-      os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    watcher, iterator = workers.Workers(self.source.folder), iter(pipeline)
-    # Only processes can die unnoticed; threads cannot.
-    take = watcher.next_of if processes else next
-    try:
-      remedy = self.source.remedy or prepared.PREPARE_AGAIN
-      with prepared.reading(self.source.folder, remedy):
-        for positions, parts in zip(order, chunks, strict=True):
-          arrays = [take(iterator) for _ in parts]
-          images, labels = map(np.concatenate, zip(*arrays, strict=True))
-          for k in np.flatnonzero(labels == _BAD):
-            images[k], labels[k] = split._next_good(positions[k], draw)
-          yield images, labels
-    finally:
-      watcher.close(iterator)
+    folder = self.source.folder
+    if processes:  # Only processes can die unnoticed; threads cannot.
+      pipeline = workers.watched(pipeline, folder)
+    remedy = self.source.remedy or prepared.PREPARE_AGAIN
+    with (
+      contextlib.closing(iter(pipeline)) as iterator,
+      prepared.reading(folder, remedy),
+    ):
+      for positions, parts in zip(order, chunks, strict=True):
+        arrays = [next(iterator) for _ in parts]
+        images, labels = map(np.concatenate, zip(*arrays, strict=True))
+        for k in np.flatnonzero(labels == _BAD):
+          images[k], labels[k] = split._next_good(positions[k], draw)
+        yield images, labels
 
   def _next_good(self, position: int, draw: types.Draw | None) -> types.Batch:
     """The first good image from `position` on, so a resume finds it again."""

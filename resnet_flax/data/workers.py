@@ -5,67 +5,66 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 from resnet_flax.run import errors
 
 
-class Workers:
-  """Watches the processes that Grain starts for an iterator.
+def watched(pipeline: Iterable[Any], folder: pathlib.Path) -> Iterator[Any]:
+  """Yields what Grain's processes make; they end with this iterator.
 
   Grain waits forever for a worker that is killed while it sends images, since
-  this process, too, keeps the sending end of the pipe open.
+  this process, too, keeps the sending end of the pipe open. This iterator
+  raises a `DataError`, which names `folder`.
   """
+  check_semaphores()
+  # Python's resource tracker would warn as it cleans up after an error.
+  os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+  others = set(multiprocessing.active_children())
+  own: set[multiprocessing.process.BaseProcess] = set()
+  iterator: Any = iter(pipeline)
 
-  def __init__(self, folder: pathlib.Path) -> None:
-    self._folder, self._others = folder, set(multiprocessing.active_children())
-    self._own: set[multiprocessing.process.BaseProcess] = set()
+  def take(result: futures.Future[Any]) -> None:
+    try:
+      result.set_result(next(iterator))
+    except Exception as error:
+      result.set_exception(error)
 
-  def next_of(self, iterator: Iterator[Any]) -> Any:
-    """Returns the next item; raises `DataError` if a worker was killed."""
-    result: futures.Future[Any] = futures.Future()
-
-    def take() -> None:
-      try:
-        result.set_result(next(iterator))
-      except Exception as error:
-        result.set_exception(error)
-
-    threading.Thread(target=take, name="next images", daemon=True).start()
-    while futures.wait([result], 0.2).not_done and not self._died():
-      pass
-    # `_died` notes new workers: it must run at every item, before they end.
-    died = self._died()
-    error = result.exception() if result.done() else None
-    # Grain itself reports some dead workers.
-    if error and "terminated unexpectedly" in str(error):
-      died = died or errors.one_line(error)
-    if result.done() and not (error and died):
-      return result.result()
-    raise errors.DataError(
-      f"a process that decodes images of {self._folder} has ended ({died}). A"
-      " code below 0 means that it was killed, most likely as memory ran out:"
-      " pass a smaller --config.dataset.num_workers. Otherwise see its message"
-      " above; a script must train inside: if __name__ == '__main__'."
-    ) from error
-
-  def _died(self) -> str:
-    self._own |= {
-      child
-      for child in multiprocessing.active_children()
-      if child.name.startswith("grain-process-prefetch")
-    } - self._others
-    codes = [worker.exitcode for worker in self._own if worker.exitcode]
+  def died() -> str:
+    for child in {*multiprocessing.active_children()} - others:
+      if child.name.startswith("grain-process-prefetch"):
+        own.add(child)
+    codes = [worker.exitcode for worker in own if worker.exitcode]
     return f"exit code {codes[0]}" if codes else ""
 
-  def close(self, iterator: Any) -> None:
-    """Closes the iterator and ends all workers."""
-    if not self._died():
+  try:
+    while True:
+      result: futures.Future[Any] = futures.Future()
+      threading.Thread(target=take, args=[result], daemon=True).start()
+      while futures.wait([result], 0.2).not_done and not died():
+        pass
+      # `died` notes new workers: it must run at every item, before they end.
+      reason = died()
+      error = result.exception() if result.done() else None
+      # Grain itself reports some dead workers.
+      if error and "terminated unexpectedly" in str(error):
+        reason = reason or errors.one_line(error)
+      if not result.done() or (error and reason):
+        raise errors.DataError(
+          f"a process that decodes images of {folder} has ended ({reason}). A"
+          " code below 0 means that it was killed, most likely as memory ran"
+          " out: pass a smaller --config.dataset.num_workers. Otherwise see its"
+          " message above; a script must train inside: if __name__ =="
+          " '__main__'."
+        ) from error
+      yield result.result()
+  finally:
+    if not died():
       iterator.close()
     else:  # Closing would wait for the dead workers.
-      for worker in self._own:
+      for worker in own:
         worker.kill()
 
 
