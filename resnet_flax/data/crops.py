@@ -76,8 +76,11 @@ def _square(
   return left, upper, min(left + side, width), min(upper + side, height)
 
 
+# Draws the box of an image of some width and height.
+Random = Callable[[np.random.Generator, int, int], Box]
+
 # The keys are values of `augment.name`.
-RANDOM: dict[str, Callable[[np.random.Generator, int, int], Box]] = {
+RANDOM: dict[str, Random] = {
   "random_resized_crop": random_resized,
   "scale_crop": scale,
 }

@@ -102,7 +102,6 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
         "a script that decodes images in processes must train inside: if"
         " __name__ == '__main__'. Or set dataset.num_workers=0."
       ) from error
-    remedy = getattr(error, "remedy", remedy)  # A `BadImage` has its own.
     message = f"{folder} cannot be read ({problem}). {remedy}".rstrip()
     raise errors.DataError(message) from error
 

@@ -95,13 +95,12 @@ def load(
   # A lack of semaphores must end the run before anything is compiled.
   if config.num_workers:
     workers.check_semaphores()
-  crop = augmentation if augmentation in crops.RANDOM else "none"
   train, *validations, test = (
     StreamedSplit(
       indices=indices,
       source=each,
       image_size=config.image_size,
-      crop=crop if indices is rows[0] else "none",
+      crop=crops.RANDOM.get(augmentation),
       num_workers=config.num_workers,
       num_crops=config.test_crops,
       skips_bad=config.bad_images == "skip",
@@ -120,29 +119,30 @@ def settle(dataset: types.Dataset) -> types.Dataset:
   images, a scored split of any size is decoded. Otherwise, bad images in
   decoded splits raise a `DataError` with their number.
   """
-  bad: list[tuple[Any, str]] = []
+  bad: list[str] = []
   splits: dict[str, Any] = {
     name: _settle(split, name != "train", bad)
     for name, split in vars(dataset).items()
     if isinstance(split, StreamedSplit)
   }
   if bad:
-    source, first = bad[0]
+    assert isinstance(dataset.train, StreamedSplit)
+    source = dataset.train.source
     raise errors.DataError(
       f"{source.folder} has {len(bad)} images that cannot be decoded; the first"
-      f" is {first}. {source.remedy}{_SKIP}"
+      f" is {bad[0]}. {source.remedy}{_SKIP}"
     )
   return dataclasses.replace(dataset, **splits)
 
 
 def _settle(
-  split: "StreamedSplit", is_scored: bool, bad: list[tuple[Any, str]]
+  split: "StreamedSplit", is_scored: bool, bad: list[str]
 ) -> types.Split:
-  if is_scored:  # Held-out training images still have a random crop.
-    split = dataclasses.replace(split, crop="none")
-  size = len(split) * math.prod(split.image_shape)
-  keep = split.crop == "none" and split.num_crops < crops.TEN_CROPS
-  keep = keep and size <= _IN_MEMORY_BYTES
+  keep = (
+    (is_scored or not split.crop)  # Scored images are never cut at random.
+    and split.num_crops < crops.TEN_CROPS
+    and len(split) * math.prod(split.image_shape) <= _IN_MEMORY_BYTES
+  )
   find_bad = is_scored and split.skips_bad
   if not (keep or find_bad):
     # Decoding one image reports a fault of all images before any compilation.
@@ -153,7 +153,7 @@ def _settle(
   tolerant = dataclasses.replace(split, skips_bad=True, skipped={}, num_crops=1)
   batches = [batch for batch in tolerant.batches(order) if keep]
   if not split.skips_bad:
-    bad += [(split.source, what) for what in tolerant.skipped.values()]
+    bad += tolerant.skipped.values()
   if find_bad:
     positions = positions[~np.isin(split.indices, list(tolerant.skipped))]
   if not keep:
@@ -164,9 +164,7 @@ def _settle(
 
 
 class BadImage(ValueError):
-  """An image that cannot be decoded: its place, the reason and a remedy."""
-
-  remedy = ""
+  """An image that cannot be decoded: its place and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +174,7 @@ class StreamedSplit(types.Split):
   # `indices` are rows of the source.
   source: prepared.Records | folders.Files
   image_size: int  # Height and width of a crop.
-  crop: str  # A key of `crops.RANDOM`, for `draw`; 'none': the central square.
+  crop: crops.Random | None  # For `draw`. None: the central square.
   # Processes that decode. 0: threads of this process; -1: one per CPU thread if
   # the split is large.
   num_workers: int
@@ -260,9 +258,12 @@ class StreamedSplit(types.Split):
     for k, example in enumerate(examples):
       try:
         images[k], labels[k] = self._decode(draw, positions[k], example)
-      except BadImage:
+      except BadImage as error:
         if not self.skips_bad:
-          raise
+          raise errors.DataError(
+            f"{self.source.folder} cannot be read ({error})."
+            f" {self.source.remedy}{_SKIP}"
+          ) from error
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
   def _decode(self, draw: types.Draw | None, position, example):
@@ -276,10 +277,10 @@ class StreamedSplit(types.Split):
     try:
       encoded, label = example()
       decoded = pictures.decode(encoded)
-      if draw and self.crop != "none":
+      if draw and self.crop:
         purpose = randomness.Purpose.HOST_CROP
         rng = randomness.host_rng(draw.seed, purpose, draw.epoch, int(position))
-        boxes = [crops.RANDOM[self.crop](rng, *decoded.size)]
+        boxes = [self.crop(rng, *decoded.size)]
       elif self.num_crops == crops.TEN_CROPS:
         boxes = crops.corners_and_centre(*decoded.size)
       else:
@@ -291,6 +292,4 @@ class StreamedSplit(types.Split):
       return (np.stack(cut) if self.num_crops > 1 else cut[0]), label
     except Exception as error:
       place = self.source.place(self.indices[position])
-      bad = BadImage(f"{place}: {errors.one_line(error)}")
-      bad.remedy = f"{self.source.remedy}{_SKIP}"
-      raise bad from error
+      raise BadImage(f"{place}: {errors.one_line(error)}") from error
