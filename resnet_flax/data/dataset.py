@@ -84,7 +84,7 @@ def load(config: ConfigDict, augmentation: str = "none") -> types.Dataset:
     dataset = types.Dataset(whole, None, test, class_names, source)
   train, num_held_out = dataset.train, config.validation_examples
   train_positions, held_out = splits.choose(
-    len(train), labels, num_train, num_held_out, config.split_seed
+    labels, num_train, num_held_out, config.split_seed
   )
   if len(held_out):
     dataset = dataclasses.replace(dataset, validation=train.subset(held_out))

@@ -147,8 +147,10 @@ class Files:
     return os.path.relpath(self.paths[row], self.folder)
 
 
-def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
-  """The parts as sources, the class names, and the set's name with a digest."""
+def read(
+  config: ConfigDict,
+) -> tuple[list[tuple[Files, np.ndarray]], np.ndarray, tuple[str, ...], str]:
+  """See `prepared.read`; there may be a validation split between the two."""
   root, parts, num_others, unused = find(config)
   sources = []
   for part, by_class in parts.items():
@@ -174,4 +176,6 @@ def read(config: ConfigDict) -> tuple[list[Files], tuple[str, ...], str]:
       # A picture that cannot be read is reported as bad when it is decoded.
       with contextlib.suppress(OSError):
         digest.update(bytes.fromhex(files.digest_of(pathlib.Path(path))))
-  return sources, tuple(parts["train"]), f"folder-{digest.hexdigest()[:16]}"
+  rows = [(each, np.arange(len(each.paths))) for each in sources]
+  source = f"folder-{digest.hexdigest()[:16]}"
+  return rows, sources[0].labels, tuple(parts["train"]), source

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,7 +92,7 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
   """Turns any exception from reading data in `folder` into a `DataError`."""
   try:
     yield
-  except (errors.DataError, MemoryError):
+  except (errors.UserError, MemoryError):
     raise
   # TFDS, ArrayRecord and Pillow each raise exceptions of their own.
   except Exception as error:
@@ -274,8 +274,12 @@ def _unfit(folder: pathlib.Path, what: str) -> errors.DataError:
 
 def read(
   config: ConfigDict,
-) -> tuple[list[Records], list[np.ndarray], tuple[str, ...], str]:
-  """Both splits' sources and rows, class names, set name with a digest."""
+) -> tuple[list[tuple[Records, np.ndarray]], np.ndarray, tuple[str, ...], str]:
+  """Opens training and test split.
+
+  Returns each split's source and rows, the training labels, int32[N], the class
+  names, and the set's name with a digest.
+  """
   folder = folder_of(config.name, config.data_dir)
   facts, test = read_facts(folder)
   sizes = {"train": facts.num_train}
@@ -288,24 +292,20 @@ def read(
       for name, size in sizes.items()
     }
   _allow_open_files(sum(len(each.paths) for each in sources.values()))
-  rows = [np.arange(facts.num_train), first_test + np.arange(facts.num_test)]
-  return [sources["train"], sources[test]], rows, facts.class_names, source
+  train = sources["train"], np.arange(facts.num_train)
+  scored = sources[test], first_test + np.arange(facts.num_test)
+  labels = np.zeros(facts.num_train, np.int32)  # Unknown before they are read.
+  return [train, scored], labels, facts.class_names, source
 
 
 def _allow_open_files(count: int) -> None:
   """Raises the limit on open files: ImageNet has more than shells allow."""
-  try:
-    import resource
-  except ImportError:  # There is no such limit on Windows.
-    return
-  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinity = resource.RLIM_INFINITY  # On Linux it is -1.
-  soft, hard = (sys.maxsize if n == infinity else n for n in limits)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   needed = count + 256  # Libraries, pipes and checkpoints open files, too.
   for new_limit in (16 * needed, needed):  # The first suits several seeds.
     if soft < (allowed := min(new_limit, hard)):
       with contextlib.suppress(ValueError, OSError):  # macOS has another limit.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
         soft = allowed
   if soft < needed:
     raise errors.DataError(

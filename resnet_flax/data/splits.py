@@ -6,28 +6,22 @@ from resnet_flax.data import randomness
 
 
 def choose(
-  size: int,
-  labels: np.ndarray | None,
-  num_train: int,
-  num_held_out: int,
-  split_seed: int,
+  labels: np.ndarray, num_train: int, num_held_out: int, split_seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the training and the held-out positions, int64 and ascending.
 
-  With int32[size] labels, the held-out part is stratified and the training part
-  class-balanced. Without labels, both parts are drawn without regard to class.
+  By int32[N] `labels`, the held-out part is stratified and the training part
+  class-balanced.
   """
 
   def part(positions, total, quotas_of, *seed):
     if not 0 < total < len(positions):
       return positions[:total]
-    rng = randomness.host_rng(*seed)
-    if labels is None:
-      return positions[np.sort(rng.permutation(len(positions))[:total])]
     quotas = quotas_of(np.bincount(labels[positions]), total)
+    rng = randomness.host_rng(*seed)
     return positions[draw(labels[positions], quotas, rng)]
 
-  everything = np.arange(size)
+  everything = np.arange(len(labels))
   seed = split_seed, randomness.Purpose.VALIDATION_SPLIT
   held_out = part(everything, num_held_out, proportional_quotas, *seed)
   remaining = np.setdiff1d(everything, held_out)

@@ -81,23 +81,18 @@ def _look(config: ConfigDict) -> types.Facts:
 
 def load(
   config: ConfigDict, augmentation: str
-) -> tuple[types.Dataset, np.ndarray | None]:
-  """Opens a set; also returns int32[N] training labels, None if unknown."""
-  if config.name == FOLDER:
-    with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
-      files, class_names, source = folders.read(config)
-    sources: list[Any] = [*files]
-    rows = [np.arange(len(each.paths)) for each in files]
-    labels = files[0].labels
-  else:
-    sources, rows, class_names, source = prepared.read(config)
-    labels = None
+) -> tuple[types.Dataset, np.ndarray]:
+  """Opens a set; also returns int32[N] training labels, all 0 if unknown."""
+  read: Any = folders.read if config.name == FOLDER else prepared.read
+  # A picture may be removed while its folder is read.
+  with prepared.reading(pathlib.Path(config.data_dir), folders.Files.remedy):
+    parts, labels, class_names, source = read(config)
   # A lack of semaphores must end the run before anything is compiled.
   if config.num_workers:
     workers.check_semaphores()
   train, *validations, test = (
     StreamedSplit(
-      indices=indices,
+      indices=rows,
       source=each,
       image_size=config.image_size,
       crop=crops.RANDOM.get(augmentation),
@@ -105,7 +100,7 @@ def load(
       num_crops=config.test_crops,
       skips_bad=config.bad_images == "skip",
     )
-    for each, indices in zip(sources, rows, strict=True)
+    for each, rows in parts
   )
   validation = validations[0] if validations else None
   return types.Dataset(train, validation, test, class_names, source), labels
