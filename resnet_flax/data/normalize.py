@@ -54,17 +54,15 @@ def measure(name: str, train: types.Split) -> Normalization:
     return fixed(name, train.image_shape)
   # `run/rules.py` refuses streamed sets, which may not fit into memory.
   images, _ = train.take(np.arange(len(train)))
-  if name == "pixel_mean":
-    # Integer sums: exact, whatever the order and the number of threads.
-    mean = images.sum(axis=0, dtype=np.int64) / (len(images) * 255)
-    std = np.ones((1, 1, images.shape[-1]))
-  else:
-    axes, count = (0, 1, 2), images[..., 0].size
-    mean = images.sum(axis=axes, dtype=np.int64) / (count * 255)
+  axes = (0,) if name == "pixel_mean" else (0, 1, 2)
+  # Integer sums: exact, whatever the order and the number of threads.
+  sums = images.sum(axis=axes, dtype=np.int64, keepdims=True)[0]
+  count = images.size // sums.size
+  mean, std = sums / (count * 255), np.ones((1, 1, images.shape[-1]))
+  if name == "channel":
     squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64)
     variance = squares / (count * 255**2) - mean**2
     std = np.maximum(np.sqrt(np.maximum(variance, 0)), _MIN_STD)
-    mean, std = mean[None, None], std[None, None]
   return Normalization(*(jnp.asarray(x, jnp.float32) for x in (mean, std)))
 
 

@@ -208,9 +208,9 @@ def open_split(
 # ---- Sets that are decoded while training
 
 
-def folder_of(name: str, configured_dir: str) -> pathlib.Path:
+def folder_of(config: ConfigDict) -> pathlib.Path:
   """The folder of a prepared copy; raises `DataError` if none can be read."""
-  name, root = name.removeprefix(PREFIX), data_dir(configured_dir)
+  name, root = config.name.removeprefix(PREFIX), data_dir(config.data_dir)
   command = (
     "Prepare it with TFDS and TensorFlow, on any machine: import"
     f" tensorflow_datasets as tfds; tfds.builder({name!r})"
@@ -280,7 +280,7 @@ def read(
   Returns each split's source and rows, the training labels, int32[N], the class
   names, and the set's name with a digest.
   """
-  folder = folder_of(config.name, config.data_dir)
+  folder = folder_of(config)
   facts, test = read_facts(folder)
   sizes = {"train": facts.num_train}
   first_test = sizes.get(test, 0)  # Not 0 if the end of 'train' is scored.

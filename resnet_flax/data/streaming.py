@@ -57,7 +57,10 @@ def is_streamed(name: str) -> bool:
 def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
   """Facts about a set; `DataError` if they need data that is missing or bad."""
   try:
-    facts = facts or _look(config)
+    if not facts and config.name == FOLDER:
+      facts = folders.facts(config)
+    elif not facts:
+      facts, _ = prepared.read_facts(prepared.folder_of(config))
   except errors.DataError:
     # `load` reports what is wrong with the data.
     if config.name not in KNOWN:
@@ -70,13 +73,6 @@ def info(config: ConfigDict, facts: types.Facts | None) -> types.DatasetInfo:
     num_test=facts.num_test,
     class_names=tuple(filter(None, facts.class_names)),
   )
-
-
-def _look(config: ConfigDict) -> types.Facts:
-  if config.name == FOLDER:
-    return folders.facts(config)
-  folder = prepared.folder_of(config.name, config.data_dir)
-  return prepared.read_facts(folder)[0]
 
 
 def load(
