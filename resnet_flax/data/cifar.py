@@ -164,8 +164,7 @@ def load(
     key = f"{config.name}-{folder.name}-{prepared.fingerprint(folder)[:16]}"
   cache_dir = cache.cache_dir(config.cache_dir)
   arrays = cache.cached(cache_dir, key, lambda: read(folder, known))
-  names = arrays.get("class_names", ())
-  if arrays.keys() != _ARRAYS or len(names) != known.num_classes:
+  if arrays.keys() != _ARRAYS:
     raise errors.DataError(
       f"{cache_dir / key} must have the arrays of {config.name}. Delete"
       " it: the next start builds it again."
@@ -247,13 +246,12 @@ def read(folder: pathlib.Path, known: types.DatasetInfo) -> types.Arrays:
       images = np.empty((count, *known.image_shape), np.uint8)
       labels = np.empty(count, np.int32)
       # Records may be much larger than their file: 64 are read at a time.
-      parts = np.split(np.arange(count), range(64, count, 64))
-      examples = (each for rows in parts for each in source.examples(rows))
-      for k, example in enumerate(examples):
-        encoded, labels[k] = example()
-        image = np.asarray(pictures.decode(encoded))
-        if image.shape != known.image_shape:
-          raise ValueError(f"an image has shape {image.shape}")
-        images[k] = image
+      for rows in np.split(np.arange(count), range(64, count, 64)):
+        for k, example in zip(rows, source.examples(rows), strict=True):
+          encoded, labels[k] = example()
+          image = np.asarray(pictures.decode(encoded))
+          if image.shape != known.image_shape:
+            raise ValueError(f"an image has shape {image.shape}")
+          images[k] = image
       arrays |= {f"{split}_images": images, f"{split}_labels": labels}
   return arrays | {"class_names": np.array(names)}

@@ -13,20 +13,13 @@ def choose(
   By int32[N] `labels`, the held-out part is stratified and the training part
   class-balanced.
   """
-
-  def part(positions, total, quotas_of, *seed):
-    if not 0 < total < len(positions):
-      return positions[:total]
-    quotas = quotas_of(np.bincount(labels[positions]), total)
-    rng = randomness.host_rng(*seed)
-    return positions[draw(labels[positions], quotas, rng)]
-
-  everything = np.arange(len(labels))
-  seed = split_seed, randomness.Purpose.VALIDATION_SPLIT
-  held_out = part(everything, num_held_out, proportional_quotas, *seed)
-  remaining = np.setdiff1d(everything, held_out)
-  seed = 0, randomness.Purpose.TRAIN_SUBSET
-  return part(remaining, num_train, equal_quotas, *seed), held_out
+  rng = randomness.host_rng(split_seed, randomness.Purpose.VALIDATION_SPLIT)
+  quotas = proportional_quotas(np.bincount(labels), num_held_out)
+  held_out = draw(labels, quotas, rng)
+  left = np.setdiff1d(np.arange(len(labels)), held_out)
+  rng = randomness.host_rng(0, randomness.Purpose.TRAIN_SUBSET)
+  quotas = equal_quotas(np.bincount(labels[left]), num_train)
+  return left[draw(labels[left], quotas, rng)], held_out
 
 
 def equal_quotas(class_sizes: np.ndarray, total: int) -> np.ndarray:
