@@ -35,26 +35,19 @@ _FORM = (
 Parts = dict[str, dict[str, list[str]]]
 
 
-@functools.lru_cache(1 << 14)
+@functools.lru_cache(1 << 14)  # A folder that has changed is read again.
 def _scan(folder: str, mtime_ns: int) -> tuple[list[str], list[str], int]:
-  """Names of folders, paths of pictures, and the number of other entries.
-
-  For speed, only links are looked up on the disk. A folder is read again only
-  if its modification time `mtime_ns` has changed.
-  """
-  folders, pictures, num_others = [], [], 0
+  """Names of folders, paths of pictures, and the number of other entries."""
+  folders, pictures = [], []
   with os.scandir(folder) as entries:
-    for entry in entries:
-      if entry.name.startswith("."):
-        continue
-      num_others += 1
-      with contextlib.suppress(OSError):  # Links may form a circle.
-        if entry.is_dir():
-          folders.append(entry.name)
-        elif entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
-          pictures.append(entry.path)
-          num_others -= 1
-  return sorted(folders), sorted(pictures), num_others
+    visible = [entry for entry in entries if not entry.name.startswith(".")]
+  for entry in visible:  # Only links are looked up on the disk.
+    with contextlib.suppress(OSError):  # Links may form a circle.
+      if entry.is_dir():
+        folders.append(entry.name)
+      elif entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
+        pictures.append(entry.path)
+  return sorted(folders), sorted(pictures), len(visible) - len(pictures)
 
 
 def _list(root: str) -> tuple[Parts, int, list[str]]:

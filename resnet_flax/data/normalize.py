@@ -7,8 +7,9 @@ import numpy as np
 
 from resnet_flax.data import types
 
-# Published weights were trained with these means and standard deviations of
-# images / 255. A std of 1 / 255 keeps the scale of Caffe's images, 0 to 255.
+# Means and standard deviations of images / 255 that published weights were
+# trained with: torchvision's; those of VGG and keras.applications, where a std
+# of 1 / 255 keeps the scale of Caffe's images, 0 to 255.
 _FIXED = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
@@ -67,12 +68,7 @@ def measure(name: str, train: types.Split) -> Normalization:
 
 
 def fixed(name: str, image_shape: tuple[int, ...]) -> Normalization:
-  """A normalisation that does not depend on the data: one of `UNMEASURED`.
-
-  'none' divides by 255. 'imagenet' is torchvision's. 'caffe', of VGG and
-  keras.applications, subtracts each channel's mean from images in [0, 255] and
-  does not divide.
-  """
+  """A normalisation that does not depend on the data: one of `UNMEASURED`."""
   if name == "none":
     return placeholder(name, image_shape)
   return Normalization(

@@ -33,8 +33,5 @@ def device_key(seed: int, purpose: Purpose) -> jax.Array:
 
 
 def host_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
-  """A NumPy generator for draws made on the host.
-
-  The draw also depends on `numbers`, such as the epoch.
-  """
+  """A NumPy generator for draws on the host; a number may be the epoch."""
   return np.random.Generator(np.random.PCG64([seed, purpose, *numbers]))

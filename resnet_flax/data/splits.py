@@ -8,10 +8,9 @@ from resnet_flax.data import randomness
 def choose(
   labels: np.ndarray, num_train: int, num_held_out: int, split_seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the training and the held-out positions, int64 and ascending.
+  """Class-balanced training positions and stratified held-out ones.
 
-  By int32[N] `labels`, the held-out part is stratified and the training part
-  class-balanced.
+  Both are int64 and ascending; `labels` are int32[N].
   """
   rng = randomness.host_rng(split_seed, randomness.Purpose.VALIDATION_SPLIT)
   quotas = proportional_quotas(np.bincount(labels), num_held_out)

@@ -258,11 +258,7 @@ class StreamedSplit(types.Split):
     return (images[:, 0] if self.num_crops == 1 else images), labels
 
   def _decode(self, draw: types.Draw | None, position, example):
-    """The image at a position, uint8[S, S, 3] or [crops, S, S, 3], and label.
-
-    A random crop depends on `draw` and the position alone. Pillow's antialiased
-    bilinear filter resizes crops.
-    """
+    """An image, uint8[S, S, 3] or uint8[crops, S, S, 3], and its label."""
     from PIL import Image
 
     try:
