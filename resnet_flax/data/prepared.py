@@ -96,14 +96,8 @@ def reading(folder: pathlib.Path, remedy: str = DELETE) -> Iterator[None]:
     raise
   # TFDS, ArrayRecord and Pillow each raise exceptions of their own.
   except Exception as error:
-    problem = errors.one_line(error)
-    if "bootstrapping phase" in str(error):  # Python cannot start a process.
-      raise errors.DataError(
-        "a script that decodes images in processes must train inside: if"
-        " __name__ == '__main__'. Or set dataset.num_workers=0."
-      ) from error
-    message = f"{folder} cannot be read ({problem}). {remedy}".rstrip()
-    raise errors.DataError(message) from error
+    message = f"{folder} cannot be read ({errors.one_line(error)}). {remedy}"
+    raise errors.DataError(message.rstrip()) from error
 
 
 def label_names(folder: pathlib.Path) -> tuple[str, ...]:

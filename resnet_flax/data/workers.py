@@ -1,5 +1,6 @@
 """Worker processes that decode images; Grain starts them."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -48,8 +49,9 @@ def watched(pipeline: Iterable[Any], folder: pathlib.Path) -> Iterator[Any]:
       # `died` notes new workers: it must run at every item, before they end.
       reason = died()
       error = result.exception() if result.done() else None
-      # Grain itself reports some dead workers.
-      if error and "terminated unexpectedly" in str(error):
+      # Grain reports some dead workers; Python, one that cannot start.
+      ends = "terminated unexpectedly", "bootstrapping phase"
+      if error and any(end in str(error) for end in ends):
         reason = reason or errors.one_line(error)
       if not result.done() or (error and reason):
         raise errors.DataError(
@@ -57,15 +59,16 @@ def watched(pipeline: Iterable[Any], folder: pathlib.Path) -> Iterator[Any]:
           " code below 0 means that it was killed, most likely as memory ran"
           " out: pass a smaller --config.dataset.num_workers. Otherwise see its"
           " message above; a script must train inside: if __name__ =="
-          " '__main__'."
+          " '__main__', or set dataset.num_workers=0."
         ) from error
       yield result.result()
   finally:
-    if not died():
-      iterator.close()
-    else:  # Closing would wait for the dead workers.
+    if died():  # Closing would wait for the dead workers.
       for worker in own:
         worker.kill()
+    else:
+      with contextlib.suppress(AssertionError):  # One has never started.
+        iterator.close()
 
 
 def check_semaphores() -> None:
