@@ -210,20 +210,16 @@ def full_network(overrides, classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "kind", [k for k, v in KINDS.items() if v[0] != "keras"]
-)
+@pytest.mark.parametrize("kind", way_in.TORCH)
 def test_logits_in_torch(kind, tmp_path):
   torch = pytest.importorskip("torch", reason="needs torch and torchvision")
   pytest.importorskip("torchvision")
   from experiments.weights import torch_reference
 
-  names, overrides = KINDS[kind]
-  loaded = full_network(overrides, 1000)
+  loaded = full_network(way_in.TORCH[kind], 1000)
+  names = "cifar" if kind.startswith("cifar") else "torchvision"
   network = weights.named(loaded, names)
   weights.write("torch", network, loaded, tmp_path)
-  if kind == "cifar20_b":
-    pytest.skip("only its names are known")
   model, side = torch_reference.build(kind)
   model.load_state_dict(torch.load(tmp_path / "weights.pt"), strict=True)
   side = min(side, 64)
