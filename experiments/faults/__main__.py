@@ -172,7 +172,8 @@ def main() -> None:
   """Injects the faults, prints each row, and writes the raw figures."""
   parser = argparse.ArgumentParser("python -m experiments.faults")
   add, known = parser.add_argument, injections.FAULTS
-  add("--kills", type=int, default=50, help="kills that hit a process")
+  count = flag_types.count
+  add("--kills", type=count, default=50, help="kills that hit a process")
   add("--seed", type=int, default=0, help="draws times, signals, files, bytes")
   add("--out", type=flag_types.new_file, help="written after each fault")
   add("--faults", type=flag_types.names(known), default=",".join(known))

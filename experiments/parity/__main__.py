@@ -22,6 +22,7 @@ import numpy as np
 
 from configs import v1_depth20
 from experiments.parity import checks
+from experiments.tools import flag_types
 from resnet_flax import data
 from resnet_flax.run import environment, files as files_lib, huge_pages
 
@@ -91,8 +92,8 @@ def main() -> None:
   for name in ("example", "keras_python"):
     parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
   parser.add_argument("--workdir", type=pathlib.Path)
-  parser.add_argument("--epochs", type=int, default=20)
-  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--epochs", type=flag_types.count, default=20)
+  parser.add_argument("--seeds", type=flag_types.count, default=3)
   parser.add_argument("--checks", action="store_true")
   arguments = parser.parse_args()
   if not arguments.checks and not arguments.workdir:

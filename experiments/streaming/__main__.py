@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
   parser = arguments.Parser("python -m experiments.streaming")
   add = parser.add_argument
   add("--folder", type=pathlib.Path, required=True, help="of the images")
-  add("--images", type=int, default=2000)
+  add("--images", type=flag_types.count, default=2000)
   add(
     "--workers", type=flag_types.count, default=2, help="processes that decode"
   )

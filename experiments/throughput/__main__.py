@@ -45,12 +45,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser("python -m experiments.throughput")
   add = parser.add_argument
   add("--out", type=flag_types.output, default=report.PUBLISHED)
-  add("--rounds", type=int, default=7)
+  add("--rounds", type=flag_types.count, default=7)
   add("--seconds", type=float, default=8.0)
   add("--depths", type=_depths, default="20")
   add("--batch_sizes", type=flag_types.integers, default="32,128")
   add("--programs", type=flag_types.names(PROGRAMS), default=",".join(PROGRAMS))
-  add("--threads", type=int, default=environment.num_cpu_threads())
+  add("--threads", type=flag_types.count, default=environment.num_cpu_threads())
   add("--peers", type=pathlib.Path, default=environments.DEFAULT)
   return parser.parse_args(arguments)
 

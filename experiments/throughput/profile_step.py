@@ -14,7 +14,7 @@ import time
 import jax
 
 from configs import v1_depth20
-from experiments.tools import markdown, timing
+from experiments.tools import flag_types, markdown, timing
 from resnet_flax import step as step_lib
 from resnet_flax.parallel import mesh, program
 from resnet_flax.run import experiment as experiment_lib, huge_pages
@@ -99,8 +99,8 @@ def profile(batch_size: int, steps: int) -> tuple[float, list[tuple[str, str]]]:
 def main() -> None:
   """Prints a Markdown table with the largest item first."""
   parser = argparse.ArgumentParser()
-  parser.add_argument("--batch_size", type=int, default=128)
-  parser.add_argument("--steps", type=int, default=6)
+  parser.add_argument("--batch_size", type=flag_types.count, default=128)
+  parser.add_argument("--steps", type=flag_types.count, default=6)
   flags = parser.parse_args()
   if flags.batch_size < 2:
     # A batch of one would look like the operand of a weight gradient.

@@ -232,7 +232,8 @@ def test_results_are_not_overwritten(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "flag", ["--depths=21", "--depths=x", "--programs=ours,jax"]
+  "flag",
+  ["--depths=21", "--depths=x", "--programs=ours,jax", "--rounds=0"],
 )
 def test_unusable_flags_are_refused(flag, capsys):
   with pytest.raises(SystemExit):
