@@ -67,17 +67,15 @@ def _records_of(
 
 def _scores(run: list[dict[str, float]]) -> dict[str, float]:
   accuracies = [100 * record["test_accuracy"] for record in run]
-  seconds = [record["epoch_seconds"] for record in run]
   return {
     "last epoch's test accuracy, %": accuracies[-1],
     "best epoch's test accuracy, %": max(accuracies),
     "last epoch's training objective": run[-1]["train_objective"],
-    "training of an epoch, s": statistics.median(seconds),
   }
 
 
 def table(runs: list[runs_lib.Run]) -> str:
-  """Final and best test accuracy, objective and time, as Markdown."""
+  """Final and best test accuracy and the objective, as Markdown."""
   if len({len(run["records"]) for run in runs}) > 1:
     raise ValueError("trainings of unequal length cannot be compared")
   sides = [[*map(_scores, _records_of(runs, name))] for name in _STYLES]
