@@ -338,13 +338,12 @@ class Mirror:
           _link(self._workdir / name, folder / name)
       if self._look() != seen or not self._keep_ownership():
         return False
+      # Counted first: where the workdir is removed meanwhile, a digest fails.
+      _, records = progress(folder)
       digests = self._digests_in(folder, seen)
-      # Before the upload: if it is slow, the workdir may be removed meanwhile.
-      state = _State(self._number + 1, progress(folder), digests)
-      if not all(
-        (folder / name).exists() for name in digests if name in _FILES
-      ):
-        return False
+      copied = (int(n.split("/")[1]) for n in digests if n not in _FILES)
+      state_progress = [max(copied, default=-1), records]
+      state = _State(self._number + 1, state_progress, digests)
       for name, digest in digests.items():
         if digest not in self._stored and self._keep_ownership():
           self._store.upload(folder / name, f"files/{digest}")
@@ -368,36 +367,33 @@ class Mirror:
   ) -> dict[str, str]:
     """The SHA-256 of a state's files, by path.
 
-    A damaged checkpoint is left out and removed from `folder`, unless the
-    mirror's latest state has a good copy: then the new state lists this copy.
+    Of a damaged checkpoint, the copy in the mirror's latest state is listed, or
+    nothing if the mirror has no good copy.
     """
     digests = {n: files.digest_of(folder / n) for n in seen if n in _FILES}
+    before = self._pushed or {}
     for step in checkpoint.steps(folder):
       subfolder = f"checkpoints/{step}/"
       names = [name for name in seen if name.startswith(subfolder)]
       copy = {k: v for k, v in self._latest.items() if k.startswith(subfolder)}
-      is_copied = bool(copy) and self._stored.issuperset(copy.values())
-      before = self._pushed or {}
-      if is_copied and all(seen[n] == before.get(n) for n in names):
-        digests |= copy
-        continue
-      try:
-        checked = checkpoint.file_digests(folder, step)
-      except errors.WorkdirError as error:
-        if getattr(error.__cause__, "errno", None) in _TRANSIENT:
-          raise
-        if step not in self._damaged:
-          reason = str(error).replace(str(folder), str(self._workdir))
-          _logger.warning("warning: not copied to the mirror: %s", reason)
-          self._damaged.add(step)
-        if is_copied:
-          digests |= copy
-        else:
-          shutil.rmtree(folder / "checkpoints" / str(step))
-        continue
-      for name in names:
-        known = checked.get(name.removeprefix(subfolder))
-        digests[name] = known or files.digest_of(folder / name)
+      if not self._stored.issuperset(copy.values()):
+        copy = {}
+      if not copy or any(seen[n] != before.get(n) for n in names):
+        try:
+          checked = checkpoint.file_digests(folder, step)
+          copy = {
+            name: checked.get(name.removeprefix(subfolder))
+            or files.digest_of(folder / name)
+            for name in names
+          }
+        except errors.WorkdirError as error:
+          if getattr(error.__cause__, "errno", None) in _TRANSIENT:
+            raise
+          if step not in self._damaged:
+            reason = str(error).replace(str(folder), str(self._workdir))
+            _logger.warning("warning: not copied to the mirror: %s", reason)
+            self._damaged.add(step)
+      digests |= copy
     return digests
 
   def _look(self) -> dict[str, tuple[int, int]]:
