@@ -273,27 +273,25 @@ class Mirror:
 
   def _keep_ownership(self) -> bool:
     """Renews ownership when it is due; False if another run has taken over."""
-    if self._is_taken() and not self._abandoned:
-      self._abandoned = True
-      _logger.warning(
-        "warning: another run may now use %s; nothing more is copied to %s",
-        *(self._workdir, self._store.url),
-      )
-      with contextlib.suppress(Exception):  # The claim expires anyway.
-        self._release()
-    age = time.monotonic() - self._beaten
-    if age > _FRESH / 6 and not self._abandoned:
-      own_run = self._owner["run"]
-      if self._read_owner().get("run", own_run) != own_run:
-        self._abandoned = True
-        _logger.warning(
-          "warning: another run has taken over %s; nothing more is copied"
-          " there",
-          self._store.url,
-        )
-      else:
-        self._beat()
-    return not self._abandoned
+    if self._abandoned:
+      return False
+    own_run = self._owner["run"]
+    if self._is_taken():
+      reason = f"another run may now use {self._workdir}"
+    elif time.monotonic() - self._beaten <= _FRESH / 6:
+      return True
+    elif self._read_owner().get("run", own_run) == own_run:
+      self._beat()
+      return True
+    else:
+      reason = f"another run has taken over {self._store.url}"
+    self._abandoned = True
+    _logger.warning(
+      "warning: %s; nothing more is copied to %s", reason, self._store.url
+    )
+    with contextlib.suppress(Exception):  # The claim expires anyway.
+      self._release()
+    return False
 
   # ---- The thread
 
