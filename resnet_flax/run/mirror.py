@@ -178,7 +178,6 @@ class Mirror:
     self._beaten = 0.0  # When owner.json was written, by the monotonic clock.
     self._closing = threading.Event()
     self._abandoned = False
-    self._failing = False
     self._thread = threading.Thread(target=self._run, daemon=True)
 
   def __enter__(self) -> "Mirror":
@@ -296,28 +295,26 @@ class Mirror:
   # ---- The thread
 
   def _run(self) -> None:
-    patience = _POLL
+    patience, is_failing = _POLL, False
     while not self._abandoned:
       closing = self._closing.wait(patience)
+      patience = min(2 * patience, _MOST_PATIENCE)
       try:
-        is_done = self._push()
-        if is_done and self._failing:
-          _logger.info("%s is up to date again", self._store.url)
-          self._failing = False
-        patience = _POLL if is_done else min(2 * patience, _MOST_PATIENCE)
-        if closing and is_done:
-          self._release()
-          return
+        if self._push():
+          if is_failing:
+            _logger.info("%s is up to date again", self._store.url)
+          patience, is_failing = _POLL, False
+          if closing:
+            return self._release()
       # Libraries raise many exceptions; the local files are good in any case.
       except Exception as error:
-        if not self._failing:
+        if not is_failing:
           _logger.warning(
             "warning: %s cannot be written (%s); trying again",
             self._store.url,
             errors.one_line(error),
           )
-        self._failing = True
-        patience = min(2 * patience, _MOST_PATIENCE)
+        is_failing = True
       if closing:
         time.sleep(_POLL)
 
