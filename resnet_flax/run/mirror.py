@@ -68,7 +68,8 @@ class _Store:
     options = {"use_listings_cache": False, "skip_instance_cache": True}
     try:
       if errors.is_local(url):  # A '::' or 'file:' is a part of a name there.
-        self.system = fsspec.filesystem("file", **options)
+        # Files need their folders.
+        self.system = fsspec.filesystem("file", auto_mkdir=True, **options)
         self.root = os.path.abspath(os.path.expanduser(url))
       else:
         self.system, self.root = fsspec.core.url_to_fs(url, **options)
@@ -79,8 +80,6 @@ class _Store:
       ) from error
     # gcsfs also logs tracebacks of errors that it raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    if hasattr(self.system, "auto_mkdir"):
-      self.system.auto_mkdir = True  # On a disk, files need their folders.
 
   def _call(self, seconds: float, method: str, *arguments: Any) -> Any:
     """Calls a method of the file system with a time limit: it may hang."""
@@ -232,10 +231,9 @@ class Mirror:
   def _check_run(self, states: list[_State]) -> None:
     """Refuses another run's mirror, whose states would be replaced."""
     for state in states:
-      small = {k: v for k, v in state.files.items() if k in _FILES}
-      without_checkpoints = dataclasses.replace(state, files=small)
+      digests = {k: v for k, v in state.files.items() if k in _FILES}
       with files.temporary_folder(self._workdir, ".mirror-") as folder:
-        if _download(self._store, without_checkpoints, folder):
+        if _download(self._store, digests, folder):
           return self._check(folder)
 
   # ---- The owner of the address
@@ -474,36 +472,34 @@ def fill(
   Files are replaced one by one; checkpoints of the workdir are kept. If the
   download or `check` fails, nothing is changed.
   """
-  with files.temporary_folder(workdir, ".mirror-") as folder:
-    for state in states:
-      shutil.rmtree(folder)
-      folder.mkdir()
-      if _download(store, state, folder):
-        break
-      _logger.warning(
-        "warning: state %d of %s is damaged", state.number, store.url
-      )
-    else:
-      advice = ", or delete this one to start anew" * (store.name == _KEY)
-      raise errors.WorkdirError(
-        f"{store.name}={store.url} holds no undamaged state. Pass another"
-        f" address{advice}."
-      )
-    check(folder)
-    (workdir / "checkpoints").mkdir(exist_ok=True)
-    for step in map(str, checkpoint.steps(folder)):
-      target = workdir / "checkpoints" / step
-      if not target.exists():
-        (folder / "checkpoints" / step).rename(target)
-    for name in reversed(_FILES):
-      if (folder / name).exists():
-        (folder / name).replace(workdir / name)
-  return state
+  for state in states:
+    with files.temporary_folder(workdir, ".mirror-") as folder:
+      if _download(store, state.files, folder):
+        check(folder)
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+        for step in map(str, checkpoint.steps(folder)):
+          target = workdir / "checkpoints" / step
+          if not target.exists():
+            (folder / "checkpoints" / step).rename(target)
+        for name in reversed(_FILES):
+          if (folder / name).exists():
+            (folder / name).replace(workdir / name)
+        return state
+    _logger.warning(
+      "warning: state %d of %s is damaged", state.number, store.url
+    )
+  advice = ", or delete this one to start anew" * (store.name == _KEY)
+  raise errors.WorkdirError(
+    f"{store.name}={store.url} holds no undamaged state. Pass another"
+    f" address{advice}."
+  )
 
 
-def _download(store: _Store, state: _State, folder: pathlib.Path) -> bool:
-  """Downloads a state; returns whether all its files are undamaged."""
-  for name, digest in state.files.items():
+def _download(
+  store: _Store, digests: dict[str, str], folder: pathlib.Path
+) -> bool:
+  """Downloads a state's files; returns whether all are undamaged."""
+  for name, digest in digests.items():
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
       return False
@@ -524,18 +520,15 @@ def local(workdir: str | os.PathLike[str], name: str) -> pathlib.Path:
   the flag or key that gives `workdir`.
   """
   address = os.fspath(workdir)
-  if re.match(r"(gs|s3)://", address):
-    return _fetched(address, name)
-  path = errors.local_path(workdir, name)
-  # Not Path.is_dir, which raises for names that are too long and the like.
-  is_mirror = all(os.path.isdir(path / each) for each in ("states", "files"))
-  return _fetched(str(path), name) if is_mirror else path
-
-
-def _fetched(url: str, name: str) -> pathlib.Path:
-  with _explain(url, name):
-    states = frozenset(_Store(url, name).names("states"))
-  return _copy_of(url, name, states)
+  if not re.match(r"(gs|s3)://", address):
+    path = errors.local_path(workdir, name)
+    # Not Path.is_dir, which raises for names that are too long and the like.
+    if not all(os.path.isdir(path / each) for each in ("states", "files")):
+      return path
+    address = str(path)
+  with _explain(address, name):
+    states = frozenset(_Store(address, name).names("states"))
+  return _copy_of(address, name, states)
 
 
 @functools.cache
