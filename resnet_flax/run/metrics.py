@@ -72,9 +72,7 @@ class MetricsLog:
           break  # A killed run was writing it, or the disk lost a part of it.
         fault = f"it is not a JSON object ({error})"
       else:
-        scores = _SCORES if (epoch + 1) % self._every == 0 else ()
-        names = (*_TRAIN, *scores) if self._seeds else ()
-        fault = _fault(record, epoch, steps_per_epoch, self._seeds, names)
+        fault = self._fault(record, epoch, steps_per_epoch)
       if fault:
         raise errors.WorkdirError(
           f"{self._path}, line {epoch + 1}: {fault}. Restore it, or use another"
@@ -83,6 +81,45 @@ class MetricsLog:
       steps_per_epoch = steps_per_epoch or record["step"]
       records.append(record)
     return records
+
+  def _fault(
+    self, record: Record, epoch: int, steps_per_epoch: int | None
+  ) -> str:
+    """What is wrong with the record of an epoch; '' if nothing is."""
+    of_seeds = record.get("seeds", [])
+    if not isinstance(of_seeds, list):
+      return "seeds must be a list"
+    top_level = {key: value for key, value in record.items() if key != "seeds"}
+    seeds = list(self._seeds)
+    scores = _SCORES if (epoch + 1) % self._every == 0 else ()
+    names = (*_TRAIN, *scores) if seeds else ()
+    needed = (*names, *_SPEED) if seeds else ()
+    parts = [(top_level, ("epoch", "step", *needed))]
+    parts += [(each, ("seed", *names)) for each in of_seeds]
+    for part, keys in parts:
+      if not isinstance(part, dict):
+        return "each of seeds must be a JSON object"
+      values: dict[str, Any] = dict.fromkeys(keys)
+      for key, value in (values | part).items():
+        must_be_positive = key in ("step", "epoch_seconds")
+        # JSON may have NaN, and integers that are too large for a float.
+        if (
+          type(value) not in (int, float)
+          or not abs(value) <= sys.float_info.max
+          or (value <= 0 and must_be_positive)
+        ):
+          above = " above 0" * must_be_positive
+          return f"{key}={value!r:.100} must be a finite number{above}"
+    recorded = [each["seed"] for each in of_seeds]
+    if seeds and recorded != (seeds if seeds[1:] else []):
+      return f"it has the seeds {recorded}, not {seeds}"
+    step = (epoch + 1) * (steps_per_epoch or record["step"])
+    if (record["epoch"], record["step"]) != (epoch, step):
+      return (
+        f"epoch={record['epoch']} and step={record['step']}, not {epoch} and"
+        f" {step}"
+      )
+    return ""
 
   def drop_after(
     self, step: int, steps_per_epoch: int, *, fallen_back: bool
@@ -119,47 +156,6 @@ class MetricsLog:
       file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
-
-
-def _fault(
-  record: Record,
-  epoch: int,
-  steps_per_epoch: int | None,
-  seeds: Sequence[int],
-  names: Sequence[str],
-) -> str:
-  """What is wrong with the record of an epoch; '' if nothing is."""
-  of_seeds = record.get("seeds", [])
-  if not isinstance(of_seeds, list):
-    return "seeds must be a list"
-  top_level = {key: value for key, value in record.items() if key != "seeds"}
-  needed = (*names, *_SPEED) if seeds else ()
-  parts = [(top_level, ("epoch", "step", *needed))]
-  parts += [(each, ("seed", *names) if seeds else ()) for each in of_seeds]
-  for part, keys in parts:
-    if not isinstance(part, dict):
-      return "each of seeds must be a JSON object"
-    values: dict[str, Any] = dict.fromkeys(keys)
-    for key, value in (values | part).items():
-      must_be_positive = key in ("step", "epoch_seconds")
-      # JSON may have NaN, and integers that are too large for a float.
-      if (
-        type(value) not in (int, float)
-        or not abs(value) <= sys.float_info.max
-        or (value <= 0 and must_be_positive)
-      ):
-        above = " above 0" * must_be_positive
-        return f"{key}={value!r:.100} must be a finite number{above}"
-  recorded, expected = [each.get("seed") for each in of_seeds], list(seeds)
-  if seeds and recorded != (expected if expected[1:] else []):
-    return f"it has the seeds {recorded}, not {expected}"
-  step = (epoch + 1) * (steps_per_epoch or record["step"])
-  if (record["epoch"], record["step"]) != (epoch, step):
-    return (
-      f"epoch={record['epoch']} and step={record['step']}, not {epoch} and"
-      f" {step}"
-    )
-  return ""
 
 
 def summarize(
