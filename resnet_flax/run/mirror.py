@@ -345,14 +345,8 @@ class Mirror:
       return False
     content = json.dumps(dataclasses.asdict(state)).encode()
     self._store.write(f"states/{_state_name(state.number, content)}", content)
-    self._number, self._pushed = state.number, seen
-    self._latest = digests
-    try:
-      self._remove_old()
-    finally:
-      if not self._stored.issuperset(digests.values()):
-        # Files were removed: uploads them again, unless a new owner did it.
-        self._pushed, self._beaten = None, -math.inf
+    self._number, self._pushed, self._latest = state.number, seen, digests
+    self._remove_old()
     return self._pushed is not None
 
   def _digests_in(
@@ -408,6 +402,9 @@ class Mirror:
     used = _digests(self._store.states()[:_KEPT_STATES])
     present = self._store.names("files")
     self._stored &= used & present
+    if not self._stored.issuperset(self._latest.values()):
+      # Files were removed: uploads them again, unless a new owner did it.
+      self._pushed, self._beaten = None, -math.inf
     for name in sorted(self._store.names("states"))[:-_KEPT_STATES]:
       self._store.remove(f"states/{name}")
     for digest in present - used:
