@@ -49,7 +49,7 @@ class StopSignals:
     self.number: int | None = None  # The first signal that has come.
     self._exits = exits
     self._held = False
-    self._previous: dict[int, object] = {}
+    self._restore = contextlib.ExitStack()
     self._message: Callable[[], str] = lambda: "stopped."
 
   def __enter__(self) -> "StopSignals":
@@ -58,32 +58,25 @@ class StopSignals:
     for number in SIGNALS:
       previous = signal.getsignal(number)
       if previous is not signal.SIG_IGN:
-        self._previous[number] = previous
         signal.signal(number, self._note)
-    if self._previous:
-      self._unraisable = sys.unraisablehook
-      # Python drops exceptions in destructors and in callbacks of its garbage
-      # collector, such as XLA's. `check` or `_listen` stops the program later.
-      sys.unraisablehook = errors.quiet(
-        self._unraisable, lambda error: isinstance(error, Stopped)
-      )
-    if self._exits and self._previous:
-      reader, self._wakeup = socket.socketpair()
-      self._wakeup.setblocking(False)
-      signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        self._restore.callback(signal.signal, number, previous)
+    # Python drops exceptions in destructors and in callbacks of its garbage
+    # collector, such as XLA's. `check` or `_listen` stops the program later.
+    hook = sys.unraisablehook
+    sys.unraisablehook = errors.quiet(hook, lambda e: isinstance(e, Stopped))
+    self._restore.callback(setattr, sys, "unraisablehook", hook)
+    if self._exits:
+      reader, wakeup = socket.socketpair()
+      wakeup.setblocking(False)
+      # The listening thread ends with its socket.
+      self._restore.callback(wakeup.close)
+      signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+      self._restore.callback(signal.set_wakeup_fd, -1)
       threading.Thread(target=self._listen, args=[reader], daemon=True).start()
     return self
 
   def __exit__(self, *exception: object) -> None:
-    for number, previous in self._previous.items():
-      signal.signal(number, previous)  # type: ignore[arg-type]
-    if self._previous:
-      sys.unraisablehook = self._unraisable
-    if self._exits and self._previous:
-      signal.set_wakeup_fd(-1)
-      # The listening thread ends with its socket.
-      self._wakeup.close()
-    self._previous = {}
+    self._restore.close()
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
@@ -125,7 +118,7 @@ class StopSignals:
           errors.exit_with(self._message(), 128 + first[0])
         if not byte:
           return
-        if byte[0] not in self._previous:
+        if byte[0] not in SIGNALS:  # Another library's, such as SIGCHLD.
           continue
         if not first:
           first, came = byte, time.monotonic()
