@@ -92,10 +92,11 @@ def load_model(
     ConfigError: `which` or `weights` is unknown, or the run lacks this seed.
     WorkdirError: there is no readable run, or no such checkpoint or weights.
   """
-  local, config, experiment, states = _restore(
-    workdir, which, weights, choose=lambda seeds: _one_of(seeds, seed)
-  )
-  ((seed, state),) = states.items()
+  # Other files are read from there, too: a new copy may hold a later state.
+  local = mirror.local(workdir, "workdir")
+  config = folder.load_config(local)
+  seed = config.seed if seed is None else seed
+  experiment, (state,) = _restore(local, config, which, weights, seed)
   mesh = mesh_lib.create_mesh(jax.local_devices())
   state = jax.device_put(state, mesh_lib.sharding(mesh))
   logits_fn = jax.jit(functools.partial(step_lib.apply_eval, experiment.model))
@@ -165,11 +166,14 @@ def evaluate_workdir(
     scores, sample standard deviations as NAME_std, `ensemble_loss` and so on,
     and `seeds`: the above for each `seed`, at its own checkpoint.
   """
+  local = mirror.local(workdir, "workdir")
   is_stored = config is None
-  local, config, experiment, by_seed = _restore(workdir, which, weights, config)
-  states = [*by_seed.values()]
+  config = folder.load_config(local) if config is None else config
+  experiment, states = _restore(
+    local, config, which, weights, is_stored=is_stored
+  )
   if is_stored:
-    log_data_paths(config)
+    _log_data_paths(config)
   try:
     rules.check_num_classes(config)
     dataset = dataset_lib.load(config.dataset)
@@ -241,7 +245,7 @@ def predict_test(
   rules.check_num_classes(loaded.config)
   key = loaded.config.dataset.to_json()
   if key not in opened:
-    log_data_paths(loaded.config)
+    _log_data_paths(loaded.config)
     opened[key] = dataset_lib.load(loaded.config.dataset)
   dataset = opened[key]
   folder.check_data(workdir, dataset.source)
@@ -260,7 +264,7 @@ def predict_test(
   )
 
 
-def log_data_paths(config: ConfigDict) -> None:
+def _log_data_paths(config: ConfigDict) -> None:
   """Logs the data paths of a stored configuration: it may be a stranger's."""
   for name in ("data_dir", "archive", "cache_dir"):
     if config.dataset[name]:
@@ -285,42 +289,34 @@ def check_local_data(config: ConfigDict, workdir: pathlib.Path) -> None:
     folder.check_data(workdir, source)
 
 
-def _one_of(seeds: Sequence[int], seed: int | None) -> list[int]:
+def _restore(
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  which: str,
+  weights: str,
+  seed: int | None = None,
+  *,
+  is_stored: bool = True,  # Whether `config` is the one in the folder.
+) -> tuple[step_lib.Experiment, list[step_lib.TrainState]]:
+  """The experiment and the states of a seed, or of all, as NumPy arrays."""
+  if which not in CHECKPOINTS:
+    raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
+  if weights not in averaging.WEIGHTS:
+    raise errors.unknown_name("weights", weights, averaging.WEIGHTS)
+  facts = folder.read_facts(workdir)
+  # The training batch size need not suit the devices that are used here.
+  rules.check(config, num_devices=1, facts=facts)
+  if not is_stored:
+    folder.check_same(workdir, config, free=["dataset.test_crops"])
+  experiment = experiment_lib.build(config, facts)
+  like = experiment_lib.abstract_state(config, experiment)
+  seeds: Sequence[int] = range(config.seed, config.seed + config.num_seeds)
   if seed not in (None, *seeds):
     raise errors.ConfigError(
       f"seed={seed} was not trained in this run: it must be from {seeds[0]} to"
       f" {seeds[-1]}."
     )
-  return [seeds[0] if seed is None else seed]
-
-
-def _restore(
-  workdir: str | os.PathLike[str],
-  which: str,
-  weights: str,
-  given_config: ConfigDict | None = None,
-  choose: Callable[[Sequence[int]], Sequence[int]] = lambda seeds: seeds,
-) -> tuple[
-  pathlib.Path, ConfigDict, step_lib.Experiment, dict[int, step_lib.TrainState]
-]:
-  """Folder, configuration, experiment and states by seed, as NumPy arrays.
-
-  Read other files from this folder, too: a new copy may hold a later state.
-  """
-  if which not in CHECKPOINTS:
-    raise errors.unknown_name("checkpoint", which, CHECKPOINTS)
-  if weights not in averaging.WEIGHTS:
-    raise errors.unknown_name("weights", weights, averaging.WEIGHTS)
-  workdir = mirror.local(workdir, "workdir")
-  config = given_config or folder.load_config(workdir)
-  facts = folder.read_facts(workdir)
-  # The training batch size need not suit the devices that are used here.
-  rules.check(config, num_devices=1, facts=facts)
-  if given_config is not None:
-    folder.check_same(workdir, given_config, free=["dataset.test_crops"])
-  experiment = experiment_lib.build(config, facts)
-  like = experiment_lib.abstract_state(config, experiment)
-  seeds = choose(range(config.seed, config.seed + config.num_seeds))
+  seeds = seeds if seed is None else [seed]
   for tries_left in reversed(range(_TRIES)):
     try:
       states = _read_states(workdir, which, config, like, seeds)
@@ -329,7 +325,7 @@ def _restore(
       if not tries_left:
         raise
       time.sleep(0.1)
-  for state in states.values():
+  for state in states:
     epochs = int(state.step) // experiment.learning_rate.steps_per_epoch
     if weights not in (available := averaging.available(config, epochs)):
       advice = (
@@ -344,8 +340,7 @@ def _restore(
         f"{workdir} has no weights={weights} at step {state.step}, its {which}"
         f" checkpoint's; it has {' and '.join(available)}. {advice}"
       )
-  selected = {s: averaging.select(states[s], weights) for s in seeds}
-  return workdir, config, experiment, selected
+  return experiment, [averaging.select(state, weights) for state in states]
 
 
 def _read_states(
@@ -354,7 +349,7 @@ def _read_states(
   config: ConfigDict,
   like: step_lib.TrainState,
   seeds: Sequence[int],
-) -> dict[int, step_lib.TrainState]:
+) -> list[step_lib.TrainState]:
   """The states of these seeds; fails if a checkpoint is removed meanwhile."""
   try:
     saved_steps = checkpoint.steps(workdir)
@@ -380,18 +375,19 @@ def _read_states(
       " first scored epoch, a latest one after checkpoint.every_minutes or an"
       " epoch. Wait for it, or pass another workdir."
     )
-  seed_steps = {seed: steps[seed - config.seed] for seed in seeds}
-  if missing := sorted({*seed_steps.values()} - {*saved_steps}):
+  seed_steps = [steps[seed - config.seed] for seed in seeds]
+  if missing := sorted({*seed_steps} - {*saved_steps}):
     raise errors.WorkdirError(
       f"{workdir} has no checkpoint of step {missing[0]}, its best epoch's;"
       f" it has {', '.join(map(str, saved_steps)) or 'none'}. Copy the missing"
       " one there, or take the latest."
     )
   restored = {}
-  for step in {*seed_steps.values()}:
+  for step in {*seed_steps}:
     stacked, _ = checkpoint.restore(workdir, step, like)
     restored[step] = networks.unstack(stacked, config.num_seeds)
-  return {s: restored[step][s - config.seed] for s, step in seed_steps.items()}
+  by_seed = zip(seeds, seed_steps, strict=True)
+  return [restored[step][seed - config.seed] for seed, step in by_seed]
 
 
 # ---- Starting from another run's weights
