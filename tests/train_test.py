@@ -426,7 +426,7 @@ def test_a_disk_that_is_gone_does_not_keep_a_signal_from_ending_the_run(
     gone = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
     with monkeypatch.context() as patch:
       patch.setattr(checkpoint, "steps", gone)
-      assert "has no saved step:" in stops._message()
+      assert "has no saved step:" in stops.exit_message()
 
   train.train_and_evaluate(
     *(tiny_config, tmp_path / "run"),

@@ -224,7 +224,7 @@ def connected(
       os.dup2(stderr, 2)
       return "stopped while the processes of the run were connecting."
 
-    stops.say_on_exit(stopped)
+    stops.exit_message = stopped
     # The runtime aborts this process if the others do not connect.
     _say_on_abort(
       f"not all of num_processes={count} processes connected to"

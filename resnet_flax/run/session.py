@@ -145,8 +145,8 @@ class Session:
           return max(checkpoint.steps(self._workdir), default=0)
       return self._saved_step
 
-    self._signals.say_on_exit(
-      lambda: f"stopped at once; {saved('good checkpoints are', on_disk())}"
+    self._signals.exit_message = lambda: (
+      f"stopped at once; {saved('good checkpoints are', on_disk())}"
     )
     try:
       yield

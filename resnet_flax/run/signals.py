@@ -50,7 +50,8 @@ class StopSignals:
     self._exits = exits
     self._held = False
     self._restore = contextlib.ExitStack()
-    self._message: Callable[[], str] = lambda: "stopped."
+    # Makes the message of a process that a signal ends at once.
+    self.exit_message: Callable[[], str] = lambda: "stopped."
 
   def __enter__(self) -> "StopSignals":
     if threading.current_thread() is not threading.main_thread():
@@ -93,10 +94,6 @@ class StopSignals:
     if self.number is not None:
       raise Stopped(self.number)
 
-  def say_on_exit(self, message: Callable[[], str]) -> None:
-    """Sets the message for a process that a signal ends at once."""
-    self._message = message
-
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
     if self.number is None:
@@ -115,7 +112,7 @@ class StopSignals:
         try:
           byte = reader.recv(1)
         except TimeoutError:  # The main thread has not ended in time.
-          errors.exit_with(self._message(), 128 + first[0])
+          errors.exit_with(self.exit_message(), 128 + first[0])
         if not byte:
           return
         if byte[0] not in SIGNALS:  # Another library's, such as SIGCHLD.
@@ -124,4 +121,4 @@ class StopSignals:
           first, came = byte, time.monotonic()
           reader.settimeout(None if self._held else _GRACE)
         elif time.monotonic() - came > _ECHO:
-          errors.exit_with(self._message(), 128 + first[0])
+          errors.exit_with(self.exit_message(), 128 + first[0])

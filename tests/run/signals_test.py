@@ -154,7 +154,7 @@ BUSY = """
 import contextlib, ctypes, sys
 from resnet_flax.run import signals as signals_lib
 with signals_lib.StopSignals(exits=True) as signals:
-  signals.say_on_exit(lambda: "where it stands")
+  signals.exit_message = lambda: "where it stands"
   with signals.hold() if "hold" in sys.argv else contextlib.nullcontext():
     libc = ctypes.CDLL(None)
     mutex = (ctypes.c_char * 128)()

@@ -120,11 +120,9 @@ def run(
     signals_lib.StopSignals(exits=True) as signals,
     signals.hold(),
   ):
-    signals.say_on_exit(
-      lambda: (
-        "stopped at once; the cells' checkpoints are good, and the same command"
-        " resumes from them."
-      )
+    signals.exit_message = lambda: (
+      "stopped at once; the cells' checkpoints are good, and the same command"
+      " resumes from them."
     )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = choose_resources(sweep.resources, nodes)
