@@ -193,8 +193,8 @@ def initial_state(
       key = randomness.device_key(seed, randomness.Purpose.INITIALIZATION)
       state = step_lib.create_train_state(experiment, key, normalization)
       if source:
-        variables = load.replace_variables(state.variables, source)
-        # An optimizer's state may hold the initial weights, too.
+        # The head may be missing. An optimizer's state may hold weights, too.
+        variables = {**source, "params": state.params | source["params"]}
         state = step_lib.state_from(experiment, variables, normalization)
       states.append(state)
     return states

@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,8 +31,6 @@ from resnet_flax.run import (
 _logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ("best", "latest")
-
-_HEAD = "head"
 
 _TRIES = 5  # To read a run that still trains and removes old checkpoints.
 
@@ -397,7 +395,7 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
   """The variables of the best checkpoint in `config.init_from`.
 
   The head is left out if it was trained on another data set, or on classes of
-  other names.
+  another number or other names.
   """
   workdir = errors.local_path(config.init_from, "init_from")
   if not os.path.isdir(workdir):
@@ -424,10 +422,15 @@ def load_source(config: ConfigDict) -> dict[str, Any]:
       source.config.normalization,
     )
   _logger.info("starting from step %d of %s", source.step, workdir)
-  names = {source.class_names, dataset_lib.info(config.dataset).class_names}
-  is_other_data = source.config.dataset.name != config.dataset.name
-  if is_other_data or len(names - {()}) > 1:
-    del source.variables["params"][_HEAD]
+  info, params = dataset_lib.info(config.dataset), source.variables["params"]
+  classes = config.model.num_classes or info.num_classes
+  if (
+    source.config.dataset.name != config.dataset.name
+    or len({source.class_names, info.class_names} - {()}) > 1
+    or len(params["head"]["bias"]) != classes
+  ):
+    del params["head"]
+    _logger.info("init_from's head has other classes: the new head is random")
   return source.variables
 
 
@@ -444,18 +447,3 @@ def _network(model: ConfigDict) -> dict[str, Any]:
     for key, value in chosen.items()
     if key not in _MAY_DIFFER
   }
-
-
-def replace_variables(
-  variables: Mapping[str, Any], source: Mapping[str, Any]
-) -> dict[str, Any]:
-  """The variables of another network, `source`, in place of drawn `variables`.
-
-  The drawn head stays if `source` has none, or one of another size.
-  """
-  params = dict(source["params"])
-  drawn, head = variables["params"][_HEAD], params.get(_HEAD)
-  if head is None or head["bias"].shape != drawn["bias"].shape:
-    params[_HEAD] = drawn
-    _logger.info("init_from's head has other classes: the new head is random")
-  return {"params": params, "batch_stats": source["batch_stats"]}

@@ -482,10 +482,11 @@ def start_from(source, config, **model):
   config.init_from = str(source)
   config.model.update(model)
   layout = layout_of(config)
-  _, _, state, _ = initial(config, layout)
-  (state,) = layout.get(state)
-  variables = load.replace_variables(state.variables, load.load_source(config))
-  return state, state.replace(**variables)
+  experiment, split, drawn, _ = initial(config, layout)
+  state = train.initial_state(
+    config, experiment, split, layout, load.load_source(config)
+  )
+  return *layout.get(drawn), *layout.get(state)
 
 
 def test_takes_parameters_and_statistics(source, tiny_config):
