@@ -21,14 +21,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-  """Shows the progress of a run.
-
-  A terminal shows a bar, other outputs a line every `log.interval_seconds`.
-  """
+  """A bar on a terminal, elsewhere a line every `log.interval_seconds`."""
 
   def __init__(self, config: ConfigDict, steps_per_epoch: int):
     self._config, self._steps_per_epoch = config, steps_per_epoch
-    self._bar: Any = None
+    self._bar: Any = tqdm.tqdm(disable=True)
     self._seconds_per_step = self._evaluation_seconds = 0.0
 
   def start_epoch(self, epoch: int, step: int) -> None:
@@ -86,8 +83,7 @@ class Progress:
 
   def close(self) -> None:
     """Removes the bar, if there is one."""
-    if self._bar is not None:
-      self._bar.close()
+    self._bar.close()
 
   def _text(self, of_seeds: Sequence[step_lib.StepMetrics]) -> str:
     def mean(name: str) -> str:
