@@ -251,8 +251,10 @@ class Session:
       batch = next(batches, None)
       self._waited += time.perf_counter() - began
       if batch is None:
-        return
+        break
       yield batch
+    self._progress.close()
+    self._started = time.perf_counter()  # Of the evaluation.
 
   def advance(self, step_metrics: networks.Networks, num_steps: int) -> None:
     """Keeps a call's `StepMetrics`; reads and checks the previous call's.
@@ -323,14 +325,12 @@ class Session:
     wants_save = self._agreement.wants_save()
     every = self._config.checkpoint.every_steps
     is_due = every and self.step % every == 0
-    return bool(wants_save or is_due or self._epoch_is_over())
+    epoch_end = (len(self.records) + 1) * self._steps_per_epoch
+    return bool(wants_save or is_due or self.step == epoch_end)
 
   def _is_overdue(self) -> bool:
     seconds = 60 * self._config.checkpoint.every_minutes
     return 0 < seconds <= time.monotonic() - self._last_save
-
-  def _epoch_is_over(self) -> bool:
-    return self.step == (len(self.records) + 1) * self._steps_per_epoch
 
   def save(
     self,
@@ -353,9 +353,6 @@ class Session:
     self._save(state)
     self._last_save = time.monotonic()
     self._agreement.check()
-    if self._epoch_is_over():
-      self._progress.close()
-      self._started = time.perf_counter()
     return state
 
   def _save(self, state: networks.Networks) -> None:
