@@ -244,15 +244,12 @@ class Session:
     """Begins a 0-based epoch; yields its batches from the next step on."""
     first = self.step - epoch * self._steps_per_epoch
     self._progress.start_epoch(epoch, first)
-    self._started, self._waited = time.perf_counter(), 0.0
-    batches = of_epoch(epoch, first)
-    while True:
-      began = time.perf_counter()
-      batch = next(batches, None)
+    self._started = began = time.perf_counter()
+    self._waited = 0.0
+    for batch in of_epoch(epoch, first):
       self._waited += time.perf_counter() - began
-      if batch is None:
-        break
       yield batch
+      began = time.perf_counter()
     self._progress.close()
     self._started = time.perf_counter()  # Of the evaluation.
 
