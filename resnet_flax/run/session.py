@@ -229,8 +229,6 @@ class Session:
     if config.init_from and not self.resumes:
       # From now on the run does not need the source of its first weights.
       self._save(state)
-    if self.step == len(self.records) * self._steps_per_epoch:
-      self.notes = checkpoint.NEW_EPOCH
     self._last_save = time.monotonic()
     self._agreement = hosts.Agreement(
       self._signals, self._is_overdue, self._devices
@@ -243,6 +241,8 @@ class Session:
   ) -> Iterator[program.Batch]:
     """Begins a 0-based epoch; yields its batches from the next step on."""
     first = self.step - epoch * self._steps_per_epoch
+    if not first:
+      self.notes = checkpoint.NEW_EPOCH
     self._progress.start_epoch(epoch, first)
     self._started = began = time.perf_counter()
     self._waited = 0.0
@@ -377,7 +377,6 @@ class Session:
     if hosts.is_first():
       self._log.append(record)
     self.records.append(record)
-    self.notes = checkpoint.NEW_EPOCH
     if self._board is not None:
       self._board.write(record)
     self._progress.end_epoch(record)
