@@ -1,7 +1,7 @@
 """The command `python -m resnet_flax.export`: see `tools/export/command.py`."""
 
-from resnet_flax.run import arguments
+from resnet_flax.run import process
 from resnet_flax.tools.export import command
 
 if __name__ == "__main__":
-  arguments.run(command.main)
+  process.run(command.main)

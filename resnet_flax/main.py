@@ -81,7 +81,7 @@ def _run(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the command line; a mistake or a signal ends it with one line."""
-  process.run(_run)
+  process.run(_run, command_line.parse_flags)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from concurrent import futures
 
 from experiments.depth_cost import measurement
 from experiments.tools import flag_types, markdown
-from resnet_flax.run import arguments, files as files_lib, huge_pages
+from resnet_flax.run import files as files_lib, huge_pages, process
 
 
 def main(argv: list[str]) -> None:
   """Measures, prints each row of the table, and writes the raw figures."""
-  parser = arguments.Parser("python -m experiments.depth_cost")
+  parser = process.Parser("python -m experiments.depth_cost")
   add, modes = parser.add_argument, measurement.MODES
   add("--name", default="resnet_v1", help="the network's `model.name`")
   add("--depths", type=flag_types.integers, default="20,56,110")
@@ -49,4 +49,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  arguments.run(main)
+  process.run(main)

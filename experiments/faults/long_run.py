@@ -23,6 +23,7 @@ from absl import flags
 from experiments.faults import harness
 from experiments.tools.config_arguments import config_arguments
 from resnet_flax.run import (
+  command_line,
   environment,
   files as files_lib,
   process,
@@ -147,4 +148,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.run(main)
+  process.run(main, command_line.parse_flags)

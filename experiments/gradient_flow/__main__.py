@@ -21,11 +21,11 @@ from experiments.gradient_flow import measurement
 from experiments.tools import flag_types, records as records_lib
 from resnet_flax.models import registry
 from resnet_flax.run import (
-  arguments,
   environment,
   errors,
   files as files_lib,
   huge_pages,
+  process,
   surroundings,
 )
 
@@ -35,7 +35,7 @@ _NORMS = {"true,false": [True, False], "true": [True], "false": [False]}
 
 def main(argv: list[str]) -> None:
   """Measures the networks that --out lacks."""
-  parser = arguments.Parser("python -m experiments.gradient_flow")
+  parser = process.Parser("python -m experiments.gradient_flow")
   add, integers = parser.add_argument, flag_types.integers
   families = flag_types.names(registry.MODELS)
   add("--families", type=families, default="plain,highway,resnet_v1")
@@ -86,4 +86,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  arguments.run(main)
+  process.run(main)

@@ -11,14 +11,14 @@ import pathlib
 
 from experiments.loss_surface import plot, surface
 from experiments.tools import markdown, records as records_lib
-from resnet_flax.run import arguments, errors, huge_pages, surroundings
+from resnet_flax.run import errors, huge_pages, process, surroundings
 
 COMMAND = "python -m experiments.loss_surface"
 
 
 def main(argv: list[str]) -> None:
   """Writes results.jsonl, surface.png and the result in README.md."""
-  parser = arguments.Parser(COMMAND, description=__doc__.split("\n")[0])
+  parser = process.Parser(COMMAND, description=__doc__.split("\n")[0])
   add = parser.add_argument
   add("workdirs", metavar="WORKDIR", nargs="*", type=pathlib.Path)
   add("--points", type=int, default=21, help="along each axis, odd")
@@ -61,4 +61,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  arguments.run(main)
+  process.run(main)

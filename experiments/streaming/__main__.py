@@ -12,7 +12,7 @@ from experiments.streaming import generated, measurement
 from experiments.tools import flag_types
 from resnet_flax import data as datasets
 from resnet_flax.data import streaming
-from resnet_flax.run import arguments, environment, files as files_lib
+from resnet_flax.run import environment, files as files_lib, process
 
 # This many images take two or three seconds.
 _IMAGES_TIMED = 1536
@@ -20,7 +20,7 @@ _IMAGES_TIMED = 1536
 
 def main(argv: list[str]) -> None:
   """Measures all settings in turn and prints each round as JSON."""
-  parser = arguments.Parser("python -m experiments.streaming")
+  parser = process.Parser("python -m experiments.streaming")
   add = parser.add_argument
   add("--folder", type=pathlib.Path, required=True, help="of the images")
   add("--images", type=flag_types.count, default=2000)
@@ -74,4 +74,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  arguments.run(main)
+  process.run(main)

@@ -87,4 +87,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   huge_pages.use()
-  process.run(main)
+  process.run(main, command_line.parse_flags)

@@ -1,5 +1,6 @@
 """How every command line starts and ends, and the flag --workdir."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -18,22 +19,32 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
+class Parser(argparse.ArgumentParser):
+  """An `argparse.ArgumentParser` that raises `ConfigError` for mistakes."""
+
+  def error(self, message: str) -> NoReturn:
+    """See `argparse`."""
+    raise errors.ConfigError(f"{message}. Try --help.")
+
+
+def _no_flags(argv: list[str]) -> list[str]:
+  # absl must parse its flags, although the command line has none of them.
+  return [*flags.FLAGS(argv[:1]), *argv[1:]]
+
+
 def run(
   main: Callable[[list[str]], None],
-  parse: Callable[[list[str]], list[str]] | None = None,
+  parse: Callable[[list[str]], list[str]] = _no_flags,
 ) -> None:
   """Runs a command line; a mistake or a signal ends it with one line.
 
-  Signals end it at once, unless `main` enters `signals.StopSignals`. `parse` is
-  by default `command_line.parse_flags`; `main` gets the list that it returns.
+  Signals end it at once, unless `main` enters `signals.StopSignals`. `main`
+  gets what `parse`, such as `command_line.parse_flags`, returns. By default
+  this is the whole command line, for a `Parser`.
   """
   catch_signals()
   surroundings.open_streams()
   try:
-    if parse is None:
-      from resnet_flax.run import command_line
-
-      parse = command_line.parse_flags
     app.run(main, flags_parser=parse)
   except SystemExit:
     _set_handlers(signal.SIG_IGN)  # The work is done: nothing is left to stop.

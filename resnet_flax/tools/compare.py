@@ -1,11 +1,11 @@
 """The command that compares two experiments; see `comparison.py`."""
 
-from resnet_flax.run import arguments, surroundings
+from resnet_flax.run import process, surroundings
 
 
 def main(argv: list[str]) -> None:
   """Runs the command line."""
-  parser = arguments.Parser(
+  parser = process.Parser(
     "python -m resnet_flax.compare",
     description="Compares experiments A and B over seeds and over test images,"
     " with 95 % intervals, and lists how their configurations and environments"

@@ -160,4 +160,4 @@ def run() -> None:
   )
   flags.adopt_module_key_flags(command_line)
   flags.adopt_module_key_flags(process)
-  process.run(_run)
+  process.run(_run, command_line.parse_flags)

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from resnet_flax.run import arguments, errors, files as files_lib, surroundings
+from resnet_flax.run import errors, files as files_lib, process, surroundings
 
 _logger = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ def _show(loaded: Any, total: int, args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> None:
   """Runs the command line."""
-  parser = arguments.Parser(
-    "python -m resnet_flax.predict", description=__doc__
-  )
+  parser = process.Parser("python -m resnet_flax.predict", description=__doc__)
   add = parser.add_argument
   add("workdir", metavar="WORKDIR", help="folder of the network's run")
   add("paths", metavar="PATH", nargs="+", help="file, pattern or whole folder")

@@ -13,7 +13,13 @@ import os
 
 from absl import flags
 
-from resnet_flax.run import errors, folder, process, surroundings
+from resnet_flax.run import (
+  command_line,
+  errors,
+  folder,
+  process,
+  surroundings,
+)
 
 flags.adopt_module_key_flags(process)
 _SWEEP = flags.DEFINE_string("sweep", "", "The sweep file.")
@@ -65,7 +71,6 @@ def main(argv: list[str]) -> None:
   import jax
 
   from experiments.tools.sweep import definition, estimate, overview, scheduler
-  from resnet_flax.run import command_line
 
   surroundings.set_up()
   if not _DRY_RUN.value:
@@ -119,4 +124,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.run(main)
+  process.run(main, command_line.parse_flags)

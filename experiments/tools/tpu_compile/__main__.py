@@ -71,4 +71,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  process.run(main)
+  process.run(main, command_line.parse_flags)

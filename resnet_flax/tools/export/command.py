@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 
-from resnet_flax.run import arguments, errors, surroundings
+from resnet_flax.run import errors, process, surroundings
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def export(
 
 def main(argv: list[str]) -> None:
   """The command line."""
-  parser = arguments.Parser("python -m resnet_flax.export", description=__doc__)
+  parser = process.Parser("python -m resnet_flax.export", description=__doc__)
   add = parser.add_argument
   add("workdir", help="Folder of a run, or an address of checkpoint.mirror.")
   add("--format", choices=FORMATS, required=True)

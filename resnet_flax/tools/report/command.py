@@ -1,11 +1,11 @@
 """Writes a report of runs: a page with figures and tables, and their files."""
 
-from resnet_flax.run import arguments, errors, surroundings
+from resnet_flax.run import errors, process, surroundings
 
 
 def main(argv: list[str]) -> None:
   """Runs the command line."""
-  parser = arguments.Parser("python -m resnet_flax.report", description=__doc__)
+  parser = process.Parser("python -m resnet_flax.report", description=__doc__)
   add = parser.add_argument
   what = "workdir, or folder of workdirs"
   add("folders", nargs="+", metavar="FOLDER", help=what)
