@@ -57,12 +57,12 @@ def _run(argv: list[str]) -> None:
   if mode != "eval" or not workdir or command_line.CONFIG.value:
     config, default_workdir = command_line.config_and_workdir()
     workdir = workdir or default_workdir
-  cluster = host_flags.find_cluster(mode)
+  connection = host_flags.connection(mode)
 
   if mode == "train":
     from resnet_flax import train
 
-    with host_flags.connected(cluster):
+    with connection:
       stops = signals.StopSignals(exits=True)
       records = train.train_and_evaluate(config, workdir, signals=stops)
       if hosts.is_first():

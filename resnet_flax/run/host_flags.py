@@ -1,7 +1,6 @@
 """The flags of a run on several hosts; see `parallel/hosts.py`."""
 
 import contextlib
-from typing import Any
 
 from absl import flags
 
@@ -38,8 +37,8 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def find_cluster(mode: str) -> Any:
-  """`hosts.find_cluster` with the flags; only training may have a cluster."""
+def connection(mode: str) -> contextlib.AbstractContextManager[None]:
+  """`hosts.connected` with the flags; only training may have a cluster."""
   from resnet_flax.parallel import hosts
 
   cluster = hosts.find_cluster(
@@ -51,13 +50,6 @@ def find_cluster(mode: str) -> Any:
       f" {cluster.num_processes}. Start it once; --num_processes=1 makes a"
       " process of a cluster work alone."
     )
-  return cluster
-
-
-def connected(cluster: Any) -> contextlib.AbstractContextManager[None]:
-  """`hosts.connected` with the timeouts that the flags set."""
-  from resnet_flax.parallel import hosts
-
   return hosts.connected(
     cluster,
     timeout=_INITIALIZATION_TIMEOUT.value,
