@@ -59,13 +59,13 @@ def exchange(seconds):
       say(str(error))
   for error in (
     errors.NonFiniteError("not finite"),
-    errors.Interrupted("stopped", signal.SIGTERM),
+    errors.ConfigError("wrong"),
     errors.DataError("missing"),
   ):
     try:
       hosts.on_first(functools.partial(fail, error))
     except errors.UserError as caught:
-      say(type(caught).__name__, str(caught), vars(caught), caught.exit_code)
+      say(type(caught).__name__, str(caught), caught.exit_code)
 
 
 def fail(error):

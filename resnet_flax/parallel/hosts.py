@@ -338,20 +338,16 @@ def on_first(function: Callable[[], T]) -> T:
   key = f"resnet_flax/first/{next(_numbers)}"
   if not is_first():
     answer = _wait_for(key)
-    if "error" not in answer:
-      return answer["value"]
-    kind = getattr(errors, answer["error"])
-    # Not by the constructor, which may need more than the message.
-    error = kind.__new__(kind, answer["message"])
-    vars(error).update(answer["attributes"])
-    raise error
+    if "error" in answer:
+      raise getattr(errors, answer["error"])(answer["message"])
+    return answer["value"]
   try:
     value = function()
   except errors.UserError as error:
     # A module's own kind of error is sent as its base class in `errors`.
     kinds = [kind.__name__ for kind in type(error).__mro__]
     kind = next(name for name in kinds if hasattr(errors, name))
-    answer = {"error": kind, "message": str(error), "attributes": vars(error)}
+    answer = {"error": kind, "message": str(error)}
     _client().key_value_set(key, json.dumps(answer))
     raise
   _client().key_value_set(key, json.dumps({"value": value}))

@@ -232,9 +232,9 @@ def test_what_processes_tell_one_another(launcher):
       [
         f"it of process 1 {differs} value ('0' in process 0, '1' there). {same}"
       ],
-      ["NonFiniteError", "not finite", {}, 1],
-      ["Interrupted", "stopped", {"exit_code": 143}, 143],
-      ["DataError", "missing", {}, 1],
+      ["NonFiniteError", "not finite", 1],
+      ["ConfigError", "wrong", 2],
+      ["DataError", "missing", 1],
     ]
 
 
