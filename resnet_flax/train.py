@@ -125,7 +125,7 @@ def _set_up(
   dataset = hosts.on_first_then_others(
     lambda: dataset_lib.load(config.dataset, config.augment.name)
   )
-  hosts.check_same("the data", dataset.source)
+  hosts.check_same("the data", {"source": dataset.source})
   steps_per_epoch = experiment.learning_rate.steps_per_epoch
   if len(dataset.train) // config.batch_size != steps_per_epoch:
     raise errors.DataError(

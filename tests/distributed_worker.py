@@ -52,7 +52,10 @@ def exchange(seconds):
     hosts.on_first_only(lambda: "own"),
   )
   hosts.check_same("it", {"a": 1})
-  for name, value in [("the configuration", {"a": index}), ("it", f"{index}")]:
+  for name, value in [
+    ("the configuration", {"a": index}),
+    ("it", {"value": f"{index}"}),
+  ]:
     try:
       hosts.check_same(name, value)
     except errors.ConfigError as error:

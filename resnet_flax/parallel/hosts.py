@@ -370,12 +370,11 @@ def on_first_then_others(function: Callable[[], T]) -> T:
   return results[0] if results else function()
 
 
-def check_same(name: str, value: Any) -> None:
+def check_same(name: str, values: dict[str, Any]) -> None:
   """Raises a `ConfigError` in all processes if their JSON values differ."""
   if jax.process_count() == 1:
     return
   prefix = f"resnet_flax/same/{next(_numbers)}"
-  values = value if isinstance(value, dict) else {"value": value}
   content = json.dumps(values, sort_keys=True)
   _client().key_value_set(f"{prefix}/{jax.process_index()}", content)
 
