@@ -1,11 +1,8 @@
 """Many hosts: processes find one another, agree, and process 0 writes.
 
-The same program runs in every process, each with some of the devices, on JAX's
-distributed runtime. All processes must take part in every computation, so they
-decide together when to save and to stop. Only process 0 reads and writes the
-workdir. It sends the content to the others, which need no access to the folder.
-
-With a single process the runtime is not started; no function waits for others.
+All processes must take part in every computation, so they decide together when
+to save and to stop. Only process 0 reads and writes the workdir; it sends the
+content to the others. With a single process no function waits for others.
 """
 
 import contextlib
@@ -316,8 +313,7 @@ def _leave(seconds: int) -> None:
 
 def _client() -> Any:
   """The runtime's client, which can wait long for values and at barriers."""
-  # The public functions of `multihost_utils` run computations instead. On CPUs
-  # processes connect in the first one, and give up after half a minute.
+  # Public functions of `multihost_utils` run computations instead; see `meet`.
   return multihost_utils.distributed.global_state.client
 
 
