@@ -209,14 +209,12 @@ def nearest_keys(name: str, keys: Iterable[str]) -> list[str]:
   return sorted(near, key=lambda key: -key_likenesses[key])[:3]
 
 
-def unknown_key(
-  name: str, keys: Iterable[str], what: str = "config key"
-) -> errors.ConfigError:
+def unknown_key(name: str, keys: Iterable[str]) -> errors.ConfigError:
   """The error for an unknown key; suggests the nearest known ones."""
   short = name if len(name) <= 100 else f"{name[:100]}..."
   near = " or ".join(map(repr, nearest_keys(short, keys)))
   hint = f" Did you mean {near}?" if near else ""
   return errors.ConfigError(
-    f"{what}={short!r} is not known.{hint} --help=WORD finds keys by a word of"
-    " their meaning."
+    f"config key={short!r} is not known.{hint} --help=WORD finds keys by a word"
+    " of their meaning."
   )

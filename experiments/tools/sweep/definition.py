@@ -101,7 +101,8 @@ def load(path: str, workdir: pathlib.Path, resources: Resources) -> Sweep:
     name = workdir_lib.default_name(config, point)
     for key in [*common, *point]:
       if key not in known:
-        raise keys.unknown_key(str(key), known, f"cell {name}: config key")
+        error = keys.unknown_key(str(key), known)
+        raise errors.ConfigError(f"cell {name}: {error}")
     cell = _cell(
       workdir / name, config, {**common, **point}, resources.gpus or 1
     )
