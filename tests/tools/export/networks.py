@@ -117,8 +117,8 @@ def load_random(normalization="channel", **changes):
     pytest.MonkeyPatch.context() as patch,
     tempfile.TemporaryDirectory() as workdir,
   ):
-    restored = pathlib.Path(workdir), config, experiment, {config.seed: state}
-    patch.setattr(load, "_restore", lambda *_, **__: restored)
+    (pathlib.Path(workdir) / "config.json").write_text(config.to_json())
+    patch.setattr(load, "_restore", lambda *_, **__: (experiment, [state]))
     return load.load_model(workdir)
 
 
