@@ -80,8 +80,12 @@ def by_recipe(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
     yield recipe, group
 
 
+def _processor(run: Run) -> str:
+  return run["environment"]["cpu_model"].replace("(R)", "")
+
+
 def table(runs: list[Run]) -> str:
-  """A table of the last epoch's accuracies; speed and minutes are seed 0's."""
+  """The last epoch's accuracies; speed, minutes and processor are seed 0's."""
   rows = []
   for recipe, group in by_recipe(runs):
     speed, minutes = group[0]["images_per_second"], group[0]["minutes"][-1]
@@ -94,11 +98,12 @@ def table(runs: list[Run]) -> str:
         markdown.mean_and_std([run["unflipped"] for run in group], ".2f"),
         len(group),
         *([f"{speed:.0f}", f"{minutes:.1f}"] if is_timed else ["–", "–"]),
+        _processor(group[0]),
       ]
     )
   titles = (
     *("recipe", "epochs", "test accuracy %", "without mirror images", "n"),
-    *("images/s", "minutes"),
+    *("images/s", "minutes", "processor"),
   )
   return markdown.table(titles, rows)
 
@@ -109,7 +114,8 @@ def draw(runs: list[Run]) -> Figure:
   axis = figure.subplots()
   for k, (recipe, group) in enumerate(by_recipe(runs)):
     for run in group:
-      label = f"{recipe}, {len(run['accuracies'])} epochs, n = {len(group)}"
+      label = f"{recipe}, {len(run['accuracies'])} epochs, n = {len(group)},"
+      label += f" {_processor(run)}"
       axis.plot(
         group[0]["minutes"],  # Other seeds shared the machine.
         run["accuracies"],

@@ -28,6 +28,7 @@ def make_runs():
       "minutes": [7.0, 14.0 + seed],
       "images_per_second": 500.0,
       "unflipped": best - 1,
+      "environment": {"cpu_model": "AMD EPYC"},
     }
     for recipe, best in (("fast_cifar10", 80.0), (WITHOUT, 78.0))
     for seed in range(3)
@@ -36,8 +37,10 @@ def make_runs():
 
 def test_table():
   assert report.table(make_runs()).splitlines()[2:] == [
-    "| `fast_cifar10` | 2 | 81.00 ± 1.00 | 79.00 ± 0.00 | 3 | 500 | 14.0 |",
-    f"| `{WITHOUT}` | 2 | 79.00 ± 1.00 | 77.00 ± 0.00 | 3 | 500 | 14.0 |",
+    "| `fast_cifar10` | 2 | 81.00 ± 1.00 | 79.00 ± 0.00 | 3 | 500 | 14.0 |"
+    " AMD EPYC |",
+    f"| `{WITHOUT}` | 2 | 79.00 ± 1.00 | 77.00 ± 0.00 | 3 | 500 | 14.0 |"
+    " AMD EPYC |",
   ]
 
 
