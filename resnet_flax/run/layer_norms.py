@@ -22,6 +22,7 @@ from resnet_flax.run import metrics
 
 # The Flax collection for the norms that the forward pass measures.
 _COLLECTION = "layer_norms"
+_LAYER = nn.Conv | nn.Dense  # The modules with kernels.
 
 
 class LayerNorms(flax.struct.PyTreeNode):
@@ -44,25 +45,11 @@ def layer_names(experiment: step_lib.Experiment) -> tuple[str, ...]:
 
   For example 'stem_conv', 'stage1_block1/conv1', ..., 'head'.
   """
-  names = []
-
-  def note(next_call, args, kwargs, context):
-    if _has_kernel(context):
-      names.append("/".join(context.module.path))
-    return next_call(*args, **kwargs)
-
-  with nn.intercept_methods(note):
-    jax.eval_shape(
-      lambda key, images: experiment.model.init(key, images, train=False),
-      jax.random.key(0),
-      jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32),
-    )
-  return tuple(names)
-
-
-def _has_kernel(context: nn.module.InterceptorContext) -> bool:
-  is_layer = isinstance(context.module, nn.Conv | nn.Dense)
-  return is_layer and context.method_name == "__call__"
+  images = jnp.zeros((1, *experiment.image_shape))
+  modules = experiment.model.module_paths(
+    jax.random.key(0), images, train=False
+  )
+  return tuple(k for k, module in modules.items() if isinstance(module, _LAYER))
 
 
 def create_hook(
@@ -135,7 +122,7 @@ def measured_step(
 
 def _store_output_rms(next_call, args, kwargs, context):
   outputs = next_call(*args, **kwargs)
-  if _has_kernel(context):
+  if isinstance(context.module, _LAYER) and context.method_name == "__call__":
     (norm,) = grouping.reduce_each(
       grouping.norm_of, [jax.lax.stop_gradient(outputs)]
     )
